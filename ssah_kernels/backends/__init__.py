@@ -1,0 +1,95 @@
+"""Which backend serves which device: the only place that chooses.
+
+``reference``  plain PyTorch in float64, any device
+``cpu``        C++, CPU
+``triton``     Triton, any GPU (and CPU tensors under TRITON_INTERPRET=1)
+``cuda``       CUDA C++, NVIDIA GPUs
+
+On a CPU tensor ``cpu`` runs; on a CUDA tensor ``cuda`` if it was built, else ``triton``.
+The environment variable SSAH_BACKEND (read at import) or ``use`` overrides the choice. There is
+no silent fall back: a missing kernel is an error that says how to get it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ssah_kernels.schema import KERNELS
+
+BACKENDS = ("reference", "cpu", "triton", "cuda")
+
+
+def stem(op: str) -> str:
+    """The file name of an operator, the same in every layer: ``channel_moments_`` and
+    ``gated_moments_backward`` live in ``channel_moments`` and ``gated_moments``."""
+    return op.removesuffix("_").removesuffix("_backward")
+
+
+class MissingBackendError(RuntimeError):
+    """The backend is not there for this operator; the message says how to get it."""
+
+
+def _checked(name: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+    return name
+
+
+_override: str | None = (
+    _checked(os.environ["SSAH_BACKEND"]) if "SSAH_BACKEND" in os.environ else None
+)
+
+
+def missing(backend: str) -> str | None:
+    """Why the backend cannot be used here and how to get it; None if it can."""
+    if _checked(backend) == "reference":
+        return None
+    module = importlib.import_module(f"ssah_kernels.backends.{backend}")
+    return module.missing()
+
+
+def kernel(backend: str, op: str) -> Callable[..., Any]:
+    """The function that computes ``op`` on ``backend``.
+
+    Raises:
+        MissingBackendError: the backend is not built or not installed.
+    """
+    why = missing(backend)
+    if why is not None:
+        raise MissingBackendError(f"ssah::{op}: backend {backend!r} is not available: {why}")
+    if backend == "reference":
+        return getattr(importlib.import_module(f"ssah_kernels.reference.{stem(op)}"), op)
+    return importlib.import_module(f"ssah_kernels.backends.{backend}").kernel(op)
+
+
+def choose(device: torch.device) -> str:
+    """The name of the backend that serves tensors on ``device``."""
+    if _override is not None:
+        return _override
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda" and missing("cuda") is None:
+        return "cuda"
+    return "triton"
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Run every operator on ``backend`` inside the ``with`` block (whole process)."""
+    global _override
+    before, _override = _override, _checked(backend)
+    try:
+        yield
+    finally:
+        _override = before
+
+
+def available() -> dict[str, dict[str, str]]:
+    """Per operator and backend: "" if it can run here, else the reason why not."""
+    return {op: {b: missing(b) or "" for b in BACKENDS} for op in KERNELS}

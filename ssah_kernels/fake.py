@@ -1,0 +1,60 @@
+"""Output shapes and dtypes of each operator, for tracing. Checks run here as well as on real data,
+so that a wrong shape is an error at compile time."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssah_kernels import checks
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def channel_moments_(
+    x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None = None
+) -> None:
+    checks.channel_moments_(x, count, mean, m2, token_mask)
+
+
+def gated_moments(
+    gate: Tensor,
+    up: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    act: str = "silu",
+) -> Tensor:
+    checks.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
+    return _contiguous_like(gate)
+
+
+def gated_moments_functional(
+    gate: Tensor, up: Tensor, token_mask: Tensor | None = None, *, act: str = "silu"
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    checks.gated_moments_functional(gate, up, token_mask, act=act)
+    channels = gate.new_empty(gate.shape[-1], dtype=torch.float64)
+    count = gate.new_empty((), dtype=torch.float64)
+    return _contiguous_like(gate), count, channels, torch.empty_like(channels)
+
+
+def gated_moments_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, *, act: str = "silu"
+) -> tuple[Tensor, Tensor]:
+    checks.gated_moments_backward(grad, gate, up, act=act)
+    return _contiguous_like(gate), _contiguous_like(up)
+
+
+def taylor_moments_(
+    x: Tensor, grad: Tensor, signed: Tensor, squared: Tensor, token_mask: Tensor | None = None
+) -> None:
+    checks.taylor_moments_(x, grad, signed, squared, token_mask)
+
+
+def column_sq_norms(weight: Tensor) -> Tensor:
+    checks.column_sq_norms(weight)
+    return weight.new_empty(weight.shape[1], dtype=torch.float64)

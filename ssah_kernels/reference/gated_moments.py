@@ -1,0 +1,58 @@
+"""Specification of ``gated_moments``: an FFN's act(gate) * up, and the moments of it.
+
+    h = round(act(gate) * up)            computed in float64, rounded once to the inputs' dtype
+    (count, mean, m2) <- merged with the moments of the unmasked rows of h (channel_moments_)
+
+    silu       z / (1 + exp(-z))
+    gelu       z / 2 (1 + erf(z / sqrt 2))
+    gelu_tanh  z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
+    relu       max(z, 0)
+    relu2      max(z, 0)^2
+
+Masked rows of h are returned like any other; they only do not count.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssah_kernels.reference.channel_moments import channel_moments_
+
+
+def activation(z: Tensor, act: str) -> Tensor:
+    """act(z), in z's dtype."""
+    if act == "silu":
+        return F.silu(z)
+    if act == "gelu":
+        return F.gelu(z)
+    if act == "gelu_tanh":
+        return F.gelu(z, approximate="tanh")
+    return F.relu(z) if act == "relu" else F.relu(z).square()
+
+
+def gated_moments(
+    gate: Tensor,
+    up: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    act: str = "silu",
+) -> Tensor:
+    output = (activation(gate.double(), act) * up.double()).to(gate.dtype)
+    channel_moments_(output, count, mean, m2, token_mask)
+    return output.contiguous()
+
+
+def gated_moments_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, *, act: str = "silu"
+) -> tuple[Tensor, Tensor]:
+    """dL/dgate = dL/dh up act'(gate) and dL/dup = dL/dh act(gate); the rounding has slope 1."""
+    with torch.enable_grad():
+        leaves = [t.detach().double().requires_grad_() for t in (gate, up)]
+        output = activation(leaves[0], act) * leaves[1]
+    grads = torch.autograd.grad(output, leaves, grad.double())
+    return grads[0].to(gate.dtype).contiguous(), grads[1].to(up.dtype).contiguous()

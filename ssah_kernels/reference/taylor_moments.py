@@ -1,0 +1,22 @@
+"""Specification of ``taylor_moments_``: first-order importance of every channel.
+
+For the unmasked rows a_i of the activation and g_i = dL/da_i of its gradient:
+
+    signed  <- signed  + sum_i a_i g_i          |signed| is the loss change, to first order, when
+    squared <- squared + sum_i (a_i g_i)^2      the channel is set to zero; squared is the
+                                                (empirical) Fisher information of that change
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ssah_kernels.reference.channel_moments import select_rows
+
+
+def taylor_moments_(
+    x: Tensor, grad: Tensor, signed: Tensor, squared: Tensor, token_mask: Tensor | None = None
+) -> None:
+    product = select_rows(x, token_mask) * select_rows(grad, token_mask)  # [tokens, C]
+    signed += product.sum(0)
+    squared += product.square().sum(0)

@@ -1,0 +1,216 @@
+"""One OpCase per operator: what every backend is checked with, and the one tolerance table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+
+# (rtol, atol relative to the largest magnitude of the expected tensor). Sums in float64 over
+# low-precision input are as exact as float32 ones: only a result in the input's own dtype is loose.
+TOLERANCE = {
+    torch.float64: (1e-10, 1e-12),
+    torch.float32: (2e-6, 2e-6),
+    torch.bfloat16: (8e-3, 1e-4),
+    torch.float16: (1e-3, 1e-4),
+}
+
+
+def tolerance(result: torch.dtype, inputs: torch.dtype) -> tuple[float, float]:
+    """State in float64 is compared as finely as the arithmetic on ``inputs`` allows."""
+    if result == torch.float64 and inputs != torch.float64:
+        return TOLERANCE[torch.float32]
+    return TOLERANCE[result]
+
+
+def compare(actual: Tensor, expected: Tensor, inputs: torch.dtype) -> None:
+    """Assert that a result equals the reference's; ``inputs`` is the dtype of the case's input."""
+    assert actual.shape == expected.shape
+    assert actual.dtype == expected.dtype
+    if expected.numel() == 0:
+        return
+    rtol, atol = tolerance(expected.dtype, inputs)
+    finite = expected[expected.isfinite()].double()
+    scale = finite.abs().max().item() if finite.numel() else 0.0
+    torch.testing.assert_close(
+        actual.double(), expected.double(), rtol=rtol, atol=atol * scale, equal_nan=True
+    )
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One call: positional tensors (or None), keyword arguments, and a name for the test id."""
+
+    name: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: str) -> Sample:
+        return Sample(
+            self.name,
+            tuple(a.to(device) if isinstance(a, Tensor) else a for a in self.args),
+            dict(self.kwargs),
+        )
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """How one operator is checked.
+
+    samples(dtype) yields calls; ``outputs`` names the positional arguments that the operator
+    mutates (they are compared too); ``dtypes`` are the input types it takes.
+    """
+
+    op: str
+    samples: Callable[[torch.dtype], Iterator[Sample]]
+    outputs: tuple[int, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = DTYPES
+
+
+# Leading shape and channels: empty, one, around the vector widths, a prime, one realistic.
+SHAPES = (
+    ((0,), 5),
+    ((3,), 0),
+    ((1,), 1),
+    ((2, 3), 7),
+    ((5,), 15),
+    ((9,), 16),
+    ((8,), 17),
+    ((2, 2, 4), 33),
+    ((65,), 64),
+    ((2, 131), 127),
+    ((300,), 97),
+)
+
+
+def _generator(*key: object) -> torch.Generator:
+    return torch.Generator().manual_seed(sum(ord(c) * (i + 1) for i, c in enumerate(repr(key))))
+
+
+def _normal(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    x = torch.randn(shape, generator=g, dtype=torch.float64)
+    return (x * 1.5 + 0.3).to(dtype)
+
+
+def _mask(lead: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.rand(lead, generator=g) < 0.6
+
+
+def moments_state(channels: int, g: torch.Generator, fresh: bool) -> tuple[Tensor, ...]:
+    if fresh:
+        zeros = torch.zeros(channels, dtype=torch.float64)
+        return torch.zeros((), dtype=torch.float64), zeros, zeros.clone()
+    mean = torch.randn(channels, generator=g, dtype=torch.float64)
+    return torch.tensor(7.0, dtype=torch.float64), mean, mean.square() + 1
+
+
+def _inputs(
+    dtype: torch.dtype, n: int, tag: str
+) -> Iterator[tuple[str, list[Tensor], Tensor | None, torch.Generator]]:
+    """``n`` same-shaped inputs over the shapes, masks and strides that every backend must take."""
+    for lead, channels in SHAPES:
+        g = _generator(tag, lead, channels)
+        xs = [_normal((*lead, channels), dtype, g) for _ in range(n)]
+        yield f"{lead}x{channels}", xs, None, g
+        mask = _mask(lead, g)
+        poisoned = [x.masked_fill(~mask.unsqueeze(-1), float("nan")) for x in xs]
+        yield f"{lead}x{channels}-mask", poisoned, mask, g
+    g = _generator(tag, "strided")
+    wide = [_normal((4, 6, 90), dtype, g) for _ in range(n)]
+    yield "row-stride", [w[..., 11:61] for w in wide], _mask((4, 6), g), g
+    yield "transposed-leading", [w.transpose(0, 1)[::2] for w in wide], None, g
+    yield "last-dim-strided", [w[..., ::3] for w in wide], None, g
+    yield "expanded", [w[:, :1].expand(4, 6, 90) for w in wide], _mask((4, 6), g), g
+    yield "all-masked", wide, torch.zeros(4, 6, dtype=torch.bool), g
+
+
+def _channel_moments(dtype: torch.dtype) -> Iterator[Sample]:
+    for i, (name, (x,), mask, g) in enumerate(_inputs(dtype, 1, "channel")):
+        yield Sample(name, (x, *moments_state(x.shape[-1], g, i % 2 == 0), mask))
+
+
+def _gated_moments(dtype: torch.dtype) -> Iterator[Sample]:
+    for i, (name, (gate, up), mask, g) in enumerate(_inputs(dtype, 2, "gated")):
+        state = moments_state(gate.shape[-1], g, i % 2 == 0)
+        yield Sample(name, (gate, up, *state, mask), {"act": ACTIVATIONS[i % len(ACTIVATIONS)]})
+    g = _generator("acts")
+    ramp = torch.linspace(-30, 30, 601, dtype=torch.float64).to(dtype)
+    for act in ACTIVATIONS:
+        gate = torch.stack([ramp, ramp / 10])
+        state = moments_state(601, g, True)
+        yield Sample(f"ramp-{act}", (gate, torch.ones_like(gate), *state, None), {"act": act})
+
+
+def _gated_moments_functional(dtype: torch.dtype) -> Iterator[Sample]:
+    for i, (name, (gate, up), mask, _) in enumerate(_inputs(dtype, 2, "functional")):
+        yield Sample(name, (gate, up, mask), {"act": ACTIVATIONS[i % len(ACTIVATIONS)]})
+
+
+def _gated_moments_backward(dtype: torch.dtype) -> Iterator[Sample]:
+    for i, (name, xs, mask, _) in enumerate(_inputs(dtype, 3, "backward")):
+        if mask is None:
+            yield Sample(name, tuple(xs), {"act": ACTIVATIONS[i % len(ACTIVATIONS)]})
+    ramp = torch.linspace(-30, 30, 601, dtype=torch.float64).to(dtype)
+    for act in ACTIVATIONS:
+        ones = torch.ones_like(ramp)
+        yield Sample(f"ramp-{act}", (ones, ramp, ones), {"act": act})
+
+
+def _taylor_moments(dtype: torch.dtype) -> Iterator[Sample]:
+    for name, (x, grad), mask, g in _inputs(dtype, 2, "taylor"):
+        _, signed, squared = moments_state(x.shape[-1], g, False)
+        yield Sample(name, (x, grad, signed, squared, mask))
+
+
+def _column_sq_norms(dtype: torch.dtype) -> Iterator[Sample]:
+    for name, (x,), mask, _ in _inputs(dtype, 1, "norms"):
+        if mask is None:
+            yield Sample(name, (x.flatten(0, -2) if x.dim() > 2 else x,))
+
+
+CASES: dict[str, OpCase] = {
+    case.op: case
+    for case in (
+        OpCase("channel_moments_", _channel_moments, outputs=(1, 2, 3)),
+        OpCase("gated_moments", _gated_moments, outputs=(2, 3, 4)),
+        OpCase("gated_moments_functional", _gated_moments_functional),
+        OpCase("gated_moments_backward", _gated_moments_backward),
+        OpCase("taylor_moments_", _taylor_moments, outputs=(2, 3)),
+        OpCase("column_sq_norms", _column_sq_norms),
+    )
+}
+
+
+def results(case: OpCase, function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """Everything that a call writes: what it returns, then the arguments that it mutates."""
+    args = [a.clone() if i in case.outputs else a for i, a in enumerate(sample.args)]
+    returned = function(*args, **sample.kwargs)
+    tensors = (
+        [] if returned is None else [returned] if isinstance(returned, Tensor) else [*returned]
+    )
+    return [*tensors, *(args[i] for i in case.outputs)]
+
+
+def check_backend(case: OpCase, function: Callable[..., Any], reference: Callable[..., Any]) -> int:
+    """Compare ``function`` with ``reference`` on every sample and dtype; the number compared."""
+    compared = 0
+    for dtype in case.dtypes:
+        for sample in case.samples(dtype):
+            expected = results(case, reference, sample)
+            actual = results(case, function, sample)
+            assert len(actual) == len(expected)
+            for i, (a, e) in enumerate(zip(actual, expected, strict=True)):
+                try:
+                    compare(a, e, dtype)
+                except AssertionError as error:
+                    raise AssertionError(
+                        f"{case.op} {sample.name} {dtype} result {i}: {error}"
+                    ) from None
+            compared += 1
+    return compared
