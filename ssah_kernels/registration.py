@@ -20,7 +20,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
         first = ready[0] if isinstance(ready[0], Tensor) else ready[0][0]
-        return backends.kernel(backends.choose(first.device), op)(*ready, **kwargs)
+        with torch.no_grad():
+            return backends.kernel(backends.choose(first.device), op)(*ready, **kwargs)
 
     return run
 
@@ -30,6 +31,8 @@ def register() -> None:
         _lib.define(op + schema)
         function = _dispatch(op) if op in KERNELS else getattr(autograd, op)
         _lib.impl(op, function, "CompositeExplicitAutograd")
+        if op.endswith("_"):  # returns nothing to differentiate; its state must not join the graph
+            _lib.impl(op, torch.library.fallthrough_kernel, "Autograd")
         torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)
     autograd.register(_lib)
 

@@ -2,7 +2,8 @@
 
 SCHEMAS: dict[str, str] = {
     "channel_moments_": (
-        "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor? token_mask=None) -> ()"
+        "(Tensor x, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2, Tensor? token_mask=None)"
+        " -> ()"
     ),
     "gated_moments": (
         "(Tensor gate, Tensor up, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2,"

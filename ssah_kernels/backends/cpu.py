@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -24,10 +25,9 @@ def _load() -> tuple[ModuleType | None, torch.library.Library]:
     for op in KERNELS:
         library.define(op + SCHEMAS[op])
     try:
-        from ssah_kernels import _C
+        return importlib.import_module("ssah_kernels._C"), library
     except ModuleNotFoundError:
         return None, library
-    return _C, library
 
 
 def facts() -> dict[str, str]:
