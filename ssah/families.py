@@ -1,0 +1,156 @@
+"""Where each architecture keeps its depth-2 modules: one declarative entry per family.
+
+Only :mod:`ssah.units` reads these entries. All paths are relative to one decoder layer. To teach
+the library another architecture, describe it with a :class:`Family` and call
+:func:`register_family`; nothing else in the library knows about architectures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ValueLayout = Literal["separate", "qkv", "qkv_per_head"]
+VALUE_LAYOUTS: tuple[ValueLayout, ...] = ("separate", "qkv", "qkv_per_head")
+
+
+@dataclass(frozen=True)
+class FFN:
+    """A feed-forward module: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` ungated.
+
+    Attributes:
+        down: path of B.
+        up: path of the up projection; for ``fused`` the projection whose output is gate, then up.
+        gate: path of the gate projection; None for an ungated or a fused module.
+        fused: whether ``up`` holds gate (first half of its outputs) and up (second half).
+        module: path of the module whose forward is exactly ``down(act(gate(x)) * up(x))``: the
+            gated product then runs through one fused operator. None where there is no such module.
+        act: path of the activation module; needed with ``module``.
+    """
+
+    down: str
+    up: str
+    gate: str | None = None
+    fused: bool = False
+    module: str | None = None
+    act: str | None = None
+
+
+@dataclass(frozen=True)
+class Attention:
+    """An attention module: B is the output projection O, A is the value projection V.
+
+    Attributes:
+        down: path of O.
+        value: path of the projection that computes the values.
+        layout: how the outputs of ``value`` are laid out. ``"separate"``: values alone, head by
+            head. ``"qkv"``: all queries, all keys, all values. ``"qkv_per_head"``: query, key and
+            value of the first head, then of the second, and so on.
+    """
+
+    down: str
+    value: str
+    layout: ValueLayout = "separate"
+
+
+@dataclass(frozen=True)
+class Family:
+    """The depth-2 modules of one architecture.
+
+    Attributes:
+        layers: path of the list of decoder layers in the decoder (``model.get_decoder()``).
+        ffn: the layer's feed-forward module, or None.
+        attention: the layer's attention module, or None.
+        maskless: whether a right-padded batch may be run without its attention mask, because
+            attention is causal and positions default to 0, 1, 2, ... for the attended tokens.
+    """
+
+    layers: str
+    ffn: FFN | None
+    attention: Attention | None
+    maskless: bool = False
+
+
+_GATED_FFN = FFN(
+    down="mlp.down_proj", up="mlp.up_proj", gate="mlp.gate_proj", module="mlp", act="mlp.act_fn"
+)
+_SELF_ATTENTION = Attention(down="self_attn.o_proj", value="self_attn.v_proj")
+_LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
+
+FAMILIES: dict[str, Family] = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
+    "granite": _LLAMA,
+    "olmo2": _LLAMA,
+    "phi3": Family(
+        layers="layers",
+        ffn=FFN(
+            down="mlp.down_proj",
+            up="mlp.gate_up_proj",
+            fused=True,
+            module="mlp",
+            act="mlp.activation_fn",
+        ),
+        attention=Attention(down="self_attn.o_proj", value="self_attn.qkv_proj", layout="qkv"),
+        maskless=True,
+    ),
+    "gpt2": Family(
+        layers="h",
+        ffn=FFN(down="mlp.c_proj", up="mlp.c_fc"),
+        attention=Attention(down="attn.c_proj", value="attn.c_attn", layout="qkv"),
+        maskless=True,
+    ),
+    "opt": Family(
+        layers="layers",
+        ffn=FFN(down="fc2", up="fc1"),
+        attention=Attention(down="self_attn.out_proj", value="self_attn.v_proj"),
+        maskless=True,
+    ),
+    "gpt_neox": Family(
+        layers="layers",
+        ffn=FFN(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h"),
+        attention=Attention(
+            down="attention.dense", value="attention.query_key_value", layout="qkv_per_head"
+        ),
+        maskless=True,
+    ),
+}
+
+
+def register_family(model_type: str, family: Family, *, replace: bool = False) -> None:
+    """Teach the library the architecture ``model_type``.
+
+    Args:
+        model_type: ``model.config.get_text_config().model_type``, e.g. ``"llama"``.
+        family: where that architecture keeps its depth-2 modules.
+        replace: allow a known ``model_type`` to be described anew.
+
+    Raises:
+        TypeError: ``family`` is not a :class:`Family`.
+        ValueError: ``model_type`` is known and ``replace`` is False, or the entry has neither an
+            FFN nor attention, or contradicts itself.
+    """
+    if not isinstance(family, Family):
+        raise TypeError(f"family is a {type(family).__name__}, must be a Family")
+    if model_type in FAMILIES and not replace:
+        raise ValueError(
+            f"model_type {model_type!r} is already registered; pass replace=True to redefine it"
+        )
+    ffn, attention = family.ffn, family.attention
+    if ffn is None and attention is None:
+        raise ValueError("family has neither ffn nor attention; it must have at least one")
+    if ffn is not None and ffn.module is not None:
+        gated = ffn.fused or ffn.gate is not None
+        if ffn.act is None or not gated:
+            raise ValueError("family.ffn.module needs family.ffn.act, and a gate or fused=True")
+    if ffn is not None and ffn.fused and ffn.gate is not None:
+        raise ValueError("family.ffn is fused: family.ffn.gate must be None")
+    if attention is not None and attention.layout not in VALUE_LAYOUTS:
+        raise ValueError(
+            f"family.attention.layout is {attention.layout!r}, must be one of {VALUE_LAYOUTS}"
+        )
+    FAMILIES[model_type] = family

@@ -1,0 +1,147 @@
+"""Which model and data a result came from, and how results are written and read.
+
+A result is a folder with ``meta.json`` and one safetensors file that it names. The JSON is
+replaced last and in one step, so that a folder holds either the whole old result or the whole new
+one, whatever happens in between.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor, nn
+
+__all__ = ["check_same_model", "config_hash", "load_tensors", "model_name", "save_tensors"]
+
+META = "meta.json"
+
+# Settings that change neither the units nor what the model computes: not part of its identity.
+_VOLATILE = frozenset(
+    {
+        "_name_or_path",
+        "_attn_implementation",
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "problem_type",
+        "quantization_config",
+        "return_dict",
+        "sep_token_id",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    }
+)
+
+
+def _stable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _stable(item) for key, item in value.items() if str(key) not in _VOLATILE}
+    if isinstance(value, list | tuple):
+        return [_stable(item) for item in value]
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)
+
+
+def config_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of the model's configuration, without what does not shape the model.
+
+    Left out: the name, the dtype, the attention implementation, special token ids, library
+    versions. A fine-tuned copy of a model therefore has the hash of the original.
+    """
+    text = json.dumps(_stable(model.config.to_dict()), sort_keys=True)  # type: ignore[union-attr, operator]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def model_name(model: nn.Module) -> str:
+    """Hub id or path that the model was loaded from, or its class name."""
+    return getattr(model.config, "name_or_path", "") or type(model).__name__
+
+
+def check_same_model(
+    model: nn.Module, expected_hash: str, *, expected_name: str, what: str
+) -> None:
+    """Refuse a result that was made on a model of another configuration.
+
+    Args:
+        model: the model that the result is to be used with.
+        expected_hash: :func:`config_hash` stored with the result.
+        expected_name: :func:`model_name` stored with the result.
+        what: what the result is, for the message, e.g. ``"attribution"``.
+
+    Raises:
+        ValueError: the configurations differ.
+    """
+    actual = config_hash(model)
+    if actual != expected_hash:
+        raise ValueError(
+            f"{what} was made on {expected_name!r} (config hash {expected_hash[:12]}), but the "
+            f"model given is {model_name(model)!r} (config hash {actual[:12]}): its configuration "
+            "differs, so units of one do not belong to the other"
+        )
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> None:
+    """Write ``tensors`` and ``meta`` (JSON types only) to ``directory``: whole, or not at all.
+
+    An earlier result in the folder is replaced.
+
+    Raises:
+        ValueError: ``meta`` has the reserved keys ``"tensors"`` or ``"sha256"``.
+    """
+    reserved = {"tensors", "sha256"} & set(meta)
+    if reserved:
+        raise ValueError(f"meta has the reserved keys {sorted(reserved)}")
+    folder = Path(directory)
+    content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"tensors-{digest[:12]}.safetensors"
+    text = json.dumps({**meta, "tensors": name, "sha256": digest}, indent=2) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / name, content)
+    _replace(folder / META, text.encode())
+    for old in folder.glob("tensors-*.safetensors"):
+        if old.name != name:
+            old.unlink()
+
+
+def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote: the tensors (on the CPU) and the metadata.
+
+    Raises:
+        FileNotFoundError: the folder has no ``meta.json``.
+        ValueError: the tensors are not the ones that ``meta.json`` describes.
+    """
+    folder = Path(directory)
+    if not (folder / META).is_file():
+        raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
+    meta = json.loads((folder / META).read_text())
+    content = (folder / meta.pop("tensors")).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != meta.pop("sha256"):
+        raise ValueError(f"directory {str(folder)!r}: the tensors are not those {META} describes")
+    return safetensors.torch.load(content), meta

@@ -1,0 +1,317 @@
+"""Depth-2 modules of a model and the units they hold.
+
+A depth-2 module is f(X) = B sigma(A X): in an FFN, A is gate and up, B is down; in attention, A is
+V and B is O. Unit j is row j of every A (with A's bias there) and column j of B. B's bias belongs
+to no unit. This is the only module that knows about architectures (through
+:mod:`ssah.families`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ssah.families import FAMILIES, FFN, Attention, Family, register_family
+from ssah.unit_set import UnitSet
+
+__all__ = [
+    "FFN",
+    "KINDS",
+    "Attention",
+    "DepthTwoModule",
+    "Family",
+    "GatedFFN",
+    "UnitSet",
+    "UnitSlice",
+    "check_units",
+    "family_of",
+    "find_modules",
+    "register_family",
+]
+
+KINDS: tuple[str, ...] = ("mlp", "attention")
+
+# Class of the activation module -> the name under which `gated_moments` knows its function.
+_ACT_NAMES: dict[str, str] = {
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "FastGELUActivation": "gelu_tanh",
+    "AccurateGELUActivation": "gelu_tanh",
+    "ReLU": "relu",
+    "ReLUSquaredActivation": "relu2",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class UnitSlice:
+    """Which entries of one parameter the units of a module own.
+
+    Attributes:
+        param: name in ``model.named_parameters()``.
+        dim: dimension of the parameter that runs over units.
+        index: int64 ``[n_units]``, the entry along ``dim`` that unit j owns. Several units map to
+            one entry where key/value heads are shared.
+    """
+
+    param: str
+    dim: int
+    index: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class GatedFFN:
+    """The gated part of an FFN, for running it through one fused operator.
+
+    Attributes:
+        module: the module whose forward is ``down(act(gate) * up)``.
+        project: maps the module's input ``[..., hidden]`` to gate and up, each ``[..., n_units]``;
+            views of one tensor where the projection is fused.
+        act: the activation's name in :func:`ssah_kernels.ops.gated_moments`.
+    """
+
+    module: nn.Module
+    project: Callable[[Tensor], tuple[Tensor, Tensor]]
+    act: str
+
+
+@dataclass(frozen=True, eq=False)
+class DepthTwoModule:
+    """One depth-2 module of a model.
+
+    Attributes:
+        name: B's qualified module name, e.g. ``"model.layers.0.mlp.down_proj"``; the key
+            everywhere.
+        kind: ``"mlp"`` or ``"attention"``.
+        n_units: inner dimension, the number of columns of B.
+        down: B, an ``nn.Linear`` (weight ``[out, in]``) or a transformers ``Conv1D``
+            (weight ``[in, out]``).
+        inputs: rows of A: weights and biases.
+        output: columns of B.
+        gated: the fused path of a gated FFN, or None where B's input can only be watched.
+    """
+
+    name: str
+    kind: str
+    n_units: int
+    down: nn.Module
+    inputs: tuple[UnitSlice, ...]
+    output: UnitSlice
+    gated: GatedFFN | None = None
+
+
+def family_of(model: nn.Module) -> Family:
+    """The declarative entry of ``model``'s architecture.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+        ValueError: its architecture is unknown; the message says how to register it.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"model is a {type(model).__name__}, must be a transformers.PreTrainedModel "
+            "(merge or unload adapters first, e.g. peft's merge_and_unload())"
+        )
+    model_type = model.config.get_text_config(decoder=True).model_type
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ValueError(
+            f"model has the unknown architecture {model_type!r} ({type(model).__name__}); known: "
+            f"{', '.join(sorted(FAMILIES))}. To add it, say where it keeps its projections: "
+            f"ssah.register_family({model_type!r}, ssah.Family(layers='layers', "
+            "ffn=ssah.FFN(down=..., up=..., gate=...), "
+            "attention=ssah.Attention(down=..., value=...)))"
+        )
+    return family
+
+
+def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, DepthTwoModule]:
+    """The depth-2 modules of ``model`` by B's qualified name, in the order in which they run.
+
+    Args:
+        model: a transformers model of a known family.
+        modules: which kinds, of ``"mlp"`` and ``"attention"``.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+        ValueError: unknown architecture or kind, no such modules, or a projection that is not a
+            plain ``nn.Linear`` or ``Conv1D`` (quantised, or wrapped by an adapter).
+    """
+    kinds = (modules,) if isinstance(modules, str) else tuple(modules)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown or not kinds:
+        raise ValueError(f"modules is {kinds!r}, must be one or more of {KINDS}")
+    family = family_of(model)
+    assert isinstance(model, PreTrainedModel)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    path = f"{prefix}.{family.layers}" if prefix else family.layers
+    found: dict[str, DepthTwoModule] = {}
+    for i in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+        layer = f"{path}.{i}"
+        if family.attention is not None and "attention" in kinds:
+            module = _attention_module(model, layer, family.attention)
+            found[module.name] = module
+        if family.ffn is not None and "mlp" in kinds:
+            module = _ffn_module(model, layer, family.ffn)
+            found[module.name] = module
+    if not found:
+        raise ValueError(f"model {type(model).__name__} has no depth-2 modules of kind {kinds!r}")
+    return found
+
+
+def _projection(model: nn.Module, name: str) -> nn.Module:
+    try:
+        module = model.get_submodule(name)
+    except AttributeError as error:
+        raise ValueError(
+            f"model {type(model).__name__} has no module {name!r}, which the entry of its family "
+            "names; register a family that fits it"
+        ) from error
+    if isinstance(module, nn.Linear):
+        shape = (module.out_features, module.in_features)
+    elif isinstance(module, Conv1D):
+        shape = (module.nx, module.nf)
+    else:
+        raise ValueError(
+            f"module {name!r} is a {type(module).__name__}, must be nn.Linear or Conv1D "
+            "(merge adapters and dequantise the model first)"
+        )
+    if tuple(module.weight.shape) != shape:
+        raise ValueError(
+            f"module {name!r} has a weight of shape {tuple(module.weight.shape)}, must be {shape} "
+            "(dequantise the model first)"
+        )
+    return module
+
+
+def _features(module: nn.Module) -> tuple[int, int]:
+    """Input and output width of a projection."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    assert isinstance(module, Conv1D)
+    return module.nx, module.nf
+
+
+def _rows(name: str, module: nn.Module, index: Tensor) -> list[UnitSlice]:
+    """Outputs ``index`` of a projection: rows of its weight, entries of its bias."""
+    slices = [UnitSlice(f"{name}.weight", 0 if isinstance(module, nn.Linear) else 1, index)]
+    if module.bias is not None:
+        slices.append(UnitSlice(f"{name}.bias", 0, index))
+    return slices
+
+
+def _columns(name: str, module: nn.Module) -> UnitSlice:
+    """All inputs of a projection: columns of its weight."""
+    dim = 1 if isinstance(module, nn.Linear) else 0
+    return UnitSlice(f"{name}.weight", dim, torch.arange(_features(module)[0]))
+
+
+def _ffn_module(model: nn.Module, layer: str, ffn: FFN) -> DepthTwoModule:
+    name = f"{layer}.{ffn.down}"
+    down = _projection(model, name)
+    n_units = _features(down)[0]
+    up_name = f"{layer}.{ffn.up}"
+    up = _projection(model, up_name)
+    _check_width(up_name, up, (2 if ffn.fused else 1) * n_units, name)
+    units = torch.arange(n_units)
+    inputs: list[UnitSlice] = []
+    gate = None
+    if ffn.fused:
+        inputs += _rows(up_name, up, units) + _rows(up_name, up, n_units + units)
+    else:
+        if ffn.gate is not None:
+            gate_name = f"{layer}.{ffn.gate}"
+            gate = _projection(model, gate_name)
+            _check_width(gate_name, gate, n_units, name)
+            inputs += _rows(gate_name, gate, units)
+        inputs += _rows(up_name, up, units)
+    return DepthTwoModule(
+        name,
+        "mlp",
+        n_units,
+        down,
+        tuple(inputs),
+        _columns(name, down),
+        _gated(model, layer, ffn, gate, up),
+    )
+
+
+def _gated(
+    model: nn.Module, layer: str, ffn: FFN, gate: nn.Module | None, up: nn.Module
+) -> GatedFFN | None:
+    if ffn.module is None or ffn.act is None:
+        return None
+    act = _ACT_NAMES.get(type(model.get_submodule(f"{layer}.{ffn.act}")).__name__)
+    if act is None:
+        return None
+
+    def project(x: Tensor) -> tuple[Tensor, Tensor]:
+        if gate is not None:
+            return gate(x), up(x)
+        first, second = up(x).chunk(2, dim=-1)
+        return first, second
+
+    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, act)
+
+
+def _attention_module(model: nn.Module, layer: str, attention: Attention) -> DepthTwoModule:
+    name = f"{layer}.{attention.down}"
+    down = _projection(model, name)
+    n_units = _features(down)[0]
+    value_name = f"{layer}.{attention.value}"
+    value = _projection(model, value_name)
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    n_heads = config.num_attention_heads
+    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
+    head_dim = n_units // n_heads
+    units = torch.arange(n_units)
+    head, channel = units // head_dim, units % head_dim
+    if attention.layout == "separate":
+        width = n_kv_heads * head_dim
+        index = head // (n_heads // n_kv_heads) * head_dim + channel
+    elif attention.layout == "qkv":
+        width = n_units + 2 * n_kv_heads * head_dim
+        first = n_units + n_kv_heads * head_dim
+        index = first + head // (n_heads // n_kv_heads) * head_dim + channel
+    else:
+        width = 3 * n_units
+        index = (3 * head + 2) * head_dim + channel
+    _check_width(value_name, value, width, name)
+    inputs = _rows(value_name, value, index)
+    return DepthTwoModule(name, "attention", n_units, down, tuple(inputs), _columns(name, down))
+
+
+def _check_width(name: str, module: nn.Module, width: int, down: str) -> None:
+    if _features(module)[1] != width:
+        raise ValueError(
+            f"module {name!r} has {_features(module)[1]} outputs, must have {width} to feed "
+            f"{down!r}; register a family that fits the model"
+        )
+
+
+def check_units(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
+    """The depth-2 modules of ``model`` that ``units`` is over, in model order.
+
+    Raises:
+        ValueError: ``units`` has modules that the model lacks, or of another size; they are named.
+    """
+    found = find_modules(model)
+    missing = [name for name in units if name not in found]
+    if missing:
+        raise ValueError(
+            f"units has modules that the model {type(model).__name__} lacks: {', '.join(missing)}"
+        )
+    for name, size in units.sizes.items():
+        if found[name].n_units != size:
+            raise ValueError(
+                f"units has {size} units in {name!r}, the model has {found[name].n_units}"
+            )
+    return {name: module for name, module in found.items() if name in units}
