@@ -1,0 +1,70 @@
+"""Safety-critical neurons of language models: find them, switch them off, keep them, transfer them.
+
+Follows the Superficial Safety Alignment Hypothesis (Li & Kim, arXiv 2410.10862). Public names are
+imported when they are first used, so that `import ssah` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ssah.transfer import Transfer, transfer
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from ssah import data
+    from ssah.ablation import ablate, prune
+    from ssah.attribution import Attribution, attribute
+    from ssah.families import FFN, Attention, Family, register_family
+    from ssah.groups import UnitGroups, classify
+    from ssah.units import UnitSet, find_modules
+
+__all__ = [
+    "FFN",
+    "Attention",
+    "Attribution",
+    "Family",
+    "Transfer",
+    "UnitGroups",
+    "UnitSet",
+    "ablate",
+    "attribute",
+    "classify",
+    "data",
+    "find_modules",
+    "prune",
+    "register_family",
+    "transfer",
+]
+
+# Public name -> the module that defines it.
+_HOME = {
+    "FFN": "ssah.families",
+    "Attention": "ssah.families",
+    "Attribution": "ssah.attribution",
+    "Family": "ssah.families",
+    "UnitGroups": "ssah.groups",
+    "UnitSet": "ssah.units",
+    "ablate": "ssah.ablation",
+    "attribute": "ssah.attribution",
+    "classify": "ssah.groups",
+    "find_modules": "ssah.units",
+    "prune": "ssah.ablation",
+    "register_family": "ssah.families",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "data":
+        return import_module("ssah.data")
+    if name not in _HOME:
+        raise AttributeError(f"module 'ssah' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,265 @@
+"""Taking units out of a model: for a while (`ablate`) or for good (`prune`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.provenance import check_same_model
+from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
+
+if TYPE_CHECKING:
+    from ssah.attribution import Attribution
+
+
+@dataclass(frozen=True, eq=False)
+class _Columns:
+    """Some columns of one module's B."""
+
+    weight: nn.Parameter
+    dim: int  # of the weight, running over units: 1 in a Linear, 0 in a Conv1D
+    index: Tensor  # int64 [n]
+
+
+def _columns(
+    model: nn.Module, units: UnitSet, modules: Mapping[str, DepthTwoModule]
+) -> dict[str, _Columns]:
+    """The columns of B that units own, by module; refuses weights that cannot be written."""
+    columns = {}
+    for name, module in modules.items():
+        if len(units[name]) == 0:
+            continue
+        weight = model.get_parameter(module.output.param)
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                f"{module.output.param} is {weight.dtype} on {weight.device}; it must be a "
+                "floating-point weight in memory (dequantize the model, and load it whole)"
+            )
+        index = module.output.index[units[name]].to(weight.device)
+        columns[name] = _Columns(weight, module.output.dim, index)
+    return columns
+
+
+def _checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
+    if not isinstance(units, UnitSet):
+        raise TypeError(
+            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
+        )
+    return check_units(model, units)
+
+
+# Writes happen in inference mode: it alone may write to inference tensors, and ordinary
+# parameters still get their version counted, so that a pending backward pass notices the change.
+
+
+def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module]:
+    """Context manager: the units' columns of B are zero inside, and back bit for bit after.
+
+    They are put back after an exception too. Only the touched columns are copied. Ablations nest
+    and may overlap, as long as the last one entered is the first one left, which `with` ensures.
+    Inside, the model must not be converted to another dtype or device, and what is trained or
+    loaded into these columns is lost.
+
+    Args:
+        model: a model that `find_modules` knows.
+        units: what to ablate, for instance `groups["scu"]`. Yields the model.
+
+    Raises:
+        ValueError: where units belong to another model, or a weight is quantized or not in memory.
+
+    Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
+    """
+    return _ablated(model, _columns(model, units, _checked_modules(model, units)))
+
+
+@contextmanager
+def _ablated(model: nn.Module, columns: Mapping[str, _Columns]) -> Iterator[nn.Module]:
+    saved: list[tuple[_Columns, Tensor]] = []
+    try:
+        with torch.inference_mode():
+            for each in columns.values():
+                saved.append((each, each.weight.index_select(each.dim, each.index)))
+                each.weight.index_fill_(each.dim, each.index, 0)
+        yield model
+    finally:
+        with torch.inference_mode():
+            for each, values in reversed(saved):
+                each.weight.index_copy_(each.dim, each.index, values)
+
+
+def prune(
+    model: nn.Module,
+    units: UnitSet,
+    *,
+    compensate: bool = False,
+    means: Attribution | Mapping[str, Tensor] | None = None,
+) -> None:
+    """Set units to zero for good: their columns of B, and their rows of A (weights and biases).
+
+    Shapes stay. A row of V that several columns of O share becomes zero once all of these columns
+    are zero. Nothing is changed where an error is raised.
+
+    Args:
+        model: a model that `find_modules` knows; changed in place.
+        units: what to prune, for instance `groups["ru"]`.
+        compensate: add what the units put out on average to B's bias: the sum over pruned j of
+            means[j] * B[:, j], computed in float64 and rounded once. On the tokens that the means
+            were taken over, B's mean output in that module stays what it was (the module's own
+            input unchanged). Where B has no bias, zero biases are created as far as the model's
+            configuration can say so (Llama: `mlp_bias=True` adds them to gate, up and down of
+            every layer, `attention_bias=True` to q, k, v and o), and the configuration is set
+            accordingly: `save_pretrained` and `from_pretrained` then keep them.
+        means: with `compensate`, the mean activation entering B: an `Attribution` of this model,
+            whose `.mean` is taken, or a mapping of B's name to [n_units]. An attribution made
+            before the configuration changed, by an earlier `prune` for one, is refused as another
+            model's: pass its `.mean`.
+
+    Raises:
+        ValueError: where units belong to another model; where `compensate` and `means` are not
+            given together, or a mean is missing, of another length or not finite; where B has no
+            bias and the configuration can express none (names the module).
+    """
+    modules = _checked_modules(model, units)
+    columns = _columns(model, units, modules)
+    if compensate != (means is not None):
+        raise ValueError(
+            f"compensate is {compensate} and means is {'' if means is not None else 'not '}given; "
+            "compensate=True needs means=, and means= is of use only with compensate=True"
+        )
+    shifts: dict[str, Tensor] = {}
+    if means is not None:
+        shifts = _mean_outputs(columns, units, _mean_values(model, means))
+        lacking = [name for name in columns if modules[name].down.bias is None]
+        if lacking:
+            _create_biases(model, lacking)
+    with torch.inference_mode():
+        for name, each in columns.items():
+            each.weight.index_fill_(each.dim, each.index, 0)
+            for rows in modules[name].inputs:
+                _zero_rows(model, rows, units.mask(name), each, modules[name])
+            if name in shifts:
+                bias = model.get_parameter(f"{name}.bias")
+                bias.copy_(bias.to("cpu", torch.float64) + shifts[name])
+
+
+def _zero_rows(
+    model: nn.Module, rows: UnitSlice, pruned: Tensor, columns: _Columns, module: DepthTwoModule
+) -> None:
+    """Zero the entries of one parameter of A that feed nothing but zero columns of B."""
+    parameter = model.get_parameter(rows.param)
+    size = parameter.shape[rows.dim]
+    fed = torch.bincount(rows.index, minlength=size)  # units that each entry feeds
+    dead = pruned
+    if int(fed.max()) > 1:
+        other = columns.weight.dim() - 1 - columns.dim
+        empty = (columns.weight == 0).all(other).cpu()  # also those pruned earlier
+        dead = empty[module.output.index]
+    gone = torch.bincount(rows.index[dead], minlength=size) == fed
+    gone &= torch.bincount(rows.index[pruned], minlength=size) > 0
+    parameter.index_fill_(rows.dim, gone.nonzero().flatten().to(parameter.device), 0)
+
+
+# ------------------------------------------------------------------------------- compensation
+
+
+def _mean_values(
+    model: nn.Module, means: Attribution | Mapping[str, Tensor]
+) -> Mapping[str, Tensor]:
+    if isinstance(means, Mapping):
+        return means
+    check_same_model(
+        model, means.config_hash, expected_name=means.model_name, what="the attribution in means"
+    )
+    return means.mean
+
+
+def _mean_outputs(
+    columns: Mapping[str, _Columns], units: UnitSet, means: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """sum over j of means[j] * B[:, j] by module: float64 [out_features] on the CPU."""
+    outputs = {}
+    for name, each in columns.items():
+        if name not in means:
+            raise ValueError(f"means lacks {name}; it must have every module with pruned units")
+        mean = torch.as_tensor(means[name]).detach().to("cpu", torch.float64)
+        if mean.shape != (units.sizes[name],):
+            raise ValueError(
+                f"means of {name} has shape {list(mean.shape)}; it must be one number per unit, "
+                f"[{units.sizes[name]}]"
+            )
+        mean = mean[units[name]]
+        if not bool(mean.isfinite().all()):
+            raise ValueError(f"means of {name} are NaN or infinite at pruned units; must be finite")
+        with torch.inference_mode():
+            chosen = each.weight.index_select(each.dim, each.index).to("cpu", torch.float64)
+        outputs[name] = torch.tensordot(chosen, mean, dims=([each.dim], [0]))
+    return outputs
+
+
+def _create_biases(model: nn.Module, lacking: list[str]) -> None:
+    """Give the B of these modules a zero bias that the model's configuration knows about.
+
+    Which flag adds which bias is found by building the model without memory from a changed
+    configuration, so that what is created is what `from_pretrained` will look for.
+    """
+    flags, created = _bias_flags(model, lacking)
+    for name, shape in created.items():
+        owner = name.removesuffix(".bias")
+        weight = model.get_parameter(f"{owner}.weight")
+        bias = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
+        parameter = nn.Parameter(bias, requires_grad=weight.requires_grad)
+        model.get_submodule(owner).register_parameter("bias", parameter)
+    for config, flag in flags:
+        setattr(config, flag, True)
+
+
+def _bias_flags(
+    model: nn.Module, lacking: list[str]
+) -> tuple[list[tuple[Any, str]], dict[str, torch.Size]]:
+    """Configuration flags that give these modules a bias, and every parameter that they add."""
+    missing = {f"{name}.bias": name for name in lacking}
+    flags: list[tuple[Any, str]] = []
+    created: dict[str, torch.Size] = {}
+    if isinstance(model, PreTrainedModel):
+        present = _shapes(model)
+        for part in ("", *type(model.config).sub_configs):
+            config = getattr(model.config, part) if part else model.config
+            off = [flag for flag, value in vars(config).items() if value is False]
+            for flag in (flag for flag in off if flag.endswith("bias")):
+                variant = copy.deepcopy(model.config)
+                setattr(getattr(variant, part) if part else variant, flag, True)
+                with torch.device("meta"):
+                    shapes = _shapes(type(model)(variant))
+                added = {name: shape for name, shape in shapes.items() if name not in present}
+                unchanged = present.items() <= shapes.items()
+                if unchanged and missing.keys() & added.keys() and _are_biases(model, added):
+                    flags.append((config, flag))
+                    created |= added
+    for parameter, name in missing.items():
+        if parameter not in created:
+            raise ValueError(
+                f"{name} has no bias, and the configuration of {type(model).__name__} can express "
+                "none, so that compensate=True has nowhere to put the units' mean output; "
+                "use compensate=False, or leave these units out"
+            )
+    return flags, created
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _are_biases(model: nn.Module, names: Mapping[str, torch.Size]) -> bool:
+    """Whether all are biases of linear layers, so that zero in each changes no output."""
+    return all(
+        name.endswith(".bias")
+        and isinstance(model.get_submodule(name.removesuffix(".bias")), nn.Linear)
+        for name in names
+    )

@@ -1,0 +1,532 @@
+"""Sorting units into safety-critical, utility-critical, redundant and complex ones.
+
+`classify` ranks units by two attributions, one measured on a safety set (I_S) and one on a utility
+set (I_U). Redundant units are chosen first, then safety-critical, then utility-critical ones, each
+from what is left; the rest is complex (Li & Kim, arXiv 2410.10862, section 4).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from ssah import __version__
+from ssah.provenance import check_same_model, load_tensors, save_tensors
+from ssah.units import UnitSet, check_units
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from ssah.attribution import Attribution
+
+GROUPS = ("scu", "ucu", "ru", "cu")
+SCOPES = ("module", "model")
+NORMALIZATIONS = ("none", "zscore", "rank")
+ORDERS = ("safety", "utility", "difference", "sum")
+METADATA = ("metric", "tokens", "model_name", "config_hash", "data_fingerprint")
+
+_CONTENT = "ssah unit groups"
+_SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
+
+Scope = Literal["module", "model"]
+Normalize = Literal["none", "zscore", "rank"]
+By = Literal["safety", "utility", "difference", "sum"]
+
+
+# ------------------------------------------------------------------------------------- ranking
+
+
+def _share_count(share: float, n: int) -> int:
+    """How many of n units a share is: floor(share * n + 0.5)."""
+    return math.floor(share * n + 0.5)
+
+
+def _lowest(key: Tensor, candidates: Tensor, count: int) -> Tensor:
+    """The `count` candidates with the lowest key, ties to the lower index.
+
+    key: float64 [n]; candidates: sorted int64 [m]. Returns a sorted int64 tensor of min(count, m)
+    indices into key. A selection in O(n) in place of a sort.
+    """
+    count = min(count, len(candidates))
+    if count == 0:
+        return candidates[:0]
+    values = key[candidates]
+    threshold = values.kthvalue(count).values
+    chosen = values < threshold
+    ties = (values == threshold).nonzero().flatten()
+    chosen[ties[: count - int(chosen.sum())]] = True
+    return candidates[chosen]
+
+
+def _without(candidates: Tensor, taken: Tensor, n: int) -> Tensor:
+    """The candidates that were not taken, both sorted indices below n."""
+    left = torch.zeros(n, dtype=torch.bool)
+    left[candidates] = True
+    left[taken] = False
+    return left.nonzero().flatten()
+
+
+def _zscore(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation, ddof 0; all zero where x is constant.
+
+    The sums are exactly rounded, so that the bits depend neither on threads nor on the machine,
+    and deviations are scaled first, so that squares of tiny scores do not underflow.
+    """
+    if bool(x.min() == x.max()):
+        return torch.zeros_like(x)
+    deviation = x - math.fsum(x.tolist()) / len(x)
+    deviation = deviation / deviation.abs().max()
+    variance = math.fsum((deviation * deviation).tolist()) / len(x)
+    return deviation / math.sqrt(variance)
+
+
+def _rank(x: Tensor) -> Tensor:
+    """position / (n - 1) in ascending order; equal values: the lower index comes first.
+
+    A single unit has position 0, and rank 0.
+    """
+    positions = torch.empty(len(x), dtype=torch.float64)
+    positions[x.argsort(stable=True)] = torch.arange(len(x), dtype=torch.float64)
+    return positions / max(len(x) - 1, 1)
+
+
+def _normalized(scores: Mapping[str, Tensor], normalize: str) -> dict[str, Tensor]:
+    """The scores of each module, normalised by themselves."""
+    if normalize == "zscore":
+        return {name: _zscore(x) for name, x in scores.items()}
+    if normalize == "rank":
+        return {name: _rank(x) for name, x in scores.items()}
+    return dict(scores)
+
+
+def _blocks(names: Sequence[str], scope: str) -> list[list[str]]:
+    """Modules that are ranked together."""
+    return [list(names)] if scope == "model" else [[name] for name in names]
+
+
+def _split(chosen: Tensor, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Sorted indices into the concatenation of modules, given back to each module."""
+    ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
+    bounds = [0, *torch.searchsorted(chosen, ends).tolist()]
+    starts = [0, *ends.tolist()]
+    return {name: chosen[bounds[i] : bounds[i + 1]] - starts[i] for i, name in enumerate(names)}
+
+
+# ---------------------------------------------------------------------------------- validation
+
+
+def _choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(allowed)}")
+
+
+def _fraction(argument: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
+    if not 0.0 <= value <= 1.0:
+        raise ValueError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
+    return float(value)
+
+
+def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Scores as float64 [n_units] on the CPU; refuses empty, ragged and non-finite ones by name."""
+    if not scores:
+        raise ValueError(f"{role} has no modules; it must have scores for at least one")
+    checked = {}
+    for name, value in scores.items():
+        x = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        if x.dim() != 1 or len(x) == 0:
+            raise ValueError(
+                f"{role}: the scores of {name} have shape {list(x.shape)}; "
+                "they must be one number per unit, [n_units]"
+            )
+        bad = int((~x.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"{role}: {bad} of {len(x)} scores of {name} are NaN or infinite; "
+                "every score must be finite"
+            )
+        checked[name] = x
+    return checked
+
+
+def _check_same_modules(
+    left_name: str, left: Mapping[str, int], right_name: str, right: Mapping[str, int]
+) -> None:
+    for here, there, a, b in (
+        (left_name, right_name, left, right),
+        (right_name, left_name, right, left),
+    ):
+        missing = [name for name in a if name not in b]
+        if missing:
+            raise ValueError(
+                f"{there} lacks {len(missing)} of the modules of {here}, {missing[0]} for one; "
+                "both must cover the same modules"
+            )
+    for name, n in left.items():
+        if right[name] != n:
+            raise ValueError(
+                f"{name} has {n} units in {left_name} and {right[name]} in {right_name}; "
+                "both must be of the same model"
+            )
+
+
+def _scores(attribution: Attribution | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    return attribution if isinstance(attribution, Mapping) else attribution.scores
+
+
+def _shared_metadata(
+    safety: Attribution | Mapping[str, Tensor], utility: Attribution | Mapping[str, Tensor]
+) -> dict[str, Any] | None:
+    """Where both attributions come from; refuses two that cannot be compared."""
+    if isinstance(safety, Mapping) and isinstance(utility, Mapping):
+        return None
+    if isinstance(safety, Mapping) or isinstance(utility, Mapping):
+        raise TypeError(
+            f"safety is {type(safety).__name__} and utility is {type(utility).__name__}; "
+            "both must be Attribution, or both mappings of module name to scores"
+        )
+    for field, meaning in (
+        ("metric", "metric"),
+        ("tokens", "token selection"),
+        ("model_name", "model"),
+        ("config_hash", "model configuration"),
+    ):
+        a, b = getattr(safety, field), getattr(utility, field)
+        if a != b:
+            raise ValueError(
+                f"safety and utility differ in {meaning}: {field} is {a!r} in safety and {b!r} in "
+                "utility; both must be measured in the same way on the same model"
+            )
+    return {
+        "metric": safety.metric,
+        "tokens": safety.tokens,
+        "model_name": safety.model_name,
+        "config_hash": safety.config_hash,
+        "data_fingerprint": {
+            "safety": safety.data_fingerprint,
+            "utility": utility.data_fingerprint,
+        },
+    }
+
+
+# --------------------------------------------------------------------------------- unit groups
+
+
+class UnitGroups(Mapping[str, UnitSet]):
+    """The four groups of units of a model: `"scu"`, `"ucu"`, `"ru"` and `"cu"`, each a `UnitSet`.
+
+    Groups are disjoint, and together they hold every unit of the scope. Made by `classify`.
+
+    Attributes:
+        safety, utility: the scores I_S and I_U that were ranked, as measured: B's name to float64
+            [n_units] on the CPU, in model order.
+        shares: what was asked for, `{"scu": ..., "ucu": ..., "ru": ...}`, fractions of all units.
+        scope: `"module"` or `"model"`, what was ranked together.
+        normalize: `"none"`, `"zscore"` or `"rank"`.
+        metadata: where the scores come from: `metric`, `tokens`, `model_name`, `config_hash` and
+            `data_fingerprint` (one each for safety and utility); values are None where plain
+            mappings of scores were classified.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, UnitSet],
+        *,
+        safety: Mapping[str, Tensor],
+        utility: Mapping[str, Tensor],
+        shares: Mapping[str, float],
+        scope: Scope = "module",
+        normalize: Normalize = "none",
+        metadata: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Raises ValueError where groups overlap, leave a unit out or differ from the scores."""
+        _choice("scope", scope, SCOPES)
+        _choice("normalize", normalize, NORMALIZATIONS)
+        if sorted(groups) != sorted(GROUPS):
+            raise ValueError(f"groups are named {sorted(groups)}; they must be {list(GROUPS)}")
+        self.safety = _checked_scores("safety", safety)
+        self.utility = _checked_scores("utility", utility)
+        self.sizes = {name: len(x) for name, x in self.safety.items()}
+        _check_same_modules(
+            "safety", self.sizes, "utility", {name: len(x) for name, x in self.utility.items()}
+        )
+        self.utility = {name: self.utility[name] for name in self.sizes}
+        self.shares = dict(shares)
+        self.scope = scope
+        self.normalize = normalize
+        self.metadata = dict.fromkeys(METADATA) | dict(metadata or {})
+        self._groups = {group: groups[group] for group in GROUPS}
+        for group, units in self._groups.items():
+            _check_same_modules("safety", self.sizes, f"group {group}", units.sizes)
+        self._labels = self._check_partition()
+
+    def _check_partition(self) -> dict[str, Tensor]:
+        """The group of every unit: B's name to uint8 [n_units], positions in GROUPS."""
+        labels = {}
+        for name, n in self.sizes.items():
+            masks = torch.stack([self._groups[group].mask(name) for group in GROUPS])  # [4, n]
+            times = masks.sum(0)
+            if bool((times != 1).any()):
+                unit = int((times != 1).nonzero()[0])
+                raise ValueError(
+                    f"unit {unit} of {name} is in {int(times[unit])} groups; "
+                    f"each of its {n} units must be in exactly one"
+                )
+            labels[name] = masks.to(torch.uint8).argmax(0).to(torch.uint8)
+        return labels
+
+    def __getitem__(self, group: str) -> UnitSet:
+        return self._groups[group]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def labels(self, name: str) -> Tensor:
+        """The group of each unit of module `name`: uint8 [n_units], 0 scu, 1 ucu, 2 ru, 3 cu."""
+        return self._labels[name]
+
+    @cached_property
+    def _ranked(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return _normalized(self.safety, self.normalize), _normalized(self.utility, self.normalize)
+
+    def top(self, group: str, fraction: float, by: By = "safety") -> UnitSet:
+        """The units of a group that rank highest, in the scope and normalisation of the groups.
+
+        Args:
+            group: `"scu"`, `"ucu"`, `"ru"` or `"cu"`.
+            fraction: how many units, as a fraction in [0, 1] of *all* units of the scope, not of
+                the group: floor(fraction * n + 0.5) of every module's n units for
+                `scope="module"`, of all units together for `scope="model"`. It can be at most the
+                group's own share. Where rounding left the group a unit short, all of it is taken.
+            by: rank by `"safety"` (I_S), `"utility"` (I_U), `"difference"` (I_S - I_U) or `"sum"`
+                (I_S + I_U). Ties go to the lower index.
+
+        Raises:
+            ValueError: for an unknown group or order, or a fraction above the group's share.
+        """
+        _choice("group", group, GROUPS)
+        _choice("by", by, ORDERS)
+        fraction = _fraction("fraction", fraction)
+        share = self.shares[group] if group != "cu" else 1.0 - math.fsum(self.shares.values())
+        if fraction > share + _SLACK:
+            raise ValueError(
+                f"fraction is {fraction}; the group {group} is {share:.6g} of all units, so that "
+                "fraction must be at most that (it counts units of the scope, not of the group)"
+            )
+        indices: dict[str, Tensor] = {}
+        for names in _blocks(list(self.sizes), self.scope):
+            key = _order_key(*self._ranked, names, by)
+            labels = torch.cat([self._labels[name] for name in names])
+            candidates = (labels == GROUPS.index(group)).nonzero().flatten()
+            chosen = _lowest(-key, candidates, _share_count(fraction, len(key)))
+            indices |= _split(chosen, names, self.sizes)
+        return UnitSet(indices, self.sizes)
+
+    def summary(self) -> dict[str, Any]:
+        """Counts as plain data, for tables and JSON.
+
+        Returns a dict with `units` (all of the scope), `groups` (per group `units` and the
+        `fraction` of all), `modules` (one dict per module in model order: `module`, `layer`,
+        `units`, and one count per group) and `layers` (the same, summed over each layer). A
+        layer is the first number in a module's name, or None where there is none.
+        """
+        modules = []
+        for name, labels in self._labels.items():
+            counts = torch.bincount(labels, minlength=len(GROUPS)).tolist()
+            row: dict[str, Any] = {"module": name, "layer": _layer(name), "units": len(labels)}
+            modules.append(row | dict(zip(GROUPS, counts, strict=True)))
+        layers: dict[int | None, dict[str, Any]] = {}
+        for row in modules:
+            layer = layers.setdefault(
+                row["layer"], {"layer": row["layer"]} | dict.fromkeys(("units", *GROUPS), 0)
+            )
+            for column in ("units", *GROUPS):
+                layer[column] += row[column]
+        total = sum(self.sizes.values())
+        return {
+            "units": total,
+            "groups": {
+                group: {"units": len(units), "fraction": len(units) / total}
+                for group, units in self.items()
+            },
+            "modules": modules,
+            "layers": list(layers.values()),
+        }
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write groups, scores and metadata to a directory: safetensors and JSON, no pickle.
+
+        Tensors are `group/<module>` (uint8 [n_units], see `labels`), `safety/<module>` and
+        `utility/<module>` (float64 [n_units]); the rest is in the JSON.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name in self.sizes:
+            tensors[f"group/{name}"] = self._labels[name]
+            tensors[f"safety/{name}"] = self.safety[name]
+            tensors[f"utility/{name}"] = self.utility[name]
+        meta = {
+            "content": _CONTENT,
+            "version": __version__,
+            "groups": list(GROUPS),
+            "modules": list(self.sizes),
+            "shares": self.shares,
+            "scope": self.scope,
+            "normalize": self.normalize,
+        }
+        save_tensors(directory, tensors, meta | self.metadata)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> UnitGroups:
+        """Read what `save` wrote.
+
+        Args:
+            directory: where `save` wrote to.
+            model: the model that the groups are meant for.
+
+        Raises:
+            FileNotFoundError: nothing was saved there.
+            ValueError: the directory holds something else, or `model` has another configuration
+                (where scores came from plain mappings: other modules or numbers of units).
+        """
+        tensors, meta = load_tensors(directory)
+        if meta.get("content") != _CONTENT:
+            raise ValueError(
+                f"directory {str(directory)!r} holds {meta.get('content')!r}; "
+                f"it must hold {_CONTENT!r}, written by UnitGroups.save"
+            )
+        names = meta["modules"]
+        labels = {name: tensors[f"group/{name}"] for name in names}
+        sizes = {name: len(x) for name, x in labels.items()}
+        members = {
+            group: {name: (x == i).nonzero().flatten() for name, x in labels.items()}
+            for i, group in enumerate(meta["groups"])
+        }
+        groups = cls(
+            {group: UnitSet(indices, sizes) for group, indices in members.items()},
+            safety={name: tensors[f"safety/{name}"] for name in names},
+            utility={name: tensors[f"utility/{name}"] for name in names},
+            shares=meta["shares"],
+            scope=meta["scope"],
+            normalize=meta["normalize"],
+            metadata={key: meta[key] for key in METADATA},
+        )
+        if model is not None:
+            if meta["config_hash"] is not None:
+                check_same_model(
+                    model,
+                    meta["config_hash"],
+                    expected_name=meta["model_name"],
+                    what="unit groups",
+                )
+            check_units(model, groups["cu"])
+        return groups
+
+    def __repr__(self) -> str:
+        total = sum(self.sizes.values())
+        counts = ", ".join(
+            f"{group}={len(units)} ({len(units) / total:.2%})" for group, units in self.items()
+        )
+        return (
+            f"UnitGroups({counts}; {total} units in {len(self.sizes)} modules, "
+            f"scope={self.scope!r}, normalize={self.normalize!r}, "
+            f"model={self.metadata['model_name']!r})"
+        )
+
+
+def _order_key(
+    safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], names: Sequence[str], by: str
+) -> Tensor:
+    """What units are ordered by: float64, the modules in `names` one after the other."""
+    s = torch.cat([safety[name] for name in names])
+    u = torch.cat([utility[name] for name in names])
+    return {"safety": s, "utility": u, "difference": s - u, "sum": s + u}[by]
+
+
+def _layer(name: str) -> int | None:
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
+    return int(found.group(1)) if found else None
+
+
+def classify(
+    safety: Attribution | Mapping[str, Tensor],
+    utility: Attribution | Mapping[str, Tensor],
+    *,
+    scu: float,
+    ucu: float,
+    ru: float,
+    scope: Scope = "module",
+    normalize: Normalize = "none",
+) -> UnitGroups:
+    """Sort every unit into one of four groups by its importance for safety and for utility.
+
+    A share f of a scope with n units is floor(f * n + 0.5) units. Redundant units are the lowest
+    I_S + I_U; of the rest, safety-critical units are the highest I_S - I_U; of the rest,
+    utility-critical units are the lowest I_S - I_U; complex units are what is left. Ties go to the
+    lower index: model order of modules, then unit index. Where rounding asks for more than is
+    left, a group takes what is left.
+
+    Args:
+        safety, utility: I_S and I_U, as `attribute` returns them, or plain mappings of B's name to
+            scores [n_units]. Modules are taken in the order of `safety`.
+        scu, ucu, ru: shares of safety-critical, utility-critical and redundant units, fractions
+            in [0, 1] of all units, at most 1 together.
+        scope: `"module"` ranks every depth-2 module by itself, so that each gives the same share;
+            `"model"` ranks all units together.
+        normalize: what scores are ranked as. `"none"`: as measured; `"zscore"`: (x - mean) /
+            standard deviation, per module and attribute, ddof 0, and 0 where all are equal;
+            `"rank"`: position / (n - 1) in ascending order, per module and attribute, equal scores
+            in order of their index, and 0 for a single unit.
+
+    Raises:
+        ValueError: for shares outside [0, 1] or above 1 together; scores that are NaN or infinite;
+            attributions of different modules, models, metrics or token selections.
+
+    Source: Li & Kim, arXiv 2410.10862.
+    """
+    shares = {"scu": _fraction("scu", scu), "ucu": _fraction("ucu", ucu), "ru": _fraction("ru", ru)}
+    if math.fsum(shares.values()) > 1.0 + _SLACK:
+        raise ValueError(
+            f"scu + ucu + ru is {scu} + {ucu} + {ru} = {math.fsum(shares.values()):.6g}; "
+            "together they must be at most 1"
+        )
+    _choice("scope", scope, SCOPES)
+    _choice("normalize", normalize, NORMALIZATIONS)
+    metadata = _shared_metadata(safety, utility)
+    safety_scores = _checked_scores("safety", _scores(safety))
+    utility_scores = _checked_scores("utility", _scores(utility))
+    sizes = {name: len(x) for name, x in safety_scores.items()}
+    _check_same_modules(
+        "safety", sizes, "utility", {name: len(x) for name, x in utility_scores.items()}
+    )
+
+    ranked = _normalized(safety_scores, normalize), _normalized(utility_scores, normalize)
+    indices: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
+    for names in _blocks(list(sizes), scope):
+        total, difference = (_order_key(*ranked, names, by) for by in ("sum", "difference"))
+        n = len(total)
+        left = torch.arange(n)
+        for group, key in (("ru", total), ("scu", -difference), ("ucu", difference)):
+            chosen = _lowest(key, left, _share_count(shares[group], n))
+            left = _without(left, chosen, n)
+            indices[group] |= _split(chosen, names, sizes)
+        indices["cu"] |= _split(left, names, sizes)
+    return UnitGroups(
+        {group: UnitSet(indices[group], sizes) for group in GROUPS},
+        safety=safety_scores,
+        utility=utility_scores,
+        shares=shares,
+        scope=scope,
+        normalize=normalize,
+        metadata=metadata,
+    )
