@@ -1,0 +1,160 @@
+"""What a batch means: which positions count, what is predicted, what the model gets."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["IGNORED", "Batch", "Fingerprint", "read_batch"]
+
+IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
+
+# A batch with other keys may mean positions or masks that we do not know: it is left as it is.
+_PLAIN_KEYS = frozenset({"input_ids", "attention_mask", "labels"})
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, ready to run.
+
+    Attributes:
+        inputs: keyword arguments of the backbone; no labels.
+        input_ids: int64 ``[rows, length]``.
+        labels: int64 ``[rows, length]``, or None.
+        attended: bool ``[rows, length]``, False on padding.
+        token_mask: bool ``[rows, length]``, True where a position counts.
+    """
+
+    inputs: dict[str, Any]
+    input_ids: Tensor
+    labels: Tensor | None
+    attended: Tensor
+    token_mask: Tensor
+
+    def targets(self) -> Tensor:
+        """int64 ``[rows, length]``: the token that each position is to predict, else ``IGNORED``.
+
+        The next position's label (its token where the batch has no labels), if both positions are
+        attended: so padding on the left does not add a prediction of the first token.
+        """
+        following = self.input_ids if self.labels is None else self.labels
+        both = self.attended[:, :-1] & self.attended[:, 1:]
+        targets = torch.full_like(self.input_ids, IGNORED)
+        targets[:, :-1] = following[:, 1:].masked_fill(~both, IGNORED)
+        return targets
+
+
+def read_batch(
+    batch: object, number: int, *, tokens: str, maskless: bool, device: torch.device
+) -> Batch:
+    """Check one batch and say what it means.
+
+    Args:
+        batch: what the loader yielded: a mapping with ``input_ids`` and optionally
+            ``attention_mask``, ``labels`` and whatever else the model takes.
+        number: of the batch, for messages.
+        tokens: ``"all"`` or ``"labels"``, which positions count.
+        maskless: whether the model may be run without the mask of a right-padded batch.
+        device: where the model's embeddings are.
+
+    Raises:
+        TypeError: the batch is not a mapping of tensors.
+        ValueError: it lacks something, or shapes disagree.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"loader yielded a {type(batch).__name__} as batch {number}, must yield mappings with "
+            "'input_ids' (and optionally 'attention_mask' and 'labels')"
+        )
+    input_ids = _ids(batch, "input_ids", number)
+    if input_ids is None:
+        raise ValueError(
+            f"batch {number} has the keys {sorted(map(str, batch))}, must have 'input_ids'"
+        )
+    labels = _ids(batch, "labels", number)
+    if labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"batch {number}: labels have shape {tuple(labels.shape)}, must have that of "
+            f"input_ids, {tuple(input_ids.shape)}"
+        )
+    if labels is None and tokens == "labels":
+        raise ValueError(
+            f"batch {number} has no labels, must have them when the tokens counted are 'labels'"
+        )
+    mask = batch.get("attention_mask")
+    if mask is None:
+        attended = torch.ones_like(input_ids, dtype=torch.bool)
+    else:
+        attended = _attended(mask, input_ids, number)
+    inputs = {key: value for key, value in batch.items() if key not in ("labels", "use_cache")}
+    plain = isinstance(mask, Tensor) and mask.dim() == 2 and _PLAIN_KEYS.issuperset(batch)
+    if maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
+        del inputs["attention_mask"]
+    counted = attended
+    if tokens == "labels":
+        assert labels is not None
+        counted = attended & (labels != IGNORED)
+    moved = {
+        key: value.to(device) if isinstance(value, Tensor) else value
+        for key, value in inputs.items()
+    }
+    return Batch(moved, input_ids, labels, attended, counted)
+
+
+def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:
+    value = batch.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, Tensor) or value.is_floating_point() or value.dim() != 2:
+        what = (
+            f"a {value.dtype} tensor of shape {tuple(value.shape)}"
+            if isinstance(value, Tensor)
+            else f"a {type(value).__name__}"
+        )
+        raise TypeError(f"batch {number}: {key} is {what}, must be integers [rows, length]")
+    return value
+
+
+def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:
+    """Bool ``[rows, length]`` of a 2-d mask, or of a 4-d one by whether a position sees itself."""
+    rows, length = input_ids.shape
+    if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
+        return mask.to(input_ids.device) != 0
+    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (length, length):
+        own = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length).to(input_ids.device)
+        return own if own.dtype == torch.bool else own == 0
+    what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+    raise ValueError(
+        f"batch {number}: attention_mask is {what}, must be [{rows}, {length}] or "
+        f"[{rows}, heads, {length}, {length}], so that padding can be told from tokens"
+    )
+
+
+class Fingerprint:
+    """A hash of the attended tokens and labels of all rows; batching, order and padding do not
+    change it."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def update(self, batch: Batch) -> None:
+        """Add the rows of a batch."""
+        attended = batch.attended.cpu()
+        columns = [batch.input_ids.cpu()]
+        if batch.labels is not None:
+            columns.append(batch.labels.cpu())
+        for row in range(len(attended)):
+            digest = hashlib.sha256()
+            for column in columns:
+                kept = column[row][attended[row]].to(torch.int64)
+                digest.update(kept.numpy().tobytes())
+            self._sum = (self._sum + int.from_bytes(digest.digest(), "big")) % 2**256
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits."""
+        return f"{self._sum:064x}"

@@ -1,0 +1,152 @@
+"""Watching the activation that enters every B: its moments, and its product with its gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.units import DepthTwoModule
+from ssah_kernels import ops
+
+__all__ = ["Sums", "Watch", "as_it_was", "watching"]
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Running state of one module, float64, on the device of its B.
+
+    Attributes:
+        count: ``[]``, tokens seen.
+        mean, m2: ``[n_units]``, mean of the activation and sum of squared deviations from it.
+        signed, squared: ``[n_units]``, sums over tokens of a * dL/da and of its square.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    signed: Tensor
+    squared: Tensor
+
+    @classmethod
+    def zeros(cls, module: DepthTwoModule) -> Sums:
+        """No token seen yet."""
+        weight = module.down.weight
+        assert isinstance(weight, Tensor)
+        channels = (
+            torch.zeros(module.n_units, dtype=torch.float64, device=weight.device) for _ in range(4)
+        )
+        return cls(torch.zeros((), dtype=torch.float64, device=weight.device), *channels)
+
+
+@dataclass
+class Watch:
+    """What the watched modules need to know about the batch that is running.
+
+    Attributes:
+        gradient: whether a * dL/da is wanted too (then the pass must be differentiable).
+        token_mask: bool ``[rows, length]``, or None where every position counts.
+    """
+
+    gradient: bool
+    token_mask: Tensor | None = None
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The token mask with the leading shape of ``x`` (some models flatten rows and length)."""
+        if self.token_mask is None:
+            return None
+        return self.token_mask.to(x.device).reshape(x.shape[:-1])
+
+    def tap(self, x: Tensor, sums: Sums) -> Tensor:
+        """``x``, such that its gradient is added to ``sums`` when it arrives."""
+        if not self.gradient:
+            return x
+        if not x.requires_grad:
+            # The first watched module: nothing before it needs a gradient.
+            x = x.detach().requires_grad_()
+        return _Tap.apply(x, sums, self.mask(x))
+
+
+class _Tap(torch.autograd.Function):
+    """Identity; backward accumulates input * gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sums, ctx.mask = sums, mask
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ops.taylor_moments_(x, grad, ctx.sums.signed, ctx.sums.squared, ctx.mask)
+        return grad, None, None
+
+
+@contextmanager
+def watching(
+    modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums], *, gradient: bool
+) -> Iterator[Watch]:
+    """Accumulate into ``sums`` whatever runs through ``modules`` inside the block.
+
+    A gated FFN's own forward is replaced by one that takes product and moments in one operator;
+    everywhere else a hook reads B's input. Both are gone after the block, whatever happens in it.
+    """
+    watch = Watch(gradient)
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            gated = module.gated
+            if gated is not None and "forward" not in vars(gated.module):
+                gated.module.forward = _gated_forward(module, sums[name], watch)
+                stack.callback(delattr, gated.module, "forward")
+            else:
+                handle = module.down.register_forward_pre_hook(_hook(sums[name], watch))
+                stack.callback(handle.remove)
+        yield watch
+
+
+def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
+    gated = module.gated
+    assert gated is not None
+
+    def product(x: Tensor) -> Tensor:
+        gate, up = gated.project(x)
+        return ops.gated_moments(
+            gate, up, sums.count, sums.mean, sums.m2, watch.mask(gate), act=gated.act
+        )
+
+    def forward(x: Tensor) -> Tensor:
+        # gate and up are gone before B runs: the pass needs no more memory than the model's own.
+        return module.down(watch.tap(product(x), sums))
+
+    return forward
+
+
+def _hook(sums: Sums, watch: Watch) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0]
+        ops.channel_moments_(x.detach(), sums.count, sums.mean, sums.m2, watch.mask(x))
+        return (watch.tap(x, sums), *args[1:]) if watch.gradient else None
+
+    return hook
+
+
+@contextmanager
+def as_it_was(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and no parameter takes a gradient, inside the block; then as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        model.eval()
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+        for module, training in modes:
+            module.training = training
