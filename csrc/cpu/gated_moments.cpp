@@ -1,0 +1,83 @@
+#include <string>
+
+#include "host.h"
+#include "ops.h"
+
+namespace ssah {
+namespace {
+
+// An output larger than this does not stay in the cache for its reader: written past it instead.
+constexpr long kStreamBytes = 32L << 20;
+
+Activation activation_of(const std::string& name) {
+  const char* names[kActivations] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
+  for (int act = 0; act < kActivations; ++act) {
+    if (name == names[act]) return static_cast<Activation>(act);
+  }
+  STD_TORCH_CHECK(false, "unknown act ", name);
+}
+
+Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+
+// The rows that count, then the masked ones; `counted` is set to the number of the former.
+std::vector<long> counted_first(const Tensor& x, const std::optional<Tensor>& mask, long& counted) {
+  const std::vector<long> all = row_offsets(x);
+  std::vector<long> rows = select(all, mask, true);
+  const std::vector<long> masked = select(all, mask, false);
+  counted = static_cast<long>(rows.size());
+  rows.insert(rows.end(), masked.begin(), masked.end());
+  return rows;
+}
+
+}  // namespace
+
+Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& count,
+                         const Tensor& mean, const Tensor& m2,
+                         const std::optional<Tensor>& token_mask, const std::string& act) {
+  Tensor output = contiguous_like(gate);
+  long counted = 0;
+  const std::vector<long> gate_rows = counted_first(gate, token_mask, counted);
+  const std::vector<long> up_rows = counted_first(up, token_mask, counted);
+  const std::vector<long> output_rows = counted_first(output, token_mask, counted);
+  double* seen = static_cast<double*>(count.mutable_data_ptr());
+  const GatedMomentsArgs args{
+      gate.const_data_ptr(),
+      up.const_data_ptr(),
+      output.mutable_data_ptr(),
+      gate_rows.data(),
+      up_rows.data(),
+      output_rows.data(),
+      static_cast<long>(gate_rows.size()),
+      counted,
+      *seen,
+      static_cast<double*>(mean.mutable_data_ptr()),
+      static_cast<double*>(m2.mutable_data_ptr()),
+      output.numel() * static_cast<long>(output.element_size()) > kStreamBytes};
+  const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
+  over_channels(gate.size(gate.dim() - 1), [&](ChannelRange range) { run(args, range); });
+  *seen += static_cast<double>(counted);
+  return output;
+}
+
+std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const Tensor& gate,
+                                                      const Tensor& up, const std::string& act) {
+  Tensor grad_gate = contiguous_like(gate), grad_up = contiguous_like(up);
+  const std::vector<long> grad_rows = row_offsets(grad), gate_rows = row_offsets(gate),
+                          up_rows = row_offsets(up);
+  const GatedBackwardArgs args{grad.const_data_ptr(),
+                               gate.const_data_ptr(),
+                               up.const_data_ptr(),
+                               grad_gate.mutable_data_ptr(),
+                               grad_up.mutable_data_ptr(),
+                               grad_rows.data(),
+                               gate_rows.data(),
+                               up_rows.data(),
+                               static_cast<long>(gate_rows.size()),
+                               gate.size(gate.dim() - 1)};
+  const auto run = kernels().gated_backward[dtype_of(gate)][activation_of(act)];
+  torch::stable::parallel_for(0, args.n_rows, 16,
+                              [&](int64_t begin, int64_t end) { run(args, begin, end); });
+  return {grad_gate, grad_up};
+}
+
+}  // namespace ssah

@@ -1,0 +1,59 @@
+#include "host.h"
+
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace ssah {
+
+Dtype dtype_of(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Double:
+      return kFloat64;
+    case ScalarType::Float:
+      return kFloat32;
+    case ScalarType::BFloat16:
+      return kBFloat16;
+    case ScalarType::Half:
+      return kFloat16;
+    default:
+      STD_TORCH_CHECK(false, "unsupported dtype");
+  }
+}
+
+namespace {
+// Offsets of the elements of the first `dims` dimensions, in row-major order.
+std::vector<long> leading_offsets(const Tensor& x, long dims) {
+  std::vector<long> offsets(1, 0);
+  for (long d = 0; d < dims; ++d) {
+    std::vector<long> next;
+    next.reserve(offsets.size() * x.size(d));
+    for (long base : offsets) {
+      for (long i = 0; i < x.size(d); ++i) next.push_back(base + i * x.stride(d));
+    }
+    offsets.swap(next);
+  }
+  return offsets;
+}
+}  // namespace
+
+std::vector<long> row_offsets(const Tensor& x) {
+  const long last = x.dim() - 1;
+  STD_TORCH_CHECK(x.size(last) < 2 || x.stride(last) == 1, "the last dimension must be contiguous");
+  return leading_offsets(x, last);
+}
+
+std::vector<long> select(const std::vector<long>& offsets, const std::optional<Tensor>& mask,
+                         bool keep) {
+  if (!mask.has_value()) return keep ? offsets : std::vector<long>{};
+  const std::vector<long> positions = leading_offsets(*mask, mask->dim());
+  STD_TORCH_CHECK(positions.size() == offsets.size(), "token_mask does not fit the input");
+  const bool* flags = static_cast<const bool*>(mask->const_data_ptr());
+  std::vector<long> kept;
+  kept.reserve(offsets.size());
+  for (size_t i = 0; i < offsets.size(); ++i) {
+    if (flags[positions[i]] == keep) kept.push_back(offsets[i]);
+  }
+  return kept;
+}
+
+}  // namespace ssah

@@ -1,0 +1,188 @@
+// Vectors of one instruction set, on the compiler's vector extension (GCC and Clang).
+//
+// Included by isa/<isa>.cpp alone, which sets the target and SSAH_ISA (a namespace) and SSAH_LANES
+// (float32 values in one register). Nothing here includes a standard or torch header: an inline
+// function of one of those, compiled for this target, could be the copy that the linker keeps.
+//
+// A kernel is written once over a storage type T: `vec<T>` is a register of the type that T is
+// computed in (float for float, bf16 and f16; double for double), load and store convert.
+#pragma once
+
+#if SSAH_LANES >= 8
+#include <immintrin.h>  // intrinsics carry their own target; they are always inlined
+#endif
+
+#include "types.h"
+
+#define SSAH_INLINE static inline __attribute__((always_inline))
+#define SSAH_METHOD inline __attribute__((always_inline))  // of a class, or a specialisation
+
+namespace ssah {
+namespace SSAH_ISA {
+
+constexpr int kFloatLanes = SSAH_LANES;
+
+template <class S, int N>
+struct vector_of {
+  typedef S type __attribute__((vector_size(N * sizeof(S))));
+};
+
+typedef vector_of<float, SSAH_LANES>::type vfloat;
+typedef vector_of<unsigned, SSAH_LANES>::type vuint;
+typedef vector_of<unsigned short, SSAH_LANES>::type vushort;
+typedef vector_of<double, SSAH_LANES / 2>::type vdouble;
+
+template <class T>
+struct compute {
+  typedef float scalar;
+  typedef vfloat vector;
+  static constexpr int lanes = SSAH_LANES;
+};
+template <>
+struct compute<double> {
+  typedef double scalar;
+  typedef vdouble vector;
+  static constexpr int lanes = SSAH_LANES / 2;
+};
+template <class T>
+using vec = typename compute<T>::vector;
+template <class T>
+using scalar = typename compute<T>::scalar;
+
+template <class V, class S>
+SSAH_INLINE V splat(S value) {
+  return value - V{};
+}
+
+template <class V>
+SSAH_INLINE V load_raw(const void* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+SSAH_INLINE void store_raw(void* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+SSAH_INLINE vdouble load(const double* p) { return load_raw<vdouble>(p); }
+SSAH_INLINE vfloat load(const float* p) { return load_raw<vfloat>(p); }
+SSAH_INLINE vfloat load(const bf16* p) {
+  return (vfloat)(__builtin_convertvector(load_raw<vushort>(p), vuint) << 16);
+}
+SSAH_INLINE void store(double* p, vdouble v) { store_raw(p, v); }
+SSAH_INLINE void store(float* p, vfloat v) { store_raw(p, v); }
+
+// float32 -> bfloat16, to nearest even; a NaN stays a (quiet) NaN.
+SSAH_INLINE vushort to_bf16(vfloat v) {
+  vuint bits = (vuint)v;
+  vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40u), vushort);
+}
+SSAH_INLINE void store(bf16* p, vfloat v) { store_raw(p, to_bf16(v)); }
+
+#if SSAH_LANES == 16
+SSAH_INLINE vfloat load(const f16* p) { return (vfloat)_mm512_cvtph_ps(load_raw<__m256i>(p)); }
+SSAH_INLINE vushort to_f16(vfloat v) {
+  return (vushort)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif SSAH_LANES == 8
+SSAH_INLINE vfloat load(const f16* p) { return (vfloat)_mm256_cvtph_ps(load_raw<__m128i>(p)); }
+SSAH_INLINE vushort to_f16(vfloat v) {
+  return (vushort)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#else
+// No conversion instruction: move the exponent by multiplication, so that subnormals come right.
+SSAH_INLINE vfloat load(const f16* p) {
+  vuint h = __builtin_convertvector(load_raw<vushort>(p), vuint);
+  vuint magnitude = (h & 0x7fffu) << 13;
+  vuint scaled = (vuint)((vfloat)magnitude * 0x1p112f);
+  vuint bits = (h & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : scaled;
+  return (vfloat)(bits | (h & 0x8000u) << 16);
+}
+SSAH_INLINE vushort to_f16(vfloat v) {
+  vuint bits = (vuint)v, sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  vuint normal = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  // Adding 0.5 puts a subnormal's ten bits at the end of the significand, rounded by the adder.
+  vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000u;
+  vuint half = magnitude < (113u << 23) ? subnormal : normal;
+  half = magnitude >= 0x477ff000u ? (half & 0u) + 0x7c00u : half;
+  half = magnitude > 0x7f800000u ? (half & 0u) + 0x7e00u : half;
+  return __builtin_convertvector(half | sign, vushort);
+}
+#endif
+SSAH_INLINE void store(f16* p, vfloat v) { store_raw(p, to_f16(v)); }
+
+// The first n < lanes values; the rest of the register is zero.
+template <class T>
+SSAH_INLINE vec<T> load_n(const T* p, int n) {
+  T buffer[compute<T>::lanes] = {};
+  __builtin_memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+template <class T>
+SSAH_INLINE void store_n(T* p, vec<T> v, int n) {
+  T buffer[compute<T>::lanes];
+  store(buffer, v);
+  __builtin_memcpy(p, buffer, n * sizeof(T));
+}
+template <class T>
+SSAH_INLINE vec<T> load_up_to(const T* p, long n) {
+  return n >= compute<T>::lanes ? load(p) : load_n(p, (int)n);
+}
+template <class T>
+SSAH_INLINE void store_up_to(T* p, vec<T> v, long n) {
+  if (n >= compute<T>::lanes) {
+    store(p, v);
+  } else {
+    store_n(p, v, (int)n);
+  }
+}
+
+// v as it reads back after it was stored as a T.
+template <class T>
+SSAH_INLINE vec<T> rounded(vec<T> v) {
+  T buffer[compute<T>::lanes];
+  store(buffer, v);
+  return load(buffer);
+}
+template <>
+SSAH_METHOD vfloat rounded<float>(vfloat v) {
+  return v;
+}
+template <>
+SSAH_METHOD vdouble rounded<double>(vdouble v) {
+  return v;
+}
+template <>
+SSAH_METHOD vfloat rounded<bf16>(vfloat v) {
+  return (vfloat)(__builtin_convertvector(to_bf16(v), vuint) << 16);
+}
+
+SSAH_INLINE vdouble exp(vdouble x) {
+  for (int i = 0; i < SSAH_LANES / 2; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+// 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; relative error under 2e-7. The argument is
+// clamped to [-87, 88]: the result stays normal and finite. NaN stays NaN.
+SSAH_INLINE vfloat exp(vfloat x) {
+  x = x > 88.0f ? splat<vfloat>(88.0f) : x;
+  x = x < -87.0f ? splat<vfloat>(-87.0f) : x;
+  const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
+  vfloat shifted = x * 1.44269504f + to_integer;
+  vfloat n = shifted - to_integer;
+  vfloat r =
+      x - n * 0.693359375f;  // ln 2 in two parts; the first has few bits, n times it is exact
+  r = r + n * 2.12194440e-4f;
+  vfloat p = splat<vfloat>(1.0f / 720);
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return p * (vfloat)(((vuint)shifted + 127u) << 23);
+}
+
+}  // namespace SSAH_ISA
+}  // namespace ssah

@@ -1,0 +1,21 @@
+#include "host.h"
+#include "ops.h"
+
+namespace ssah {
+
+void taylor_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
+                        const Tensor& squared_sum, const std::optional<Tensor>& token_mask) {
+  const std::vector<long> x_rows = select(row_offsets(x), token_mask, true);
+  const std::vector<long> grad_rows = select(row_offsets(grad), token_mask, true);
+  const TaylorMomentsArgs args{x.const_data_ptr(),
+                               grad.const_data_ptr(),
+                               x_rows.data(),
+                               grad_rows.data(),
+                               static_cast<long>(x_rows.size()),
+                               static_cast<double*>(signed_sum.mutable_data_ptr()),
+                               static_cast<double*>(squared_sum.mutable_data_ptr())};
+  const auto run = kernels().taylor_moments[dtype_of(x)];
+  over_channels(x.size(x.dim() - 1), [&](ChannelRange range) { run(args, range); });
+}
+
+}  // namespace ssah

@@ -1,0 +1,79 @@
+"""Triton ``column_sq_norms``: squared Euclidean norm of every column, in one pass.
+
+    norms_j = sum_i weight_ij^2
+
+weight [out_features, in_features] -> norms [in_features] in float64.
+Accumulation: float32 (float64 for float64 input) within a chunk of rows, float64 between chunks.
+Bytes per element: itemsize read (2 for bf16), plus 16 / chunk rows in the L2 cache.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssah_kernels.backends.triton.device import (
+    place,
+    store_row,
+    sum_chunks,
+    wide,
+    zeros_like_wide,
+)
+from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch, run, tiling
+
+DEPTH = 8  # rows per warp and tile: 128 bytes in flight per thread
+
+
+@triton.jit(do_not_specialize=["n_rows", "tiles"])
+def column_sq_norms_kernel(
+    weight_ptr, partial_ptr, n_rows, channels, stride, tiles,
+    DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    squares = zeros_like_wide(weight_ptr, (WARPS, BLOCK))
+    for tile in range(0, tiles):
+        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
+        inside = (rows < n_rows) & (cols < channels)
+        w = wide(tl.load(weight_ptr + rows * stride + cols, mask=inside, other=0))
+        squares += tl.sum(w * w, 0)
+    store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
+
+
+@triton.jit
+def sum_squares_kernel(
+    partial_ptr, norms_ptr, chunks, channels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Stage 2: norms = sum over chunks of partial [chunks, channels]."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < channels
+    norms = sum_chunks(partial_ptr, cols, channels, chunks, inside, CHUNKS, BLOCK)
+    tl.store(norms_ptr + cols, norms, mask=inside)
+
+
+def launches(weight: Tensor, norms: Tensor) -> list[Launch]:
+    rows, channels = weight.shape
+    tile = tiling(rows, channels, weight.element_size(), DEPTH)
+    partial = norms.new_empty(tile.chunks, channels)
+    return [
+        Launch(
+            column_sq_norms_kernel,
+            tile.grid,
+            (weight, partial, rows, channels, weight.stride(0), tile.tiles),
+            tile.constants,
+        ),
+        Launch(
+            sum_squares_kernel,
+            (triton.cdiv(channels, MERGE_CHANNELS),),
+            (partial, norms, tile.chunks, channels),
+            {"CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS, "num_warps": 4},
+        ),
+    ]
+
+
+def column_sq_norms(weight: Tensor) -> Tensor:
+    norms = torch.zeros(weight.shape[1], dtype=torch.float64, device=weight.device)
+    if weight.numel():
+        run(launches(weight, norms), weight.device)
+    return norms

@@ -1,0 +1,140 @@
+"""Triton ``gated_moments``: h = act(gate) * up, and the moments of h, in one pass.
+
+    h = round(act(gate) * up)    (N, mu, M2) <- merged with the moments of the unmasked rows of h
+
+gate, up [..., C] -> h [..., C] contiguous; mask [...], count [] and mean, M2 [C] in float64.
+Accumulation: as in channel_moments.py; act(gate) * up in float32 (float64 for float64 input),
+rounded once; the moments see the rounded values.
+Bytes per element: 2 itemsize read, 1 written (6 for bf16), plus 32 / chunk rows in the L2 cache.
+
+The derivative reads 3 itemsize and writes 2 (10 bytes for bf16):
+dgate = grad * up * act'(gate), dup = grad * act(gate).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssah_kernels.backends.triton.activations import activation, activation_and_slope
+from ssah_kernels.backends.triton.device import counted, place, wide, zeros_like_wide
+from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
+from ssah_kernels.backends.triton.moments import merge_launch, store_moments, tile_sums
+
+DEPTH = 4  # rows per warp and tile; with two inputs, 128 bytes in flight per thread
+DEPTH_BACKWARD = 2
+
+
+@triton.jit(do_not_specialize=["n_rows", "tiles", "first_chunk"])
+def gated_moments_kernel(
+    gate_ptr, up_ptr, out_ptr, mask_ptr, count_ptr, partial_ptr, counts_ptr,
+    n_rows, channels, gate_stride, up_stride, out_stride, mask_stride, tiles, first_chunk,
+    ACT: tl.constexpr, HAS_MASK: tl.constexpr,
+    DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    n = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    centre = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    s1 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    s2 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    for tile in range(0, tiles):
+        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
+        inside = (rows < n_rows) & (cols < channels)
+        gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=inside, other=0)
+        up = tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0)
+        h = (activation(wide(gate), ACT) * wide(up)).to(gate.dtype)
+        tl.store(out_ptr + rows * out_stride + cols, h, mask=inside)
+        valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
+        n, centre, s1, s2 = tile_sums(tl.where(valid, wide(h), 0), valid, n, centre, s1, s2)
+    total = store_moments(
+        n, centre, s1, s2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK
+    )
+    if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:
+        tl.store(counts_ptr + 1 + first_chunk + chunk, total)
+        tl.store(counts_ptr, tl.load(count_ptr))
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def gated_moments_backward_kernel(
+    grad_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, n_rows, channels,
+    grad_stride, gate_stride, up_stride, dgate_stride, dup_stride,
+    ACT: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    rows = chunk * (DEPTH * WARPS) + offsets
+    inside = (rows < n_rows) & (cols < channels)
+    grad = wide(tl.load(grad_ptr + rows * grad_stride + cols, mask=inside, other=0))
+    gate = wide(tl.load(gate_ptr + rows * gate_stride + cols, mask=inside, other=0))
+    up = wide(tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0))
+    value, slope = activation_and_slope(gate, ACT)
+    dgate = (grad * up * slope).to(dgate_ptr.dtype.element_ty)
+    dup = (grad * value).to(dup_ptr.dtype.element_ty)
+    tl.store(dgate_ptr + rows * dgate_stride + cols, dgate, mask=inside)
+    tl.store(dup_ptr + rows * dup_stride + cols, dup, mask=inside)
+
+
+def launches(
+    gate: Tensor, up: Tensor, out: Tensor, count: Tensor, mean: Tensor, m2: Tensor,
+    token_mask: Tensor | None, act: str,
+) -> list[Launch]:  # fmt: skip
+    slices = row_slices([gate, up, out], token_mask)
+    rows, channels = slices[0][0].shape
+    tile = tiling(rows, channels, gate.element_size(), DEPTH)
+    partial = mean.new_empty(len(slices) * tile.chunks, 2, channels)
+    counts = mean.new_empty(1 + partial.shape[0])
+    options = {"ACT": act, "HAS_MASK": token_mask is not None, **tile.constants}
+    stage1 = []
+    for i, views in enumerate(slices):
+        pointers = views if len(views) == 4 else (*views, None)
+        strides = [0 if v is None else v.stride(0) for v in pointers]
+        args = (*pointers, count, partial, counts, rows, channels, *strides)
+        more = (tile.tiles, i * tile.chunks)
+        stage1.append(Launch(gated_moments_kernel, tile.grid, (*args, *more), options))
+    return [*stage1, merge_launch(partial, counts, count, mean, m2)]
+
+
+def launches_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, dgate: Tensor, dup: Tensor, act: str
+) -> list[Launch]:
+    slices = row_slices([grad, gate, up, dgate, dup], None)
+    rows, channels = slices[0][0].shape
+    tile = tiling(rows, channels, gate.element_size(), DEPTH_BACKWARD, max_tiles=1)
+    options = {"ACT": act, **tile.constants}
+    return [
+        Launch(
+            gated_moments_backward_kernel,
+            tile.grid,
+            (*views, rows, channels, *(v.stride(0) for v in views)),
+            options,
+        )
+        for views in slices
+    ]
+
+
+def gated_moments(
+    gate: Tensor,
+    up: Tensor,
+    count: Tensor,
+    mean: Tensor,
+    m2: Tensor,
+    token_mask: Tensor | None = None,
+    *,
+    act: str = "silu",
+) -> Tensor:
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if gate.numel() == 0:
+        count_rows_(gate, token_mask, count)
+    else:
+        run(launches(gate, up, out, count, mean, m2, token_mask, act), gate.device)
+    return out
+
+
+def gated_moments_backward(
+    grad: Tensor, gate: Tensor, up: Tensor, *, act: str = "silu"
+) -> tuple[Tensor, Tensor]:
+    dgate, dup = (torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) for _ in "gu")
+    if gate.numel():
+        run(launches_backward(grad, gate, up, dgate, dup, act), gate.device)
+    return dgate, dup
