@@ -1,0 +1,28 @@
+"""Rows, encoding and batches: from a data set to what `ssah.attribute` and a trainer take.
+
+rows = load_rows("builtin:safety")                  # prompt and completion, checked
+loader = make_loader(rows, tokenizer)               # input_ids, attention_mask, labels
+trainer = Trainer(..., train_dataset=list(encode(rows, tokenizer)),
+                  data_collator=Collator(tokenizer))
+"""
+
+from __future__ import annotations
+
+from ssah.data.encoding import IGNORE_INDEX, Encoded, encode
+from ssah.data.loader import Collator, Loader, fingerprint, make_loader
+from ssah.data.rows import BUILTIN, DataError, Row, RowStream, load_rows
+
+__all__ = [
+    "BUILTIN",
+    "IGNORE_INDEX",
+    "Collator",
+    "DataError",
+    "Encoded",
+    "Loader",
+    "Row",
+    "RowStream",
+    "encode",
+    "fingerprint",
+    "load_rows",
+    "make_loader",
+]

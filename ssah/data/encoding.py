@@ -1,0 +1,171 @@
+"""Tokens and labels of rows: the chat template applied, everything but the response ignored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
+
+from ssah.data.rows import DataError, Message, Row, check_row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE_INDEX = -100
+_PLACEHOLDER = "ssah-response-placeholder"
+
+
+class Encoded(TypedDict):
+    """One row as tokens: two lists of equal length, unpadded."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def encode(
+    rows: Iterable[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_length: int = 512,
+    overlong: Literal["error", "skip"] = "error",
+) -> Iterator[Encoded]:
+    """Tokenise rows lazily, one by one.
+
+    With a chat template, the prompt is what the model is given when it generates (the turns before
+    the response and the generation prompt), and the response is the rest up to the end-of-turn
+    token; white space that the template puts after that token is left out. Without a template, the
+    text is the turns joined by blank lines, after the BOS token where the tokenizer adds one and
+    followed by EOS.
+
+    A label is the token itself on the response, end of turn included, and -100 elsewhere; models
+    of `transformers` shift labels themselves. The first response token is exactly the first that
+    would be generated: where tokenising prompt and response together would merge a token across
+    their boundary, they are tokenised apart.
+
+    Args:
+        rows: as `load_rows` returns or takes them; a generator serves too.
+        tokenizer: a tokenizer of `transformers`.
+        max_length: tokens kept of a row; the end of a longer response is cut off.
+        overlong: what to do with a row whose prompt leaves no room for a response token.
+
+    Yields:
+        `input_ids` and `labels`, lists of at most `max_length` integers.
+
+    Raises:
+        ValueError: an argument is out of range, or the tokenizer has neither template nor EOS.
+        DataError: naming the row's index: it is invalid (see `load_rows`), overlong, refused by
+            the template, or no boundary between prompt and response can be found.
+    """
+    if max_length < 2:
+        raise ValueError(f"max_length must be at least 2, was {max_length}")
+    if overlong not in ("error", "skip"):
+        raise ValueError(f"overlong must be 'error' or 'skip', was {overlong!r}")
+    encoder = _Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
+    return _encode(rows, encoder, max_length, overlong)
+
+
+def _encode(
+    rows: Iterable[Mapping[str, Any]], encoder: _Encoder, max_length: int, overlong: str
+) -> Iterator[Encoded]:
+    for index, raw in enumerate(rows):
+        where = f"rows[{index}]"
+        row = check_row(raw, where)
+        prompt, response = encoder(row, where)
+        if len(prompt) >= max_length:
+            if overlong == "skip":
+                continue
+            raise DataError(
+                f"{where} ({row['prompt'][:40]!r}...): the prompt has {len(prompt)} tokens and "
+                f"leaves no room for the response: max_length must be more, was {max_length}; or "
+                "leave such rows out with overlong='skip'"
+            )
+        yield {
+            "input_ids": (prompt + response)[:max_length],
+            "labels": ([IGNORE_INDEX] * len(prompt) + response)[:max_length],
+        }
+
+
+class _Encoder:
+    """Turns one row into the tokens of its prompt and those of its response."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.has_template = tokenizer.chat_template is not None
+        if not self.has_template and tokenizer.eos_token_id is None:
+            raise ValueError(
+                "tokenizer must have a chat template or an EOS token, had neither: set "
+                "tokenizer.chat_template or tokenizer.eos_token"
+            )
+        added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        self.markers = tuple(token for token in added if token.strip())
+
+    def __call__(self, row: Row, where: str) -> tuple[list[int], list[int]]:
+        turns: Sequence[Message] = row.get("messages") or (
+            {"role": "user", "content": row["prompt"]},
+            {"role": "assistant", "content": row["completion"]},
+        )
+        if self.has_template:
+            return self.split_tokens(*self.render_turns(turns, where), where)
+        context = "".join(turn["content"] + "\n\n" for turn in turns[:-1])
+        prompt, response = self.split_tokens(context, turns[-1]["content"], where)
+        return self.bos(context) + prompt, [*response, self.tokenizer.eos_token_id]
+
+    def render_turns(self, turns: Sequence[Message], where: str) -> tuple[str, str]:
+        """The texts of prompt and response under the chat template."""
+        prompt = self.render(turns[:-1], where, add_generation_prompt=True)
+        full = self.render(turns, where)
+        if not full.startswith(prompt):
+            # Some templates open a block of reasoning in the generation prompt alone.
+            placeholder: Message = {"role": "assistant", "content": _PLACEHOLDER}
+            prompt, found, _ = self.render([*turns[:-1], placeholder], where).partition(
+                _PLACEHOLDER
+            )
+            if not found or not full.startswith(prompt):
+                raise DataError(
+                    f"{where}: the chat template renders the turns before the response differently "
+                    "once there is a response, so that its first token cannot be found"
+                )
+        response = full[len(prompt) :]
+        if response.rstrip().endswith(self.markers):
+            response = response.rstrip()
+        return prompt, response
+
+    def render(
+        self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool = False
+    ) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            text = self.tokenizer.apply_chat_template(
+                list(turns),
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except TemplateError as error:
+            roles = ", ".join(turn["role"] for turn in turns)
+            raise DataError(f"{where}: the chat template refuses turns {roles}: {error}") from error
+        return str(text)
+
+    def split_tokens(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
+        prompt_ids = self.tokenize(prompt)
+        full_ids = self.tokenize(prompt + response)
+        if full_ids[: len(prompt_ids)] == prompt_ids:
+            return prompt_ids, full_ids[len(prompt_ids) :]
+        response_ids = self.tokenize(response)
+        if self.decode(prompt_ids + response_ids) != self.decode(full_ids):
+            raise DataError(
+                f"{where}: the tokenizer merges the end of the prompt {prompt[-20:]!r} with the "
+                f"start of the response {response[:20]!r} and writes them differently when they "
+                "are tokenised apart, so that the response's first token cannot be found"
+            )
+        return prompt_ids, response_ids
+
+    def tokenize(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+    def decode(self, ids: list[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def bos(self, text: str) -> list[int]:
+        """The BOS token, where this tokenizer puts one before a text."""
+        first = self.tokenizer(text, verbose=False)["input_ids"][:1]
+        return list(first) if first == [self.tokenizer.bos_token_id] else []

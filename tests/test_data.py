@@ -1,0 +1,574 @@
+"""Rows, encoding, batches and the built-in sets of `ssah.data`, all offline."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
+
+from ssah.data import (
+    BUILTIN,
+    IGNORE_INDEX,
+    Collator,
+    DataError,
+    encode,
+    fingerprint,
+    load_rows,
+    make_loader,
+)
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# Opens a block of reasoning for generation, and leaves it out of finished turns.
+THINKING = CHATML.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+# The generation prompt ends with a space, which byte-level BPE joins to the next word.
+TRAILING_SPACE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+ROWS = [
+    {"prompt": "What is tea?", "completion": "Tea is a drink made from leaves."},
+    {"prompt": "Say hello to the whole class, please.", "completion": "Hello!"},
+    {"prompt": "Count.", "completion": "One, two, three, four, five, six, seven, eight, nine."},
+]
+
+
+def byte_level_bpe() -> Tokenizer:
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<s>", "<|im_start|>", "<|im_end|>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (row["completion"] for row in load_rows("builtin:utility"))
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+BPE = byte_level_bpe().to_str()
+
+
+def make_tokenizer(template: str | None, *, bos: bool = False) -> PreTrainedTokenizerFast:
+    backend = Tokenizer.from_str(BPE)
+    if bos:
+        backend.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", backend.token_to_id("<s>"))]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="<|im_end|>", pad_token="<pad>"
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def chat() -> PreTrainedTokenizerFast:
+    return make_tokenizer(CHATML)
+
+
+@pytest.fixture(scope="module")
+def plain() -> PreTrainedTokenizerFast:
+    return make_tokenizer(None)
+
+
+def parts(tokenizer, row, **options) -> tuple[str, str]:
+    """The texts of the ignored and of the labelled tokens of one row."""
+    (example,) = encode([row], tokenizer, **options)
+    ids, labels = example["input_ids"], example["labels"]
+    assert len(ids) == len(labels)
+    start = next(i for i, label in enumerate(labels) if label != IGNORE_INDEX)
+    assert labels == [IGNORE_INDEX] * start + ids[start:]
+    return tokenizer.decode(ids[:start]), tokenizer.decode(ids[start:])
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+# Rows
+
+
+def test_jsonl_is_read(tmp_path):
+    path = write(tmp_path / "rows.jsonl", "\ufeff" + json.dumps(ROWS[0]), "", json.dumps(ROWS[1]))
+    assert load_rows(path) == load_rows(str(path)) == ROWS[:2]
+    assert load_rows(path, limit=1) == ROWS[:1]
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"instruction": "Add.", "input": "1, 2", "output": "3"}, ("Add.\n\n1, 2", "3")),
+        ({"instruction": "Add 1 and 2.", "input": "", "output": "3"}, ("Add 1 and 2.", "3")),
+        (
+            {"instruction": "Who?", "context": "Ada wrote.", "response": "Ada.", "category": "qa"},
+            ("Who?\n\nAda wrote.", "Ada."),
+        ),
+        ({"question": "1 + 2?", "answer": "3"}, ("1 + 2?", "3")),
+        ({"input": "1 + 2?", "output": "3"}, ("1 + 2?", "3")),
+        ({"prompt": "a", "completion": "b", "messages": None}, ("a", "b")),
+    ],
+)
+def test_column_aliases(row, expected):
+    (checked,) = load_rows([row])
+    assert (checked["prompt"], checked["completion"]) == expected
+    assert checked.get("category") == row.get("category")
+    assert load_rows([checked]) == [checked]
+
+
+def test_messages_end_with_the_last_assistant_turn():
+    turns = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "Bye"},
+        {"role": "assistant", "content": "Goodbye."},
+        {"role": "user", "content": "Still there?"},
+    ]
+    (row,) = load_rows([{"messages": turns}])
+    assert row == {"prompt": "Bye", "completion": "Goodbye.", "messages": turns[:-1]}
+    assert load_rows([row]) == [row]
+
+
+@pytest.mark.parametrize(
+    ("line", "what"),
+    [
+        ('{"prompt": "a", "completion": ', "invalid JSON"),
+        ('["a", "b"]', "must be an object with named fields, was of type list"),
+        ('{"completion": "b"}', r"no prompt: needs one of 'prompt', .* has 'completion'"),
+        ('{"prompt": "a", "text": "b"}', r"no response: needs one of 'completion'"),
+        ('{"prompt": "a", "completion": " "}', "the response is empty"),
+        ('{"instruction": "", "input": "a", "output": "b"}', "the prompt is empty"),
+        ('{"prompt": "a", "completion": 3}', "'completion' must be a string, was of type int"),
+        ('{"messages": "hello"}', "'messages' must be a list of turns, was of type str"),
+        ('{"messages": ["hello"]}', r"messages\[0\] must be an object, was of type str"),
+        ('{"messages": [{"role": "user"}]}', r"messages\[0\] must have a string 'content'"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no assistant turn"),
+        ('{"messages": [{"role": "assistant", "content": "a"}]}', "no turn before the response"),
+    ],
+)
+def test_errors_name_file_and_line(tmp_path, line, what):
+    path = write(tmp_path / "bad.jsonl", json.dumps(ROWS[0]), "", line)
+    with pytest.raises(DataError, match=rf"bad\.jsonl:3: .*{what}"):
+        load_rows(path)
+
+
+def test_invalid_utf8_names_the_line(tmp_path):
+    path = tmp_path / "latin.jsonl"
+    path.write_bytes(b'{"prompt": "caf\xe9", "completion": "b"}\n')
+    with pytest.raises(DataError, match=r"latin\.jsonl:1: invalid JSON"):
+        load_rows(path)
+
+
+def test_errors_name_the_index_of_a_row():
+    with pytest.raises(DataError, match=r"rows\[1\]: the response is empty"):
+        load_rows([ROWS[0], {"prompt": "a", "completion": ""}])
+
+
+def test_arguments_are_checked(tmp_path):
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows([])
+    with pytest.raises(DataError, match=r"empty\.jsonl: has no rows"):
+        load_rows(write(tmp_path / "empty.jsonl", ""))
+    with pytest.raises(FileNotFoundError, match=r"was 'no/such\.jsonl'"):
+        load_rows("no/such.jsonl")
+    with pytest.raises(FileNotFoundError, match="was 'nothing'"):
+        load_rows("nothing")
+    with pytest.raises(ValueError, match="was the folder"):
+        load_rows(tmp_path)
+    with pytest.raises(ValueError, match=r"one of builtin:safety, .* was 'builtin:other'"):
+        load_rows("builtin:other")
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        load_rows(ROWS, limit=0)
+    with pytest.raises(ValueError, match="split must be None for a list"):
+        load_rows(ROWS, split="train")
+    with pytest.raises(TypeError, match="was a single row"):
+        load_rows(ROWS[0])
+    with pytest.raises(TypeError, match="more than once"):
+        load_rows(iter(ROWS))
+    with pytest.raises(TypeError, match="was of type int"):
+        load_rows(3)
+
+
+def test_datasets_and_splits():
+    finite = datasets.Dataset.from_list(ROWS)
+    splits = datasets.DatasetDict({"train": finite, "test": finite.select([0])})
+    assert load_rows(finite) == ROWS
+    assert load_rows(finite, limit=2) == ROWS[:2]
+    assert load_rows(splits, split="test") == ROWS[:1]
+    assert load_rows({"train": ROWS}) == ROWS
+    with pytest.raises(ValueError, match="split must be one of 'train', 'test', was None"):
+        load_rows(splits)
+
+
+def test_streams_are_lazy_and_iterate_again():
+    read = []
+
+    def generate():
+        for index in range(100):
+            read.append(index)
+            yield {"prompt": f"p{index}", "completion": "c"}
+        yield {"prompt": "p100"}
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    rows = load_rows(stream)
+    assert read == []
+    assert next(iter(rows))["prompt"] == "p0"
+    assert len(read) < 100
+    with pytest.raises(DataError, match=r"rows\[100\]: no response"):
+        list(rows)
+    assert len(list(load_rows(stream, limit=7))) == len(list(load_rows(rows, limit=7))) == 7
+
+
+def test_a_hub_id_is_the_only_name_that_is_downloaded(monkeypatch):
+    calls = []
+
+    def load_dataset(name, split=None, streaming=False):
+        calls.append((name, split, streaming))
+        data = datasets.Dataset.from_list(ROWS)
+        data = data.to_iterable_dataset() if streaming else data
+        return data if split else {"train": data}
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows("some-one/some.data", split="train") == ROWS
+    assert load_rows("some-one/some.data", limit=2) == ROWS[:2]
+    assert calls == [("some-one/some.data", "train", False), ("some-one/some.data", None, True)]
+
+
+# Encoding
+
+
+def test_labels_are_the_response_and_its_end_of_turn(chat):
+    prompt, response = parts(chat, ROWS[0])
+    assert prompt == "<|im_start|>user\nWhat is tea?<|im_end|>\n<|im_start|>assistant\n"
+    assert response == "Tea is a drink made from leaves.<|im_end|>"
+
+
+def test_the_prompt_is_what_generation_sees(chat):
+    (example,) = encode(ROWS[:1], chat)
+    generated = chat.apply_chat_template(
+        [{"role": "user", "content": ROWS[0]["prompt"]}],
+        add_generation_prompt=True,
+        return_dict=False,
+    )
+    assert example["labels"].count(IGNORE_INDEX) == len(generated)
+    assert example["input_ids"][: len(generated)] == generated
+
+
+def test_only_the_last_turn_of_a_conversation_is_labelled(chat):
+    turns = [
+        {"role": role, "content": text}
+        for role, text in [("user", "Hi"), ("assistant", "Hello."), ("user", "Bye")]
+    ]
+    row = {"messages": [*turns, {"role": "assistant", "content": "Goodbye."}]}
+    prompt, response = parts(chat, row)
+    assert "Hello." in prompt
+    assert response == "Goodbye.<|im_end|>"
+
+
+def test_without_a_template_prompt_and_response_are_joined(plain):
+    assert parts(plain, ROWS[0]) == (
+        "What is tea?\n\n",
+        "Tea is a drink made from leaves.<|im_end|>",
+    )
+
+
+@pytest.mark.parametrize("template", [None, "<s>" + CHATML])
+def test_bos_appears_once(template):
+    (example,) = encode(ROWS[:1], make_tokenizer(template, bos=True))
+    assert example["input_ids"].count(0) == 1
+    assert (example["input_ids"][0], example["labels"][0]) == (0, IGNORE_INDEX)
+
+
+def test_a_token_across_the_boundary_is_split():
+    tokenizer = make_tokenizer(TRAILING_SPACE)
+    together = tokenizer("assistant: Tea", add_special_tokens=False)["input_ids"]
+    prompt = tokenizer("assistant: ", add_special_tokens=False)["input_ids"]
+    assert together[: len(prompt)] != prompt  # otherwise this test shows nothing
+    assert parts(tokenizer, ROWS[0]) == (
+        "user: What is tea?<|im_end|>assistant: ",
+        "Tea is a drink made from leaves.<|im_end|>",
+    )
+
+
+@pytest.mark.parametrize("response", ["Yes.", "assistant", "<html>"])
+def test_a_generation_prompt_that_is_no_prefix(response):
+    prompt, labelled = parts(make_tokenizer(THINKING), {"prompt": "Is it?", "completion": response})
+    assert prompt == "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
+    assert labelled == response + "<|im_end|>"
+
+
+def test_a_boundary_that_cannot_be_found_is_an_error():
+    counting = make_tokenizer("{{ messages | map(attribute='content') | join(' ') | length }}")
+    with pytest.raises(DataError, match=r"rows\[0\]: the chat template renders the turns before"):
+        list(encode(ROWS, counting))
+
+    backend = Tokenizer(models.WordLevel({"?": 0, "▁a": 1, "▁b": 2, "▁ab": 3}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    backend.decoder = decoders.Metaspace(prepend_scheme="always")
+    merging = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="?")
+    merging.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(DataError, match=r"merges the end of the prompt 'a' with .* response 'b'"):
+        list(encode([{"prompt": "a", "completion": "b"}], merging))
+
+
+def test_a_refused_role_is_an_error():
+    tokenizer = make_tokenizer("{{ raise_exception('system role not supported') }}")
+    with pytest.raises(DataError, match=r"rows\[0\]: .* turns user: system role not supported"):
+        list(encode(ROWS, tokenizer))
+
+
+def test_long_rows(chat):
+    (whole,) = encode(ROWS[2:], chat)
+    prompt_length = whole["labels"].count(IGNORE_INDEX)
+    (cut,) = encode(ROWS[2:], chat, max_length=prompt_length + 3)
+    assert cut["input_ids"] == whole["input_ids"][: prompt_length + 3]
+    assert cut["labels"] == whole["labels"][: prompt_length + 3]
+    with pytest.raises(DataError, match=rf"rows\[0\] .*{prompt_length} tokens .* was 3"):
+        list(encode(ROWS[2:], chat, max_length=3))
+    assert list(encode(ROWS[2:], chat, max_length=prompt_length, overlong="skip")) == []
+    with pytest.raises(ValueError, match="max_length must be at least 2"):
+        encode(ROWS, chat, max_length=1)
+    with pytest.raises(ValueError, match="overlong must be 'error' or 'skip'"):
+        encode(ROWS, chat, overlong="cut")
+
+
+def test_a_tokenizer_without_template_and_eos_is_refused():
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(BPE))
+    with pytest.raises(ValueError, match="must have a chat template or an EOS token"):
+        encode(ROWS, tokenizer)
+
+
+# Batches
+
+
+def rows_in(batches) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """The unpadded rows of some batches, in the order of the batches."""
+    return [
+        (tuple(ids[mask.bool()].tolist()), tuple(labels[mask.bool()].tolist()))
+        for batch in batches
+        for ids, mask, labels in zip(
+            batch["input_ids"], batch["attention_mask"], batch["labels"], strict=True
+        )
+    ]
+
+
+def test_collator_pads_on_the_right(chat):
+    examples = [
+        {"input_ids": [5, 6, 7], "labels": [IGNORE_INDEX, 6, 7]},
+        {"input_ids": torch.tensor([8]), "labels": torch.tensor([8])},
+    ]
+    batch = Collator(chat, pad_to_multiple_of=4)(examples)
+    pad = chat.pad_token_id
+    assert batch["input_ids"].tolist() == [[5, 6, 7, pad], [8, pad, pad, pad]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
+    no = IGNORE_INDEX
+    assert batch["labels"].tolist() == [[no, 6, 7, no], [8, no, no, no]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert Collator(chat)(examples)["input_ids"].shape == (2, 3)
+    with pytest.raises(ValueError, match="labels must be as long as input_ids"):
+        Collator(chat)([{"input_ids": [1, 2], "labels": [1]}])
+
+
+def test_collator_without_a_pad_token():
+    tokenizer = make_tokenizer(CHATML)
+    tokenizer.pad_token = None
+    assert Collator(tokenizer).pad_token_id == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    assert Collator(tokenizer).pad_token_id == 0
+
+
+def test_loader_buckets_by_length_and_iterates_again(chat):
+    rows = load_rows("builtin:utility")
+    loader = make_loader(rows, chat, batch_size=8)
+    batches = list(loader)
+    assert len(loader) == len(batches) == 20
+    expected = [tuple(map(tuple, example.values())) for example in encode(rows, chat)]
+    assert Counter(rows_in(batches)) == Counter(expected)
+    lengths = [len(ids) for ids, _ in rows_in(batches)]
+    assert lengths == sorted(lengths, reverse=True)
+    assert rows_in(loader) == rows_in(batches)
+
+
+def test_token_limit_counts_padding(chat):
+    loader = make_loader(
+        "builtin:utility", chat, max_tokens_per_batch=1024, batch_size=50, pad_to_multiple_of=16
+    )
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert all(batch["input_ids"].numel() <= 1024 for batch in batches)
+    assert all(batch["input_ids"].shape[1] % 16 == 0 for batch in batches)
+    assert len(rows_in(batches)) == 160
+    assert max(batch["input_ids"].shape[0] for batch in batches) > 8
+    with pytest.raises(ValueError, match=r"max_tokens_per_batch must hold one row .*\(512"):
+        make_loader(ROWS, chat, max_tokens_per_batch=511)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    st.integers(1, 6),
+    st.integers(64, 300),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_row_is_in_one_batch(lengths, batch_size, max_tokens, shuffle, stream):
+    # A word is one token, so prompt, response and EOS give a row of length + 2 tokens.
+    backend = Tokenizer(models.WordLevel({"?": 0, "w": 1, "</s>": 2}, unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="?", eos_token="</s>", pad_token="</s>"
+    )
+    rows = [{"prompt": "w", "completion": "w " * length} for length in lengths]
+    source = datasets.IterableDataset.from_generator(lambda: iter(rows)) if stream else rows
+    loader = make_loader(
+        source,
+        tokenizer,
+        batch_size=batch_size,
+        max_length=64,
+        max_tokens_per_batch=max_tokens,
+        shuffle=shuffle,
+    )
+    batches = list(loader)
+    assert sorted(len(ids) for ids, _ in rows_in(batches)) == sorted(n + 2 for n in lengths)
+    assert all(batch["input_ids"].shape[0] <= batch_size for batch in batches)
+    assert all(batch["input_ids"].numel() <= max_tokens for batch in batches)
+
+
+def test_shuffling_repeats_with_the_seed(chat):
+    def epochs(seed):
+        loader = make_loader("builtin:safety", chat, batch_size=4, shuffle=True, seed=seed)
+        first, second = rows_in(loader), rows_in(loader)
+        assert len(list(loader)) == len(loader)
+        return first, second
+
+    first, second = epochs(0)
+    assert first != second
+    assert Counter(first) == Counter(second)
+    assert epochs(0) == (first, second)
+    assert epochs(1)[0] != first
+
+
+def test_iterating_leaves_the_global_generator_alone(chat):
+    before = torch.get_rng_state()
+    list(make_loader(ROWS, chat, shuffle=True))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_fingerprint_does_not_depend_on_batching(chat):
+    rows = load_rows("builtin:safety")
+    digest = hashlib.sha256()
+    for example in encode(rows, chat):
+        ids, labels = example["input_ids"], example["labels"]
+        digest.update(struct.pack(f"<{2 * len(ids) + 1}q", len(ids), *ids, *labels))
+    expected = digest.hexdigest()
+    assert fingerprint(encode(rows, chat)) == expected
+    for options in (
+        {},
+        {"batch_size": 3, "pad_to_multiple_of": 8},
+        {"shuffle": True, "seed": 5},
+        {"max_tokens_per_batch": 700},
+    ):
+        assert make_loader(rows, chat, **options).fingerprint == expected
+    assert make_loader(rows, chat, limit=79).fingerprint != expected
+    assert make_loader(rows, chat, max_length=60).fingerprint != expected
+
+
+def test_stream_batches_and_fingerprint(chat):
+    rows = load_rows("builtin:utility")
+    stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
+    loader = make_loader(stream, chat, batch_size=2)  # 160 rows, buffers of 128
+    finite = make_loader(rows, chat)
+    assert loader.fingerprint is None
+    with pytest.raises(TypeError):
+        len(loader)
+    batches = list(loader)
+    assert Counter(rows_in(batches)) == Counter(rows_in(finite))
+    assert loader.fingerprint == finite.fingerprint
+    lengths = [batch["input_ids"].shape[1] for batch in batches]
+    assert lengths[:64] == sorted(lengths[:64], reverse=True)
+    assert rows_in(loader) == rows_in(batches)
+    next(iter(loader))
+    assert loader.fingerprint is None
+
+
+def test_no_row_left_is_an_error(chat):
+    with pytest.raises(DataError, match="no row is left"):
+        make_loader(ROWS, chat, max_length=4, overlong="skip")
+
+
+def test_loader_arguments_are_checked(chat):
+    with pytest.raises(ValueError, match="batch_size must be at least 1, was 0"):
+        make_loader(ROWS, chat, batch_size=0)
+    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, was 0"):
+        make_loader(ROWS, chat, pad_to_multiple_of=0)
+
+
+# The built-in sets
+
+REFUSALS = (
+    "I cannot ",
+    "I can't ",
+    "I won't ",
+    "I'm sorry, but I ",
+    "I'm so sorry that you feel this way, but I cannot ",
+    "I'm not able to ",
+    "I'm unable to ",
+    "I must decline",
+    "I must refuse",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "per_category"),
+    [
+        ("safety", 80, {8}),
+        ("utility", 160, {16}),
+        ("safety_eval", 32, {3, 4}),
+        ("utility_eval", 40, {4}),
+    ],
+)
+def test_builtin_counts(name, rows, per_category):
+    loaded = load_rows(f"builtin:{name}")
+    assert len(loaded) == rows
+    categories = Counter(row["category"] for row in loaded)
+    assert len(categories) == 10
+    assert set(categories.values()) == per_category
+    assert len({row["completion"] for row in loaded}) == rows
+
+
+def test_builtin_sets_are_disjoint():
+    def words(text):
+        return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
+
+    prompts = [words(row["prompt"]) for name in BUILTIN for row in load_rows(f"builtin:{name}")]
+    assert len(set(prompts)) == len(prompts) == 312
+
+
+@pytest.mark.parametrize("name", ["safety", "safety_eval"])
+def test_refusals_begin_as_refusals(name):
+    for row in load_rows(f"builtin:{name}"):
+        assert row["completion"].startswith(REFUSALS), row
+        assert len(row["completion"].split()) <= 50, row
+
+
+@pytest.mark.parametrize("name", ["utility", "utility_eval"])
+def test_answers_are_answers(name):
+    for row in load_rows(f"builtin:{name}"):
+        assert not row["completion"].startswith(REFUSALS), row
+        assert 20 <= len(row["completion"].split()) <= 100, row
