@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.provenance import check_same_model
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
 if TYPE_CHECKING:
@@ -174,9 +173,7 @@ def _mean_values(
 ) -> Mapping[str, Tensor]:
     if isinstance(means, Mapping):
         return means
-    check_same_model(
-        model, means.config_hash, expected_name=means.model_name, what="the attribution in means"
-    )
+    means.check_model(model)
     return means.mean
 
 
@@ -231,6 +228,8 @@ def _bias_flags(
         present = _shapes(model)
         for part in ("", *type(model.config).sub_configs):
             config = getattr(model.config, part) if part else model.config
+            if config is None:  # a part that this model goes without
+                continue
             off = [flag for flag, value in vars(config).items() if value is False]
             for flag in (flag for flag in off if flag.endswith("bias")):
                 variant = copy.deepcopy(model.config)
@@ -258,8 +257,8 @@ def _shapes(model: nn.Module) -> dict[str, torch.Size]:
 
 def _are_biases(model: nn.Module, names: Mapping[str, torch.Size]) -> bool:
     """Whether all are biases of linear layers, so that zero in each changes no output."""
+    modules = dict(model.named_modules())
     return all(
-        name.endswith(".bias")
-        and isinstance(model.get_submodule(name.removesuffix(".bias")), nn.Linear)
+        name.endswith(".bias") and isinstance(modules.get(name.removesuffix(".bias")), nn.Linear)
         for name in names
     )

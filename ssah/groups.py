@@ -136,12 +136,13 @@ def _fraction(argument: str, value: object) -> float:
 
 
 def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Scores as float64 [n_units] on the CPU; refuses empty, ragged and non-finite ones by name."""
+    """Copies of scores, float64 [n_units] on the CPU; refuses empty, ragged and non-finite ones by name."""
     if not scores:
         raise ValueError(f"{role} has no modules; it must have scores for at least one")
     checked = {}
     for name, value in scores.items():
-        x = torch.as_tensor(value).detach().to("cpu", torch.float64)
+        # a copy: scores of the caller may share memory, or change later
+        x = torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True)
         if x.dim() != 1 or len(x) == 0:
             raise ValueError(
                 f"{role}: the scores of {name} have shape {list(x.shape)}; "
