@@ -136,7 +136,7 @@ def _fraction(argument: str, value: object) -> float:
 
 
 def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of scores, float64 [n_units] on the CPU; refuses empty, ragged and non-finite ones by name."""
+    """Copies of scores, float64 [n_units] on the CPU; refuses unusable ones by name."""
     if not scores:
         raise ValueError(f"{role} has no modules; it must have scores for at least one")
     checked = {}
