@@ -170,7 +170,8 @@ def attribute(
             f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
             "vocabulary projection; load it with AutoModelForCausalLM"
         )
-    sums = {name: Sums.zeros(module) for name, module in found.items()}
+    with torch.inference_mode(False):
+        sums = {name: Sums.zeros(module) for name, module in found.items()}
     fingerprint = Fingerprint()
     own_fingerprint = getattr(loader, "fingerprint", None)
     maskless = _may_drop_mask(model)
@@ -257,7 +258,7 @@ def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor)
     Only the positions that predict something pass through the vocabulary projection, a chunk at a
     time. dL/dlogits is softmax(logits) - onehot(target); the loss itself is never needed.
     """
-    states = output.last_hidden_state.detach().flatten(0, 1)  # [tokens, hidden]
+    states = output["last_hidden_state"].detach().flatten(0, 1)  # [tokens, hidden]
     gradient = torch.zeros_like(states)
     positions = (targets.flatten() != IGNORED).nonzero()[:, 0]
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
@@ -268,7 +269,7 @@ def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor)
             slope = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
             slope[torch.arange(len(chunk), device=slope.device), targets.flatten()[chunk]] -= 1
             (gradient[chunk],) = torch.autograd.grad(logits, state, slope.to(logits.dtype))
-    return gradient.view_as(output.last_hidden_state)
+    return gradient.view_as(output["last_hidden_state"])
 
 
 @contextmanager
