@@ -7,6 +7,7 @@ Accumulation: float32 (float64 for float64 input) within a chunk of rows, float6
 Bytes per element: itemsize read (2 for bf16), plus 16 / chunk rows in the L2 cache.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch
@@ -15,13 +16,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ssah_kernels.backends.triton.device import (
+    add_launch,
     place,
     store_row,
-    sum_chunks,
     wide,
     zeros_like_wide,
 )
-from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch, run, tiling
+from ssah_kernels.backends.triton.launch import Launch, run, tiling
 
 DEPTH = 8  # rows per warp and tile: 128 bytes in flight per thread
 
@@ -41,21 +42,10 @@ def column_sq_norms_kernel(
     store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
 
 
-@triton.jit
-def sum_squares_kernel(
-    partial_ptr, norms_ptr, chunks, channels, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
-):
-    """Stage 2: norms = sum over chunks of partial [chunks, channels]."""
-    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = cols < channels
-    norms = sum_chunks(partial_ptr, cols, channels, chunks, inside, CHUNKS, BLOCK)
-    tl.store(norms_ptr + cols, norms, mask=inside)
-
-
 def launches(weight: Tensor, norms: Tensor) -> list[Launch]:
     rows, channels = weight.shape
     tile = tiling(rows, channels, weight.element_size(), DEPTH)
-    partial = norms.new_empty(tile.chunks, channels)
+    partial = norms.new_empty(1, tile.chunks, channels)
     return [
         Launch(
             column_sq_norms_kernel,
@@ -63,12 +53,7 @@ def launches(weight: Tensor, norms: Tensor) -> list[Launch]:
             (weight, partial, rows, channels, weight.stride(0), tile.tiles),
             tile.constants,
         ),
-        Launch(
-            sum_squares_kernel,
-            (triton.cdiv(channels, MERGE_CHANNELS),),
-            (partial, norms, tile.chunks, channels),
-            {"CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS, "num_warps": 4},
-        ),
+        add_launch(partial, norms),
     ]
 
 

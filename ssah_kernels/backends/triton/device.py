@@ -5,10 +5,14 @@ writes its (n, mean, M2) or its sums in float64. Stage 2: partial results are me
 order of the chunks, in float64. No atomics: the same input gives the same bits.
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch
 
 
 @triton.jit
@@ -30,7 +34,7 @@ def zeros_like_wide(ptr, shape: tl.constexpr):
 
 @triton.jit
 def place(channels, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's chunk, its channels [1, 1, BLOCK], and a tile's row offsets [DEPTH, WARPS, 1]."""
+    """This program's chunk, its channels [1, 1, BLOCK], a tile's row offsets [DEPTH, WARPS, 1]."""
     blocks = tl.cdiv(channels, BLOCK)
     chunk = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
@@ -48,21 +52,39 @@ def counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK: tl.constexpr):
 
 
 @triton.jit
-def sum_chunks(ptr, cols, stride, chunks, inside, CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
-    """Sum over chunks of ptr[chunk * stride + cols], in fixed order: float64 [BLOCK]."""
-    total = tl.zeros((BLOCK,), tl.float64)
-    for first in range(0, chunks, CHUNKS):
-        chunk = first + tl.arange(0, CHUNKS)
-        here = (chunk < chunks)[:, None] & inside[None, :]
-        part = tl.load(
-            ptr + chunk[:, None].to(tl.int64) * stride + cols[None, :], mask=here, other=0
-        )
-        total += tl.sum(part, 0)
-    return total
-
-
-@triton.jit
 def store_row(row_ptr, cols, values, channels, BLOCK: tl.constexpr):
     """Write one row of partial results [BLOCK] in float64; ``cols`` as ``place`` gives them."""
     cols = tl.reshape(cols, (BLOCK,))
     tl.store(row_ptr + cols, values.to(tl.float64), mask=cols < channels)
+
+
+@triton.jit
+def add_chunks_kernel(
+    partial_ptr, first_ptr, second_ptr, chunks, channels,
+    CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Stage 2 of a sum: add partial [1 or 2, chunks, channels] to first (and to second)."""
+    cols = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = cols < channels
+    state_ptr = first_ptr
+    if tl.program_id(1) == 1:
+        state_ptr = second_ptr
+        partial_ptr += tl.cast(chunks, tl.int64) * channels
+    total = tl.load(state_ptr + cols, mask=inside, other=0)
+    for start in range(0, chunks, CHUNKS):
+        chunk = start + tl.arange(0, CHUNKS)
+        here = (chunk < chunks)[:, None] & inside[None, :]
+        row = partial_ptr + chunk[:, None].to(tl.int64) * channels + cols[None, :]
+        total += tl.sum(tl.load(row, mask=here, other=0), 0)
+    tl.store(state_ptr + cols, total, mask=inside)
+
+
+def add_launch(partial: Tensor, *states: Tensor) -> Launch:
+    """Stage 2 of a sum: add partial [len(states), chunks, C] to the states [C]."""
+    _, chunks, channels = partial.shape
+    return Launch(
+        add_chunks_kernel,
+        (triton.cdiv(channels, MERGE_CHANNELS), len(states)),
+        (partial, states[0], states[-1], chunks, channels),
+        {"CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS, "num_warps": 4},
+    )

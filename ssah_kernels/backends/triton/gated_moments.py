@@ -11,6 +11,7 @@ The derivative reads 3 itemsize and writes 2 (10 bytes for bf16):
 dgate = grad * up * act'(gate), dup = grad * act(gate).
 """
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import torch

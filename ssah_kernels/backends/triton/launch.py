@@ -85,7 +85,7 @@ def tiling(
 
 
 def row_slices(tensors: Sequence[Tensor], mask: Tensor | None) -> list[tuple[Tensor, ...]]:
-    """Cut tensors [..., C] of one shape, and a mask [...], jointly into views [rows, C] (and [rows]).
+    """Cut tensors [..., C] of one shape, and a mask [...], into views [rows, C] (and [rows]).
 
     Leading dimensions are merged wherever all the strides allow; usually one slice is left. The
     order of the rows may change: no operator depends on it. No data is copied.

@@ -1,5 +1,6 @@
 """Device side of the moments: shifted sums of a tile, a chunk's (n, mean, M2), Chan's merge."""
 
+# mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
 import triton
@@ -11,11 +12,6 @@ from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, La
 
 
 @triton.jit
-def add_pairs(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
-
-
-@triton.jit
 def tile_sums(v, valid, n, centre, s1, s2):
     """Add a tile [DEPTH, WARPS, BLOCK] to each warp's count and shifted sums [WARPS, BLOCK].
 
@@ -23,8 +19,9 @@ def tile_sums(v, valid, n, centre, s1, s2):
     that has a row: M2 = s2 - s1^2 / n then cancels by at most 1 + tiles, whatever the data (the sum
     of squares about a mean of R of the n rows is at most (1 + n / R) M2).
     """
-    # One reduction of the pair, so that both sums come out in the layout of the loads.
-    n_tile, sum_tile = tl.reduce((tl.broadcast_to(valid, v.shape).to(v.dtype), v), 0, add_pairs)
+    # Summed as a pair, so that the count, too, has the layout of the loads: no exchange of data.
+    pair = tl.join(tl.broadcast_to(valid, v.shape).to(v.dtype), v)
+    n_tile, sum_tile = tl.split(tl.sum(pair, 0))
     centre = tl.where(n > 0, centre, sum_tile / tl.maximum(n_tile, 1))
     d = tl.where(valid, v - centre[None, :, :], 0)
     return n + n_tile, centre, s1 + tl.sum(d, 0), s2 + tl.sum(d * d, 0)
@@ -32,7 +29,7 @@ def tile_sums(v, valid, n, centre, s1, s2):
 
 @triton.jit
 def store_moments(n, centre, s1, s2, chunk, cols, channels, partial_ptr, BLOCK: tl.constexpr):
-    """Merge the warps' moments and write partial [chunks, 2, channels]: mean, M2. Returns the count.
+    """Merge the warps' moments into partial [chunks, 2, channels] (mean, M2); returns the count.
 
     Means are handled as distances from one centre: float32 then loses nothing to a large mean, and
     half the registers of float64 are needed.
