@@ -2,11 +2,13 @@
 
 Every function has its operator's name and arguments. It raises ``TypeError`` or ``ValueError``
 that names the argument, what it was and what it must be, and returns the arguments ready for a
-kernel: the last dimension of each input contiguous, everything else as it was passed.
+kernel: the last dimension of each input contiguous, the tensors of an update as matrices, its
+scalars as float64 on their device, everything else as it was passed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -137,3 +139,237 @@ def column_sq_norms(weight: Tensor) -> tuple[Any, ...]:
     if weight.dim() != 2:
         raise ValueError(f"weight has {weight.dim()} dimensions; it must have 2")
     return (_rows(weight),)
+
+
+def _matrix(x: Tensor, dim: int) -> tuple[Tensor, int]:
+    """``x`` as a view [rows, columns], and which of the two ``dim`` became."""
+    if x.dim() == 2:
+        return x, dim % 2
+    if x.dim() < 2:
+        return x.reshape(1, -1), 1
+    dim %= x.dim()
+    if dim == 0:
+        return x.view(x.shape[0], -1), 0
+    return x.view(-1, x.shape[-1]), 1
+
+
+def _same_length(name: str, values: Sequence[Any], must: int) -> None:
+    if len(values) != must:
+        raise ValueError(f"{name} has {len(values)} entries; it must have {must}, one a parameter")
+
+
+def _compact_shape(
+    name: str, x: Tensor, index_name: str, index: Tensor | None, dim: int
+) -> tuple[int, ...]:
+    """The shape that ``index`` along ``dim`` selects from ``x``."""
+    shape = tuple(x.shape)
+    n = max(len(shape), 1)
+    if not -n <= dim < n or (n > 2 and dim % n not in (0, n - 1)):
+        raise ValueError(
+            f"dims has {dim} for {name} of {len(shape)} dimensions; it must be the first or last"
+        )
+    if index is None:
+        return shape
+    if index.dtype != torch.int64 or index.dim() != 1 or not shape:
+        raise ValueError(
+            f"{index_name} is {index.dtype} with {index.dim()} dimensions for {name} of "
+            f"{len(shape)}; it must be int64 with 1, strictly increasing"
+        )
+    if index.device != x.device:
+        raise ValueError(f"{index_name} is on {index.device}; it must be on {x.device}")
+    dim %= n
+    return (*shape[:dim], index.shape[0], *shape[dim + 1 :])
+
+
+def _compact(
+    name: str, x: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...], like: Tensor
+) -> None:
+    if x.dtype not in dtypes:
+        allowed = " or ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} has dtype {x.dtype}; with its parameter it must be {allowed}")
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}, what is trained")
+    if x.device != like.device:
+        raise ValueError(f"{name} is on {x.device}; it must be on {like.device}")
+
+
+def _scalar(
+    name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float64
+) -> Tensor | None:
+    if x is None:
+        return None
+    if x.numel() != 1 or x.is_floating_point() != dtype.is_floating_point:
+        kind = "a floating-point" if dtype.is_floating_point else "an int64"
+        raise ValueError(
+            f"{name} is {x.dtype} of shape {tuple(x.shape)}; it must be {kind} tensor of one value"
+        )
+    if x.device == like.device and x.dtype == dtype:
+        return x
+    return x.to(like.device, dtype)
+
+
+def _update(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    states: dict[str, Sequence[Tensor]],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    compensations: Sequence[Tensor] | None,
+    importance: dict[str, Sequence[Tensor] | None],
+) -> tuple[list[Any], ...]:
+    """Checks the lists of an update; params, grads, states, dims, compensations as matrices."""
+    if not params:
+        raise ValueError("params is empty; it must have at least one parameter")
+    first = params[0]
+    _floating("params[0]", first, 0)
+    state_dtypes = (
+        (torch.float64,) if first.dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    )
+    lists: dict[str, tuple[Sequence[Tensor], tuple[torch.dtype, ...]]] = {
+        "grads": (grads, (first.dtype,))
+    }
+    for name, state in states.items():
+        if state:
+            state_dtypes = (state[0].dtype,) if state[0].dtype in state_dtypes else state_dtypes
+        lists[name] = state, state_dtypes
+    if compensations is not None:
+        lists["compensations"] = compensations, (first.dtype,)
+    for name, values in {"indices": indices, "dims": dims, **importance}.items():
+        if values is not None:
+            _same_length(name, values, len(params))
+    for name, (tensors, _) in lists.items():
+        _same_length(name, tensors, len(params))
+    if (importance["signed"] is None) != (importance["squared"] is None):
+        raise ValueError("signed and squared must be given together")
+
+    matrices: list[list[Any]] = [[] for _ in range(len(lists) + 2)]
+    for i, (param, index, dim) in enumerate(zip(params, indices, dims, strict=True)):
+        if param.dtype != first.dtype or param.device != first.device:
+            raise ValueError(
+                f"params[{i}] is {param.dtype} on {param.device}; all of one call must be "
+                f"{first.dtype} on {first.device}, as params[0]"
+            )
+        shape = _compact_shape(f"params[{i}]", param, f"indices[{i}]", index, dim)
+        for name, (tensors, dtypes) in lists.items():
+            _compact(f"{name}[{i}]", tensors[i], shape, dtypes, param)
+            if name != "grads" and not tensors[i].is_contiguous():
+                raise ValueError(f"{name}[{i}] must be contiguous")
+        for name, values in importance.items():
+            if values is not None:
+                _state(
+                    f"{name}[{i}]", values[i], shape[dim : dim + 1 or None] or (1,), param.device
+                )
+        matrix, axis = _matrix(param, dim)
+        for row, value in zip(
+            matrices,
+            (matrix, axis, *(_matrix(t[i].contiguous(), dim)[0] for t, _ in lists.values())),
+            strict=True,
+        ):
+            row.append(value)
+    return tuple(matrices)
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    **_: float,
+) -> tuple[Any, ...]:
+    p, axes, g, m, v, *c = _update(
+        params,
+        grads,
+        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+        indices,
+        dims,
+        compensations,
+        {"signed": signed, "squared": squared},
+    )
+    scalars = (
+        _scalar(name, x, params[0])
+        for name, x in (
+            ("lr", lr),
+            ("step", step),
+            ("grad_scale", grad_scale),
+            ("clip_coef", clip_coef),
+        )
+    )
+    seed = _scalar("seed", seed, params[0], torch.int64)
+    return p, g, m, v, indices, axes, *scalars, seed, c[0] if c else None, signed, squared
+
+
+def masked_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    *,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    **_: float,
+) -> tuple[Any, ...]:
+    if momentum_buffers is None and (momentum != 0 or nesterov):
+        raise ValueError(
+            f"momentum_buffers is None; momentum {momentum} and nesterov {nesterov} need them"
+        )
+    states = {} if momentum_buffers is None else {"momentum_buffers": momentum_buffers}
+    p, axes, g, *rest = _update(
+        params, grads, states, indices, dims, compensations, {"signed": signed, "squared": squared}
+    )
+    buffers = None if momentum_buffers is None else rest.pop(0)
+    scalars = (
+        _scalar(name, x, params[0])
+        for name, x in (
+            ("lr", lr),
+            ("step", step),
+            ("grad_scale", grad_scale),
+            ("clip_coef", clip_coef),
+        )
+    )
+    seed = _scalar("seed", seed, params[0], torch.int64)
+    c = rest[0] if rest else None
+    return p, g, buffers, indices, axes, *scalars, seed, c, signed, squared
+
+
+def masked_grad_norm(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    grad_scale: Tensor | None = None,
+) -> tuple[Any, ...]:
+    if not grads:
+        raise ValueError("grads is empty; it must have at least one gradient")
+    _same_length("indices", indices, len(grads))
+    _same_length("dims", dims, len(grads))
+    matrices, axes = [], []
+    for i, (grad, index, dim) in enumerate(zip(grads, indices, dims, strict=True)):
+        _floating(f"grads[{i}]", grad, 0)
+        if grad.dtype != grads[0].dtype or grad.device != grads[0].device:
+            raise ValueError(
+                f"grads[{i}] is {grad.dtype} on {grad.device}; all of one call must be "
+                f"{grads[0].dtype} on {grads[0].device}, as grads[0]"
+            )
+        _compact_shape(f"grads[{i}]", grad, f"indices[{i}]", index, dim)
+        matrix, axis = _matrix(grad if grad.dim() < 3 else grad.contiguous(), dim)
+        matrices.append(matrix)
+        axes.append(axis)
+    return matrices, indices, axes, _scalar("grad_scale", grad_scale, grads[0])

@@ -3,6 +3,9 @@ so that a wrong shape is an error at compile time."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -58,3 +61,21 @@ def taylor_moments_(
 def column_sq_norms(weight: Tensor) -> Tensor:
     checks.column_sq_norms(weight)
     return weight.new_empty(weight.shape[1], dtype=torch.float64)
+
+
+def masked_adamw_(*args: Any, **kwargs: Any) -> None:
+    checks.masked_adamw_(*args, **kwargs)
+
+
+def masked_sgd_(*args: Any, **kwargs: Any) -> None:
+    checks.masked_sgd_(*args, **kwargs)
+
+
+def masked_grad_norm(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    checks.masked_grad_norm(grads, indices, dims, grad_scale)
+    return grads[0].new_empty((), dtype=torch.float64)

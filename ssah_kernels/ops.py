@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,9 @@ __all__ = [
     "channel_moments_",
     "column_sq_norms",
     "gated_moments",
+    "masked_adamw_",
+    "masked_grad_norm",
+    "masked_sgd_",
     "new_moments",
     "taylor_moments_",
 ]
@@ -97,3 +102,151 @@ def column_sq_norms(weight: Tensor) -> Tensor:
         TypeError, ValueError: weight is not a floating-point matrix.
     """
     return torch.ops.ssah.column_sq_norms(weight)
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    *,
+    betas: tuple[float, float] = (0.9, 0.999),
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    maximize: bool = False,
+) -> None:
+    """One AdamW step, with decoupled weight decay, of the trained elements alone, in one pass.
+
+    Nothing else of a parameter is read or written: it stays bit for bit what it was. Arithmetic is
+    float32 (float64 for float64 parameters). Lists have one entry a parameter.
+
+    Args:
+        params: float64, float32, bfloat16 or float16, all alike; any strides. Updated in place.
+        grads: compact, in the parameters' dtype. A gradient or state is *compact* when it has its
+            parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``.
+        exp_avgs, exp_avg_sqs: compact and contiguous; float32 or bfloat16 (float64 for float64
+            parameters). Updated in place.
+        indices: int64, strictly increasing, or None for all: what is trained along ``dims[i]``.
+        dims: the first or the last dimension of the parameter, the one that runs over units.
+        lr, step: floating-point tensors of one element; ``step`` counts from 1 and is incremented
+            by the caller.
+        grad_scale: what the loss was multiplied by: gradients are divided by it.
+        clip_coef: gradients are multiplied by it, after that.
+        seed: int64 tensor of one element: round bfloat16 parameters and state stochastically. The
+            noise depends on (seed, step, position in the list, position in the compact tensor).
+        compensations: compact, in the parameters' dtype, zero at the start: Kahan's remainder of
+            the parameters, which are then rounded to nearest. Updated in place.
+        signed, squared: float64, the compact size along ``dims[i]``: every unit's sum of p * g and
+            of (p * g)^2 is added, with p as before the update and g without ``clip_coef``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+
+    Source: Loshchilov and Hutter (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it; the
+    rounding is specified in ``reference/masked_update.py``.
+    """
+    torch.ops.ssah.masked_adamw_(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        indices,
+        dims,
+        lr,
+        step,
+        grad_scale,
+        clip_coef,
+        seed,
+        compensations,
+        signed,
+        squared,
+        beta1=betas[0],
+        beta2=betas[1],
+        eps=eps,
+        weight_decay=weight_decay,
+        maximize=maximize,
+    )
+
+
+def masked_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    """One SGD step of the trained elements alone, in one pass: as ``torch.optim.SGD`` does.
+
+    Args:
+        momentum_buffers: compact and contiguous, as AdamW's state; None if momentum is 0. At step 1
+            their content is not used. Updated in place.
+        The rest is as for ``masked_adamw_``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+    """
+    torch.ops.ssah.masked_sgd_(
+        params,
+        grads,
+        momentum_buffers,
+        indices,
+        dims,
+        lr,
+        step,
+        grad_scale,
+        clip_coef,
+        seed,
+        compensations,
+        signed,
+        squared,
+        momentum=momentum,
+        dampening=dampening,
+        weight_decay=weight_decay,
+        nesterov=nesterov,
+        maximize=maximize,
+    )
+
+
+def masked_grad_norm(
+    grads: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    grad_scale: Tensor | None = None,
+) -> Tensor:
+    """Euclidean norm of the gradient of all trained elements together.
+
+    Args:
+        grads: dense gradients, or compact ones with None in ``indices``; all of one dtype.
+        indices, dims, grad_scale: as for ``masked_adamw_``.
+
+    Returns:
+        float64 ``[]``, summed in float64; the same bits for any number of threads.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+    """
+    return torch.ops.ssah.masked_grad_norm(grads, indices, dims, grad_scale)

@@ -1,0 +1,424 @@
+"""Optimisers over the masked update operators: what is not trained costs and changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ssah_kernels import ops
+
+ROUNDINGS = ("nearest", "stochastic", "kahan")
+STATE_DTYPES = (torch.float32, torch.bfloat16)
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
+
+
+@dataclass
+class _Call:
+    """The tensors of one call of an operator: one dtype, one device, one step."""
+
+    number: int  # of its first parameter in the optimiser: tells calls of one step apart
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    indices: list[Tensor | None] = field(default_factory=list)
+    dims: list[int] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+    def state(self, name: str) -> list[Tensor] | None:
+        return [s[name] for s in self.states] if name in self.states[0] else None
+
+
+def _strictly_increasing(index: Tensor) -> bool:
+    return bool((index[1:] > index[:-1]).all()) if index.numel() > 1 else True
+
+
+def _as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:
+    if value is None:
+        return [default] * n
+    if isinstance(value, int):
+        return [value] * n
+    if len(value) != n:
+        raise ValueError(f"{name} has {len(value)} entries; it must have {n}, one a parameter")
+    return list(value)
+
+
+class _MaskedOptimizer(Optimizer):
+    """What MaskedAdamW and MaskedSGD share: groups, state, clipping, importance, checkpoints."""
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        for name in ("lr", "weight_decay"):
+            if not float(defaults[name]) >= 0:
+                raise ValueError(f"{name} is {defaults[name]}; it must be at least 0")
+        if defaults["rounding"] not in ROUNDINGS:
+            raise ValueError(
+                f"rounding is {defaults['rounding']!r}; it must be one of {', '.join(ROUNDINGS)}"
+            )
+        if defaults["state_dtype"] not in (None, *STATE_DTYPES):
+            raise ValueError(
+                f"state_dtype is {defaults['state_dtype']}; it must be torch.float32, "
+                "torch.bfloat16 or None (float32, and float64 for float64 parameters)"
+            )
+        max_norm = defaults["max_norm"]
+        if max_norm is not None and not max_norm > 0:
+            raise ValueError(f"max_norm is {max_norm}; it must be None or greater than 0")
+        super().__init__(params, {**defaults, "indices": None, "dims": None})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ``indices`` and ``dims`` are lists with one entry a parameter.
+
+        Raises:
+            ValueError: indices or dims do not fit, or a parameter has nothing to train.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        group["indices"] = _as_list("indices", group["indices"], len(group["params"]), None)
+        group["dims"] = _as_list("dims", group["dims"], len(group["params"]), 0)
+        for i, (p, index, dim) in enumerate(
+            zip(group["params"], group["indices"], group["dims"], strict=True)
+        ):
+            if index is None:
+                continue
+            size = p.shape[dim]
+            if index.dtype != torch.int64 or index.dim() != 1 or not _strictly_increasing(index):
+                raise ValueError(f"indices[{i}] must be int64 [n], strictly increasing")
+            if index.numel() == 0:
+                raise ValueError(f"indices[{i}] is empty; a parameter must have entries to train")
+            if int(index[0]) < 0 or int(index[-1]) >= size:
+                raise ValueError(
+                    f"indices[{i}] goes from {int(index[0])} to {int(index[-1])}; it must stay "
+                    f"within 0 to {size - 1}"
+                )
+            group["indices"][i] = index.to(p.device)
+
+    def _entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, int]]:
+        number = 0
+        for group in self.param_groups:
+            for p, index, dim in zip(group["params"], group["indices"], group["dims"], strict=True):
+                yield number, group, p, index, dim
+                number += 1
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names
+
+    def _new_state(self, group: dict[str, Any], grad: Tensor, dim: int) -> dict[str, Any]:
+        """Zero state for a compact gradient."""
+        dtype = group["state_dtype"] or torch.float32
+        if grad.dtype == torch.float64:
+            dtype = torch.float64
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float64)}
+        for name in self._names(group):
+            state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
+        if group["rounding"] == "kahan":
+            state["compensation"] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+        if group["track_importance"]:
+            units = grad.shape[dim] if grad.dim() else 1
+            for name in ("importance_signed", "importance_squared"):
+                state[name] = torch.zeros(units, dtype=torch.float64, device=grad.device)
+        return state
+
+    def _calls(self) -> list[tuple[dict[str, Any], _Call]]:
+        """The work of one step; counts the step."""
+        calls: dict[tuple[Any, ...], tuple[dict[str, Any], _Call]] = {}
+        for number, group, p, index, dim in self._entries():
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise TypeError("a gradient is sparse; it must be dense")
+            grad = p.grad if index is None else p.grad.index_select(dim, index)
+            state = self.state[p]
+            if not state:
+                state.update(self._new_state(group, grad, dim))
+            state["step"] += 1
+            key = (id(group), p.dtype, p.device, float(state["step"]))
+            call = calls.setdefault(key, (group, _Call(number)))[1]
+            call.params.append(p)
+            call.grads.append(grad)
+            call.indices.append(index)
+            call.dims.append(dim)
+            call.states.append(state)
+        return list(calls.values())
+
+    def _clip_coefs(self, calls: list[tuple[dict[str, Any], _Call]]) -> list[Tensor | None]:
+        """Per call, the factor that brings the norm of all gradients to at most max_norm."""
+        total: Tensor | None = None
+        for group, call in calls:
+            if group["max_norm"] is not None:
+                none: list[Tensor | None] = [None] * len(call.grads)
+                norm = ops.masked_grad_norm(call.grads, none, call.dims)
+                total = norm if total is None else total.to(norm.device).hypot(norm)
+        return [
+            (group["max_norm"] / (total.to(call.params[0].device) + 1e-6)).clamp(max=1)
+            if group["max_norm"] is not None and total is not None
+            else None
+            for group, call in calls
+        ]
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        call: _Call,
+        lr: Tensor,
+        step: Tensor,
+        clip_coef: Tensor | None,
+        seed: Tensor | None,
+    ) -> None:
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        calls = self._calls()
+        for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
+            device = call.params[0].device
+            lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
+            step = call.states[0]["step"].to(device)
+            seed = None
+            if group["rounding"] != "nearest":
+                word = (group["seed"] + _SEED_STRIDE * call.number + (1 << 63)) % (1 << 64)
+                seed = torch.tensor(word - (1 << 63), dtype=torch.int64, device=device)
+            self._update(group, call, lr, step, clip_coef, seed)
+        return loss
+
+    def importance(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Every parameter's (signed, squared) importance, summed over the steps so far.
+
+        signed is the sum over steps of each trained unit's sum of p * g, squared that of (p * g)^2,
+        taken before each update with gradients before clipping: float64 [units] on the parameter's
+        device, along ``dims`` (default 0). Of a parameter without a step there is none.
+
+        Raises:
+            RuntimeError: no parameter group has ``track_importance``.
+        """
+        if not any(group["track_importance"] for group in self.param_groups):
+            raise RuntimeError("importance needs track_importance=True when the optimiser is made")
+        return {
+            p: (state["importance_signed"], state["importance_squared"])
+            for p, state in self.state.items()
+            if "importance_signed" in state
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume: options, step counts (which the rounding noise follows) and state, in the dtype
+        that the state was saved in.
+
+        Raises:
+            ValueError: the checkpoint is of other parameters, or trains other entries of them.
+        """
+        current = [(group["indices"], group["dims"]) for group in self.param_groups]
+        saved = [(group.get("indices"), group.get("dims")) for group in state_dict["param_groups"]]
+        if len(current) == len(saved):
+            for i, (mine, its) in enumerate(zip(current, saved, strict=True)):
+                _check_same_entries(i, mine, its)
+        super().load_state_dict(state_dict)  # casts state to the parameter's dtype: put it back
+        for group, (indices, dims) in zip(self.param_groups, current, strict=True):
+            group["indices"], group["dims"] = indices, dims
+        numbers = (n for group in state_dict["param_groups"] for n in group["params"])
+        for (_, _, p, index, dim), n in zip(self._entries(), numbers, strict=True):
+            for name, value in state_dict["state"].get(n, {}).items():
+                compact = list(p.shape)
+                if index is not None:
+                    compact[dim] = len(index)
+                if name in self.state_names and list(value.shape) != compact:
+                    raise ValueError(
+                        f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
+                        f"it must be {compact}: was it saved with another selection of units?"
+                    )
+                device = "cpu" if name == "step" else p.device
+                self.state[p][name] = value.detach().to(device, copy=True)
+
+
+def _check_same_entries(number: int, mine: tuple[Any, ...], its: tuple[Any, ...]) -> None:
+    """Raise unless a checkpoint's group trains what this optimiser's group trains."""
+    if its[0] is None or len(its[0]) != len(mine[0]):
+        return  # torch says that the number of parameters differs
+    for i, (index, saved) in enumerate(zip(mine[0], its[0], strict=True)):
+        same = index is saved or (
+            index is not None and saved is not None and torch.equal(index.cpu(), saved.cpu())
+        )
+        if not same or mine[1][i] != its[1][i]:
+            raise ValueError(
+                f"parameter {i} of group {number} trains other entries than in the checkpoint; "
+                "resume with the same units, or start a new optimiser"
+            )
+
+
+class MaskedAdamW(_MaskedOptimizer):
+    """AdamW whose parameters are compact slices, or dense ones of which some entries train.
+
+    Computes what ``torch.optim.AdamW`` computes for the trained elements; the others stay bit for
+    bit what they were, weight decay and stale momentum included.
+
+    Args:
+        params: parameters or parameter groups. A group may carry ``indices``: per parameter an
+            int64 tensor, strictly increasing, of the entries that train along ``dims`` (default 0),
+            or None for all. State is compact; so is the copy of the gradient's trained entries.
+        lr: a float, or a tensor of one element.
+        betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
+        state_dtype: of both moments: float32, bfloat16, or None (float32; float64 for float64
+            parameters).
+        rounding: how bfloat16 parameters without a master copy are stored: ``"nearest"``;
+            ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation of the parameter's
+            dtype. bfloat16 state is rounded stochastically by the last two.
+        seed: of the rounding noise, with the step: a resumed run repeats the uninterrupted one.
+        max_norm: clip the norm of all gradients together to this, inside the update.
+        track_importance: accumulate every unit's sum of p * g and (p * g)^2, see ``importance``.
+
+    Raises:
+        ValueError: an option is out of range, or a parameter has nothing to train.
+    """
+
+    state_names = ("exp_avg", "exp_avg_sq")
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        max_norm: float | None = None,
+        track_importance: bool = False,
+    ) -> None:
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas is {betas}; each must be at least 0 and less than 1")
+        if not eps >= 0:
+            raise ValueError(f"eps is {eps}; it must be at least 0")
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "seed": seed,
+            "max_norm": max_norm,
+            "track_importance": track_importance,
+        }
+        super().__init__(params, defaults)
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        call: _Call,
+        lr: Tensor,
+        step: Tensor,
+        clip_coef: Tensor | None,
+        seed: Tensor | None,
+    ) -> None:
+        ops.masked_adamw_(
+            call.params,
+            call.grads,
+            [state["exp_avg"] for state in call.states],
+            [state["exp_avg_sq"] for state in call.states],
+            call.indices,
+            call.dims,
+            lr,
+            step,
+            None,
+            clip_coef,
+            seed,
+            call.state("compensation"),
+            call.state("importance_signed"),
+            call.state("importance_squared"),
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+
+
+class MaskedSGD(_MaskedOptimizer):
+    """SGD with momentum in the same form: see ``MaskedAdamW`` for what the options mean.
+
+    Args:
+        momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
+
+    Raises:
+        ValueError: an option is out of range, or a parameter has nothing to train.
+    """
+
+    state_names = ("momentum_buffer",)
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        state_dtype: torch.dtype | None = None,
+        rounding: str = "nearest",
+        seed: int = 0,
+        max_norm: float | None = None,
+        track_importance: bool = False,
+    ) -> None:
+        if not momentum >= 0:
+            raise ValueError(f"momentum is {momentum}; it must be at least 0")
+        if nesterov and (momentum <= 0 or dampening != 0):
+            raise ValueError("nesterov needs a momentum greater than 0 and no dampening")
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "state_dtype": state_dtype,
+            "rounding": rounding,
+            "seed": seed,
+            "max_norm": max_norm,
+            "track_importance": track_importance,
+        }
+        super().__init__(params, defaults)
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names if group["momentum"] else ()
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        call: _Call,
+        lr: Tensor,
+        step: Tensor,
+        clip_coef: Tensor | None,
+        seed: Tensor | None,
+    ) -> None:
+        ops.masked_sgd_(
+            call.params,
+            call.grads,
+            call.state("momentum_buffer"),
+            call.indices,
+            call.dims,
+            lr,
+            step,
+            None,
+            clip_coef,
+            seed,
+            call.state("compensation"),
+            call.state("importance_signed"),
+            call.state("importance_squared"),
+            momentum=group["momentum"],
+            dampening=group["dampening"],
+            weight_decay=group["weight_decay"],
+            nesterov=group["nesterov"],
+            maximize=group["maximize"],
+        )

@@ -1,0 +1,59 @@
+"""Specification of ``masked_adamw_``: one AdamW step of the trained elements alone.
+
+With t = step (already incremented by the caller), and g, w, round as in ``masked_update``:
+
+    w <- w (1 - lr weight_decay)
+    m <- m + (1 - beta1) (g - m)                 v <- beta2 v + (1 - beta2) g^2
+    w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
+
+as ``torch.optim.AdamW`` does. w is computed from m and v before these are rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradient, selected
+
+
+def masked_adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    *,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.01,
+    maximize: bool = False,
+) -> None:
+    rate, t = lr.double(), step.double()
+    for i, (param, grad, index, dim) in enumerate(zip(params, grads, indices, dims, strict=True)):
+        p = selected(param, index, dim)
+        if signed is not None and squared is not None:
+            add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
+        compensation = None if compensations is None else compensations[i]
+        w = p if compensation is None else p + compensation.double()
+        g = gradient(grad, grad_scale, clip_coef, maximize)
+        m, v = exp_avgs[i].double(), exp_avg_sqs[i].double()
+        w = w * (1 - rate * weight_decay)
+        m = m + (1 - beta1) * (g - m)
+        v = beta2 * v + (1 - beta2) * g * g
+        w = w - rate / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
+        rounded = Rounder(grad, step, seed, i)
+        rounded.write_param_(param, index, dim, w, compensation)
+        exp_avgs[i].copy_(rounded(m, exp_avgs[i].dtype, 1))
+        exp_avg_sqs[i].copy_(rounded(v, exp_avg_sqs[i].dtype, 2))

@@ -1,0 +1,57 @@
+"""Specification of ``masked_sgd_``: one SGD step, with momentum, of the trained elements alone.
+
+With t = step (already incremented by the caller), and g, w, round as in ``masked_update``:
+
+    g <- g + weight_decay w
+    b <- g if t = 1, else momentum b + (1 - dampening) g          (if momentum_buffers is given)
+    w <- w - lr (g + momentum b  if nesterov,  else b)            (g without momentum_buffers)
+
+as ``torch.optim.SGD`` does. w is computed from b before that is rounded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradient, selected
+
+
+def masked_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor] | None,
+    indices: Sequence[Tensor | None],
+    dims: Sequence[int],
+    lr: Tensor,
+    step: Tensor,
+    grad_scale: Tensor | None = None,
+    clip_coef: Tensor | None = None,
+    seed: Tensor | None = None,
+    compensations: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,
+    squared: Sequence[Tensor] | None = None,
+    *,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+) -> None:
+    rate, first = lr.double(), step.double() == 1
+    for i, (param, grad, index, dim) in enumerate(zip(params, grads, indices, dims, strict=True)):
+        p = selected(param, index, dim)
+        if signed is not None and squared is not None:
+            add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
+        compensation = None if compensations is None else compensations[i]
+        w = p if compensation is None else p + compensation.double()
+        g = gradient(grad, grad_scale, clip_coef, maximize) + weight_decay * w
+        rounded = Rounder(grad, step, seed, i)
+        if momentum_buffers is not None:
+            buffer = momentum_buffers[i]
+            b = torch.where(first, g, momentum * buffer.double() + (1 - dampening) * g)
+            buffer.copy_(rounded(b, buffer.dtype, 1))
+            g = g + momentum * b if nesterov else b
+        rounded.write_param_(param, index, dim, w - rate * g, compensation)

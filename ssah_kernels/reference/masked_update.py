@@ -1,0 +1,157 @@
+"""What ``masked_adamw_`` and ``masked_sgd_`` share: trained elements, gradients, rounding, units.
+
+**Trained elements.** ``indices[i]`` (int64, strictly increasing, or None for all) selects entries
+along ``dims[i]`` of ``params[i]``. Everything else in the call (gradient, optimiser state,
+compensation) is compact: it has the parameter's shape with ``len(indices[i])`` in place of the size
+of that dimension. Nothing but the selected elements of a parameter is written.
+
+**Gradient.** g = grad / grad_scale * clip_coef, negated under ``maximize``. grad_scale is what the
+loss was multiplied by, clip_coef the factor of clipping; a missing one is 1.
+
+**Rounding.** The new value of every tensor is computed in full (float32 arithmetic in the backends)
+and rounded once to the tensor's dtype: to nearest even, with two exceptions.
+
+* ``compensations[i]``, of the parameter's dtype, holds what the parameter could not: the update
+  reads w = p + c, and writes p = round(w), c = round(w - p).
+* With ``seed``, a bfloat16 tensor (a parameter without compensation, or state) is rounded
+  stochastically: of the float32 result's 32 bits, b, the upper half of b + r is kept, where r is
+  uniform in [0, 2^16). Infinite and NaN values take no noise. The expectation is exact.
+
+**Noise.** r depends on the seed, the step, the tensor's position in the list and the element's
+position e in the compact tensor (row-major), and on nothing else. In arithmetic modulo 2^32:
+
+    mix(x):  x ^= x >> 16;  x *= 0x21f0aaad;  x ^= x >> 15;  x *= 0xd35a2d97;  x ^= x >> 15
+    key(k):  k = mix(k ^ word)  for word in (seed low, seed high, step low, tensor's position)
+    k0 = key(0x243f6a88)        k1 = key(0x85a308d3) + (e >> 32)
+    x = k0 + e;  x ^= x >> 16;  x *= 0x21f0aaad;  x ^= x >> 15 ^ k1;  x *= 0xd35a2d97;  x ^= x >> 15
+    r of the parameter     = x & 0xffff
+    r of the first state   = x >> 16
+    r of the second state  = (x * 0x9e3779b1) >> 16
+
+(A keyed permutation of e by the multiply-xorshift rounds of Wellons' "hash prospector", under 1 %
+of the cost of the update; any two of an element's three numbers are independent.)
+
+**Importance.** ``signed[i]`` and ``squared[i]``, float64 of the compact size along ``dims[i]``, get
+each unit's sum of p * grad / grad_scale and of its square, with p as it was before the update.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+WORD = 0xFFFFFFFF
+MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
+KEYS = (0x243F6A88, 0x85A308D3)
+GOLDEN = 0x9E3779B1
+
+
+def _mix(x: int) -> int:
+    x ^= x >> 16
+    x = x * MULTIPLIERS[0] & WORD
+    x ^= x >> 15
+    x = x * MULTIPLIERS[1] & WORD
+    return x ^ x >> 15
+
+
+def noise_keys(seed: int, step: int, number: int) -> tuple[int, int]:
+    """(k0, k1) of the tensor at position ``number``."""
+    keys = []
+    for key in KEYS:
+        for word in (seed & WORD, seed >> 32 & WORD, step & WORD, number):
+            key = _mix(key ^ word)
+        keys.append(key)
+    return keys[0], keys[1]
+
+
+def noise(keys: tuple[int, int], element: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """16 random bits for the parameter, the first and the second state of every ``element``."""
+    x = (element + keys[0]) & WORD
+    x = ((x ^ x >> 16) * MULTIPLIERS[0]) & WORD
+    x = ((x ^ x >> 15 ^ ((element >> 32) + keys[1] & WORD)) * MULTIPLIERS[1]) & WORD
+    x = x ^ x >> 15
+    return x & 0xFFFF, x >> 16, (x * GOLDEN & WORD) >> 16
+
+
+def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
+    """``x`` in bfloat16, up with the probability that makes the expectation exact."""
+    word = x.float().view(torch.int32).long() & WORD
+    word = torch.where(x.float().isfinite(), word + bits, word)
+    upper = word >> 16
+    result = torch.where(upper >= 1 << 15, upper - (1 << 16), upper).to(torch.int16)
+    return torch.where(x.isnan(), x.to(torch.bfloat16), result.view(torch.bfloat16))
+
+
+def selected(param: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    """The trained elements of ``param``, in float64."""
+    return (param if index is None else param.index_select(dim, index)).double()
+
+
+def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None:
+    """Store ``value`` in the trained elements of ``param``."""
+    if index is None:
+        param.copy_(value)
+    else:
+        param.index_copy_(dim, index, value)
+
+
+def gradient(
+    grad: Tensor, grad_scale: Tensor | None, clip_coef: Tensor | None, maximize: bool
+) -> Tensor:
+    """The gradient that the update uses, in float64."""
+    g = grad.double()
+    if grad_scale is not None:
+        g = g / grad_scale.double()
+    if clip_coef is not None:
+        g = g * clip_coef.double()
+    return -g if maximize else g
+
+
+def add_importance_(
+    param: Tensor,
+    grad: Tensor,
+    grad_scale: Tensor | None,
+    dim: int,
+    signed: Tensor,
+    squared: Tensor,
+) -> None:
+    """Add each unit's sums of p * g and (p * g)^2; ``param`` holds the trained elements."""
+    product = param * gradient(grad, grad_scale, None, False)
+    other = [d for d in range(param.dim()) if d != dim % param.dim()] if param.dim() else []
+    per_unit = product.sum(other) if other else product
+    signed += per_unit.reshape(signed.shape)
+    per_unit = product.square().sum(other) if other else product.square()
+    squared += per_unit.reshape(squared.shape)
+
+
+class Rounder:
+    """Rounds the new values of one tensor's update, and writes them."""
+
+    def __init__(self, grad: Tensor, step: Tensor, seed: Tensor | None, number: int) -> None:
+        self.bits: tuple[Tensor, Tensor, Tensor] | None = None
+        if seed is not None:
+            keys = noise_keys(int(seed), int(step), number)
+            element = torch.arange(grad.numel(), device=grad.device).view(grad.shape)
+            self.bits = noise(keys, element)
+
+    def __call__(self, x: Tensor, dtype: torch.dtype, which: int) -> Tensor:
+        """``x`` in ``dtype``; ``which`` is 0 for the parameter, then the states."""
+        if self.bits is None or dtype != torch.bfloat16:
+            return x.to(dtype)
+        return round_stochastically(x, self.bits[which])
+
+    def write_param_(
+        self,
+        param: Tensor,
+        index: Tensor | None,
+        dim: int,
+        w: Tensor,
+        compensation: Tensor | None,
+    ) -> None:
+        """Store the new value ``w`` of the trained elements, the rest of it in ``compensation``."""
+        if compensation is None:
+            write_(param, index, dim, self(w, param.dtype, 0))
+            return
+        p = w.to(param.dtype)
+        compensation.copy_(w - p.double())
+        write_(param, index, dim, p)
