@@ -1,0 +1,145 @@
+"""The optimiser of a plan: its groups, its checks, and the importance it accumulates."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from transformers import TrainerCallback
+
+from ssah.units import UnitSet
+from ssah_kernels.optim import MaskedAdamW
+
+if TYPE_CHECKING:
+    from ssah.training import UpdatePlan
+
+__all__ = ["ImportanceCallback", "PlanAdamW", "UnitImportance", "watch_optimizers"]
+
+# Plans that are in force; a closed plan leaves, a forgotten one vanishes.
+ACTIVE: weakref.WeakSet[UpdatePlan] = weakref.WeakSet()
+
+
+class PlanAdamW(MaskedAdamW):
+    """:class:`~ssah_kernels.optim.MaskedAdamW` over the parameters of a plan.
+
+    Its groups carry the plan's fingerprint, so that a checkpoint of another plan is refused.
+    """
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume. Refuses, with ValueError, the state of another plan."""
+        own = {group.get("plan") for group in self.param_groups}
+        theirs = {group.get("plan") for group in state_dict["param_groups"]}
+        if own != theirs:
+            raise ValueError(_other_plan(theirs, own))
+        super().load_state_dict(state_dict)
+
+
+def _other_plan(theirs: Iterable[Any], own: Iterable[Any]) -> str:
+    saved, current = (", ".join(sorted(str(f)[:12] for f in each)) for each in (theirs, own))
+    return (
+        f"the optimiser state was saved under another plan (fingerprint {saved}, this one is "
+        f"{current}): resume with the same model, the same units and the same also=, or start "
+        "a new optimiser"
+    )
+
+
+def _check_step(optimizer: Optimizer, *_: Any) -> None:
+    """Before every step of any optimiser: does it hold what a plan has taken away?"""
+    if not ACTIVE:
+        return
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    for plan in list(ACTIVE):
+        stale = [name for name, p in plan.replaced() if id(p) in held]
+        if stale:
+            raise RuntimeError(
+                f"the optimiser holds {len(stale)} parameters that the plan has replaced (first: "
+                f"{stale[0]!r}), so that it would train nothing of them: make it after freeze() "
+                "or train_only(), from plan.parameters() or with plan.optimizer()"
+            )
+        if any(id(p) in held for p in plan.parameters()):
+            marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
+            if marks - {plan.fingerprint}:
+                raise ValueError(_other_plan(marks, [plan.fingerprint]))
+            plan.last_optimizer = weakref.ref(optimizer)
+
+
+_watching = False
+
+
+def watch_optimizers(plan: UpdatePlan) -> None:
+    """Check the optimisers that step while ``plan`` is in force."""
+    global _watching
+    if not _watching:
+        register_optimizer_step_pre_hook(_check_step)
+        _watching = True
+    ACTIVE.add(plan)
+
+
+@dataclass(frozen=True, eq=False)
+class UnitImportance:
+    """Importance of the trained units from the gradients of their own weights.
+
+    Attributes:
+        signed: B's name -> float64 ``[n_units]``, the sum over steps and over the unit's weights
+            of p * g (before the update, gradients before clipping); 0 where nothing trains.
+        squared: likewise of (p * g)^2.
+    """
+
+    signed: dict[str, Tensor]
+    squared: dict[str, Tensor]
+
+
+def unit_importance(plan: UpdatePlan, optimizer: Any) -> UnitImportance:
+    """Collect what ``optimizer`` accumulated, unit by unit."""
+    tracked = getattr(optimizer, "optimizer", optimizer).importance()
+    by_entry: dict[str, list[Tensor]] = {}
+    for name, param, index, size in plan.trained_slices():
+        if param in tracked:
+            sums = by_entry.setdefault(
+                name, [torch.zeros(size, dtype=torch.float64) for _ in range(2)]
+            )
+            for total, value in zip(sums, tracked[param], strict=True):
+                total[index] = value.cpu()
+    results: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
+    for name, module in plan.modules.items():
+        for i, result in enumerate(results):
+            result[name] = torch.zeros(module.n_units, dtype=torch.float64)
+            for owned in (*module.inputs, module.output):
+                if owned.param in by_entry:
+                    result[name] += by_entry[owned.param][i][owned.index]
+    return UnitImportance(*results)
+
+
+class ImportanceCallback(TrainerCallback):
+    """Adds to every log of a ``transformers.Trainer`` how important trained units have become.
+
+    ``importance/<group>`` is the mean over the group's units of |sum of p * g| since the start.
+    The optimiser must track it: ``plan.optimizer_cls_and_kwargs(args, track_importance=True)``.
+
+    Args:
+        plan: the plan that trains.
+        groups: name -> units; all trained units by default.
+    """
+
+    def __init__(self, plan: UpdatePlan, groups: Mapping[str, UnitSet] | None = None) -> None:
+        self.plan = plan
+        self.groups = dict(groups) if groups is not None else {"trained": plan.trained_units}
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Extend the log that is being written."""
+        if state.global_step == 0:
+            return
+        signed = self.plan.importance().signed
+        values = {}
+        for group, units in self.groups.items():
+            of_group = [signed[name][index].abs() for name, index in units.items()]
+            joined = torch.cat(of_group) if of_group else torch.empty(0)
+            values[f"importance/{group}"] = float(joined.mean()) if len(joined) else 0.0
+        kwargs.get("logs", {}).update(values)
+        if state.log_history:
+            state.log_history[-1].update(values)

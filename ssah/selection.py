@@ -1,0 +1,186 @@
+"""Which entries of which parameters train when some units do, and splitting the model by that."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ssah.masked_linear import MaskedProjection, Slot
+from ssah.units import DepthTwoModule
+
+__all__ = ["Entries", "check_trainable", "select_entries", "split"]
+
+
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Which entries of a parameter train.
+
+    Attributes:
+        dim: dimension that runs over entries.
+        trains: bool ``[entries]`` on the CPU.
+    """
+
+    dim: int
+    trains: Tensor
+
+    @property
+    def whole(self) -> bool:
+        """Whether every entry trains."""
+        return bool(self.trains.all())
+
+    @property
+    def partial(self) -> bool:
+        """Whether some entries train and some do not."""
+        return bool(self.trains.any()) and not self.whole
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse models whose weights cannot be split.
+
+    Raises:
+        ValueError: a weight is quantised, not in memory or a tensor subclass, with its name.
+    """
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"model {type(model).__name__} is quantised, must hold floating-point weights "
+            "(load it without quantization_config, or dequantise it)"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype} on {parameter.device}, must be a "
+                "floating-point weight in memory (dequantise the model, and load it whole)"
+            )
+        if type(parameter.data) is not Tensor or parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} is a {type(parameter.data).__name__} (inference tensor: "
+                f"{parameter.is_inference()}), must be a plain tensor: load the model outside "
+                "torch.inference_mode, and make the plan before it is sharded"
+            )
+
+
+def select_entries(
+    model: nn.Module,
+    modules: Mapping[str, DepthTwoModule],
+    trained: Mapping[str, Tensor],
+    *,
+    rest: bool,
+    also: Collection[str] = (),
+) -> dict[str, Entries]:
+    """Every parameter's entries that train, by canonical name.
+
+    Args:
+        model: the model.
+        modules: all its depth-2 modules.
+        trained: B's name -> bool ``[n_units]``, the units that train. Entries of modules that are
+            not in it follow ``rest``.
+        rest: whether what no unit of ``trained`` owns trains.
+        also: names of parameters that train whole.
+    """
+    result = {
+        name: Entries(0, torch.full((len(p) if p.dim() else 1,), rest))
+        for name, p in model.named_parameters()
+    }
+    for name, mask in trained.items():
+        module = modules[name]
+        for owned in (*module.inputs, module.output):
+            size = model.get_parameter(owned.param).shape[owned.dim]
+            before = result[owned.param]
+            same = before.dim == owned.dim and len(before.trains) == size
+            trains = before.trains.clone() if same else torch.full((size,), rest)
+            # An entry that several units share trains only if all of them do.
+            feeds = torch.bincount(owned.index, minlength=size)
+            all_train = torch.bincount(owned.index[mask], minlength=size) == feeds
+            trains[feeds > 0] = all_train[feeds > 0]
+            result[owned.param] = Entries(owned.dim, trains)
+    for name in also:
+        result[name] = Entries(result[name].dim, torch.ones_like(result[name].trains))
+    return result
+
+
+def split(
+    model: nn.Module,
+    modules: Mapping[str, DepthTwoModule],
+    trained: Mapping[str, Tensor],
+    entries: Mapping[str, Entries],
+) -> dict[str, MaskedProjection]:
+    """Split every projection of which some entries train and some do not, in place.
+
+    FFN channels are packed, so that what trains lies side by side; attention gathers.
+
+    Returns:
+        name -> the module, now masked.
+    """
+    masked: dict[str, MaskedProjection] = {}
+    for name in trained:
+        module = modules[name]
+        touched = [s.param for s in (*module.inputs, module.output) if entries[s.param].partial]
+        if not touched:
+            continue
+        mask = trained[name]
+        packing = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+        orders: dict[str, Tensor] = {}
+        for owned in (*module.inputs, module.output):
+            rows = owned.index[packing]
+            orders[owned.param] = (
+                torch.cat([orders[owned.param], rows]) if (owned.param in orders) else rows
+            )
+        pack = module.kind == "mlp" and all(
+            torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
+            for param, order in orders.items()
+        )
+        owners = {param.rpartition(".")[0] for param in (orders if pack else touched)}
+        for owner in sorted(owners):
+            slots = {}
+            for leaf in ("weight", "bias"):
+                param = f"{owner}.{leaf}"
+                if param not in orders:
+                    continue
+                order = orders[param] if pack else None
+                original = model.get_parameter(param)
+                slots[leaf] = Slot.of(
+                    leaf, original, entries[param].dim, order, entries[param].trains
+                )
+            target = model.get_submodule(owner)
+            MaskedProjection.install(target, slots, is_output=owner == name)
+            assert isinstance(target, MaskedProjection)
+            masked[owner] = target
+    return masked
+
+
+def check_projections(
+    model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
+) -> None:
+    """Refuse projections that cannot be split: subclasses, shared ones, those with hooks of others.
+
+    Raises:
+        ValueError: with the name of the module.
+    """
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for name in names:
+        module = modules[name]
+        for owned in (*module.inputs, module.output):
+            owner = owned.param.rpartition(".")[0]
+            projection = model.get_submodule(owner)
+            if type(projection) not in (nn.Linear, Conv1D):
+                raise ValueError(
+                    f"module {owner!r} is a {type(projection).__name__}, must be exactly nn.Linear "
+                    "or Conv1D (dequantise the model, merge adapters)"
+                )
+            if "forward" in vars(projection):
+                raise ValueError(
+                    f"module {owner!r} has its forward replaced (offloading?), must be a plain "
+                    "layer: load the model whole onto one device"
+                )
+            if uses[id(model.get_parameter(owned.param))] > 1:
+                raise ValueError(
+                    f"parameter {owned.param!r} is tied to another one, so that its units cannot "
+                    "train apart from it"
+                )

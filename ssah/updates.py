@@ -1,0 +1,183 @@
+"""Saving what a plan trained, and merging it into the model that it was trained from."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor, nn
+
+from ssah import __version__
+from ssah.frozen import complement_rows, digests
+from ssah.provenance import check_same_model, load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from ssah.training import UpdatePlan
+
+__all__ = ["load_update", "plan_of", "push_update", "save_update"]
+
+PLAN = "_ssah_plan"
+_CONTENT = "update"
+
+
+def plan_of(model: nn.Module) -> UpdatePlan | None:
+    """The plan that is in force on ``model``, or None."""
+    return vars(model).get(PLAN)
+
+
+def weak(value: Any) -> Callable[[], Any]:
+    """A weak reference."""
+    return weakref.ref(value)
+
+
+def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
+    """Write the trained slices of ``plan`` to ``directory``: whole, or not at all."""
+    for module in plan.masked.values():
+        module.sync()
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, parameter, index, _ in plan.trained_slices():
+        pieces.setdefault(name, []).append((index, parameter.detach().cpu()))
+    tensors: dict[str, Tensor] = {}
+    dims: dict[str, int] = {}
+    for name, parts in pieces.items():
+        if plan.entries[name].whole and not _split(plan, name):
+            tensors[f"values/{name}"] = parts[0][1]
+            continue
+        index = torch.cat([index for index, _ in parts])
+        ascending = index.argsort()
+        tensors[f"index/{name}"] = index[ascending]
+        tensors[f"values/{name}"] = torch.cat([rows for _, rows in parts])[ascending]
+        dims[name] = plan.entries[name].dim
+    meta = {
+        "content": _CONTENT,
+        "version": __version__,
+        "base_model": plan.base_name,
+        "config_hash": plan.config_hash,
+        "fingerprint": plan.fingerprint,
+        "keep": plan.keep,
+        "dims": dims,
+        "frozen": plan.digests,
+    }
+    save_tensors(directory, tensors, meta)
+
+
+def _split(plan: UpdatePlan, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return owner in plan.masked and leaf in plan.masked[owner].slots
+
+
+def push_update(
+    plan: UpdatePlan,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload update",
+) -> str:
+    """Upload the trained slices to the Hugging Face Hub.
+
+    Args:
+        plan: what to save.
+        repo_id: ``"user/name"``; created if it does not exist.
+        private, token, commit_message: as in ``huggingface_hub``.
+
+    Returns:
+        the address of the commit.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_update(plan, folder)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        )
+
+
+def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Merge what :meth:`UpdatePlan.save_pretrained` wrote into the model that it started from.
+
+    Afterwards the model is, bit for bit, the one that was trained.
+
+    Args:
+        model: the base model, in the dtype that it was trained in; changed in place.
+        directory: a folder, or the id of a repository on the Hugging Face Hub.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+        ValueError: the folder holds something else; the model has an active plan, another
+            configuration or dtype, or other weights where the update kept them frozen. Nothing is
+            changed then.
+    """
+    if plan_of(model) is not None:
+        raise ValueError("model has an active plan: close it first (plan.close())")
+    if not Path(directory).exists() and str(directory).count("/") == 1:
+        directory = snapshot_download(str(directory))
+    tensors, meta = load_tensors(directory)
+    if meta.get("content") != _CONTENT:
+        raise ValueError(f"directory {str(directory)!r} does not hold an update")
+    check_same_model(
+        model, meta["config_hash"], expected_name=meta["base_model"], what="the update"
+    )
+    own = dict(model.named_parameters())
+    values = _checked_values(own, tensors, meta["dims"])
+    _check_frozen(own, tensors, meta)
+    with torch.no_grad():
+        for name, value in values.items():
+            if name not in meta["dims"]:
+                own[name].copy_(value)
+                continue
+            dim = meta["dims"][name]
+            index = tensors[f"index/{name}"].to(own[name].device)
+            rows = value.to(own[name].device)
+            own[name].index_copy_(dim, index, rows.t() if dim == 1 else rows)
+
+
+def _checked_values(
+    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], dims: dict[str, int]
+) -> dict[str, Tensor]:
+    """Trained values by parameter, once they are known to fit the model."""
+    prefix = "values/"
+    values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name, value in values.items():
+        if name not in own:
+            raise ValueError(f"the update trains {name!r}, which the model lacks")
+        shape = list(own[name].shape)
+        if name in dims:
+            shape[dims[name]] = len(tensors[f"index/{name}"])
+            shape = shape[::-1] if dims[name] == 1 else shape
+        if value.dtype != own[name].dtype or list(value.shape) != shape:
+            raise ValueError(
+                f"the update has {name!r} as {value.dtype} {list(value.shape)}, the model needs "
+                f"{own[name].dtype} {shape}: load it in the dtype that it was trained in"
+            )
+    return values
+
+
+def _check_frozen(
+    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], meta: dict[str, Any]
+) -> None:
+    """Refuse a model whose weights differ where the update kept them frozen."""
+    pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
+    for name in meta["frozen"]:
+        if name not in own:
+            raise ValueError(f"the update keeps {name!r} frozen, which the model lacks")
+
+        def frozen(name: str = name) -> Iterable[Tensor]:
+            if name not in meta["dims"]:
+                return (own[name],)
+            return (complement_rows(own[name], meta["dims"][name], tensors[f"index/{name}"]),)
+
+        pieces[name] = frozen
+    now = digests(pieces)
+    other = [name for name, value in meta["frozen"].items() if now[name] != value]
+    if other:
+        raise ValueError(
+            f"the update was trained from other weights (base {meta['base_model']!r}): "
+            f"{len(other)} frozen weights differ, the first is {other[0]!r}"
+        )
