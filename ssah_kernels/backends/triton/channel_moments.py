@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssah_kernels.backends.triton.device import counted, place, wide, zeros_like_wide
 from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
-from ssah_kernels.backends.triton.moments import merge_launch, store_moments, tile_sums
+from ssah_kernels.backends.triton.moments import add_tile, merge_launch, store_moments
 
 DEPTH = 8  # rows per warp and tile: 128 bytes in flight per thread
 
@@ -31,17 +31,15 @@ def channel_moments_kernel(
 ):  # fmt: skip
     chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
     n = zeros_like_wide(x_ptr, (WARPS, BLOCK))
-    centre = zeros_like_wide(x_ptr, (WARPS, BLOCK))
-    s1 = zeros_like_wide(x_ptr, (WARPS, BLOCK))
-    s2 = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    hi = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    lo = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    m2 = zeros_like_wide(x_ptr, (WARPS, BLOCK))
     for tile in range(0, tiles):
         rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
         valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=valid & (cols < channels), other=0)
-        n, centre, s1, s2 = tile_sums(wide(x), valid, n, centre, s1, s2)
-    total = store_moments(
-        n, centre, s1, s2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK
-    )
+        n, hi, lo, m2 = add_tile(wide(x), valid, n, hi, lo, m2)
+    total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
     if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:
         tl.store(counts_ptr + 1 + first_chunk + chunk, total)
         tl.store(counts_ptr, tl.load(count_ptr))

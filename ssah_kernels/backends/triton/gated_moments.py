@@ -22,9 +22,9 @@ from torch import Tensor
 from ssah_kernels.backends.triton.activations import activation, activation_and_slope
 from ssah_kernels.backends.triton.device import counted, place, wide, zeros_like_wide
 from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
-from ssah_kernels.backends.triton.moments import merge_launch, store_moments, tile_sums
+from ssah_kernels.backends.triton.moments import add_tile, merge_launch, store_moments
 
-DEPTH = 4  # rows per warp and tile; with two inputs, 128 bytes in flight per thread
+DEPTH = 2  # rows per warp and tile; with two inputs, 64 bytes in flight per thread
 DEPTH_BACKWARD = 2
 
 
@@ -37,9 +37,9 @@ def gated_moments_kernel(
 ):  # fmt: skip
     chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
     n = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
-    centre = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
-    s1 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
-    s2 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    hi = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    lo = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    m2 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
     for tile in range(0, tiles):
         rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
         inside = (rows < n_rows) & (cols < channels)
@@ -48,10 +48,8 @@ def gated_moments_kernel(
         h = (activation(wide(gate), ACT) * wide(up)).to(gate.dtype)
         tl.store(out_ptr + rows * out_stride + cols, h, mask=inside)
         valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
-        n, centre, s1, s2 = tile_sums(tl.where(valid, wide(h), 0), valid, n, centre, s1, s2)
-    total = store_moments(
-        n, centre, s1, s2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK
-    )
+        n, hi, lo, m2 = add_tile(tl.where(valid, wide(h), 0), valid, n, hi, lo, m2)
+    total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
     if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:
         tl.store(counts_ptr + 1 + first_chunk + chunk, total)
         tl.store(counts_ptr, tl.load(count_ptr))

@@ -1,4 +1,4 @@
-"""Device side of the moments: shifted sums of a tile, a chunk's (n, mean, M2), Chan's merge."""
+"""Device side of the moments: of a tile, of a chunk, and Chan's merge."""
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
@@ -12,36 +12,43 @@ from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, La
 
 
 @triton.jit
-def tile_sums(v, valid, n, centre, s1, s2):
-    """Add a tile [DEPTH, WARPS, BLOCK] to each warp's count and shifted sums [WARPS, BLOCK].
+def add_tile(v, valid, n, hi, lo, m2):
+    """Merge a tile [DEPTH, WARPS, BLOCK] into each warp's running moments [WARPS, BLOCK].
 
-    v is 0 where ``valid`` [DEPTH, WARPS, 1] is not. The shift is the mean of the warp's first tile
-    that has a row: M2 = s2 - s1^2 / n then cancels by at most 1 + tiles, whatever the data (the sum
-    of squares about a mean of R of the n rows is at most (1 + n / R) M2).
+    v is 0 where ``valid`` [DEPTH, WARPS, 1] is not. Two passes over registers, then Chan's merge,
+    so that an outlier costs no digits. The mean is hi + lo: hi is the mean of the first tile that
+    has a row, and lo, of the size of the deviations, loses nothing to a large mean.
     """
     # Summed as a pair, so that the count, too, has the layout of the loads: no exchange of data.
     pair = tl.join(tl.broadcast_to(valid, v.shape).to(v.dtype), v)
     n_tile, sum_tile = tl.split(tl.sum(pair, 0))
-    centre = tl.where(n > 0, centre, sum_tile / tl.maximum(n_tile, 1))
+    inverse = 1 / tl.maximum(n_tile, 1)
+    centre = tl.where(n_tile > 0, sum_tile * inverse, hi)
     d = tl.where(valid, v - centre[None, :, :], 0)
-    return n + n_tile, centre, s1 + tl.sum(d, 0), s2 + tl.sum(d * d, 0)
+    sum_d = tl.sum(d, 0)
+    rest = sum_d * inverse  # what rounding left of the tile's mean
+    hi = tl.where(n > 0, hi, centre)
+    delta = tl.where(n_tile > 0, (centre - hi) + (rest - lo), 0)
+    n_new = n + n_tile
+    weight = n_tile / tl.maximum(n_new, 1)
+    m2 += tl.sum(d * d, 0) - sum_d * rest + delta * delta * (n * weight)
+    return n_new, hi, lo + delta * weight, m2
 
 
 @triton.jit
-def store_moments(n, centre, s1, s2, chunk, cols, channels, partial_ptr, BLOCK: tl.constexpr):
+def store_moments(n, hi, lo, m2, chunk, cols, channels, partial_ptr, BLOCK: tl.constexpr):
     """Merge the warps' moments into partial [chunks, 2, channels] (mean, M2); returns the count.
 
-    Means are handled as distances from one centre: float32 then loses nothing to a large mean, and
+    Means are handled as distances from one origin: float32 then loses nothing to a large mean, and
     half the registers of float64 are needed.
     """
     total = tl.sum(n, 0)  # [BLOCK]
     inverse = 1 / tl.maximum(total, 1)
-    origin = tl.sum(n * centre, 0) * inverse
-    shift = s1 / tl.maximum(n, 1)  # [WARPS, BLOCK]
-    distance = tl.where(n > 0, (centre - origin[None, :]) + shift, 0)
+    origin = tl.sum(n * hi, 0) * inverse
+    distance = tl.where(n > 0, (hi - origin[None, :]) + lo, 0)  # [WARPS, BLOCK]
     mean = tl.sum(n * distance, 0) * inverse
     deviation = tl.where(n > 0, distance - mean[None, :], 0)
-    m2 = tl.sum((s2 - s1 * shift) + n * (deviation * deviation), 0)
+    m2 = tl.sum(m2 + n * (deviation * deviation), 0)
     row = partial_ptr + chunk * 2 * channels
     store_row(row, cols, origin.to(tl.float64) + mean.to(tl.float64), channels, BLOCK)
     store_row(row + channels, cols, m2, channels, BLOCK)

@@ -1,0 +1,240 @@
+"""Triton's operators: against the reference in the interpreter, and compiled for three GPUs."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, check_backend
+
+from ssah_kernels import backends
+from ssah_kernels.backends import triton as package
+
+TESTS = Path(__file__).parent
+TRITON = importlib.util.find_spec("triton") is not None
+needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+
+# Two processes of about equal length.
+INTERPRETED = (
+    ("gated_moments", "gated_moments_backward"),
+    ("channel_moments_", "taylor_moments_", "column_sq_norms"),
+)
+
+
+def python(*args: str, **env: str) -> subprocess.Popen[str]:
+    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        [sys.executable, *args],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, int | str]:
+    """Per operator, how many calls equalled the reference's, or why they did not."""
+    runs = [(ops, python(str(TESTS / "triton_interpret.py"), *ops)) for ops in INTERPRETED]
+    outcome: dict[str, int | str] = {}
+    for ops, process in runs:
+        stdout, stderr = process.communicate()
+        outcome |= dict.fromkeys(ops, stderr[-4000:])
+        outcome |= {r["op"]: r["compared"] for r in map(json.loads, stdout.splitlines())}
+    return outcome
+
+
+@needs_triton
+@pytest.mark.parametrize("op", [op for ops in INTERPRETED for op in ops])
+def test_interpreted(op: str, interpreted: dict[str, int | str]) -> None:
+    assert isinstance(interpreted[op], int), interpreted[op]
+    assert interpreted[op] >= 4 * 13
+
+
+def test_every_kernel_is_checked() -> None:
+    assert {op for ops in INTERPRETED for op in ops} == set(package.FILES)
+
+
+ROWS, CHANNELS = 4096, 11008
+
+
+def launches(op: str, dtype: torch.dtype, detail: str) -> list:
+    """The launches of one realistic call; nothing is computed, the memory is never touched."""
+    from ssah_kernels.backends.triton import (
+        channel_moments,
+        column_sq_norms,
+        gated_moments,
+        taylor_moments,
+    )
+
+    x, y, z, v, w = (torch.empty(ROWS, CHANNELS, dtype=dtype) for _ in range(5))
+    mean, m2 = (torch.empty(CHANNELS, dtype=torch.float64) for _ in range(2))
+    count = torch.empty((), dtype=torch.float64)
+    mask = torch.empty(ROWS, dtype=torch.bool) if "masked" in detail else None
+    act = detail.split()[0] if detail else ""
+    if op == "channel_moments_":
+        return channel_moments.launches(x, count, mean, m2, mask)
+    if op == "gated_moments":
+        return gated_moments.launches(x, y, z, count, mean, m2, mask, act)
+    if op == "gated_moments_backward":
+        return gated_moments.launches_backward(x, y, z, v, w, act)
+    if op == "taylor_moments_":
+        return taylor_moments.launches(x, y, mean, m2, mask)
+    return column_sq_norms.launches(x, mean)
+
+
+def variants(op: str) -> Iterator[str]:
+    """What to compile: relu is a part of relu2, and the mask does not meet the activation."""
+    if op == "gated_moments":
+        yield from ("silu", "silu masked", "gelu masked", "gelu_tanh masked", "relu2 masked")
+    elif op == "gated_moments_backward":
+        yield from ("silu", "gelu", "gelu_tanh", "relu2")
+    else:
+        yield from ("", "masked") if op != "column_sq_norms" else ("",)
+
+
+# 16-byte loads and stores per thread that the inputs and the outputs of a tile make.
+WIDE = {
+    "channel_moments_kernel": (8, 0),
+    "gated_moments_kernel": (4, 2),
+    "gated_moments_backward_kernel": (6, 4),
+    "taylor_moments_kernel": (8, 0),
+    "column_sq_norms_kernel": (8, 0),
+}
+
+
+def faults(op: str, dtype: torch.dtype, arch: int) -> list[str]:
+    """What is wrong with the compiled kernels of ``op``: spills, narrow access, loops that wait."""
+    from triton_compile import compile_launch
+
+    found = []
+    for detail in variants(op):
+        for launch in launches(op, dtype, detail):
+            kernel = compile_launch(launch, arch)
+            name = f"{kernel.name} {detail}:"
+            if kernel.spill_bytes:
+                found.append(f"{name} {kernel.spill_bytes} bytes of local memory")
+            if kernel.name in WIDE and dtype != torch.float64:
+                loads, stores = WIDE[kernel.name]
+                if kernel.wide_loads() != loads or kernel.wide_stores() < stores:
+                    found.append(f"{name} {kernel.wide_loads()}, {kernel.wide_stores()} wide")
+            if kernel.name in WIDE and kernel.loop_barriers():
+                found.append(f"{name} {kernel.loop_barriers()} barriers in its loop")
+    return found
+
+
+COMPILED = [
+    (op, dtype, arch)
+    for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    for op in package.FILES
+    for arch in ((80, 90, 100) if dtype != torch.float64 else (90,))
+]
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[tuple[str, torch.dtype, int], list[str]]:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        found = pool.map(faults, *zip(*COMPILED, strict=True))
+        return dict(zip(COMPILED, found, strict=True))
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    "key", COMPILED, ids=lambda k: f"{k[0]}-{str(k[1]).removeprefix('torch.')}-sm_{k[2]}"
+)
+def test_compiled(
+    key: tuple[str, torch.dtype, int], compiled: dict[tuple[str, torch.dtype, int], list[str]]
+) -> None:
+    assert compiled[key] == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op", package.FILES)
+def test_on_gpu(op: str) -> None:
+    def on_gpu(*args: object, **kwargs: object) -> object:
+        moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+        returned = getattr(torch.ops.ssah, op)(*moved, **kwargs)
+        for i in CASES[op].outputs:
+            args[i].copy_(moved[i])
+        if isinstance(returned, torch.Tensor):
+            return returned.cpu()
+        return None if returned is None else tuple(r.cpu() for r in returned)
+
+    with backends.use("triton"):
+        check_backend(CASES[op], on_gpu, backends.kernel("reference", op))
+
+
+def test_importable_without_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import ssah_kernels, ssah_kernels.backends.triton as t\n"
+        "assert not any(m.startswith('triton.') for m in sys.modules)"
+    )
+    process = python("-c", code)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
+def test_says_how_to_get_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in (package.missing() or "")
+
+
+@needs_triton
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="there is a GPU")
+def test_says_that_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with (
+        backends.use("triton"),
+        pytest.raises(backends.MissingBackendError, match="TRITON_INTERPRET=1"),
+    ):
+        torch.ops.ssah.column_sq_norms(torch.ones(2, 2))
+
+
+@needs_triton
+def test_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ssah_kernels.backends.triton.launch import run
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="the inputs are on the CPU"):
+        run([], torch.device("cpu"))
+
+
+@needs_triton
+def test_rows_are_merged_without_copies() -> None:
+    from ssah_kernels.backends.triton.launch import row_slices
+
+    x = torch.arange(2 * 3 * 4 * 5).view(2, 3, 4, 5)
+    mask = torch.zeros(2, 3, 4, dtype=torch.bool)
+    assert [s.shape for s, _ in row_slices([x], mask)] == [(24, 5)]
+    assert [s.shape for (s,) in row_slices([x.transpose(0, 2)], None)] == [(24, 5)]
+    for view, lead in ((x[:, 1:], mask[:, 1:]), (x[..., ::2, 1:4], mask[..., ::2])):
+        slices = row_slices([view], lead)
+        assert torch.cat([s for s, _ in slices]).sum() == view.sum()
+        assert sum(len(m) for _, m in slices) == lead.numel()
+        assert all(s.data_ptr() >= x.data_ptr() for s, _ in slices)
+    expanded = x[:, :1].expand(2, 3, 4, 5)
+    assert torch.cat([s for (s,) in row_slices([expanded], None)]).sum() == expanded.sum()
+
+
+@needs_triton
+def test_chunks_depend_on_the_shape_alone() -> None:
+    from ssah_kernels.backends.triton.launch import MAX_TILES, tiling
+
+    for rows, channels in ((1, 1), (4096, 11008), (10**9, 8192), (31, 10**6)):
+        tile = tiling(rows, channels, 2, 8)
+        assert 1 <= tile.tiles <= MAX_TILES
+        assert (tile.chunks - 1) * tile.tiles * tile.depth * 4 < rows
+        assert tile.chunks * tile.tiles * tile.depth * 4 >= rows
+        assert tile.grid[0] < 2**31

@@ -1,0 +1,97 @@
+"""Compare Triton's operators with the reference in Triton's interpreter, on the CPU.
+
+python tests/triton_interpret.py OP... prints one line of JSON per operator. A process of its own,
+because Triton reads TRITON_INTERPRET when a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import torch
+from cases import CASES, check_backend
+from torch import Tensor
+
+from ssah_kernels import backends
+from ssah_kernels.backends.triton import launch
+
+
+def reference(op: str) -> Callable[..., Any]:
+    return backends.kernel("reference", op)
+
+
+def moments_of(parts: list[Tensor], mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """count, mean and M2 after one call per part."""
+    channels = parts[0].shape[-1]
+    count, mean, m2 = (torch.zeros(n, dtype=torch.float64) for n in ((), channels, channels))
+    for part in parts:
+        torch.ops.ssah.channel_moments_(part, count, mean, m2, mask)
+    return count, mean, m2
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return ((actual - expected).abs() / expected.abs()).max().item()
+
+
+def check_long_chunks() -> None:
+    """Chunks of up to 32 tiles: large means, an outlier in the first row, leading masked rows."""
+    g = torch.Generator().manual_seed(0)
+    normal = torch.randn(2500, 24, generator=g)
+    outlier = normal.clone()
+    outlier[0] = 1000
+    for x in (1e4 + normal, outlier):
+        exact = x.double()
+        m2 = (exact - exact.mean(0)).square().sum(0)
+        results = []
+        for programs, parts in ((768, [x]), (1, [x]), (1, [x[:7], x[7:1400], x[1400:]])):
+            launch.PROGRAMS = programs
+            results.append(moments_of(parts))
+            assert results[-1][0] == 2500
+            error = (results[-1][1] - exact.mean(0)).abs()
+            assert (error <= 1e-6 * (exact.mean(0).abs() + exact.std(0))).all()
+            assert relative(results[-1][2], m2) < 1e-6
+        for other in results[1:]:
+            assert relative(other[2], results[0][2]) < 1e-6
+    mask = torch.arange(2500) >= 300
+    masked = (1e4 + normal).masked_fill(~mask[:, None], float("nan"))
+    count, _, m2 = moments_of([masked], mask)
+    exact = masked[300:].double()
+    assert count == 2200
+    assert relative(m2, (exact - exact.mean(0)).square().sum(0)) < 1e-6
+    launch.PROGRAMS = 768
+
+
+def check_not_a_number() -> None:
+    """An unmasked NaN reaches its own channel's moments, and no other's."""
+    x = torch.ones(40, 9)
+    x[3, 4] = float("nan")
+    count, mean, m2 = moments_of([x])
+    expected = torch.arange(9) == 4
+    assert count == 40
+    assert torch.equal(mean.isnan(), expected)
+    assert torch.equal(m2.isnan(), expected)
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "overflow encountered in exp", RuntimeWarning)
+    importlib.import_module("ssah_kernels.registration")
+    with backends.use("triton"):
+        for op in sys.argv[1:]:
+            compared = check_backend(CASES[op], getattr(torch.ops.ssah, op), reference(op))
+            if op == "channel_moments_":
+                check_long_chunks()
+                check_not_a_number()
+            print(json.dumps({"op": op, "compared": compared}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
