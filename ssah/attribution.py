@@ -264,17 +264,18 @@ def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor)
     vocabulary = model.config.get_text_config(decoder=True).vocab_size
     with _head(model, output) as head:
         for chunk in positions.split(max(1, _LOGITS_AT_ONCE // vocabulary)):
-            state = states[chunk].requires_grad_()
-            logits = head(state)
+            state = states[chunk][None].requires_grad_()  # [1, tokens, hidden]
+            logits = head(state)  # [1, tokens, vocabulary]
             slope = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            slope[torch.arange(len(chunk), device=slope.device), targets.flatten()[chunk]] -= 1
-            (gradient[chunk],) = torch.autograd.grad(logits, state, slope.to(logits.dtype))
+            slope[0, torch.arange(len(chunk), device=slope.device), targets.flatten()[chunk]] -= 1
+            (state_gradient,) = torch.autograd.grad(logits, state, slope.to(logits.dtype))
+            gradient[chunk] = state_gradient[0]
     return gradient.view_as(output["last_hidden_state"])
 
 
 @contextmanager
 def _head(model: PreTrainedModel, output: ModelOutput) -> Iterator[Any]:
-    """What the model does with its backbone's output: ``[tokens, hidden] -> [tokens, vocabulary]``.
+    """What the model does with its backbone's output: a function from states to logits.
 
     The model's own forward with the backbone replaced: whatever it does to the logits (soft
     capping, scaling) is done here too.
@@ -285,9 +286,9 @@ def _head(model: PreTrainedModel, output: ModelOutput) -> Iterator[Any]:
         return type(output)(**fields)
 
     def head(state: Tensor) -> Tensor:
-        fields["last_hidden_state"] = state[None]
-        ids = torch.zeros(1, len(state), dtype=torch.int64, device=state.device)
-        return model(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        fields["last_hidden_state"] = state
+        ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device)
+        return model(input_ids=ids, use_cache=False, return_dict=True).logits
 
     with ExitStack() as stack:
         for module in {model.base_model, model.get_decoder()}:

@@ -26,6 +26,8 @@ class FFN:
         module: path of the module whose forward is exactly ``down(act(gate(x)) * up(x))``: the
             gated product then runs through one fused operator. None where there is no such module.
         act: path of the activation module; needed with ``module``.
+        last: whether ``module`` runs after everything else in the layer that is a depth-2 module.
+            B of the last layer then need not run where only its input is wanted.
     """
 
     down: str
@@ -34,6 +36,7 @@ class FFN:
     fused: bool = False
     module: str | None = None
     act: str | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,12 @@ class Family:
 
 
 _GATED_FFN = FFN(
-    down="mlp.down_proj", up="mlp.up_proj", gate="mlp.gate_proj", module="mlp", act="mlp.act_fn"
+    down="mlp.down_proj",
+    up="mlp.up_proj",
+    gate="mlp.gate_proj",
+    module="mlp",
+    act="mlp.act_fn",
+    last=True,
 )
 _SELF_ATTENTION = Attention(down="self_attn.o_proj", value="self_attn.v_proj")
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
@@ -94,6 +102,7 @@ FAMILIES: dict[str, Family] = {
             fused=True,
             module="mlp",
             act="mlp.activation_fn",
+            last=True,
         ),
         attention=Attention(down="self_attn.o_proj", value="self_attn.qkv_proj", layout="qkv"),
         maskless=True,

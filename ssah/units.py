@@ -75,11 +75,13 @@ class GatedFFN:
         project: maps the module's input ``[..., hidden]`` to gate and up, each ``[..., n_units]``;
             views of one tensor where the projection is fused.
         act: the activation's name in :func:`ssah_kernels.ops.gated_moments`.
+        final: whether no other depth-2 module of the model runs after this one.
     """
 
     module: nn.Module
     project: Callable[[Tensor], tuple[Tensor, Tensor]]
     act: str
+    final: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -154,13 +156,16 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     prefix = next(name for name, module in model.named_modules() if module is decoder)
     path = f"{prefix}.{family.layers}" if prefix else family.layers
     found: dict[str, DepthTwoModule] = {}
-    for i in range(len(model.get_submodule(path))):  # type: ignore[arg-type]
+    n_layers = len(model.get_submodule(path))  # type: ignore[arg-type]
+    for i in range(n_layers):
         layer = f"{path}.{i}"
         if family.attention is not None and "attention" in kinds:
             module = _attention_module(model, layer, family.attention)
             found[module.name] = module
         if family.ffn is not None and "mlp" in kinds:
-            module = _ffn_module(model, layer, family.ffn)
+            module = _ffn_module(
+                model, layer, family.ffn, final=family.ffn.last and i == n_layers - 1
+            )
             found[module.name] = module
     if not found:
         raise ValueError(f"model {type(model).__name__} has no depth-2 modules of kind {kinds!r}")
@@ -214,7 +219,7 @@ def _columns(name: str, module: nn.Module) -> UnitSlice:
     return UnitSlice(f"{name}.weight", dim, torch.arange(_features(module)[0]))
 
 
-def _ffn_module(model: nn.Module, layer: str, ffn: FFN) -> DepthTwoModule:
+def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> DepthTwoModule:
     name = f"{layer}.{ffn.down}"
     down = _projection(model, name)
     n_units = _features(down)[0]
@@ -240,12 +245,12 @@ def _ffn_module(model: nn.Module, layer: str, ffn: FFN) -> DepthTwoModule:
         down,
         tuple(inputs),
         _columns(name, down),
-        _gated(model, layer, ffn, gate, up),
+        _gated(model, layer, ffn, gate, up, final),
     )
 
 
 def _gated(
-    model: nn.Module, layer: str, ffn: FFN, gate: nn.Module | None, up: nn.Module
+    model: nn.Module, layer: str, ffn: FFN, gate: nn.Module | None, up: nn.Module, final: bool
 ) -> GatedFFN | None:
     if ffn.module is None or ffn.act is None:
         return None
@@ -259,7 +264,7 @@ def _gated(
         first, second = up(x).chunk(2, dim=-1)
         return first, second
 
-    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, act)
+    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, act, final)
 
 
 def _attention_module(model: nn.Module, layer: str, attention: Attention) -> DepthTwoModule:

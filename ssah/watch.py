@@ -120,6 +120,10 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
         )
 
     def forward(x: Tensor) -> Tensor:
+        if gated.final and not watch.gradient:
+            # Nobody reads what comes after the last activation: B is spared.
+            product(x)
+            return x
         # gate and up are gone before B runs: the pass needs no more memory than the model's own.
         return module.down(watch.tap(product(x), sums))
 
