@@ -16,6 +16,9 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cpu, CPU, m) {
   m.impl("gated_moments_backward", TORCH_BOX(&ssah::gated_moments_backward_cpu));
   m.impl("taylor_moments_", TORCH_BOX(&ssah::taylor_moments_cpu));
   m.impl("column_sq_norms", TORCH_BOX(&ssah::column_sq_norms_cpu));
+  m.impl("masked_adamw_", TORCH_BOX(&ssah::masked_adamw_cpu));
+  m.impl("masked_sgd_", TORCH_BOX(&ssah::masked_sgd_cpu));
+  m.impl("masked_grad_norm", TORCH_BOX(&ssah::masked_grad_norm_cpu));
 }
 
 PYBIND11_MODULE(_C, m) {

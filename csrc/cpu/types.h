@@ -59,6 +59,36 @@ struct ColumnSqNormsArgs {
   double* norms;
 };
 
+// The trained elements of one parameter: a matrix of which rows or columns may be selected. The
+// gradient, the states and the compensation are compact and contiguous [n_rows, n_columns].
+struct UpdateTensor {
+  void* param;
+  const void* grad;
+  void *state0, *state1, *compensation;  // or null
+  const long *rows, *columns;            // selected; null for all
+  long row_stride, column_stride;        // of param (masked_grad_norm: of grad)
+  long n_rows, n_columns;                // selected
+  bool stochastic, units_are_columns;
+  unsigned key0, key1;                // of the noise
+  double *signed_sum, *squared_sum;  // per unit; or null
+  double unscale;                     // of the gradient, for these sums
+};
+
+struct UpdateBlock {
+  long row_begin, row_end, column_begin, column_end;
+};
+
+struct AdamWArgs {
+  double scale, decay, one_minus_beta1, beta2, one_minus_beta2;
+  double step_size, inverse_bias;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  double eps;
+};
+
+struct SgdArgs {
+  double scale, lr, weight_decay, momentum, one_minus_dampening;
+  bool first, nesterov;
+};
+
 // Every kernel of one instruction set. Work is split over channels (over rows where no sum crosses
 // rows), so a result never depends on the number of threads.
 struct Kernels {
@@ -69,6 +99,9 @@ struct Kernels {
                                                 long row_end);
   void (*taylor_moments[kDtypes])(const TaylorMomentsArgs&, ChannelRange);
   void (*column_sq_norms[kDtypes])(const ColumnSqNormsArgs&, ChannelRange);
+  void (*masked_adamw[kDtypes][kDtypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);
+  void (*masked_sgd[kDtypes][kDtypes])(const UpdateTensor&, const SgdArgs&, UpdateBlock);
+  double (*masked_grad_norm[kDtypes])(const UpdateTensor&, UpdateBlock);
 };
 
 }  // namespace ssah

@@ -2,12 +2,21 @@
 #include "../channel_moments.h"
 #include "../column_sq_norms.h"
 #include "../gated_moments.h"
+#include "../masked_adamw.h"
+#include "../masked_grad_norm.h"
+#include "../masked_sgd.h"
 #include "../taylor_moments.h"
 
 #define SSAH_PER_DTYPE(f) {f<double>, f<float>, f<bf16>, f<f16>}
 #define SSAH_PER_ACT(f, T) {f<T, kSilu>, f<T, kGelu>, f<T, kGeluTanh>, f<T, kRelu>, f<T, kRelu2>}
 #define SSAH_PER_DTYPE_AND_ACT(f) \
   {SSAH_PER_ACT(f, double), SSAH_PER_ACT(f, float), SSAH_PER_ACT(f, bf16), SSAH_PER_ACT(f, f16)}
+// Of a parameter's type (rows) and its state's type; null where the two do not go together.
+#define SSAH_PER_DTYPE_AND_STATE(f)                 \
+  {{f<double, double>},                             \
+   {nullptr, f<float, float>, f<float, bf16>},      \
+   {nullptr, f<bf16, float>, f<bf16, bf16>},        \
+   {nullptr, f<f16, float>, f<f16, bf16>}}
 #define SSAH_STRING(x) #x
 #define SSAH_NAME(x) SSAH_STRING(x)
 
@@ -22,6 +31,9 @@ const Kernels kernels = {
     SSAH_PER_DTYPE_AND_ACT(gated_backward),
     SSAH_PER_DTYPE(taylor_moments),
     SSAH_PER_DTYPE(column_sq_norms),
+    SSAH_PER_DTYPE_AND_STATE(masked_adamw),
+    SSAH_PER_DTYPE_AND_STATE(masked_sgd),
+    SSAH_PER_DTYPE(masked_grad_norm),
 };
 
 }  // namespace SSAH_ISA

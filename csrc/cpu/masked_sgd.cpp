@@ -1,0 +1,31 @@
+#include "masked_update_host.h"
+#include "ops.h"
+
+namespace ssah {
+
+void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
+                    const OptionalTensorList& momentum_buffers, const IndexList& indices,
+                    const std::vector<int64_t>& dims, const Tensor& lr, const Tensor& step,
+                    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip_coef,
+                    const std::optional<Tensor>& seed, const OptionalTensorList& compensations,
+                    const OptionalTensorList& signed_sums, const OptionalTensorList& squared_sums,
+                    double momentum, double dampening, double weight_decay, bool nesterov,
+                    bool maximize) {
+  const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
+  const SgdArgs args{
+      maximize ? -scale : scale, scalar_of(lr, 0), weight_decay, momentum, 1 - dampening,
+      scalar_of(step, 0) == 1,   nesterov};
+  const TensorList* buffers = momentum_buffers.has_value() ? &*momentum_buffers : nullptr;
+  const Dtype dtype = dtype_of(params[0]);
+  const Dtype state = buffers != nullptr  ? dtype_of((*buffers)[0])
+                      : dtype == kFloat64 ? kFloat64
+                                          : kFloat32;
+  const auto run = kernels().masked_sgd[dtype][state];
+  const std::vector<UpdateTensor> tensors =
+      update_tensors({params, grads, buffers, nullptr, indices, dims, step, grad_scale, seed,
+                      compensations, signed_sums, squared_sums});
+  over_blocks(tensors,
+              [&](const UpdateTensor& tensor, UpdateBlock block) { run(tensor, args, block); });
+}
+
+}  // namespace ssah

@@ -1,0 +1,108 @@
+#include "masked_update_host.h"
+
+namespace ssah {
+namespace {
+
+constexpr long kBlockElements = 16384;
+
+unsigned mix(unsigned x) {
+  x = (x ^ x >> 16) * 0x21f0aaadu;
+  x = (x ^ x >> 15) * 0xd35a2d97u;
+  return x ^ x >> 15;
+}
+
+unsigned noise_key(unsigned key, uint64_t seed, int64_t step, unsigned number) {
+  for (unsigned word : {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32),
+                        static_cast<unsigned>(step), number}) {
+    key = mix(key ^ word);
+  }
+  return key;
+}
+
+double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
+
+}  // namespace
+
+double scalar_of(const std::optional<Tensor>& x, double otherwise) {
+  return x.has_value() ? *static_cast<const double*>(x->const_data_ptr()) : otherwise;
+}
+
+UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t axis) {
+  UpdateTensor t{};
+  t.n_rows = x.size(0);
+  t.n_columns = x.size(1);
+  t.row_stride = x.stride(0);
+  t.column_stride = t.n_columns == 1 ? 1 : x.stride(1);
+  t.units_are_columns = axis == 1;
+  if (!index.has_value()) return t;
+  const long* entries = static_cast<const long*>(index->const_data_ptr());
+  const long n = index->size(0), size = x.size(axis);
+  STD_TORCH_CHECK(n < 2 || index->stride(0) == 1, "an index must be contiguous");
+  for (long i = 0; i < n; ++i) {
+    STD_TORCH_CHECK(entries[i] >= 0 && entries[i] < size, "indices has ", entries[i],
+                    "; it must be from 0 to ", size - 1);
+    STD_TORCH_CHECK(i == 0 || entries[i] > entries[i - 1], "indices has ", entries[i], " after ",
+                    i == 0 ? 0 : entries[i - 1], "; it must be strictly increasing");
+  }
+  (axis == 0 ? t.rows : t.columns) = entries;
+  (axis == 0 ? t.n_rows : t.n_columns) = n;
+  return t;
+}
+
+std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
+  std::vector<UpdateTensor> tensors;
+  tensors.reserve(lists.params.size());
+  const auto step = static_cast<int64_t>(scalar_of(lists.step, 0));
+  const double unscale = 1 / scalar_of(lists.grad_scale, 1);
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    UpdateTensor t = selected_matrix(lists.params[i], lists.indices[i], lists.axes[i]);
+    t.param = lists.params[i].mutable_data_ptr();
+    t.grad = lists.grads[i].const_data_ptr();
+    if (lists.state0 != nullptr) t.state0 = (*lists.state0)[i].mutable_data_ptr();
+    if (lists.state1 != nullptr) t.state1 = (*lists.state1)[i].mutable_data_ptr();
+    if (lists.compensations.has_value()) {
+      t.compensation = (*lists.compensations)[i].mutable_data_ptr();
+    }
+    if (lists.signed_sums.has_value()) {
+      t.signed_sum = doubles((*lists.signed_sums)[i]);
+      t.squared_sum = doubles((*lists.squared_sums)[i]);
+      t.unscale = unscale;
+    } else if (t.rows == nullptr && t.columns == nullptr && t.column_stride == 1 &&
+               (t.n_rows == 1 || t.row_stride == t.n_columns)) {
+      t.n_columns *= t.n_rows;  // contiguous in every tensor: one long row
+      t.n_rows = t.n_columns == 0 ? 0 : 1;
+    }
+    if (lists.seed.has_value()) {
+      const auto seed = *static_cast<const uint64_t*>(lists.seed->const_data_ptr());
+      t.stochastic = true;
+      t.key0 = noise_key(0x243f6a88u, seed, step, static_cast<unsigned>(i));
+      t.key1 = noise_key(0x85a308d3u, seed, step, static_cast<unsigned>(i));
+    }
+    tensors.push_back(t);
+  }
+  return tensors;
+}
+
+std::vector<BlockOfTensor> blocks_of(const std::vector<UpdateTensor>& tensors) {
+  std::vector<BlockOfTensor> blocks;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const UpdateTensor& t = tensors[i];
+    if (t.n_rows == 0 || t.n_columns == 0) continue;
+    long columns = t.n_columns < kBlockElements ? t.n_columns : kBlockElements;
+    long rows = kBlockElements / columns;
+    if (t.signed_sum != nullptr) {
+      columns = t.units_are_columns ? 512 : t.n_columns;
+      rows = t.units_are_columns ? t.n_rows : rows;
+    }
+    for (long row = 0; row < t.n_rows; row += rows) {
+      for (long column = 0; column < t.n_columns; column += columns) {
+        const long row_end = row + rows < t.n_rows ? row + rows : t.n_rows;
+        const long column_end = column + columns < t.n_columns ? column + columns : t.n_columns;
+        blocks.push_back({static_cast<long>(i), {row, row_end, column, column_end}});
+      }
+    }
+  }
+  return blocks;
+}
+
+}  // namespace ssah
