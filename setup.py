@@ -46,8 +46,8 @@ def extensions() -> list[Extension]:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
-            f"ssah: no C++ compiler ({compiler}). Install one (Debian: apt-get install g++), or set "
-            "SSAH_NO_EXTENSION=1 to install the pure-Python part (reference and Triton)"
+            f"ssah: no C++ compiler ({compiler}). Install one (Debian: apt-get install g++), or "
+            "set SSAH_NO_EXTENSION=1 to install the pure-Python part (reference and Triton)"
         )
     import torch
     from torch.utils.cpp_extension import CppExtension, include_paths

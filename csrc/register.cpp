@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
 
+#include <atomic>
 #include <map>
 #include <string>
 
@@ -36,4 +37,15 @@ PYBIND11_MODULE(_C, m) {
                                                   {"torch_built_with", SSAH_TORCH_VERSION}};
       },
       "Instruction sets built, the one chosen, the compiler, and the torch of the build.");
+  m.def(
+      "read_bytes",
+      [](uintptr_t address, int64_t n_bytes) {
+        std::atomic<unsigned> total{0};
+        torch::stable::parallel_for(0, n_bytes / 64, 1024, [&](int64_t begin, int64_t end) {
+          total += ssah::kernels().read_blocks(reinterpret_cast<const void*>(address), begin, end);
+        });
+        return total.load();
+      },
+      pybind11::arg("address"), pybind11::arg("n_bytes"),
+      "Reads n_bytes (in 64-byte blocks) and returns a sum of them: to measure read bandwidth.");
 }

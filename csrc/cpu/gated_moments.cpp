@@ -1,13 +1,14 @@
 #include <string>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include "host.h"
 #include "ops.h"
 
 namespace ssah {
 namespace {
-
-// An output larger than this does not stay in the cache for its reader: written past it instead.
-constexpr long kStreamBytes = 32L << 20;
 
 Activation activation_of(const std::string& name) {
   const char* names[kActivations] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
@@ -17,7 +18,19 @@ Activation activation_of(const std::string& name) {
   STD_TORCH_CHECK(false, "unknown act ", name);
 }
 
-Tensor contiguous_like(const Tensor& x) { return torch::stable::new_empty(x, x.sizes()); }
+// A large new tensor costs more to map, page by page, than to write: huge pages where they are to
+// be had. It is advice; nothing depends on whether it is taken.
+Tensor contiguous_like(const Tensor& x) {
+  Tensor output = torch::stable::new_empty(x, x.sizes());
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = 2 << 20;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
+  const uintptr_t end = begin + output.numel() * output.element_size();
+  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
+  if (first + kHugePage <= end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+  return output;
+}
 
 // The rows that count, then the masked ones; `counted` is set to the number of the former.
 std::vector<long> counted_first(const Tensor& x, const std::optional<Tensor>& mask, long& counted) {
@@ -40,19 +53,17 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
   const std::vector<long> up_rows = counted_first(up, token_mask, counted);
   const std::vector<long> output_rows = counted_first(output, token_mask, counted);
   double* seen = static_cast<double*>(count.mutable_data_ptr());
-  const GatedMomentsArgs args{
-      gate.const_data_ptr(),
-      up.const_data_ptr(),
-      output.mutable_data_ptr(),
-      gate_rows.data(),
-      up_rows.data(),
-      output_rows.data(),
-      static_cast<long>(gate_rows.size()),
-      counted,
-      *seen,
-      static_cast<double*>(mean.mutable_data_ptr()),
-      static_cast<double*>(m2.mutable_data_ptr()),
-      output.numel() * static_cast<long>(output.element_size()) > kStreamBytes};
+  const GatedMomentsArgs args{gate.const_data_ptr(),
+                              up.const_data_ptr(),
+                              output.mutable_data_ptr(),
+                              gate_rows.data(),
+                              up_rows.data(),
+                              output_rows.data(),
+                              static_cast<long>(gate_rows.size()),
+                              counted,
+                              *seen,
+                              static_cast<double*>(mean.mutable_data_ptr()),
+                              static_cast<double*>(m2.mutable_data_ptr())};
   const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
   over_channels(gate.size(gate.dim() - 1), [&](ChannelRange range) { run(args, range); });
   *seen += static_cast<double>(counted);

@@ -12,23 +12,25 @@ namespace ssah {
 namespace SSAH_ISA {
 
 template <class T, Activation act>
-SSAH_INLINE vec<T> gated(const T* gate, const T* up, long n) {
-  vec<T> value, slope;
-  activate<T, act>(load_up_to(gate, n), value, slope);
-  return rounded<T>(value * load_up_to(up, n));
-}
-
-template <class T, Activation act>
 struct GatedSource {
   const T *gate, *up;
   T* output;
   const long *gate_rows, *up_rows, *output_rows;
+  SSAH_METHOD vec<T> product(long row, long c, long n) {
+    vec<T> value, slope;
+    activate<T, act>(load_up_to(gate + gate_rows[row] + c, n), value, slope);
+    return value * load_up_to(up + up_rows[row] + c, n);
+  }
   SSAH_METHOD vec<T> peek(long row, long c, long n) {
-    return gated<T, act>(gate + gate_rows[row] + c, up + up_rows[row] + c, n);
+    T buffer[compute<T>::lanes];
+    return store_rounded(buffer, product(row, c, n));
   }
   SSAH_METHOD vec<T> load(long row, long c, long n) {
-    vec<T> h = peek(row, c, n);
-    store_up_to(output + output_rows[row] + c, h, n);
+    T* to = output + output_rows[row] + c;
+    if (n >= compute<T>::lanes) return store_rounded(to, product(row, c, n));
+    T buffer[compute<T>::lanes];
+    vec<T> h = store_rounded(buffer, product(row, c, n));
+    __builtin_memcpy(to, buffer, n * sizeof(T));
     return h;
   }
   SSAH_METHOD void prefetch(long row, long c) {

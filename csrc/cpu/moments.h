@@ -49,14 +49,17 @@ SSAH_INLINE void moments_of_rows(Source& source, long row, long ahead, long begi
   const scalar<T> to_mean = scalar<T>(double(R) / double(seen + R));
   const scalar<T> to_m2 = scalar<T>(double(R) * double(seen) / double(seen + R));
   constexpr int lanes = compute<T>::lanes;
-  for (long c = 0; c < width; c += lanes) {
+  const auto join = [&](long c, long n) __attribute__((always_inline)) {
     vec<T> d[R], shift = load(tile.shift + c);
     for (int i = 0; i < R; ++i) {
       source.prefetch(row + ahead + i, begin + c);
-      d[i] = source.load(row + i, begin + c, width - c) - shift;
+      d[i] = source.load(row + i, begin + c, n) - shift;
     }
     join_group<R, T>(d, tile, c, to_mean, to_m2);
-  }
+  };
+  long c = 0;
+  for (; c + lanes <= width; c += lanes) join(c, lanes);
+  if (c < width) join(c, width - c);
 }
 
 // Moments of the rows [0, n_rows) of `source` over `range`, merged into (mean, m2) of a state that

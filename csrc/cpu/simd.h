@@ -73,13 +73,15 @@ SSAH_INLINE vfloat load(const bf16* p) {
 SSAH_INLINE void store(double* p, vdouble v) { store_raw(p, v); }
 SSAH_INLINE void store(float* p, vfloat v) { store_raw(p, v); }
 
-// float32 -> bfloat16, to nearest even; a NaN stays a (quiet) NaN.
-SSAH_INLINE vushort to_bf16(vfloat v) {
+// float32 -> bfloat16, to nearest even, still as float32; a NaN stays a (quiet) NaN.
+SSAH_INLINE vuint bf16_bits(vfloat v) {
   vuint bits = (vuint)v;
-  vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return __builtin_convertvector(v == v ? rounded : (bits >> 16 | 0x40u), vushort);
+  vuint rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return v == v ? rounded : (bits | 0x400000u);
 }
-SSAH_INLINE void store(bf16* p, vfloat v) { store_raw(p, to_bf16(v)); }
+SSAH_INLINE void store(bf16* p, vfloat v) {
+  store_raw(p, __builtin_convertvector(bf16_bits(v) >> 16, vushort));
+}
 
 #if SSAH_LANES == 16
 SSAH_INLINE vfloat load(const f16* p) { return (vfloat)_mm512_cvtph_ps(load_raw<__m256i>(p)); }
@@ -139,40 +141,57 @@ SSAH_INLINE void store_up_to(T* p, vec<T> v, long n) {
   }
 }
 
-// v as it reads back after it was stored as a T.
-template <class T>
-SSAH_INLINE vec<T> rounded(vec<T> v) {
-  T buffer[compute<T>::lanes];
-  store(buffer, v);
-  return load(buffer);
-}
-template <>
-SSAH_METHOD vfloat rounded<float>(vfloat v) {
+// Stores v as a T and gives v as it reads back.
+SSAH_INLINE vdouble store_rounded(double* p, vdouble v) {
+  store_raw(p, v);
   return v;
 }
-template <>
-SSAH_METHOD vdouble rounded<double>(vdouble v) {
+SSAH_INLINE vfloat store_rounded(float* p, vfloat v) {
+  store_raw(p, v);
   return v;
 }
-template <>
-SSAH_METHOD vfloat rounded<bf16>(vfloat v) {
-  return (vfloat)(__builtin_convertvector(to_bf16(v), vuint) << 16);
+SSAH_INLINE vfloat store_rounded(bf16* p, vfloat v) {
+  vuint bits = bf16_bits(v);
+  store_raw(p, __builtin_convertvector(bits >> 16, vushort));
+  return (vfloat)(bits & 0xffff0000u);
+}
+SSAH_INLINE vfloat store_rounded(f16* p, vfloat v) {
+  store(p, v);
+  return load(p);
 }
 
 SSAH_INLINE vdouble exp(vdouble x) {
   for (int i = 0; i < SSAH_LANES / 2; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+#if SSAH_LANES == 16
+SSAH_INLINE vfloat min(float a, vfloat b) {
+  return (vfloat)_mm512_min_ps(_mm512_set1_ps(a), (__m512)b);
+}
+SSAH_INLINE vfloat max(float a, vfloat b) {
+  return (vfloat)_mm512_max_ps(_mm512_set1_ps(a), (__m512)b);
+}
+#elif SSAH_LANES == 8
+SSAH_INLINE vfloat min(float a, vfloat b) {
+  return (vfloat)_mm256_min_ps(_mm256_set1_ps(a), (__m256)b);
+}
+SSAH_INLINE vfloat max(float a, vfloat b) {
+  return (vfloat)_mm256_max_ps(_mm256_set1_ps(a), (__m256)b);
+}
+#else
+SSAH_INLINE vfloat min(float a, vfloat b) { return b > a ? splat<vfloat>(a) : b; }
+SSAH_INLINE vfloat max(float a, vfloat b) { return b < a ? splat<vfloat>(a) : b; }
+#endif
+
 // 2^n e^r with n = round(x / ln 2), |r| <= ln 2 / 2; relative error under 2e-7. The argument is
-// clamped to [-87, 88]: the result stays normal and finite. NaN stays NaN.
+// clamped to [-87, 88]: the result stays normal and finite. Of NaN it is unspecified: every caller
+// multiplies by the argument.
 SSAH_INLINE vfloat exp(vfloat x) {
-  x = x > 88.0f ? splat<vfloat>(88.0f) : x;
-  x = x < -87.0f ? splat<vfloat>(-87.0f) : x;
+  x = max(-87.0f, min(88.0f, x));
   const float to_integer = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   vfloat shifted = x * 1.44269504f + to_integer;
   vfloat n = shifted - to_integer;
-  vfloat r =
-      x - n * 0.693359375f;  // ln 2 in two parts; the first has few bits, n times it is exact
+  vfloat r = x - n * 0.693359375f;  // ln 2 in two parts; n times the first is exact
   r = r + n * 2.12194440e-4f;
   vfloat p = splat<vfloat>(1.0f / 720);
   p = p * r + 1.0f / 120;
@@ -181,7 +200,9 @@ SSAH_INLINE vfloat exp(vfloat x) {
   p = p * r + 0.5f;
   p = p * r + 1.0f;
   p = p * r + 1.0f;
-  return p * (vfloat)(((vuint)shifted + 127u) << 23);
+  // The low bits of `shifted` are n: adding them to the exponent multiplies p, in [0.7, 1.42], by
+  // 2^n.
+  return (vfloat)((vuint)p + ((vuint)shifted << 23));
 }
 
 }  // namespace SSAH_ISA

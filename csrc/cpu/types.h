@@ -36,7 +36,6 @@ struct GatedMomentsArgs {
   long n_rows, n_counted;
   double count;
   double *mean, *m2;
-  bool stream;  // write past the cache
 };
 
 struct GatedBackwardArgs {
@@ -102,6 +101,7 @@ struct Kernels {
   void (*masked_adamw[kDtypes][kDtypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);
   void (*masked_sgd[kDtypes][kDtypes])(const UpdateTensor&, const SgdArgs&, UpdateBlock);
   double (*masked_grad_norm[kDtypes])(const UpdateTensor&, UpdateBlock);
+  unsigned (*read_blocks)(const void* p, long begin, long end);
 };
 
 }  // namespace ssah

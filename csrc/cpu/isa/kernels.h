@@ -5,6 +5,7 @@
 #include "../masked_adamw.h"
 #include "../masked_grad_norm.h"
 #include "../masked_sgd.h"
+#include "../read_bytes.h"
 #include "../taylor_moments.h"
 
 #define SSAH_PER_DTYPE(f) {f<double>, f<float>, f<bf16>, f<f16>}
@@ -34,6 +35,7 @@ const Kernels kernels = {
     SSAH_PER_DTYPE_AND_STATE(masked_adamw),
     SSAH_PER_DTYPE_AND_STATE(masked_sgd),
     SSAH_PER_DTYPE(masked_grad_norm),
+    read_blocks,
 };
 
 }  // namespace SSAH_ISA

