@@ -1,0 +1,198 @@
+// Count, mean and M2 (sum of squared deviations) of every channel, in two deterministic stages.
+//
+// Stage 1, in the operators' kernels. A lane takes four rows at a time from registers: their mean b
+// and sum of squares about b, with all values taken relative to the first row so that a large mean
+// costs no digits, merged into its running (n, mean, M2) in the arithmetic type by Chan's formula.
+// After at most 32 rows this goes, in float64, to the warp's slot in shared memory; at the end the
+// 8 warps of the block are merged into a partial result of the chunk in the workspace:
+//     N = sum n_w,  mean = sum n_w mean_w / N,  M2 = sum M2_w + sum n_w (mean_w - mean)^2
+// Stage 2, merge_moments_kernel: the same formula over the chunks, then Chan's merge with the
+// state.
+#pragma once
+
+#include "tiles.cuh"
+
+namespace ssah {
+
+struct MomentsState {
+  double* count;  // []
+  double* mean;   // [channels]
+  double* m2;     // [channels]
+};
+
+// Partial results of the chunks. old_count is a snapshot: stage 2 overwrites the state's count.
+struct MomentsWorkspace {
+  double* old_count;  // [1]
+  double* n;          // [chunks]
+  double* mean;       // [chunks, slots]
+  double* m2;         // [chunks, slots]
+
+  static int64_t size(const Plan& plan) { return 1 + plan.chunks * (1 + 2 * plan.slots); }
+  static MomentsWorkspace over(double* memory, const Plan& plan) {
+    double* mean = memory + 1 + plan.chunks;
+    return {memory, memory + 1, mean, mean + plan.chunks * plan.slots};
+  }
+};
+
+template <int W>
+struct MomentsShared {
+  double mean[kWarps][kLanes * W];
+  double m2[kWarps][kLanes * W];
+  double n[kWarps];
+};
+
+template <typename T, int W>
+struct LaneMoments {
+  Real<T> shift[W];
+  Real<T> mean[W];  // relative to shift
+  Real<T> m2[W];
+  int n = 0;        // rows since the last flush
+  int flushed = 0;  // rows before
+
+  template <int kRows>
+  __device__ __forceinline__ void add(const Vector<T, W>* rows) {
+    if (n == 0) {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        shift[k] = to_real(rows[0].at[k]);
+        mean[k] = 0;
+        m2[k] = 0;
+      }
+    }
+    const Real<T> before = n;
+    n += kRows;
+    const Real<T> weight = divide(Real<T>(kRows), Real<T>(n));
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      Real<T> value[kRows];
+      Real<T> sum = 0;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        value[j] = to_real(rows[j].at[k]) - shift[k];
+        sum += value[j];
+      }
+      const Real<T> batch_mean = sum / kRows;
+      const Real<T> delta = batch_mean - mean[k];
+      Real<T> batch_m2 = 0;
+#pragma unroll
+      for (int j = 0; j < kRows; ++j) {
+        const Real<T> deviation = value[j] - batch_mean;
+        batch_m2 += deviation * deviation;
+      }
+      mean[k] += delta * weight;
+      m2[k] += batch_m2 + delta * delta * (before * weight);
+    }
+  }
+
+  __device__ __forceinline__ void flush(MomentsShared<W>& shared) {
+    if (n == 0) return;
+    const int warp = threadIdx.x / kLanes;
+    const int lane = threadIdx.x % kLanes;
+    const double before = flushed;
+    const double weight = n / (before + n);
+#pragma unroll
+    for (int k = 0; k < W; ++k) {
+      double& slot_mean = shared.mean[warp][k * kLanes + lane];
+      double& slot_m2 = shared.m2[warp][k * kLanes + lane];
+      const double here = static_cast<double>(shift[k]) + static_cast<double>(mean[k]);
+      const double there = flushed == 0 ? here : slot_mean;
+      const double delta = here - there;
+      const double m2_there = flushed == 0 ? 0.0 : slot_m2;
+      slot_mean = there + delta * weight;
+      slot_m2 = m2_there + static_cast<double>(m2[k]) + delta * delta * (before * weight);
+    }
+    flushed += n;
+    n = 0;
+  }
+
+  // Merges the block's warps and writes the chunk's partial result.
+  __device__ __forceinline__ void finish(MomentsShared<W>& shared, const Plan& plan,
+                                         const double* count, const MomentsWorkspace& out) const {
+    if (threadIdx.x % kLanes == 0) shared.n[threadIdx.x / kLanes] = flushed;
+    __syncthreads();
+    double total = 0;
+    for (int warp = 0; warp < kWarps; ++warp) total += shared.n[warp];
+    const int64_t chunk = blockIdx.y;
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+      out.n[chunk] = total;
+      if (chunk == 0) *out.old_count = *count;
+    }
+    if (threadIdx.x >= kLanes * W || total == 0) return;
+    double sum = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (shared.n[warp] > 0) sum += shared.n[warp] * shared.mean[warp][threadIdx.x];
+    }
+    const double merged_mean = sum / total;
+    double merged_m2 = 0;
+    for (int warp = 0; warp < kWarps; ++warp) {
+      if (shared.n[warp] > 0) {
+        const double delta = shared.mean[warp][threadIdx.x] - merged_mean;
+        merged_m2 += shared.m2[warp][threadIdx.x] + shared.n[warp] * delta * delta;
+      }
+    }
+    const int64_t slot = chunk * plan.slots + blockIdx.x * kLanes * W + threadIdx.x;
+    out.mean[slot] = merged_mean;
+    out.m2[slot] = merged_m2;
+  }
+};
+
+struct MergeShared {
+  double n[kWarps];
+  double sum[kWarps][kLanes];
+  double m2[kWarps][kLanes];
+};
+
+// A block merges 32 slots: warp w reads chunks w, w + 8, ...; warp 0 updates the state.
+static __global__ void __launch_bounds__(kThreads)
+    merge_moments_kernel(Plan plan, MomentsWorkspace partial, MomentsState state) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  MergeShared& shared = *reinterpret_cast<MergeShared*>(shared_memory);
+  const int warp = threadIdx.x / kLanes;
+  const int lane = threadIdx.x % kLanes;
+  const int64_t slot = static_cast<int64_t>(blockIdx.x) * kLanes + lane;
+
+  double n = 0;
+  double sum = 0;
+#pragma unroll 4
+  for (int64_t chunk = warp; chunk < plan.chunks; chunk += kWarps) {
+    const double chunk_n = partial.n[chunk];
+    n += chunk_n;
+    if (chunk_n > 0) sum += chunk_n * partial.mean[chunk * plan.slots + slot];
+  }
+  if (lane == 0) shared.n[warp] = n;
+  shared.sum[warp][lane] = sum;
+  __syncthreads();
+
+  double total = 0;
+  double mean = 0;
+  for (int w = 0; w < kWarps; ++w) {
+    total += shared.n[w];
+    mean += shared.sum[w][lane];
+  }
+  if (total == 0) return;
+  mean /= total;
+  double m2 = 0;
+#pragma unroll 4
+  for (int64_t chunk = warp; chunk < plan.chunks; chunk += kWarps) {
+    const double chunk_n = partial.n[chunk];
+    if (chunk_n > 0) {
+      const double delta = partial.mean[chunk * plan.slots + slot] - mean;
+      m2 += partial.m2[chunk * plan.slots + slot] + chunk_n * delta * delta;
+    }
+  }
+  shared.m2[warp][lane] = m2;
+  __syncthreads();
+
+  const double old_count = *partial.old_count;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *state.count = old_count + total;
+  const int64_t channel = slot_channel(plan, slot);
+  if (warp != 0 || channel >= plan.channels) return;
+  m2 = 0;
+  for (int w = 0; w < kWarps; ++w) m2 += shared.m2[w][lane];
+  const double weight = total / (old_count + total);
+  const double delta = mean - state.mean[channel];
+  state.mean[channel] += delta * weight;
+  state.m2[channel] += m2 + delta * delta * (old_count * weight);
+}
+
+}  // namespace ssah

@@ -1,0 +1,166 @@
+// How a matrix [rows, channels] is cut into blocks, the same way for every operator.
+//
+// A lane holds W channels of a row: 16 bytes of neighbours where pointers, strides and the number
+// of channels allow 16-byte access (wide), else half as many, 32 apart, so that a warp's loads are
+// coalesced (narrow). A tile is the channels of 32 lanes; a chunk is a range of rows, its length a
+// function of the matrix's shape alone. A block of 8 warps takes one tile of one chunk, its warp w
+// rows w, w + 8, ... of it, several rows of loads in flight. Every element is read once, and what
+// happens to a channel does not depend on the width.
+//
+// Results are kept by slot = (tile * W + k) * 32 + lane for the k-th channel of a lane, so that
+// shared memory is accessed without bank conflicts and the workspace coalesced.
+#pragma once
+
+#include "types.cuh"
+
+namespace ssah {
+
+constexpr int kLanes = 32;
+constexpr int kWarps = 8;
+constexpr int kThreads = kLanes * kWarps;
+constexpr int kBatch = 4;                // rows whose loads are in flight together
+constexpr int kSegment = kLanes;         // rows of a warp whose mask is read at once
+constexpr int64_t kWantedBlocks = 1056;  // 132 multiprocessors x 4 blocks x 2 waves
+
+template <typename T>
+constexpr int kWide = 16 / static_cast<int>(sizeof(T));
+template <typename T>
+constexpr int kNarrow = kWide<T> / 2;
+
+__host__ __device__ constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Plan {
+  int64_t rows;
+  int64_t channels;
+  int64_t rows_per_chunk;
+  int64_t chunks;
+  int64_t tiles;
+  int64_t slots;  // channels, rounded up to whole tiles
+  int width;      // W
+  bool wide;
+};
+
+template <typename T>
+Plan make_plan(int64_t rows, int64_t channels, bool wide) {
+  Plan plan{};
+  plan.rows = rows;
+  plan.channels = channels;
+  const int64_t wide_tiles = ceil_div(channels, kLanes * kWide<T>);
+  const int64_t wanted =
+      wide_tiles == 0 || wide_tiles > kWantedBlocks ? 1 : kWantedBlocks / wide_tiles;
+  constexpr int64_t kQuantum = kWarps * kBatch;
+  plan.rows_per_chunk = ceil_div(ceil_div(rows, wanted), kQuantum) * kQuantum;
+  plan.chunks = ceil_div(rows, plan.rows_per_chunk);
+  plan.width = wide ? kWide<T> : kNarrow<T>;
+  plan.tiles = channels == 0 ? 1 : ceil_div(channels, kLanes * plan.width);
+  plan.slots = plan.tiles * kLanes * plan.width;
+  plan.wide = wide;
+  return plan;
+}
+
+// Rows of one tensor: the last dimension is contiguous, `stride` is in elements.
+template <typename T>
+struct Matrix {
+  T* data;
+  int64_t stride;
+  __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }
+};
+
+// One bool a row; data is null where every row counts.
+struct Mask {
+  const bool* data;
+  int64_t stride;
+};
+
+// The channels of one lane.
+template <typename T, int W>
+struct Lane {
+  static constexpr bool kIsWide = W == kWide<T>;
+  static constexpr int kStep = kIsWide ? 1 : kLanes;
+  int64_t first;  // channel of k = 0; the last whole vector where a wide lane has no channels
+  int valid;      // how many of the W channels exist: all or none where access is wide
+
+  __device__ __forceinline__ explicit Lane(const Plan& plan) {
+    const int lane = threadIdx.x % kLanes;
+    first = blockIdx.x * static_cast<int64_t>(kLanes * W) + (kIsWide ? lane * W : lane);
+    const int64_t left = plan.channels - first;
+    valid = left <= 0 ? 0 : left >= W * kStep ? W : static_cast<int>(ceil_div(left, kStep));
+    if (kIsWide && left <= 0) first = plan.channels - W;
+  }
+
+  // A wide lane without channels loads what its neighbour does: no traffic, and no branch.
+  __device__ __forceinline__ Vector<T, W> load(const T* row) const {
+    Vector<T, W> vector;
+    if constexpr (kIsWide) {
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + first));
+      memcpy(&vector, &bits, sizeof(vector));
+    } else {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        vector.at[k] = k < valid ? __ldg(row + first + k * kStep) : from_real<T>(0);
+      }
+    }
+    return vector;
+  }
+
+  __device__ __forceinline__ void store(T* row, const Vector<T, W>& vector) const {
+    if constexpr (kIsWide) {
+      uint4 bits;
+      memcpy(&bits, &vector, sizeof(vector));
+      if (valid > 0) *reinterpret_cast<uint4*>(row + first) = bits;
+    } else {
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        if (k < valid) row[first + k * kStep] = vector.at[k];
+      }
+    }
+  }
+};
+
+// The channel of a slot, the inverse of a Lane's numbering; at least `channels` for padding.
+__device__ __forceinline__ int64_t slot_channel(const Plan& plan, int64_t slot) {
+  const int tile_channels = kLanes * plan.width;
+  const int64_t tile_start = slot / tile_channels * tile_channels;
+  const int within = static_cast<int>(slot - tile_start);
+  const int k = within / kLanes;
+  const int lane = within % kLanes;
+  return tile_start + (plan.wide ? lane * plan.width + k : within);
+}
+
+// Up to 32 rows of one warp: bit i stands for row first + i * kWarps.
+struct Segment {
+  int64_t first;
+  int left;  // rows of the warp in the chunk, from first on
+
+  __device__ __forceinline__ explicit Segment(const Plan& plan) {
+    const int64_t start = blockIdx.y * plan.rows_per_chunk;
+    const int64_t stop = start + plan.rows_per_chunk;
+    first = start + threadIdx.x / kLanes;
+    left = static_cast<int>(((stop < plan.rows ? stop : plan.rows) - first + kWarps - 1) / kWarps);
+  }
+  __device__ __forceinline__ bool any() const { return left > 0; }
+  __device__ __forceinline__ void next() {
+    first += kSegment * kWarps;
+    left -= kSegment;
+  }
+  __device__ __forceinline__ int64_t row(int bit) const { return first + bit * kWarps; }
+  __device__ __forceinline__ uint32_t rows() const {
+    return left < kSegment ? (1u << left) - 1u : 0xffffffffu;
+  }
+  __device__ __forceinline__ uint32_t kept(const Mask& mask) const {
+    const uint32_t rows_there = rows();
+    if (mask.data == nullptr) return rows_there;
+    const int lane = threadIdx.x % kLanes;
+    const bool keep = (rows_there >> lane & 1u) != 0 && mask.data[row(lane) * mask.stride];
+    return __ballot_sync(0xffffffffu, keep);
+  }
+};
+
+// Takes the lowest bit out of a set of rows and returns its number.
+__device__ __forceinline__ int pop(uint32_t& rows) {
+  const int bit = __ffs(static_cast<int>(rows)) - 1;
+  rows &= rows - 1u;
+  return bit;
+}
+
+}  // namespace ssah

@@ -1,0 +1,54 @@
+// Element types, 16-byte vectors of them, and the type in which arithmetic is done: float for
+// float32, bfloat16 and float16, double for float64.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace ssah {
+
+template <typename T>
+struct Arithmetic {
+  using Type = float;
+};
+template <>
+struct Arithmetic<double> {
+  using Type = double;
+};
+template <typename T>
+using Real = typename Arithmetic<T>::Type;
+
+// Neighbouring elements, or any: what a lane holds of one row.
+template <typename T, int kCount>
+struct Vector {
+  T at[kCount];
+};
+
+__device__ __forceinline__ double to_real(double value) { return value; }
+__device__ __forceinline__ float to_real(float value) { return value; }
+__device__ __forceinline__ float to_real(__nv_bfloat16 value) { return __bfloat162float(value); }
+__device__ __forceinline__ float to_real(__half value) { return __half2float(value); }
+
+// Within two units in the last place in float, without a branch. A denominator beyond 2^126 gives
+// 0.
+__device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
+__device__ __forceinline__ double divide(double a, double b) { return a / b; }
+
+template <typename T>
+__device__ __forceinline__ T from_real(Real<T> value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_real<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+template <>
+__device__ __forceinline__ __half from_real<__half>(float value) {
+  return __float2half_rn(value);
+}
+
+}  // namespace ssah

@@ -1,0 +1,116 @@
+// The CUDA execution model on the CPU: what the kernels of csrc/cuda use of it, and no more.
+//
+// This header stands in for CUDA's own, so that a .cu file compiles unchanged as C++. A launch runs
+// at once, block after block in random order; a block's threads are fibers that run one at a time,
+// in random order, from one barrier or warp-wide operation to the next (runtime.cpp). Shared memory
+// is dynamic alone (`extern __shared__`), and is filled with 0xff (NaN) before every block.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __forceinline__ inline
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+struct uint4 {
+  uint32_t x, y, z, w;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+using cudaStream_t = void*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim;
+  dim3 blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+const char* cudaGetErrorString(cudaError_t error);
+
+// Of the fiber that runs.
+extern uint3 threadIdx, blockIdx;
+extern dim3 blockDim, gridDim;
+
+// The one shared memory, as the kernels declare it inside namespace ssah.
+namespace ssah {
+extern __align__(16) unsigned char shared_memory[];
+}
+
+namespace emulation {
+
+constexpr int kWarpSize = 32;
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
+
+// Suspends the calling fiber until the whole block, or its whole warp, has arrived at `site`;
+// a warp's lanes also exchange a value, and get those of all.
+void block_barrier();
+const uint64_t* warp_exchange(const char* site, uint32_t mask, uint64_t value);
+
+void count_read(const void* address, size_t bytes);
+
+template <typename T>
+T shuffle(const char* site, uint32_t mask, T value, int source) {
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = warp_exchange(site, mask, bits)[source];
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace emulation
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
+  return emulation::run(*config, [&] { kernel(arguments...); });
+}
+
+inline void __syncthreads() { emulation::block_barrier(); }
+inline void __syncwarp(uint32_t mask = 0xffffffffu) {
+  emulation::warp_exchange("__syncwarp", mask, 0);
+}
+inline uint32_t __ballot_sync(uint32_t mask, bool predicate) {
+  const uint64_t* of_lane = emulation::warp_exchange("__ballot_sync", mask, predicate);
+  uint32_t bits = 0;
+  for (int lane = 0; lane < emulation::kWarpSize; ++lane) bits |= uint32_t(of_lane[lane]) << lane;
+  return bits;
+}
+template <typename T>
+T __shfl_xor_sync(uint32_t mask, T value, int lane_mask) {
+  return emulation::shuffle("__shfl_xor_sync", mask, value,
+                            int(threadIdx.x % emulation::kWarpSize) ^ lane_mask);
+}
+template <typename T>
+T __shfl_sync(uint32_t mask, T value, int source) {
+  return emulation::shuffle("__shfl_sync", mask, value, source);
+}
+
+// Aligned, like every access of a GPU, and counted.
+template <typename T>
+T __ldg(const T* address) {
+  emulation::count_read(address, sizeof(T));
+  return *address;
+}
+
+inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline float __fdividef(float a, float b) {
+  return std::fabs(b) > 8.507059e37f && std::isfinite(b) ? 0.0f : a / b;
+}
