@@ -18,6 +18,7 @@ from transformers.utils import ModelOutput
 
 from ssah import __version__
 from ssah.batches import IGNORED, Batch, Fingerprint, read_batch
+from ssah.causal_attention import FastCausalBackward
 from ssah.provenance import (
     check_same_model,
     config_hash,
@@ -242,7 +243,7 @@ def _may_drop_mask(model: PreTrainedModel) -> bool:
 
 def _forward_backward(model: PreTrainedModel, batch: Batch) -> int:
     """Run one batch through backbone, loss and back; the number of tokens predicted."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with torch.inference_mode(False), torch.enable_grad(), FastCausalBackward():
         output = model.base_model(**batch.inputs, use_cache=False, return_dict=True)
         hidden = output.last_hidden_state  # [rows, length, hidden]
         targets = batch.targets().to(hidden.device)
