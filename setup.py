@@ -12,11 +12,19 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, setup
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-CXX_FLAGS = ["-O3", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fvisibility=hidden"]
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fvisibility=hidden",
+]
 CUDA_ARCHS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -42,7 +50,8 @@ def want_cuda() -> bool:
     return wanted != "0" and cuda_home() is not None
 
 
-def extensions() -> list[Extension]:
+def options() -> dict[str, Any]:
+    """What setup() gets for the extensions."""
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
@@ -50,25 +59,32 @@ def extensions() -> list[Extension]:
             "set SSAH_NO_EXTENSION=1 to install the pure-Python part (reference and Triton)"
         )
     import torch
-    from torch.utils.cpp_extension import CppExtension, include_paths
+    from torch.utils import cpp_extension
 
     built_with = f'-DSSAH_TORCH_VERSION="{torch.__version__}"'
     result = [
-        CppExtension(
+        cpp_extension.CppExtension(
             "ssah_kernels._C",
             ["csrc/register.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))],
             depends=sorted(map(str, Path("csrc/cpu").rglob("*.h"))),
-            extra_compile_args=[*CXX_FLAGS, "-Wno-psabi", STABLE_ABI, built_with],
+            extra_compile_args=[
+                *CXX_FLAGS,
+                "-Wno-psabi",
+                "-Wno-maybe-uninitialized",
+                STABLE_ABI,
+                built_with,
+            ],
         )
     ]
     if want_cuda():
         home = cuda_home()
+        cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch does not look for it
         result.append(
             Extension(
                 "ssah_kernels._C_cuda",
                 sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
                 depends=sorted(map(str, Path("csrc/cuda").glob("*.cuh"))),
-                include_dirs=[*include_paths(), str(home / "include")],
+                include_dirs=[*cpp_extension.include_paths(), str(home / "include")],
                 library_dirs=[str(home / "lib64"), str(Path(torch.__file__).parent / "lib")],
                 libraries=["torch", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
                 extra_compile_args={
@@ -78,19 +94,7 @@ def extensions() -> list[Extension]:
                 language="c++",
             )
         )
-    return result
+    return {"ext_modules": result, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
 
 
-def command() -> dict[str, type]:
-    home = cuda_home()
-    if home is not None:
-        os.environ.setdefault("CUDA_HOME", str(home))
-    from torch.utils.cpp_extension import BuildExtension
-
-    return {"build_ext": BuildExtension}
-
-
-if os.environ.get("SSAH_NO_EXTENSION") == "1":
-    setup()
-else:
-    setup(ext_modules=extensions(), cmdclass=command())
+setup(**({} if os.environ.get("SSAH_NO_EXTENSION") == "1" else options()))

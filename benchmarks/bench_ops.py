@@ -1,0 +1,143 @@
+"""The moment operators against eager PyTorch, torch.compile and the peers' formulas.
+
+    python benchmarks/bench_ops.py [--threads 2] [--tokens 4096] [--channels 11008 4096 14336]
+                                   [--dtypes bfloat16 float32] [--out FILE]
+
+Every row is one shape and type in one run; times are medians over interleaved rounds with
+rotating inputs, and a ratio is the median over rounds. The limit of an operator is its bytes per
+element over the read bandwidth that the same run measures. Set SSAH_CPU_CAPABILITY=avx2 for the
+narrower kernels.
+
+Baselines, written afresh from the papers: FLAP's running variance of a linear layer's input
+(arXiv 2312.11983; float32 copy, transposed, batch mean, two centred squares) and Wanda's running
+squared norm (arXiv 2306.11695).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from common import interleave, percentiles, ratio, read_bandwidth, rotating, write
+from torch import Tensor
+
+from ssah_kernels import ops
+
+
+class Flap:
+    """FLAP's fluctuation metric: running mean and squared deviations, updated batch by batch."""
+
+    def __init__(self, channels: int) -> None:
+        self.mean, self.fluctuation, self.tokens = torch.zeros(channels), torch.zeros(channels), 0
+
+    def __call__(self, x: Tensor) -> None:
+        rows = x.t().float()  # [C, tokens]
+        n = rows.shape[1]
+        before = self.mean.clone()
+        self.mean = self.mean * (self.tokens / (self.tokens + n)) + rows.mean(1) * (
+            n / (self.tokens + n)
+        )
+        if self.tokens == 0:
+            self.fluctuation = torch.sum((rows - self.mean[:, None]) ** 2, dim=1) / n
+        else:
+            self.fluctuation *= (self.tokens - 1) / (self.tokens + n - 1)
+            deviations = (rows - self.mean[:, None]) * (rows - before[:, None])
+            self.fluctuation += torch.sum(deviations, dim=1) / (self.tokens + n)
+        self.tokens += n
+
+
+def wanda(x: Tensor) -> Tensor:
+    """Wanda: squared L2 norm of every input feature."""
+    return torch.norm(x.float().t(), p=2, dim=1) ** 2
+
+
+def sums(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and sum of squares in one expression, for torch.compile to fuse."""
+    y = x.float()
+    return y.sum(0), (y * y).sum(0)
+
+
+def sums_accumulated(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The same with a conversion inside each reduction: another form that it may fuse better."""
+    return x.sum(0, dtype=torch.float32), x.float().square().sum(0)
+
+
+def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dict[str, Any]:
+    """One row: seconds per call and ratios for [tokens, channels]."""
+    torch.manual_seed(0)
+    n_bytes = tokens * channels * dtype.itemsize
+    xs = rotating(lambda: torch.randn(tokens, channels).to(dtype), n_bytes)
+    others = rotating(lambda: torch.randn(tokens, channels).to(dtype), n_bytes)
+    n = len(xs)
+    state = ops.new_moments(xs[0])
+    signed, squared = torch.zeros(2, channels, dtype=torch.float64)
+    flap = Flap(channels)
+    compiled = [torch.compile(f, dynamic=False) for f in (sums, sums_accumulated)]
+    gate_up = torch.compile(lambda g, u: F.silu(g) * u, dynamic=False)
+    calls: dict[str, Callable[[int], Any]] = {
+        "read": read_bandwidth(n_bytes),
+        "channel_moments_": lambda i: ops.channel_moments_(xs[i % n], *state),
+        "FLAP eager": lambda i: flap(xs[i % n]),
+        "Wanda eager": lambda i: wanda(xs[i % n]),
+        "torch.var_mean": lambda i: torch.var_mean(xs[i % n].float(), 0),
+        "compiled sums": lambda i: compiled[0](xs[i % n]),
+        "compiled sums, 2nd form": lambda i: compiled[1](xs[i % n]),
+        "gated_moments": lambda i: ops.gated_moments(xs[i % n], others[i % n], *state),
+        "eager silu(gate) * up": lambda i: F.silu(xs[i % n]) * others[i % n],
+        "compiled silu(gate) * up": lambda i: gate_up(xs[i % n], others[i % n]),
+        "taylor_moments_": lambda i: ops.taylor_moments_(xs[i % n], others[i % n], signed, squared),
+        "column_sq_norms": lambda i: ops.column_sq_norms(xs[i % n]),
+    }
+    with torch.inference_mode():
+        times = interleave(calls, repeats)
+    best = min(ratio(times, f"compiled sums{s}", "channel_moments_") for s in ("", ", 2nd form"))
+    return {
+        "tokens": tokens,
+        "channels": channels,
+        "dtype": str(dtype).removeprefix("torch."),
+        "read_GB_per_s": n_bytes / percentiles(times["read"])["p50"] / 1e9,
+        "seconds": {name: percentiles(values) for name, values in times.items()},
+        "in_reads": {name: ratio(times, name, "read") for name in times},
+        "channel_moments_of_bandwidth": ratio(times, "read", "channel_moments_"),
+        "flap_over_channel_moments": ratio(times, "FLAP eager", "channel_moments_"),
+        "best_compiled_over_channel_moments": best,
+        "gated_moments_over_eager": ratio(times, "gated_moments", "eager silu(gate) * up"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--channels", type=int, nargs="+", default=[11008, 4096, 14336])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--out", type=Path, help="write the record as JSON")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    rows = []
+    for dtype in args.dtypes:
+        for channels in args.channels:
+            row = measure(args.tokens, channels, getattr(torch, dtype), args.repeats)
+            rows.append(row)
+            print(f"\n{dtype} [{args.tokens}, {channels}]  read {row['read_GB_per_s']:.1f} GB/s")
+            for name, value in row["in_reads"].items():
+                print(f"  {name:26} {value:7.2f} reads of the input")
+            print(
+                f"  channel_moments_: {row['channel_moments_of_bandwidth']:.2f} of the bandwidth, "
+                f"{row['flap_over_channel_moments']:.1f}x FLAP, "
+                f"{row['best_compiled_over_channel_moments']:.1f}x the best compiled; "
+                f"gated_moments: {row['gated_moments_over_eager']:.2f} of eager"
+            )
+            sys.stdout.flush()
+    if args.out:
+        write(args.out, "ops", rows)
+
+
+if __name__ == "__main__":
+    main()
