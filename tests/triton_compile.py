@@ -70,7 +70,7 @@ class Compiled:
 def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile ``launch`` for sm_``arch``."""
     driver.set_active(TargetOnly(arch))
-    kernel: Any = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.options)
+    kernel: Any = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.keywords)
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])

@@ -19,6 +19,9 @@ FILES = {
     "gated_moments_backward": "gated_moments",
     "taylor_moments_": "taylor_moments",
     "column_sq_norms": "column_sq_norms",
+    "masked_adamw_": "masked_adamw",
+    "masked_sgd_": "masked_sgd",
+    "masked_grad_norm": "masked_grad_norm",
 }
 
 

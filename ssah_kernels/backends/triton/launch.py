@@ -28,12 +28,16 @@ MERGE_CHUNKS, MERGE_CHANNELS = 16, 32  # the tile of stage 2
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: ``kernel[grid](*args, **options)``."""
+    """One kernel launch: ``kernel[grid](*args, **keywords)``."""
 
     kernel: Any
     grid: tuple[int, ...]
     args: tuple[Any, ...]
     options: dict[str, Any]
+
+    @property
+    def keywords(self) -> dict[str, Any]:
+        return {"enable_fp_fusion": True, **self.options}  # Triton's default changes in 3.10
 
 
 def run(launches: Sequence[Launch], device: torch.device) -> None:
@@ -45,7 +49,7 @@ def run(launches: Sequence[Launch], device: torch.device) -> None:
         )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
-            launch.kernel[launch.grid](*launch.args, **launch.options)
+            launch.kernel[launch.grid](*launch.args, **launch.keywords)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,179 @@
+"""Host side of the masked updates: tables of tensors, one launch for all accessed alike."""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ssah_kernels.backends.triton.launch import (
+    LANES,
+    MERGE_CHANNELS,
+    MERGE_CHUNKS,
+    VECTOR_BYTES,
+    WARPS,
+    Launch,
+)
+from ssah_kernels.backends.triton.masked_table import FIELDS, HEAD, add_importance_kernel
+from ssah_kernels.backends.triton.masked_update import masked_update_kernel
+
+TILE_ROWS = 32
+SCALAR_BLOCK = 512  # columns where there are no vectors: four elements per thread
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
+@dataclass(frozen=True)
+class Update:
+    """Arguments of a masked update: per tensor, then shared. ``grads``, ``states`` and
+    ``remainders`` are contiguous compact matrices; ``params`` are matrices of any strides."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    states: Sequence[Sequence[Tensor]]
+    indices: Sequence[Tensor | None]
+    dims: Sequence[int]
+    lr: Tensor
+    step: Tensor
+    grad_scale: Tensor | None
+    clip_coef: Tensor | None
+    seed: Tensor | None
+    remainders: Sequence[Tensor] | None
+    signed: Sequence[Tensor] | None
+    squared: Sequence[Tensor] | None
+
+
+def device_table(values: Sequence[int], device: torch.device) -> Tensor:
+    """An int64 table on ``device``; the copy does not wait for the GPU."""
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def bits(value: float) -> int:
+    """The bits of a float64."""
+    return struct.unpack("q", struct.pack("d", value))[0]
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
+    """Elements of a 16-byte vector, if all pointers and sizes allow such accesses; else 1."""
+    vector = VECTOR_BYTES // tensors[0].element_size()
+    aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
+    return vector if aligned and all(size % vector == 0 for size in sizes) else 1
+
+
+def tile_of(vector: int) -> dict[str, int]:
+    """How a tile is cut: a row per warp and step with vectors, else a row per step for the block.
+
+    The two keep a thread's elements in as many rows as its registers have addresses for: one.
+    """
+    height, block = (WARPS, LANES * vector) if vector > 1 else (1, SCALAR_BLOCK)
+    return {"STEPS": TILE_ROWS // height, "HEIGHT": height, "BLOCK": block}
+
+
+def how_accessed(update: Update, i: int) -> tuple[int, bool, int]:
+    """(VECTOR, GATHER, UNITS) of tensor i: what its launch is specialised for."""
+    param, grad, dim = update.params[i], update.grads[i], update.dims[i]
+    gather = update.indices[i] is not None and dim == 1
+    units = dim if update.signed is not None else -1
+    if gather or param.stride(1) != 1:
+        return 1, gather, units
+    tensors = [grad, *(s[i] for s in update.states), param]
+    if update.remainders is not None:
+        tensors.append(update.remainders[i])
+    return vector_of(tensors, grad.shape[1], param.stride(0)), gather, units
+
+
+def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) -> list[int]:
+    """One row of the table, but for the last two fields."""
+    param, index = update.params[i], update.indices[i]
+    rows, cols = update.grads[i].shape
+    states = [s[i].data_ptr() for s in update.states]
+    return [
+        first,
+        param.data_ptr(),
+        update.grads[i].data_ptr(),
+        *states,
+        *[0] * (2 - len(states)),
+        0 if update.remainders is None else update.remainders[i].data_ptr(),
+        0 if index is None else index.data_ptr(),
+        0 if index is None or gather else rows,
+        rows,
+        cols // vector,
+        param.stride(0) // vector,
+        param.stride(1),
+        i,
+    ]
+
+
+def launches(
+    rule: str, hyper: Sequence[float], update: Update, nesterov: bool, maximize: bool
+) -> list[Launch]:
+    """The launches of one update.
+
+    One for all tensors that are accessed alike (usually one or two: rows and packed columns,
+    gathered columns), and one that adds importance if it is asked for.
+    """
+    device = update.params[0].device
+    groups: dict[tuple[int, bool, int], list[int]] = defaultdict(list)
+    for i, grad in enumerate(update.grads):
+        if grad.numel():
+            groups[how_accessed(update, i)].append(i)
+    head = [*map(bits, hyper), *[0] * (HEAD.value - len(hyper))]
+    partial_size, unit_programs = 0, 0
+    unit_table: list[int] = []
+    tables: list[tuple[tuple[int, bool, int], Tensor, int]] = []
+    for key, members in groups.items():
+        vector, gather, units = key
+        rows_of_table, programs = [*head], 0
+        for i in members:
+            rows, cols = update.grads[i].shape
+            tiles = cdiv(rows, TILE_ROWS), cdiv(cols, tile_of(vector)["BLOCK"])
+            rows_of_table += tensor_row(update, i, programs, vector, gather)
+            programs += tiles[0] * tiles[1]
+            parts = tiles[1] if units == 0 else tiles[0]
+            rows_of_table += [partial_size, parts]
+            if update.signed is not None and update.squared is not None:
+                sums = update.signed[i].data_ptr(), update.squared[i].data_ptr()
+                n_units = (rows, cols)[units]
+                unit_table += [unit_programs, *sums, partial_size, parts, n_units]
+                unit_programs += cdiv(n_units, MERGE_CHANNELS)
+                partial_size += 2 * parts * n_units
+        assert len(rows_of_table) == HEAD.value + FIELDS.value * len(members)
+        tables.append((key, device_table(rows_of_table, device), programs))
+
+    partial = torch.empty(partial_size, dtype=torch.float64, device=device)
+    options: dict[str, Any] = {
+        "RULE": rule,
+        "STATES": len(update.states),
+        "NESTEROV": nesterov,
+        "MAXIMIZE": maximize,
+        "KAHAN": update.remainders is not None,
+        "P": TYPES[update.params[0].dtype],
+        "S": TYPES[update.states[0][0].dtype] if update.states else tl.float32,
+        "num_warps": WARPS,
+    }
+    shared = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed)
+    result = []
+    for (vector, gather, units), table, programs in tables:
+        args = (table, partial, *shared, len(table) // FIELDS.value)
+        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **tile_of(vector)}
+        result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))
+    if unit_table:
+        table = device_table(unit_table, device)
+        options = {"FIELDS": 6, "CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS, "num_warps": 4}
+        stage2 = (table, partial, update.grad_scale, len(unit_table) // 6)
+        result.append(Launch(add_importance_kernel, (unit_programs, 2), stage2, options))
+    return result

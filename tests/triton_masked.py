@@ -1,0 +1,178 @@
+"""Compare Triton's masked updates with the reference: samples for the interpreter and for a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any
+
+import torch
+from cases import compare
+from torch import Tensor
+
+from ssah_kernels import backends
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+TYPES = ((F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, BF16), (F32, BF16))
+RULES: tuple[tuple[str, int, dict[str, Any]], ...] = (
+    ("masked_adamw_", 2, {"weight_decay": 0.1}),
+    ("masked_adamw_", 2, {"beta1": 0.0, "eps": 1e-3, "maximize": True}),
+    ("masked_sgd_", 1, {"momentum": 0.9, "dampening": 0.2, "weight_decay": 0.1}),
+    ("masked_sgd_", 1, {"momentum": 0.8, "nesterov": True, "maximize": True}),
+    ("masked_sgd_", 0, {"weight_decay": 0.1}),
+)
+
+
+def flat(x: Tensor) -> Tensor:
+    """All of the memory that ``x`` is a view of."""
+    return torch.empty(0, dtype=x.dtype, device=x.device).set_(x.untyped_storage())
+
+
+@dataclass(frozen=True)
+class MaskedSample:
+    """One call of a masked update; lists have one entry per tensor."""
+
+    name: str
+    op: str
+    options: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[list[Tensor]]
+    indices: list[Tensor | None]
+    dims: list[int]
+    scalars: list[Tensor | None]  # lr, step, grad_scale, clip_coef, seed
+    compensations: list[Tensor] | None
+    signed: list[Tensor] | None
+    squared: list[Tensor] | None
+
+    def run(self, backend: str, device: str) -> MaskedSample:
+        """The sample with everything updated by ``backend``, back on the CPU."""
+        mine = self.moved(device)
+        states = (
+            mine.states if self.op == "masked_adamw_" else [mine.states[0] if mine.states else None]
+        )
+        rest = (*mine.scalars, mine.compensations, mine.signed, mine.squared)
+        with backends.use(backend):
+            getattr(torch.ops.ssah, self.op)(
+                mine.params, mine.grads, *states, mine.indices, mine.dims, *rest, **self.options
+            )
+        return mine.moved("cpu")
+
+    def moved(self, device: str) -> MaskedSample:
+        def move(x: Any) -> Any:
+            if isinstance(x, list):
+                return [move(y) for y in x]
+            if not isinstance(x, Tensor):
+                return x
+            whole = flat(x).to(device, copy=True)
+            return whole.as_strided(x.shape, x.stride(), x.storage_offset())
+
+        lists = ("params", "grads", "states", "indices", "scalars")
+        lists = (*lists, "compensations", "signed", "squared")
+        return replace(self, **{name: move(getattr(self, name)) for name in lists})
+
+
+def tensors(dtype: torch.dtype, g: torch.Generator) -> tuple[list[Tensor], list, list[int]]:
+    """Rows, gathered columns, packed columns, a bias, a transposed view, nothing, odd columns."""
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=g).to(dtype)
+
+    few = torch.tensor([0, 3, 4, 8, 31])
+    columns = torch.cat([torch.arange(400, 411), torch.tensor([519])])
+    listed: tuple[tuple[Tensor, Tensor | None, int], ...] = (
+        (randn(40, 264), few, 0),
+        (randn(5, 520), columns, 1),
+        (randn(37, 304)[:, 8:200], None, 1),
+        (randn(77), torch.tensor([1, 70]), 0),
+        (randn(6, 20).t(), None, 0),
+        (randn(5, 40), few[:0], 0),
+        (randn(35, 7), None, 1),
+        (randn(33, 2, 4), few, 0),
+    )
+    return [t[0] for t in listed], [t[1] for t in listed], [t[2] for t in listed]
+
+
+def samples() -> Iterator[MaskedSample]:
+    """Every rule with every pair of types; the other choices vary with them."""
+    for i, ((op, buffers, options), (dtype, state)) in enumerate(product(RULES, TYPES)):
+        g = torch.Generator().manual_seed(i)
+        kahan, units, noisy, step = i % 3 == 0, i % 2 == 0, i % 5 < 3, 1 + i % 4
+        params, indices, dims = tensors(dtype, g)
+        compact = [
+            p if index is None else p.index_select(dim, index)
+            for p, index, dim in zip(params, indices, dims, strict=True)
+        ]
+        like = [torch.randn(c.shape, generator=g) for c in compact]
+        states = [[(x * 0.1).square().to(state) for x in like] for _ in range(buffers)]
+        if buffers == 1 and step == 1:
+            states[0][0].fill_(float("nan"))  # not used at the first step
+        sums = [torch.ones(c.shape[d], dtype=F64) for c, d in zip(compact, dims, strict=True)]
+        half = [x.flip(0).to(dtype) for x in like]
+        scalars = [torch.tensor(0.01), torch.tensor(float(step))]
+        yield MaskedSample(
+            f"{op} {options} {dtype} {state} kahan={kahan} units={units} noise={noisy} step={step}",
+            op,
+            options,
+            params,
+            half,
+            states,
+            indices,
+            dims,
+            [
+                *scalars,
+                torch.tensor(8.0) if units else None,
+                torch.tensor(0.3) if i % 4 < 2 else None,
+                torch.tensor(2**40 + 12345 + i) if noisy else None,
+            ],
+            [(x * 1e-3).to(dtype) for x in like] if kahan else None,
+            sums if units else None,
+            [s.clone() for s in sums] if units else None,
+        )
+
+
+def check_update(sample: MaskedSample, device: str = "cpu") -> None:
+    """Compare every tensor that the update writes; what is not trained has the same bits."""
+    mine, expected = sample.run("triton", device), sample.run("reference", "cpu")
+    dtype = sample.params[0].dtype
+    for i, (index, dim) in enumerate(zip(sample.indices, sample.dims, strict=True)):
+        actual, wanted = mine.params[i], expected.params[i]
+        trained = torch.zeros(flat(actual).numel(), dtype=torch.bool)
+        inside = trained.as_strided(actual.shape, actual.stride(), actual.storage_offset())
+        inside.fill_(True) if index is None else inside.index_fill_(dim, index, True)
+        assert torch.equal(flat(actual)[~trained], flat(sample.params[i])[~trained])
+        if mine.compensations is not None and expected.compensations is not None:
+            if index is not None:
+                actual, wanted = actual.index_select(dim, index), wanted.index_select(dim, index)
+            pair = [
+                (p.double() + c.double())
+                for p, c in ((actual, mine.compensations[i]), (wanted, expected.compensations[i]))
+            ]
+            bits = {F64: 1e-13, F32: 3e-7, BF16: 2e-5, F16: 1e-6}[dtype]
+            torch.testing.assert_close(*pair, rtol=bits, atol=bits)
+        else:
+            compare(actual, wanted, dtype)
+        for kind, state in enumerate(mine.states):
+            compare(state[i], expected.states[kind][i], dtype)
+            if sample.scalars[4] is not None and state[i].dtype == BF16 and state[i].numel():
+                assert (state[i] != expected.states[kind][i]).double().mean() < 0.01
+        for name in ("signed", "squared"):
+            if getattr(mine, name) is not None:
+                compare(getattr(mine, name)[i], getattr(expected, name)[i], dtype)
+
+
+def check_norms(device: str = "cpu") -> int:
+    """``masked_grad_norm`` of dense and compact gradients in every type."""
+    checked = 0
+    for dtype, scale in product((F64, F32, BF16, F16), (None, torch.tensor(4.0))):
+        grads, indices, dims = tensors(dtype, torch.Generator().manual_seed(3))
+        norms = []
+        for backend, at in (("triton", device), ("reference", "cpu")):
+            with backends.use(backend):
+                args = [g.to(at) for g in grads], [None if i is None else i.to(at) for i in indices]
+                norm = torch.ops.ssah.masked_grad_norm(*args, dims, scale)
+                norms.append(norm.cpu())
+        compare(*norms, dtype)
+        checked += 1
+    return checked
