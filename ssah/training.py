@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah import updates
+from ssah import masked_ffn, updates
 from ssah.frozen import digests
 from ssah.masked_linear import MaskedProjection
 from ssah.plan_optimizer import (
@@ -130,6 +130,7 @@ class UpdatePlan:
             parameter.grad = None
             parameter.requires_grad_(bool(self.entries[name].trains.any()))
         self.masked: dict[str, MaskedProjection] = split(model, self.modules, masks, self.entries)
+        self.ffns = masked_ffn.install(model, self.modules)
         self.digests = self._digests()
         model.__dict__[PLAN] = self
         watch_optimizers(self)
@@ -316,6 +317,7 @@ class UpdatePlan:
         """
         if self.closed:
             return
+        masked_ffn.uninstall(self.ffns)
         for module in self.masked.values():
             module.uninstall()
         for name, parameter in self.model.named_parameters():

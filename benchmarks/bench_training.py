@@ -1,0 +1,232 @@
+"""A whole training step of a 0.3 B Llama of which 20 % of the units train, beside dense training.
+
+Forward, backward and update of 4 x 256 tokens in float32, units drawn at random. Every variant
+runs in a process of its own, which gives its peak memory; the steps of all are interleaved, and
+times are ratios to "dense masked" in the same round.
+
+* dense masked: gradients of everything, multiplied by masks, torch's fused AdamW. (It is cheaper
+  than correct: weight decay still moves frozen entries, putting them back would cost more.)
+* dense, whole tensors off: the same, but tensors of which nothing trains take no gradient.
+* plan: `ssah.train_only` and its optimiser.
+* lora: peft, rank 16 on every linear layer of the decoder, fused AdamW.
+
+    python benchmarks/bench_training.py --out bench_out/training.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from ssah.selection import select_entries
+from ssah.training import train_only
+from ssah.units import UnitSet, find_modules
+
+ROWS, LENGTH, VOCABULARY = 4, 256, 32_000
+FRACTION = 0.2
+VARIANTS = ("dense masked", "dense, whole tensors off", "plan", "lora")
+TIME_LIMIT, MEMORY_LIMIT = 0.78, 0.5
+Step = Callable[[], None]
+
+
+def build_model() -> PreTrainedModel:
+    """0.3 B random parameters in float32: 20 layers, 16 heads of 64, 8 key/value heads."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=20,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        max_position_embeddings=2048,
+        use_cache=False,
+    )
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
+
+
+def draw_units(model: PreTrainedModel) -> UnitSet:
+    """20 % of all units, at random."""
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    return UnitSet.random(round(FRACTION * sum(sizes.values())), sizes, seed=0)
+
+
+def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tensor]:
+    """Parameter -> bool mask of its shape, True where it trains."""
+    units = draw_units(model)
+    entries = select_entries(
+        model, find_modules(model), {n: units.mask(n) for n in units}, rest=False
+    )
+    masks = {}
+    for name, parameter in model.named_parameters():
+        trains, dim = entries[name].trains, entries[name].dim
+        if whole_off and not trains.any():
+            parameter.requires_grad_(False)
+            continue
+        shape = [1] * parameter.dim()
+        shape[dim] = len(trains)
+        masks[parameter] = trains.view(shape).expand_as(parameter).contiguous()
+    return masks
+
+
+def build_step(variant: str) -> tuple[Step, dict[str, int | float]]:
+    """One training step of a variant, and the sizes of what it trains."""
+    model = build_model()
+    masks: dict[Tensor, Tensor] = {}
+    facts: dict[str, int | float] = {}
+    optimizer: torch.optim.Optimizer
+    if variant == "plan":
+        units = draw_units(model)
+        start = time.perf_counter()
+        plan = train_only(model, units)
+        facts["plan_seconds"] = time.perf_counter() - start
+        optimizer = plan.optimizer(lr=1e-5)
+    else:
+        if variant == "lora":
+            from peft import LoraConfig, get_peft_model
+
+            config = LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM")
+            model = get_peft_model(model, config)
+        else:
+            masks = build_masks(model, whole_off=variant != "dense masked")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    facts["trained"] = sum(p.numel() for p in parameters)
+    generator = torch.Generator().manual_seed(1)
+
+    def step() -> None:
+        ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        optimizer.zero_grad(set_to_none=True)
+        model(input_ids=ids, labels=ids).loss.backward()
+        for parameter, mask in masks.items():
+            parameter.grad.mul_(mask)  # type: ignore[union-attr]
+        facts["gradient_bytes"] = sum(p.grad.nbytes for p in parameters if p.grad is not None)
+        optimizer.step()
+        facts["state_bytes"] = sum(
+            value.nbytes
+            for state in optimizer.state.values()
+            for value in state.values()
+            if isinstance(value, Tensor)
+        )
+
+    return step, facts
+
+
+def peak_bytes() -> int:
+    """Largest resident memory of this process so far."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) * 1024
+
+
+def serve(variant: str, threads: int) -> None:
+    """Worker: one step per line read, one JSON line back."""
+    torch.set_num_threads(threads)
+    imported = peak_bytes()
+    step, facts = build_step(variant)
+    print(json.dumps({}), flush=True)
+    for _ in sys.stdin:
+        step()
+        print(json.dumps({**facts, "peak": peak_bytes(), "imported": imported}), flush=True)
+
+
+class Worker:
+    """A variant in a process of its own."""
+
+    def __init__(self, variant: str, threads: int) -> None:
+        self.facts: dict[str, Any] = {}
+        command = [sys.executable, __file__, "--serve", variant, "--threads", str(threads)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self._read()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"worker ended with status {self.process.wait()}")
+        self.facts = json.loads(line)
+
+    def __call__(self, _: int) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        self._read()
+
+    def close(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def main() -> None:
+    """Run the variants, print the table, write the record."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        serve(args.serve, args.threads)
+        return
+    workers = {variant: Worker(variant, args.threads) for variant in args.variants}
+    times = common.interleave(dict(workers), repeats=args.repeats, warmup=2)
+    for worker in workers.values():
+        worker.close()
+    base = args.variants[0]
+    table = Table(title=f"training step, 0.3 B Llama, {ROWS} x {LENGTH} tokens, ratios to {base}")
+    for column in ("variant", "time", "peak memory", "trained", "gradients", "state", "seconds"):
+        table.add_column(column)
+    record: dict[str, Any] = {"facts": common.facts(), "threads": args.threads, "variants": {}}
+    for variant, worker in workers.items():
+        facts = worker.facts
+        row = {
+            **facts,
+            "time_ratio": common.ratio(times, variant, base),
+            "memory_ratio": facts["peak"] / workers[base].facts["peak"],
+            "seconds": common.percentiles(times[variant]),
+        }
+        record["variants"][variant] = row
+        table.add_row(
+            variant,
+            f"{row['time_ratio']:.3f}",
+            f"{row['memory_ratio']:.3f} ({facts['peak'] / 2**30:.2f} GiB)",
+            f"{facts['trained'] / 1e6:.1f} M",
+            f"{facts['gradient_bytes'] / 2**20:.0f} MiB",
+            f"{facts['state_bytes'] / 2**20:.0f} MiB",
+            f"{row['seconds']['p50']:.2f}",
+        )
+    Console(width=120).print(table)
+    if base == "dense masked" and "plan" in workers:
+        plan = record["variants"]["plan"]
+        record["limits"] = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
+        print(
+            f"plan: time {plan['time_ratio']:.3f} (at most {TIME_LIMIT}), "
+            f"memory {plan['memory_ratio']:.3f} (at most {MEMORY_LIMIT})"
+        )
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

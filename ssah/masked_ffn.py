@@ -1,0 +1,75 @@
+"""The gated product of an FFN with less kept for the backward pass.
+
+Eager autograd keeps gate, act(gate), up and the product. Gate and up are enough: the derivatives
+of both come from one operator that reads them once, and B keeps the trained channels it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.units import DepthTwoModule, family_of
+
+__all__ = ["install", "uninstall"]
+
+
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, in the bits of the model's own activation module."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module, name: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.name = name
+        return act(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        product = torch.ops.ssah.gated_moments_backward(grads[0], gate, up, act=ctx.name)
+        return *product, None, None
+
+
+def _forward(
+    gate: nn.Module | None, up: nn.Module, down: nn.Module, act: nn.Module, name: str, x: Tensor
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))``; without ``gate``, ``up`` gives gate, then up."""
+    if gate is None:
+        first, second = up(x).chunk(2, dim=-1)
+    else:
+        first, second = gate(x), up(x)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return down(act(first) * second)
+    return down(_GatedProduct.apply(first, second, act, name))
+
+
+def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> list[nn.Module]:
+    """Let gated FFNs of ``model`` keep gate and up alone; returns the modules that now do."""
+    ffn = family_of(model).ffn
+    changed: list[nn.Module] = []
+    if ffn is None or ffn.module is None or ffn.act is None:
+        return changed
+    path = ffn.act.removeprefix(f"{ffn.module}.")
+    for module in modules.values():
+        gated = module.gated
+        if gated is None or "forward" in vars(gated.module):
+            continue
+        owners = dict.fromkeys(owned.param.rpartition(".")[0] for owned in module.inputs)
+        *gates, up = (model.get_submodule(owner) for owner in owners)
+        gate = gates[0] if gates else None
+        act = gated.module.get_submodule(path)
+        # A partial, not a closure: copying the model copies what it refers to.
+        gated.module.forward = partial(_forward, gate, up, module.down, act, gated.act)
+        changed.append(gated.module)
+    return changed
+
+
+def uninstall(changed: list[nn.Module]) -> None:
+    """The modules' own forward again."""
+    for module in changed:
+        del module.forward
