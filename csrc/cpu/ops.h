@@ -23,26 +23,26 @@ std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const 
 void taylor_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
                         const Tensor& squared_sum, const std::optional<Tensor>& token_mask);
 Tensor column_sq_norms_cpu(const Tensor& weight);
-void masked_adamw_cpu(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-    const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
-    const std::vector<std::optional<Tensor>>& indices, const std::vector<int64_t>& dims,
-    const Tensor& lr, const Tensor& step, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
-    const std::optional<std::vector<Tensor>>& compensations,
-    const std::optional<std::vector<Tensor>>& signed_sums,
-    const std::optional<std::vector<Tensor>>& squared_sums, double beta1, double beta2, double eps,
-    double weight_decay, bool maximize);
-void masked_sgd_cpu(
-    const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
-    const std::optional<std::vector<Tensor>>& momentum_buffers,
-    const std::vector<std::optional<Tensor>>& indices, const std::vector<int64_t>& dims,
-    const Tensor& lr, const Tensor& step, const std::optional<Tensor>& grad_scale,
-    const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
-    const std::optional<std::vector<Tensor>>& compensations,
-    const std::optional<std::vector<Tensor>>& signed_sums,
-    const std::optional<std::vector<Tensor>>& squared_sums, double momentum, double dampening,
-    double weight_decay, bool nesterov, bool maximize);
+void masked_adamw_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                      const std::vector<Tensor>& exp_avgs, const std::vector<Tensor>& exp_avg_sqs,
+                      const std::vector<std::optional<Tensor>>& indices,
+                      const std::vector<int64_t>& dims, const Tensor& lr, const Tensor& step,
+                      const std::optional<Tensor>& grad_scale,
+                      const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
+                      const std::optional<std::vector<Tensor>>& compensations,
+                      const std::optional<std::vector<Tensor>>& signed_sums,
+                      const std::optional<std::vector<Tensor>>& squared_sums, double beta1,
+                      double beta2, double eps, double weight_decay, bool maximize);
+void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                    const std::optional<std::vector<Tensor>>& momentum_buffers,
+                    const std::vector<std::optional<Tensor>>& indices,
+                    const std::vector<int64_t>& dims, const Tensor& lr, const Tensor& step,
+                    const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip_coef,
+                    const std::optional<Tensor>& seed,
+                    const std::optional<std::vector<Tensor>>& compensations,
+                    const std::optional<std::vector<Tensor>>& signed_sums,
+                    const std::optional<std::vector<Tensor>>& squared_sums, double momentum,
+                    double dampening, double weight_decay, bool nesterov, bool maximize);
 Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
                             const std::vector<std::optional<Tensor>>& indices,
                             const std::vector<int64_t>& dims,

@@ -68,9 +68,9 @@ struct UpdateTensor {
   long row_stride, column_stride;        // of param (masked_grad_norm: of grad)
   long n_rows, n_columns;                // selected
   bool stochastic, units_are_columns;
-  unsigned key0, key1;                // of the noise
+  unsigned key0, key1;               // of the noise
   double *signed_sum, *squared_sum;  // per unit; or null
-  double unscale;                     // of the gradient, for these sums
+  double unscale;                    // of the gradient, for these sums
 };
 
 struct UpdateBlock {

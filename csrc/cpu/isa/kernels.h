@@ -13,11 +13,13 @@
 #define SSAH_PER_DTYPE_AND_ACT(f) \
   {SSAH_PER_ACT(f, double), SSAH_PER_ACT(f, float), SSAH_PER_ACT(f, bf16), SSAH_PER_ACT(f, f16)}
 // Of a parameter's type (rows) and its state's type; null where the two do not go together.
-#define SSAH_PER_DTYPE_AND_STATE(f)                 \
-  {{f<double, double>},                             \
-   {nullptr, f<float, float>, f<float, bf16>},      \
-   {nullptr, f<bf16, float>, f<bf16, bf16>},        \
-   {nullptr, f<f16, float>, f<f16, bf16>}}
+#define SSAH_PER_DTYPE_AND_STATE(f)                                  \
+  {                                                                  \
+    {f<double, double>}, {nullptr, f<float, float>, f<float, bf16>}, \
+        {nullptr, f<bf16, float>, f<bf16, bf16>}, {                  \
+      nullptr, f<f16, float>, f<f16, bf16>                           \
+    }                                                                \
+  }
 #define SSAH_STRING(x) #x
 #define SSAH_NAME(x) SSAH_STRING(x)
 
