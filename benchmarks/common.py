@@ -1,62 +1,16 @@
-"""Timing for every benchmark: interleaved calls, rotating inputs, percentiles, one JSON record.
-
-A figure is a ratio between calls of one run on one machine: absolute times wander, ratios of
-interleaved calls do not.
-"""
+"""What every benchmark shares: the timing of ``ssah_kernels.timing``, and one JSON record."""
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
 import subprocess
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
+from ssah_kernels import timing
+from ssah_kernels.timing import interleave, percentiles, ratio, read_bandwidth, rotating
 
-from ssah_kernels.backends import cpu
-
-
-def interleave(
-    calls: dict[str, Callable[[int], Any]], repeats: int = 15, warmup: int = 2
-) -> dict[str, list[float]]:
-    """Seconds of each call, taken in turn: A B C A B C ... Each gets the number of the round."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(warmup + repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call(i)
-            elapsed = time.perf_counter() - start
-            if i >= warmup:
-                times[name].append(elapsed)
-    return times
-
-
-def ratio(times: dict[str, list[float]], a: str, b: str) -> float:
-    """Median over rounds of time a / time b."""
-    return statistics.median(x / y for x, y in zip(times[a], times[b], strict=True))
-
-
-def percentiles(values: Sequence[float]) -> dict[str, float]:
-    """The 20th, 50th and 80th percentile."""
-    cuts = statistics.quantiles(values, n=10, method="inclusive")
-    return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
-
-
-def rotating(make: Callable[[], Any], bytes_each: int, cache_bytes: int = 64 << 20) -> list[Any]:
-    """Enough copies of an input that a cache of ``cache_bytes`` holds none when its turn comes."""
-    return [make() for _ in range(max(2, -(-2 * cache_bytes // max(bytes_each, 1))))]
-
-
-def read_bandwidth(n_bytes: int = 256 << 20) -> Callable[[int], Any]:
-    """A call that only reads ``n_bytes`` of memory, on torch's threads."""
-    from ssah_kernels import _C  # type: ignore[attr-defined]
-
-    buffer = torch.ones(n_bytes // 4, dtype=torch.int32)
-    return lambda _: _C.read_bytes(buffer.data_ptr(), n_bytes)
+__all__ = ["facts", "interleave", "percentiles", "ratio", "read_bandwidth", "rotating", "write"]
 
 
 def facts() -> dict[str, Any]:
@@ -68,13 +22,7 @@ def facts() -> dict[str, Any]:
         check=False,
         cwd=Path(__file__).parent,
     )
-    return {
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "processor": platform.processor() or platform.machine(),
-        "commit": commit.stdout.strip() or "unknown",
-        **cpu.facts(),
-    }
+    return {**timing.facts(), "commit": commit.stdout.strip() or "unknown"}
 
 
 def write(path: Path, name: str, rows: list[dict[str, Any]]) -> None:

