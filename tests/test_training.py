@@ -420,11 +420,11 @@ def test_accumulation_checkpointing_and_modes() -> None:
     for both, one, other in zip(gradients(plan), first, second, strict=True):
         torch.testing.assert_close(both, one + other)
     model.train()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     loss_of(model, 0).backward()
     for recomputed, one in zip(gradients(plan), first, strict=True):
         torch.testing.assert_close(recomputed, one)
-    model.activation_checkpointing_disable()
+    model.gradient_checkpointing_disable()
     model.eval()
     with torch.no_grad():
         assert not loss_of(model).requires_grad

