@@ -241,6 +241,18 @@ def test_no_projection_to_the_vocabulary_for_activation_metrics() -> None:
     attribute(model, ragged())
 
 
+def test_the_last_projection_is_spared_where_nothing_reads_it() -> None:
+    model = build("llama")
+    ran: list[str] = []
+    for name, module in find_modules(model).items():
+        module.down.register_forward_hook(lambda *_, name=name: ran.append(name))
+    attribute(model, ragged()[:1])
+    assert ran == list(find_modules(model))[:-1]
+    ran.clear()
+    attribute(model, ragged()[:1], metric="taylor")
+    assert ran == list(find_modules(model))
+
+
 def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gemma2")
     whole = attribute(model, ragged(), metric="taylor")
