@@ -233,6 +233,11 @@ def _update(
             state_dtypes = (state[0].dtype,) if state[0].dtype in state_dtypes else state_dtypes
         lists[name] = state, state_dtypes
     if compensations is not None:
+        if first.dtype not in (torch.bfloat16, torch.float16):
+            raise TypeError(
+                f"compensations are given for {first.dtype} parameters; they must be bfloat16 or "
+                "float16"
+            )
         lists["compensations"] = compensations, (first.dtype,)
     for name, values in {"indices": indices, "dims": dims, **importance}.items():
         if values is not None:

@@ -144,8 +144,9 @@ def masked_adamw_(
         clip_coef: gradients are multiplied by it, after that.
         seed: int64 tensor of one element: round bfloat16 parameters and state stochastically. The
             noise depends on (seed, step, position in the list, position in the compact tensor).
-        compensations: compact, in the parameters' dtype, zero at the start: Kahan's remainder of
-            the parameters, which are then rounded to nearest. Updated in place.
+        compensations: of bfloat16 or float16 parameters: compact, in their dtype, zero at the
+            start: Kahan's remainder of the parameters, which are then rounded to nearest. Updated
+            in place.
         signed, squared: float64, the compact size along ``dims[i]``: every unit's sum of p * g and
             of (p * g)^2 is added, with p as before the update and g without ``clip_coef``.
 

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from ssah_kernels import ops
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
+COMPENSATED = (torch.bfloat16, torch.float16)
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
@@ -114,7 +115,7 @@ class _MaskedOptimizer(Optimizer):
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float64)}
         for name in self._names(group):
             state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
-        if group["rounding"] == "kahan":
+        if group["rounding"] == "kahan" and grad.dtype in COMPENSATED:
             state["compensation"] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
         if group["track_importance"]:
             units = grad.shape[dim] if grad.dim() else 1
@@ -267,8 +268,9 @@ class MaskedAdamW(_MaskedOptimizer):
         state_dtype: of both moments: float32, bfloat16, or None (float32; float64 for float64
             parameters).
         rounding: how bfloat16 parameters without a master copy are stored: ``"nearest"``;
-            ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation of the parameter's
-            dtype. bfloat16 state is rounded stochastically by the last two.
+            ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation in bfloat16.
+            bfloat16 state is rounded stochastically by the last two. float16 parameters take
+            ``"nearest"`` or ``"kahan"``; nothing of it touches float32.
         seed: of the rounding noise, with the step: a resumed run repeats the uninterrupted one.
         max_norm: clip the norm of all gradients together to this, inside the update.
         track_importance: accumulate every unit's sum of p * g and (p * g)^2, see ``importance``.

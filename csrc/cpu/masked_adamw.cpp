@@ -27,8 +27,8 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
   const std::vector<UpdateTensor> tensors =
       update_tensors({params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed,
                       compensations, signed_sums, squared_sums});
-  over_blocks(tensors,
-              [&](const UpdateTensor& tensor, UpdateBlock block) { run(tensor, args, block); });
+  over_blocks(blocks_of(tensors),
+              [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });
 }
 
 }  // namespace ssah

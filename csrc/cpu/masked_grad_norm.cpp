@@ -17,12 +17,9 @@ Tensor masked_grad_norm_cpu(const TensorList& grads, const IndexList& indices,
   const std::vector<BlockOfTensor> blocks = blocks_of(tensors);
   std::vector<double> partial(blocks.size());
   const auto run = kernels().masked_grad_norm[dtype_of(grads[0])];
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  partial[i] = run(tensors[blocks[i].tensor], blocks[i].block);
-                                }
-                              });
+  over_blocks(blocks, [&](const BlockOfTensor& b, size_t i) {
+    partial[i] = run(tensors[b.tensor], b.block);
+  });
   double total = 0;
   for (double part : partial) total += part;
   Tensor norm = torch::stable::new_zeros(grads[0], {}, torch::headeronly::ScalarType::Double);

@@ -24,8 +24,8 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
   const std::vector<UpdateTensor> tensors =
       update_tensors({params, grads, buffers, nullptr, indices, dims, step, grad_scale, seed,
                       compensations, signed_sums, squared_sums});
-  over_blocks(tensors,
-              [&](const UpdateTensor& tensor, UpdateBlock block) { run(tensor, args, block); });
+  over_blocks(blocks_of(tensors),
+              [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });
 }
 
 }  // namespace ssah

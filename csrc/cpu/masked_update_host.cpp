@@ -85,20 +85,22 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
 
 std::vector<BlockOfTensor> blocks_of(const std::vector<UpdateTensor>& tensors) {
   std::vector<BlockOfTensor> blocks;
+  int64_t first = 0;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const UpdateTensor& t = tensors[i];
     if (t.n_rows == 0 || t.n_columns == 0) continue;
     long columns = t.n_columns < kBlockElements ? t.n_columns : kBlockElements;
     long rows = kBlockElements / columns;
     if (t.signed_sum != nullptr) {
-      columns = t.units_are_columns ? 512 : t.n_columns;
-      rows = t.units_are_columns ? t.n_rows : rows;
+      columns = t.units_are_columns ? kColumnStripe : t.n_columns;
+      rows = t.units_are_columns ? t.n_rows : kBlockElements / columns + 1;
     }
     for (long row = 0; row < t.n_rows; row += rows) {
       for (long column = 0; column < t.n_columns; column += columns) {
         const long row_end = row + rows < t.n_rows ? row + rows : t.n_rows;
         const long column_end = column + columns < t.n_columns ? column + columns : t.n_columns;
-        blocks.push_back({static_cast<long>(i), {row, row_end, column, column_end}});
+        blocks.push_back({static_cast<long>(i), {row, row_end, column, column_end}, first});
+        first += (row_end - row) * (column_end - column);
       }
     }
   }

@@ -1,6 +1,7 @@
 // Host side of the masked update: tensors as selected matrices, cut into blocks for the threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <optional>
 #include <string>
@@ -17,6 +18,7 @@ using IndexList = std::vector<std::optional<Tensor>>;
 struct BlockOfTensor {
   long tensor;
   UpdateBlock block;
+  int64_t first;  // elements before it, over all blocks
 };
 
 // The matrix `x` of which `index` selects rows (axis 0) or columns. Raises unless the index is
@@ -40,16 +42,20 @@ struct UpdateLists {
 };
 std::vector<UpdateTensor> update_tensors(const UpdateLists& lists);
 
-// Runs run(tensor, block) over all blocks on all threads.
+// Runs run(block, its number) over all blocks; every thread gets as many elements.
 template <class F>
-void over_blocks(const std::vector<UpdateTensor>& tensors, F run) {
-  const std::vector<BlockOfTensor> blocks = blocks_of(tensors);
-  torch::stable::parallel_for(0, static_cast<int64_t>(blocks.size()), 1,
-                              [&](int64_t begin, int64_t end) {
-                                for (int64_t i = begin; i < end; ++i) {
-                                  run(tensors[blocks[i].tensor], blocks[i].block);
-                                }
-                              });
+void over_blocks(const std::vector<BlockOfTensor>& blocks, F run) {
+  if (blocks.empty()) return;
+  const UpdateBlock& last = blocks.back().block;
+  const int64_t elements =
+      blocks.back().first + (last.row_end - last.row_begin) * (last.column_end - last.column_begin);
+  const auto starts_before = [](const BlockOfTensor& b, int64_t e) { return b.first < e; };
+  torch::stable::parallel_for(0, elements, 4096, [&](int64_t begin, int64_t end) {
+    auto it = std::lower_bound(blocks.begin(), blocks.end(), begin, starts_before);
+    for (; it != blocks.end() && it->first < end; ++it) {
+      run(*it, static_cast<size_t>(it - blocks.begin()));
+    }
+  });
 }
 
 }  // namespace ssah

@@ -73,6 +73,8 @@ struct UpdateTensor {
   double unscale;                    // of the gradient, for these sums
 };
 
+// At most kColumnStripe columns wide where column units keep sums.
+constexpr long kColumnStripe = 1024;
 struct UpdateBlock {
   long row_begin, row_end, column_begin, column_end;
 };

@@ -11,8 +11,8 @@ loss was multiplied by, clip_coef the factor of clipping; a missing one is 1.
 **Rounding.** The new value of every tensor is computed in full (float32 arithmetic in the backends)
 and rounded once to the tensor's dtype: to nearest even, with two exceptions.
 
-* ``compensations[i]``, of the parameter's dtype, holds what the parameter could not: the update
-  reads w = p + c, and writes p = round(w), c = round(w - p).
+* ``compensations[i]``, of the dtype of a bfloat16 or float16 parameter, holds what that could not:
+  the update reads w = p + c, and writes p = round(w), c = round(w - p).
 * With ``seed``, a bfloat16 tensor (a parameter without compensation, or state) is rounded
   stochastically: of the float32 result's 32 bits, b, the upper half of b + r is kept, where r is
   uniform in [0, 2^16). Infinite and NaN values take no noise. The expectation is exact.
