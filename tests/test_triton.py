@@ -18,6 +18,7 @@ from cases import CASES, check_backend
 
 from ssah_kernels import backends
 from ssah_kernels.backends import triton as package
+from ssah_kernels.schema import KERNELS
 
 TESTS = Path(__file__).parent
 TRITON = importlib.util.find_spec("triton") is not None
@@ -62,13 +63,12 @@ def test_interpreted(op: str, interpreted: dict[str, int | str]) -> None:
 
 
 def test_every_kernel_is_checked() -> None:
-    assert {op for ops in INTERPRETED for op in ops} == set(package.FILES)
+    assert {op for ops in INTERPRETED for op in ops} == set(package.FILES) == set(KERNELS)
 
 
-ROWS, CHANNELS = 4096, 11008
-
-
-def launches(op: str, dtype: torch.dtype, detail: str) -> list:
+def launches(
+    op: str, dtype: torch.dtype, detail: str, shape: tuple[int, int] = (4096, 11008)
+) -> list:
     """The launches of one realistic call; nothing is computed, the memory is never touched."""
     from ssah_kernels.backends.triton import (
         channel_moments,
@@ -78,11 +78,12 @@ def launches(op: str, dtype: torch.dtype, detail: str) -> list:
     )
 
     if op.startswith("masked"):
-        return masked_launches(op, dtype, detail)
-    x, y, z, v, w = (torch.empty(ROWS, CHANNELS, dtype=dtype) for _ in range(5))
-    mean, m2 = (torch.empty(CHANNELS, dtype=torch.float64) for _ in range(2))
+        return masked_launches(op, dtype, detail, shape)
+    rows, channels = shape
+    x, y, z, v, w = (torch.empty(rows, channels, dtype=dtype) for _ in range(5))
+    mean, m2 = (torch.empty(channels, dtype=torch.float64) for _ in range(2))
     count = torch.empty((), dtype=torch.float64)
-    mask = torch.empty(ROWS, dtype=torch.bool) if "masked" in detail else None
+    mask = torch.empty(rows, dtype=torch.bool) if "masked" in detail else None
     act = detail.split()[0] if detail else ""
     if op == "channel_moments_":
         return channel_moments.launches(x, count, mean, m2, mask)
@@ -95,16 +96,17 @@ def launches(op: str, dtype: torch.dtype, detail: str) -> list:
     return column_sq_norms.launches(x, mean)
 
 
-def masked_launches(op: str, dtype: torch.dtype, detail: str) -> list:
+def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, int]) -> list:
     """One matrix, with the choices that ``detail`` names."""
     from ssah_kernels.backends.triton import masked_adamw, masked_grad_norm, masked_sgd
     from ssah_kernels.backends.triton.masked_list import Update
 
-    whole, scalar = torch.empty(ROWS, CHANNELS, dtype=dtype), torch.empty((), dtype=torch.float64)
-    width, dim = (2202 if "odd" in detail else 2208), int("columns" in detail)
-    param = whole[:, 16 : 16 + width] if dim else whole
+    whole, scalar = torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)
+    dim = int("columns" in detail)
+    width = min(2202 if "odd" in detail else 2208, shape[dim])
+    param = whole[:, -width:] if dim else whole
     index = None if "packed" in detail else torch.empty(width, dtype=torch.int64)
-    shape = (ROWS, width) if dim else (width, CHANNELS)
+    shape = (shape[0], width) if dim else (width, shape[1])
     narrow = torch.bfloat16 if dtype == torch.bfloat16 and "wide" not in detail else torch.float32
     state = torch.float64 if dtype == torch.float64 else narrow
     if op == "masked_grad_norm":
@@ -206,6 +208,17 @@ def test_compiled(
     key: tuple[str, torch.dtype, int], compiled: dict[tuple[str, torch.dtype, int], list[str]]
 ) -> None:
     assert compiled[key] == []
+
+
+@needs_triton
+@pytest.mark.parametrize("op", package.FILES)
+def test_compiles_for_small_shapes(op: str) -> None:
+    """Sizes and strides of 1 become constants when a kernel is compiled."""
+    from triton_compile import compile_launch
+
+    for shape in ((1, 1), (3, 1), (1, 40), (5, 17)):
+        for launch in launches(op, torch.float32, [*variants(op)][-1], shape):
+            assert compile_launch(launch, 90).spill_bytes == 0
 
 
 @pytest.mark.gpu

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from ssah_kernels.backends.triton.launch import WARPS, Launch, run
 from ssah_kernels.backends.triton.masked_list import (
-    TILE_ROWS,
     TYPES,
     cdiv,
     device_table,
@@ -33,7 +32,7 @@ from ssah_kernels.backends.triton.masked_table import find_row, pointer, scalar_
 FIELDS = 8  # first program, gradient, index, indexed rows, rows, columns, row and column stride
 
 
-@triton.jit(do_not_specialize=["first_part"])
+@triton.jit(do_not_specialize=["n_tensors", "first_part"])
 def masked_grad_norm_kernel(
     table_ptr, partial_ptr, n_tensors, first_part,
     G: tl.constexpr, VECTOR: tl.constexpr, GATHER: tl.constexpr, FIELDS: tl.constexpr,
@@ -97,7 +96,7 @@ def launches(
         gather = index is not None and dim == 1
         vectors = not gather and grad.stride(1) == 1
         vector = vector_of([grad], cols, grad.stride(0)) if vectors else 1
-        key = vector, gather
+        key, cut = (vector, gather), tile_of(vector)
         at = 0 if index is None else index.data_ptr()
         sizes = (
             0 if index is None or gather else rows,
@@ -107,7 +106,7 @@ def launches(
             grad.stride(1),
         )
         tables[key] += [programs[key], grad.data_ptr(), at, *sizes]
-        programs[key] += cdiv(rows, TILE_ROWS) * cdiv(cols, tile_of(vector)["BLOCK"])
+        programs[key] += cdiv(rows, cut["STEPS"] * cut["HEIGHT"]) * cdiv(cols, cut["BLOCK"])
     parts = sum(programs.values())
     partial = norm.new_empty(parts)
     result, first = [], 0

@@ -24,7 +24,10 @@ from ssah_kernels.backends.triton.masked_table import FIELDS, HEAD, add_importan
 from ssah_kernels.backends.triton.masked_update import masked_update_kernel
 
 TILE_ROWS = 32
+TILE_ROWS_SUMMED = 128  # fewer partial sums where every column is a unit
 SCALAR_BLOCK = 512  # columns where there are no vectors: four elements per thread
+# With sums per unit, ptxas aims at an occupancy for which it spills two registers, unless told.
+REGISTERS = {"maxnreg": 160} if torch.version.hip is None else {}
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -74,13 +77,14 @@ def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
     return vector if aligned and all(size % vector == 0 for size in sizes) else 1
 
 
-def tile_of(vector: int) -> dict[str, int]:
+def tile_of(vector: int, units: int = -1) -> dict[str, int]:
     """How a tile is cut: a row per warp and step with vectors, else a row per step for the block.
 
     The two keep a thread's elements in as many rows as its registers have addresses for: one.
     """
     height, block = (WARPS, LANES * vector) if vector > 1 else (1, SCALAR_BLOCK)
-    return {"STEPS": TILE_ROWS // height, "HEIGHT": height, "BLOCK": block}
+    rows = TILE_ROWS_SUMMED if units == 1 else TILE_ROWS
+    return {"STEPS": rows // height, "HEIGHT": height, "BLOCK": block}
 
 
 def how_accessed(update: Update, i: int) -> tuple[int, bool, int]:
@@ -138,9 +142,10 @@ def launches(
     for key, members in groups.items():
         vector, gather, units = key
         rows_of_table, programs = [*head], 0
+        cut = tile_of(vector, units)
         for i in members:
             rows, cols = update.grads[i].shape
-            tiles = cdiv(rows, TILE_ROWS), cdiv(cols, tile_of(vector)["BLOCK"])
+            tiles = cdiv(rows, cut["STEPS"] * cut["HEIGHT"]), cdiv(cols, cut["BLOCK"])
             rows_of_table += tensor_row(update, i, programs, vector, gather)
             programs += tiles[0] * tiles[1]
             parts = tiles[1] if units == 0 else tiles[0]
@@ -169,7 +174,9 @@ def launches(
     result = []
     for (vector, gather, units), table, programs in tables:
         args = (table, partial, *shared, len(table) // FIELDS.value)
-        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **tile_of(vector)}
+        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **tile_of(vector, units)}
+        if units >= 0:
+            special |= REGISTERS
         result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))
     if unit_table:
         table = device_table(unit_table, device)

@@ -52,7 +52,7 @@ def pointer(row_ptr, FIELD: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.conste
     return ptr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_tensors"])
 def add_importance_kernel(
     table_ptr, partial_ptr, grad_scale_ptr, n_tensors,
     FIELDS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
