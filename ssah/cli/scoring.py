@@ -1,0 +1,219 @@
+"""``ssah attribute``, ``ssah classify`` and ``ssah ablate``."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssah.cli.support import (
+    BatchSize,
+    Device,
+    Dtype,
+    DtypeOption,
+    Group,
+    Json,
+    Limit,
+    MaxLength,
+    Metric,
+    Model,
+    Modules,
+    Normalize,
+    Out,
+    RemoteCode,
+    Result,
+    Scope,
+    Seed,
+    Tokens,
+    following,
+    load,
+    reporting,
+)
+
+Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of all units.")]
+
+
+@reporting
+def attribute(
+    model: Model,
+    data: Annotated[
+        str, typer.Option("--data", help="JSONL file, `builtin:safety` or the like, or hub id.")
+    ],
+    out: Out,
+    metric: Annotated[Metric, typer.Option(help="Importance of a unit.")] = Metric.variance,
+    tokens: Annotated[
+        Tokens, typer.Option(help="Positions that count; `auto` and `labels`: the response.")
+    ] = Tokens.auto,
+    modules: Annotated[
+        list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> Result:
+    """Score every unit of a model on a data set.
+
+    Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
+    """
+    from ssah.attribution import attribute as score
+    from ssah.data import load_rows, make_loader
+    from ssah.report.tables import facts_table
+    from ssah.units import KINDS
+
+    rows = load_rows(data, split, limit)
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+    start = time.perf_counter()
+    attribution = score(
+        loaded,
+        loader,
+        metric=metric.value,
+        modules=tuple(kind.value for kind in modules or ()) or KINDS,
+        tokens=tokens.value,
+        progress=True,
+    )
+    seconds = time.perf_counter() - start
+    attribution.save(out)
+    units = sum(len(score) for score in attribution.scores.values())
+    counted = max(attribution.count.values())
+    result = {
+        "out": str(out),
+        "model": attribution.model_name,
+        "data": data,
+        "metric": attribution.metric,
+        "tokens": attribution.tokens,
+        "modules": len(attribution.scores),
+        "units": units,
+        "tokens_counted": counted,
+        "seconds": seconds,
+        "config_hash": attribution.config_hash,
+        "data_fingerprint": attribution.data_fingerprint,
+        "version": attribution.version,
+    }
+    facts = {
+        "model": attribution.model_name,
+        "data": data,
+        "units": f"{units:,} in {len(attribution.scores)} modules",
+        "metric": f"{attribution.metric}, over {counted:,} tokens ({attribution.tokens})",
+        "time": f"{seconds:.1f} s",
+        "saved to": out,
+    }
+    return Result(result, (facts_table("Scores", facts),))
+
+
+@reporting
+def classify(
+    safety: Annotated[Path, typer.Argument(metavar="SAFETY_DIR", help="Scores on safety data.")],
+    utility: Annotated[Path, typer.Argument(metavar="UTILITY_DIR", help="Scores on utility data.")],
+    scu: Share,
+    ucu: Share,
+    ru: Share,
+    out: Out,
+    scope: Annotated[Scope, typer.Option(help="What is ranked together.")] = Scope.module,
+    normalize: Annotated[
+        Normalize, typer.Option(help="Scores of a module, before they are ranked.")
+    ] = Normalize.none,
+    as_json: Json = False,
+) -> Result:
+    """Sort units into safety-critical, utility-critical, redundant and complex ones.
+
+    Example: `ssah classify runs/safety runs/utility --scu 0.008 --ucu 0.008 --ru 0.15
+    --out runs/groups`
+    """
+    from ssah.attribution import Attribution
+    from ssah.groups import classify as sort
+    from ssah.report.tables import facts_table, groups_table, layers
+
+    groups = sort(
+        Attribution.load(safety),
+        Attribution.load(utility),
+        scu=scu,
+        ucu=ucu,
+        ru=ru,
+        scope=scope.value,
+        normalize=normalize.value,
+    )
+    groups.save(out)
+    result = {
+        "out": str(out),
+        "model": groups.metadata["model_name"],
+        "shares": groups.shares,
+        "scope": groups.scope,
+        "normalize": groups.normalize,
+        **groups.summary(),
+        "layers": layers(groups),
+    }
+    facts = {
+        "model": groups.metadata["model_name"],
+        "ranked": f"per {groups.scope}, normalisation: {groups.normalize}",
+        "saved to": out,
+    }
+    return Result(result, (groups_table(groups), facts_table("Groups", facts)))
+
+
+@reporting
+def ablate(
+    model: Model,
+    groups: Annotated[
+        Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
+    ],
+    group: Annotated[list[Group], typer.Option("--group", help="Repeat for several rows.")],
+    random: Annotated[
+        bool, typer.Option("--random", help="Also ablate as many random units of each module.")
+    ] = False,
+    seed: Seed = 0,
+    utility: Annotated[
+        str, typer.Option("--utility", help="Instructions with answers, for the loss.")
+    ] = "builtin:utility_eval",
+    requests: Annotated[
+        str, typer.Option("--requests", help="Harmful requests, for the margin.")
+    ] = "builtin:safety_eval",
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    max_length: MaxLength = 512,
+    dtype: DtypeOption = Dtype.auto,
+    device: Device = "auto",
+    trust_remote_code: RemoteCode = False,
+    as_json: Json = False,
+) -> Result:
+    """Switch a group of units off, and measure utility loss and refusal margin before and after.
+
+    Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
+    """
+    from ssah.data import load_rows, make_loader
+    from ssah.evaluation import Measures, ablations
+    from ssah.groups import UnitGroups
+    from ssah.report.tables import ablation_table
+
+    answers = load_rows(utility, limit=limit)
+    asked = list(load_rows(requests, limit=limit))
+    UnitGroups.load(groups)  # a wrong folder is refused before the model is loaded
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    found = UnitGroups.load(groups, loaded)
+    measures = Measures(
+        loaded,
+        tokenizer,
+        loader=make_loader(answers, tokenizer, batch_size=batch_size, max_length=max_length),
+        requests=asked,
+        batch_size=batch_size,
+        max_length=max_length,
+    )
+    names = list(dict.fromkeys(each.value for each in group))
+    steps = ablations(measures, found, names, random=random, seed=seed)
+    rows = list(following(steps, "measuring", 1 + len(names) * (2 if random else 1)))
+    result = {
+        "model": found.metadata["model_name"],
+        "groups": str(groups),
+        "utility": utility,
+        "requests": requests,
+        "seed": seed,
+        "rows": rows,
+    }
+    return Result(result, (ablation_table(rows),))

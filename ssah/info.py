@@ -1,0 +1,124 @@
+"""What this installation can do: versions, instruction sets, GPU architectures, backends."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import struct
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import ssah
+from ssah_kernels import backends
+from ssah_kernels.backends import cpu, cuda
+from ssah_kernels.schema import KERNELS
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["cuda_architectures", "describe", "describe_model"]
+
+_FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
+_PTX, _ELF = 1, 2
+
+
+def describe() -> dict[str, Any]:
+    """Facts about this installation, as plain data.
+
+    ``backends`` is operator -> backend -> ``""`` if it can run here, else why not; ``chosen`` is
+    device type -> the backend that serves it.
+    """
+    extension = cpu.facts()
+    library = cuda.built()
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    devices = ["cpu", *([accelerator.type] if accelerator is not None else [])]
+    return {
+        "ssah": ssah.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": _version("transformers"),
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "extension": bool(extension),
+        "isa": extension.get("isa"),
+        "isa_built": [isa for isa in extension.get("isa_built", "").split(", ") if isa],
+        "compiler": extension.get("compiler"),
+        "torch_built_with": extension.get("torch_built_with"),
+        "cuda_built": library is not None,
+        "cuda_archs": cuda_architectures(library) if library is not None else [],
+        "gpu": _gpu(),
+        "triton": _version("triton"),
+        "chosen": {device: backends.choose(torch.device(device)) for device in devices},
+        "backends": {
+            op: {backend: backends.missing(backend) or "" for backend in backends.BACKENDS}
+            for op in KERNELS
+        },
+    }
+
+
+def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
+    """Architecture, parameters and depth-2 modules of a model, as plain data.
+
+    Raises:
+        ValueError: the architecture is unknown, or there are no such modules.
+    """
+    from ssah.units import KINDS, find_modules
+
+    found = find_modules(model).values()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    kinds = {
+        kind: {
+            "modules": sum(module.kind == kind for module in found),
+            "units": sum(module.n_units for module in found if module.kind == kind),
+        }
+        for kind in KINDS
+    }
+    return {
+        "name": name,
+        "class": type(model).__name__,
+        "model_type": model.config.get_text_config().model_type,  # type: ignore[union-attr, operator]
+        "parameters": parameters,
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "units": sum(kind["units"] for kind in kinds.values()),
+        "kinds": kinds,
+    }
+
+
+def cuda_architectures(library: Path) -> list[str]:
+    """What a CUDA library was compiled for, e.g. ``["sm_80", "sm_90", "ptx_90"]``.
+
+    Read from the headers of its fat binaries, which needs no GPU and no CUDA tool: a container
+    (magic, version, size of header, size) of entries (kind, version, size of header, size, ...,
+    architecture at byte 28).
+    """
+    content = library.read_bytes()
+    found: set[tuple[bool, int]] = set()
+    at = content.find(_FATBIN_MAGIC)
+    while at >= 0:
+        _, _, header, size = struct.unpack_from("<IHHQ", content, at)
+        entry, end = at + header, at + header + size
+        while entry + 32 <= end:
+            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, entry)
+            (architecture,) = struct.unpack_from("<I", content, entry + 28)
+            if kind in (_PTX, _ELF):
+                found.add((kind == _PTX, architecture))
+            entry += entry_header + entry_size
+        at = content.find(_FATBIN_MAGIC, end)
+    return [f"{'ptx' if ptx else 'sm'}_{architecture}" for ptx, architecture in sorted(found)]
+
+
+def _version(package: str) -> str | None:
+    if importlib.util.find_spec(package) is None:
+        return None
+    return importlib.metadata.version(package)
+
+
+def _gpu() -> str | None:
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_name()

@@ -1,0 +1,230 @@
+"""Pictures (PNG): scores by layer, ablations, throughput. Needs matplotlib; no display."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssah.report import COLOURS, NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ssah.groups import UnitGroups
+
+__all__ = ["plot_ablations", "plot_scores"]
+
+_DPI = 150
+_INK = "#333333"
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": _INK,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+}
+# Drawn in this order: the many first, so that they do not hide the few.
+_GROUPS = ("cu", "ru", "ucu", "scu")
+_IMPORTANCE = {
+    "variance": "variance of the activation x squared column norm",
+    "norm": "mean square of the activation x squared column norm",
+    "taylor": "|sum of activation x gradient|, nats",
+    "fisher": "sum of (activation x gradient)^2, nats^2",
+    None: "as given",
+}
+
+
+def plot_scores(groups: UnitGroups, path: str | os.PathLike[str], title: str) -> Path:
+    """I_S and I_U of every group by layer (median, and the middle 80 %), and of every unit.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context(_STYLE):
+        figure = Figure(figsize=(12, 6.4), layout="constrained")
+        grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
+        upper = figure.add_subplot(grid[0, 0])
+        lower = figure.add_subplot(grid[1, 0], sharex=upper, sharey=upper)
+        units = figure.add_subplot(grid[:, 1])
+        _by_layer(upper, groups, groups.safety, "Safety importance of a unit, by layer")
+        _by_layer(lower, groups, groups.utility, "Utility importance of a unit, by layer")
+        lower.set_xlabel("layer")
+        upper.tick_params(labelbottom=False)
+        _every_unit(units, groups)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+        figure.supxlabel(
+            f"importance: {_IMPORTANCE[groups.metadata['metric']]}; lines are medians over the "
+            "group's units of a layer, bands hold the middle 80 %",
+            fontsize=8.5,
+            color="#666666",
+        )
+        return _save(figure, path)
+
+
+def _by_layer(
+    axes: Axes, groups: UnitGroups, scores: Mapping[str, torch.Tensor], title: str
+) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    layers: dict[int, list[str]] = {}
+    for row in groups.summary()["modules"]:
+        layers.setdefault(row["layer"] or 0, []).append(row["module"])
+    quantiles = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    for group in _GROUPS:
+        x, curves = [], []
+        for layer, names in layers.items():
+            own = torch.cat([scores[name][groups[group][name]] for name in names])
+            if len(own):
+                x.append(layer)
+                curves.append(torch.quantile(_positive(own), quantiles).tolist())
+        if not x:
+            continue
+        low, middle, high = zip(*curves, strict=True)
+        axes.fill_between(x, low, high, color=COLOURS[group], alpha=0.13, linewidth=0)
+        marker = "o" if len(x) < 60 else None
+        axes.plot(x, middle, color=COLOURS[group], marker=marker, markersize=3, linewidth=1.6)
+    axes.set_yscale("log")
+    axes.set_ylabel("importance")
+    axes.set_title(title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _every_unit(axes: Axes, groups: UnitGroups) -> None:
+    for group in _GROUPS:
+        chosen = groups[group]
+        utility = torch.cat([groups.utility[name][chosen[name]] for name in chosen])
+        safety = torch.cat([groups.safety[name][chosen[name]] for name in chosen])
+        few = group in ("scu", "ucu")
+        axes.scatter(
+            _positive(utility).numpy(),
+            _positive(safety).numpy(),
+            s=9 if few else 2,
+            color=COLOURS[group],
+            alpha=0.8 if few else 0.25,
+            linewidths=0,
+            rasterized=True,
+        )
+        label = f"{NAMES[group]}: {len(chosen):,} units, {chosen.fraction:.1%}"
+        axes.scatter([], [], s=40, color=COLOURS[group], label=label)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
+    high = max(axes.get_xlim()[1], axes.get_ylim()[1])
+    axes.plot([low, high], [low, high], color=_INK, linewidth=0.8, linestyle=(0, (4, 4)))
+    axes.set_xlim(low, high)
+    axes.set_ylim(low, high)
+    axes.set_xlabel("utility importance")
+    axes.set_ylabel("safety importance")
+    axes.set_title("Every unit")
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[::-1], labels[::-1], loc="upper left", handletextpad=0.3, fontsize=9)
+
+
+def _positive(scores: torch.Tensor) -> torch.Tensor:
+    """Scores for a logarithmic axis: zero becomes the smallest positive score."""
+    positive = scores[scores > 0]
+    return scores.clamp_min(float(positive.min()) if len(positive) else 1.0)
+
+
+def plot_ablations(
+    rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str
+) -> Path:
+    """Utility loss and refusal margin after each ablation, beside those of the whole model.
+
+    ``rows`` are what ``ssah.evaluation.ablations`` yields.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    whole, bars = rows[0], rows[1:]
+    labels = [
+        f"as many random ({row['units']:,})"
+        if row["random"]
+        else f"{NAMES[row['group']]}, {row['fraction']:.1%}"
+        for row in bars
+    ]
+    colours = [COLOURS["random" if row["random"] else row["group"]] for row in bars]
+    # A pair stands together: a group and as many random units.
+    positions: list[float] = []
+    for row in bars:
+        last = positions[-1] if positions else 0.0
+        positions.append(last + (0.85 if row["random"] else 1.35))
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        figure = Figure(figsize=(11, 1.6 + 0.42 * len(bars)), layout="constrained")
+        axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
+        for panel, key, name, format_ in (
+            (axes[0], "utility_loss", "Utility loss, nats per token (lower is better)", "{:.2f}"),
+            (axes[1], "refusal_margin", "Refusal margin, nats per token (> 0: refuses)", "{:+.2f}"),
+        ):
+            values = [row[key] for row in bars]
+            panel.barh(positions, values, height=0.72, color=colours)
+            panel.axvline(whole[key], color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            panel.axvline(0, color="#999999", linewidth=0.8)
+            low, high = min([*values, whole[key], 0.0]), max([*values, whole[key], 0.0])
+            room = 0.16 * (high - low or 1.0)
+            panel.set_xlim(low - (room if low < 0 else 0), high + room)
+            for y, value in zip(positions, values, strict=True):
+                panel.annotate(
+                    format_.format(value),
+                    (value, y),
+                    xytext=(4 if value >= 0 else -4, 0),
+                    textcoords="offset points",
+                    ha="left" if value >= 0 else "right",
+                    va="center",
+                    fontsize=9,
+                    color=_INK,
+                )
+            panel.set_title(name, pad=20)
+            panel.annotate(
+                f"nothing ablated {format_.format(whole[key])}",
+                (whole[key], 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(0, 4),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=_INK,
+            )
+        axes[0].set_yticks(positions, labels)
+        axes[0].invert_yaxis()
+        for panel in axes:
+            panel.tick_params(axis="y", length=0)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
+        return _save(figure, path)
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "matplotlib is not installed, which draws the pictures: pip install 'ssah[report]'"
+        )
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(target, dpi=_DPI, facecolor="white")
+    return target
