@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from cases import CASES, check_backend
 from emulation import build
 from emulation.build import Emulated, Kernel
+from emulation.updates import TYPES, compare_updates, make_update
 from torch import Tensor
 
 from ssah_kernels import backends, checks
 from ssah_kernels.autograd import new_moments
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ssah_kernels.schema import KERNELS
 
 OPS = tuple(op for op in KERNELS if (build.SOURCES / build.source_of(op)).exists())
 needs_gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
@@ -59,12 +61,8 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-def test_every_kernel_is_there() -> None:
-    assert set(OPS) == set(KERNELS)
-
-
 @needs_gxx
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op in CASES])
 def test_equals_reference(op: str, emulated: Emulated) -> None:
     emulated.seed(1)
     assert check_backend(CASES[op], checked(emulated, op), backends.kernel("reference", op)) > 40
@@ -174,8 +172,88 @@ def test_host_functions_refuse_what_would_harm_memory(emulated: Emulated) -> Non
         emulated.kernel("gated_moments")(x, x, count, mean, m2, act="tanh")
 
 
+def check_updates(library: Emulated, op: str, types: tuple[torch.dtype, torch.dtype]) -> None:
+    reference, ours = backends.kernel("reference", op), checked(library, op)
+    variants: list[tuple[dict[str, bool], dict[str, Any]]] = [
+        ({}, {"weight_decay": 0.1}),
+        ({"noise": True, "importance": True}, {"weight_decay": 0.1}),
+        ({"kahan": True, "noise": True}, {"maximize": True}),
+    ]
+    for options, settings in variants[: 3 if types[0].itemsize == 2 else 2]:
+        momentum = {"momentum": 0.9, "nesterov": bool(options)} if op == "masked_sgd_" else {}
+        before = make_update(*types, 2 if op == "masked_adamw_" else 1, **options)
+        actual = before.after(ours, **momentum, **settings)
+        compare_updates(actual, before.after(reference, **momentum, **settings), before)
+
+
+@needs_gxx
+@pytest.mark.parametrize("types", TYPES, ids=lambda t: "-".join(str(d)[6:] for d in t))
+@pytest.mark.parametrize("op", ["masked_adamw_", "masked_sgd_"])
+def test_update_equals_reference(
+    op: str, types: tuple[torch.dtype, torch.dtype], emulated: Emulated
+) -> None:
+    emulated.seed(2)
+    check_updates(emulated, op, types)
+
+
+@needs_gxx
+def test_sgd_without_momentum_and_at_the_first_step(emulated: Emulated) -> None:
+    reference = backends.kernel("reference", "masked_sgd_")
+    ours = checked(emulated, "masked_sgd_")
+    without: dict[str, float] = {"weight_decay": 0.1}
+    for n_states, settings in ((0, without), (1, {"momentum": 0.9, "dampening": 0.5})):
+        before = make_update(torch.float32, torch.float32, n_states, step=1)
+        actual = before.after(ours, **settings)
+        compare_updates(actual, before.after(reference, **settings), before)
+
+
+@needs_gxx
+def test_update_gives_the_same_bits_in_any_order(emulated: Emulated) -> None:
+    before = make_update(torch.bfloat16, torch.float32, 2, noise=True, importance=True)
+    runs = []
+    for seed in range(3):
+        emulated.seed(seed)
+        runs.append(before.after(checked(emulated, "masked_adamw_")))
+    for run in runs[1:]:
+        for field in ("params", "signed", "squared"):
+            pairs = zip(getattr(run, field), getattr(runs[0], field), strict=True)
+            assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_grad_norm_equals_reference(dtype: torch.dtype, emulated: Emulated) -> None:
+    check_norm(emulated, dtype)
+
+
+def check_norm(library: Emulated, dtype: torch.dtype) -> None:
+    update = make_update(dtype, TYPES[0][0], 0)
+    reference = backends.kernel("reference", "masked_grad_norm")
+    ours = checked(library, "masked_grad_norm")
+    dense = (update.params, update.indices, update.dims, torch.tensor(8.0))
+    compact = (update.grads, [None] * len(update.grads), update.dims)
+    huge = ([torch.full((3, 50), min(1e38, torch.finfo(dtype).max), dtype=dtype)], [None], [0])
+    for args in (dense, compact, huge):
+        torch.testing.assert_close(ours(*args), reference(*args), rtol=1e-12, atol=0)
+
+
+@needs_gxx
+def test_an_index_beyond_the_parameter_stops_the_launch(emulated: Emulated) -> None:
+    update = make_update(torch.float32, torch.float32, 2)
+    index = update.indices[3]
+    assert index is not None
+    index[-1] = 140
+    with pytest.raises(RuntimeError, match="trap"):
+        update.after(checked(emulated, "masked_adamw_"))
+
+
 # A barrier in a header is tried with the operator named here; one in an operator's file, with it.
-USER_OF_HEADER = {"moments.cuh": "channel_moments_", "sums.cuh": "taylor_moments_"}
+USER_OF_HEADER = {
+    "moments.cuh": "channel_moments_",
+    "merge_moments.cuh": "channel_moments_",
+    "sums.cuh": "taylor_moments_",
+    "masked_update.cuh": "masked_sgd_",
+}
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
 
 
@@ -188,6 +266,15 @@ def barriers() -> list[tuple[str, int]]:
     ]
 
 
+def check(library: Emulated, op: str) -> None:
+    if op == "masked_grad_norm":
+        check_norm(library, torch.float32)
+    elif op in CASES:
+        check_backend(CASES[op], checked(library, op), backends.kernel("reference", op))
+    else:
+        check_updates(library, op, TYPES[1])
+
+
 def mutant_op(file: str) -> str:
     return USER_OF_HEADER.get(file) or next(op for op in OPS if build.source_of(op) == file)
 
@@ -197,7 +284,7 @@ def mutants(
     objects: list[Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, int], Emulated]:
     """Per barrier, a library that lacks it."""
-    runtime = next(path for path in objects if path.stem == "runtime")
+    shared = [path for path in objects if path.stem in ("runtime", "masked_host")]
     directory = tmp_path_factory.mktemp("mutants")
     names = {key: f"ssah_mutant_{number}" for number, key in enumerate(barriers())}
     jobs = []
@@ -207,7 +294,7 @@ def mutants(
         (sources / file).write_text(text[:position] + BARRIER.sub("", text[position:], count=1))
         jobs.append(build.mutant_job(mutant_op(file), name, sources))
     return {
-        (file, position): build.load([mutant, runtime], [mutant_op(file)], name, directory)
+        (file, position): build.load([mutant, *shared], [mutant_op(file)], name, directory)
         for ((file, position), name), mutant in zip(
             names.items(), build.in_parallel(jobs), strict=True
         )
@@ -224,80 +311,100 @@ def test_no_barrier_is_idle(mutants: dict[tuple[str, int], Emulated]) -> None:
         for seed in range(3):
             library.seed(seed)
             try:
-                check_backend(CASES[op], checked(library, op), backends.kernel("reference", op))
+                check(library, op)
             except AssertionError:
                 wrong += 1
         assert wrong == 3, f"{file} at {position}: {wrong} of 3 orders gave a wrong result"
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, list[Kernel]]]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, list[Kernel]]:
+    """Per object, its kernels."""
     directory = tmp_path_factory.mktemp("compiled")
-    files = sorted(build.SOURCES.glob("*.cu"), key=lambda file: -file.stat().st_size)
-    targets = [directory / f"{file.stem}.o" for file in files]
-    jobs = [
-        lambda file=file, target=target: build.cuda_object(file, target)  # type: ignore[misc]
-        for file, target in zip(files, targets, strict=True)
-    ]
-    kernels = build.in_parallel(jobs)
-    return {file.stem: (t, k) for file, t, k in zip(files, targets, kernels, strict=True)}
+    sources = build.units(directory)
+    objects = [source.with_suffix(".o") for source in sources]
+    jobs = [partial(build.cuda_object, *pair) for pair in zip(sources, objects, strict=True)]
+    return dict(zip(objects, build.in_parallel(jobs), strict=True))
+
+
+@pytest.fixture(scope="module")
+def sass(compiled: dict[Path, list[Kernel]]) -> list[str]:
+    """The machine code of every kernel for every architecture."""
+    codes = build.in_parallel(
+        partial(build.run, build.cuobjdump(), "-sass", path) for path in compiled
+    )
+    return [kernel for code in codes for kernel in code.split("Function : ")[1:]]
+
+
+def test_every_kernel_is_there() -> None:
+    assert set(OPS) == set(KERNELS)
+    shared = {"register_cuda", "masked_host"}
+    assert {file.stem for file in build.SOURCES.glob("*.cu")} - shared == {
+        op.removesuffix("_") for op in OPS
+    }
 
 
 @needs_nvcc
 @pytest.mark.parametrize("op", OPS)
-def test_compiles_without_spills(op: str, compiled: dict[str, tuple[Path, list[Kernel]]]) -> None:
-    kernels = compiled[op.removesuffix("_")][1]
-    per_arch = Counter(kernel.arch for kernel in kernels)
+def test_compiles_without_spills(op: str, compiled: dict[Path, list[Kernel]]) -> None:
+    name = f"{len(op.removesuffix('_')) + 7}{op.removesuffix('_')}_kernelI"
+    mine = [k for kernels in compiled.values() for k in kernels if name in k.name]
+    per_arch = Counter(kernel.arch for kernel in mine)
     assert set(per_arch) == set(build.ARCHS)
-    assert min(per_arch.values()) >= 8
+    assert min(per_arch.values()) >= 4
+    assert [kernel for kernel in mine if kernel.spilled] == []
+
+
+@needs_nvcc
+def test_second_stages_compile_without_spills(compiled: dict[Path, list[Kernel]]) -> None:
+    kernels = [kernel for kernels in compiled.values() for kernel in kernels]
+    assert len(kernels) > 100 * len(build.ARCHS)
     assert [kernel for kernel in kernels if kernel.spilled] == []
 
 
 # Element types, as mangled, and the elements of 16 bytes.
 WIDE = {"13__nv_bfloat16": 8, "6__half": 8, "f": 4, "d": 2}
-# 16-byte loads that are in flight together, and stores, of one lane (half for float64 where 8).
+# 16-byte loads that are in flight together, and stores, of one lane.
 ACCESSES = {
     "channel_moments": (4, 0),
-    "gated_moments": (8, 4),
+    "gated_moments": (4, 2),
     "gated_moments_backward": (3, 2),
     "taylor_moments": (4, 0),
     "column_sq_norms": (4, 0),
+    "masked_adamw": (2, 1),  # a bfloat16 state of a float32 parameter takes 8 bytes
+    "masked_sgd": (2, 1),
+    "masked_grad_norm": (1, 0),
 }
 
 
 @needs_nvcc
 @needs_cuobjdump
 @pytest.mark.parametrize("stem", ACCESSES)
-def test_memory_is_accessed_16_bytes_at_a_time(
-    stem: str, compiled: dict[str, tuple[Path, list[Kernel]]]
-) -> None:
-    sass = build.run(build.cuobjdump(), "-sass", compiled[stem][0])
+def test_memory_is_accessed_16_bytes_at_a_time(stem: str, sass: list[str]) -> None:
+    loads, stores = ACCESSES[stem]
     seen = 0
-    for text in sass.split("Function : ")[1:]:
-        match = re.match(rf"\S*{stem}_kernelI({'|'.join(WIDE)})Li(\d+)E", text)
-        if match is None or WIDE[match[1]] != int(match[2]):
-            continue
+    for text in sass:
+        pattern = rf"\S*{len(stem) + 7}{stem}_kernelI({'|'.join(WIDE)})(?:Li(\d+)E)?"
+        kernel = re.match(pattern, text)
+        if kernel is None or int(kernel[2] or WIDE[kernel[1]]) != WIDE[kernel[1]]:
+            continue  # another kernel, or the narrow form of this one
         seen += 1
-        loads, stores = (
-            n // 2 if n >= 4 and match[1] == "d" and "gated" in stem else n for n in ACCESSES[stem]
-        )
-        read = re.findall(r"LDG\.\S*CONSTANT", text)
-        assert len(read) >= loads, match[0]
-        assert all("LDG.E.128" in load for load in read), match[0]
-        assert len(re.findall(r"STG\.E\.128", text)) >= stores, match[0]
+        assert len(re.findall(r"LDG\.E\.128", text)) >= loads, kernel[0]
+        assert len(re.findall(r"STG\.E\.128", text)) >= stores, kernel[0]
+        if not stem.startswith("masked"):  # those hold both forms
+            narrow = re.findall(r"LDG\.E(?!\.128)\S*CONSTANT", text)
+            assert narrow == [], kernel[0]
     assert seen >= 4 * len(build.ARCHS)
 
 
 @needs_nvcc
-def test_library_loads_without_a_gpu(
-    compiled: dict[str, tuple[Path, list[Kernel]]], tmp_path: Path
-) -> None:
+def test_library_loads_without_a_gpu(compiled: dict[Path, list[Kernel]], tmp_path: Path) -> None:
     """It links against a torch without CUDA, and registers every kernel for CUDA tensors."""
     library = tmp_path / "cuda.so"
     cuda = Path(str(build.nvcc())).resolve().parents[1]
     torch_lib = Path(torch.__file__).parent / "lib"
     build.run(
-        build.nvcc(), "-shared", "-cudart=static", *(target for target, _ in compiled.values()),
+        build.nvcc(), "-shared", "-cudart=static", *compiled,
         f"-L{torch_lib}", f"-L{cuda / 'lib64'}", "-ltorch", "-ltorch_cpu", "-o", library,
     )  # fmt: skip
     code = (
@@ -331,10 +438,3 @@ def test_on_gpu(op: str) -> None:
 
     with backends.use("cuda"):
         check_backend(CASES[op], on_gpu, backends.kernel("reference", op))
-
-
-def test_schemas_name_the_files() -> None:
-    assert {file.stem for file in build.SOURCES.glob("*.cu")} - {"register_cuda"} == {
-        op.removesuffix("_") for op in OPS
-    }
-    assert set(OPS) <= set(SCHEMAS)

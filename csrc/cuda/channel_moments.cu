@@ -6,9 +6,8 @@
 //   x           [..., channels], float64 / float32 / bfloat16 / float16, last dimension contiguous
 //   token_mask  [...] bool; a masked row is not read
 //   accumulation: see moments.cuh. Bytes per element: sizeof(x), each read once.
-#include "launch.cuh"
 #include "leading.h"
-#include "moments.cuh"
+#include "merge_moments.cuh"
 
 namespace ssah {
 

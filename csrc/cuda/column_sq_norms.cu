@@ -4,7 +4,6 @@
 //           contiguous
 //   norms   [in_features] float64
 //   accumulation: see sums.cuh. Bytes per element: sizeof(weight), each read once.
-#include "launch.cuh"
 #include "leading.h"
 #include "sums.cuh"
 

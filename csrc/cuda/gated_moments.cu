@@ -7,9 +7,8 @@
 //   token_mask   [...] bool; masked rows of h are computed like any other, and do not count
 //   accumulation: see moments.cuh. Bytes per element: 3 sizeof(gate): two read, one written, once.
 #include "activations.cuh"
-#include "launch.cuh"
 #include "leading.h"
-#include "moments.cuh"
+#include "merge_moments.cuh"
 
 namespace ssah {
 

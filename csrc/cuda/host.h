@@ -106,6 +106,10 @@ T* pointer(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
+inline Tensor new_bytes(const Tensor& like, int64_t n_bytes) {
+  return torch::stable::new_empty(like, {n_bytes}, ScalarType::Byte);
+}
+
 inline Tensor new_contiguous_like(const Tensor& like) {
   std::vector<int64_t> sizes;
   for (int64_t d = 0; d < like.dim(); ++d) sizes.push_back(like.size(d));

@@ -3,8 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include "moments.cuh"
-#include "sums.cuh"
 #include "tiles.cuh"
 
 namespace ssah {
@@ -26,18 +24,6 @@ cudaError_t launch_tiles(void (*kernel)(Parameters...), const Plan& plan, size_t
                          cudaStream_t stream, Arguments&&... arguments) {
   return launch(kernel, plan.tiles, plan.chunks, shared_bytes, stream,
                 static_cast<Arguments&&>(arguments)...);
-}
-
-inline cudaError_t launch_merge_moments(const Plan& plan, MomentsWorkspace partial,
-                                        MomentsState state, cudaStream_t stream) {
-  return launch(merge_moments_kernel, plan.slots / kLanes, 1, sizeof(MergeShared), stream, plan,
-                partial, state);
-}
-
-inline cudaError_t launch_add_sums(const Plan& plan, int sums, const double* partial,
-                                   SumOutputs outputs, cudaStream_t stream) {
-  return launch(add_sums_kernel, plan.slots / kLanes, sums, sizeof(double) * kThreads, stream, plan,
-                partial, outputs);
 }
 
 }  // namespace ssah

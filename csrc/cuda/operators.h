@@ -6,10 +6,13 @@
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace ssah {
 
 using torch::stable::Tensor;
+using TensorList = std::vector<Tensor>;
+using IndexList = std::vector<std::optional<Tensor>>;
 
 void channel_moments_cuda(const Tensor& x, const Tensor& count, const Tensor& mean,
                           const Tensor& m2, const std::optional<Tensor>& token_mask);
@@ -25,5 +28,29 @@ void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& sign
                          const Tensor& squared, const std::optional<Tensor>& token_mask);
 
 Tensor column_sq_norms_cuda(const Tensor& weight);
+
+void masked_adamw_cuda(const TensorList& params, const TensorList& grads,
+                       const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                       const IndexList& indices, const std::vector<int64_t>& dims, const Tensor& lr,
+                       const Tensor& step, const std::optional<Tensor>& grad_scale,
+                       const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
+                       const std::optional<TensorList>& compensations,
+                       const std::optional<TensorList>& signed_sums,
+                       const std::optional<TensorList>& squared_sums, double beta1, double beta2,
+                       double eps, double weight_decay, bool maximize);
+
+void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
+                     const std::optional<TensorList>& momentum_buffers, const IndexList& indices,
+                     const std::vector<int64_t>& dims, const Tensor& lr, const Tensor& step,
+                     const std::optional<Tensor>& grad_scale,
+                     const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
+                     const std::optional<TensorList>& compensations,
+                     const std::optional<TensorList>& signed_sums,
+                     const std::optional<TensorList>& squared_sums, double momentum,
+                     double dampening, double weight_decay, bool nesterov, bool maximize);
+
+Tensor masked_grad_norm_cuda(const TensorList& grads, const IndexList& indices,
+                             const std::vector<int64_t>& dims,
+                             const std::optional<Tensor>& grad_scale);
 
 }  // namespace ssah

@@ -4,6 +4,7 @@
 // add_sums_kernel adds those, in order, to the outputs.
 #pragma once
 
+#include "launch.cuh"
 #include "tiles.cuh"
 
 namespace ssah {
@@ -88,6 +89,12 @@ static __global__ void __launch_bounds__(kThreads)
   for (int w = 0; w < kWarps; ++w) sum += shared[w * kLanes + lane];
   double* output = blockIdx.y == 0 ? outputs.first : outputs.second;
   output[channel] += sum;
+}
+
+inline cudaError_t launch_add_sums(const Plan& plan, int sums, const double* partial,
+                                   SumOutputs outputs, cudaStream_t stream) {
+  return launch(add_sums_kernel, plan.slots / kLanes, sums, sizeof(double) * kThreads, stream, plan,
+                partial, outputs);
 }
 
 }  // namespace ssah

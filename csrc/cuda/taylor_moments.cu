@@ -5,7 +5,6 @@
 //   x, grad     [..., channels], float64 / float32 / bfloat16 / float16, last dimension contiguous
 //   token_mask  [...] bool; a masked row is not read
 //   accumulation: see sums.cuh. Bytes per element: 2 sizeof(x), each read once.
-#include "launch.cuh"
 #include "leading.h"
 #include "sums.cuh"
 

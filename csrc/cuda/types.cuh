@@ -28,6 +28,13 @@ struct Vector {
   T at[kCount];
 };
 
+// Tells the compiler that a pointer read from memory is to global memory.
+template <typename T>
+__device__ __forceinline__ T* global(T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 __device__ __forceinline__ double to_real(double value) { return value; }
 __device__ __forceinline__ float to_real(float value) { return value; }
 __device__ __forceinline__ float to_real(__nv_bfloat16 value) { return __bfloat162float(value); }
@@ -37,6 +44,9 @@ __device__ __forceinline__ float to_real(__half value) { return __half2float(val
 // 0.
 __device__ __forceinline__ float divide(float a, float b) { return __fdividef(a, b); }
 __device__ __forceinline__ double divide(double a, double b) { return a / b; }
+
+__device__ __forceinline__ float square_root(float x) { return sqrtf(x); }
+__device__ __forceinline__ double square_root(double x) { return sqrt(x); }
 
 template <typename T>
 __device__ __forceinline__ T from_real(Real<T> value) {

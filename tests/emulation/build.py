@@ -28,7 +28,8 @@ ARCHS = (80, 90, 100)
 PARALLEL = 2
 STABLE = ["-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 TORCH_INCLUDES = [f"-I{path}" for path in include_paths()]
-CXX = ["-O1", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing", "-w"]
+CXX = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing", "-w"]
+ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU traps as well
 
 
 def run(*command: object) -> str:
@@ -48,16 +49,28 @@ def source_of(op: str) -> str:
     return op.removesuffix("_") + ".cu"
 
 
-def emulation_object(source: Path, target: Path) -> Path:
+def units(directory: Path) -> list[Path]:
+    """All sources in two files of about equal cost: torch's headers are then read only twice."""
+    files = sorted(SOURCES.glob("*.cu"))
+    halves = [[f for f in files if f.name.startswith("gated") == half] for half in (True, False)]
+    paths = []
+    for number, half in enumerate(halves):
+        paths.append(directory / f"unit{number}.cu")
+        paths[-1].write_text("".join(f'#include "{file}"\n' for file in half))
+    return paths
+
+
+def emulation_object(source: Path, target: Path, optimise: str = "-O1") -> Path:
     """Compile one file as C++ against the headers that stand in for CUDA's."""
-    includes = [f"-I{HERE / 'include'}", *TORCH_INCLUDES]
-    run("g++", *STABLE, *CXX, *includes, "-x", "c++", "-c", source, "-o", target)
+    includes = [f"-I{HERE / 'include'}", f"-I{SOURCES}", *TORCH_INCLUDES]
+    flags = [*STABLE, optimise, *CXX, *ALIGNED, *includes]
+    run("g++", *flags, "-x", "c++", "-c", source, "-o", target)
     return target
 
 
 def registration(ops: Iterable[str], namespace: str) -> str:
     lines = [
-        f'#include "{SOURCES / "operators.h"}"',
+        '#include "operators.h"',
         "#include <torch/csrc/stable/library.h>",
         f"STABLE_TORCH_LIBRARY_IMPL({namespace}, CPU, m) {{",
         *(f'  m.impl("{op}", TORCH_BOX(&ssah::{op.removesuffix("_")}_cuda));' for op in ops),
@@ -87,10 +100,14 @@ class Emulated:
 
 
 def emulation_jobs(ops: Iterable[str], namespace: str, directory: Path) -> list[Callable[[], Path]]:
-    """What to compile for a library of ``ops``; ``load`` takes the results."""
-    register = directory / "register.cpp"
-    register.write_text(registration(ops, namespace))
-    files = [*(SOURCES / source_of(op) for op in ops), HERE / "runtime.cpp", register]
+    """What to compile for the library of all operators; ``load`` takes the results."""
+    files = [*units(directory), SOURCES / "masked_host.cu", HERE / "runtime.cpp"]
+    for file in files[:2]:
+        text = file.read_text()
+        text = re.sub(r'#include "\S*/(register_cuda|masked_host)\.cu"\n', "", text)
+        file.write_text(text)
+    with files[0].open("a") as unit:
+        unit.write(registration(ops, namespace))
     return [partial(emulation_object, file, directory / f"{file.stem}.o") for file in files]
 
 
@@ -98,7 +115,7 @@ def mutant_job(op: str, namespace: str, sources: Path) -> Callable[[], Path]:
     """The same for one operator of an altered copy of the sources; the runtime comes on top."""
     source = sources / source_of(op)
     source.write_text(source.read_text() + registration([op], namespace))
-    return partial(emulation_object, source, sources / f"{namespace}.o")
+    return partial(emulation_object, source, sources / f"{namespace}.o", "-O0")
 
 
 def load(objects: Iterable[Path], ops: Iterable[str], namespace: str, directory: Path) -> Emulated:
@@ -154,8 +171,10 @@ ENTRY = re.compile(
 
 def cuda_object(source: Path, target: Path) -> list[Kernel]:
     """Compile with nvcc for every architecture; the kernels, from the assembler's report."""
-    archs = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
-    flags = ["-O3", *STABLE, *TORCH_INCLUDES, *archs, "-Xcompiler=-fPIC", "-Xptxas=-v"]
+    # As the library is built; on newer architectures the driver compiles its PTX for sm_90.
+    archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,sm_100]"]
+    host = ["-Xcompiler=-fPIC,-O0"]
+    flags = ["-O3", *STABLE, *TORCH_INCLUDES, *archs, *host, "-Xptxas=-v"]
     report = run(nvcc(), *flags, "-c", source, "-o", target)
     return [
         Kernel(m[1], int(m[2]), int(m[6]), int(m[3]) + int(m[4]) + int(m[5]))

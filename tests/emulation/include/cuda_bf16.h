@@ -21,3 +21,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float value) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fff};
   return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16)};
 }
+
+inline __nv_bfloat16 __ushort_as_bfloat16(unsigned short bits) { return {bits}; }

@@ -20,9 +20,13 @@
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __builtin_assume(condition)
 
-struct uint4 {
+struct alignas(16) uint4 {
   uint32_t x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct uint3 {
   unsigned x, y, z;
@@ -32,7 +36,11 @@ struct dim3 {
   constexpr dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
 };
 
-enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidConfiguration = 9, cudaErrorLaunchFailure = 719 };
+enum cudaError_t {
+  cudaSuccess = 0,
+  cudaErrorInvalidConfiguration = 9,
+  cudaErrorLaunchFailure = 719
+};
 using cudaStream_t = void*;
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -41,6 +49,13 @@ struct cudaLaunchConfig_t {
   cudaStream_t stream = nullptr;
 };
 const char* cudaGetErrorString(cudaError_t error);
+
+enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
+inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind,
+                                   cudaStream_t) {
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
 
 // Of the fiber that runs.
 extern uint3 threadIdx, blockIdx;
@@ -62,7 +77,10 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
 void block_barrier();
 const uint64_t* warp_exchange(const char* site, uint32_t mask, uint64_t value);
 
-void count_read(const void* address, size_t bytes);
+// Ends the launch with an error; the calling fiber does not go on.
+void trap();
+
+void count_read(size_t bytes);
 
 template <typename T>
 T shuffle(const char* site, uint32_t mask, T value, int source) {
@@ -96,21 +114,31 @@ T __shfl_xor_sync(uint32_t mask, T value, int lane_mask) {
   return emulation::shuffle("__shfl_xor_sync", mask, value,
                             int(threadIdx.x % emulation::kWarpSize) ^ lane_mask);
 }
-template <typename T>
-T __shfl_sync(uint32_t mask, T value, int source) {
-  return emulation::shuffle("__shfl_sync", mask, value, source);
-}
-
-// Aligned, like every access of a GPU, and counted.
+// Read-only memory; counted.
 template <typename T>
 T __ldg(const T* address) {
-  emulation::count_read(address, sizeof(T));
+  emulation::count_read(sizeof(T));
   return *address;
+}
+
+// Loads and stores with the default caching.
+template <typename T>
+T __ldca(const T* address) {
+  return *address;
+}
+template <typename T>
+void __stwb(T* address, T value) {
+  *address = value;
 }
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
-inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
+inline void __trap() { emulation::trap(); }
+inline uint32_t __float_as_uint(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  return bits;
+}
 inline float __fdividef(float a, float b) {
   return std::fabs(b) > 8.507059e37f && std::isfinite(b) ? 0.0f : a / b;
 }

@@ -1,0 +1,152 @@
+#include "masked_host.h"
+
+namespace ssah {
+
+Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t dim) {
+  STD_TORCH_CHECK(x.dim() == 2 && (dim == 0 || dim == 1), "the tensors must be matrices");
+  Target target{};
+  target.rows = x.size(0);
+  target.columns = x.size(1);
+  target.row_stride = x.stride(0);
+  target.column_stride = target.columns == 1 ? 1 : x.stride(1);
+  target.limit = x.size(dim);
+  target.dim = static_cast<int>(dim);
+  if (!index) return target;
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous() &&
+                      index->get_device_index() == x.get_device_index(),
+                  "indices must be contiguous int64, beside the tensors");
+  STD_TORCH_CHECK(target.limit < int64_t{1} << 31, "an indexed dimension must be below 2^31");
+  target.index = pointer<const int64_t>(*index);
+  (dim == 0 ? target.rows : target.columns) = index->numel();
+  return target;
+}
+
+namespace {
+
+void* compact_pointer(const Tensor& x, const Target& target, const Tensor& like, const char* name) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == target.rows * target.columns &&
+                      x.get_device_index() == like.get_device_index(),
+                  name, " must be contiguous and of the trained elements' shape");
+  return x.data_ptr();
+}
+
+bool wide_rows(const Target& target, const void* data, int width) {
+  return (target.index == nullptr || target.dim == 0) && target.column_stride == 1 &&
+         target.columns % width == 0 && target.row_stride % width == 0 && aligned_pointer(data);
+}
+
+template <typename Void>
+Void* advanced(Void* data, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<Void>, const char, char>;
+  return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
+}
+
+// Elements from `begin` on of a target that is one long row.
+Target row_part(const Target& whole, int64_t begin, int64_t columns, size_t param_bytes,
+                size_t state_bytes) {
+  Target part = whole;
+  part.param = advanced(whole.param, begin * param_bytes);
+  part.grad = advanced(whole.grad, begin * param_bytes);
+  part.compensation = advanced(whole.compensation, begin * param_bytes);
+  part.state0 = advanced(whole.state0, begin * state_bytes);
+  part.state1 = advanced(whole.state1, begin * state_bytes);
+  part.first_element = begin;
+  part.columns = part.row_stride = columns;
+  return part;
+}
+
+}  // namespace
+
+std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
+                                   size_t state_bytes) {
+  std::vector<Target> targets;
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    const Tensor& param = lists.params[i];
+    Target target = selected_matrix(param, lists.indices.at(i), lists.dims.at(i));
+    target.number = static_cast<unsigned>(i);
+    target.param = param.data_ptr();
+    target.grad = compact_pointer(lists.grads.at(i), target, param, "grads");
+    if (lists.state0) target.state0 = compact_pointer(lists.state0->at(i), target, param, "state");
+    if (lists.state1) target.state1 = compact_pointer(lists.state1->at(i), target, param, "state");
+    if (lists.compensations) {
+      target.compensation =
+          compact_pointer(lists.compensations->at(i), target, param, "compensations");
+    }
+    const bool contiguous = target.index == nullptr && target.column_stride == 1 &&
+                            (target.rows <= 1 || target.row_stride == target.columns);
+    if (lists.signed_sums) {
+      check_state(lists.signed_sums->at(i), target.units(), param, "signed");
+      check_state(lists.squared_sums->at(i), target.units(), param, "squared");
+      target.signed_sums = pointer<double>(lists.signed_sums->at(i));
+      target.squared_sums = pointer<double>(lists.squared_sums->at(i));
+      targets.push_back(target);
+    } else if (contiguous) {
+      const int64_t n = target.rows * target.columns;
+      target.rows = 1;
+      targets.push_back(row_part(target, 0, n / width * width, param_bytes, state_bytes));
+      targets.push_back(row_part(target, n / width * width, n % width, param_bytes, state_bytes));
+    } else {
+      targets.push_back(target);
+    }
+  }
+  for (Target& t : targets) {
+    t.wide = wide_rows(t, t.param, width) && aligned_pointer(t.grad) && aligned_pointer(t.state0) &&
+             aligned_pointer(t.state1) && aligned_pointer(t.compensation);
+  }
+  return targets;
+}
+
+std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& indices,
+                                     const std::vector<int64_t>& dims, int width) {
+  std::vector<Target> targets;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    Target target = selected_matrix(grads[i], indices.at(i), dims.at(i));
+    target.grad = grads[i].data_ptr();
+    target.wide = wide_rows(target, target.grad, width);
+    targets.push_back(target);
+  }
+  return targets;
+}
+
+Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
+                   cudaStream_t stream) {
+  targets.erase(std::remove_if(targets.begin(), targets.end(),
+                               [](const Target& t) { return t.rows == 0 || t.columns == 0; }),
+                targets.end());
+  Table table{{nullptr, static_cast<int>(targets.size())}, 0, 0, like, like};
+  if (targets.empty()) return table;
+  int64_t part_elements = 0;
+  for (Target& t : targets) {
+    t.row_warps = t.rows < kWarps ? 1 : kWarps;
+    const int64_t warp_columns = ceil_div(t.columns, kLanes * (t.wide ? width : width / 2));
+    const int64_t block_rows = ceil_div(t.rows, kRowsPerWarp * t.row_warps);
+    t.block_columns = t.row_warps == 1 ? ceil_div(warp_columns, kWarps) : warp_columns;
+    t.first_block = table.blocks;
+    table.blocks += t.block_columns * block_rows;
+    if (t.signed_sums == nullptr) continue;
+    t.n_parts = t.dim == 1         ? block_rows * t.row_warps
+                : t.row_warps == 1 ? t.block_columns * kWarps
+                                   : t.block_columns;
+    t.first_unit = table.units;
+    table.units += t.units();
+    part_elements += 2 * t.n_parts * t.units();
+  }
+  if (table.units > 0) {
+    table.part_memory = new_bytes(like, part_elements * part_bytes);
+    char* next = pointer<char>(table.part_memory);
+    for (Target& t : targets) {
+      t.parts = next;
+      next += 2 * t.n_parts * t.units() * part_bytes;
+    }
+  }
+  const size_t bytes = targets.size() * sizeof(Target);
+  table.memory = new_bytes(like, bytes);
+  table.targets.table = pointer<const Target>(table.memory);
+  // Pageable memory is staged before the call returns: the vector may go.
+  check_launch(cudaMemcpyAsync(table.memory.data_ptr(), targets.data(), bytes,
+                               cudaMemcpyHostToDevice, stream),
+               "copy of the table");
+  return table;
+}
+
+}  // namespace ssah

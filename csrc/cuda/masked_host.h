@@ -1,0 +1,101 @@
+// Host side of the masked operators: lists of tensors as a table of Targets in device memory.
+#pragma once
+
+#include <vector>
+
+#include "leading.h"
+#include "masked_rounding.cuh"
+#include "masked_tiles.cuh"
+
+namespace ssah {
+
+// Matrices as ssah_kernels/checks.py makes them.
+struct UpdateLists {
+  const TensorList& params;
+  const TensorList& grads;
+  const TensorList* state0;  // or null
+  const TensorList* state1;  // or null
+  const IndexList& indices;
+  const std::vector<int64_t>& dims;
+  const std::optional<TensorList>& compensations;
+  const std::optional<TensorList>& signed_sums;
+  const std::optional<TensorList>& squared_sums;
+};
+
+struct Table {
+  Targets targets;
+  int64_t blocks;
+  int64_t units;       // of all targets, where there is importance
+  Tensor memory;       // of the table
+  Tensor part_memory;  // of the importance's parts
+};
+
+template <typename T>
+T* scalar_pointer(const std::optional<Tensor>& x, ScalarType dtype, const char* name) {
+  if (!x) return nullptr;
+  STD_TORCH_CHECK(x->numel() == 1 && x->scalar_type() == dtype, name,
+                  " must be one value of its dtype");
+  return pointer<T>(*x);
+}
+
+inline UpdateScalars update_scalars(const Tensor& lr, const Tensor& step,
+                                    const std::optional<Tensor>& grad_scale,
+                                    const std::optional<Tensor>& clip_coef,
+                                    const std::optional<Tensor>& seed, bool maximize) {
+  return {scalar_pointer<const double>(lr, ScalarType::Double, "lr"),
+          scalar_pointer<const double>(step, ScalarType::Double, "step"),
+          scalar_pointer<const double>(grad_scale, ScalarType::Double, "grad_scale"),
+          scalar_pointer<const double>(clip_coef, ScalarType::Double, "clip_coef"),
+          scalar_pointer<const int64_t>(seed, ScalarType::Long, "seed"),
+          maximize};
+}
+
+// Calls visit(T{}, S{}) with the types of parameters and states.
+template <typename Visit>
+void dispatch_update(ScalarType dtype, ScalarType state, Visit&& visit) {
+  dispatch(dtype, [&](auto element) {
+    using T = decltype(element);
+    if constexpr (sizeof(T) == sizeof(double)) {
+      STD_TORCH_CHECK(state == ScalarType::Double, "states of float64 must be float64");
+      visit(T{}, double{});
+    } else if (state == ScalarType::BFloat16) {
+      visit(T{}, __nv_bfloat16{});
+    } else {
+      STD_TORCH_CHECK(state == ScalarType::Float, "states must be float32 or bfloat16");
+      visit(T{}, float{});
+    }
+  });
+}
+
+inline bool aligned_pointer(const void* data) {
+  return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+// The trained elements of `x`: shape, strides and index.
+Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t dim);
+
+// Fills in blocks and units of the targets, drops empty ones, and copies the table to the device.
+Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
+                   cudaStream_t stream);
+
+// The targets of an update, whose elements have `width` in 16 bytes; a contiguous one without
+// importance becomes one long row, and a rest that fills no 16 bytes a target of its own.
+std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
+                                   size_t state_bytes);
+std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& indices,
+                                     const std::vector<int64_t>& dims, int width);
+
+template <typename T, typename S>
+Table make_update_table(const UpdateLists& lists, cudaStream_t stream) {
+  std::vector<Target> targets = update_targets(lists, kWide<T>, sizeof(T), sizeof(S));
+  return finish_table(targets, kWide<T>, sizeof(Real<T>), lists.params[0], stream);
+}
+
+template <typename T>
+Table make_gradient_table(const TensorList& grads, const IndexList& indices,
+                          const std::vector<int64_t>& dims, cudaStream_t stream) {
+  std::vector<Target> targets = gradient_targets(grads, indices, dims, kWide<T>);
+  return finish_table(targets, kWide<T>, 0, grads[0], stream);
+}
+
+}  // namespace ssah

@@ -1,0 +1,76 @@
+// What an update reads once a call, and how it rounds: noise and rounding are specified, to the
+// bit, in ssah_kernels/reference/masked_update.py.
+#pragma once
+
+#include "types.cuh"
+
+namespace ssah {
+
+// Scalars of the call, float64 and int64 on the device; null where they are missing.
+struct UpdateScalars {
+  const double* lr;
+  const double* step;
+  const double* grad_scale;
+  const double* clip_coef;
+  const int64_t* seed;
+  bool maximize;
+};
+
+template <typename R>
+struct GradientFactors {
+  R gradient;  // clip_coef / grad_scale, negative to maximize
+  R unscale;   // 1 / grad_scale
+
+  __device__ __forceinline__ explicit GradientFactors(const UpdateScalars& scalars) {
+    const double scale = scalars.grad_scale == nullptr ? 1.0 : *scalars.grad_scale;
+    const double clip = scalars.clip_coef == nullptr ? 1.0 : *scalars.clip_coef;
+    gradient = static_cast<R>((scalars.maximize ? -clip : clip) / scale);
+    unscale = static_cast<R>(1.0 / scale);
+  }
+};
+
+__device__ __forceinline__ uint32_t mix(uint32_t x) {
+  x = (x ^ x >> 16) * 0x21f0aaadu;
+  x = (x ^ x >> 15) * 0xd35a2d97u;
+  return x ^ x >> 15;
+}
+
+// The random bits of a tensor's elements.
+struct Noise {
+  bool on;
+  uint32_t key0;
+  uint32_t key1;
+
+  __device__ __forceinline__ Noise(const UpdateScalars& scalars, unsigned number)
+      : on(scalars.seed != nullptr), key0(0x243f6a88u), key1(0x85a308d3u) {
+    if (!on) return;
+    const uint64_t seed = static_cast<uint64_t>(*scalars.seed);
+    const uint32_t words[4] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32),
+                               static_cast<uint32_t>(static_cast<int64_t>(*scalars.step)), number};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      key0 = mix(key0 ^ words[i]);
+      key1 = mix(key1 ^ words[i]);
+    }
+  }
+  __device__ __forceinline__ uint32_t bits(int64_t element) const {
+    uint32_t x = key0 + static_cast<uint32_t>(element);
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15 ^ (key1 + static_cast<uint32_t>(element >> 32))) * 0xd35a2d97u;
+    return x ^ x >> 15;
+  }
+};
+
+// To nearest, or with noise, and for bfloat16 alone, up with the probability that is exact.
+template <typename T>
+__device__ __forceinline__ T rounded(Real<T> x, bool, uint32_t) {
+  return from_real<T>(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x, bool noise, uint32_t r) {
+  const uint32_t word = __float_as_uint(x);
+  if (!noise || (word & 0x7f800000u) == 0x7f800000u) return __float2bfloat16_rn(x);
+  return __ushort_as_bfloat16(static_cast<unsigned short>((word + r) >> 16));
+}
+
+}  // namespace ssah

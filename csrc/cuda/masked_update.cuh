@@ -1,0 +1,114 @@
+// One pass over the trained elements: shared by masked_adamw_ and masked_sgd_. An element is read
+// once and written once: parameter, gradient (read), states, compensation.
+#pragma once
+
+#include "launch.cuh"
+#include "masked_access.cuh"
+#include "masked_host.h"
+#include "masked_importance.cuh"
+#include "masked_rounding.cuh"
+
+namespace ssah {
+
+// Rule: update(g, w, state0, state1), in the arithmetic type; kStates of the states exist.
+template <typename T, typename S, int W, typename Rule>
+__device__ __forceinline__ void update_rows(const Target& target, const Noise& noise,
+                                            const GradientFactors<Real<T>>& factors,
+                                            const Rule& rule) {
+  using R = Real<T>;
+  constexpr bool kIsWide = W == kWide<T>;
+  const Place<W, kIsWide> place(target);
+  const int valid = place.valid;
+  int64_t columns[W];
+  parameter_columns(columns, target, place);
+  UnitSums<R, W> sums;
+  sums.clear();
+  // Copies, which no store can change.
+  T* const param = global(static_cast<T*>(target.param));
+  const T* const grads = global(static_cast<const T*>(target.grad));
+  S* const states0 = global(static_cast<S*>(target.state0));
+  S* const states1 = global(static_cast<S*>(target.state1));
+  T* const compensations = global(static_cast<T*>(target.compensation));
+  const RowIndex param_rows(target);
+  const int64_t row_columns = target.columns;
+  const int64_t first_element = target.first_element;
+  const bool row_units = target.dim == 0;
+  const bool importance = target.signed_sums != nullptr;
+  const bool kahan = sizeof(T) == 2 && compensations != nullptr;
+  for (int64_t row = place.row; row < place.end; row += place.row_step) {
+    if (row_units) sums.clear();
+    if (valid > 0) {
+      const int64_t element = row * row_columns + place.column;
+      T* const param_row = param + param_rows[row];
+      Vector<T, W> p, g, c;
+      Vector<S, W> s0, s1;
+      read_at<kIsWide>(p, param_row, columns, valid);
+      read<kIsWide>(g, grads + element, valid);
+      if constexpr (Rule::kStates > 0) read<kIsWide>(s0, states0 + element, valid);
+      if constexpr (Rule::kStates > 1) read<kIsWide>(s1, states1 + element, valid);
+      if (kahan) read<kIsWide>(c, compensations + element, valid);
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        R w = to_real(p.at[k]);
+        const R grad = to_real(g.at[k]);
+        sums.add(k, w * grad * factors.unscale);
+        if (kahan) w += to_real(c.at[k]);
+        R state[2] = {0, 0};
+        if constexpr (Rule::kStates > 0) state[0] = to_real(s0.at[k]);
+        if constexpr (Rule::kStates > 1) state[1] = to_real(s1.at[k]);
+        rule.update(grad * factors.gradient, w, state[0], state[1]);
+        const int64_t position = first_element + element + k * place.kStep;
+        const uint32_t bits = noise.on ? noise.bits(position) : 0u;
+        p.at[k] = rounded<T>(w, noise.on && !kahan, bits & 0xffffu);
+        if (kahan) c.at[k] = from_real<T>(w - to_real(p.at[k]));
+        if constexpr (Rule::kStates > 0) s0.at[k] = rounded<S>(state[0], noise.on, bits >> 16);
+        if constexpr (Rule::kStates > 1) {
+          s1.at[k] = rounded<S>(state[1], noise.on, (bits * 0x9e3779b1u) >> 16);
+        }
+      }
+      write_at<kIsWide>(param_row, p, columns, valid);
+      if constexpr (Rule::kStates > 0) write<kIsWide>(states0 + element, s0, valid);
+      if constexpr (Rule::kStates > 1) write<kIsWide>(states1 + element, s1, valid);
+      if (kahan) write<kIsWide>(compensations + element, c, valid);
+    }
+    if (importance && row_units) sums.write_row(target, place.warp_column, row);
+  }
+  if (importance && !row_units) sums.write_columns(target, place);
+}
+
+template <typename R, typename Rule>
+struct UpdateShared {
+  GradientFactors<R> factors;
+  Rule rule;
+};
+
+// The block's part of an update; `settings` is what the rule needs beside the call's scalars.
+template <typename T, typename S, typename Rule>
+__device__ __forceinline__ void masked_update(const Targets& targets, const UpdateScalars& scalars,
+                                              const typename Rule::Settings& settings) {
+  extern __shared__ __align__(16) unsigned char shared_memory[];
+  auto& shared = *reinterpret_cast<UpdateShared<Real<T>, Rule>*>(shared_memory);
+  if (threadIdx.x == 0) {
+    shared.factors = GradientFactors<Real<T>>(scalars);
+    shared.rule = Rule(settings, scalars);
+  }
+  __syncthreads();
+  const Target& target = targets.table[find_target<&Target::first_block>(targets, blockIdx.x)];
+  const GradientFactors<Real<T>> factors = shared.factors;
+  const Rule rule = shared.rule;
+  const Noise noise(scalars, target.number);
+  if (target.wide) {
+    update_rows<T, S, kWide<T>>(target, noise, factors, rule);
+  } else {
+    update_rows<T, S, kNarrow<T>>(target, noise, factors, rule);
+  }
+}
+
+template <typename R>
+cudaError_t launch_add_importance(const Table& table, cudaStream_t stream) {
+  if (table.units == 0) return cudaSuccess;
+  return launch(add_importance_kernel<R>, ceil_div(table.units, kThreads), 1, 0, stream,
+                table.targets, table.units);
+}
+
+}  // namespace ssah
