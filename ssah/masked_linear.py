@@ -1,21 +1,13 @@
 """Projections of which only some rows or columns train.
 
-A projection's tensor (weight or bias) is kept *unit-major*: units run along dimension 0, so that
-what trains is whole rows of storage. Two layouts:
-
-* packed: the rows are permuted once so that those that train lie side by side. The trained slices
-  are parameters that alias the storage which the forward pass multiplies with.
-* gathered: the order stays; the trained rows are one compact parameter of their own, which is
-  written into the storage before every use.
-
-The weight gradient is computed for the trained rows or columns alone.
+The weight gradient is computed for the trained rows or columns alone; how they are stored is in
+:mod:`ssah.slots`.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,160 +16,12 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection", "Slot", "runs"]
+from ssah.slots import Part, Slot, width
 
-# A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
-Part = tuple[int, int] | Tensor
+__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection"]
 
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept.
 _COPIED_SHARE = 0.5
-
-
-def runs(positions: Tensor) -> list[tuple[int, int]]:
-    """The stretches (start, stop) of consecutive integers in ``positions``, in their order."""
-    found: list[tuple[int, int]] = []
-    if len(positions) == 0:
-        return found
-    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
-    for piece in positions.tensor_split(breaks.cpu()):
-        found.append((int(piece[0]), int(piece[-1]) + 1))
-    return found
-
-
-@dataclass(eq=False)
-class Slot:
-    """One tensor of a projection while only part of it trains.
-
-    Attributes:
-        original: the parameter that this replaces; it holds no data meanwhile.
-        transposed: whether the original has units along dimension 1.
-        storage: unit-major ``[entries, ...]``, what the forward pass uses.
-        order: int64 ``[entries]``, the original entry that each storage row holds; None where
-            the order is the original one.
-        parts: the storage rows that train, one element per parameter in ``names``.
-        names: the trained parameters' names in their module.
-    """
-
-    original: nn.Parameter
-    transposed: bool
-    storage: Tensor
-    order: Tensor | None
-    parts: tuple[Part, ...]
-    names: tuple[str, ...]
-
-    @classmethod
-    def of(
-        cls, name: str, original: nn.Parameter, dim: int, order: Tensor | None, trains: Tensor
-    ) -> Slot:
-        """Take over ``original``, of which the entries ``trains`` (bool) along ``dim`` train.
-
-        Args:
-            name: of the tensor in its module, ``"weight"`` or ``"bias"``.
-            original: emptied; :meth:`restore` fills it again.
-            dim: dimension that runs over entries.
-            order: pack the entries in this order, or None to gather.
-            trains: bool ``[entries]``.
-        """
-        device = original.device
-        values = original.detach()
-        values = values.t() if dim == 1 else values
-        parts: tuple[Part, ...]
-        if order is None:
-            storage = values.clone(memory_format=torch.contiguous_format)
-            parts = (trains.nonzero()[:, 0].to(device),)
-        else:
-            storage = values.index_select(0, order.to(device))
-            parts = tuple(runs(trains[order].nonzero()[:, 0]))
-            order = order.to(device)
-        suffixes = ("",) if len(parts) == 1 else tuple(f"_{i}" for i in range(len(parts)))
-        names = tuple(f"{name}_trained{suffix}" for suffix in suffixes)
-        original.grad = None
-        original.data = original.data.new_empty(0)
-        return cls(original, dim == 1, storage.contiguous(), order, parts, names)
-
-    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """New parameters over the trained rows: views where packed, a copy where gathered."""
-        for name, part in zip(self.names, self.parts, strict=True):
-            rows = _rows(self.storage, part)
-            yield name, nn.Parameter(rows)
-
-    def trained_index(self) -> Tensor:
-        """int64 on the CPU: the original entries that train, parameter by parameter."""
-        rows = [torch.arange(*p) if isinstance(p, tuple) else p.cpu() for p in self.parts]
-        index = torch.cat(rows) if rows else torch.empty(0, dtype=torch.int64)
-        return index if self.order is None else self.order.cpu()[index]
-
-    def frozen_rows(self) -> Iterator[Tensor]:
-        """The frozen entries in ascending original order, as pieces of unit-major rows."""
-        frozen = torch.ones(len(self.storage), dtype=torch.bool)
-        frozen[self.trained_index()] = False
-        entries = frozen.nonzero()[:, 0]
-        if self.order is None:
-            yield self.storage.index_select(0, entries.to(self.storage.device))
-            return
-        for start, stop in runs(torch.argsort(self.order.cpu())[entries]):
-            yield self.storage[start:stop]
-
-    def read(self) -> Tensor:
-        """A copy in the original order and orientation."""
-        rows = self.storage
-        rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
-        return rows.t().contiguous() if self.transposed else rows
-
-    @torch.no_grad()
-    def write(self, values: Tensor, owner: nn.Module) -> None:
-        """Take over values in the original order and orientation."""
-        rows = values.t() if self.transposed else values
-        self.storage.copy_(rows if self.order is None else rows[self.order])
-        for name, part in zip(self.names, self.parts, strict=True):
-            parameter = owner._parameters[name]
-            if not self._aliases(parameter, part):
-                parameter.copy_(_rows(self.storage, part))  # type: ignore[union-attr]
-
-    def _aliases(self, parameter: Any, part: Part) -> bool:
-        if isinstance(part, Tensor):
-            return False
-        return parameter.data_ptr() == self.storage[part[0]].data_ptr()
-
-    def sync(self, owner: nn.Module) -> None:
-        """Bring trained parameters that do not alias the storage into it."""
-        compiling = torch.compiler.is_compiling()
-        for name, part in zip(self.names, self.parts, strict=True):
-            parameter = owner._parameters[name]
-            assert parameter is not None
-            # Through .data: the version of the storage must not change when another forward pass
-            # writes the same values again. The parameter, saved beside it, has a version too.
-            if isinstance(part, Tensor):
-                self.storage.data.index_copy_(0, part, parameter.data.to(self.storage.dtype))
-            elif not compiling and not self._aliases(parameter, part):
-                self.storage.data[part[0] : part[1]].copy_(parameter.data)
-
-    def convert(self, function: Callable[[Tensor], Tensor], owner: nn.Module) -> None:
-        """Move or cast the storage as :meth:`torch.nn.Module._apply` does, and alias it again."""
-        self.storage = function(self.storage)
-        device = self.storage.device
-        self.order = None if self.order is None else self.order.to(device)
-        self.parts = tuple(p.to(device) if isinstance(p, Tensor) else p for p in self.parts)
-        self.alias(owner._parameters)
-
-    def alias(self, parameters: dict[str, nn.Parameter | None]) -> None:
-        """Make the trained parameters of a packed layout views of the storage."""
-        for name, part in zip(self.names, self.parts, strict=True):
-            parameter = parameters[name]
-            assert parameter is not None
-            if isinstance(part, tuple):
-                parameter.data = self.storage[part[0] : part[1]]
-
-    def restore(self) -> nn.Parameter:
-        """The original parameter with the present values."""
-        self.original.data = self.read()
-        return self.original
-
-
-def _rows(storage: Tensor, part: Part) -> Tensor:
-    if isinstance(part, Tensor):
-        return storage.index_select(0, part)
-    return storage[part[0] : part[1]]
 
 
 def _columns(matrix: Tensor, part: Part) -> Tensor:
@@ -185,10 +29,6 @@ def _columns(matrix: Tensor, part: Part) -> Tensor:
     if isinstance(part, Tensor):
         return matrix.index_select(1, part)
     return matrix[:, part[0] : part[1]]
-
-
-def _width(part: Part) -> int:
-    return len(part) if isinstance(part, Tensor) else part[1] - part[0]
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -217,7 +57,7 @@ class _MaskedLinear(torch.autograd.Function):
         first = 6
         if any(ctx.needs_input_grad[first : first + len(weight_parts)]):
             matrix = x.reshape(-1, x.shape[-1])
-            share = sum(_width(part) for part in weight_parts) / len(storage)
+            share = sum(width(part) for part in weight_parts) / len(storage)
             ctx.copied = is_output and share <= _COPIED_SHARE
             if ctx.copied:
                 kept = [_columns(matrix, part).clone() for part in weight_parts]
@@ -337,7 +177,7 @@ class MaskedProjection(nn.Module):
         """Shapes of what is split."""
         parts = ((name, slot) for name, slot in self.slots.items())
         return ", ".join(
-            f"{name}: {sum(map(_width, slot.parts))} of {len(slot.storage)} train"
+            f"{name}: {sum(map(width, slot.parts))} of {len(slot.storage)} train"
             for name, slot in parts
         )
 

@@ -16,7 +16,7 @@ from ssah.units import UnitSet
 from ssah_kernels.optim import MaskedAdamW
 
 if TYPE_CHECKING:
-    from ssah.training import UpdatePlan
+    from ssah.plan import UpdatePlan
 
 __all__ = ["ImportanceCallback", "PlanAdamW", "UnitImportance", "watch_optimizers"]
 
@@ -78,6 +78,29 @@ def watch_optimizers(plan: UpdatePlan) -> None:
         register_optimizer_step_pre_hook(_check_step)
         _watching = True
     ACTIVE.add(plan)
+
+
+def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of what trains, with and without decay, with the dimension that units run along."""
+    # Slices are unit-major; of a parameter that trains whole, units may run along dimension 1.
+    dims = {
+        id(p): plan.entries[name].dim
+        for name, p, _, _ in plan.trained_slices()
+        if name.rpartition(".")[0] not in plan.masked and p.dim() > 1
+    }
+    groups = []
+    for decays in (True, False):
+        parameters = [p for p in plan.parameters() if (p.dim() > 1) == decays]
+        if parameters:
+            groups.append(
+                {
+                    "params": parameters,
+                    "weight_decay": weight_decay if decays else 0.0,
+                    "dims": [dims.get(id(p), 0) for p in parameters],
+                    "plan": plan.fingerprint,
+                }
+            )
+    return groups
 
 
 @dataclass(frozen=True, eq=False)

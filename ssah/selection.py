@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
@@ -10,10 +12,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ssah.masked_linear import MaskedProjection, Slot
+from ssah.masked_linear import MaskedProjection
+from ssah.slots import Slot
 from ssah.units import DepthTwoModule
 
-__all__ = ["Entries", "check_trainable", "select_entries", "split"]
+__all__ = [
+    "Entries",
+    "canonical_names",
+    "check_projections",
+    "check_trainable",
+    "fingerprint",
+    "select_entries",
+    "split",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -184,3 +195,28 @@ def check_projections(
                     f"parameter {owned.param!r} is tied to another one, so that its units cannot "
                     "train apart from it"
                 )
+
+
+def fingerprint(config: str, entries: Mapping[str, Entries]) -> str:
+    """SHA-256 (hex) of a configuration's hash and of which entries train."""
+    state = hashlib.sha256(config.encode())
+    for name, each in sorted(entries.items()):
+        if each.trains.any():
+            state.update(json.dumps([name, each.dim, len(each.trains)]).encode())
+            state.update(each.trains.numpy().tobytes())
+    return state.hexdigest()
+
+
+def canonical_names(model: nn.Module, also: Collection[str]) -> set[str]:
+    """Names as ``model.named_parameters()`` gives them: of tied parameters, the first."""
+    if isinstance(also, str):
+        raise TypeError(f"also is the string {also!r}, must be a collection of parameter names")
+    every = dict(model.named_parameters(remove_duplicate=False))
+    unknown = [name for name in also if name not in every]
+    if unknown:
+        raise ValueError(
+            f"also has names that the model lacks: {', '.join(unknown)}; they must be from "
+            "model.named_parameters()"
+        )
+    first = {id(p): name for name, p in model.named_parameters()}
+    return {first[id(every[name])] for name in also}

