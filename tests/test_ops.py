@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import ACTIVATIONS, CASES, check_backend, moments_state
+from cases import ACTIVATIONS, CASES, check_backend, copied, moments_state, results
 
 import ssah_kernels
 from ssah_kernels import backends, checks, fake, ops
@@ -87,7 +87,7 @@ def test_unknown_capability_is_named():
 def test_opcheck(op):
     samples = [s for s in CASES[op].samples(torch.float32) if "expanded" not in s.name]
     for sample in samples[:6:2]:
-        args = tuple(a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args)
+        args = tuple(copied(a) for a in sample.args)
         torch.library.opcheck(getattr(torch.ops.ssah, op).default, args, sample.kwargs)
 
 
@@ -189,10 +189,7 @@ def test_same_bits_with_one_and_two_threads():
             written = []
             for n in (1, 2):
                 torch.set_num_threads(n)
-                args = [a.clone() if isinstance(a, torch.Tensor) else a for a in sample.args]
-                out = getattr(torch.ops.ssah, op)(*args, **sample.kwargs)
-                outs = [out] if isinstance(out, torch.Tensor) else list(out or ())
-                written.append([*outs, *(args[i] for i in case.outputs)])
+                written.append(results(case, getattr(torch.ops.ssah, op), sample))
             for a, b in zip(*written, strict=True):
                 assert torch.equal(a.nan_to_num(), b.nan_to_num()), op
     finally:
