@@ -35,13 +35,24 @@ __device__ __forceinline__ double sum_of_squares(const Target& target) {
   const T* grads = global(static_cast<const T*>(target.grad));
   const RowIndex grad_rows(target);
   double sum = 0;
-  for (int64_t row = place.row; row < place.end; row += place.row_step) {
-    Vector<T, W> values;
-    read_at<kIsWide>(values, grads + grad_rows[row], columns, place.valid);
+  for (int64_t row = place.row; row < place.end; row += kBatch * place.row_step) {
+    Vector<T, W> values[kBatch];
+    int rows = 0;
 #pragma unroll
-    for (int k = 0; k < W; ++k) {
-      const double value = to_real(values.at[k]);
-      sum += value * value;
+    for (int j = 0; j < kBatch; ++j) {
+      const int64_t mine = row + j * place.row_step;
+      if (mine >= place.end) continue;
+      read_at<kIsWide>(values[j], grads + grad_rows[mine], columns, place.valid);
+      rows = j + 1;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (j >= rows) continue;
+#pragma unroll
+      for (int k = 0; k < W; ++k) {
+        const double value = to_real(values[j].at[k]);
+        sum += value * value;
+      }
     }
   }
   return sum;

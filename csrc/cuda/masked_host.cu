@@ -41,9 +41,9 @@ Void* advanced(Void* data, int64_t bytes) {
   return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
 }
 
-// Elements from `begin` on of a target that is one long row.
-Target row_part(const Target& whole, int64_t begin, int64_t columns, size_t param_bytes,
-                size_t state_bytes) {
+// Elements from `begin` on of a target that is contiguous in every tensor, as rows of `columns`.
+Target flat_part(const Target& whole, int64_t begin, int64_t rows, int64_t columns,
+                 size_t param_bytes, size_t state_bytes) {
   Target part = whole;
   part.param = advanced(whole.param, begin * param_bytes);
   part.grad = advanced(whole.grad, begin * param_bytes);
@@ -51,6 +51,7 @@ Target row_part(const Target& whole, int64_t begin, int64_t columns, size_t para
   part.state0 = advanced(whole.state0, begin * state_bytes);
   part.state1 = advanced(whole.state1, begin * state_bytes);
   part.first_element = begin;
+  part.rows = rows;
   part.columns = part.row_stride = columns;
   return part;
 }
@@ -82,9 +83,9 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
       targets.push_back(target);
     } else if (contiguous) {
       const int64_t n = target.rows * target.columns;
-      target.rows = 1;
-      targets.push_back(row_part(target, 0, n / width * width, param_bytes, state_bytes));
-      targets.push_back(row_part(target, n / width * width, n % width, param_bytes, state_bytes));
+      const int64_t tile = kLanes * width;  // the columns of one warp
+      targets.push_back(flat_part(target, 0, n / tile, tile, param_bytes, state_bytes));
+      targets.push_back(flat_part(target, n / tile * tile, 1, n % tile, param_bytes, state_bytes));
     } else {
       targets.push_back(target);
     }

@@ -78,8 +78,8 @@ Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int6
 Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
                    cudaStream_t stream);
 
-// The targets of an update, whose elements have `width` in 16 bytes; a contiguous one without
-// importance becomes one long row, and a rest that fills no 16 bytes a target of its own.
+// The targets of an update, whose elements have `width` in 16 bytes. A contiguous one without
+// importance becomes rows as long as a warp is wide, whatever its shape, and a rest.
 std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
                                    size_t state_bytes);
 std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& indices,

@@ -3,8 +3,7 @@
 // A target is the matrix of one tensor's trained elements. Its blocks are numbered after those of
 // the targets before it. A block is 8 warps; a warp takes 32 lanes x W columns of 16 rows: W
 // neighbours in 16 bytes of the parameter where everything allows it (wide), else half as many, 32
-// apart. The warps lie above one another, or side by side where the matrix has fewer than 8 rows (a
-// contiguous tensor without unit sums is one long row).
+// apart. The warps lie above one another, or side by side where the matrix has fewer than 8 rows.
 #pragma once
 
 #include "tiles.cuh"
