@@ -1,4 +1,4 @@
-"""The command line: ``ssah attribute | classify | ablate | info | demo | bench``.
+"""The command line: ``ssah --help`` lists the commands.
 
 Only typer is imported here; each command imports what it needs, so that ``ssah --help`` is quick.
 """
@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssah
-from ssah.cli import measuring, scoring
+from ssah.cli import measuring, scoring, training
 
 __all__ = ["app"]
 
@@ -46,6 +46,7 @@ def main(
 app.command("attribute")(scoring.attribute)
 app.command("classify")(scoring.classify)
 app.command("ablate")(scoring.ablate)
+training.register(app)
 app.command("info")(measuring.info)
 app.command("demo")(measuring.demo)
 app.command("bench")(measuring.bench)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated
 
@@ -71,14 +73,15 @@ def attribute(
     loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
     start = time.perf_counter()
-    attribution = score(
-        loaded,
-        loader,
-        metric=metric.value,
-        modules=tuple(kind.value for kind in modules or ()) or KINDS,
-        tokens=tokens.value,
-        progress=True,
-    )
+    with redirect_stdout(sys.stderr):  # the bar
+        attribution = score(
+            loaded,
+            loader,
+            metric=metric.value,
+            modules=tuple(kind.value for kind in modules or ()) or KINDS,
+            tokens=tokens.value,
+            progress=True,
+        )
     seconds = time.perf_counter() - start
     attribution.save(out)
     units = sum(len(score) for score in attribution.scores.values())

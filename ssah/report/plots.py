@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.report import COLOURS, NAMES
+from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES, SCORING
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from ssah.groups import UnitGroups
 
-__all__ = ["plot_ablations", "plot_scores"]
+__all__ = ["plot_ablations", "plot_scores", "plot_throughput"]
 
 _DPI = 150
 _INK = "#333333"
@@ -69,7 +69,9 @@ def plot_scores(groups: UnitGroups, path: str | os.PathLike[str], title: str) ->
         _by_layer(lower, groups, groups.utility, "Utility importance of a unit, by layer")
         lower.set_xlabel("layer")
         upper.tick_params(labelbottom=False)
-        _every_unit(units, groups)
+        low, high = _limits(groups)
+        lower.set_ylim(low, high)
+        _every_unit(units, groups, low, high)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
         figure.supxlabel(
             f"importance: {_IMPORTANCE[groups.metadata['metric']]}; lines are medians over the "
@@ -108,15 +110,24 @@ def _by_layer(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _every_unit(axes: Axes, groups: UnitGroups) -> None:
+def _limits(groups: UnitGroups) -> tuple[float, float]:
+    """Where a logarithmic axis of importance begins and ends: without the lowest 0.5 %."""
+    every = torch.cat([*groups.safety.values(), *groups.utility.values()])
+    every = every[every > 0].sort().values
+    if len(every) == 0:
+        return 0.1, 10.0
+    return float(every[len(every) // 200]) / 2, float(every[-1]) * 2
+
+
+def _every_unit(axes: Axes, groups: UnitGroups, low: float, high: float) -> None:
     for group in _GROUPS:
         chosen = groups[group]
         utility = torch.cat([groups.utility[name][chosen[name]] for name in chosen])
         safety = torch.cat([groups.safety[name][chosen[name]] for name in chosen])
         few = group in ("scu", "ucu")
         axes.scatter(
-            _positive(utility).numpy(),
-            _positive(safety).numpy(),
+            utility.clamp_min(low).numpy(),  # what is lower stands at the edge
+            safety.clamp_min(low).numpy(),
             s=9 if few else 2,
             color=COLOURS[group],
             alpha=0.8 if few else 0.25,
@@ -127,8 +138,6 @@ def _every_unit(axes: Axes, groups: UnitGroups) -> None:
         axes.scatter([], [], s=40, color=COLOURS[group], label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    low = min(axes.get_xlim()[0], axes.get_ylim()[0])
-    high = max(axes.get_xlim()[1], axes.get_ylim()[1])
     axes.plot([low, high], [low, high], color=_INK, linewidth=0.8, linestyle=(0, (4, 4)))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
@@ -196,15 +205,17 @@ def plot_ablations(
                     va="center",
                     fontsize=9,
                     color=_INK,
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
                 )
             panel.set_title(name, pad=20)
+            place = (whole[key] - panel.get_xlim()[0]) / (panel.get_xlim()[1] - panel.get_xlim()[0])
             panel.annotate(
                 f"nothing ablated {format_.format(whole[key])}",
                 (whole[key], 1),
                 xycoords=("data", "axes fraction"),
                 xytext=(0, 4),
                 textcoords="offset points",
-                ha="center",
+                ha="left" if place < 0.25 else "right" if place > 0.75 else "center",
                 fontsize=9,
                 color=_INK,
             )
@@ -214,6 +225,105 @@ def plot_ablations(
             panel.tick_params(axis="y", length=0)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
         return _save(figure, path)
+
+
+def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
+    """Rates of the operators (one panel a dtype) and of ``attribute``, as ``ssah bench`` has them.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    _require_matplotlib()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    dtypes = list(dict.fromkeys(row["dtype"] for row in result["operators"]))
+    panels: dict[str, list[Mapping[str, Any]]] = {
+        dtype: [row for row in result["operators"] if row["dtype"] == dtype] for dtype in dtypes
+    }
+    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
+        bars = max(len(row["seconds"]) + 1 for row in result["operators"])
+        height = 1.6 + 0.2 * bars * len(panels[dtypes[0]])
+        figure = Figure(figsize=(4.6 * (len(dtypes) + 1) + 1.5, height), layout="constrained")
+        axes = figure.subplots(1, len(dtypes) + 1, squeeze=False)[0]
+        for panel, (dtype, rows) in zip(axes, panels.items(), strict=False):
+            _rates(panel, rows, result["read_gigabytes_per_second"])
+            shape = " x ".join(f"{n:,}" for n in rows[0]["shape"])
+            panel.set_title(f"Operators, {dtype} [{shape}]")
+        for panel in axes[1:-1]:
+            panel.tick_params(labelleft=False)
+        _scoring(axes[-1], result["attribute"])
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
+        facts = f"torch {result['torch']}, {result['threads']} threads"
+        isa = f", {result['isa']}" if "isa" in result else ""
+        figure.suptitle(
+            f"Throughput on {result['device']} ({facts}{isa})",
+            x=0.01,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+            color=_INK,
+        )
+        return _save(figure, path)
+
+
+def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) -> None:
+    y, ticks = 0.0, []
+    named: set[str] = set()
+    for row in rows:
+        rates = row["gigabytes_per_second"]
+        ticks.append(y + (len(rates) - 1) / 2)
+        for name, rate in rates.items():
+            label = None if name in named else name
+            named.add(name)
+            axes.barh(y, rate, height=0.86, color=IMPLEMENTATIONS[name], label=label)
+            axes.annotate(
+                f"{rate:.3g}",
+                (rate, y),
+                xytext=(3, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color=_INK,
+            )
+            y += 1
+        y += 0.9
+    if read is not None:
+        axes.axvline(
+            read, color=_INK, linewidth=1.1, linestyle=(0, (4, 3)), label="reading memory alone"
+        )
+    axes.set_yticks(ticks, [row["op"] for row in rows])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.margins(y=0.02)
+    axes.set_xlim(0, axes.get_xlim()[1] * 1.08)
+    axes.set_xlabel("GB/s moved")
+
+
+def _scoring(axes: Axes, scoring: Mapping[str, Any]) -> None:
+    rates = scoring["tokens_per_second"]
+    places = range(len(rates))
+    ours = IMPLEMENTATIONS["cpu"]
+    eager = IMPLEMENTATIONS["eager"]
+    colours = [IMPLEMENTATIONS.get(name, eager if name == "hooks" else ours) for name in rates]
+    axes.barh(places, list(rates.values()), height=0.7, color=colours)
+    for place, rate in zip(places, rates.values(), strict=True):
+        axes.annotate(
+            f"{rate:,.0f}",
+            (rate, place),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=_INK,
+        )
+    axes.set_yticks(places, [SCORING[name] for name in rates])
+    axes.tick_params(axis="y", length=0)
+    axes.invert_yaxis()
+    axes.set_xlim(0, max(rates.values()) * 1.18)
+    axes.set_xlabel("tokens/s")
+    axes.set_title(f"Scoring a Llama of {scoring['parameters'] / 1e6:.0f} M, {scoring['dtype']}")
 
 
 def _require_matplotlib() -> None:

@@ -17,12 +17,19 @@ if TYPE_CHECKING:
 __all__ = ["ablation_table", "facts_table", "groups_table", "new_table"]
 
 _GROUPS = ("scu", "ucu", "ru", "cu")
-_BAR = 10  # characters
+_BAR = 8  # characters
+_STYLE: dict[str, Any] = {
+    "title_justify": "left",
+    "title_style": "bold",
+    "box": box.SIMPLE_HEAD,
+    "collapse_padding": True,
+    "pad_edge": False,
+}
 
 
 def new_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
     """A table in the style of all: columns of names, then columns of numbers."""
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = Table(title=title, **_STYLE)
     for name in left:
         table.add_column(name, no_wrap=True)
     for name in right:
@@ -46,17 +53,15 @@ def groups_table(groups: UnitGroups) -> Table:
     """Units of each group per layer, and what the layer's SCU and UCU hold of its importance."""
     table = Table(
         title="Units per layer",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
+        **_STYLE,
         caption="I_S in SCU: share of the layer's safety importance that its SCU hold; "
         "I_U in UCU: the same of utility",
         caption_justify="left",
     )
-    table.add_column("layer", justify="right")
-    table.add_column("units", justify="right")
+    table.add_column("layer", justify="right", no_wrap=True)
+    table.add_column("units", justify="right", no_wrap=True)
     for group in _GROUPS:
-        table.add_column(group.upper(), justify="right", style=COLOURS[group])
+        table.add_column(group.upper(), justify="right", style=COLOURS[group], no_wrap=True)
     table.add_column("I_S in SCU", style=COLOURS["scu"], no_wrap=True)
     table.add_column("I_U in UCU", style=COLOURS["ucu"], no_wrap=True)
     for row in layers(groups):
@@ -102,14 +107,11 @@ def ablation_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     Rows have ``group``, ``random``, ``units``, ``fraction`` and the fields of a ``Measurement``.
     """
     table = Table(
-        title="Ablation: utility loss (lower is better) and refusal margin (positive: refuses), "
-        "both in nats per token",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
+        title="Utility loss (lower: better) and refusal margin (above 0: refuses), nats a token",
+        **_STYLE,
     )
     table.add_column("ablated", no_wrap=True)
-    for name in ("units", "share", "utility loss", "change", "refusal margin", "change", "refuses"):
+    for name in ("units", "share", "loss", "", "margin", "", "refuses"):
         table.add_column(name, justify="right", no_wrap=True)
     first: Mapping[str, Any] | None = None
     for row in rows:
@@ -122,7 +124,7 @@ def ablation_table(rows: Iterable[Mapping[str, Any]]) -> Table:
             continue
         if not row["random"]:
             table.add_section()
-        name = f"{row['group'].upper()} size, random" if row["random"] else NAMES[row["group"]]
+        name = "  as many, random" if row["random"] else NAMES[row["group"]]
         table.add_row(
             Text(name, style=COLOURS["random" if row["random"] else row["group"]]),
             f"{row['units']:,}",
@@ -142,6 +144,4 @@ def _change(value: float) -> Text:
 
 def _bar(share: float) -> Text:
     filled = round(share * _BAR)
-    return Text.assemble(
-        ("━" * filled, ""), ("━" * (_BAR - filled), "bright_black"), f" {share:4.0%}"
-    )
+    return Text.assemble(("■" * filled, ""), ("·" * (_BAR - filled), "dim"), f" {share:4.0%}")
