@@ -1,0 +1,632 @@
+"""Fine-tuning under a plan with ``transformers.Trainer``: what it takes, running it, resuming it.
+
+units = select_units(["scu", "cu:0.06"], groups)
+plan = ssah.freeze(model, units)
+preview(plan, Settings(), length=512)                    # parameters and memory, without training
+fine_tune(plan, examples, "runs/tuned", Settings(lr=1e-5))
+
+The folder of a run holds the update (``ssah.load_update``), ``run.json`` (what the run is, and once
+it is finished how it ended), ``checkpoints`` while it is under way, and ``merged`` if asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.integrations import get_available_reporting_integrations
+from transformers.trainer_utils import SchedulerType
+
+from ssah import __version__
+from ssah.data import Collator, fingerprint
+from ssah.groups import GROUPS, UnitGroups
+from ssah.training import UpdatePlan
+from ssah.unit_set import UnitSet
+from ssah.updates import load_update
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.data import Encoded
+
+__all__ = ["Memory", "Settings", "check_folder", "fine_tune", "preview", "select_units"]
+
+RUN, CHECKPOINTS, MERGED = "run.json", "checkpoints", "merged"
+SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+
+_PROBE = 32  # tokens: activations are measured at 1, 2 and 3 times this length, and extrapolated
+_KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
+_UNITS, _WEIGHTS = "trained units (groups and selection)", "model weights"
+# What does not change the weights that a run ends with: may be another when it is resumed.
+_FREE = ("gradient_checkpointing", "save_steps", "logging_steps", "report_to")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train; the names are the command line's.
+
+    Attributes:
+        lr: peak learning rate of AdamW.
+        epochs: passes over the data; may be a fraction.
+        max_steps: stop after so many updates instead, or None.
+        batch_size: rows of a batch.
+        gradient_accumulation: batches of an update.
+        weight_decay: decoupled; norms and biases do not decay.
+        warmup_ratio: share of the updates during which the learning rate rises, in [0, 1).
+        lr_scheduler: one of ``SCHEDULERS``.
+        max_grad_norm: clip the norm of the trained entries' gradients to this; 0: do not clip.
+        bf16: compute in bfloat16 by autocast; weights keep their dtype.
+        seed: of the order of rows, dropout and rounding.
+        gradient_checkpointing: keep the input of each layer alone, and compute the rest again.
+        save_steps: updates from one checkpoint to the next; 0: none, the run cannot be resumed.
+        logging_steps: updates from one log of the loss to the next.
+        report_to: trackers that transformers knows, such as ``"tensorboard"``.
+
+    Raises:
+        ValueError: a value is out of range, or a tracker is not installed.
+    """
+
+    lr: float = 2e-5
+    epochs: float = 1.0
+    max_steps: int | None = None
+    batch_size: int = 8
+    gradient_accumulation: int = 1
+    weight_decay: float = 0.0
+    warmup_ratio: float = 0.0
+    lr_scheduler: str = "linear"
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    seed: int = 0
+    gradient_checkpointing: bool = False
+    save_steps: int = 500
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, above in (("lr", True), ("epochs", True), ("weight_decay", False)):
+            _check_number(name, getattr(self, name), above_zero=above)
+        _check_number("max_grad_norm", self.max_grad_norm, above_zero=False)
+        if not 0 <= self.warmup_ratio < 1:
+            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        if self.lr_scheduler not in SCHEDULERS:
+            raise ValueError(
+                f"lr_scheduler is {self.lr_scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
+            )
+        for name in ("batch_size", "gradient_accumulation", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("save_steps", "seed"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
+        if self.max_steps is not None and self.max_steps < 1:
+            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1 or None")
+        available = get_available_reporting_integrations()
+        missing = [name for name in self.report_to if name not in available]
+        if missing:
+            raise ValueError(
+                f"report_to is {missing[0]!r}; it must be a tracker that is installed "
+                f"({', '.join(available) or 'none is'})"
+            )
+
+
+def _check_number(name: str, value: float, *, above_zero: bool) -> None:
+    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
+        bound = "greater than 0" if above_zero else "at least 0"
+        raise ValueError(f"{name} is {value}; it must be {bound}")
+
+
+# ----------------------------------------------------------------------------------- selection
+
+
+def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
+    """The units that a selection names: the union of its parts.
+
+    Args:
+        selection: group names such as ``"scu"``, or a group and a fraction of *all* units such as
+            ``"cu:0.06"``: the units of that group that rank highest for safety
+            (`UnitGroups.top`).
+        groups: where they are taken from.
+
+    Raises:
+        ValueError: a part is neither, the group has fewer units, or nothing is selected.
+    """
+    units = UnitSet({}, groups.sizes)
+    for part in selection:
+        name, colon, share = part.partition(":")
+        if name not in GROUPS:
+            raise ValueError(
+                f"the selection has {part!r}; it must be one of {', '.join(GROUPS)}, or a group "
+                "and a fraction of all units such as cu:0.06"
+            )
+        units = units | (groups.top(name, _fraction(part, share)) if colon else groups[name])
+    if not len(units):
+        raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
+    return units
+
+
+def _fraction(part: str, share: str) -> float:
+    try:
+        return float(share)
+    except ValueError:
+        raise ValueError(
+            f"the selection has {part!r}; what follows the colon must be a fraction of all units, "
+            "a number in [0, 1]"
+        ) from None
+
+
+# -------------------------------------------------------------------------------------- memory
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Estimated memory of a training step, bytes. Allocator and driver come on top of it.
+
+    Attributes:
+        weights: parameters and buffers, with what the plan holds beside them.
+        gradients: of what trains.
+        optimizer_state: both moments of what trains.
+        activations: what the forward pass of one batch keeps, and the gradient of its logits.
+    """
+
+    weights: int
+    gradients: int
+    optimizer_state: int
+    activations: int
+
+    @property
+    def peak(self) -> int:
+        """All of it together: as much as is held at once when the backward pass ends, or more."""
+        return self.weights + self.gradients + self.optimizer_state + self.activations
+
+
+def preview(plan: UpdatePlan, settings: Settings, length: int) -> dict[str, Any]:
+    """What training under ``plan`` takes, without training: plain data.
+
+    Activations are those of the largest batch possible, ``batch_size`` rows of ``length`` tokens.
+    They are measured in three short forward passes and extrapolated, which is exact as long as
+    what a layer keeps is a quadratic function of the length.
+
+    Args:
+        plan: an active plan.
+        settings: batch size, autocast and checkpointing matter.
+        length: tokens of the longest row.
+
+    Returns:
+        ``parameters`` (``trained`` and ``all``, counts; ``share`` in [0, 1]) and ``memory``
+        (bytes: the fields of `Memory` and ``peak``).
+
+    Raises:
+        ValueError: the weights are float16.
+    """
+    state_dtype = _optimizer_options(plan, settings).get("state_dtype", torch.float32)
+    trained = list(plan.parameters())
+    memory = Memory(
+        weights=sum(_storages(_held(plan)).values()),
+        gradients=sum(p.numel() * p.element_size() for p in trained),
+        optimizer_state=sum(2 * p.numel() * state_dtype.itemsize for p in trained),
+        activations=_activations(plan, settings, length),
+    )
+    return {
+        "parameters": _parameters(plan),
+        "memory": {**asdict(memory), "peak": memory.peak},
+    }
+
+
+def _parameters(plan: UpdatePlan) -> dict[str, Any]:
+    trained = sum(p.numel() for p in plan.parameters())
+    return {"trained": trained, "all": plan.n_parameters, "share": trained / plan.n_parameters}
+
+
+def _held(plan: UpdatePlan) -> Iterator[Tensor]:
+    yield from plan.model.parameters()
+    yield from plan.model.buffers()
+    for module in plan.masked.values():
+        for slot in module.slots.values():
+            yield slot.storage
+
+
+def _storages(tensors: Iterator[Tensor]) -> dict[int, int]:
+    """Address -> bytes of what the tensors are stored in, each once."""
+    storages = (tensor.untyped_storage() for tensor in tensors)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
+    step = max(1, min(_PROBE, length // 3))
+    probes = [_saved(plan, settings, n * step) for n in (1, 2, 3)]
+    layers, head = (
+        _extrapolated(values, length / step, settings.batch_size / 2)
+        for values in zip(*probes, strict=True)
+    )
+    config = plan.model.config.get_text_config()
+    tokens = settings.batch_size * length
+    if settings.gradient_checkpointing:
+        inputs = tokens * config.hidden_size * plan.model.dtype.itemsize
+        layers = layers / config.num_hidden_layers + inputs * config.num_hidden_layers
+    return round(layers + head) + tokens * config.vocab_size * torch.float32.itemsize
+
+
+def _extrapolated(values: tuple[int, ...], at: float, times: float) -> float:
+    """Of f with f(1), f(2), f(3) given, quadratic: f(0) + times * (f(at) - f(0))."""
+    first, second, third = values
+    slope, bend = second - first, third - 2 * second + first
+
+    def f(x: float) -> float:
+        return first + slope * (x - 1) + bend * (x - 1) * (x - 2) / 2
+
+    return f(0) + times * (f(at) - f(0))
+
+
+def _saved(plan: UpdatePlan, settings: Settings, length: int) -> tuple[int, int]:
+    """Bytes that a forward pass keeps for the backward pass, in the layers and after them.
+
+    The batch has two rows, the second of them padded, as batches of training are.
+    """
+    model = plan.model
+    device = next(model.parameters()).device
+    own = _storages(_held(plan))
+    kept: tuple[dict[int, int], dict[int, int]] = ({}, {})
+    here = [kept[0]]
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own and storage.data_ptr() not in kept[0]:
+            here[0][storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def leave(*_: Any) -> None:
+        here[0] = kept[1]
+
+    ids = torch.zeros((2, length), dtype=torch.int64, device=device)
+    mask = torch.ones_like(ids)
+    mask[1, max(1, length - 1) :] = 0
+    training = model.training
+    last = list(plan.modules.values())[-1].down
+    hook = last.register_forward_hook(leave)
+    try:
+        model.train()
+        with (
+            torch.enable_grad(),
+            torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            # Bound to a name: what it keeps must stay in memory, so that addresses differ.
+            output = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        del output
+    finally:
+        hook.remove()
+        model.train(training)
+    return sum(kept[0].values()), sum(kept[1].values())
+
+
+# ------------------------------------------------------------------------------------ training
+
+
+def check_folder(out: str | os.PathLike[str]) -> None:
+    """Refuse a folder that holds anything but a run.
+
+    Raises:
+        ValueError: it is a file, or has files but no ``run.json``.
+    """
+    folder = Path(out)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"out is the file {str(out)!r}; it must be a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN).is_file():
+        raise ValueError(
+            f"out is {str(out)!r}, which holds something else than a run; it must be a new or "
+            "empty folder, or that of a run to go on with"
+        )
+
+
+def fine_tune(
+    plan: UpdatePlan,
+    examples: Sequence[Encoded],
+    out: str | os.PathLike[str],
+    settings: Settings,
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_examples: Sequence[Encoded] | None = None,
+    merge: bool = False,
+    keep_checkpoints: bool = False,
+) -> dict[str, Any]:
+    """Train what ``plan`` trains, verify that the rest did not move, and save the update.
+
+    A run that was interrupted goes on from its last checkpoint when it is called again with the
+    same plan, data and settings, and ends with the weights of one that was not. A finished run is
+    not repeated. Afterwards ``plan`` is closed and its model is the trained one.
+
+    Args:
+        plan: an active plan over a model with its original weights.
+        examples: encoded rows to train on (`ssah.data.encode`).
+        out: folder of the run.
+        settings: how to train.
+        tokenizer: pads batches, and is saved beside a merged model.
+        eval_examples: rows whose loss is measured before and after training.
+        merge: also save the whole model, to ``out/merged``.
+        keep_checkpoints: do not remove checkpoints when the run is finished.
+
+    Returns:
+        plain data: ``parameters`` (as `preview` gives them), ``steps``, ``epochs``,
+        ``resumed_from`` (a step; 0 from the start), ``loss_first`` and ``loss_last`` (nats per
+        token, the means of the first step and of those of the last log), ``eval_loss_before`` and
+        ``eval_loss`` (None without ``eval_examples``), ``seconds`` (of this call),
+        ``already_finished``, ``merged`` (the folder or None).
+
+    Raises:
+        ValueError: ``out`` holds another run (what differs is named) or something else, or the
+            weights are float16.
+        RuntimeError: the loss is not a number any more, or a frozen weight moved; nothing is
+            saved then.
+    """
+    check_folder(out)
+    folder, start = Path(out), time.perf_counter()
+    parameters = _parameters(plan)
+    identity = _identity(plan, examples, settings)
+    record = _open_run(folder, identity)
+    if "result" in record:
+        plan.close()
+        load_update(plan.model, folder)
+        result = {**record["result"], "already_finished": True}
+    else:
+        result = _train(plan, examples, folder, settings, tokenizer, eval_examples, record)
+        plan.verify()
+        plan.save_pretrained(folder)
+        _write_run(folder, {**record, "result": result})
+        plan.close()
+        result = {**result, "already_finished": False}
+    merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
+    if merge:
+        tokenizer.save_pretrained(merged)
+        plan.model.save_pretrained(merged)
+    if checkpoints.is_dir() and not keep_checkpoints:
+        shutil.rmtree(checkpoints)
+    return {
+        "parameters": parameters,
+        **result,
+        "seconds": time.perf_counter() - start,
+        "merged": str(merged) if merged.is_dir() else None,
+    }
+
+
+def _train(
+    plan: UpdatePlan,
+    examples: Sequence[Encoded],
+    folder: Path,
+    settings: Settings,
+    tokenizer: PreTrainedTokenizerBase,
+    eval_examples: Sequence[Encoded] | None,
+    record: dict[str, Any],
+) -> dict[str, Any]:
+    args = _arguments(plan.model, settings, folder)
+    trainer = Trainer(
+        plan.model,
+        args,
+        data_collator=Collator(tokenizer),
+        train_dataset=list(examples),
+        eval_dataset=None if eval_examples is None else list(eval_examples),
+        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(
+            args, **_optimizer_options(plan, settings)
+        ),
+    )
+    trainer.remove_callback(PrinterCallback)
+    if eval_examples is not None and "eval_loss_before" not in record:
+        record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
+        _write_run(folder, record)
+    checkpoint = _last_checkpoint(folder / CHECKPOINTS)
+    # Measuring draws from the generator: training must begin with the same state either way.
+    set_seed(settings.seed)
+    with _progress() as progress:
+        trainer.add_callback(_Monitor(progress))
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "resumed_from": 0 if checkpoint is None else _step_of(checkpoint),
+        "loss_first": losses[0],
+        "loss_last": losses[-1],
+        "eval_loss_before": record.get("eval_loss_before"),
+        "eval_loss": None if eval_examples is None else trainer.evaluate()["eval_loss"],
+    }
+
+
+def _optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
+    """How the optimiser stores weights: bfloat16 without bias, float16 not at all."""
+    dtypes = {p.dtype for p in plan.parameters()}
+    if torch.float16 in dtypes:
+        raise ValueError(
+            "dtype is float16, in which small updates vanish; it must be float32 or bfloat16"
+        )
+    if torch.bfloat16 in dtypes:
+        return {"rounding": "stochastic", "seed": settings.seed}
+    return {}
+
+
+def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> TrainingArguments:
+    if importlib.util.find_spec("accelerate") is None:
+        raise ImportError("training needs the package accelerate: pip install accelerate")
+    device = next(model.parameters()).device
+    args = TrainingArguments(
+        str(folder / CHECKPOINTS),
+        run_name=folder.name,
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_ratio,
+        lr_scheduler_type=SchedulerType(settings.lr_scheduler),
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        **({_checkpointing_option(): True} if settings.gradient_checkpointing else {}),
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,
+        save_total_limit=_KEPT,
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        report_to=list(settings.report_to) or "none",
+        prediction_loss_only=True,
+        disable_tqdm=True,
+        use_cpu=device.type == "cpu",
+        dataloader_pin_memory=device.type != "cpu",
+    )
+    if args.world_size > 1:
+        raise ValueError(
+            f"WORLD_SIZE is {args.world_size}; this command runs in one process: for several, use "
+            "ssah.freeze or ssah.train_only in a script of your own"
+        )
+    own, theirs = ((d.type, d.index or 0) for d in (device, torch.device(args.device)))
+    if own != theirs:
+        raise ValueError(
+            f"device is {device}; transformers trains on {args.device} here: choose another with "
+            "CUDA_VISIBLE_DEVICES"
+        )
+    args._n_gpu = min(args.n_gpu, 1)  # DataParallel would replicate what the plan shares
+    return args
+
+
+def _checkpointing_option() -> str:
+    new = "activation_checkpointing"  # its name in transformers since 5.23
+    return new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+
+
+class _Monitor(TrainerCallback):
+    """Shows progress, logs the last step too, and stops when the loss is not a number."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs", {})
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise RuntimeError(
+                f"the loss is {logs['loss']} at step {state.global_step}: the run diverged and "
+                "nothing was saved; a lower lr or a smaller max_grad_norm may help"
+            )
+        self.progress.console.print(
+            f"step {state.global_step:>6}  loss {logs['loss']:.4f}"
+            f"  lr {logs.get('learning_rate', 0.0):.2e}  grad norm {logs.get('grad_norm', 0.0):.3g}"
+        )
+
+
+@contextmanager
+def _progress() -> Iterator[Progress]:
+    """A bar on standard error."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
+        yield progress
+
+
+# ------------------------------------------------------------------------------------ resuming
+
+
+def _identity(
+    plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings
+) -> dict[str, str | int | float | bool | None]:
+    """Everything that decides with which weights a run ends: argument -> value."""
+    frozen = json.dumps(plan.digests, sort_keys=True)
+    decisive = {name: v for name, v in asdict(settings).items() if name not in _FREE}
+    return {
+        "model configuration": plan.config_hash[:12],
+        _UNITS: plan.fingerprint[:12],
+        _WEIGHTS: hashlib.sha256(frozen.encode()).hexdigest()[:12],
+        "data": fingerprint(examples)[:12],
+        "dtype": str(plan.model.dtype).removeprefix("torch."),
+        **decisive,
+    }
+
+
+def _open_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of the run in ``folder``, begun if there is none; refuses another run."""
+    record: dict[str, Any] = {"version": __version__, "identity": dict(identity)}
+    if (folder / RUN).is_file():
+        earlier = json.loads((folder / RUN).read_text())
+        other = _differences(earlier["identity"], identity)
+        if not other:
+            return dict(earlier)
+        if "result" in earlier or _last_checkpoint(folder / CHECKPOINTS) is not None:
+            raise ValueError(
+                f"out is {str(folder)!r}, the folder of a run that differs: {'; '.join(other)}. "
+                "Give what it began with to go on, or another folder to start anew"
+            )
+    _write_run(folder, record)
+    return record
+
+
+def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    other = [name for name in now if saved.get(name) != now[name]]
+    if _UNITS in other and _WEIGHTS in other:
+        other.remove(_WEIGHTS)  # other units are frozen: their hashes say nothing
+    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in other]
+
+
+def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{RUN}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, folder / RUN)
+
+
+def _step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _last_checkpoint(folder: Path) -> Path | None:
+    """The latest checkpoint that is whole: its trainer_state.json is written last."""
+    found = (p.parent for p in folder.glob("checkpoint-*/trainer_state.json"))
+    return max(found, key=_step_of, default=None)
