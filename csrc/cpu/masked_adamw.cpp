@@ -21,7 +21,7 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
                        beta2,
                        1 - beta2,
                        rate / (1 - std::pow(beta1, t)),
-                       1 / std::sqrt(1 - std::pow(beta2, t)),
+                       std::sqrt(1 - std::pow(beta2, t)),
                        eps};
   const auto run = kernels().masked_adamw[dtype_of(params[0])][dtype_of(exp_avgs[0])];
   const std::vector<UpdateTensor> tensors =

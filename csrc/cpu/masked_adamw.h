@@ -12,7 +12,10 @@ namespace SSAH_ISA {
 template <class T>
 struct AdamWRule {
   static constexpr int kStates = 2;
-  scalar<T> scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias, eps;
+  // float32 is bound by memory, so that a second division is free: the result is torch's to the
+  // bit.
+  static constexpr bool kDivides = sizeof(T) >= 4;
+  scalar<T> scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias, eps;
 
   explicit AdamWRule(const AdamWArgs& a)
       : scale(scalar<T>(a.scale)),
@@ -21,14 +24,20 @@ struct AdamWRule {
         beta2(scalar<T>(a.beta2)),
         one_minus_beta2(scalar<T>(a.one_minus_beta2)),
         step_size(scalar<T>(a.step_size)),
-        inverse_bias(scalar<T>(a.inverse_bias)),
+        bias(scalar<T>(kDivides ? a.bias : 1 / a.bias)),
         eps(scalar<T>(a.eps)) {}
+
+  SSAH_METHOD vec<T> normalised(vec<T> root) const {
+    if constexpr (kDivides) return root / bias;
+    return root * bias;
+  }
 
   SSAH_METHOD void update(vec<T> grad, vec<T>& w, vec<T>& m, vec<T>& v) const {
     const vec<T> g = grad * scale;
     m = m + one_minus_beta1 * (g - m);
-    v = beta2 * v + one_minus_beta2 * g * g;
-    w = w * decay - step_size * m / (square_root(v) * inverse_bias + eps);
+    v = rounded_product(v, beta2) + one_minus_beta2 * g * g;
+    w = rounded_product(w, decay);
+    w = w - step_size * m / (normalised(square_root(v)) + eps);
   }
 };
 

@@ -32,6 +32,19 @@ SSAH_INLINE vdouble square_root(vdouble x) {
   return x;
 }
 
+// a * b, never contracted with what follows: these round as torch does, so that
+// one step differs from torch's by less than the parameters' own spacing.
+template <class V, class S>
+SSAH_INLINE V rounded_product(V a, S b) {
+  V product = a * b;
+#if defined(__x86_64__)
+  __asm__("" : "+v"(product));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(product));
+#endif
+  return product;
+}
+
 // The keys of a tensor's noise, and where in the tensor a vector lies.
 struct Noise {
   unsigned key0, key1;

@@ -81,7 +81,7 @@ struct UpdateBlock {
 
 struct AdamWArgs {
   double scale, decay, one_minus_beta1, beta2, one_minus_beta2;
-  double step_size, inverse_bias;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  double step_size, bias;  // lr / (1 - beta1^t), sqrt(1 - beta2^t)
   double eps;
 };
 
