@@ -36,6 +36,7 @@ from transformers import (
 )
 from transformers.integrations import get_available_reporting_integrations
 from transformers.trainer_utils import SchedulerType
+from transformers.utils import logging
 
 from ssah import __version__
 from ssah.data import Collator, fingerprint
@@ -186,7 +187,7 @@ class Memory:
         weights: parameters and buffers, with what the plan holds beside them.
         gradients: of what trains.
         optimizer_state: both moments of what trains.
-        activations: what the forward pass of one batch keeps, and the gradient of its logits.
+        activations: what the forward pass of one batch keeps, and gradients of its logits.
     """
 
     weights: int
@@ -196,7 +197,7 @@ class Memory:
 
     @property
     def peak(self) -> int:
-        """All of it together: as much as is held at once when the backward pass ends, or more."""
+        """All of it together. An upper bound: activations go while gradients come."""
         return self.weights + self.gradients + self.optimizer_state + self.activations
 
 
@@ -261,10 +262,12 @@ def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
     )
     config = plan.model.config.get_text_config()
     tokens = settings.batch_size * length
-    if settings.gradient_checkpointing:
-        inputs = tokens * config.hidden_size * plan.model.dtype.itemsize
-        layers = layers / config.num_hidden_layers + inputs * config.num_hidden_layers
-    return round(layers + head) + tokens * config.vocab_size * torch.float32.itemsize
+    # The backward pass of the loss makes two gradients of the logits' size, in float32.
+    head += 2 * tokens * config.vocab_size * torch.float32.itemsize
+    if not settings.gradient_checkpointing:
+        return round(layers + head)
+    inputs = tokens * config.hidden_size * plan.model.dtype.itemsize * config.num_hidden_layers
+    return round(inputs + max(layers / config.num_hidden_layers, head))
 
 
 def _extrapolated(values: tuple[int, ...], at: float, times: float) -> float:
@@ -482,7 +485,7 @@ def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> Trai
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         seed=settings.seed,
-        **({_checkpointing_option(): True} if settings.gradient_checkpointing else {}),
+        **_checkpointing(settings),
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=_KEPT,
@@ -510,9 +513,12 @@ def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> Trai
     return args
 
 
-def _checkpointing_option() -> str:
-    new = "activation_checkpointing"  # its name in transformers since 5.23
-    return new if new in TrainingArguments.__dataclass_fields__ else "gradient_checkpointing"
+def _checkpointing(settings: Settings) -> dict[str, Any]:
+    if not settings.gradient_checkpointing:
+        return {}
+    new = "activation_checkpointing"  # as recent releases of transformers name it
+    known = new in TrainingArguments.__dataclass_fields__
+    return {new if known else "gradient_checkpointing": True}
 
 
 class _Monitor(TrainerCallback):
@@ -568,8 +574,14 @@ def _progress() -> Iterator[Progress]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
-        yield progress
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # of transformers, at each checkpoint
+    try:
+        with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
+            yield progress
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 # ------------------------------------------------------------------------------------ resuming
