@@ -83,7 +83,7 @@ def options() -> dict[str, Any]:
             Extension(
                 "ssah_kernels._C_cuda",
                 sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
-                depends=sorted(map(str, Path("csrc/cuda").glob("*.cuh"))),
+                depends=sorted(map(str, Path("csrc/cuda").glob("*.*h"))),
                 include_dirs=[*cpp_extension.include_paths(), str(home / "include")],
                 library_dirs=[str(home / "lib64"), str(Path(torch.__file__).parent / "lib")],
                 libraries=["torch", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
@@ -91,6 +91,8 @@ def options() -> dict[str, Any]:
                     "cxx": CXX_FLAGS,
                     "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI, *CUDA_ARCHS],
                 },
+                # libtorch is named by a weak symbol alone: the linker must not drop it.
+                extra_link_args=["-Wl,--no-as-needed"],
                 language="c++",
             )
         )
