@@ -23,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 from ssah.attribution import METRICS, attribute
+from ssah.models import move
 from ssah.report import SCORING
 from ssah.report.plots import plot_throughput
 from ssah.report.tables import new_table
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CASES", "Case", "run"]
 
+_VOCABULARY = 32_000
 _TRAINED = 0.2  # share of the rows that the masked operators update
 _BETA1, _BETA2, _EPS, _DECAY = 0.9, 0.999, 1e-8, 0.01
 
@@ -178,21 +180,37 @@ CASES: dict[str, Case] = {
 }
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What is measured: shapes, types, rounds, and how much a cache may hold (bytes)."""
+
+    rows: int
+    columns: int
+    dtypes: tuple[torch.dtype, ...]
+    rounds: int
+    layers: int
+    hidden: int
+    length: int
+    scoring_rounds: int
+    cache_bytes: int = 64 << 20
+
+
+FULL = Settings(4096, 4096, (torch.bfloat16, torch.float32), 11, 8, 1024, 256, 7)
+QUICK = Settings(1024, 4096, (torch.bfloat16,), 5, 4, 512, 64, 3)
+_BATCH = 8  # rows of the batches that are scored
+
+
 def measure_op(
-    case: Case,
-    *,
-    rows: int,
-    columns: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
-    compiled: bool,
+    case: Case, settings: Settings, dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> dict[str, Any]:
     """One row: gigabytes per second of every implementation, and ratios of time."""
     torch.manual_seed(0)
-    first = case.make(rows, columns, dtype, device)[0]
+    shape = settings.rows, settings.columns
+    first = case.make(*shape, dtype, device)[0]
     n_bytes = case.tensors * first.numel() * first.element_size()
-    inputs = timing.rotating(lambda: case.make(rows, columns, dtype, device), n_bytes)
+    inputs = timing.rotating(
+        lambda: case.make(*shape, dtype, device), n_bytes, settings.cache_bytes
+    )
 
     def timed(function: Callable[..., Any], backend: str | None = None) -> Callable[[int], None]:
         def run(i: int) -> None:
@@ -209,12 +227,12 @@ def measure_op(
     if compiled:
         calls["compile"] = timed(torch.compile(case.plain, dynamic=False))
     with torch.no_grad():
-        times = timing.interleave(calls, repeats=repeats, warmup=1)
+        times = timing.interleave(calls, repeats=settings.rounds, warmup=1)
     chosen = backends.choose(device)
     seconds = {name: timing.percentiles(values) for name, values in times.items()}
     return {
         "op": case.op,
-        "shape": [rows, columns],
+        "shape": list(shape),
         "dtype": str(dtype).removeprefix("torch."),
         "bytes": n_bytes,
         "seconds": seconds,
@@ -241,20 +259,20 @@ def _synchronize(device: torch.device) -> None:
 # ------------------------------------------------------------------------------------ attribute
 
 
-def build_model(layers: int, hidden: int, dtype: torch.dtype) -> PreTrainedModel:
-    """A Llama with random weights."""
+def build_model(layers: int, hidden: int) -> PreTrainedModel:
+    """A Llama with random weights in bfloat16; heads of 64, two for each key/value head."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=32_000,
+        vocab_size=_VOCABULARY,
         hidden_size=hidden,
         intermediate_size=hidden * 11 // 4,
         num_hidden_layers=layers,
         num_attention_heads=hidden // 64,
         num_key_value_heads=hidden // 128,
     )
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     return model.eval()
 
 
@@ -272,21 +290,11 @@ def _scores_by_hooks(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Non
         handle.remove()
 
 
-def measure_attribute(
-    *,
-    layers: int,
-    hidden: int,
-    rows: int,
-    length: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    repeats: int,
-    compiled: bool,
-) -> dict[str, Any]:
+def measure_attribute(settings: Settings, device: torch.device, compiled: bool) -> dict[str, Any]:
     """Tokens per second of ``attribute`` under every metric, beside the backbone's own forward."""
-    model = build_model(layers, hidden, dtype)
-    torch.nn.Module.to(model, device)
-    ids = torch.randint(0, 32_000, (3, rows, length), device=device)
+    model = move(build_model(settings.layers, settings.hidden), device)
+    ids = torch.randint(0, _VOCABULARY, (3, _BATCH, settings.length), device=device)
+    n_tokens = _BATCH * settings.length
     batches = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
     backbone = torch.compile(model.base_model, dynamic=False) if compiled else None
 
@@ -306,14 +314,14 @@ def measure_attribute(
     if backbone is not None:
         calls["compile"] = timed(lambda batch: backbone(**batch, use_cache=False))
     with torch.inference_mode():
-        times = timing.interleave(calls, repeats=repeats, warmup=1)
+        times = timing.interleave(calls, repeats=settings.scoring_rounds, warmup=1)
     seconds = {name: timing.percentiles(values) for name, values in times.items()}
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": rows * length,
-        "dtype": str(dtype).removeprefix("torch."),
+        "tokens": n_tokens,
+        "dtype": str(model.dtype).removeprefix("torch."),
         "seconds": seconds,
-        "tokens_per_second": {name: rows * length / s["p50"] for name, s in seconds.items()},
+        "tokens_per_second": {name: n_tokens / s["p50"] for name, s in seconds.items()},
         "time_over_eager": {name: timing.ratio(times, name, "eager") for name in times},
     }
 
@@ -338,39 +346,18 @@ def run(out: Path, *, quick: bool, threads: int | None = None) -> dict[str, Any]
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     no_compile = "left out by --quick" if quick else _compile_missing(device)
     compiled = no_compile is None
-    dtypes = (torch.bfloat16,) if quick else (torch.bfloat16, torch.float32)
-    rows, columns = (1024, 4096) if quick else (4096, 4096)
-    repeats = 5 if quick else 11
+    settings = QUICK if quick else FULL
     measured: list[dict[str, Any]] = []
     columns_shown = (TextColumn("{task.description:24}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns_shown, console=console, transient=True) as bar:
-        task = bar.add_task("", total=len(CASES) * len(dtypes) + 1)
-        for dtype in dtypes:
+        task = bar.add_task("", total=len(CASES) * len(settings.dtypes) + 1)
+        for dtype in settings.dtypes:
             for case in CASES.values():
                 bar.update(task, description=case.op)
-                measured.append(
-                    measure_op(
-                        case,
-                        rows=rows,
-                        columns=columns,
-                        dtype=dtype,
-                        device=device,
-                        repeats=repeats,
-                        compiled=compiled,
-                    )
-                )
+                measured.append(measure_op(case, settings, dtype, device, compiled))
                 bar.advance(task)
         bar.update(task, description="attribute")
-        scoring = measure_attribute(
-            layers=4 if quick else 8,
-            hidden=512 if quick else 1024,
-            rows=8,
-            length=64 if quick else 256,
-            dtype=torch.bfloat16,
-            device=device,
-            repeats=3 if quick else 7,
-            compiled=compiled,
-        )
+        scoring = measure_attribute(settings, device, compiled)
         read = _read_bandwidth(device)
         bar.advance(task)
     result = {
@@ -427,7 +414,7 @@ def _op_table(result: Mapping[str, Any]) -> Table:
         table.add_row(
             row["op"],
             row["dtype"],
-            *(f"{rates[name]:.1f}" if name in rates else "-" for name in names),
+            *(f"{rates[name]:.3g}" if name in rates else "-" for name in names),
             *(f"{value:.1f}x" for value in ratios),
         )
     return table

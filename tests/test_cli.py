@@ -15,6 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import ssah
+from ssah import bench
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
 from ssah.cli import app, support
@@ -293,6 +294,20 @@ def test_demo_without_alignment(runs, tmp_path):
     found = as_json("demo", "--model", runs / "model", "--out", tmp_path, "--seconds", 0)
     assert found["alignment"] is None
     assert not (tmp_path / "aligned").exists()
+
+
+def test_bench_measures_every_backend_that_is_there(tmp_path, monkeypatch):
+    tiny = bench.Settings(32, 48, (torch.float32, torch.bfloat16), 2, 1, 128, 8, 2, cache_bytes=0)
+    monkeypatch.setattr(bench, "QUICK", tiny)
+    found = as_json("bench", "--quick", "--out", tmp_path, "--threads", 1)
+    assert found == json.loads((tmp_path / "bench.json").read_text())
+    assert [row["op"] for row in found["operators"]] == [*CASES, *CASES]
+    for row in found["operators"]:
+        assert {"eager", "reference", found["backend"]} <= set(row["seconds"])
+        assert "compile" not in row["seconds"]
+    assert {*METRICS, "hooks", "eager"} == set(found["attribute"]["tokens_per_second"])
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
+    assert "GB/s" in call("bench", "--quick", "--out", tmp_path, "--threads", 1).stdout
 
 
 def test_bench_has_a_case_for_every_operator():
