@@ -1,0 +1,501 @@
+"""The masked update: frozen elements never move, trained ones follow the float64 reference, and the
+optimisers resume bit for bit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import ssah_kernels
+from ssah_kernels import ops
+from ssah_kernels.optim import MaskedAdamW, MaskedSGD
+from ssah_kernels.reference.masked_update import noise, noise_keys, round_stochastically
+
+STEPS = 50
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+PRECISIONS = [(F64, F64), (F32, F32), (F32, BF16), (BF16, F32), (BF16, BF16), (F16, F32)]
+
+
+def selected(param: Tensor, index: Tensor, dim: int) -> Tensor:
+    return param.index_select(dim, index)
+
+
+@st.composite
+def updates(draw: st.DrawFn) -> dict:
+    """A parameter (perhaps a slice of a larger one), what trains of it, and every option."""
+    shape = draw(st.tuples(st.integers(1, 9), st.integers(1, 40)))
+    dim = draw(st.integers(0, 1))
+    share = draw(st.floats(0.05, 1))
+    return {
+        "shape": shape,
+        "dim": dim,
+        "n_selected": max(1, round(share * shape[dim])),
+        "precision": draw(st.sampled_from(PRECISIONS)),
+        "strided": draw(st.booleans()),
+        "lr": draw(st.sampled_from([1e-4, 1e-2])),
+        "weight_decay": draw(st.sampled_from([0.0, 0.3])),
+        "max_norm": draw(st.sampled_from([None, 0.5])),
+        "accumulated": draw(st.integers(1, 3)),
+        "maximize": draw(st.booleans()),
+        "rounding": draw(st.sampled_from(["nearest", "stochastic"])),
+        "seed": draw(st.integers(0, 1 << 30)),
+    }
+
+
+def run_update(u: dict, op: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """STEPS steps, state primed beforehand. Returns the base before and after, where it may move,
+    and the trained elements of a float64 run with the same gradients."""
+    g = torch.Generator().manual_seed(u["seed"])
+    (dtype, state), dim = u["precision"], u["dim"]
+    rows, columns = u["shape"]
+    base = torch.randn(rows + 2, columns + 5, generator=g, dtype=F64).to(dtype)
+    if u["strided"]:
+        param = base[1 : rows + 1, 2 : columns + 2]
+    else:
+        param = base = base[:rows, :columns].contiguous()
+    index = torch.randperm(u["shape"][dim], generator=g)[: u["n_selected"]].sort().values
+    before = base.clone()
+    exact = [selected(param, index, dim).double()]
+    exact += [torch.randn(exact[0].shape, generator=g, dtype=F64).to(state).double()]
+    exact += [(torch.rand(exact[0].shape, generator=g, dtype=F64) + 0.5).to(state).double()]
+    m, v = (t.to(state, copy=True) for t in exact[1:])
+    seed = torch.tensor(u["seed"]) if u["rounding"] == "stochastic" else None
+    lr, options = torch.tensor(u["lr"], dtype=F64), {"maximize": u["maximize"]}
+    for t in range(1, STEPS + 1):
+        pieces = torch.randn(u["accumulated"], *exact[0].shape, generator=g, dtype=F64).to(dtype)
+        grad = pieces.sum(0)
+        clip = None
+        if u["max_norm"] is not None:
+            norm = ops.masked_grad_norm([grad], [None], [dim])
+            clip = (u["max_norm"] / (norm + 1e-6)).clamp(max=1)
+        step = torch.tensor(float(t), dtype=F64)
+        tail = (lr, step, None, clip)
+        decay = u["weight_decay"]
+        if op == "adamw":
+            ops.masked_adamw_(
+                [param],
+                [grad],
+                [m],
+                [v],
+                [index],
+                [dim],
+                *tail,
+                seed,
+                weight_decay=decay,
+                **options,
+            )
+            with ssah_kernels.use("reference"):
+                p64, m64, v64 = ([e] for e in exact)
+                ops.masked_adamw_(
+                    p64,
+                    [grad.double()],
+                    m64,
+                    v64,
+                    [None],
+                    [dim],
+                    *tail,
+                    weight_decay=decay,
+                    **options,
+                )
+        else:
+            options |= {"momentum": 0.9, "weight_decay": decay}
+            ops.masked_sgd_([param], [grad], [m], [index], [dim], *tail, seed, **options)
+            with ssah_kernels.use("reference"):
+                ops.masked_sgd_(
+                    [exact[0]], [grad.double()], [exact[1]], [None], [dim], *tail, **options
+                )
+    may_move = torch.zeros(base.shape, dtype=torch.bool)
+    inner = may_move[1 : rows + 1, 2 : columns + 2] if u["strided"] else may_move
+    inner.index_fill_(dim, index, True)
+    trained = selected(param, index, dim)
+    return before, base, may_move, torch.stack([trained.double(), exact[0]])
+
+
+@pytest.mark.parametrize("op", ["adamw", "sgd"])
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(u=updates())
+def test_frozen_is_frozen_and_trained_follows_float64(op: str, u: dict) -> None:
+    before, after, may_move, (trained, exact) = run_update(u, op)
+    bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[before.element_size()]
+    assert torch.equal(before.view(bits)[~may_move], after.view(bits)[~may_move])
+    change = (exact - before[may_move].view(exact.shape).double()).abs().max()
+    spacing = torch.finfo(u["precision"][0]).eps * exact.abs().max()
+    if u["precision"] == (F64, F64):
+        assert (trained - exact).abs().max() <= 1e-10 * exact.abs().max()
+    elif u["precision"] == (F32, F32):
+        assert (trained - exact).abs().max() <= 1e-5 * change + 8 * spacing
+    elif u["rounding"] == "stochastic" or u["precision"][0] == F32:
+        noise_of_state = 0.1 * change if BF16 in u["precision"] else 0
+        assert (trained - exact).abs().max() <= noise_of_state + 8 * STEPS**0.5 * spacing
+
+
+@pytest.mark.parametrize("state", [F32, BF16])
+def test_stochastic_rounding_is_unbiased(state: torch.dtype) -> None:
+    """Updates far below the spacing of bfloat16: to nearest they vanish, on average they do not."""
+    n, steps, lr = 40_000, 50, 1e-5
+    p, exact = torch.ones(n, dtype=BF16), torch.ones(n, dtype=F64)
+    m, v = torch.zeros(n, dtype=state), torch.zeros(n, dtype=state)
+    m64, v64 = torch.zeros(n, dtype=F64), torch.zeros(n, dtype=F64)
+    rate, grad = torch.tensor(lr, dtype=F64), torch.full((n,), -0.5, dtype=BF16)
+    for t in range(1, steps + 1):
+        step = torch.tensor(float(t), dtype=F64)
+        ops.masked_adamw_(
+            [p], [grad], [m], [v], [None], [0], rate, step, seed=torch.tensor(3), weight_decay=0.0
+        )
+        ops.masked_adamw_(
+            [exact], [grad.double()], [m64], [v64], [None], [0], rate, step, weight_decay=0.0
+        )
+    for actual, expected in ((p, exact), (m, m64), (v, v64)):
+        error = actual.double() - expected
+        if actual.dtype == BF16 and error.std() > 0:
+            z = error.mean() / (error.std() / n**0.5)
+            # the parameter sees sqrt(v), which is concave: noise of v shifts it by part of itself
+            shift = 2e-3 * (exact - 1).abs().mean() if actual is p and state == BF16 else 0.0
+            assert error.mean().abs() <= 4 * error.std() / n**0.5 + shift, float(z)
+    assert (p != 1).any()
+
+
+def test_noise_is_uniform_and_independent() -> None:
+    element = torch.arange(1 << 16)
+    words = noise(noise_keys(5, 7, 11), element)
+    others = noise(noise_keys(5, 8, 11), element)
+    n = len(element)
+    for i, w in enumerate(words):
+        assert ((w >= 0) & (w < 1 << 16)).all()
+        centred = w.double() / (1 << 16) - 0.5
+        sigma = (1 / 12) ** 0.5
+        assert centred.mean().abs() < 4 * sigma / n**0.5
+        pairs = [words[j] for j in range(3) if j != i] + [others[i], w.roll(1)]
+        for other in pairs:
+            correlation = (centred * (other.double() / (1 << 16) - 0.5)).mean()
+            assert correlation.abs() < 4 / 12 / n**0.5
+    assert len(noise(noise_keys(5, 7, 11), element + (1 << 32))[0].unique()) > n / 2
+    assert not torch.equal(noise(noise_keys(5, 7, 11), element + (1 << 32))[0], words[0])
+
+
+def test_stochastic_rounding_of_special_values() -> None:
+    values = [0.0, -0.0, float("inf"), float("-inf"), float("nan"), 1e-40, 3.3e38]
+    x = torch.tensor(values * 40)
+    bits = torch.full((len(x),), 0x7FFF)
+    rounded = round_stochastically(x, bits)
+    assert torch.equal(rounded.isnan(), x.isnan())
+    assert torch.equal(rounded.isinf(), x.isinf())
+    g, m, v = (torch.full_like(rounded, value) for value in (0.0, 0.0, 1.0))
+    p, m = rounded.clone(), m
+    args = ([p], [g], [m], [v], [None], [0], torch.tensor(0.0), torch.tensor(1.0))
+    ops.masked_adamw_(*args, seed=torch.tensor(1), weight_decay=0.0)
+    assert torch.equal(p.nan_to_num(), rounded.nan_to_num())  # representable: no noise shows
+    grad = torch.full_like(p, float("nan"))
+    ops.masked_adamw_(args[0], [grad], *args[2:], seed=torch.tensor(1))
+    assert p.isnan().all()
+    assert m.isnan().all()
+    assert v.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16])
+def test_kahan_keeps_what_the_parameter_cannot(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    p = torch.randn(64, 40, generator=g).to(dtype)
+    exact = p.double()
+    c, m, v = torch.zeros_like(p), torch.zeros(64, 40), torch.zeros(64, 40)
+    m64, v64 = m.double(), v.double()
+    lr = torch.tensor(1e-5)
+    start = exact.clone()
+    for t in range(1, STEPS + 1):
+        grad = torch.randn(64, 40, generator=g).to(dtype)
+        step = torch.tensor(float(t))
+        ops.masked_adamw_([p], [grad], [m], [v], [None], [0], lr, step, compensations=[c])
+        ops.masked_adamw_([exact], [grad.double()], [m64], [v64], [None], [0], lr, step)
+    error = (p.double() + c.double() - exact).abs()
+    assert (error <= STEPS * 2.0 * torch.finfo(dtype).eps ** 2 * start.abs() + 1e-7).all()
+    assert (c.abs().double() <= torch.finfo(dtype).eps * p.abs().double()).all()
+
+
+def test_float32_equals_torch_fused_to_the_bit() -> None:
+    if "avx" not in ssah_kernels.backends.cpu.facts()["isa"]:
+        pytest.skip("the baseline has no fused multiply-add")
+    torch.manual_seed(0)
+    p, g, m = torch.randn(3, 97, 65) * torch.tensor([0.02, 1e-3, 1e-3])[:, None, None]
+    v = torch.rand(97, 65) * 1e-6
+    q, m2, v2 = p.clone(), m.clone(), v.clone()
+    options = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.1, "eps": 1e-8}
+    step = [torch.tensor(4.0)]
+    torch._fused_adamw_(
+        [p], [g], [m], [v], [], step, lr=1e-4, amsgrad=False, maximize=False, **options
+    )
+    rate = torch.tensor(1e-4, dtype=F64)
+    ops.masked_adamw_([q], [g], [m2], [v2], [None], [0], rate, step[0], weight_decay=0.1)
+    change = (p - q).norm() / p.norm()
+    assert change <= 1e-8  # what another build of torch may round otherwise
+    torch.testing.assert_close(m2, m, rtol=1e-6, atol=0)
+    torch.testing.assert_close(v2, v, rtol=1e-6, atol=0)
+
+
+def importance_by_hand(p: Tensor, g: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    product = p.detach().double() * g.double()
+    return product.sum(1 - dim), product.square().sum(1 - dim)
+
+
+@pytest.mark.parametrize("optimizer", [MaskedAdamW, MaskedSGD])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_importance_equals_float64(optimizer: type, dim: int) -> None:
+    torch.manual_seed(0)
+    p = torch.nn.Parameter(torch.randn(70, 1300))
+    index = torch.randperm(p.shape[dim])[:60].sort().values
+    group = {"params": [p], "indices": [index], "dims": [dim]}
+    o = optimizer([group], lr=1e-2, track_importance=True, max_norm=1.0)
+    assert o.importance() == {}
+    signed, squared = torch.zeros(60, dtype=F64), torch.zeros(60, dtype=F64)
+    for _ in range(3):
+        p.grad = torch.randn_like(p)
+        parts = (selected(t, index, dim) for t in (p, p.grad))
+        for total, part in zip((signed, squared), importance_by_hand(*parts, dim), strict=True):
+            total += part
+        o.step()
+    for actual, expected in zip(o.importance()[p], (signed, squared), strict=True):
+        assert (actual - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def pair(optimizer: str, shapes: tuple[tuple[int, ...], ...], **options: object) -> tuple:
+    torch.manual_seed(1)
+    ours = [torch.nn.Parameter(torch.randn(s, dtype=F64)) for s in shapes]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    kinds = {"adamw": (MaskedAdamW, torch.optim.AdamW), "sgd": (MaskedSGD, torch.optim.SGD)}
+    mine, its = kinds[optimizer]
+    return ours, mine(ours, **options), theirs, its(theirs, **options)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "options"),
+    [
+        ("adamw", {"lr": 1e-2}),
+        ("adamw", {"lr": 1e-2, "betas": (0.5, 0.9), "weight_decay": 0.3, "maximize": True}),
+        ("adamw", {"lr": torch.tensor(1e-2, dtype=F64)}),
+        ("sgd", {"lr": 1e-2}),
+        ("sgd", {"lr": 1e-2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+        ("sgd", {"lr": 1e-2, "momentum": 0.9, "dampening": 0.4, "maximize": True}),
+    ],
+)
+def test_equals_torch_under_a_schedule(optimizer: str, options: dict) -> None:
+    ours, mine, theirs, its = pair(optimizer, ((4, 7), (7,), (), (2, 3, 4)), **options)
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.9) for o in (mine, its)]
+    for i in range(8):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = None if i == 3 and p.dim() == 1 else torch.randn_like(p)
+            q.grad = None if p.grad is None else p.grad.clone()
+        mine.step()
+        its.step()
+        for schedule in schedules:
+            schedule.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_max_norm_clips_all_gradients_together() -> None:
+    ours, _, theirs, its = pair("sgd", ((4, 7), (9,)), lr=0.1)
+    mine = MaskedSGD([{"params": [ours[0]]}, {"params": [ours[1]]}], lr=0.1, max_norm=0.7)
+    for p, q in zip(ours, theirs, strict=True):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    torch.nn.utils.clip_grad_norm_(theirs, 0.7)
+    mine.step()
+    its.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def training(rounding: str, state: torch.dtype | None) -> tuple[list[Tensor], MaskedAdamW, object]:
+    torch.manual_seed(2)
+    params = [torch.nn.Parameter(torch.randn(s).to(BF16)) for s in ((6, 10), (10, 6), (5,))]
+    params.append(torch.nn.Parameter(torch.randn(3, 3)))
+    groups = [
+        {
+            "params": params[:2],
+            "indices": [torch.tensor([0, 2]), torch.tensor([3])],
+            "dims": [1, 0],
+        },
+        {"params": params[2:], "weight_decay": 0.0},
+    ]
+    options = {"rounding": rounding, "state_dtype": state, "seed": 9, "max_norm": 1.0}
+    o = MaskedAdamW(groups, lr=1e-2, track_importance=True, **options)
+    return params, o, torch.optim.lr_scheduler.StepLR(o, 3, 0.5)
+
+
+def advance(params: list[Tensor], o: MaskedAdamW, schedule: object, steps: range) -> None:
+    for t in steps:
+        g = torch.Generator().manual_seed(t)
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=g).to(p.dtype)
+        o.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic", "kahan"])
+@pytest.mark.parametrize("state", [None, BF16])
+def test_resumed_run_equals_uninterrupted(rounding: str, state: torch.dtype | None) -> None:
+    whole, o, schedule = training(rounding, state)
+    advance(whole, o, schedule, range(9))
+
+    params, first, its_schedule = training(rounding, state)
+    advance(params, first, its_schedule, range(4))
+    file = io.BytesIO()
+    torch.save([first.state_dict(), its_schedule.state_dict(), [p.data for p in params]], file)
+    file.seek(0)
+    saved, schedule_state, weights = torch.load(file, weights_only=True)
+    resumed, second, its_schedule = training(rounding, state)
+    with torch.no_grad():
+        for p, w in zip(resumed, weights, strict=True):
+            p.copy_(w)
+    second.load_state_dict(saved)
+    its_schedule.load_state_dict(schedule_state)
+    for p in resumed:
+        dtype = state or F32
+        assert second.state[p]["exp_avg"].dtype == dtype
+    advance(resumed, second, its_schedule, range(4, 9))
+    for a, b in zip(whole, resumed, strict=True):
+        assert torch.equal(a, b)
+        for name, value in o.state[a].items():
+            assert torch.equal(value, second.state[b][name]), name
+            assert value.dtype == second.state[b][name].dtype
+
+
+def test_deepcopy_continues_alike() -> None:
+    params, o, schedule = training("stochastic", BF16)
+    advance(params, o, schedule, range(2))
+    twins, twin, its_schedule = copy.deepcopy((params, o, schedule))
+    advance(params, o, schedule, range(2, 4))
+    advance(twins, twin, its_schedule, range(2, 4))
+    for a, b in zip(params, twins, strict=True):
+        assert a is not b
+        assert torch.equal(a, b)
+
+
+def test_groups_do_not_share_noise() -> None:
+    ps = [torch.nn.Parameter(torch.ones(4000, dtype=BF16)) for _ in "ab"]
+    o = MaskedAdamW([{"params": [p]} for p in ps], lr=1e-3, rounding="stochastic")
+    for p in ps:
+        p.grad = torch.ones_like(p)
+    o.step()
+    assert not torch.equal(*ps)
+
+
+def test_wrong_use_is_refused() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    for group, message in (
+        ({"indices": [torch.tensor([], dtype=torch.int64)]}, "must have entries to train"),
+        ({"indices": [torch.tensor([1, 1])]}, "strictly increasing"),
+        ({"indices": [torch.tensor([0, 4])]}, "within 0 to 3"),
+        ({"indices": [None, None]}, "one a parameter"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MaskedAdamW([{"params": [p], **group}])
+    for options, message in (
+        ({"rounding": "up"}, "rounding is 'up'"),
+        ({"lr": -1.0}, "lr is -1.0"),
+        ({"betas": (1.0, 0.9)}, "betas"),
+        ({"state_dtype": F16}, "state_dtype is torch.float16"),
+        ({"max_norm": 0.0}, "max_norm is 0.0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            MaskedAdamW([p], **options)
+    with pytest.raises(ValueError, match="nesterov"):
+        MaskedSGD([p], nesterov=True)
+    with pytest.raises(RuntimeError, match="track_importance"):
+        MaskedAdamW([p]).importance()
+
+
+def test_resuming_with_other_units_is_refused() -> None:
+    p = torch.nn.Parameter(torch.zeros(4, 3))
+    p.grad = torch.ones_like(p)
+
+    def optimizer(*rows: int) -> MaskedAdamW:
+        return MaskedAdamW([{"params": [p], "indices": [torch.tensor(rows)]}])
+
+    saved = optimizer(0, 2)
+    saved.step()
+    with pytest.raises(ValueError, match="other entries than in the checkpoint"):
+        optimizer(0, 3).load_state_dict(saved.state_dict())
+    compact = [torch.nn.Parameter(torch.zeros(n, 3)) for n in (2, 3)]
+    for q in compact:
+        q.grad = torch.ones_like(q)
+    first, second = (MaskedAdamW([q]) for q in compact)
+    first.step()
+    with pytest.raises(ValueError, match="another selection of units"):
+        second.load_state_dict(first.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"params": []}, ValueError, "params is empty"),
+        ({"grads": [torch.zeros(4, 3)]}, ValueError, r"grads\[0\] has shape"),
+        ({"grads": [torch.zeros(2, 3).double()]}, TypeError, r"grads\[0\] has dtype"),
+        ({"exp_avgs": [torch.zeros(2, 3).half()]}, TypeError, r"exp_avgs\[0\] has dtype"),
+        ({"exp_avgs": [torch.zeros(3, 2).t()]}, ValueError, "must be contiguous"),
+        ({"indices": [torch.tensor([0.0, 1.0])]}, ValueError, r"indices\[0\] is torch.float32"),
+        ({"indices": [torch.tensor([0, 4])]}, RuntimeError, "must be from 0 to 3"),
+        ({"indices": [torch.tensor([1, 0])]}, RuntimeError, "strictly increasing"),
+        ({"dims": [2]}, ValueError, "dims has 2"),
+        ({"lr": torch.zeros(2)}, ValueError, "lr is torch.float32 of shape"),
+        ({"seed": torch.tensor(1.0)}, ValueError, "seed is torch.float32"),
+        ({"compensations": [torch.zeros(2, 3)]}, TypeError, "must be bfloat16 or float16"),
+        ({"signed": [torch.zeros(2).double()]}, ValueError, "given together"),
+    ],
+)
+def test_operator_names_the_wrong_argument(change: dict, error: type, message: str) -> None:
+    args = {
+        "params": [torch.zeros(4, 3)],
+        "grads": [torch.zeros(2, 3)],
+        "exp_avgs": [torch.zeros(2, 3)],
+        "exp_avg_sqs": [torch.zeros(2, 3)],
+        "indices": [torch.tensor([0, 2])],
+        "dims": [0],
+        "lr": torch.tensor(0.1),
+        "step": torch.tensor(1.0),
+    }
+    with pytest.raises(error, match=message):
+        ops.masked_adamw_(**(args | change))
+
+
+def test_gradient_norm_is_of_what_trains() -> None:
+    g = torch.randn(50, 30)
+    rows = torch.tensor([0, 3, 49])
+    actual = ops.masked_grad_norm([g, g.t()], [rows, rows], [0, 1], torch.tensor(2.0))
+    assert torch.isclose(actual, g[rows].double().norm() * 2**0.5 / 2, rtol=1e-12)
+    huge = torch.full((10,), 1e30)
+    assert torch.isclose(
+        ops.masked_grad_norm([huge], [None], [0]), huge.double().norm(), rtol=1e-12
+    )
+
+
+def test_compiles_without_graph_break() -> None:
+    def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, index: Tensor) -> Tensor:
+        norm = ops.masked_grad_norm([g], [None], [0])
+        clip = (1 / norm).clamp(max=1)
+        ops.masked_adamw_(
+            [p], [g], [m], [v], [index], [0], torch.tensor(0.1), norm * 0 + 1, None, clip
+        )
+        return norm
+
+    torch.manual_seed(0)
+    index = torch.tensor([1, 4])
+    eager = [torch.randn(6, 5), torch.randn(2, 5), torch.zeros(2, 5), torch.zeros(2, 5)]
+    traced = [t.clone() for t in eager]
+    compiled = torch.compile(update, fullgraph=True, backend="aot_eager")
+    assert torch.equal(update(*eager, index), compiled(*traced, index))
+    for a, b in zip(eager, traced, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_plain_loop_example(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).parents[1] / "examples" / "plain_loop.py"
+    runpy.run_path(str(path), run_name="__main__")
+    assert "frozen weights unchanged" in capsys.readouterr().out
