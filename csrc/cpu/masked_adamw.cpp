@@ -15,14 +15,9 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
                       double beta1, double beta2, double eps, double weight_decay, bool maximize) {
   const double rate = scalar_of(lr, 0), t = scalar_of(step, 0);
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
-  const AdamWArgs args{maximize ? -scale : scale,
-                       1 - rate * weight_decay,
-                       1 - beta1,
-                       beta2,
-                       1 - beta2,
-                       rate / (1 - std::pow(beta1, t)),
-                       std::sqrt(1 - std::pow(beta2, t)),
-                       eps};
+  const AdamWArgs args{
+      maximize ? -scale : scale,       1 - rate * weight_decay,           beta1, beta2,
+      rate / (1 - std::pow(beta1, t)), std::sqrt(1 - std::pow(beta2, t)), eps};
   const auto run = kernels().masked_adamw[dtype_of(params[0])][dtype_of(exp_avgs[0])];
   const std::vector<UpdateTensor> tensors =
       update_tensors({params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed,

@@ -12,32 +12,34 @@ namespace SSAH_ISA {
 template <class T>
 struct AdamWRule {
   static constexpr int kStates = 2;
-  // float32 is bound by memory, so that a second division is free: the result is torch's to the
-  // bit.
-  static constexpr bool kDivides = sizeof(T) >= 4;
-  scalar<T> scale, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, bias, eps;
+  // float32 is bound by memory: a second division and separate roundings are free, and the result
+  // is that of torch's fused AdamW to the bit. Two-byte types are bound by arithmetic: the scale of
+  // the gradient is folded into its coefficients.
+  static constexpr bool kAsTorch = sizeof(T) >= 4;
+  scalar<T> scale, decay, beta1, grad_to_m, beta2, grad_to_v, step_size, bias, eps;
 
   explicit AdamWRule(const AdamWArgs& a)
       : scale(scalar<T>(a.scale)),
         decay(scalar<T>(a.decay)),
-        one_minus_beta1(scalar<T>(a.one_minus_beta1)),
+        beta1(scalar<T>(a.beta1)),
+        grad_to_m(scalar<T>((1 - a.beta1) * (kAsTorch ? 1 : a.scale))),
         beta2(scalar<T>(a.beta2)),
-        one_minus_beta2(scalar<T>(a.one_minus_beta2)),
+        grad_to_v(scalar<T>((1 - a.beta2) * (kAsTorch ? 1 : a.scale * a.scale))),
         step_size(scalar<T>(a.step_size)),
-        bias(scalar<T>(kDivides ? a.bias : 1 / a.bias)),
+        bias(scalar<T>(kAsTorch ? a.bias : 1 / a.bias)),
         eps(scalar<T>(a.eps)) {}
 
-  SSAH_METHOD vec<T> normalised(vec<T> root) const {
-    if constexpr (kDivides) return root / bias;
-    return root * bias;
-  }
-
   SSAH_METHOD void update(vec<T> grad, vec<T>& w, vec<T>& m, vec<T>& v) const {
-    const vec<T> g = grad * scale;
-    m = m + one_minus_beta1 * (g - m);
-    v = rounded_product(v, beta2) + one_minus_beta2 * g * g;
-    w = rounded_product(w, decay);
-    w = w - step_size * m / (normalised(square_root(v)) + eps);
+    if constexpr (kAsTorch) {
+      const vec<T> g = grad * scale;
+      m = m + grad_to_m * (g - m);
+      v = rounded_product(v, beta2) + grad_to_v * g * g;
+      w = rounded_product(w, decay) - step_size * m / (square_root(v) / bias + eps);
+    } else {
+      m = beta1 * m + grad_to_m * grad;
+      v = beta2 * v + grad_to_v * grad * grad;
+      w = w * decay - step_size * m / (square_root(v) * bias + eps);
+    }
   }
 };
 

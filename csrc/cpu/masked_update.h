@@ -6,7 +6,7 @@
 // ssah_kernels/reference/masked_update.py.
 #pragma once
 
-#include "simd.h"
+#include "masked_rounding.h"
 
 namespace ssah {
 namespace SSAH_ISA {
@@ -43,91 +43,6 @@ SSAH_INLINE V rounded_product(V a, S b) {
   __asm__("" : "+w"(product));
 #endif
   return product;
-}
-
-// The keys of a tensor's noise, and where in the tensor a vector lies.
-struct Noise {
-  unsigned key0, key1;
-  // 32 random bits for each of the elements from `low`, the lower half of the element's number.
-  SSAH_METHOD vuint bits(vuint low) const {
-    vuint x = low + key0;
-    x = (x ^ x >> 16) * 0x21f0aaadu;
-    x = (x ^ x >> 15 ^ key1) * 0xd35a2d97u;
-    return x ^ x >> 15;
-  }
-};
-
-SSAH_INLINE vuint lane_numbers() {
-  vuint lanes = {};
-  for (int i = 0; i < SSAH_LANES; ++i) lanes[i] = (unsigned)i;
-  return lanes;
-}
-
-// Which 16 of the random bits a tensor uses.
-template <int kWhich>
-SSAH_INLINE vuint noise_of(vuint bits) {
-  return kWhich == 0 ? bits & 0xffffu : kWhich == 1 ? bits >> 16 : (bits * 0x9e3779b1u) >> 16;
-}
-
-// bfloat16 to and from float32 in one instruction, where GCC makes five of the vector extension's.
-#if SSAH_LANES == 16
-SSAH_INLINE vuint widen(vushort v) {
-  return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
-}
-SSAH_INLINE vushort narrow(vuint v) {
-  return (vushort)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
-}
-#else
-SSAH_INLINE vuint widen(vushort v) { return __builtin_convertvector(v, vuint); }
-SSAH_INLINE vushort narrow(vuint v) { return __builtin_convertvector(v, vushort); }
-#endif
-
-template <class T>
-SSAH_INLINE vec<T> read(const T* p, long n) {
-  return load_up_to(p, n);
-}
-SSAH_INLINE vfloat read(const bf16* p, long n) {
-  return n >= SSAH_LANES ? (vfloat)(widen(load_raw<vushort>(p)) << 16) : load_n(p, (int)n);
-}
-
-// The upper halves of `words`, as the first n values at p.
-SSAH_INLINE void store_upper(bf16* p, vuint words, long n) {
-  const vushort upper = narrow(words >> 16);
-  if (n >= SSAH_LANES) {
-    store_raw(p, upper);
-  } else {
-    __builtin_memcpy(p, &upper, n * sizeof(bf16));
-  }
-}
-
-// Stores x, rounded to nearest or, bfloat16 with noise, stochastically. Cutting off the lower half
-// keeps an infinity; noise could carry out of a NaN, which arithmetic has made a quiet one.
-template <bool kNoise, int kWhich, class T>
-SSAH_INLINE void write(T* p, vec<T> x, vuint, long n) {
-  store_up_to(p, x, n);
-}
-template <bool kNoise, int kWhich>
-SSAH_INLINE void write(bf16* p, vfloat x, vuint bits, long n) {
-  if constexpr (kNoise) {
-    const vuint noise = noise_of<kWhich>(bits);
-    store_upper(p, (vuint)x + (x == x ? noise : noise & 0u), n);
-  } else {
-    store_upper(p, bf16_bits(x), n);
-  }
-}
-
-// Stores x rounded to nearest, and what that cut off.
-template <class T>
-SSAH_INLINE void write_compensated(T* p, T* compensation, vec<T> x, long n) {
-  T buffer[compute<T>::lanes];
-  store(buffer, x);
-  store_up_to(compensation, x - load(buffer), n);
-  store_up_to(p, load(buffer), n);
-}
-SSAH_INLINE void write_compensated(bf16* p, bf16* compensation, vfloat x, long n) {
-  const vuint bits = bf16_bits(x);
-  store_upper(compensation, bf16_bits(x - (vfloat)(bits & 0xffff0000u)), n);
-  store_upper(p, bits, n);
 }
 
 // One run of elements that are contiguous in every tensor. `sums` are of p * g and of its square:
@@ -177,6 +92,41 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
   if constexpr (Rule::kStates > 1) write<kNoise, 2>(r.state1 + i, state1, bits, n);
 }
 
+// As update_vector, on two vectors of neighbours; `numbers` are the lower halves of the even ones'.
+template <bool kNoise, bool kKahan, Units kUnits, class Rule>
+SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i, vuint numbers,
+                             vfloat& signed_sum, vfloat& squared_sum) {
+  vfloat w[2], grad[2], rest[2], state0[2] = {}, state1[2] = {};
+  vuint bits[2] = {};
+  read_pair(r.p + i, w);
+  read_pair(r.g + i, grad);
+  if constexpr (kKahan) read_pair(r.compensation + i, rest);
+  if constexpr (Rule::kStates > 0) read_pair(r.state0 + i, state0);
+  if constexpr (Rule::kStates > 1) read_pair(r.state1 + i, state1);
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kUnits == kRowUnit) {
+      const vfloat product = w[half] * grad[half];
+      signed_sum += product;
+      squared_sum += product * product;
+    }
+    if constexpr (kKahan) w[half] += rest[half];
+    rule.update(grad[half], w[half], state0[half], state1[half]);
+    if constexpr (kNoise) bits[half] = r.noise.bits(numbers + (unsigned)half);
+  }
+  if constexpr (kKahan) {
+    write_compensated_pair(r.p + i, r.compensation + i, w);
+  } else {
+    write_pair<kNoise, 0>(r.p + i, w, bits);
+  }
+  if constexpr (Rule::kStates > 0) write_pair<kNoise, 1>(r.state0 + i, state0, bits);
+  if constexpr (Rule::kStates > 1) write_pair<kNoise, 2>(r.state1 + i, state1, bits);
+}
+
+template <class T, class S>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<bf16, bf16> = true;
+
 template <bool kNoise, bool kKahan, Units kUnits, class T, class S, class Rule>
 void update_run(const Run<T, S>& run, const Rule& rule) {
   const Run<T, S> r = run;  // copies that no store can alias
@@ -184,6 +134,12 @@ void update_run(const Run<T, S>& run, const Rule& rule) {
   const vuint lanes = lane_numbers();
   vec<T> signed_sum = {}, squared_sum = {};
   long i = 0;
+  if constexpr (kPairs<T, S> && kUnits != kColumnUnits) {
+    vuint numbers = 2 * lanes + r.low;
+    for (; i + 2 * SSAH_LANES <= r.n; i += 2 * SSAH_LANES, numbers += 2 * SSAH_LANES) {
+      update_pair<kNoise, kKahan, kUnits>(r, local, i, numbers, signed_sum, squared_sum);
+    }
+  }
   for (; i + compute<T>::lanes <= r.n; i += compute<T>::lanes) {
     update_vector<kNoise, kKahan, kUnits>(r, local, i, compute<T>::lanes, lanes, signed_sum,
                                           squared_sum);
@@ -258,8 +214,11 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
                      : choose_run<kNoUnits, T, S, Rule>(t.stochastic, kahan);
   const bool gathers = t.columns != nullptr || t.column_stride != 1;
   T gathered[kPiece];
-  scalar<T> signed_sums[kColumnStripe + kFloatLanes] = {};
-  scalar<T> squared_sums[kColumnStripe + kFloatLanes] = {};
+  scalar<T> signed_sums[kColumnStripe + kFloatLanes], squared_sums[kColumnStripe + kFloatLanes];
+  if (column_units) {
+    __builtin_memset(signed_sums, 0, sizeof(signed_sums));
+    __builtin_memset(squared_sums, 0, sizeof(squared_sums));
+  }
   const double unscale = t.unscale, unscale_squared = t.unscale * t.unscale;
 
   for (long row = block.row_begin; row < block.row_end; ++row) {

@@ -3,7 +3,7 @@
 namespace ssah {
 namespace {
 
-constexpr long kBlockElements = 16384;
+constexpr long kBlockElements = 65536;
 
 unsigned mix(unsigned x) {
   x = (x ^ x >> 16) * 0x21f0aaadu;

@@ -80,7 +80,7 @@ struct UpdateBlock {
 };
 
 struct AdamWArgs {
-  double scale, decay, one_minus_beta1, beta2, one_minus_beta2;
+  double scale, decay, beta1, beta2;
   double step_size, bias;  // lr / (1 - beta1^t), sqrt(1 - beta2^t)
   double eps;
 };

@@ -1,0 +1,329 @@
+"""The masked AdamW step, beside torch's fused AdamW on Llama-shaped parameters of 129 M.
+
+Units are drawn at random over all layers. As a plan holds them, every tensor is unit-major (down
+and o are stored transposed). An FFN's units are packed side by side once, which takes the packing
+time reported beside; attention gathers its rows at every step. "o by columns" leaves o as the model
+has it and gathers columns. Queries and keys, which belong to no unit, are left out on both sides.
+
+* torch fused: ``torch.optim.AdamW(fused=True)`` on everything, no mask.
+* mask, fused, restore: gradients multiplied by masks, the same optimiser, frozen entries put back.
+* ours: one call of ``masked_adamw_``; "+ importance" accumulates every unit's in the same pass.
+
+The limit of a row is its bytes moved at the bandwidth that torch's ``add_`` reaches in this run.
+
+    python benchmarks/bench_update.py --out bench_out/update.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import common
+from ssah_kernels import ops
+
+HIDDEN, INTERMEDIATE = 1024, 2816
+FFN, ATTENTION = ("gate", "up", "down"), ("v", "o")
+LR, DECAY = 1e-5, 0.01
+Call = Callable[[int], Any]
+
+
+def shape_of(name: str) -> tuple[int, int]:
+    """[units, other] of an FFN's matrices as a plan packs them; attention's as the model has it."""
+    return (INTERMEDIATE, HIDDEN) if name in FFN else (HIDDEN, HIDDEN)
+
+
+def draw_units(layers: int, fraction: float) -> list[tuple[Tensor, Tensor]]:
+    """Per layer the sorted units of the FFN and of attention, at random over all of them."""
+    total = layers * (INTERMEDIATE + HIDDEN)
+    chosen = torch.zeros(total, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    chosen[torch.randperm(total, generator=generator)[: round(fraction * total)]] = True
+    per_layer = chosen.view(layers, INTERMEDIATE + HIDDEN)
+    return [
+        (row[:INTERMEDIATE].nonzero()[:, 0], row[INTERMEDIATE:].nonzero()[:, 0])
+        for row in per_layer
+    ]
+
+
+def random(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape).normal_(std=scale).to(dtype)
+
+
+@dataclass
+class Ours:
+    """The arguments of ``masked_adamw_`` for one selection of units."""
+
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    exp_avgs: list[Tensor] = field(default_factory=list)
+    exp_avg_sqs: list[Tensor] = field(default_factory=list)
+    indices: list[Tensor | None] = field(default_factory=list)
+    dims: list[int] = field(default_factory=list)
+    signed: list[Tensor] = field(default_factory=list)
+    squared: list[Tensor] = field(default_factory=list)
+    compensations: list[Tensor] = field(default_factory=list)
+    packing_seconds: float = 0.0
+
+    def elements(self) -> int:
+        return sum(g.numel() for g in self.grads)
+
+    def call(self, *, importance: bool, seed: bool, kahan: bool) -> Call:
+        rate = torch.tensor(LR, dtype=torch.float64)
+        step = torch.tensor(100.0, dtype=torch.float64)
+
+        def run(_: int) -> None:
+            step.add_(1)
+            ops.masked_adamw_(
+                self.params,
+                self.grads,
+                self.exp_avgs,
+                self.exp_avg_sqs,
+                self.indices,
+                self.dims,
+                rate,
+                step,
+                seed=torch.tensor(1) if seed else None,
+                compensations=self.compensations if kahan else None,
+                signed=self.signed if importance else None,
+                squared=self.squared if importance else None,
+                weight_decay=DECAY,
+            )
+
+        return run
+
+
+def build_ours(
+    layers: int,
+    fraction: float,
+    dtype: torch.dtype,
+    state: torch.dtype,
+    kahan: bool,
+    columns: bool,
+) -> Ours:
+    ours = Ours()
+    for ffn, attention in draw_units(layers, fraction):
+        chosen = torch.zeros(INTERMEDIATE, dtype=torch.bool)
+        chosen[ffn] = True
+        order = torch.cat([ffn, (~chosen).nonzero()[:, 0]])
+        for name in (*FFN, *ATTENTION):
+            units = ffn if name in FFN else attention
+            dim = 1 if name == "o" and columns else 0
+            if name == "down":
+                weight = random((HIDDEN, INTERMEDIATE), 0.02, dtype)
+            else:
+                weight = random(shape_of(name), 0.02, dtype)
+            if name in FFN:
+                start = time.perf_counter()
+                packed = (weight.t() if name == "down" else weight)[order].contiguous()
+                ours.packing_seconds += time.perf_counter() - start
+                weight = packed[: len(units)]
+            compact = list(weight.shape)
+            compact[dim] = len(units)
+            shape = (compact[0], compact[1])
+            ours.params.append(weight)
+            ours.grads.append(random(shape, 1e-3, dtype))
+            ours.exp_avgs.append(random(shape, 1e-3, state))
+            ours.exp_avg_sqs.append(random(shape, 1e-3, torch.float32).square_().to(state))
+            ours.indices.append(None if name in FFN else units)
+            ours.dims.append(dim)
+            ours.signed.append(torch.zeros(len(units), dtype=torch.float64))
+            ours.squared.append(torch.zeros(len(units), dtype=torch.float64))
+            if kahan:
+                ours.compensations.append(torch.zeros(shape, dtype=dtype))
+    return ours
+
+
+def build_dense(
+    layers: int, dtype: torch.dtype
+) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+    """Every parameter with its gradient, and torch's fused AdamW with its state made."""
+    parameters = []
+    for _ in range(layers):
+        for name in (*FFN, *ATTENTION):
+            parameter = torch.nn.Parameter(random(shape_of(name), 0.02, dtype))
+            parameter.grad = random(shape_of(name), 1e-3, dtype)
+            parameters.append(parameter)
+    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=DECAY, fused=True)
+    optimizer.step()
+    return parameters, optimizer
+
+
+def masked_step(
+    layers: int,
+    fraction: float,
+    parameters: list[torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> Call:
+    """Multiply by mask, step, put the frozen entries back: each tensor on its own, in place."""
+    masks = []
+    for ffn, attention in draw_units(layers, fraction):
+        for name in (*FFN, *ATTENTION):
+            mask = torch.zeros(shape_of(name), dtype=torch.bool)
+            mask[ffn if name in FFN else attention] = True
+            masks.append(mask)
+    frozen = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def run(_: int) -> None:
+        for p, mask in zip(parameters, masks, strict=True):
+            p.grad.mul_(mask)  # type: ignore[union-attr]
+        optimizer.step()
+        for p, mask, before in zip(parameters, masks, frozen, strict=True):
+            torch.where(mask, p, before, out=p)
+
+    return run
+
+
+def copy_bandwidth(n_bytes: int = 512 << 20) -> Call:
+    """A call that reads and writes ``n_bytes`` in place: AdamW's pattern without its arithmetic."""
+    x = torch.zeros(n_bytes // 4)
+    return lambda _: x.add_(1.0)
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    fraction: float
+    state: torch.dtype
+    seed: bool = False
+    kahan: bool = False
+    importance: bool = False
+    columns: bool = False
+    limit: float | None = None  # of the time over torch's fused AdamW
+    masked_limit: float | None = None  # of the time over mask, fused, restore
+
+
+F32, BF16 = torch.float32, torch.bfloat16
+SUITES: dict[torch.dtype, tuple[Variant, ...]] = {
+    F32: (
+        Variant("92.5 %", 0.925, F32, limit=1.0),
+        Variant("92.5 % + importance", 0.925, F32, importance=True),
+        Variant("92.5 %, o by columns", 0.925, F32, columns=True),
+        Variant("20 %", 0.2, F32, limit=0.25, masked_limit=0.2),
+        Variant("20 % + importance", 0.2, F32, importance=True),
+    ),
+    BF16: (
+        Variant("92.5 %, bf16 state, stochastic", 0.925, BF16, seed=True, limit=0.6),
+        Variant("92.5 %, bf16 state, stochastic + importance", 0.925, BF16, True, importance=True),
+        Variant("92.5 %, f32 state, stochastic", 0.925, F32, seed=True),
+        Variant("92.5 %, f32 state, Kahan", 0.925, F32, kahan=True),
+        Variant("20 %, bf16 state, stochastic", 0.2, BF16, seed=True),
+    ),
+}
+
+
+def bytes_per_element(dtype: torch.dtype, variant: Variant) -> int:
+    return 3 * dtype.itemsize + 4 * variant.state.itemsize + 2 * variant.kahan * dtype.itemsize
+
+
+def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any]]:
+    """One row per variant. Variants of one precision share their tensors where they can."""
+    parameters, optimizer = build_dense(layers, dtype)
+    total = sum(p.numel() for p in parameters)
+    calls: dict[str, Call] = {
+        "torch fused": lambda _: optimizer.step(),
+        "add_": copy_bandwidth(),
+    }
+    if dtype == F32:
+        calls["mask, fused, restore"] = masked_step(layers, 0.2, parameters, optimizer)
+    built: dict[tuple[float, torch.dtype, bool, bool], Ours] = {}
+    for v in SUITES[dtype]:
+        key = (v.fraction, v.state, v.kahan, v.columns)
+        if key not in built:
+            built[key] = build_ours(layers, v.fraction, dtype, v.state, v.kahan, v.columns)
+        calls[v.name] = built[key].call(importance=v.importance, seed=v.seed, kahan=v.kahan)
+    times = common.interleave(calls, repeats=repeats)
+    seconds = {name: common.percentiles(values) for name, values in times.items()}
+    bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]
+
+    def row(name: str, elements: int, moved: int, **more: Any) -> dict[str, Any]:
+        return {
+            "dtype": str(dtype).removeprefix("torch."),
+            "call": name,
+            "elements": elements,
+            "bytes_per_element": moved,
+            "seconds": seconds[name],
+            "of_limit": elements * moved / bandwidth / seconds[name]["p50"],
+            "ratio": common.ratio(times, name, "torch fused"),
+            **more,
+        }
+
+    rows = [row("torch fused", total, 7 * dtype.itemsize)]
+    if dtype == F32:
+        rows.append(row("mask, fused, restore", total, 7 * dtype.itemsize))
+    for v in SUITES[dtype]:
+        ours = built[v.fraction, v.state, v.kahan, v.columns]
+        more: dict[str, Any] = {"limit": v.limit, "packing_seconds": ours.packing_seconds}
+        if v.masked_limit is not None:
+            more["masked_ratio"] = common.ratio(times, v.name, "mask, fused, restore")
+            more["masked_limit"] = v.masked_limit
+        if v.importance:
+            plain = v.name.removesuffix(" + importance")
+            more["importance_ratio"] = common.ratio(times, v.name, plain)
+        rows.append(row(v.name, ours.elements(), bytes_per_element(dtype, v), **more))
+    return rows
+
+
+def show(rows: list[dict[str, Any]], threads: int) -> None:
+    """Print the table."""
+    table = Table(title=f"One AdamW step, relative to torch's fused AdamW ({threads} threads)")
+    for column in ("dtype", "call", "time", "limit", "of mask+restore", "importance"):
+        table.add_column(column, justify="left" if column in ("dtype", "call") else "right")
+    for column in ("ms p20-p80", "B/element", "of bandwidth", "packing ms"):
+        table.add_column(column, justify="right")
+
+    def times(value: float | None) -> str:
+        return "" if value is None else f"{value:.3f}x"
+
+    for r in rows:
+        spread = r["seconds"]
+        packing = r.get("packing_seconds")
+        table.add_row(
+            r["dtype"],
+            r["call"],
+            times(r["ratio"]),
+            times(r.get("limit")),
+            times(r.get("masked_ratio")),
+            times(r.get("importance_ratio")),
+            f"{spread['p20'] * 1e3:.1f}-{spread['p80'] * 1e3:.1f}",
+            str(r["bytes_per_element"]),
+            f"{r['of_limit']:.0%}",
+            "" if packing is None else f"{packing * 1e3:.0f}",
+        )
+    Console(width=160).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("bench_out/update.json"))
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "both"], default="both")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = [
+        row
+        for dtype in SUITES
+        if options.dtype in ("both", str(dtype).removeprefix("torch."))
+        for row in measure(dtype, options.layers, options.repeats)
+    ]
+    common.write(options.out, "update", rows)
+    show(rows, options.threads)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+// How the masked update reads and writes: to nearest, stochastically, or with a compensation.
+//
+// Noise and rounding are specified, to the bit, in ssah_kernels/reference/masked_update.py.
+#pragma once
+
+#include "simd.h"
+
+namespace ssah {
+namespace SSAH_ISA {
+
+// The keys of a tensor's noise, and where in the tensor a vector lies.
+struct Noise {
+  unsigned key0, key1;
+  // 32 random bits for each of the elements from `low`, the lower half of the element's number.
+  SSAH_METHOD vuint bits(vuint low) const {
+    vuint x = low + key0;
+    x = (x ^ x >> 16) * 0x21f0aaadu;
+    x = (x ^ x >> 15 ^ key1) * 0xd35a2d97u;
+    return x ^ x >> 15;
+  }
+};
+
+SSAH_INLINE vuint lane_numbers() {
+  vuint lanes = {};
+  for (int i = 0; i < SSAH_LANES; ++i) lanes[i] = (unsigned)i;
+  return lanes;
+}
+
+// Which 16 of the random bits a tensor uses.
+template <int kWhich>
+SSAH_INLINE vuint noise_of(vuint bits) {
+  return kWhich == 0 ? bits & 0xffffu : kWhich == 1 ? bits >> 16 : (bits * 0x9e3779b1u) >> 16;
+}
+
+// bfloat16 to and from float32 in one instruction, where GCC makes five of the vector extension's.
+#if SSAH_LANES == 16
+SSAH_INLINE vuint widen(vushort v) {
+  return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
+}
+SSAH_INLINE vushort narrow(vuint v) {
+  return (vushort)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
+}
+#else
+SSAH_INLINE vuint widen(vushort v) { return __builtin_convertvector(v, vuint); }
+SSAH_INLINE vushort narrow(vuint v) { return __builtin_convertvector(v, vushort); }
+#endif
+
+template <class T>
+SSAH_INLINE vec<T> read(const T* p, long n) {
+  return load_up_to(p, n);
+}
+SSAH_INLINE vfloat read(const bf16* p, long n) {
+  return n >= SSAH_LANES ? (vfloat)(widen(load_raw<vushort>(p)) << 16) : load_n(p, (int)n);
+}
+
+// The upper halves of `words`, as the first n values at p.
+SSAH_INLINE void store_upper(bf16* p, vuint words, long n) {
+  const vushort upper = narrow(words >> 16);
+  if (n >= SSAH_LANES) {
+    store_raw(p, upper);
+  } else {
+    __builtin_memcpy(p, &upper, n * sizeof(bf16));
+  }
+}
+
+// Stores x, rounded to nearest or, bfloat16 with noise, stochastically. Cutting off the lower half
+// keeps an infinity; noise could carry out of a NaN, which arithmetic has made a quiet one.
+template <bool kNoise, int kWhich, class T>
+SSAH_INLINE void write(T* p, vec<T> x, vuint, long n) {
+  store_up_to(p, x, n);
+}
+template <bool kNoise, int kWhich>
+SSAH_INLINE void write(bf16* p, vfloat x, vuint bits, long n) {
+  if constexpr (kNoise) {
+    const vuint noise = noise_of<kWhich>(bits);
+    store_upper(p, (vuint)x + (x == x ? noise : noise & 0u), n);
+  } else {
+    store_upper(p, bf16_bits(x), n);
+  }
+}
+
+// Stores x rounded to nearest, and what that cut off.
+template <class T>
+SSAH_INLINE void write_compensated(T* p, T* compensation, vec<T> x, long n) {
+  T buffer[compute<T>::lanes];
+  store(buffer, x);
+  store_up_to(compensation, x - load(buffer), n);
+  store_up_to(p, load(buffer), n);
+}
+SSAH_INLINE void write_compensated(bf16* p, bf16* compensation, vfloat x, long n) {
+  const vuint bits = bf16_bits(x);
+  store_upper(compensation, bf16_bits(x - (vfloat)(bits & 0xffff0000u)), n);
+  store_upper(p, bits, n);
+}
+
+// 2 * SSAH_LANES bfloat16 values at a time: a word holds an even one below and an odd one above, so
+// that neither way needs more than a shift and a mask. Values that are kept with noise come from
+// bfloat16 ones alone: a NaN among them has an empty lower half, out of which nothing is carried.
+SSAH_INLINE void read_pair(const bf16* p, vfloat (&values)[2]) {
+  const vuint words = load_raw<vuint>(p);
+  values[0] = (vfloat)(words << 16);
+  values[1] = (vfloat)(words & 0xffff0000u);
+}
+SSAH_INLINE void store_upper_pair(bf16* p, const vuint (&words)[2]) {
+  store_raw(p, (words[0] >> 16) | (words[1] & 0xffff0000u));
+}
+template <bool kNoise, int kWhich>
+SSAH_INLINE void write_pair(bf16* p, const vfloat (&values)[2], const vuint (&bits)[2]) {
+  vuint words[2];
+  for (int i = 0; i < 2; ++i) {
+    words[i] = kNoise ? (vuint)values[i] + noise_of<kWhich>(bits[i]) : bf16_bits(values[i]);
+  }
+  store_upper_pair(p, words);
+}
+SSAH_INLINE void write_compensated_pair(bf16* p, bf16* compensation, const vfloat (&values)[2]) {
+  vuint words[2], rest[2];
+  for (int i = 0; i < 2; ++i) {
+    words[i] = bf16_bits(values[i]);
+    rest[i] = bf16_bits(values[i] - (vfloat)(words[i] & 0xffff0000u));
+  }
+  store_upper_pair(compensation, rest);
+  store_upper_pair(p, words);
+}
+
+}  // namespace SSAH_ISA
+}  // namespace ssah
