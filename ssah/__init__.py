@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ssah.attribution import Attribution, attribute
     from ssah.families import FFN, Attention, Family, register_family
     from ssah.groups import UnitGroups, classify
+    from ssah.training import UpdatePlan, freeze, load_update, train_only
     from ssah.units import UnitSet, find_modules
 
 __all__ = [
@@ -29,13 +30,17 @@ __all__ = [
     "Transfer",
     "UnitGroups",
     "UnitSet",
+    "UpdatePlan",
     "ablate",
     "attribute",
     "classify",
     "data",
     "find_modules",
+    "freeze",
+    "load_update",
     "prune",
     "register_family",
+    "train_only",
     "transfer",
 ]
 
@@ -47,12 +52,16 @@ _HOME = {
     "Family": "ssah.families",
     "UnitGroups": "ssah.groups",
     "UnitSet": "ssah.units",
+    "UpdatePlan": "ssah.training",
     "ablate": "ssah.ablation",
     "attribute": "ssah.attribution",
     "classify": "ssah.groups",
     "find_modules": "ssah.units",
+    "freeze": "ssah.training",
+    "load_update": "ssah.training",
     "prune": "ssah.ablation",
     "register_family": "ssah.families",
+    "train_only": "ssah.training",
 }
 
 
