@@ -370,7 +370,8 @@ def run(out: Path, *, quick: bool, threads: int | None = None) -> dict[str, Any]
         "operators": measured,
         "attribute": scoring,
     }
-    console.print(_op_table(result))
+    for dtype in dict.fromkeys(row["dtype"] for row in measured):
+        console.print(_op_table(result, dtype))
     console.print(_attribute_table(scoring))
     out.mkdir(parents=True, exist_ok=True)
     picture = plot_throughput(result, out / "bench.png")
@@ -398,24 +399,24 @@ def _read_bandwidth(device: torch.device) -> float | None:
     return n_bytes / timing.percentiles(times["read"])["p50"] / 1e9
 
 
-def _op_table(result: Mapping[str, Any]) -> Table:
-    names = list(dict.fromkeys(n for row in result["operators"] for n in row["seconds"]))
+def _op_table(result: Mapping[str, Any], dtype: str) -> Table:
+    measured = [row for row in result["operators"] if row["dtype"] == dtype]
+    names = list(dict.fromkeys(name for row in measured for name in row["seconds"]))
+    compared = [name for name in ("eager", "compile") if name in names]
     read = result["read_gigabytes_per_second"]
-    rows, columns = result["operators"][0]["shape"]
-    limit = "" if read is None else f"; reading alone reaches {read:.1f}"
+    rows, columns = measured[0]["shape"]
+    limit = "" if read is None else f" (reading alone: {read:.1f})"
     table = new_table(
-        f"Operators on [{rows}, {columns}], GB/s{limit}",
-        ("operator", "dtype"),
-        (*names, *(f"vs {name}" for name in ("eager", "compile") if name in names)),
+        f"Operators on {dtype} [{rows}, {columns}], GB/s{limit}",
+        ("operator",),
+        (*names, *(f"vs {name}" for name in compared)),
     )
-    for row in result["operators"]:
+    for row in measured:
         rates = row["gigabytes_per_second"]
-        ratios = [row["faster_than"][n] for n in ("eager", "compile") if n in rates]
         table.add_row(
             row["op"],
-            row["dtype"],
             *(f"{rates[name]:.3g}" if name in rates else "-" for name in names),
-            *(f"{value:.1f}x" for value in ratios),
+            *(f"{row['faster_than'][name]:.1f}x" for name in compared),
         )
     return table
 

@@ -20,7 +20,7 @@ from ssah.alignment import align, faster_dtype
 from ssah.attribution import Attribution, attribute
 from ssah.data import Row, load_rows, make_loader
 from ssah.evaluation import Measurement, Measures, ablations
-from ssah.groups import GROUPS, classify
+from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import load_model, move, quiet
 from ssah.report.plots import plot_ablations, plot_scores
 from ssah.report.tables import ablation_table, facts_table, groups_table, layers, new_table
@@ -83,8 +83,9 @@ def run(
         scores.append(attribution)
 
     _heading(console, 3, "Sort them into four groups")
-    groups = classify(*scores, scu=shares["scu"], ucu=shares["ucu"], ru=shares["ru"])
+    groups = _classified(scores[0], scores[1], shares)
     groups.save(out / "groups")
+    console.print("all units ranked together, by z-scores per module")
     console.print(groups_table(groups))
 
     _heading(console, 4, "Take each group out, and as many random units")
@@ -110,7 +111,13 @@ def run(
         "dtype": str(model.dtype).removeprefix("torch."),
         "alignment": alignment,
         "scores": {s: _summary(a) for s, a in zip(("safety", "utility"), scores, strict=True)},
-        "groups": {"shares": groups.shares, **groups.summary(), "layers": layers(groups)},
+        "groups": {
+            "shares": groups.shares,
+            "scope": groups.scope,
+            "normalize": groups.normalize,
+            **groups.summary(),
+            "layers": layers(groups),
+        },
         "ablation": rows,
         "throughput": throughput,
         "pictures": pictures,
@@ -131,7 +138,25 @@ def run(
 def _check_shares(shares: Mapping[str, float]) -> None:
     """Refuse shares that no classification takes, before minutes are spent."""
     one = {"module": torch.zeros(1, dtype=torch.float64)}
-    classify(one, one, scu=shares["scu"], ucu=shares["ucu"], ru=shares["ru"])
+    _classified(one, one, shares)
+
+
+def _classified(
+    safety: Attribution | Mapping[str, torch.Tensor],
+    utility: Attribution | Mapping[str, torch.Tensor],
+    shares: Mapping[str, float],
+) -> UnitGroups:
+    # All units are ranked together, z-scores per module: on SmolLM2-135M the groups separate
+    # safety from utility best so, and layers may differ in how many units they give.
+    return classify(
+        safety,
+        utility,
+        scu=shares["scu"],
+        ucu=shares["ucu"],
+        ru=shares["ru"],
+        scope="model",
+        normalize="zscore",
+    )
 
 
 # ------------------------------------------------------------------------------------- aligning

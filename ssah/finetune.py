@@ -41,6 +41,7 @@ from transformers.utils import logging
 from ssah import __version__
 from ssah.data import Collator, fingerprint
 from ssah.groups import GROUPS, UnitGroups
+from ssah.provenance import write_whole
 from ssah.training import UpdatePlan
 from ssah.unit_set import UnitSet
 from ssah.updates import load_update
@@ -629,9 +630,7 @@ def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f".{RUN}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(temporary, folder / RUN)
+    write_whole(folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
 
 
 def _step_of(checkpoint: Path) -> int:

@@ -17,7 +17,14 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-__all__ = ["check_same_model", "config_hash", "load_tensors", "model_name", "save_tensors"]
+__all__ = [
+    "check_same_model",
+    "config_hash",
+    "load_tensors",
+    "model_name",
+    "save_tensors",
+    "write_whole",
+]
 
 META = "meta.json"
 
@@ -94,7 +101,8 @@ def check_same_model(
         )
 
 
-def _replace(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file in one step: whatever happens, it is the old one or the new one, never half."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content)
@@ -122,8 +130,8 @@ def save_tensors(
     name = f"tensors-{digest[:12]}.safetensors"
     text = json.dumps({**meta, "tensors": name, "sha256": digest}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / name, content)
-    _replace(folder / META, text.encode())
+    write_whole(folder / name, content)
+    write_whole(folder / META, text.encode())
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink()

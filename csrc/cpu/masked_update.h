@@ -196,11 +196,23 @@ SSAH_INLINE void merge_sums(scalar<T>* sums, double* totals, double factor, long
     sums[i] = 0;
   }
 }
-template <class T>
-SSAH_INLINE double sum_lanes(const scalar<T>* lanes) {
-  double total = 0;
-  for (int i = 0; i < compute<T>::lanes; ++i) total += double(lanes[i]);
-  return total;
+
+// Sum of the lanes in float64, pairwise: a chain of additions would cost as much as the update of
+// a hundred elements.
+SSAH_INLINE double sum_lanes(vdouble lanes) {
+  double sums[SSAH_LANES / 2];
+  store_raw(sums, lanes);
+  for (int n = SSAH_LANES / 4; n > 0; n /= 2) {
+    for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+  }
+  return sums[0];
+}
+SSAH_INLINE double sum_lanes(vfloat lanes) {
+  typedef vector_of<float, SSAH_LANES / 2>::type vhalf;
+  vhalf halves[2];
+  __builtin_memcpy(halves, &lanes, sizeof(lanes));
+  return sum_lanes(__builtin_convertvector(halves[0], vdouble) +
+                   __builtin_convertvector(halves[1], vdouble));
 }
 
 template <class T, class S, class Rule>
@@ -240,8 +252,8 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
              rule);
       if (gathers) scatter(p, columns, t.column_stride, gathered, n);
       if (row_unit) {
-        t.signed_sum[row] += unscale * sum_lanes<T>(signed_sums);
-        t.squared_sum[row] += unscale_squared * sum_lanes<T>(squared_sums);
+        t.signed_sum[row] += unscale * sum_lanes(load(signed_sums));
+        t.squared_sum[row] += unscale_squared * sum_lanes(load(squared_sums));
       }
     }
     if (column_units && (row + 1 == block.row_end || (row + 1) % kRowsPerSum == 0)) {

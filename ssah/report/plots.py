@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,33 +10,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES, SCORING
+from ssah.report.picture import INK, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
     from ssah.groups import UnitGroups
 
 __all__ = ["plot_ablations", "plot_scores", "plot_throughput"]
 
-_DPI = 150
-_INK = "#333333"
-_STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#999999",
-    "axes.labelcolor": _INK,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-}
 # Drawn in this order: the many first, so that they do not hide the few.
 _GROUPS = ("cu", "ru", "ucu", "scu")
 _IMPORTANCE = {
@@ -55,12 +36,7 @@ def plot_scores(groups: UnitGroups, path: str | os.PathLike[str], title: str) ->
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(12, 6.4), layout="constrained")
+    with picture(path, title, (12, 6.4)) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
         upper = figure.add_subplot(grid[0, 0])
         lower = figure.add_subplot(grid[1, 0], sharex=upper, sharey=upper)
@@ -72,14 +48,13 @@ def plot_scores(groups: UnitGroups, path: str | os.PathLike[str], title: str) ->
         low, high = _limits(groups)
         lower.set_ylim(low, high)
         _every_unit(units, groups, low, high)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
         figure.supxlabel(
             f"importance: {_IMPORTANCE[groups.metadata['metric']]}; lines are medians over the "
             "group's units of a layer, bands hold the middle 80 %",
             fontsize=8.5,
             color="#666666",
         )
-        return _save(figure, path)
+    return Path(path)
 
 
 def _by_layer(
@@ -138,7 +113,7 @@ def _every_unit(axes: Axes, groups: UnitGroups, low: float, high: float) -> None
         axes.scatter([], [], s=40, color=COLOURS[group], label=label)
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.plot([low, high], [low, high], color=_INK, linewidth=0.8, linestyle=(0, (4, 4)))
+    axes.plot([low, high], [low, high], color=INK, linewidth=0.8, linestyle=(0, (4, 4)))
     axes.set_xlim(low, high)
     axes.set_ylim(low, high)
     axes.set_xlabel("utility importance")
@@ -164,10 +139,6 @@ def plot_ablations(
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     whole, bars = rows[0], rows[1:]
     labels = [
         f"as many random ({row['units']:,})"
@@ -181,34 +152,40 @@ def plot_ablations(
     for row in bars:
         last = positions[-1] if positions else 0.0
         positions.append(last + (0.85 if row["random"] else 1.35))
-    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
-        figure = Figure(figsize=(11, 1.6 + 0.42 * len(bars)), layout="constrained")
+    size = (11, 1.6 + 0.42 * len(bars))
+    with picture(path, title, size, axes_grid_axis="x") as figure:
         axes: Sequence[Axes] = figure.subplots(1, 2, sharey=True)
         for panel, key, name, format_ in (
             (axes[0], "utility_loss", "Utility loss, nats per token (lower is better)", "{:.2f}"),
             (axes[1], "refusal_margin", "Refusal margin, nats per token (> 0: refuses)", "{:+.2f}"),
         ):
             values = [row[key] for row in bars]
-            panel.barh(positions, values, height=0.72, color=colours)
-            panel.axvline(whole[key], color=_INK, linewidth=1.2, linestyle=(0, (4, 3)))
+            low, high = _range(rows, key)
+            panel.set_xlim(low, high)
+            shown = [min(max(value, low), high) for value in values]
+            panel.barh(positions, shown, height=0.72, color=colours)
+            panel.axvline(whole[key], color=INK, linewidth=1.2, linestyle=(0, (4, 3)))
             panel.axvline(0, color="#999999", linewidth=0.8)
-            low, high = min([*values, whole[key], 0.0]), max([*values, whole[key], 0.0])
-            room = 0.16 * (high - low or 1.0)
-            panel.set_xlim(low - (room if low < 0 else 0), high + room)
-            for y, value in zip(positions, values, strict=True):
+            for y, value, end in zip(positions, values, shown, strict=True):
+                cut = value != end  # the bar leaves the picture: its value stands inside
+                left = (value >= 0) != cut
+                text = format_.format(value)
+                if cut:
+                    text = f"{text} »" if value > 0 else f"« {text}"
                 panel.annotate(
-                    format_.format(value),
-                    (value, y),
-                    xytext=(4 if value >= 0 else -4, 0),
+                    text,
+                    (end, y),
+                    xytext=(4 if left else -4, 0),
                     textcoords="offset points",
-                    ha="left" if value >= 0 else "right",
+                    ha="left" if left else "right",
                     va="center",
                     fontsize=9,
-                    color=_INK,
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
+                    color="white" if cut else INK,
+                    fontweight="bold" if cut else "normal",
+                    bbox=None if cut else {"facecolor": "white", "edgecolor": "none", "pad": 0.8},
                 )
             panel.set_title(name, pad=20)
-            place = (whole[key] - panel.get_xlim()[0]) / (panel.get_xlim()[1] - panel.get_xlim()[0])
+            place = (whole[key] - low) / (high - low)
             panel.annotate(
                 f"nothing ablated {format_.format(whole[key])}",
                 (whole[key], 1),
@@ -217,14 +194,20 @@ def plot_ablations(
                 textcoords="offset points",
                 ha="left" if place < 0.25 else "right" if place > 0.75 else "center",
                 fontsize=9,
-                color=_INK,
+                color=INK,
             )
         axes[0].set_yticks(positions, labels)
         axes[0].invert_yaxis()
         for panel in axes:
             panel.tick_params(axis="y", length=0)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=_INK)
-        return _save(figure, path)
+    return Path(path)
+
+
+def _range(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
+    """Limits that hold every value but those of a model destroyed by taking out most of it."""
+    values = [row[key] for row in rows if row["fraction"] <= 0.5] + [0.0]
+    room = 0.2 * (max(values) - min(values) or 1.0)
+    return min(values) - (room if min(values) < 0 else 0.0), max(values) + room
 
 
 def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
@@ -233,18 +216,16 @@ def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     Raises:
         ImportError: matplotlib is not installed.
     """
-    _require_matplotlib()
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["operators"]))
     panels: dict[str, list[Mapping[str, Any]]] = {
         dtype: [row for row in result["operators"] if row["dtype"] == dtype] for dtype in dtypes
     }
-    with mpl.rc_context({**_STYLE, "axes.grid.axis": "x"}):
-        bars = max(len(row["seconds"]) + 1 for row in result["operators"])
-        height = 1.6 + 0.2 * bars * len(panels[dtypes[0]])
-        figure = Figure(figsize=(4.6 * (len(dtypes) + 1) + 1.5, height), layout="constrained")
+    bars = max(len(row["seconds"]) + 1 for row in result["operators"])
+    size = (4.6 * (len(dtypes) + 1) + 1.5, 1.6 + 0.2 * bars * len(panels[dtypes[0]]))
+    facts = f"torch {result['torch']}, {result['threads']} threads"
+    isa = f", {result['isa']}" if "isa" in result else ""
+    title = f"Throughput on {result['device']} ({facts}{isa})"
+    with picture(path, title, size, axes_grid_axis="x") as figure:
         axes = figure.subplots(1, len(dtypes) + 1, squeeze=False)[0]
         for panel, (dtype, rows) in zip(axes, panels.items(), strict=False):
             _rates(panel, rows, result["read_gigabytes_per_second"])
@@ -255,17 +236,7 @@ def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         _scoring(axes[-1], result["attribute"])
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower left", ncols=len(labels), fontsize=9)
-        facts = f"torch {result['torch']}, {result['threads']} threads"
-        isa = f", {result['isa']}" if "isa" in result else ""
-        figure.suptitle(
-            f"Throughput on {result['device']} ({facts}{isa})",
-            x=0.01,
-            ha="left",
-            fontsize=13,
-            fontweight="bold",
-            color=_INK,
-        )
-        return _save(figure, path)
+    return Path(path)
 
 
 def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) -> None:
@@ -285,13 +256,13 @@ def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) ->
                 textcoords="offset points",
                 va="center",
                 fontsize=7,
-                color=_INK,
+                color=INK,
             )
             y += 1
         y += 0.9
     if read is not None:
         axes.axvline(
-            read, color=_INK, linewidth=1.1, linestyle=(0, (4, 3)), label="reading memory alone"
+            read, color=INK, linewidth=1.1, linestyle=(0, (4, 3)), label="reading memory alone"
         )
     axes.set_yticks(ticks, [row["op"] for row in rows])
     axes.tick_params(axis="y", length=0)
@@ -316,7 +287,7 @@ def _scoring(axes: Axes, scoring: Mapping[str, Any]) -> None:
             textcoords="offset points",
             va="center",
             fontsize=9,
-            color=_INK,
+            color=INK,
         )
     axes.set_yticks(places, [SCORING[name] for name in rates])
     axes.tick_params(axis="y", length=0)
@@ -324,17 +295,3 @@ def _scoring(axes: Axes, scoring: Mapping[str, Any]) -> None:
     axes.set_xlim(0, max(rates.values()) * 1.18)
     axes.set_xlabel("tokens/s")
     axes.set_title(f"Scoring a Llama of {scoring['parameters'] / 1e6:.0f} M, {scoring['dtype']}")
-
-
-def _require_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError(
-            "matplotlib is not installed, which draws the pictures: pip install 'ssah[report]'"
-        )
-
-
-def _save(figure: Figure, path: str | os.PathLike[str]) -> Path:
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(target, dpi=_DPI, facecolor="white")
-    return target

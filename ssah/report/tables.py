@@ -107,7 +107,7 @@ def ablation_table(rows: Iterable[Mapping[str, Any]]) -> Table:
     Rows have ``group``, ``random``, ``units``, ``fraction`` and the fields of a ``Measurement``.
     """
     table = Table(
-        title="Utility loss (lower: better) and refusal margin (above 0: refuses), nats a token",
+        title="Utility loss, and refusal margin (above 0: refuses), in nats per token",
         **_STYLE,
     )
     table.add_column("ablated", no_wrap=True)
