@@ -1,0 +1,135 @@
+"""Confidence intervals: of a rate (Wilson), of a mean and of a paired difference (bootstrap)."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import torch
+from torch import Tensor
+
+__all__ = ["bootstrap", "paired_difference", "wilson"]
+
+_CHUNK = 4_000_000  # values drawn at a time
+
+
+def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a rate:
+
+        (p + z^2 / 2n  -+  z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   p = successes / n
+
+    z is the standard normal quantile of (1 + level) / 2. It stays inside [0, 1] and has a width
+    even where all trials agree.
+
+    Source: E. B. Wilson, J. Amer. Statist. Assoc. 22 (1927), 209-212.
+
+    Args:
+        successes, n: counts, 0 <= successes <= n and n >= 1.
+        level: of confidence, a fraction in (0, 1).
+
+    Returns:
+        The lower and the upper bound, fractions in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    if n < 1:
+        raise ValueError(f"n is {n}, must be at least 1")
+    if not 0 <= successes <= n:
+        raise ValueError(f"successes is {successes}, must be between 0 and n = {n}")
+    _check_level(level)
+    z = NormalDist().inv_cdf((1 + level) / 2)
+    p = successes / n
+    middle = p + z * z / (2 * n)
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    scale = 1 + z * z / n
+    # At either end a bound equals the rate; rounding must not put it on the other side.
+    low = 0.0 if successes == 0 else (middle - half) / scale
+    high = 1.0 if successes == n else (middle + half) / scale
+    return low, high
+
+
+def bootstrap(
+    values: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean, resampled along the first dimension.
+
+    With ``[requests, seeds]`` a request is drawn with all its seeds: values of one request are not
+    independent, and the interval speaks about other requests with these same seeds.
+
+    Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
+
+    Args:
+        values: ``[requests]`` or ``[requests, seeds]``, numbers or bools, finite.
+        level: of confidence, a fraction in (0, 1).
+        resamples: how many times the requests are drawn, at least 1.
+        seed: of the drawing; the same arguments give the same interval.
+
+    Returns:
+        The lower and the upper bound, in the unit of ``values``. Both equal the mean where all
+        requests agree: for a single rate, :func:`wilson` says more.
+
+    Raises:
+        TypeError: ``values`` is not a tensor.
+        ValueError: it is empty, has another number of dimensions, or a value that is not finite; or
+            another argument is out of range.
+    """
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values is a {type(values).__name__}, must be a tensor")
+    if values.dim() not in (1, 2) or values.numel() == 0:
+        raise ValueError(
+            f"values has shape {tuple(values.shape)}, must be [requests] or [requests, seeds] "
+            "with at least one of each"
+        )
+    if resamples < 1:
+        raise ValueError(f"resamples is {resamples}, must be at least 1")
+    _check_level(level)
+    values = values.detach().cpu().double()
+    if not bool(values.isfinite().all()):
+        raise ValueError("values has NaN or infinite entries, must be finite")
+    per_request = values if values.dim() == 1 else values.mean(1)  # [requests]
+    n = len(per_request)
+    generator = torch.Generator().manual_seed(seed)
+    means = []
+    step = max(1, _CHUNK // n)
+    for start in range(0, resamples, step):
+        shape = (min(step, resamples - start), n)
+        drawn = torch.randint(n, shape, generator=generator)
+        means.append(per_request[drawn].mean(1))
+    tail = (1 - level) / 2
+    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(means), bounds).tolist()
+    return low, high
+
+
+def paired_difference(
+    first: Tensor, second: Tensor, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, tuple[float, float]]:
+    """Mean of ``first - second`` and its interval, paired over requests (and seeds).
+
+    Two arms that were judged on the same requests differ less by chance than two samples of
+    requests do; the bootstrap of the differences uses that.
+
+    Args:
+        first, second: of the same shape, ``[requests]`` or ``[requests, seeds]``.
+        level, resamples, seed: as :func:`bootstrap` takes them.
+
+    Returns:
+        The mean difference, and the bounds of its interval.
+
+    Raises:
+        ValueError: the shapes differ, or as :func:`bootstrap` says.
+    """
+    if first.shape != second.shape:
+        raise ValueError(
+            f"first has shape {tuple(first.shape)} and second {tuple(second.shape)}, must be "
+            "equal: the same requests, in the same order, with the same seeds"
+        )
+    difference = first.double() - second.double()
+    interval = bootstrap(difference, level=level, resamples=resamples, seed=seed)
+    return float(difference.mean()), interval
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level is {level}, must be above 0 and below 1")
