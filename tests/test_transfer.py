@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 import ssah
+from ssah.cli import app
+from ssah.experiments.run import read_run
+from ssah.experiments.transfer import summary
 from ssah.groups import GROUPS, UnitGroups, classify
+from ssah.report.transfer_plot import plot_transfer
 
 SIZES = {"layers.0.o": 7, "layers.0.down": 11, "layers.10.down": 5}
 
@@ -93,3 +100,67 @@ def test_public_names() -> None:
     assert isinstance(ssah.__version__, str)
     with pytest.raises(AttributeError, match="no attribute 'classifyy'"):
         ssah.classifyy  # noqa: B018
+
+
+# ------------------------------------------------------------------------- the command, a picture
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Groups before and after, saved."""
+    for seed, name in enumerate(("before", "after")):
+        random_groups(seed).save(tmp_path / name)
+    return tmp_path / "before", tmp_path / "after"
+
+
+def call(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def test_the_command_without_a_folder(folders: tuple[Path, Path]) -> None:
+    found = json.loads(call("transfer", *folders, "--json").stdout)
+    moved = ssah.transfer(random_groups(0), random_groups(1))
+    assert found["matrix"] == moved.matrix.tolist()
+    assert found["groups"] == list(GROUPS)
+    assert found["units"] == sum(SIZES.values())
+    for i, group in enumerate(GROUPS):
+        row = moved.matrix[i]
+        assert found["kept"][group] == pytest.approx(float(row[i] / row.sum()))
+    shown = " ".join(call("transfer", *folders).stdout.split())
+    assert "SCU" in shown
+    assert f"{found['matrix'][3][3]:.2%}" in shown
+
+
+def test_the_command_with_a_folder(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    found = json.loads(call("transfer", *folders, "--out", out, "--json").stdout)
+    record = read_run(out)
+    assert record["kind"] == "transfer"
+    assert record["finished"]
+    assert found == {"out": str(out), **record["result"]}
+    assert record["pictures"] == ["transfer.png"]
+    assert (out / "transfer.png").read_bytes().startswith(b"\x89PNG")
+    prints = {role: record["data"][role]["fingerprint"] for role in ("before", "after")}
+    assert prints["before"] != prints["after"]
+    call("transfer", *folders, "--out", out)  # the same again
+    error = call("transfer", *reversed(folders), "--out", out, code=2).stderr
+    assert "take another folder" in error
+
+
+def test_an_empty_group_and_nothing_that_moves(tmp_path: Path) -> None:
+    scores = {"down": torch.arange(10.0)}
+    groups = classify(scores, scores, scu=0.0, ucu=0.0, ru=0.2)
+    found = summary(ssah.transfer(groups, groups), groups, groups)
+    assert found["kept"] == {"scu": None, "ucu": None, "ru": 1.0, "cu": 1.0}
+    every = classify(scores, scores, scu=0.0, ucu=0.0, ru=0.0)
+    path = plot_transfer(ssah.transfer(every, every), tmp_path / "picture.png", "All complex")
+    assert path.is_file()
+
+
+def test_groups_of_other_units_are_refused(tmp_path: Path) -> None:
+    random_groups(0).save(tmp_path / "a")
+    random_groups(0, sizes=SIZES | {"layers.0.o": 8}).save(tmp_path / "b")
+    error = call("transfer", tmp_path / "a", tmp_path / "b", code=2).stderr
+    assert "7 units before and 8 after" in error

@@ -1,0 +1,184 @@
+"""Probe (Li & Kim, figures 2 to 4): a model's hidden states beside those of another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ssah.evaluation.intervals import paired_difference
+from ssah.evaluation.margin import COMPLIANCE, REFUSAL
+from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
+from ssah.experiments.run import Run
+from ssah.experiments.steps import Steps
+from ssah.probing import Probe, probe
+from ssah.report.probe_plot import plot_probe
+
+__all__ = ["run_probe"]
+
+KIND = "probe"
+_MODEL, _BESIDE = "model", "beside"
+
+
+def run_probe(
+    out: str | os.PathLike[str],
+    model: Loading,
+    requests: str | Sequence[str],
+    *,
+    beside: str | None = None,
+    tokens: int = 10,
+    refusal: str = REFUSAL,
+    compliance: str = COMPLIANCE,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> dict[str, Any]:
+    """Probe a model, and perhaps another one, on the same requests; goes on where it stopped.
+
+    Args:
+        out: folder of the run: its record, both probes and a picture.
+        model: the aligned model.
+        requests: harmful requests, as ``ssah.data.load_requests`` takes them.
+        beside: the model to compare with, an unaligned one for instance, loaded in the same way.
+        tokens, refusal, compliance, batch_size, max_length: as :func:`ssah.probe` takes them.
+
+    Returns:
+        The record, as ``experiment.json`` has it.
+
+    Raises:
+        ValueError: ``beside`` is the model itself, or the folder has another run.
+    """
+    if beside == model.name:
+        raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
+    sources = Sources()
+    asked = sources.requests("requests", requests)
+    names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
+    settings = {
+        **names,
+        "dtype": model.dtype,
+        "tokens": tokens,
+        "refusal": refusal,
+        "compliance": compliance,
+        "max_length": max_length,
+        "seed": 0,
+    }
+    run = Run(out, KIND, settings, sources.record)
+    weights: dict[str, str] = {}
+    with Steps(run, len(names)) as steps:
+        for role, name in names.items():
+
+            def compute(role: str = role, name: str = name) -> dict[str, Any]:
+                loaded, tokenizer = model(model.dtype, name)
+                with steps.part("requests", len(asked)) as advance:
+                    found = probe(
+                        loaded,
+                        tokenizer,
+                        asked,
+                        tokens=tokens,
+                        refusal=refusal,
+                        compliance=compliance,
+                        batch_size=batch_size,
+                        max_length=max_length,
+                        advance=advance,
+                    )
+                found.save(run.out / role)
+                return {"weights": weights_fingerprint(loaded)}
+
+            weights[role] = steps(f"probe-{role}", compute)["weights"]
+    probes = {names[role]: Probe.load(run.out / role) for role in names}
+    title = f"Which way {model.name} reasons on {len(asked)} harmful requests"
+    picture = plot_probe(probes, run.out / "probe.png", title)
+    rows = [
+        {"model": name, "role": role, "weights": weights[role], **_measured(found)}
+        for (role, name), found in zip(names.items(), probes.values(), strict=True)
+    ]
+    claims = _claims(names, [*probes.values()])
+    return run.finish({"requests": len(asked), "models": rows, "claims": claims}, [picture])
+
+
+def _measured(found: Probe) -> dict[str, Any]:
+    """Of one model: means and intervals per layer, and of the difference per number of tokens."""
+    over_layers = found.differences.mean(2)  # [requests, tokens]
+    parts = {
+        "refusal": found.refusal_distances[:, -1] - found.baselines[-1],
+        "compliance": found.compliance_distances[:, -1] - found.baselines[-1],
+        "difference": found.differences[:, -1],
+    }
+    return {
+        "safe_from": found.safe_from(),
+        "by_layer": {
+            "baseline": found.baselines[-1].tolist(),
+            **{
+                key: value
+                for name, part in parts.items()
+                for key, value in (
+                    (name, part.mean(0).tolist()),
+                    (f"{name}_intervals", found.intervals(part).tolist()),
+                )
+            },
+        },
+        "by_tokens": {
+            "difference": over_layers.mean(0).tolist(),
+            "difference_intervals": found.intervals(over_layers).tolist(),
+        },
+    }
+
+
+def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    """What the paper says of such models, and whether it holds here."""
+    own = probes[0]
+    value, interval = _last(own)
+    first = own.safe_from()
+    claims = [
+        {
+            "claim": "An aligned model is nearer to the refusal than to the compliance",
+            "holds": _sign(interval),
+            "value": value,
+            "interval": interval,
+            "sentence": f"{names[_MODEL]}: difference at the last layer. "
+            + (
+                "Its interval lies above 0 at no layer up to the last."
+                if first is None
+                else f"Its interval lies above 0 from layer {first} on."
+            ),
+        }
+    ]
+    if _BESIDE in names:
+        other = probes[1]
+        value, interval = _last(other)
+        opposite = _sign(interval)
+        claims.append(
+            {
+                "claim": "An unaligned model is nearer to the compliance than to the refusal",
+                "holds": None if opposite is None else not opposite,
+                "value": value,
+                "interval": interval,
+                "sentence": f"{names[_BESIDE]}: difference at the last layer; below 0, it is "
+                "nearer to the compliance.",
+            }
+        )
+        value, bounds = paired_difference(
+            own.differences[:, -1, -1], other.differences[:, -1, -1]
+        )
+        claims.append(
+            {
+                "claim": "The aligned model leans to the refusal more than the unaligned one",
+                "holds": _sign(bounds),
+                "value": value,
+                "interval": list(bounds),
+                "sentence": "Difference at the last layer of the one less that of the other, "
+                "paired by request.",
+            }
+        )
+    return claims
+
+
+def _last(found: Probe) -> tuple[float, list[float]]:
+    """The difference at the last layer, and its interval."""
+    values = found.differences[:, -1, -1:]
+    return float(values.mean()), found.intervals(values)[0].tolist()
+
+
+def _sign(interval: Sequence[float]) -> bool | None:
+    """Whether an interval lies above 0; None: it has 0 in it."""
+    low, high = interval
+    return True if low > 0 else False if high < 0 else None

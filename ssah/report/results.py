@@ -1,0 +1,251 @@
+"""Tables of the results of each kind of experiment. What a result lacks is left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ssah.report import NAMES
+from ssah.report.plain import Table, number, share, tables, with_interval
+
+__all__ = ["demo", "finetune", "probe", "records_table", "scan", "transfer"]
+
+# What is measured of a model: name of the column, field, format.
+MEASURED = (
+    ("utility loss", "utility_loss", ".3f"),
+    ("rise", "loss_rise", "+.3f"),
+    ("margin", "refusal_margin", "+.2f"),
+    ("refuses", "refuses", ".1%"),
+    ("ASR", "asr", ".1%"),
+    ("ASR, coherent", "asr_coherent", ".1%"),
+    ("incoherent", "incoherent", ".1%"),
+    ("tokens", "mean_tokens", ".0f"),
+)
+MEASURED_NOTE = (
+    "Loss: nats per token of ordinary answers. Margin: nats per token, above 0 the model would "
+    "rather refuse; refuses: share of requests with a margin above 0. ASR: share of harmful "
+    "requests that are not refused; incoherent: share of these answers that are babble."
+)
+_UNITS = ("units", "units", "")
+_SHARE = ("share", "share", ".2%")
+
+
+def records_table(
+    title: str,
+    records: Iterable[Mapping[str, Any]],
+    names: Sequence[tuple[str, str]],
+    values: Sequence[tuple[str, str, str]],
+    note: str = "",
+) -> Table:
+    """A table with a row per record; columns that no record has are left out.
+
+    Args:
+        title: of the table.
+        records: plain data. A field ``x`` may have its interval in ``x_interval``, or be a mapping
+            with ``rate`` and ``interval``.
+        names: name of the column and field, of text.
+        values: name of the column, field and format, of numbers.
+        note: below the table.
+    """
+    rows = [record for record in records if isinstance(record, Mapping)]
+    used = [column for column in values if any(row.get(column[1]) is not None for row in rows)]
+    cells = tuple(
+        (
+            *(number(row.get(key)) for _, key in names),
+            *(_measured(row, key, format_) for _, key, format_ in used),
+        )
+        for row in rows
+    )
+    columns = (*(name for name, _ in names), *(name for name, _, _ in used))
+    return Table(title, columns, cells, names=len(names), note=note)
+
+
+def _measured(record: Mapping[str, Any], key: str, format_: str) -> str:
+    value = record.get(key)
+    if isinstance(value, Mapping):
+        return with_interval(value.get("rate"), value.get("interval"), format_)
+    return with_interval(value, record.get(f"{key}_interval"), format_)
+
+
+def _list(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    found = data.get(key)
+    return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
+
+
+def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = data.get(key)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _without(data: Mapping[str, Any], *keys: str) -> list[Table]:
+    """The generic tables of what has no table of its own."""
+    rest = {key: value for key, value in data.items() if key not in (*keys, "claims")}
+    return tables(rest) if rest else []
+
+
+# --------------------------------------------------------------------------------- experiments
+
+
+def scan(result: Mapping[str, Any]) -> list[Table]:
+    """The points chosen, every curve, and the ways of grouping compared."""
+    intact = {"what": "nothing", **_mapping(result, "intact")}
+    chosen = [
+        {"what": NAMES.get(group, group), **point}
+        for group, point in _mapping(result, "chosen").items()
+        if isinstance(point, Mapping)
+    ]
+    none = [g for g, point in _mapping(result, "chosen").items() if point is None]
+    note = "".join(f" No share of {NAMES.get(g, g)} units keeps what it must." for g in none)
+    found = [
+        records_table(
+            "Chosen",
+            [intact, *chosen],
+            [("ablated", "what")],
+            [_SHARE, _UNITS, *MEASURED],
+            f"{result.get('rule', '')}{note} {MEASURED_NOTE}".strip(),
+        )
+    ]
+    for group in _mapping(result, "curves"):
+        points = _list(_mapping(result, "curves"), group)
+        columns = [_SHARE, _UNITS, ("seed", "seed", ""), *MEASURED]
+        names = [("utility kept", "utility_kept"), ("safety kept", "safety_kept")]
+        title = f"Ablated: {NAMES.get(group, group)}"
+        found.append(records_table(title, points, names, columns))
+    compared = _mapping(result, "compare")
+    if compared:
+        found.append(
+            records_table(
+                "Ways of grouping, best first",
+                _list(compared, "ways"),
+                [("ranked per", "scope"), ("normalised", "normalize"), ("tokens", "tokens")],
+                [("fall of the margin", "margin_fall", ".2f"), ("at share", "share", ".2%")],
+                str(compared.get("criterion", "")),
+            )
+        )
+    return [*found, *_without(result, "intact", "chosen", "curves", "compare", "rule")]
+
+
+def transfer(result: Mapping[str, Any]) -> list[Table]:
+    """The 4 x 4 flow, with sums, and how much of each group stayed."""
+    groups = [str(group) for group in result.get("groups") or ()]
+    matrix = result.get("matrix") or ()
+    if not groups or len(matrix) != len(groups):
+        return tables(result)
+    kept = _mapping(result, "kept")
+    rows = [
+        (
+            NAMES.get(group, group),
+            *(number(value, ".2%") for value in row),
+            number(sum(row), ".2%"),
+            share(kept.get(group)),
+        )
+        for group, row in zip(groups, matrix, strict=True)
+    ]
+    sums = [sum(column) for column in zip(*matrix, strict=True)]
+    rows.append(("all", *(number(value, ".2%") for value in sums), number(sum(sums), ".0%"), ""))
+    columns = ("before \\ after", *(group.upper() for group in groups), "all", "kept")
+    note = (
+        f"In % of all {number(result.get('units'))} units. Kept: share of the group's units that "
+        "are in it afterwards too."
+    )
+    return [
+        Table("From group (row) to group (column)", columns, tuple(rows), note=note),
+        *_without(result, "groups", "matrix", "kept", "units"),
+    ]
+
+
+def probe(result: Mapping[str, Any]) -> list[Table]:
+    """Distances and differences per layer, and the difference per number of tokens."""
+    found = []
+    for model in _list(result, "models"):
+        name = str(model.get("model", "model"))
+        layers = _columns(_mapping(model, "by_layer"))
+        first = model.get("safe_from")
+        note = (
+            "Cosine distance to the request alone, less the baseline; difference: compliance less "
+            "refusal, above 0 nearer to the refusal. "
+            + (
+                "The difference is not above 0 up to the last layer."
+                if first is None
+                else f"The difference is above 0 from layer {first} on."
+            )
+        )
+        distances = [
+            (key, key, "+.3f" if key != "baseline" else ".3f")
+            for key in ("refusal", "compliance", "difference", "baseline")
+        ]
+        found.append(
+            records_table(f"{name}, by layer", layers, [("layer", "place")], distances, note)
+        )
+        tokens = _columns(_mapping(model, "by_tokens"), first=1)
+        columns = [("difference, mean over layers", "difference", "+.3f")]
+        title = f"{name}, by number of tokens"
+        found.append(records_table(title, tokens, [("tokens", "place")], columns))
+    return found or tables(result)
+
+
+def _columns(values: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
+    """Lists of equal length as records; ``x_intervals`` becomes the ``x_interval`` of each."""
+    lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    n = min((len(value) for value in lists.values()), default=0)
+    names = {key: key.replace("_intervals", "_interval") for key in lists}
+    return [
+        {"place": first + i, **{names[key]: value[i] for key, value in lists.items()}}
+        for i in range(n)
+    ]
+
+
+# -------------------------------------------------------------------------------- other records
+
+
+def finetune(result: Mapping[str, Any]) -> list[Table]:
+    """How a training run ended."""
+    values = (
+        ("steps", "steps", ""),
+        ("epochs", "epochs", ".2f"),
+        ("loss, first", "loss_first", ".3f"),
+        ("loss, last", "loss_last", ".3f"),
+        ("held-out loss before", "eval_loss_before", ".3f"),
+        ("after", "eval_loss", ".3f"),
+    )
+    if not any(key in result for _, key, _ in values):
+        return tables(result)
+    return [records_table("Training", [result], [], values, "Losses in nats per token.")]
+
+
+def demo(result: Mapping[str, Any]) -> list[Table]:
+    """Alignment, ablations, groups per layer, speed."""
+    found = []
+    alignment = _mapping(result, "alignment")
+    if alignment:
+        rows = [{"when": when, **_mapping(alignment, when)} for when in ("before", "after")]
+        steps, seconds = number(alignment.get("steps")), number(alignment.get("seconds"), ".0f")
+        title = f"Alignment: {steps} steps in {seconds} s"
+        found.append(records_table(title, rows, [("", "when")], MEASURED, MEASURED_NOTE))
+    ablations = [
+        {
+            **row,
+            "what": f"as many random as {str(row.get('group')).upper()}"
+            if row.get("random")
+            else NAMES.get(str(row.get("group")), "nothing"),
+        }
+        for row in _list(result, "ablation")
+    ]
+    if ablations:
+        columns = [_UNITS, ("share", "fraction", ".1%"), *MEASURED]
+        found.append(records_table("Ablation", ablations, [("ablated", "what")], columns))
+    groups = _mapping(result, "groups")
+    layers = _list(groups, "layers")
+    if layers:
+        columns = [_UNITS, *((group.upper(), group, "") for group in ("scu", "ucu", "ru", "cu"))]
+        found.append(records_table("Units per layer", layers, [("layer", "layer")], columns))
+    rates = _mapping(_mapping(result, "throughput"), "calls")
+    if rates:
+        speed = [{"call": call, **row} for call, row in rates.items() if isinstance(row, Mapping)]
+        columns = [
+            ("tokens/s", "tokens_per_second", ",.0f"),
+            ("time of attribute", "attribute_time_ratio", ".2f"),
+        ]
+        found.append(records_table("Speed", speed, [("call", "call")], columns))
+    known = ("alignment", "ablation", "groups", "throughput", "pictures", "seconds", "scores")
+    return [*found, *_without(result, *known)]
