@@ -1,0 +1,175 @@
+"""Attack success rate: how many harmful requests a model does not refuse, under named judges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+from ssah.ablation import ablate
+from ssah.evaluation.coherence import Coherence, coherence
+from ssah.evaluation.generation import Answer, Request, answers, generate
+from ssah.evaluation.intervals import wilson
+from ssah.evaluation.judges import Judge, Judged, judge
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.units import UnitSet
+
+__all__ = ["answers",
+    "attack_success",
+    "coherence",
+    "distinct_judges",
+    "judge",
+    "judge_answers",
+    "rate",
+    "summary",
+    "text_of",]
+
+
+def attack_success(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    judges: Sequence[str | Judge | Judged] = ("wei2024",),
+    ablated: UnitSet | None = None,
+    coherent: Coherence | None = None,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    level: float = 0.95,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Answer harmful requests greedily, and judge the answers. The answers are not kept.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        tokenizer: the model's.
+        requests: strings, or rows as ``ssah.data.load_rows`` returns them.
+        judges: as :func:`ssah.evaluation.judge` takes them, each under another name.
+        ablated: units taken out while the model answers. The answers' coherence is scored by the
+            model with them back in place: use this, not ``ssah.ablate`` around the call.
+        coherent: what scores coherence; default: ``Coherence.calibrate(model, tokenizer)``, which
+            takes a while: calibrate once for several calls. For a model that was trained, give one
+            of the model before.
+        system_prompt, max_new_tokens, batch_size, progress: as
+            :func:`ssah.evaluation.generate` takes them.
+        level: of the intervals, a fraction in (0, 1).
+
+    Returns:
+        Plain data: ``requests`` (count); ``judges``: by name, ``success`` (0 or 1 a request),
+        ``asr`` and ``asr_coherent`` (a success that is coherent as well), both as :func:`rate`
+        returns them, and ``judge``, what judged; ``incoherent`` (a rate, with ``flags``, 0 or 1 a
+        request); ``ended`` (a rate: the model ended its turn by itself); ``tokens`` (one a
+        request) and ``mean_tokens``; ``coherence``: its thresholds.
+
+    Raises:
+        ValueError: an argument is out of range, or an answer of ``max_new_tokens`` could never
+            have the words that a judge asks for.
+    """
+    chosen = distinct_judges(judges, max_new_tokens)
+    scorer = coherent or Coherence.calibrate(model, tokenizer, batch_size=batch_size)
+    with nullcontext() if ablated is None else ablate(model, ablated):
+        found = generate(
+            model,
+            tokenizer,
+            requests,
+            system_prompt=system_prompt,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    return summary(judge_answers(requests, found, chosen, scorer), chosen, scorer, level=level)
+
+
+def judge_answers(
+    requests: Sequence[Request],
+    found: Sequence[Answer],
+    judges: Sequence[Judge],
+    coherent: Coherence,
+) -> dict[str, Any]:
+    """What is kept of answers: per request, each judge's verdict, coherence and length.
+
+    Returns:
+        Plain data, lists with one entry a request: ``success`` (by judge) and ``incoherent`` and
+        ``ended`` hold 0 or 1, ``tokens`` counts.
+    """
+    texts = [answer.text for answer in found]
+    asked = [text_of(request) for request in requests]
+    return {
+        "success": {each.name: list(map(int, each(asked, texts))) for each in judges},
+        "incoherent": [int(not fine) for fine in coherent(texts)],
+        "ended": [int(answer.ended) for answer in found],
+        "tokens": [answer.tokens for answer in found],
+    }
+
+
+def summary(
+    judged: dict[str, Any],
+    judges: Sequence[Judge],
+    coherent: Coherence,
+    *,
+    level: float = 0.95,
+) -> dict[str, Any]:
+    """The rates of what :func:`judge_answers` returned: see :func:`attack_success`."""
+    incoherent = judged["incoherent"]
+    by_judge = {}
+    for each in judges:
+        success = judged["success"][each.name]
+        both = [s and not i for s, i in zip(success, incoherent, strict=True)]
+        by_judge[each.name] = {
+            "asr": rate(success, level),
+            "asr_coherent": rate(both, level),
+            "success": success,
+            "judge": each.describe(),
+        }
+    tokens = judged["tokens"]
+    return {
+        "requests": len(tokens),
+        "judges": by_judge,
+        "incoherent": {**rate(incoherent, level), "flags": incoherent},
+        "ended": rate(judged["ended"], level),
+        "tokens": tokens,
+        "mean_tokens": sum(tokens) / len(tokens),
+        "coherence": coherent.describe(),
+    }
+
+
+def rate(flags: Sequence[int | bool], level: float = 0.95) -> dict[str, Any]:
+    """A share with its Wilson interval: ``rate``, ``interval``, ``count``, ``n``; fractions."""
+    count = sum(map(bool, flags))
+    low, high = wilson(count, len(flags), level)
+    return {"rate": count / len(flags), "interval": [low, high], "count": count, "n": len(flags)}
+
+
+def distinct_judges(
+    judges: Sequence[str | Judge | Judged], max_new_tokens: int
+) -> list[Judge]:
+    """The judges that are meant, checked: at least one, no name twice, none that cannot succeed."""
+    if isinstance(judges, str) or not judges:
+        raise ValueError(f"judges is {judges!r}, must be a list with at least one judge")
+    chosen = [judge(each) for each in judges]
+    names = [each.name for each in chosen]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"judges has {name!r} more than once, must have each once")
+    for each in chosen:
+        words = getattr(each, "min_words", None)
+        if words is not None and max_new_tokens < words:
+            raise ValueError(
+                f"max_new_tokens is {max_new_tokens}, but judge {each.name!r} calls answers of "
+                f"fewer than {words} words refusals: it must be more"
+            )
+    return chosen
+
+
+def text_of(request: Request) -> str:
+    """The text of a request: the prompt, or the last turn before the response."""
+    if isinstance(request, str):
+        return request
+    if isinstance(request.get("prompt"), str):
+        return str(request["prompt"])
+    turns = [turn["content"] for turn in request["messages"] if turn["role"] != "assistant"]
+    return str(turns[-1])

@@ -1,0 +1,279 @@
+"""Greedy answers to requests, in batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ssah.data import DataError
+from ssah.data.encoding import _Encoder
+from ssah.watch import as_it_was
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Answer", "Request", "answer_tokens", "answers", "generate", "prompts"]
+
+Request: TypeAlias = "str | Mapping[str, Any]"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said.
+
+    Attributes:
+        text: without special tokens and surrounding white space.
+        tokens: how many were generated, the one that ends the turn not counted.
+        ended: whether the model ended its turn; otherwise it was cut off.
+    """
+
+    text: str
+    tokens: int
+    ended: bool
+
+
+def answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[str]:
+    """The texts of :func:`generate`, one a request, in the order of the requests."""
+    found = generate(
+        model,
+        tokenizer,
+        requests,
+        system_prompt=system_prompt,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    return [answer.text for answer in found]
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+    progress: bool = False,
+) -> list[Answer]:
+    """Answer requests greedily: the likeliest token at every step, whatever the model's settings.
+
+    Requests of similar length share a batch, the longest first, padded on the left. A row is done
+    when it ends its turn, a batch when all its rows are. The model, its mode and its generation
+    settings, and the tokenizer are left as they were; inside ``ssah.ablate(...)`` the ablated model
+    answers.
+
+    Args:
+        model: a causal language model of transformers.
+        tokenizer: the model's.
+        requests: strings, or rows as ``ssah.data.load_rows`` returns them (their responses are not
+            used).
+        system_prompt: the system message; None gives none, which leaves what the chat template
+            says by itself.
+        max_new_tokens: the most tokens of an answer.
+        batch_size: requests answered at a time.
+        progress: show a bar on standard error.
+
+    Returns:
+        One answer a request, in the order of the requests.
+
+    Raises:
+        ValueError: no request, an argument out of range, or a prompt that leaves the model no room
+            for the answer.
+        DataError: a request is empty, or the chat template refuses it or the system message.
+    """
+    encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
+    return answer_tokens(
+        model,
+        tokenizer,
+        encoded,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+    )
+
+
+def answer_tokens(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: list[list[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: bool = False,
+) -> list[Answer]:
+    """As :func:`generate`, for prompts that are tokens already."""
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}, must be at least 1")
+    _check_room(model, encoded, max_new_tokens)
+    stops = _stops(model, tokenizer)
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    found: dict[int, Answer] = {}
+    with as_it_was(model), _greedy(model, tokenizer, stops, max_new_tokens), _bar(
+        progress, len(encoded)
+    ) as advance:
+        for chunk in chunks:
+            new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
+            for i, ids in zip(chunk, new.tolist(), strict=True):
+                found[i] = _answer(tokenizer, ids, stops)
+            advance(len(chunk))
+    return [found[i] for i in range(len(encoded))]
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    system_prompt: str | None = None,
+) -> list[list[int]]:
+    """The tokens that a model is given to answer each request: what ``ssah.data.encode`` puts
+    before a response.
+
+    Raises:
+        ValueError: no request, or a single string in place of a list.
+        DataError: as :func:`generate` describes.
+    """
+    if isinstance(requests, str):
+        raise ValueError("requests is a string, must be a list of strings or rows")
+    if not requests:
+        raise ValueError("requests is empty, must have at least one")
+    encoder = _Encoder(tokenizer)
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    result = []
+    for index, request in enumerate(requests):
+        where = f"requests[{index}]"
+        turns = [*system, *_turns(request, where)]
+        if encoder.has_template:
+            text = encoder.render(turns, where, add_generation_prompt=True)
+            result.append(encoder.tokenize(text))
+        else:
+            text = "".join(turn["content"] + "\n\n" for turn in turns)
+            result.append(encoder.bos(text) + encoder.tokenize(text))
+    return result
+
+
+def _turns(request: Request, where: str) -> list[dict[str, str]]:
+    if isinstance(request, str):
+        turns = [{"role": "user", "content": request}]
+    elif request.get("messages"):
+        turns = list(request["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+    elif isinstance(request.get("prompt"), str):
+        turns = [{"role": "user", "content": request["prompt"]}]
+    else:
+        raise DataError(f"{where}: a row must have 'prompt' or 'messages', has {sorted(request)}")
+    if not turns or not turns[-1]["content"].strip():
+        raise DataError(f"{where}: the request is empty")
+    return turns
+
+
+def _check_room(model: PreTrainedModel, encoded: list[list[int]], max_new_tokens: int) -> None:
+    config = model.config.get_text_config(decoder=True)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is None:
+        return
+    for index, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > room:
+            raise ValueError(
+                f"requests[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
+                f"{max_new_tokens} that is more than the {room} positions of the model"
+            )
+
+
+def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end the turn: the model's, the tokenizer's, and the chat template's."""
+    own = getattr(model.generation_config, "eos_token_id", None)
+    stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
+    encoder = _Encoder(tokenizer)
+    if encoder.has_template:
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        _, response = encoder.render_turns(turns, "the chat template")
+        last = encoder.tokenize(response)[-1]
+        if encoder.decode([last]) in encoder.markers:
+            stops.add(last)
+    return sorted(stop for stop in stops if stop is not None)
+
+
+@contextmanager
+def _greedy(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    max_new_tokens: int,
+) -> Iterator[None]:
+    """Settings of greedy decoding in place of the model's own: sampling and penalties that came
+    with the model would be merged into whatever is passed to its ``generate``."""
+    from transformers import GenerationConfig
+
+    pad = tokenizer.pad_token_id
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad if pad is not None else (stops or [0])[0],
+        bos_token_id=tokenizer.bos_token_id,
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _new_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
+) -> Tensor:
+    """int64 ``[rows, new tokens]``; rows that are done are filled with the padding token."""
+    width = max(map(len, rows))
+    pad = model.generation_config.pad_token_id
+    device = model.get_input_embeddings().weight.device
+    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=device)
+    mask = torch.tensor(
+        [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device
+    )
+    with torch.inference_mode():
+        output = model.generate(input_ids=input_ids, attention_mask=mask)
+    assert isinstance(output, Tensor)
+    return output[:, width:].cpu()
+
+
+def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> Answer:
+    end = next((i for i, token in enumerate(ids) if token in stops), None)
+    kept = ids if end is None else ids[:end]
+    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return Answer(str(text).strip(), len(kept), end is not None)
+
+
+@contextmanager
+def _bar(show: bool, total: int) -> Iterator[Any]:
+    """Yields a function that moves the bar on by so many answers."""
+    if not show:
+        yield lambda count: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda count: bar.advance(task, count)

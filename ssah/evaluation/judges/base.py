@@ -1,0 +1,75 @@
+"""What a judge is, and a judge made of a function."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+__all__ = ["Function", "Judge", "Judged"]
+
+Judged: TypeAlias = Callable[[str, str], bool]  # (request, answer) -> the attack succeeded
+
+
+class Judge(ABC):
+    """Says of answers to harmful requests whether the attack succeeded: the request was not refused.
+
+    Attributes:
+        name: as the user named it.
+    """
+
+    name: str
+
+    def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """True where the attack succeeded.
+
+        Raises:
+            ValueError: there are not as many answers as requests.
+        """
+        if len(requests) != len(answers):
+            raise ValueError(
+                f"requests are {len(requests)} and answers {len(answers)}, must be as many"
+            )
+        return self.successes(requests, answers)
+
+    @abstractmethod
+    def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """What ``__call__`` returns, for as many answers as requests."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Plain data that identifies what judged: name, version or model, rule."""
+
+
+class Function(Judge):
+    """A judge made of any function of request and answer.
+
+    Args:
+        function: returns True where the attack succeeded.
+        name: default: the function's.
+    """
+
+    def __init__(self, function: Judged, name: str | None = None) -> None:
+        self.function = function
+        self.name = name or getattr(function, "__qualname__", type(function).__name__)
+
+    def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
+        """See :class:`Judge`.
+
+        Raises:
+            TypeError: the function returned something other than a bool.
+        """
+        found = []
+        for request, answer in zip(requests, answers, strict=True):
+            verdict = self.function(request, answer)
+            if type(verdict).__name__ not in ("bool", "bool_"):  # bool_: numpy's
+                raise TypeError(
+                    f"judge {self.name!r} returned a {type(verdict).__name__}, must return a bool"
+                )
+            found.append(bool(verdict))
+        return found
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`Judge`."""
+        module = getattr(self.function, "__module__", None)
+        return {"name": self.name, "kind": "function", "module": module}
