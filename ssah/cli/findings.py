@@ -110,8 +110,11 @@ def probe(
         str | None, typer.Option("--beside", metavar="OTHER", help="Compare with this model.")
     ] = None,
     requests: Annotated[
-        str, typer.Option("--requests", help="Harmful requests: .txt, JSONL or built-in.")
-    ] = "builtin:safety_eval",
+        list[str] | None,
+        typer.Option(
+            "--requests", help="Harmful: .txt, JSONL or built-in [`builtin:safety_eval`]; repeat."
+        ),
+    ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Generated with each version.")] = 10,
     refusal: Annotated[
         str | None, typer.Option(help="Start of a refusal; default: that of the margin.")
@@ -136,7 +139,7 @@ def probe(
     record = run_probe(
         out,
         Loading(model, dtype.value, device, trust_remote_code),
-        requests,
+        requests or ["builtin:safety_eval"],
         beside=beside,
         tokens=tokens,
         refusal=REFUSAL if refusal is None else refusal,

@@ -160,7 +160,8 @@ def _section(
 ) -> Section:
     kind = KINDS[name]
     title = kind.title if name != "other" else str(record.get("kind", kind.title))
-    result = record.get("result") if kind.wrapped else record
+    # ssah demo writes its result alone, and at the end
+    result = record if name == "demo" and "settings" not in record else record.get("result")
     finished = bool(record.get("finished", result is not None))
     shown = result if isinstance(result, Mapping) else {}
     return Section(
@@ -173,7 +174,7 @@ def _section(
         tables=kind.tables(shown) if shown else [],
         pictures=[_picture(path, folder, kind) for path in _pictures(record)],
         command=str(record.get("command") or ""),
-        facts=list(_facts(record)),
+        facts=list(_facts(record, folder)),
         data=_data(record.get("data")),
         settings=tables(record.get("settings") or record.get("identity") or {}),
     )
@@ -200,7 +201,7 @@ def _picture(path: str, folder: Path, kind: Kind) -> Picture:
     return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", alt, name)
 
 
-def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
     """When, how long, with what, and every seed."""
     result = record.get("result")
     inner = result if isinstance(result, Mapping) else {}
@@ -208,6 +209,9 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "started", str(record["started"])
     seconds = record.get("seconds", inner.get("seconds"))
     yield "time taken", duration(seconds)
+    if not record.get("finished", True):
+        done = len(list((folder / "steps").glob("*.json")))
+        yield "steps done", number(done)
     versions = record.get("versions")
     if not isinstance(versions, Mapping):
         names = {"ssah": ("ssah", "version"), "torch": ("torch",)}

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ssah.report.plain import Table, number, tables, with_interval
-from ssah.report.results import demo, finetune, probe, scan, transfer
+from ssah.report.plain import Table
+from ssah.report.results import demo, finetune, generic, in_unit, probe, scan, study, transfer
 
 __all__ = ["KINDS", "Kind", "claims_table", "kind_of"]
 
@@ -27,14 +27,12 @@ class Kind:
         about: one plain sentence on what such a run shows.
         tables: of a result.
         pictures: stem of a picture's file -> what it shows, in words, for those who cannot see it.
-        wrapped: whether the record has its result under ``"result"``, or is the result.
     """
 
     title: str
     about: str
-    tables: Tables = tables
+    tables: Tables = generic
     pictures: Mapping[str, str] = field(default_factory=dict)
-    wrapped: bool = True
 
 
 # In the order of the page.
@@ -50,7 +48,6 @@ KINDS: dict[str, Kind] = {
             "ablation": "Bars of utility loss and refusal margin after each group, and as many "
             "random units, are ablated, beside those of the whole model.",
         },
-        wrapped=False,
     ),
     "evaluate": Kind(
         "Evaluation",
@@ -76,11 +73,21 @@ KINDS: dict[str, Kind] = {
         "Freezing while fine-tuning",
         "How much safety a harmless fine-tuning takes away, with nothing frozen, with "
         "safety-critical units frozen, with as many random ones, and with LoRA.",
+        study,
+        {
+            "freeze": "ASR of every way to train, with its interval and each seed, beside utility "
+            "loss and training loss. The tables below have the same numbers."
+        },
     ),
     "budget": Kind(
         "Redundant units as the budget of alignment",
         "What alignment costs in utility when all parameters are trained, and when redundant units "
         "alone are.",
+        study,
+        {
+            "budget": "ASR before and after both alignments, beside what they cost in utility. The "
+            "tables below have the same numbers."
+        },
     ),
     "transfer": Kind(
         "Attribute transfer",
@@ -124,7 +131,6 @@ def kind_of(file: str, record: Mapping[str, Any]) -> str | None:
 
 
 _STATES = {"reproduces": "yes", "contradicted": "no", "undecided": "undecided"}
-_UNITS = {"points": (100.0, "+.1f"), "nats": (1.0, "+.3f")}
 
 
 def claims_table(claims: Any) -> list[tuple[str, str, str, str]]:
@@ -133,22 +139,15 @@ def claims_table(claims: Any) -> list[tuple[str, str, str, str]]:
     for each in claims if isinstance(claims, list) else ():
         if not isinstance(each, Mapping):
             continue
+        claim = str(each.get("claim", ""))
         holds = {True: "yes", False: "no"}.get(each.get("holds"), "undecided")  # type: ignore[arg-type]
-        unit = str(each.get("unit", ""))
-        factor, format_ = _UNITS.get(unit, (1.0, ""))
-        value, interval = (_scaled(each.get(key), factor) for key in ("value", "interval"))
         rows.append(
             (
-                str(each.get("claim", "")),
+                claim,
                 _STATES.get(str(each.get("verdict")), holds),
-                f"{with_interval(value, interval, format_)} {unit}".strip(),
-                str(each.get("sentence") or number(None)),
+                in_unit(each)["shown"],
+                str(each.get("sentence") or "").removeprefix(f"{claim}: "),
             )
         )
     return rows
 
-
-def _scaled(value: Any, factor: float) -> Any:
-    if isinstance(value, list):
-        return [_scaled(each, factor) for each in value]
-    return factor * value if isinstance(value, int | float) and factor != 1 else value

@@ -8,7 +8,7 @@ from typing import Any
 from ssah.report import NAMES
 from ssah.report.plain import Table, number, share, tables, with_interval
 
-__all__ = ["demo", "finetune", "probe", "records_table", "scan", "transfer"]
+__all__ = ["demo", "finetune", "generic", "probe", "records_table", "scan", "study", "transfer"]
 
 # What is measured of a model: name of the column, field, format.
 MEASURED = (
@@ -20,6 +20,8 @@ MEASURED = (
     ("ASR, coherent", "asr_coherent", ".1%"),
     ("incoherent", "incoherent", ".1%"),
     ("tokens", "mean_tokens", ".0f"),
+    ("maths loss", "math_loss", ".3f"),
+    ("training loss", "training_loss", ".3f"),
 )
 MEASURED_NOTE = (
     "Loss: nats per token of ordinary answers. Margin: nats per token, above 0 the model would "
@@ -51,13 +53,37 @@ def records_table(
     used = [column for column in values if any(row.get(column[1]) is not None for row in rows)]
     cells = tuple(
         (
-            *(number(row.get(key)) for _, key in names),
+            *(_name(row.get(key)) for _, key in names),
             *(_measured(row, key, format_) for _, key, format_ in used),
         )
         for row in rows
     )
     columns = (*(name for name, _ in names), *(name for name, _, _ in used))
     return Table(title, columns, cells, names=len(names), note=note)
+
+
+_IN_UNITS = {"points": (100.0, "+.1f"), "nats": (1.0, "+.3f")}
+
+
+def in_unit(record: Mapping[str, Any]) -> dict[str, str]:
+    """``shown``: the ``value`` of a record with its ``interval``, in its ``unit``.
+
+    Of a rate, in [0, 1], the unit is ``points``: of 100.
+    """
+    unit = str(record.get("unit", ""))
+    factor, format_ = _IN_UNITS.get(unit, (1.0, ""))
+    value, interval = (_scaled(record.get(key), factor) for key in ("value", "interval"))
+    return {"shown": f"{with_interval(value, interval, format_)} {unit}".strip()}
+
+
+def _scaled(value: Any, factor: float) -> Any:
+    if isinstance(value, list):
+        return [_scaled(each, factor) for each in value]
+    return factor * value if isinstance(value, int | float) and factor != 1 else value
+
+
+def _name(value: Any) -> str:
+    return number(value) if not isinstance(value, float) else f"{value:g}"
 
 
 def _measured(record: Mapping[str, Any], key: str, format_: str) -> str:
@@ -77,9 +103,9 @@ def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _without(data: Mapping[str, Any], *keys: str) -> list[Table]:
-    """The generic tables of what has no table of its own."""
-    rest = {key: value for key, value in data.items() if key not in (*keys, "claims")}
+def generic(data: Mapping[str, Any], *without: str) -> list[Table]:
+    """Tables of anything, but for the claims and for what has a table of its own."""
+    rest = {key: value for key, value in data.items() if key not in (*without, "claims")}
     return tables(rest) if rest else []
 
 
@@ -122,7 +148,52 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
                 str(compared.get("criterion", "")),
             )
         )
-    return [*found, *_without(result, "intact", "chosen", "curves", "compare", "rule")]
+    return [*found, *generic(result, "intact", "chosen", "curves", "compare", "rule")]
+
+
+def study(result: Mapping[str, Any]) -> list[Table]:
+    """Ways to train compared: their means, every seed, and paired differences."""
+    labels, frozen = _mapping(result, "labels"), _mapping(result, "frozen_units")
+    means, seeds = [], []
+    for arm in _mapping(result, "arms"):
+        found = _mapping(_mapping(result, "arms"), arm)
+        label = labels.get(arm, arm)
+        means.append({"arm": label, "frozen": frozen.get(arm), **_mapping(found, "mean")})
+        for seed in _mapping(found, "seeds"):
+            own = _mapping(_mapping(found, "seeds"), seed)
+            training = {f"training {k}": v for k, v in _mapping(own, "training").items()}
+            seeds.append({"arm": label, "seed": seed, **own, **training})
+    tables_ = []
+    if means:
+        columns = [("units frozen", "frozen", ""), *MEASURED]
+        note = f"Means over seeds. {MEASURED_NOTE} Maths and training loss: nats per token."
+        tables_.append(records_table("Ways to train", means, [("", "arm")], columns, note))
+    if seeds:
+        training_columns = (
+            ("steps", "training steps", ""),
+            ("tokens trained on", "training tokens", ""),
+            ("parameters trained", "training parameters", ""),
+            ("target loss reached", "training reached", ""),
+        )
+        names = [("", "arm"), ("seed", "seed")]
+        columns = [*MEASURED, *training_columns]
+        tables_.append(records_table("Every seed", seeds, names, columns))
+    differences = [
+        {
+            **row,
+            "arm": labels.get(str(row.get("arm")), row.get("arm")),
+            "against": labels.get(str(row.get("against")), row.get("against")),
+            "what": str(row.get("what")).replace("_", " "),
+            **in_unit(row),
+        }
+        for row in _list(result, "differences")
+    ]
+    if differences:
+        names = [("", "arm"), ("less", "against"), ("of", "what")]
+        value = [("difference", "shown", "")]
+        title = "Differences, paired over requests or rows, and seeds"
+        tables_.append(records_table(title, differences, names, value))
+    return [*tables_, *generic(result, "labels", "frozen_units", "arms", "differences")]
 
 
 def transfer(result: Mapping[str, Any]) -> list[Table]:
@@ -130,7 +201,7 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
     groups = [str(group) for group in result.get("groups") or ()]
     matrix = result.get("matrix") or ()
     if not groups or len(matrix) != len(groups):
-        return tables(result)
+        return generic(result)
     kept = _mapping(result, "kept")
     rows = [
         (
@@ -150,7 +221,7 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
     )
     return [
         Table("From group (row) to group (column)", columns, tuple(rows), note=note),
-        *_without(result, "groups", "matrix", "kept", "units"),
+        *generic(result, "groups", "matrix", "kept", "units"),
     ]
 
 
@@ -181,7 +252,7 @@ def probe(result: Mapping[str, Any]) -> list[Table]:
         columns = [("difference, mean over layers", "difference", "+.3f")]
         title = f"{name}, by number of tokens"
         found.append(records_table(title, tokens, [("tokens", "place")], columns))
-    return found or tables(result)
+    return found or generic(result)
 
 
 def _columns(values: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
@@ -209,7 +280,7 @@ def finetune(result: Mapping[str, Any]) -> list[Table]:
         ("after", "eval_loss", ".3f"),
     )
     if not any(key in result for _, key, _ in values):
-        return tables(result)
+        return generic(result)
     return [records_table("Training", [result], [], values, "Losses in nats per token.")]
 
 
@@ -248,4 +319,4 @@ def demo(result: Mapping[str, Any]) -> list[Table]:
         ]
         found.append(records_table("Speed", speed, [("call", "call")], columns))
     known = ("alignment", "ablation", "groups", "throughput", "pictures", "seconds", "scores")
-    return [*found, *_without(result, *known)]
+    return [*found, *generic(result, *known)]
