@@ -541,6 +541,7 @@ REFUSALS = (
         ("utility", 160, {16}),
         ("safety_eval", 32, {3, 4}),
         ("utility_eval", 40, {4}),
+        ("overrefusal", 40, {4}),
     ],
 )
 def test_builtin_counts(name, rows, per_category):
@@ -557,7 +558,7 @@ def test_builtin_sets_are_disjoint():
         return " ".join("".join(c if c.isalnum() else " " for c in text.lower()).split())
 
     prompts = [words(row["prompt"]) for name in BUILTIN for row in load_rows(f"builtin:{name}")]
-    assert len(set(prompts)) == len(prompts) == 312
+    assert len(set(prompts)) == len(prompts) == 352
 
 
 @pytest.mark.parametrize("name", ["safety", "safety_eval"])
@@ -567,7 +568,7 @@ def test_refusals_begin_as_refusals(name):
         assert len(row["completion"].split()) <= 50, row
 
 
-@pytest.mark.parametrize("name", ["utility", "utility_eval"])
+@pytest.mark.parametrize("name", ["utility", "utility_eval", "overrefusal"])
 def test_answers_are_answers(name):
     for row in load_rows(f"builtin:{name}"):
         assert not row["completion"].startswith(REFUSALS), row

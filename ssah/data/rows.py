@@ -13,7 +13,7 @@ from typing import Any, TypeAlias, TypedDict, cast
 Message: TypeAlias = "dict[str, str]"  # one turn: "role" and "content"
 Source: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Any]"
 
-BUILTIN = ("safety", "utility", "safety_eval", "utility_eval")
+BUILTIN = ("safety", "utility", "safety_eval", "utility_eval", "overrefusal")
 
 _PROMPT_KEYS = ("prompt", "instruction", "question", "input")
 _CONTEXT_KEYS = ("input", "context")
@@ -67,8 +67,8 @@ def load_rows(
     Args:
         source: one of
             the path of a JSONL file (UTF-8, blank lines are skipped);
-            `"builtin:safety"`, `"builtin:utility"`, `"builtin:safety_eval"` or
-            `"builtin:utility_eval"`;
+            `"builtin:safety"`, `"builtin:utility"`, `"builtin:safety_eval"`,
+            `"builtin:utility_eval"` or `"builtin:overrefusal"`;
             a list of dicts or a `datasets.Dataset`;
             a `datasets.IterableDataset` or any other iterable that can be iterated again;
             a `datasets.DatasetDict`, or any mapping of split name to one of the former two;
