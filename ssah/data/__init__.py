@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ssah.data.encoding import IGNORE_INDEX, Encoded, encode
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
+from ssah.data.requests import load_requests
 from ssah.data.rows import BUILTIN, DataError, Row, RowStream, load_rows
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "RowStream",
     "encode",
     "fingerprint",
+    "load_requests",
     "load_rows",
     "make_loader",
 ]

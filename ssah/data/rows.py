@@ -19,6 +19,7 @@ _PROMPT_KEYS = ("prompt", "instruction", "question", "input")
 _CONTEXT_KEYS = ("input", "context")
 _COMPLETION_KEYS = ("completion", "response", "output", "answer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SLICE = re.compile(r"(?P<source>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 
 
 class DataError(ValueError):
@@ -72,7 +73,9 @@ def load_rows(
             a list of dicts or a `datasets.Dataset`;
             a `datasets.IterableDataset` or any other iterable that can be iterated again;
             a `datasets.DatasetDict`, or any mapping of split name to one of the former two;
-            a hub id, `"owner/name"`, the only case that uses the network.
+            a hub id, `"owner/name"`, the only case that uses the network;
+            any of these strings with a range of rows, `"rows.jsonl[100:200]"`: the first is row 0,
+            the last is left out, and either bound may be.
         split: the split of a mapping or a hub id; may be left out where there is only one.
         limit: the number of rows to read, from the first; None reads all. A hub data set is then
             streamed, so that no more than these is fetched.
@@ -89,6 +92,9 @@ def load_rows(
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, was {limit}")
     if isinstance(source, (str, os.PathLike)):
+        name, rows = row_range(source)
+        if rows is not None:
+            return _finite(islice(load_rows(name, split), rows.start, rows.stop), str(source))[:limit]
         path = _local_file(source)
         if path is None:
             return _load_hub(str(source), split, limit)
@@ -98,6 +104,23 @@ def load_rows(
         return load_rows(_choose_split(source, split), limit=limit)
     _refuse_split(split, f"a {type(source).__name__}")
     return _from_iterable(source, "rows", limit)
+
+
+def row_range(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], slice | None]:
+    """Splits `"rows.jsonl[100:200]"` into the source and its range of rows, None where it has none.
+
+    A file whose own name ends like this is taken as it is.
+
+    Raises:
+        ValueError: the range is empty.
+    """
+    found = _SLICE.fullmatch(source) if isinstance(source, str) else None
+    if found is None or Path(source).exists():
+        return source, None
+    start, stop = (int(found[bound]) if found[bound] else None for bound in ("start", "stop"))
+    if stop is not None and stop <= (start or 0):
+        raise ValueError(f"source is {source!r}, whose range must end after its start")
+    return found["source"], slice(start, stop)
 
 
 def check_row(row: Mapping[str, Any], where: str) -> Row:
@@ -178,17 +201,22 @@ def _kind(value: Any) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
 
 
-def _read_jsonl(path: Path) -> Iterator[Row]:
+def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each line of a JSONL file: where it is, as messages say it, and its JSON."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                row = json.loads(line.decode("utf-8-sig"))
+                yield where, json.loads(line.decode("utf-8-sig"))
             except ValueError as error:  # of the JSON, or of its UTF-8
                 raise DataError(f"{where}: invalid JSON: {error}") from error
-            yield check_row(row, where)
+
+
+def _read_jsonl(path: Path) -> Iterator[Row]:
+    for where, row in read_objects(path):
+        yield check_row(row, where)
 
 
 def _finite(rows: Iterable[Row], name: str) -> list[Row]:
