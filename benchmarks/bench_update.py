@@ -9,8 +9,8 @@ unit, are left out on both sides.
 * mask, fused, restore: gradients multiplied by masks, the same optimiser, frozen entries put back.
 * ours: one call of ``masked_adamw_``; "+ importance" accumulates every unit's in the same pass.
 
-A round during which other processes took more than 5 % of a core is repeated: torch's optimiser
-waits for all its threads once a tensor, and suffers far more than one call that does so once.
+Take it on a machine that does nothing else: torch's optimiser waits for all its threads once a
+tensor, and suffers from company far more than one call that does so once.
 
 The limit of a row is its bytes moved at the bandwidth that torch's ``add_`` reaches in this run.
 
@@ -20,7 +20,6 @@ The limit of a row is its bytes moved at the bandwidth that torch's ``add_`` rea
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -193,36 +192,6 @@ def copy_bandwidth(n_bytes: int = 512 << 20) -> Call:
     return lambda _: x.add_(1.0)
 
 
-def busy_seconds() -> float | None:
-    """Processor seconds that this machine has worked so far; None where it does not say."""
-    stat = Path("/proc/stat")
-    if not stat.exists():
-        return None
-    user, nice, system, _, _, *interrupts = map(int, stat.read_text().splitlines()[0].split()[1:9])
-    return (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
-
-
-def quiet_rounds(calls: dict[str, Call], repeats: int) -> tuple[dict[str, list[float]], int]:
-    """Seconds of each call over ``repeats`` interleaved rounds that nothing disturbed, and how many
-    were disturbed. After ten times as many, the rest are taken as they are."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    disturbed = 0
-    common.interleave(calls, repeats=1, warmup=1)
-    while len(times["torch fused"]) < repeats:
-        before, own, start = busy_seconds(), time.process_time(), time.perf_counter()
-        one = common.interleave(calls, repeats=1, warmup=0)
-        wall, own = time.perf_counter() - start, time.process_time() - own
-        after = busy_seconds()
-        if before is not None and after is not None and disturbed < 10 * repeats:
-            tick = 1 / os.sysconf("SC_CLK_TCK")
-            if after - before - own > 0.05 * wall + 2 * tick:
-                disturbed += 1
-                continue
-        for name, seconds in one.items():
-            times[name] += seconds
-    return times, disturbed
-
-
 @dataclass(frozen=True)
 class Variant:
     name: str
@@ -273,7 +242,7 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
         if key not in built:
             built[key] = build_ours(layers, v.fraction, dtype, v.state, v.kahan)
         calls[v.name] = built[key].call(importance=v.importance, seed=v.seed, kahan=v.kahan)
-    times, disturbed = quiet_rounds(calls, repeats)
+    times = common.interleave(calls, repeats=repeats, warmup=1)
     seconds = {name: common.percentiles(values) for name, values in times.items()}
     bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]
 
@@ -284,8 +253,6 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
             "elements": elements,
             "bytes_per_element": moved,
             "seconds": seconds[name],
-            "rounds": repeats,
-            "disturbed_rounds": disturbed,
             "of_limit": elements * moved / bandwidth / seconds[name]["p50"],
             "ratio": common.ratio(times, name, "torch fused"),
             **more,

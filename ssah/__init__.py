@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ssah.attribution import Attribution, attribute
     from ssah.families import FFN, Attention, Family, register_family
     from ssah.groups import UnitGroups, classify
+    from ssah.probing import Probe, probe
     from ssah.training import UpdatePlan, freeze, load_update, train_only
     from ssah.units import UnitSet, find_modules
 
@@ -27,6 +28,7 @@ __all__ = [
     "Attention",
     "Attribution",
     "Family",
+    "Probe",
     "Transfer",
     "UnitGroups",
     "UnitSet",
@@ -38,6 +40,7 @@ __all__ = [
     "find_modules",
     "freeze",
     "load_update",
+    "probe",
     "prune",
     "register_family",
     "train_only",
@@ -50,6 +53,7 @@ _HOME = {
     "Attention": "ssah.families",
     "Attribution": "ssah.attribution",
     "Family": "ssah.families",
+    "Probe": "ssah.probing",
     "UnitGroups": "ssah.groups",
     "UnitSet": "ssah.units",
     "UpdatePlan": "ssah.training",
@@ -59,6 +63,7 @@ _HOME = {
     "find_modules": "ssah.units",
     "freeze": "ssah.training",
     "load_update": "ssah.training",
+    "probe": "ssah.probing",
     "prune": "ssah.ablation",
     "register_family": "ssah.families",
     "train_only": "ssah.training",

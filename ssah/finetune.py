@@ -1,8 +1,7 @@
-"""Fine-tuning under a plan with ``transformers.Trainer``: what it takes, running it, resuming it.
+"""Fine-tuning under a plan with ``transformers.Trainer``: running it, resuming it.
 
 units = select_units(["scu", "cu:0.06"], groups)
 plan = ssah.freeze(model, units)
-preview(plan, Settings(), length=512)                    # parameters and memory, without training
 fine_tune(plan, examples, "runs/tuned", Settings(lr=1e-5))
 
 The folder of a run holds the update (``ssah.load_update``), ``run.json`` (what the run is, and once
@@ -52,12 +51,18 @@ if TYPE_CHECKING:
 
     from ssah.data import Encoded
 
-__all__ = ["Memory", "Settings", "check_folder", "fine_tune", "preview", "select_units"]
+__all__ = [
+    "Settings",
+    "check_folder",
+    "count_parameters",
+    "fine_tune",
+    "optimizer_options",
+    "select_units",
+]
 
 RUN, CHECKPOINTS, MERGED = "run.json", "checkpoints", "merged"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
-_PROBE = 32  # tokens: activations are measured at 1, 2 and 3 times this length, and extrapolated
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
 _UNITS, _WEIGHTS = "trained units (groups and selection)", "model weights"
 # What does not change the weights that a run ends with: may be another when it is resumed.
@@ -177,153 +182,6 @@ def _fraction(part: str, share: str) -> float:
         ) from None
 
 
-# -------------------------------------------------------------------------------------- memory
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Estimated memory of a training step, bytes. Allocator and driver come on top of it.
-
-    Attributes:
-        weights: parameters and buffers, with what the plan holds beside them.
-        gradients: of what trains.
-        optimizer_state: both moments of what trains.
-        activations: what the forward pass of one batch keeps, and gradients of its logits.
-    """
-
-    weights: int
-    gradients: int
-    optimizer_state: int
-    activations: int
-
-    @property
-    def peak(self) -> int:
-        """All of it together. An upper bound: activations go while gradients come."""
-        return self.weights + self.gradients + self.optimizer_state + self.activations
-
-
-def preview(plan: UpdatePlan, settings: Settings, length: int) -> dict[str, Any]:
-    """What training under ``plan`` takes, without training: plain data.
-
-    Activations are those of the largest batch possible, ``batch_size`` rows of ``length`` tokens.
-    They are measured in three short forward passes and extrapolated, which is exact as long as
-    what a layer keeps is a quadratic function of the length.
-
-    Args:
-        plan: an active plan.
-        settings: batch size, autocast and checkpointing matter.
-        length: tokens of the longest row.
-
-    Returns:
-        ``parameters`` (``trained`` and ``all``, counts; ``share`` in [0, 1]) and ``memory``
-        (bytes: the fields of `Memory` and ``peak``).
-
-    Raises:
-        ValueError: the weights are float16.
-    """
-    state_dtype = _optimizer_options(plan, settings).get("state_dtype", torch.float32)
-    trained = list(plan.parameters())
-    memory = Memory(
-        weights=sum(_storages(_held(plan)).values()),
-        gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer_state=sum(2 * p.numel() * state_dtype.itemsize for p in trained),
-        activations=_activations(plan, settings, length),
-    )
-    return {
-        "parameters": _parameters(plan),
-        "memory": {**asdict(memory), "peak": memory.peak},
-    }
-
-
-def _parameters(plan: UpdatePlan) -> dict[str, Any]:
-    trained = sum(p.numel() for p in plan.parameters())
-    return {"trained": trained, "all": plan.n_parameters, "share": trained / plan.n_parameters}
-
-
-def _held(plan: UpdatePlan) -> Iterator[Tensor]:
-    yield from plan.model.parameters()
-    yield from plan.model.buffers()
-    for module in plan.masked.values():
-        for slot in module.slots.values():
-            yield slot.storage
-
-
-def _storages(tensors: Iterator[Tensor]) -> dict[int, int]:
-    """Address -> bytes of what the tensors are stored in, each once."""
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return {storage.data_ptr(): storage.nbytes() for storage in storages}
-
-
-def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
-    step = max(1, min(_PROBE, length // 3))
-    probes = [_saved(plan, settings, n * step) for n in (1, 2, 3)]
-    layers, head = (
-        _extrapolated(values, length / step, settings.batch_size / 2)
-        for values in zip(*probes, strict=True)
-    )
-    config = plan.model.config.get_text_config()
-    tokens = settings.batch_size * length
-    # The backward pass of the loss makes two gradients of the logits' size, in float32.
-    head += 2 * tokens * config.vocab_size * torch.float32.itemsize
-    if not settings.gradient_checkpointing:
-        return round(layers + head)
-    inputs = tokens * config.hidden_size * plan.model.dtype.itemsize * config.num_hidden_layers
-    return round(inputs + max(layers / config.num_hidden_layers, head))
-
-
-def _extrapolated(values: tuple[int, ...], at: float, times: float) -> float:
-    """Of f with f(1), f(2), f(3) given, quadratic: f(0) + times * (f(at) - f(0))."""
-    first, second, third = values
-    slope, bend = second - first, third - 2 * second + first
-
-    def f(x: float) -> float:
-        return first + slope * (x - 1) + bend * (x - 1) * (x - 2) / 2
-
-    return f(0) + times * (f(at) - f(0))
-
-
-def _saved(plan: UpdatePlan, settings: Settings, length: int) -> tuple[int, int]:
-    """Bytes that a forward pass keeps for the backward pass, in the layers and after them.
-
-    The batch has two rows, the second of them padded, as batches of training are.
-    """
-    model = plan.model
-    device = next(model.parameters()).device
-    own = _storages(_held(plan))
-    kept: tuple[dict[int, int], dict[int, int]] = ({}, {})
-    here = [kept[0]]
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.data_ptr() not in kept[0]:
-            here[0][storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    def leave(*_: Any) -> None:
-        here[0] = kept[1]
-
-    ids = torch.zeros((2, length), dtype=torch.int64, device=device)
-    mask = torch.ones_like(ids)
-    mask[1, max(1, length - 1) :] = 0
-    training = model.training
-    last = list(plan.modules.values())[-1].down
-    hook = last.register_forward_hook(leave)
-    try:
-        model.train()
-        with (
-            torch.enable_grad(),
-            torch.autocast(device.type, torch.bfloat16, enabled=settings.bf16),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            # Bound to a name: what it keeps must stay in memory, so that addresses differ.
-            output = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
-        del output
-    finally:
-        hook.remove()
-        model.train(training)
-    return sum(kept[0].values()), sum(kept[1].values())
-
-
 # ------------------------------------------------------------------------------------ training
 
 
@@ -371,7 +229,7 @@ def fine_tune(
         keep_checkpoints: do not remove checkpoints when the run is finished.
 
     Returns:
-        plain data: ``parameters`` (as `preview` gives them), ``steps``, ``epochs``,
+        plain data: ``parameters`` (as `count_parameters` gives them), ``steps``, ``epochs``,
         ``resumed_from`` (a step; 0 from the start), ``loss_first`` and ``loss_last`` (nats per
         token, the means of the first step and of those of the last log), ``eval_loss_before`` and
         ``eval_loss`` (None without ``eval_examples``), ``seconds`` (of this call),
@@ -385,7 +243,7 @@ def fine_tune(
     """
     check_folder(out)
     folder, start = Path(out), time.perf_counter()
-    parameters = _parameters(plan)
+    parameters = count_parameters(plan)
     identity = _identity(plan, examples, settings)
     record = _open_run(folder, identity)
     if "result" in record:
@@ -430,7 +288,7 @@ def _train(
         train_dataset=list(examples),
         eval_dataset=None if eval_examples is None else list(eval_examples),
         optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(
-            args, **_optimizer_options(plan, settings)
+            args, **optimizer_options(plan, settings)
         ),
     )
     trainer.remove_callback(PrinterCallback)
@@ -455,7 +313,13 @@ def _train(
     }
 
 
-def _optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
+def count_parameters(plan: UpdatePlan) -> dict[str, Any]:
+    """``trained`` and ``all``, counts, and ``share`` in [0, 1]."""
+    trained = sum(p.numel() for p in plan.parameters())
+    return {"trained": trained, "all": plan.n_parameters, "share": trained / plan.n_parameters}
+
+
+def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
     """How the optimiser stores weights: bfloat16 without bias, float16 not at all."""
     dtypes = {p.dtype for p in plan.parameters()}
     if torch.float16 in dtypes:

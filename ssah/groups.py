@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ssah import __version__
 from ssah.provenance import check_same_model, load_tensors, save_tensors
+from ssah.ranking import blocks, lowest, normalized, order_key, share_count, split, without
 from ssah.units import UnitSet, check_units
 
 if TYPE_CHECKING:
@@ -38,85 +39,6 @@ _SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
 Scope = Literal["module", "model"]
 Normalize = Literal["none", "zscore", "rank"]
 By = Literal["safety", "utility", "difference", "sum"]
-
-
-# ------------------------------------------------------------------------------------- ranking
-
-
-def _share_count(share: float, n: int) -> int:
-    """How many of n units a share is: floor(share * n + 0.5)."""
-    return math.floor(share * n + 0.5)
-
-
-def _lowest(key: Tensor, candidates: Tensor, count: int) -> Tensor:
-    """The `count` candidates with the lowest key, ties to the lower index.
-
-    key: float64 [n]; candidates: sorted int64 [m]. Returns a sorted int64 tensor of min(count, m)
-    indices into key. A selection in O(n) in place of a sort.
-    """
-    count = min(count, len(candidates))
-    if count == 0:
-        return candidates[:0]
-    values = key[candidates]
-    threshold = values.kthvalue(count).values
-    chosen = values < threshold
-    ties = (values == threshold).nonzero().flatten()
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return candidates[chosen]
-
-
-def _without(candidates: Tensor, taken: Tensor, n: int) -> Tensor:
-    """The candidates that were not taken, both sorted indices below n."""
-    left = torch.zeros(n, dtype=torch.bool)
-    left[candidates] = True
-    left[taken] = False
-    return left.nonzero().flatten()
-
-
-def _zscore(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation, ddof 0; all zero where x is constant.
-
-    The sums are exactly rounded, so that the bits depend neither on threads nor on the machine,
-    and deviations are scaled first, so that squares of tiny scores do not underflow.
-    """
-    if bool(x.min() == x.max()):
-        return torch.zeros_like(x)
-    deviation = x - math.fsum(x.tolist()) / len(x)
-    deviation = deviation / deviation.abs().max()
-    variance = math.fsum((deviation * deviation).tolist()) / len(x)
-    return deviation / math.sqrt(variance)
-
-
-def _rank(x: Tensor) -> Tensor:
-    """position / (n - 1) in ascending order; equal values: the lower index comes first.
-
-    A single unit has position 0, and rank 0.
-    """
-    positions = torch.empty(len(x), dtype=torch.float64)
-    positions[x.argsort(stable=True)] = torch.arange(len(x), dtype=torch.float64)
-    return positions / max(len(x) - 1, 1)
-
-
-def _normalized(scores: Mapping[str, Tensor], normalize: str) -> dict[str, Tensor]:
-    """The scores of each module, normalised by themselves."""
-    if normalize == "zscore":
-        return {name: _zscore(x) for name, x in scores.items()}
-    if normalize == "rank":
-        return {name: _rank(x) for name, x in scores.items()}
-    return dict(scores)
-
-
-def _blocks(names: Sequence[str], scope: str) -> list[list[str]]:
-    """Modules that are ranked together."""
-    return [list(names)] if scope == "model" else [[name] for name in names]
-
-
-def _split(chosen: Tensor, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Sorted indices into the concatenation of modules, given back to each module."""
-    ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
-    bounds = [0, *torch.searchsorted(chosen, ends).tolist()]
-    starts = [0, *ends.tolist()]
-    return {name: chosen[bounds[i] : bounds[i + 1]] - starts[i] for i, name in enumerate(names)}
 
 
 # ---------------------------------------------------------------------------------- validation
@@ -299,7 +221,7 @@ class UnitGroups(Mapping[str, UnitSet]):
 
     @cached_property
     def _ranked(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        return _normalized(self.safety, self.normalize), _normalized(self.utility, self.normalize)
+        return normalized(self.safety, self.normalize), normalized(self.utility, self.normalize)
 
     def top(self, group: str, fraction: float, by: By = "safety") -> UnitSet:
         """The units of a group that rank highest, in the scope and normalisation of the groups.
@@ -326,12 +248,12 @@ class UnitGroups(Mapping[str, UnitSet]):
                 "fraction must be at most that (it counts units of the scope, not of the group)"
             )
         indices: dict[str, Tensor] = {}
-        for names in _blocks(list(self.sizes), self.scope):
-            key = _order_key(*self._ranked, names, by)
+        for names in blocks(list(self.sizes), self.scope):
+            key = order_key(*self._ranked, names, by)
             labels = torch.cat([self._labels[name] for name in names])
             candidates = (labels == GROUPS.index(group)).nonzero().flatten()
-            chosen = _lowest(-key, candidates, _share_count(fraction, len(key)))
-            indices |= _split(chosen, names, self.sizes)
+            chosen = lowest(-key, candidates, share_count(fraction, len(key)))
+            indices |= split(chosen, names, self.sizes)
         return UnitSet(indices, self.sizes)
 
     def summary(self) -> dict[str, Any]:
@@ -445,15 +367,6 @@ class UnitGroups(Mapping[str, UnitSet]):
         )
 
 
-def _order_key(
-    safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], names: Sequence[str], by: str
-) -> Tensor:
-    """What units are ordered by: float64, the modules in `names` one after the other."""
-    s = torch.cat([safety[name] for name in names])
-    u = torch.cat([utility[name] for name in names])
-    return {"safety": s, "utility": u, "difference": s - u, "sum": s + u}[by]
-
-
 def _layer(name: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
@@ -511,17 +424,17 @@ def classify(
         "safety", sizes, "utility", {name: len(x) for name, x in utility_scores.items()}
     )
 
-    ranked = _normalized(safety_scores, normalize), _normalized(utility_scores, normalize)
+    ranked = normalized(safety_scores, normalize), normalized(utility_scores, normalize)
     indices: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-    for names in _blocks(list(sizes), scope):
-        total, difference = (_order_key(*ranked, names, by) for by in ("sum", "difference"))
+    for names in blocks(list(sizes), scope):
+        total, difference = (order_key(*ranked, names, by) for by in ("sum", "difference"))
         n = len(total)
         left = torch.arange(n)
         for group, key in (("ru", total), ("scu", -difference), ("ucu", difference)):
-            chosen = _lowest(key, left, _share_count(shares[group], n))
-            left = _without(left, chosen, n)
-            indices[group] |= _split(chosen, names, sizes)
-        indices["cu"] |= _split(left, names, sizes)
+            chosen = lowest(key, left, share_count(shares[group], n))
+            left = without(left, chosen, n)
+            indices[group] |= split(chosen, names, sizes)
+        indices["cu"] |= split(left, names, sizes)
     return UnitGroups(
         {group: UnitSet(indices[group], sizes) for group in GROUPS},
         safety=safety_scores,

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.finetune import Settings, check_folder, fine_tune, preview, select_units
+from ssah.finetune import Settings, check_folder, fine_tune, select_units
+from ssah.memory import preview
 from ssah.groups import UnitGroups, classify
 from ssah.training import freeze, train_only
 from ssah.units import UnitSet, find_modules

@@ -318,3 +318,23 @@ addEventListener("load", () => {
   });
 });
 </script>"""
+
+
+def browse(page: Path, width: int, *, dark: bool, shot: Path | None = None) -> str:
+    """The page after it was loaded in headless Chromium; console messages are errors."""
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions",
+        "--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage",
+        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--log-level=0",
+        f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},1200",
+        f"--blink-settings=preferredColorScheme={0 if dark else 1}",
+    ]  # fmt: skip
+    what = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
+    assert BROWSER is not None
+    done = subprocess.run(
+        [BROWSER, *options, *what, page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not console, console
+    return done.stdout

@@ -34,8 +34,8 @@ struct GatedSource {
     return h;
   }
   SSAH_METHOD void prefetch(long row, long c) {
-    __builtin_prefetch(gate + gate_rows[row] + c);
-    __builtin_prefetch(up + up_rows[row] + c);
+    __builtin_prefetch(gate + gate_rows[row] + c, 0, 2);
+    __builtin_prefetch(up + up_rows[row] + c, 0, 2);
   }
 };
 

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssah
-from ssah.cli import measuring, scoring, training
+from ssah.cli import experiments, findings, measuring, scoring, study, training
 
 __all__ = ["app"]
 
@@ -47,6 +47,9 @@ app.command("attribute")(scoring.attribute)
 app.command("classify")(scoring.classify)
 app.command("ablate")(scoring.ablate)
 training.register(app)
+findings.register(app)
+experiments.register(app)
+study.register(app)
 app.command("info")(measuring.info)
 app.command("demo")(measuring.demo)
 app.command("bench")(measuring.bench)

@@ -17,7 +17,15 @@ from ssah.watch import as_it_was
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Answer", "Request", "answer_tokens", "answers", "generate", "prompts"]
+__all__ = [
+    "Answer",
+    "Request",
+    "answer_tokens",
+    "answers",
+    "check_room",
+    "generate",
+    "prompts",
+]
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
@@ -120,7 +128,7 @@ def answer_tokens(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
-    _check_room(model, encoded, max_new_tokens)
+    check_room(model, encoded, max_new_tokens)
     stops = _stops(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
@@ -141,23 +149,28 @@ def prompts(
     requests: Sequence[Request],
     *,
     system_prompt: str | None = None,
+    name: str = "requests",
 ) -> list[list[int]]:
     """The tokens that a model is given to answer each request: what ``ssah.data.encode`` puts
     before a response.
+
+    Args:
+        tokenizer, requests, system_prompt: as :func:`generate` takes them.
+        name: of the requests, in messages.
 
     Raises:
         ValueError: no request, or a single string in place of a list.
         DataError: as :func:`generate` describes.
     """
     if isinstance(requests, str):
-        raise ValueError("requests is a string, must be a list of strings or rows")
+        raise ValueError(f"{name} is a string, must be a list of strings or rows")
     if not requests:
-        raise ValueError("requests is empty, must have at least one")
+        raise ValueError(f"{name} is empty, must have at least one")
     encoder = _Encoder(tokenizer)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     result = []
     for index, request in enumerate(requests):
-        where = f"requests[{index}]"
+        where = f"{name}[{index}]"
         turns = [*system, *_turns(request, where)]
         if encoder.has_template:
             text = encoder.render(turns, where, add_generation_prompt=True)
@@ -184,7 +197,13 @@ def _turns(request: Request, where: str) -> list[dict[str, str]]:
     return turns
 
 
-def _check_room(model: PreTrainedModel, encoded: list[list[int]], max_new_tokens: int) -> None:
+def check_room(
+    model: PreTrainedModel,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: str = "requests",
+) -> None:
+    """Refuse, with ValueError, prompts that leave the model too few positions for an answer."""
     config = model.config.get_text_config(decoder=True)
     room = getattr(config, "max_position_embeddings", None)
     if room is None:
@@ -192,7 +211,7 @@ def _check_room(model: PreTrainedModel, encoded: list[list[int]], max_new_tokens
     for index, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > room:
             raise ValueError(
-                f"requests[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
+                f"{name}[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
                 f"{max_new_tokens} that is more than the {room} positions of the model"
             )
 

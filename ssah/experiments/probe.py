@@ -45,7 +45,8 @@ def run_probe(
         The record, as ``experiment.json`` has it.
 
     Raises:
-        ValueError: ``beside`` is the model itself, or the folder has another run.
+        ValueError: ``beside`` is the model itself, or the folder has another run, or one with
+            other weights.
     """
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
@@ -53,8 +54,8 @@ def run_probe(
     asked = sources.requests("requests", requests)
     names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
     settings = {
-        **names,
-        "dtype": model.dtype,
+        **model.settings(),
+        "beside": beside,
         "tokens": tokens,
         "refusal": refusal,
         "compliance": compliance,
@@ -65,9 +66,10 @@ def run_probe(
     weights: dict[str, str] = {}
     with Steps(run, len(names)) as steps:
         for role, name in names.items():
+            loaded, tokenizer = model(model.dtype, name)
+            weights[role] = weights_fingerprint(loaded)
 
-            def compute(role: str = role, name: str = name) -> dict[str, Any]:
-                loaded, tokenizer = model(model.dtype, name)
+            def compute(role: str = role, loaded: Any = loaded, tokenizer: Any = tokenizer) -> Any:
                 with steps.part("requests", len(asked)) as advance:
                     found = probe(
                         loaded,
@@ -81,9 +83,14 @@ def run_probe(
                         advance=advance,
                     )
                 found.save(run.out / role)
-                return {"weights": weights_fingerprint(loaded)}
+                return {"weights": weights[role]}
 
-            weights[role] = steps(f"probe-{role}", compute)["weights"]
+            if steps(f"probe-{role}", compute)["weights"] != weights[role]:
+                raise ValueError(
+                    f"{str(run.out)!r} has this experiment with other weights of {name!r}: take "
+                    "another folder, or remove this one"
+                )
+            del loaded, compute  # before the next one is loaded
     probes = {names[role]: Probe.load(run.out / role) for role in names}
     title = f"Which way {model.name} reasons on {len(asked)} harmful requests"
     picture = plot_probe(probes, run.out / "probe.png", title)

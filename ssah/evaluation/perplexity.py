@@ -1,0 +1,138 @@
+"""Perplexity per token and per word, of answers or of plain texts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssah.data import IGNORE_INDEX, Collator, encode
+from ssah.data.encoding import Encoded, _Encoder
+from ssah.evaluation.loss import response_log_probs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["Perplexity", "perplexity"]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How surprising texts are to a model.
+
+    Attributes:
+        nats: negative log-likelihood, summed over tokens.
+        tokens: that were predicted; of an answer, the end of the turn counts.
+        words: in the texts predicted: what white space separates.
+    """
+
+    nats: float
+    tokens: int
+    words: int
+
+    @property
+    def per_token(self) -> float:
+        """exp(nats / tokens). It depends on the tokenizer: compare models that share one."""
+        return _exp(self.nats / self.tokens)
+
+    @property
+    def per_word(self) -> float:
+        """exp(nats / words), which models with different tokenizers can be compared by."""
+        return _exp(self.nats / self.words)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON: a perplexity too large for a number is None."""
+        values = {"token_perplexity": self.per_token, "word_perplexity": self.per_word}
+        finite = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        loss = self.nats / self.tokens
+        return {"loss": loss, **finite, "tokens": self.tokens, "words": self.words}
+
+
+def perplexity(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: Iterable[str | Mapping[str, Any]],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> Perplexity:
+    """Perplexity of the answers of rows, or of plain texts.
+
+    A text is cut into windows of ``max_length`` tokens. Every token is predicted once: the first
+    of a text from the tokenizer's BOS token (its EOS where it has none), the first of a later
+    window from the token before it.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        tokenizer: the model's.
+        data: rows as ``ssah.data.load_rows`` returns them (the end of a response beyond
+            ``max_length`` is cut off), or strings, each a text of its own.
+        batch_size: sequences run at a time, those of similar length together.
+        max_length: the most tokens of a sequence.
+
+    Raises:
+        ValueError: no data, a text without words, strings mixed with rows, or an argument out of
+            range.
+        FloatingPointError: the model's log-probabilities are not finite.
+    """
+    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
+        if value < least:
+            raise ValueError(f"{name} is {value}, must be at least {least}")
+    given = list(data)
+    if not given:
+        raise ValueError("data is empty, must have at least one row or text")
+    texts = [item for item in given if isinstance(item, str)]
+    if texts and len(texts) < len(given):
+        raise ValueError("data has both strings and rows, must have one kind")
+    if texts:
+        examples = list(_windows(texts, tokenizer, max_length))
+        words = sum(len(text.split()) for text in texts)
+    else:
+        rows = [item for item in given if not isinstance(item, str)]
+        examples = list(encode(rows, tokenizer, max_length=max_length))
+        words = sum(len(_response(example, tokenizer).split()) for example in examples)
+    if words == 0:
+        raise ValueError("data has no word to predict, must have at least one")
+    nats, tokens = 0.0, 0
+    for log_probs, count in response_log_probs(model, _batches(examples, tokenizer, batch_size)):
+        nats -= float(log_probs.sum())
+        tokens += int(count.sum())
+    return Perplexity(nats, tokens, words)
+
+
+def _windows(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Iterator[Encoded]:
+    encoder = _Encoder(tokenizer)
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise ValueError("tokenizer has neither BOS nor EOS token, must have one to start a text")
+    step = max_length - 1
+    for text in texts:
+        ids = encoder.tokenize(text)
+        for start in range(0, len(ids), step):
+            window = ids[start : start + step]
+            before = ids[start - 1] if start else first
+            yield {"input_ids": [before, *window], "labels": [IGNORE_INDEX, *window]}
+
+
+def _response(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
+    ids = [label for label in example["labels"] if label != IGNORE_INDEX]
+    return str(tokenizer.decode(ids, skip_special_tokens=True))
+
+
+def _batches(
+    examples: list[Encoded], tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Iterator[dict[str, Any]]:
+    collator = Collator(tokenizer)
+    longest = sorted(examples, key=lambda example: -len(example["input_ids"]))
+    for start in range(0, len(longest), batch_size):
+        yield collator(longest[start : start + batch_size])
+
+
+def _exp(nats: float) -> float:
+    try:
+        return math.exp(nats)
+    except OverflowError:  # beyond 1.8e308, which a damaged model may reach per word
+        return math.inf

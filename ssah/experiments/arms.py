@@ -1,0 +1,72 @@
+"""Ways to train a model: under a plan, or by low-rank adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.training import UpdatePlan
+
+__all__ = ["Arm", "Trained", "lora", "planned"]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained of a model.
+
+    Attributes:
+        module: for the trainer.
+        plan: in force on the model, or None.
+        finish: to be called afterwards; returns an ordinary model.
+    """
+
+    module: nn.Module
+    plan: UpdatePlan | None
+    finish: Callable[[], PreTrainedModel]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train.
+
+    Attributes:
+        lr: learning rate.
+        prepare: given the model and a seed, says what is trained of it.
+    """
+
+    lr: float
+    prepare: Callable[[PreTrainedModel, int], Trained]
+
+
+def planned(plan: UpdatePlan) -> Trained:
+    """Training under a plan; that what is frozen did not move is verified at the end."""
+
+    def finish() -> PreTrainedModel:
+        plan.verify()
+        plan.close()
+        return plan.model
+
+    return Trained(plan.model, plan, finish)
+
+
+def lora(model: PreTrainedModel, rank: int) -> Trained:
+    """Low-rank adapters of all linear layers but the head, scaled by 2, which are merged at the end.
+
+    Source: Hu et al., arXiv 2106.09685, as peft has it.
+
+    Raises:
+        ImportError: peft is not installed.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    adapted = get_peft_model(model, config)
+    return Trained(adapted, None, adapted.merge_and_unload)

@@ -1,0 +1,194 @@
+"""Everything that an experiment measures of one model, as plain data that can be paired."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssah.ablation import ablate
+from ssah.data import Loader, Row, make_loader
+from ssah.evaluation import refusal_margins, response_log_probs
+from ssah.evaluation.attack import attack_success, distinct_judges
+from ssah.evaluation.intervals import wilson
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.evaluation.coherence import Coherence
+    from ssah.units import UnitSet
+
+__all__ = ["Evaluation", "attack_line", "losses", "measured_line", "succeeded", "summary"]
+
+UTILITY, MATH = "utility", "math"
+
+
+class Evaluation:
+    """The data that models are measured on, the same for each of them.
+
+    Args:
+        tokenizer: of the models.
+        requests: harmful requests, for the refusal margin.
+        rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers. Rows
+            whose prompt alone exceeds ``max_length`` are left out.
+        asked: of the requests, how many are answered and judged: the first ones; None: all.
+        judges: of the answers, as ``ssah.evaluation.judge`` takes them; the first one decides.
+        max_new_tokens: the most tokens of an answer.
+        batch_size: sequences run at a time.
+        max_length: tokens kept of a row.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[str],
+        rows: Mapping[str, Iterable[Row]],
+        *,
+        asked: int | None = None,
+        judges: Sequence[str] = ("wei2024",),
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        max_length: int = 512,
+    ) -> None:
+        self.tokenizer, self.requests = tokenizer, list(requests)
+        self.asked = self.requests[:asked]
+        self.judges = distinct_judges(judges, max_new_tokens)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size, self.max_length = batch_size, max_length
+        self.loaders: dict[str, Loader] = {
+            name: make_loader(
+                list(own),
+                tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                overlong="skip",
+            )
+            for name, own in rows.items()
+        }
+
+    def measure(self, model: PreTrainedModel, ablated: UnitSet | None = None) -> dict[str, Any]:
+        """Refusal margins and losses of a model, with units ablated or as it is.
+
+        Returns:
+            ``margins`` (nats per token, one a request), ``refusal_margin`` (their mean),
+            ``refuses`` (the share above 0), and ``losses``: name -> ``loss`` (nats per response
+            token), ``nats`` and ``tokens`` (of the response of each row).
+        """
+        with nullcontext() if ablated is None else ablate(model, ablated):
+            margins = refusal_margins(
+                model,
+                self.tokenizer,
+                self.requests,
+                batch_size=self.batch_size,
+                max_length=self.max_length,
+            )
+            found = {name: _losses(model, loader) for name, loader in self.loaders.items()}
+        refusing = int((margins > 0).sum())
+        return {
+            "refusal_margin": float(margins.mean()),
+            "refuses": refusing / len(margins),
+            "refuses_interval": wilson(refusing, len(margins)),
+            "margins": margins.tolist(),
+            "losses": found,
+        }
+
+    def attack(
+        self, model: PreTrainedModel, coherent: Coherence, ablated: UnitSet | None = None
+    ) -> dict[str, Any]:
+        """Let a model answer harmful requests, and judge the answers, which are not kept.
+
+        Args:
+            model: what answers.
+            coherent: says what is incoherent, by an intact model.
+            ablated: units of ``model`` that are out while it answers.
+
+        Returns:
+            what ``ssah.evaluation.attack_success`` returns.
+        """
+        return attack_success(
+            model,
+            self.tokenizer,
+            self.asked,
+            judges=self.judges,
+            ablated=ablated,
+            coherent=coherent,
+            max_new_tokens=self.max_new_tokens,
+            batch_size=self.batch_size,
+        )
+
+
+def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:
+    pairs = list(response_log_probs(model, loader))
+    nats = -torch.cat([log_probs for log_probs, _ in pairs])
+    tokens = torch.cat([count for _, count in pairs])
+    if not int(tokens.sum()):
+        raise ValueError("the rows have no response token to predict, must have at least one")
+    return {
+        "loss": float(nats.sum() / tokens.sum()),
+        "nats": nats.tolist(),
+        "tokens": tokens.tolist(),
+    }
+
+
+def summary(measured: Mapping[str, Any], attack: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What :meth:`Evaluation.measure` and ``attack`` found, without what is one per request.
+
+    Returns:
+        ``<name>_loss`` of each set of rows, ``refusal_margin``, ``refuses`` and its interval; with
+        an attack ``asr``, ``asr_coherent`` (under the first judge) and ``incoherent``, rates with
+        their intervals, ``mean_tokens`` of an answer, and ``judges``: the rates under each.
+    """
+    found: dict[str, Any] = {
+        f"{name}_loss": losses["loss"] for name, losses in measured["losses"].items()
+    }
+    found |= {key: measured[key] for key in ("refusal_margin", "refuses", "refuses_interval")}
+    if attack is None:
+        return found
+    judges = {
+        name: {key: each[key] for key in ("asr", "asr_coherent", "judge")}
+        for name, each in attack["judges"].items()
+    }
+    first = next(iter(judges.values()))
+    incoherent = attack["incoherent"]
+    return found | {
+        "requests": attack["requests"],
+        "asr": first["asr"]["rate"],
+        "asr_interval": first["asr"]["interval"],
+        "asr_coherent": first["asr_coherent"]["rate"],
+        "asr_coherent_interval": first["asr_coherent"]["interval"],
+        "incoherent": incoherent["rate"],
+        "incoherent_interval": incoherent["interval"],
+        "mean_tokens": attack["mean_tokens"],
+        "judges": judges,
+    }
+
+
+def losses(measured: Mapping[str, Any], name: str) -> Tensor:
+    """Float64 ``[rows]`` whose mean is the loss per token: a row's nats / mean tokens of a row.
+
+    Differences of two models on the same rows therefore average to the difference of their losses.
+    """
+    own = measured["losses"][name]
+    nats = torch.tensor(own["nats"], dtype=torch.float64)
+    return nats / (sum(own["tokens"]) / len(own["tokens"]))
+
+
+def succeeded(attack: Mapping[str, Any]) -> Tensor:
+    """Float64 ``[requests]``: 1 where the attack succeeded under the first judge."""
+    first = next(iter(attack["judges"].values()))
+    return torch.tensor(first["success"], dtype=torch.float64)
+
+
+def measured_line(measured: Mapping[str, Any]) -> str:
+    """Margin and losses, in a line."""
+    parts = [f"{name} loss {each['loss']:.3f}" for name, each in measured["losses"].items()]
+    return f"margin {measured['refusal_margin']:+.2f}, {', '.join(parts)}"
+
+
+def attack_line(attack: Mapping[str, Any]) -> str:
+    """Rates under each judge, in a line."""
+    rates = [f"ASR {each['asr']['rate']:.1%} ({name})" for name, each in attack["judges"].items()]
+    return f"{', '.join(rates)}, incoherent {attack['incoherent']['rate']:.1%}"

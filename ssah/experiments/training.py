@@ -1,0 +1,280 @@
+"""Training a model, or what a plan leaves of it, until the loss of fixed rows is low enough."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from ssah.attribution import _may_drop_mask
+from ssah.data import Collator, Encoded
+from ssah.evaluation import utility_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ssah.training import UpdatePlan
+
+__all__ = ["Recipe", "schedule", "spread", "train", "training_loss"]
+
+_WINDOW = 16  # chunks of rows among which those of similar length are put together
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: AdamW without decay, at a constant learning rate.
+
+    Attributes:
+        lr: the learning rate.
+        batch_size: rows of an update.
+        bf16: compute in bfloat16 by autocast; weights keep their dtype.
+        seed: of the order of rows, and of dropout and rounding where there is any.
+        check_every: updates from one measurement of the training loss to the next.
+        max_grad_norm: what the norm of the gradient is clipped to.
+    """
+
+    lr: float
+    batch_size: int
+    bf16: bool
+    seed: int
+    check_every: int = 4
+    max_grad_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}; it must be greater than 0")
+        for name in ("batch_size", "check_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+
+
+def train(
+    trained: nn.Module,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    pools: Sequence[Sequence[Encoded]],
+    sample: Sequence[Encoded],
+    recipe: Recipe,
+    *,
+    steps: int,
+    target: float | None = None,
+    plan: UpdatePlan | None = None,
+    advance: Callable[[int], None] = lambda step: None,
+) -> dict[str, Any]:
+    """Train in place for ``steps`` updates, or until the training loss is at most ``target``.
+
+    The training loss that decides is that of ``sample``, fixed rows of the training data, after
+    every ``recipe.check_every`` updates: no noise of batches is in it, so that arms can be compared
+    at equal training loss.
+
+    Args:
+        trained: what the trainer gets: ``model``, or a peft model over it.
+        model: whose loss is measured.
+        tokenizer: the model's.
+        pools: rows to train on; a batch has as many of each pool, see :func:`schedule`.
+        sample: rows of the training data.
+        recipe: how to train.
+        steps: the most updates.
+        target: nats per response token; None: all steps are taken.
+        plan: the plan in force on ``model``, if any: its optimiser is used.
+        advance: called with the number of updates done.
+
+    Returns:
+        ``steps``, ``loss`` (of the sample, nats per token, at the end), ``reached`` (whether it is
+        at most the target; None without one), ``losses`` (pairs of step and loss), ``tokens``
+        trained on, ``seconds``, ``parameters`` that trained (a count).
+
+    Raises:
+        FloatingPointError: the training loss is not finite: the run diverged.
+    """
+    rows = schedule(pools, recipe.batch_size, steps, recipe.seed)
+    checks = _Checks(
+        lambda: training_loss(model, tokenizer, sample, bf16=recipe.bf16),
+        recipe.check_every,
+        target,
+        advance,
+    )
+    options: dict[str, Any] = {}
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as scratch:
+        arguments = _arguments(model, recipe, steps, scratch)
+        if plan is not None:
+            options["optimizer_cls_and_kwargs"] = plan.optimizer_cls_and_kwargs(arguments)
+        collator = Collator(tokenizer)
+        trainer = Trainer(
+            model=trained,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=_maskless(collator) if _may_drop_mask(model) else collator,
+            callbacks=[checks],
+            **options,
+        )
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    model.eval()
+    done = trainer.state.global_step
+    loss = checks.at(done)
+    return {
+        "steps": done,
+        "loss": loss,
+        "reached": None if target is None else loss <= target,
+        "losses": checks.losses,
+        "tokens": sum(len(row["input_ids"]) for row in rows[: done * recipe.batch_size]),
+        "seconds": time.perf_counter() - start,
+        "parameters": sum(p.numel() for p in trained.parameters() if p.requires_grad),
+    }
+
+
+def training_loss(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    sample: Sequence[Encoded],
+    *,
+    bf16: bool,
+    batch_size: int = 8,
+) -> float:
+    """Loss of the responses of encoded rows, nats per token.
+
+    Args:
+        model, tokenizer: what is measured.
+        sample: the rows.
+        bf16: compute in bfloat16 by autocast, as in training.
+        batch_size: rows run at a time.
+    """
+    collator = Collator(tokenizer)
+    rows = sorted(sample, key=lambda row: -len(row["input_ids"]))
+    batches = [
+        collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)
+    ]
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        return utility_loss(model, batches)
+
+
+class _Checks(TrainerCallback):
+    """Measures the training loss now and then, and stops the training where it is low enough."""
+
+    def __init__(
+        self,
+        measure: Callable[[], float],
+        every: int,
+        target: float | None,
+        advance: Callable[[int], None],
+    ) -> None:
+        self.measure, self.every, self.target, self.advance = measure, every, target, advance
+        self.losses: list[tuple[int, float]] = []
+
+    def at(self, step: int) -> float:
+        """The loss after ``step`` updates, measured now unless it has just been."""
+        if not self.losses or self.losses[-1][0] != step:
+            self.losses.append((step, self.measure()))
+        return self.losses[-1][1]
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.advance(state.global_step)
+        if self.target is not None and state.global_step % self.every == 0:
+            control.should_training_stop = self.at(state.global_step) <= self.target
+
+
+def _arguments(
+    model: PreTrainedModel, recipe: Recipe, steps: int, scratch: str
+) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=scratch,
+        learning_rate=recipe.lr,
+        lr_scheduler_type="constant",
+        max_steps=steps,
+        per_device_train_batch_size=recipe.batch_size,
+        train_sampling_strategy="sequential",
+        max_grad_norm=recipe.max_grad_norm,
+        optim="adamw_torch_fused",
+        bf16=recipe.bf16,
+        seed=recipe.seed,
+        use_cpu=model.device.type == "cpu",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+    )
+
+
+def _maskless(collator: Collator) -> Callable[[list[Any]], dict[str, Tensor]]:
+    """Without the attention mask: padding on the right is invisible to a causal model, whose labels
+    there are -100, and attention without a mask is faster."""
+
+    def collate(examples: list[Any]) -> dict[str, Tensor]:
+        batch = collator(examples)
+        del batch["attention_mask"]
+        return batch
+
+    return collate
+
+
+def schedule(
+    pools: Sequence[Sequence[Encoded]], batch_size: int, steps: int, seed: int
+) -> list[Encoded]:
+    """Rows in the order of training, batch after batch.
+
+    Each pool is shuffled anew in every epoch of its own. A batch has as many rows of each pool, of
+    similar length: rows are sorted within a window of 16 batches, and the batches of a window are
+    shuffled.
+
+    Args:
+        pools: encoded rows; none is empty.
+        batch_size: rows of a batch, a multiple of the number of pools.
+        steps: batches.
+        seed: of the order.
+
+    Raises:
+        ValueError: a pool is empty, or the batch cannot be shared among the pools.
+    """
+    if batch_size % len(pools):
+        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {len(pools)}")
+    size = batch_size // len(pools)
+    streams = [_stream(pool, size * steps, f"{seed}/{i}") for i, pool in enumerate(pools)]
+    rows: list[Encoded] = []
+    for start in range(0, steps, _WINDOW):
+        order = list(range(min(_WINDOW, steps - start)))
+        windows = [
+            sorted(
+                stream[start * size : (start + len(order)) * size],
+                key=lambda row: len(row["input_ids"]),
+            )
+            for stream in streams
+        ]
+        Random(f"{seed}/batches/{start}").shuffle(order)
+        for k in order:
+            rows += [row for window in windows for row in window[k * size : (k + 1) * size]]
+    return rows
+
+
+def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
+    """``n`` rows, epoch after epoch."""
+    if not pool:
+        raise ValueError("there is no row to train on; there must be at least one")
+    rows: list[Encoded] = []
+    while len(rows) < n:
+        epoch = list(pool)
+        Random(f"{seed}/{len(rows)}").shuffle(epoch)
+        rows += epoch
+    return rows[:n]
+
+
+def spread(rows: Sequence[Encoded], n: int) -> list[Encoded]:
+    """``n`` of the rows (all, if there are fewer), evenly spaced: the same for every arm."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]
