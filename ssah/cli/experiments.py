@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssah.cli.many import ManyValues
+from ssah.cli.many import many_values
 from ssah.cli.support import Device, Dtype, Json, Model, Normalize, RemoteCode, Result, Scope
 from ssah.cli.support import reporting
 
@@ -245,5 +245,6 @@ def stability(
 
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
-    app.command("scan", cls=ManyValues)(reporting(scan))
-    app.command("stability", cls=ManyValues)(reporting(stability))
+    shares = many_values("--shares", "--ru-shares", "--compare-shares")
+    app.command("scan", cls=shares)(reporting(scan))
+    app.command("stability", cls=many_values("--sizes"))(reporting(stability))

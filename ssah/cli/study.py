@@ -26,7 +26,7 @@ from ssah.cli.experiments import (
     UtilityEval,
     quiet_threads,
 )
-from ssah.cli.many import ManyValues
+from ssah.cli.many import many_values
 from ssah.cli.support import (
     Device,
     Dtype,
@@ -300,6 +300,7 @@ def register(app: typer.Typer) -> None:
         help="Train a model in several ways, and measure every result alike.",
         no_args_is_help=True,
     )
-    study.command("budget", cls=ManyValues)(reporting(budget))
-    study.command("freeze", cls=ManyValues)(reporting(freeze))
+    arms = [arm.value for arm in FreezeArm]
+    study.command("budget", cls=many_values("--seeds"))(reporting(budget))
+    study.command("freeze", cls=many_values("--seeds", arms=arms))(reporting(freeze))
     app.add_typer(study, name="study")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ssah.report import COLOURS, NAMES
+from ssah.report import COLOURS
 from ssah.report.tables import facts_table, new_table
 
 if TYPE_CHECKING:
@@ -21,11 +21,11 @@ def scan_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableType
     """Curves, chosen shares, claims and the comparison of a scan."""
     result = record["result"]
     asked = "asr" in result["intact"]
-    columns = ["units", "share", "loss", "", "margin", "refuses"]
+    columns = ["units", "share", "loss", "rise", "margin", "refuses"]
     table = new_table(
         "Utility loss and refusal margin in nats per token",
         ("ablated",),
-        columns + (["ASR", "incoherent"] if asked else []) + [""],
+        columns + (["ASR", "babble"] if asked else []) + [""],
     )
     _scan_row(table, "nothing", "", result["intact"], asked, "")
     for group, points in result["curves"].items():
@@ -33,7 +33,10 @@ def scan_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableType
         chosen = result["chosen"].get(group)
         for point in points:
             mark = "chosen" if chosen is not None and point["share"] == chosen["share"] else ""
-            _scan_row(table, NAMES[group], COLOURS[group], point, asked, mark)
+            name = group if group == "random" else group.upper()
+            _scan_row(table, name, COLOURS[group], point, asked, mark)
+    table.caption = "babble: answers that the intact model finds incoherent" if asked else None
+    table.caption_justify = "left"
     yield table
     yield Text(result["rule"], style="dim")
     if result["compare"] is not None:
@@ -62,7 +65,7 @@ def _compare_table(compared: Mapping[str, Any]) -> RenderableType:
     table = new_table(
         "Ways of grouping, best first",
         ("tokens", "scope", "normalize"),
-        ("margin falls by", "at SCU", *(f"{p['share']:.2%}" for p in compared["ways"][0]["points"])),
+        ("fall", "at SCU", *(f"{p['share']:.2%}" for p in compared["ways"][0]["points"])),
     )
     for way in compared["ways"]:
         table.add_row(
@@ -71,7 +74,7 @@ def _compare_table(compared: Mapping[str, Any]) -> RenderableType:
             way["normalize"],
             f"{way['margin_fall']:.2f}",
             "-" if way["share"] is None else f"{way['share']:.2%}",
-            *(f"{p['margin_fall']:+.2f} / {p['loss_rise']:+.3f}" for p in way["points"]),
+            *(f"{p['margin_fall']:+.2f} {p['loss_rise']:+.2f}" for p in way["points"]),
         )
     table.caption = f"{compared['criterion']} Columns by share: fall of the margin / rise of the loss"
     table.caption_justify = "left"
