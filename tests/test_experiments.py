@@ -150,12 +150,11 @@ def rows_of(length: int, n: int) -> list[dict]:
 def test_a_schedule_has_every_row_once_in_an_epoch():
     rows = rows_of(1, 12)
     order = schedule([rows], 4, 6, seed=0)
-    assert len(order) == 24
-    for start in (0, 12):
-        assert sorted(row["input_ids"][0] for row in schedule([rows], 4, 6, 0)[:24])[::2] == list(
-            range(12)
-        )
+    assert sorted(row["input_ids"][0] for row in order) == sorted([*range(12), *range(12)])
     assert schedule([rows], 4, 6, seed=0) == order != schedule([rows], 4, 6, seed=1)
+    for start in range(0, 24, 4):  # rows of a batch are of similar length
+        lengths = [len(row["input_ids"]) for row in order[start : start + 4]]
+        assert max(lengths) - min(lengths) <= 2
 
 
 def test_a_batch_has_as_many_rows_of_each_pool():
@@ -357,7 +356,7 @@ def test_the_rule_takes_the_largest_share_that_keeps_the_other():
     curves.intact = point(0.0, 2.0, 1.0)
     curves.points = {
         "ru": {0.1: point(0.1, 2.1, 0.96), 0.2: point(0.2, 2.1, 0.9), 0.3: point(0.3, 2.3, 1.0)},
-        "scu": {0.1: point(0.1, 2.14, 0.0), 0.2: point(0.2, 2.15, 0.0)},
+        "scu": {0.1: point(0.1, 2.14, 0.0), 0.2: point(0.2, 2.16, 0.0)},
         "ucu": {0.1: point(0.1, 9.0, 0.95), 0.2: point(0.2, 9.0, 0.94)},
     }
     chosen = {group: curves.choose(group) for group in ("ru", "scu", "ucu")}
@@ -381,7 +380,9 @@ def test_budget_trains_redundant_units_alone(aligned, loading):
     groups = UnitGroups.load(out / "groups", base)
     assert len(groups["ru"]) == result["units"]["ru"] == round(0.3 * 192)
     for name in groups["ru"]:
-        changed = (base.get_parameter(f"{name}.weight") != model.get_parameter(f"{name}.weight")).any(0)
+        changed = (
+            base.get_parameter(f"{name}.weight") != model.get_parameter(f"{name}.weight")
+        ).any(0)
         assert not changed[~groups["ru"].mask(name)].any()
         assert changed.any() == bool(len(groups["ru"][name]))
     trained = {name: arm["seeds"]["0"]["training"] for name, arm in result["arms"].items()}
@@ -452,9 +453,7 @@ def test_a_study_goes_on_where_it_was(frozen, loading, tmp_path, monkeypatch):
 
 def test_what_arms_freeze(loading):
     model, tokenizer = load_model(loading.name)
-    scores = [
-        ssah.attribute(model, make_loader(SOURCES[name], tokenizer)) for name in SOURCES
-    ]
+    scores = [ssah.attribute(model, make_loader(SOURCES[name], tokenizer)) for name in SOURCES]
     groups = classify(*scores, scu=0.05, ucu=0.05, ru=0.15, scope="model", normalize="zscore")
     units = {name: freeze_module._units(name, groups, FREEZE, seed=3) for name in ARMS}
     assert not len(units["none"])

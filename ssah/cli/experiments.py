@@ -5,16 +5,25 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ssah.cli.many import many_values
-from ssah.cli.support import Device, Dtype, Json, Model, Normalize, RemoteCode, Result, Scope
-from ssah.cli.support import reporting
+from ssah.cli.support import (
+    Device,
+    Dtype,
+    Json,
+    Model,
+    Normalize,
+    RemoteCode,
+    Result,
+    Scope,
+    reporting,
+)
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    pass
 
 __all__ = ["register"]
 
@@ -37,9 +46,7 @@ Safety = Annotated[
 Utility = Annotated[
     str, typer.Option("--utility", help="Scored for utility: likewise.", rich_help_panel=_DATA)
 ]
-Requests = Annotated[
-    list[str], typer.Option("--requests", help=_REQUESTS, rich_help_panel=_DATA)
-]
+Requests = Annotated[list[str], typer.Option("--requests", help=_REQUESTS, rich_help_panel=_DATA)]
 UtilityEval = Annotated[
     str, typer.Option("--utility-eval", help="Rows for the utility loss.", rich_help_panel=_DATA)
 ]
@@ -57,7 +64,8 @@ TokensOption = Annotated[
 Judges = Annotated[
     list[str] | None,
     typer.Option(
-        "--judge", help="Of the answers; may be repeated: the first decides.",
+        "--judge",
+        help="Of the answers; may be repeated: the first decides.",
         rich_help_panel=_MEASURING,
     ),
 ]
@@ -106,8 +114,9 @@ def scan(
     tokens: TokensOption = Counted.labels,
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="All scopes x normalizations x tokens.",
-                     rich_help_panel=_GROUPS),
+        typer.Option(
+            "--compare", help="All scopes x normalizations x tokens.", rich_help_panel=_GROUPS
+        ),
     ] = False,
     compare_shares: Annotated[
         list[float] | None,
@@ -123,8 +132,12 @@ def scan(
     ] = 0.05,
     asr: Annotated[
         int,
-        typer.Option("--asr", min=0, help="Requests answered at each share; 0: none.",
-                     rich_help_panel=_MEASURING),
+        typer.Option(
+            "--asr",
+            min=0,
+            help="Requests answered at each share; 0: none.",
+            rich_help_panel=_MEASURING,
+        ),
     ] = 0,
     judge: Judges = None,
     max_new_tokens: NewTokens = 64,

@@ -85,9 +85,7 @@ Autocast = Annotated[
     bool | None,
     _training("--bf16/--no-bf16", "Train in bfloat16 by autocast; default: if faster here."),
 ]
-SaveModel = Annotated[
-    bool, _training("--save-model", "Keep the trained models in DIR/models.")
-]
+SaveModel = Annotated[bool, _training("--save-model", "Keep the trained models in DIR/models.")]
 Asr = Annotated[
     int | None,
     typer.Option(

@@ -94,7 +94,9 @@ def load_rows(
     if isinstance(source, (str, os.PathLike)):
         name, rows = row_range(source)
         if rows is not None:
-            return _finite(islice(load_rows(name, split), rows.start, rows.stop), str(source))[:limit]
+            return _finite(islice(load_rows(name, split), rows.start, rows.stop), str(source))[
+                :limit
+            ]
         path = _local_file(source)
         if path is None:
             return _load_hub(str(source), split, limit)

@@ -40,7 +40,8 @@ __all__ = ["ARMS", "BudgetSettings", "budget"]
 
 KIND = "budget"
 FULL, RU = "full", "ru"
-ARMS = {BEFORE: "before", FULL: "everything trained", RU: "RU alone trained"}
+ARMS = {BEFORE: "nothing (before)", FULL: "everything", RU: "RU alone"}
+_NOUNS = {UTILITY: "ordinary answers", MATH: "mathematics"}
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,7 @@ def budget(
     result = {
         "dtype": study.dtype,
         "bf16": study.bf16,
+        "varied": "trained",
         "labels": ARMS,
         "units": {RU: len(groups["ru"]), "all": sum(groups.sizes.values())},
         "arms": arms_summary(arms),
@@ -149,10 +151,10 @@ def budget(
 
 def _claims(arms: Arms, settings: BudgetSettings, held_out: Sequence[str]) -> list[dict[str, Any]]:
     before, full, ru = (rates(arms, name) for name in (BEFORE, FULL, RU))
-    missed = [
-        str(seed) for seed, found in arms[RU].items() if not found["training"]["reached"]
-    ]
-    note = f"RU alone did not reach the alignment loss (seed {', '.join(missed)})." if missed else ""
+    missed = [str(seed) for seed, found in arms[RU].items() if not found["training"]["reached"]]
+    note = (
+        f"RU alone did not reach the alignment loss (seed {', '.join(missed)})." if missed else ""
+    )
     claims = [
         claim("Training everything lowers the ASR", full, before, "lower", "points"),
         claim("Training RU alone lowers the ASR", ru, before, "lower", "points", note=note),
@@ -167,21 +169,35 @@ def _claims(arms: Arms, settings: BudgetSettings, held_out: Sequence[str]) -> li
         ),
     ]
     for name in held_out:
+        noun = _NOUNS[name]
         before, full, ru = (row_losses(arms, arm, name) for arm in (BEFORE, FULL, RU))
         claims += [
             claim(
-                f"Training everything costs {name} loss", full, before, "higher", "nats",
+                f"Training everything costs loss on {noun}",
+                full,
+                before,
+                "higher",
+                "nats",
                 among="rows",
             ),
             claim(
-                f"RU alone costs less {name} loss than training everything", ru, full, "lower",
-                "nats", among="rows", note=note,
+                f"RU alone costs less on {noun} than training everything",
+                ru,
+                full,
+                "lower",
+                "nats",
+                among="rows",
+                note=note,
             ),
         ]
         if name == MATH:
             claims.append(
                 claim(
-                    "Alignment by RU alone improves mathematics", ru, before, "lower", "nats",
+                    "Alignment by RU alone improves mathematics",
+                    ru,
+                    before,
+                    "lower",
+                    "nats",
                     among="rows",
                 )
             )

@@ -55,7 +55,8 @@ def claim(
     verdict = "reproduces" if holds else "contradicted" if contradicted else "undecided"
     factor, digits = _UNITS[unit]
     shown = [f"{factor * x:+.{digits}f}" for x in (value, low, high)]
-    n = f"{len(first)} {among}" + (f" x {first.shape[1]} seeds" if first.dim() == 2 else "")
+    seeds = first.shape[1] if first.dim() == 2 else 1
+    n = f"{len(first)} {among}" + (f" x {seeds} seeds" if seeds > 1 else "")
     sentence = (
         f"{text}: {shown[0]} {unit} (95 % interval {shown[1]} to {shown[2]}, {n}). "
         + _verdict(verdict, expected, f"{factor * slack:g} {unit}")

@@ -186,7 +186,7 @@ class Curves:
         return [
             self._safety(f"Ablating {percent} SCU takes refusal away", scu, self.intact),
             self._safety(f"SCU take more of it away than as many UCU ({percent})", scu, ucu),
-            self._safety(f"SCU take more of it away than as many random units", scu, random),
+            self._safety("SCU take more of it away than as many random units", scu, random),
             claim(
                 f"Ablating {percent} SCU costs less than {self.settings.tolerance:g} nats of "
                 "utility loss",

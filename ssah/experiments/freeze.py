@@ -7,7 +7,7 @@ given.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -159,7 +159,8 @@ def freeze(
     result = {
         "dtype": study.dtype,
         "bf16": study.bf16,
-        "labels": {BEFORE: "before", **{name: _label(name, settings) for name in settings.arms}},
+        "varied": "frozen",
+        "labels": {BEFORE: "(before)", **{name: _label(name, settings) for name in settings.arms}},
         "frozen_units": {name: len(_units(name, groups, settings, 0)) for name in settings.arms},
         "units": sum(groups.sizes.values()),
         "strong_enough": rise >= STRONG,
@@ -196,12 +197,12 @@ def _arm(name: str, groups: UnitGroups, settings: FreezeSettings) -> Arm:
 
 def _label(name: str, settings: FreezeSettings) -> str:
     return {
-        NONE: "nothing frozen",
-        SCU: "SCU frozen",
-        SCU_CU: f"SCU + {100 * settings.cu:g} % CU frozen",
-        SCU_ALL_CU: "SCU + all CU frozen",
-        RANDOM: "as many random units frozen",
-        LORA: f"LoRA, rank {settings.lora_rank}",
+        NONE: "nothing",
+        SCU: "SCU",
+        SCU_CU: f"SCU + {100 * settings.cu:g} % CU",
+        SCU_ALL_CU: "SCU + all CU",
+        RANDOM: "as many random",
+        LORA: f"(LoRA, rank {settings.lora_rank})",
     }[name]
 
 
@@ -226,7 +227,11 @@ def _claims(arms: Arms, settings: FreezeSettings) -> list[dict[str, Any]]:
     cu = f"SCU + {100 * settings.cu:g} % CU"
     lower = (
         (SCU_CU, NONE, f"Freezing {cu} keeps the ASR below that with nothing frozen"),
-        (SCU_CU, RANDOM, f"Freezing {cu} keeps the ASR below that with as many random units frozen"),
+        (
+            SCU_CU,
+            RANDOM,
+            f"Freezing {cu} keeps the ASR below that with as many random units frozen",
+        ),
         (SCU_CU, LORA, f"Freezing {cu} keeps the ASR below that of LoRA"),
         (SCU_ALL_CU, NONE, "Freezing SCU + all CU keeps the ASR below that with nothing frozen"),
         (SCU_ALL_CU, SCU_CU, f"Freezing SCU + all CU keeps the ASR below that with {cu} frozen"),
@@ -241,7 +246,9 @@ def _claims(arms: Arms, settings: FreezeSettings) -> list[dict[str, Any]]:
             note = _missed(arms, (first, second))
             claims.append(claim(text, *values, "lower", "points", note=note))
     if SCU_CU in arms and NONE in arms:
-        text = f"Freezing {cu} costs less than {_SLACK:g} nats of utility loss more than no freezing"
+        text = (
+            f"Freezing {cu} costs less than {_SLACK:g} nats of utility loss more than no freezing"
+        )
         values = row_losses(arms, SCU_CU), row_losses(arms, NONE)
         claims.append(claim(text, *values, "not higher", "nats", slack=_SLACK, among="rows"))
     return claims

@@ -205,9 +205,7 @@ class _Draws:
         with_all: dict[str, list[float]] = {group: [] for group in GROUPS}
         correlations: dict[str, list[float]] = {order: [] for order in _ORDERS}
         for draw in range(self.settings.resamples):
-            generator = torch.Generator().manual_seed(
-                self.settings.seed + 1_000_003 * size + draw
-            )
+            generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * size + draw)
             halves: list[dict[str, dict[str, Tensor]]] = [{}, {}]
             for role, moments in self.moments.items():
                 order = torch.randperm(len(moments), generator=generator)
@@ -248,7 +246,9 @@ def chance_overlap(share: float) -> float:
 
 def spearman(first: Tensor, second: Tensor) -> float:
     """Rank correlation of two sets of scores, in [-1, 1]; equal scores rank by index."""
-    ranks = torch.stack([first.argsort(stable=True).argsort(), second.argsort(stable=True).argsort()])
+    ranks = torch.stack(
+        [first.argsort(stable=True).argsort(), second.argsort(stable=True).argsort()]
+    )
     return float(torch.corrcoef(ranks.double())[0, 1])
 
 

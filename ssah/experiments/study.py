@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ssah.data import DataError, Encoded, Row, encode
 from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.intervals import bootstrap
+from ssah.evaluation.intervals import bootstrap, wilson
 from ssah.experiments.arms import Arm
 from ssah.experiments.inputs import (
     Loading,
@@ -361,8 +361,13 @@ def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
         first = next(iter(seeds.values()))
         numbers = [key for key, value in first.items() if isinstance(value, float | int)]
         mean = {key: sum(own[key] for own in seeds.values()) / len(seeds) for key in numbers}
-        # Requests are drawn, with all seeds of each: with one seed that is a rate like any other.
-        several = name != BEFORE and len(seeds) > 1
-        interval = list(bootstrap(rates(arms, name))) if several else first["asr_interval"]
-        result[name] = {"mean": {**mean, "asr_interval": interval}, "seeds": seeds}
+        result[name] = {"mean": {**mean, "asr_interval": _interval(arms, name)}, "seeds": seeds}
     return result
+
+
+def _interval(arms: Arms, name: str) -> list[float]:
+    """Of an arm's ASR: requests are drawn, each with all its seeds; Wilson's where they agree."""
+    found = rates(arms, name)
+    if len(set(found.mean(1).tolist())) > 1 and found.shape[1] > 1 and name != BEFORE:
+        return list(bootstrap(found))
+    return list(wilson(int(found[:, 0].sum()), len(found)))

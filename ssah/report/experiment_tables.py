@@ -14,6 +14,8 @@ from ssah.report.tables import facts_table, new_table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
+_SHORT = ("utility", "maths")  # losses
+
 __all__ = ["claims_text", "scan_tables", "stability_tables", "study_tables"]
 
 
@@ -76,7 +78,9 @@ def _compare_table(compared: Mapping[str, Any]) -> RenderableType:
             "-" if way["share"] is None else f"{way['share']:.2%}",
             *(f"{p['margin_fall']:+.2f} {p['loss_rise']:+.2f}" for p in way["points"]),
         )
-    table.caption = f"{compared['criterion']} Columns by share: fall of the margin / rise of the loss"
+    table.caption = (
+        f"{compared['criterion']} Columns by share: fall of the margin / rise of the loss"
+    )
     table.caption_justify = "left"
     return table
 
@@ -90,37 +94,27 @@ def study_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableTyp
     ]
     table = new_table(
         "Means over seeds; losses and margin in nats per token",
-        ("arm",),
-        (
-            "updates",
-            "training loss",
-            "ASR",
-            "95 %",
-            "coherent",
-            "incoherent",
-            "margin",
-            *(key.replace("_", " ") for key in rows),
-        ),
+        (result["varied"],),
+        ("updates", "training", "ASR", "95 %", "babble", "margin", *_SHORT[: len(rows)]),
     )
     for name, found in arms.items():
         mean = found["mean"]
-        low, high = mean["asr_interval"]
+        low, high = (100 * bound for bound in mean["asr_interval"])
         steps = [own["training"]["steps"] for own in found["seeds"].values()]
         missed = any(own["training"].get("reached") is False for own in found["seeds"].values())
         table.add_row(
             result["labels"][name],
-            " ".join(map(str, steps)) if any(steps) else "",
+            f"{sum(steps) / len(steps):.0f}" if any(steps) else "",
             f"{mean['training_loss']:.3f}{'*' if missed else ''}",
             f"{mean['asr']:.1%}",
-            f"{low:.1%} to {high:.1%}",
-            f"{mean['asr_coherent']:.1%}",
-            f"{mean['incoherent']:.1%}",
+            f"{low:.0f} - {high:.0f}",
+            f"{mean['incoherent']:.0%}",
             f"{mean['refusal_margin']:+.2f}",
             *(f"{mean[key]:.3f}" for key in rows),
         )
     table.caption = (
-        "coherent: attacks that succeed with a coherent answer; incoherent: answers that an intact "
-        "model finds incoherent; *: the training loss of the first arm was not reached"
+        "training: loss of fixed rows of the training data (*: that of the first arm was not "
+        "reached); babble: answers that the model before training finds incoherent"
     )
     table.caption_justify = "left"
     yield table

@@ -33,6 +33,8 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
     Raises:
         ImportError: matplotlib is not installed.
     """
+    from matplotlib.ticker import LogLocator
+
     panels = [
         ("utility_loss", "Utility loss, nats per token"),
         ("refusal_margin", "Refusal margin, nats per token"),
@@ -46,8 +48,9 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
             axes.set_title(name)
             axes.set_xscale("log")
             axes.set_xlabel("share of all units ablated")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(_percent)
-            axes.xaxis.set_minor_formatter("")
+            axes.minorticks_off()
             axes.axhline(result["intact"][key], color=INK, linewidth=1.0, linestyle=_DASHED)
         if len(panels) == 3:
             grid[2].set_ylim(-0.03, 1.03)
@@ -140,10 +143,11 @@ def plot_compare(
             fontsize=9,
             color=INK,
         )
-        axes.set_xscale("symlog", linthresh=max(tolerance, 0.01))
+        low, high = axes.get_xlim()
+        axes.set_xlim(low, min(high, 5 * tolerance) if tolerance else high)
         axes.set_xlabel("rise of the utility loss, nats per token (lower is better)")
         axes.set_ylabel("fall of the refusal margin, nats per token (higher is better)")
-        axes.set_title("SCU ablated; each point is a share")
+        axes.set_title("SCU ablated; each point is a share, at (0, 0) nothing is")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(
             handles[::-1],

@@ -82,6 +82,7 @@ def _panels(
             axes.tick_params(axis="y", length=0)
             _limits(axes, [found["mean"][key] for found in result["arms"].values()], key)
         grid[0].set_yticks(range(len(arms)), [result["labels"][arm] for arm in arms])
+        grid[0].set_ylabel(result["varied"])
         grid[0].invert_yaxis()
     return Path(path)
 
@@ -89,7 +90,10 @@ def _panels(
 def _arm(axes: Axes, y: int, arm: str, found: Mapping[str, Any], key: str) -> None:
     mean = found["mean"]
     value = mean[key]
-    axes.barh(y, value, height=0.62, color=_ARMS[arm], alpha=0.85)
+    if key in _LOSSES:  # whose axis does not begin at 0: no bar
+        axes.plot(value, y, "s", color=_ARMS[arm], markersize=11)
+    else:
+        axes.barh(y, value, height=0.62, color=_ARMS[arm], alpha=0.85)
     end = value
     if key == "asr":
         low, high = mean["asr_interval"]
@@ -100,11 +104,13 @@ def _arm(axes: Axes, y: int, arm: str, found: Mapping[str, Any], key: str) -> No
     if len(set(seeds)) > 1:
         axes.plot(seeds, [y] * len(seeds), "o", color="white", markeredgecolor=INK, markersize=4.5)
         end = max(end, *seeds)
-    text = f"{value:.1%}" if key == "asr" else f"{value:+.2f}" if "margin" in key else f"{value:.3f}"
+    text = (
+        f"{value:.1%}" if key == "asr" else f"{value:+.2f}" if "margin" in key else f"{value:.3f}"
+    )
     axes.annotate(
         text,
         (max(end, 0.0), y),
-        xytext=(5, 0),
+        xytext=(8, 0),
         textcoords="offset points",
         va="center",
         fontsize=9,
@@ -119,8 +125,7 @@ def _limits(axes: Axes, values: Sequence[float], key: str) -> None:
         axes.set_xlim(0.0, max(high, 0.1) * 1.18)
         axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     elif key in _LOSSES:
-        spread = max(max(values) - min(values), 0.05 * max(values))
-        bottom = max(0.0, min(values) - spread)
-        axes.set_xlim(bottom, max(values) + 0.9 * spread)
+        spread = max(max(values) - min(values), 0.02 * max(values))
+        axes.set_xlim(min(values) - 0.3 * spread, max(values) + 0.7 * spread)
     else:
         axes.set_xlim(min(low, 0.0), high + 0.3 * (high - low))
