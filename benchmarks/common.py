@@ -16,7 +16,7 @@ __all__ = ["facts", "interleave", "percentiles", "ratio", "read_bandwidth", "rot
 def facts() -> dict[str, Any]:
     """What a figure depends on: versions, threads, instruction set, commit."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
+        ["git", "describe", "--always", "--dirty"],
         capture_output=True,
         text=True,
         check=False,

@@ -8,7 +8,7 @@ namespace SSAH_ISA {
 
 template <class V>
 SSAH_INLINE V sigmoid(V z) {
-  return 1 / (1 + exp(-z));
+  return reciprocal(1 + exp(-z));
 }
 
 // log of erfc(x) e^(x^2) / t for x >= 0, as a polynomial in t = 1 / (1 + x / 2): a least-squares

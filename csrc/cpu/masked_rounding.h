@@ -32,27 +32,6 @@ SSAH_INLINE vuint noise_of(vuint bits) {
   return kWhich == 0 ? bits & 0xffffu : kWhich == 1 ? bits >> 16 : (bits * 0x9e3779b1u) >> 16;
 }
 
-// bfloat16 to and from float32 in one instruction, where GCC makes five of the vector extension's.
-#if SSAH_LANES == 16
-SSAH_INLINE vuint widen(vushort v) {
-  return (vuint)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)v);
-}
-SSAH_INLINE vushort narrow(vuint v) {
-  return (vushort)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)v);
-}
-#else
-SSAH_INLINE vuint widen(vushort v) { return __builtin_convertvector(v, vuint); }
-SSAH_INLINE vushort narrow(vuint v) { return __builtin_convertvector(v, vushort); }
-#endif
-
-template <class T>
-SSAH_INLINE vec<T> read(const T* p, long n) {
-  return load_up_to(p, n);
-}
-SSAH_INLINE vfloat read(const bf16* p, long n) {
-  return n >= SSAH_LANES ? (vfloat)(widen(load_raw<vushort>(p)) << 16) : load_n(p, (int)n);
-}
-
 // The upper halves of `words`, as the first n values at p.
 SSAH_INLINE void store_upper(bf16* p, vuint words, long n) {
   const vushort upper = narrow(words >> 16);

@@ -62,7 +62,7 @@ struct Run {
 template <bool kNoise, bool kKahan, Units kUnits, class T, class S, class Rule>
 SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, long n, vuint lanes,
                                vec<T>& signed_sum, vec<T>& squared_sum) {
-  const vec<T> p = read(r.p + i, n), grad = read(r.g + i, n);
+  const vec<T> p = load_up_to(r.p + i, n), grad = load_up_to(r.g + i, n);
   if constexpr (kUnits != kNoUnits) {
     if constexpr (kUnits == kColumnUnits) {
       signed_sum = load(r.signed_sums + i);
@@ -77,9 +77,9 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
     }
   }
   vec<T> w = p, state0 = {}, state1 = {};
-  if constexpr (kKahan) w += read(r.compensation + i, n);
-  if constexpr (Rule::kStates > 0) state0 = read(r.state0 + i, n);
-  if constexpr (Rule::kStates > 1) state1 = read(r.state1 + i, n);
+  if constexpr (kKahan) w += load_up_to(r.compensation + i, n);
+  if constexpr (Rule::kStates > 0) state0 = load_up_to(r.state0 + i, n);
+  if constexpr (Rule::kStates > 1) state1 = load_up_to(r.state1 + i, n);
   rule.update(grad, w, state0, state1);
   vuint bits = {};
   if constexpr (kNoise) bits = r.noise.bits(lanes + (r.low + (unsigned)i));

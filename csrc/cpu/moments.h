@@ -12,8 +12,8 @@
 namespace ssah {
 namespace SSAH_ISA {
 
-constexpr int kGroup = 4;      // rows in registers: more would share the ways of a cache set where rows are a
-                               // multiple of a page apart
+constexpr int kGroup = 4;  // rows in registers: more would share the ways of a cache set where rows
+                           // are a multiple of a page apart
 constexpr int kShiftRows = 4;  // rows that the shift is chosen from
 constexpr long kChunk = 256;   // rows between merges into the float64 state
 constexpr long kTile = 1024;   // channels whose accumulators stay in the first-level cache
@@ -30,8 +30,10 @@ SSAH_INLINE void join_group(const vec<T> (&d)[R], MomentsTile<T>& tile, long c, 
                             scalar<T> to_m2) {
   vec<T> group_mean = d[0], group_m2 = {};
   if (R > 1) {
+#pragma GCC unroll 4
     for (int i = 1; i < R; ++i) group_mean += d[i];
     group_mean *= scalar<T>(1) / R;
+#pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       vec<T> deviation = d[i] - group_mean;
       group_m2 += deviation * deviation;
@@ -52,6 +54,7 @@ SSAH_INLINE void moments_of_rows(Source& source, long row, long ahead, long begi
   constexpr int lanes = compute<T>::lanes;
   const auto join = [&](long c, long n) __attribute__((always_inline)) {
     vec<T> d[R], shift = load(tile.shift + c);
+#pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       source.prefetch(row + ahead + i, begin + c);
       d[i] = source.load(row + i, begin + c, n) - shift;
