@@ -171,9 +171,7 @@ def probe(
         raise ValueError(f"queries has {len(asked)} requests, must have at least 2: the baseline")
     refusing = opened(asked, refusal, tokenizer, max_length=max_length)
     complying = opened(asked, compliance, tokenizer, max_length=max_length)
-    plain = [
-        example["input_ids"][: example["labels"].count(IGNORE_INDEX)] for example in refusing
-    ]
+    plain = [example["input_ids"][: example["labels"].count(IGNORE_INDEX)] for example in refusing]
     versions = (plain, *([e["input_ids"] for e in each] for each in (refusing, complying)))
 
     # Longest first, so that a batch that does not fit in memory fails at once.
@@ -224,7 +222,7 @@ def _means(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[Tensor]
         output_hidden_states=True,
         return_dict_in_generate=True,
     )
-    means = []
+    means: list[Tensor] = []
     for layer in zip(*found.hidden_states, strict=True):
         # the last position is the one from which the next token is chosen
         steps = torch.stack([step[:, -1] for step in layer], dim=1).cpu().double()

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from ssah.cli import app
@@ -71,7 +72,7 @@ def probe_result() -> dict[str, Any]:
 
 
 def scan_result() -> dict[str, Any]:
-    points = [{"share": share, "units": 100, **MEASURED, "loss_rise": 0.1} for share in (0.004, 0.008)]
+    points = [{"share": x, "units": 100, **MEASURED, "loss_rise": 0.1} for x in (0.004, 0.008)]
     return {
         "intact": MEASURED, "curves": {"scu": points, "random": points},
         "chosen": {"scu": points[0], "ru": None}, "rule": "the largest share", "units": 72_000,
@@ -213,7 +214,7 @@ def test_numbers_stand_on_the_right(page: Path) -> None:
     assert table.count('<th scope="col" class="n">') == 6
 
 
-@pytest.mark.parametrize("kind", [name for name in KINDS])
+@pytest.mark.parametrize("kind", list(KINDS))
 @pytest.mark.parametrize(
     "result",
     [
@@ -253,7 +254,8 @@ def test_values_as_text() -> None:
     ]  # fmt: skip
     assert with_interval(0.5, [0.25, 0.75], ".0%") == "50% [25%, 75%]"
     assert with_interval(0.5, None) == "0.5"
-    assert [duration(x) for x in (None, 0.25, 200, 7300)] == ["–", "0.2 s", "3 min 20 s", "2 h 1 min"]
+    found = [duration(seconds) for seconds in (None, 0.25, 200, 7300)]
+    assert found == ["–", "0.2 s", "3 min 20 s", "2 h 1 min"]
 
 
 def test_plain_data_as_tables() -> None:
@@ -299,42 +301,73 @@ def test_claims_and_kinds() -> None:
 # -------------------------------------------------------------------------------- in a browser
 
 BROWSER = shutil.which("chromium")
-_PROBE = """<script>
-window.failures = [];
-addEventListener("error", (event) => failures.push(String(event.message)), true);
-addEventListener("load", () => {
-  const root = document.documentElement;
-  const images = [...document.images];
-  root.dataset.found = JSON.stringify({
+# A window of Chromium has at least 500 pixels: the page is shown in a frame as wide as a phone.
+_FRAME = """<!doctype html><meta name="color-scheme" content="light dark">
+<body style="margin:0"><iframe src="{page}" style="border:0;display:block" width="{width}"
+height="1200"></iframe><script>
+addEventListener("load", () => {{
+  const view = frames[0], root = view.document.documentElement, images = [...view.document.images];
+  document.documentElement.dataset.found = JSON.stringify({{
     width: root.clientWidth,
     content: root.scrollWidth,
     images: images.length,
     loaded: images.filter((image) => image.complete && image.naturalWidth > 0).length,
-    requests: performance.getEntriesByType("resource")
-      .map((entry) => entry.name).filter((name) => !name.startsWith("data:")),
-    dark: matchMedia("(prefers-color-scheme: dark)").matches,
-    paper: getComputedStyle(document.body).backgroundColor,
-    failures,
-  });
-});
+    requests: view.performance.getEntriesByType("resource").map((entry) => entry.name)
+      .filter((name) => !name.startsWith("data:")),
+    dark: view.matchMedia("(prefers-color-scheme: dark)").matches,
+  }});
+}});
 </script>"""
 
 
-def browse(page: Path, width: int, *, dark: bool, shot: Path | None = None) -> str:
-    """The page after it was loaded in headless Chromium; console messages are errors."""
+def browse(page: Path, width: int, shot: Path, *, dark: bool) -> dict[str, Any]:
+    """What headless Chromium makes of the page; takes a screenshot. Errors in the console fail."""
+    frame = shot.with_suffix(".html")
+    frame.write_text(_FRAME.format(page=page.as_uri(), width=width))
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-extensions",
-        "--disable-background-networking", "--no-first-run", "--disable-dev-shm-usage",
-        "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr", "--log-level=0",
-        f"--user-data-dir={page.parent / 'profile'}", f"--window-size={width},1200",
+        "--disable-background-networking", "--disable-dev-shm-usage", "--no-first-run",
+        "--allow-file-access-from-files", "--host-resolver-rules=MAP * ~NOTFOUND",
+        "--enable-logging=stderr", "--log-level=0", f"--user-data-dir={shot.parent / 'profile'}",
+        f"--window-size={max(width, 500)},1200", f"--screenshot={shot}", "--dump-dom",
         f"--blink-settings=preferredColorScheme={0 if dark else 1}",
     ]  # fmt: skip
-    what = ["--dump-dom"] if shot is None else [f"--screenshot={shot}"]
     assert BROWSER is not None
     done = subprocess.run(
-        [BROWSER, *options, *what, page.as_uri()],
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+        [BROWSER, *options, frame.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert not console, console
-    return done.stdout
+    (root,) = Page(done.stdout).all("html")
+    found: dict[str, Any] = json.loads(str(root["data-found"]))
+    return found
+
+
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390], ids=["desktop", "phone"])
+def test_in_a_browser(page: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    shot = tmp_path / "shot.png"
+    found = browse(page, width, shot, dark=dark)
+    assert found["width"] == width
+    assert found["content"] <= width, "the page scrolls sideways"
+    assert found["images"] == found["loaded"] == 6
+    assert found["requests"] == []
+    assert found["dark"] is dark
+    pixels = imread(shot)
+    assert pixels.shape[:2] == (1200, max(width, 500))
+    assert bool(pixels[2, 2, :3].mean() < 0.2) is dark  # the paper
+
+
+@pytest.mark.skipif(BROWSER is None, reason="chromium is not installed")
+def test_the_browser_sees_what_is_wrong(tmp_path: Path) -> None:
+    bad = tmp_path / "bad.html"
+    image = "<img src='http://nowhere.invalid/a.png'>"
+    bad.write_text(f"<body style='margin:0'>{image}<p style='width:3000px'>wide")
+    found = browse(bad, 390, tmp_path / "shot.png", dark=False)
+    assert found["content"] == 3000
+    assert (found["images"], found["loaded"]) == (1, 0)
+    assert found["requests"] == ["http://nowhere.invalid/a.png"]
+    bad.write_text("<script>throw new Error('of the page')</script>")
+    with pytest.raises(AssertionError, match="of the page"):
+        browse(bad, 390, tmp_path / "shot.png", dark=False)

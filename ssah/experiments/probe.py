@@ -163,9 +163,7 @@ def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str,
                 "nearer to the compliance.",
             }
         )
-        value, bounds = paired_difference(
-            own.differences[:, -1, -1], other.differences[:, -1, -1]
-        )
+        value, bounds = paired_difference(own.differences[:, -1, -1], other.differences[:, -1, -1])
         claims.append(
             {
                 "claim": "The aligned model leans to the refusal more than the unaligned one",

@@ -150,4 +150,3 @@ def claims_table(claims: Any) -> list[tuple[str, str, str, str]]:
             )
         )
     return rows
-

@@ -100,14 +100,16 @@ def tables(data: Any, title: str = "") -> list[Table]:
 
 
 def _of_mapping(data: Mapping[str, Any], title: str) -> list[Table]:
-    scalars, rest = {}, {}
+    scalars: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for key, value in data.items():
         (scalars if _fits_a_cell(value) else rest)[key] = value
     found = []
     fields = _joined(scalars)
     if fields:
         rows = tuple((_words(key), text) for key, text in fields.items())
-        found.append(Table(title, ("", "value"), rows))
+        texts = any(isinstance(scalars[key], str) for key in fields)
+        found.append(Table(title, ("", "value"), rows, names=2 if texts else 1))
     for key, value in rest.items():
         name = f"{title}: {_words(key)}" if title else _words(key)
         if isinstance(value, Mapping) and value and all(map(_is_record, value.values())):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ssah.report import NAMES
@@ -106,7 +107,10 @@ def _mapping(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 def generic(data: Mapping[str, Any], *without: str) -> list[Table]:
     """Tables of anything, but for the claims and for what has a table of its own."""
     rest = {key: value for key, value in data.items() if key not in (*without, "claims")}
-    return tables(rest) if rest else []
+    found = tables(rest) if rest else []
+    if found and without and not found[0].title:
+        found[0] = replace(found[0], title="Other figures")
+    return found
 
 
 # --------------------------------------------------------------------------------- experiments
@@ -133,10 +137,10 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
     ]
     for group in _mapping(result, "curves"):
         points = _list(_mapping(result, "curves"), group)
-        columns = [_SHARE, _UNITS, ("seed", "seed", ""), *MEASURED]
-        names = [("utility kept", "utility_kept"), ("safety kept", "safety_kept")]
+        kept = (("utility kept", "utility_kept", ""), ("safety kept", "safety_kept", ""))
+        columns = [_SHARE, _UNITS, ("seed", "seed", ""), *MEASURED, *kept]
         title = f"Ablated: {NAMES.get(group, group)}"
-        found.append(records_table(title, points, names, columns))
+        found.append(records_table(title, points, [], columns))
     compared = _mapping(result, "compare")
     if compared:
         found.append(

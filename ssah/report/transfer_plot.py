@@ -23,7 +23,7 @@ __all__ = ["plot_transfer"]
 # Of the height that the units take.
 _GAP = 0.05  # between groups
 _LABEL = 0.062  # between labels, at least
-_NAMED = 0.035  # a ribbon of this height has room for its share
+_NAMED = 0.022  # a ribbon of this height has room for its share
 _NODE = 0.055  # of the width
 
 
@@ -55,10 +55,12 @@ def plot_transfer(
     kept = float(moved.matrix[stayed, stayed])
     with picture(path, title, (12, 5.8), axes_grid=False) as figure:
         every, zoomed = figure.subplots(1, 2)
-        _alluvial(every, moved.matrix, moved, (before, after))
+        names = [f"{group.upper()} " for group in moved.groups]
+        _alluvial(every, moved.matrix, moved.groups, names, (before, after))
         every.set_title("All units")
         if float(small.sum()) > 0:
-            _alluvial(zoomed, small, moved, (before, after))
+            names[stayed] += "moved\n"
+            _alluvial(zoomed, small, moved.groups, names, (before, after))
         zoomed.set_title(f"Without the {kept:.1%} that were complex and stayed so")
         zoomed.set_axis_off()
         figure.supxlabel(
@@ -71,9 +73,14 @@ def plot_transfer(
     return Path(path)
 
 
-def _alluvial(axes: Axes, flow: Tensor, moved: Transfer, sides: tuple[str, str]) -> None:
+def _alluvial(
+    axes: Axes,
+    flow: Tensor,
+    groups: Sequence[str],
+    names: Sequence[str],
+    sides: tuple[str, str],
+) -> None:
     """Groups as bars on both sides, and a ribbon for every flow; ``flow`` is [before, after]."""
-    groups = moved.groups
     total = float(flow.sum())
     flow = flow / total
     left, right = (_tops(flow.sum(1)), _tops(flow.sum(0)))
@@ -98,12 +105,13 @@ def _alluvial(axes: Axes, flow: Tensor, moved: Transfer, sides: tuple[str, str])
                 )
             left_next[i] += share
             right_next[j] += share
-    for x, name, tops, shares, whole in (
-        (0.0, sides[0], left, flow.sum(1), moved.matrix.sum(1)),
-        (1 - _NODE, sides[1], right, flow.sum(0), moved.matrix.sum(0)),
+    for x, side, tops, heights in (
+        (0.0, sides[0], left, flow.sum(1).tolist()),
+        (1 - _NODE, sides[1], right, flow.sum(0).tolist()),
     ):
-        axes.text(x + _NODE / 2, -0.03, name, ha="center", va="bottom", fontsize=10, color=INK)
-        _bars(axes, x, tops, shares.tolist(), dict(zip(groups, whole.tolist(), strict=True)))
+        axes.text(x + _NODE / 2, -0.03, side, ha="center", va="bottom", fontsize=10, color=INK)
+        labels = [f"{n}{h * total:.2%}" for n, h in zip(names, heights, strict=True)]
+        _bars(axes, x, tops, heights, dict(zip(groups, labels, strict=True)))
 
 
 def _tops(shares: Tensor) -> list[float]:
@@ -117,14 +125,14 @@ def _bars(
     x: float,
     tops: Sequence[float],
     heights: Sequence[float],
-    shares: Mapping[str, float],
+    labels: Mapping[str, str],
 ) -> None:
-    """One side: bars, and beside them names and shares of all units, kept apart."""
+    """One side: bars, and beside them the labels of the groups, kept apart."""
     outside = -0.03 if x == 0 else 1.03
     middles = [top + height / 2 for top, height in zip(tops, heights, strict=True)]
     places = _apart(middles)
     for group, top, height, middle, place in zip(
-        shares, tops, heights, middles, places, strict=True
+        labels, tops, heights, middles, places, strict=True
     ):
         colour = COLOURS[group]
         # the edge keeps a group of a few units visible
@@ -137,7 +145,7 @@ def _bars(
         axes.text(
             outside + (-0.012 if x == 0 else 0.012),
             place,
-            f"{group.upper()} {shares[group]:.2%}",
+            labels[group],
             ha="right" if x == 0 else "left",
             va="center",
             fontsize=9.5,
