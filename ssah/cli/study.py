@@ -79,7 +79,7 @@ TrainLength = Annotated[
 ]
 Sample = Annotated[int, _training("--sample", "Rows whose loss is the training loss.", min=1)]
 CheckEvery = Annotated[
-    int, _training("--check-every", "Updates from one measurement of it to the next.", min=1)
+    int, _training("--check-every", "The fewest updates between measuring it.", min=1)
 ]
 Autocast = Annotated[
     bool | None,
@@ -119,7 +119,7 @@ def budget(
     train_batch_size: Rows = 8,
     train_max_length: TrainLength = 192,
     sample: Sample = 32,
-    check_every: CheckEvery = 4,
+    check_every: CheckEvery = 2,
     bf16: Autocast = None,
     save_model: SaveModel = False,
     asr: Asr = None,
@@ -135,7 +135,8 @@ def budget(
     """Align a model by training everything, and by training its redundant units alone.
 
     Example: `ssah study budget smollm2 --safety builtin:safety --utility builtin:utility
-    --requests builtin:safety_eval --utility-eval builtin:utility_eval --save-model --out runs/budget`
+    --requests builtin:safety_eval --utility-eval builtin:utility_eval --save-model
+    --out runs/budget`
 
     Half of every batch are refusals (`--safety`), half ordinary answers (`--utility`). Both arms
     end with the same loss on a fixed sample of the refusals. An interrupted study goes on when the
@@ -221,7 +222,7 @@ def freeze(
     train_batch_size: Rows = 8,
     train_max_length: TrainLength = 256,
     sample: Sample = 32,
-    check_every: CheckEvery = 4,
+    check_every: CheckEvery = 2,
     bf16: Autocast = None,
     save_model: SaveModel = False,
     asr: Asr = None,

@@ -56,7 +56,7 @@ def planned(plan: UpdatePlan) -> Trained:
 
 
 def lora(model: PreTrainedModel, rank: int) -> Trained:
-    """Low-rank adapters of all linear layers but the head, scaled by 2, which are merged at the end.
+    """Low-rank adapters of all linear layers but the head, scaled by 2; merged at the end.
 
     Source: Hu et al., arXiv 2106.09685, as peft has it.
 
@@ -69,4 +69,9 @@ def lora(model: PreTrainedModel, rank: int) -> Trained:
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, config)
-    return Trained(adapted, None, adapted.merge_and_unload)
+
+    def finish() -> PreTrainedModel:
+        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[assignment]
+        return merged
+
+    return Trained(adapted, None, finish)

@@ -11,8 +11,9 @@ from ssah.evaluation.intervals import paired_difference
 __all__ = ["claim"]
 
 Expected = Literal["lower", "higher", "not higher"]
+Unit = Literal["points", "nats", "cosine"]
 
-_UNITS = {"points": (100.0, 1), "nats": (1.0, 3)}  # factor, digits
+_UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}  # factor, digits
 
 
 def claim(
@@ -20,7 +21,7 @@ def claim(
     first: Tensor,
     second: Tensor,
     expected: Expected,
-    unit: Literal["points", "nats"],
+    unit: Unit,
     *,
     slack: float = 0.0,
     among: str = "requests",
@@ -36,7 +37,8 @@ def claim(
         first, second: ``[requests]`` or ``[requests, seeds]``, paired; bootstrapped by request.
         expected: of ``first``: ``"lower"``, ``"higher"``, or ``"not higher"`` than ``second`` by
             more than ``slack``.
-        unit: ``"points"`` where values are rates in [0, 1], ``"nats"`` where they are losses.
+        unit: ``"points"`` where values are rates in [0, 1], ``"nats"`` where they are losses,
+            ``"cosine"`` where they are cosine distances.
         slack: for ``"not higher"``, in the unit of the values.
         among: what the first dimension is.
         note: a sentence to put at the end.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +54,7 @@ def compare(
         ``margin_fall`` (the criterion), ``share`` (where, or None) and ``points``: per share
         ``units``, ``loss_rise``, ``margin_fall``, ``refuses``.
     """
-    ways = []
+    ways: list[dict[str, Any]] = []
     for tokens in TOKENS:
         scores = score(
             steps,
@@ -78,7 +79,7 @@ def compare(
                 )["scu"]
                 found = steps(
                     f"compare-{tokens}-{scope}-{normalize}-{share:g}",
-                    lambda units=units: evaluation.measure(model, units),
+                    partial(evaluation.measure, model, units),
                     measured_line,
                 )
                 points.append(

@@ -84,14 +84,12 @@ class FreezeSettings(StudySettings):
             )
         if self.arms[0] != NONE and self.target_loss is None:
             raise ValueError(
-                f"arms is {' '.join(self.arms)!r}; the first must be {NONE}, whose training loss is "
-                "the target of the others, or target_loss must be given"
+                f"arms is {' '.join(self.arms)!r}; the first must be {NONE}, whose training loss "
+                "is the target of the others, or target_loss must be given"
             )
-        if self.scu + self.ucu + self.ru + self.cu > 1:
-            raise ValueError(
-                f"scu + ucu + ru + cu is {self.scu + self.ucu + self.ru + self.cu:g}; it must be at "
-                "most 1"
-            )
+        together = self.scu + self.ucu + self.ru + self.cu
+        if together > 1:
+            raise ValueError(f"scu + ucu + ru + cu is {together:g}; it must be at most 1")
         if self.lora_rank < 1:
             raise ValueError(f"lora_rank is {self.lora_rank}; it must be at least 1")
         if self.lora_lr is not None and not self.lora_lr > 0:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,10 @@ def stability(
                 return {"rows": len(found)}
 
             steps(f"moments-{role}", compute, lambda found: f"{found['rows']} rows")
-        del model
         draws = _Draws(out / MOMENTS, settings)
         units = steps("units", lambda: draws.units, lambda units: f"{units:,}")
         sizes = [
-            steps(f"size-{size}", lambda size=size: draws.compare(size), _line)
+            steps(f"size-{size}", partial(draws.compare, size), _line)
             for size in sorted(set(settings.sizes))
         ]
     shutil.rmtree(out / MOMENTS, ignore_errors=True)

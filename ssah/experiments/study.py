@@ -6,7 +6,7 @@ import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -37,7 +37,7 @@ from ssah.experiments.measuring import (
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.experiments.training import Recipe, spread, train, training_loss
-from ssah.models import move, quiet
+from ssah.models import SMOLLM2, move, quiet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -78,7 +78,7 @@ class StudySettings:
         batch_size: rows of an update.
         train_max_length: tokens kept of a row that is trained on.
         sample: rows of the training data whose loss is the training loss.
-        check_every: updates from one measurement of it to the next.
+        check_every: the fewest updates from one measurement of it to the next.
         asr: how many requests are answered and judged; None: all.
         judges: of the answers; the first one decides.
         max_new_tokens: the most tokens of an answer.
@@ -99,7 +99,7 @@ class StudySettings:
     batch_size: int = 8
     train_max_length: int = 256
     sample: int = 32
-    check_every: int = 4
+    check_every: int = 2
     asr: int | None = None
     judges: tuple[str, ...] = ("wei2024",)
     max_new_tokens: int = 64
@@ -301,7 +301,7 @@ def open_study(
         {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
         sources.record,
     )
-    with Steps(run, 6 + 3 * arms * len(settings.seeds)) as steps:
+    with Steps(run, 7 + 3 * arms * len(settings.seeds)) as steps:
         dtype, bf16 = loading.precision(steps, model.device, settings.bf16)
         scores = score(
             steps,
@@ -313,9 +313,28 @@ def open_study(
             max_length=settings.max_length,
         )
         del model
-        yield Study(
-            steps, loading, settings, tokenizer, pools, evaluation, scores, dtype, bf16, keep
-        )
+        base = _quick_to_load(loading, steps)
+        yield Study(steps, base, settings, tokenizer, pools, evaluation, scores, dtype, bf16, keep)
+        if base != loading:
+            shutil.rmtree(base.name, ignore_errors=True)
+
+
+def _quick_to_load(loading: Loading, steps: Steps) -> Loading:
+    """The same model from a folder: every arm loads it anew, and reading GGUF takes a while."""
+    name = Path(loading.name)
+    if loading.name != SMOLLM2 and name.suffix != ".gguf" and not any(name.glob("*.gguf")):
+        return loading
+    folder = steps.run.out / MODELS / BEFORE
+
+    def copy() -> dict[str, Any]:
+        model, tokenizer = loading("auto")
+        with quiet():
+            model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        return {}
+
+    steps("copy", copy)
+    return replace(loading, name=str(folder))
 
 
 def _encoded(

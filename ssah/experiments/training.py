@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Recipe", "schedule", "spread", "train", "training_loss"]
 
+_FARTHEST = 16  # updates from one measurement of the training loss to the next
 _WINDOW = 16  # chunks of rows among which those of similar length are put together
 
 
@@ -42,7 +43,7 @@ class Recipe:
         batch_size: rows of an update.
         bf16: compute in bfloat16 by autocast; weights keep their dtype.
         seed: of the order of rows, and of dropout and rounding where there is any.
-        check_every: updates from one measurement of the training loss to the next.
+        check_every: the fewest updates from one measurement of the training loss to the next.
         max_grad_norm: what the norm of the gradient is clipped to.
     """
 
@@ -50,7 +51,7 @@ class Recipe:
     batch_size: int
     bf16: bool
     seed: int
-    check_every: int = 4
+    check_every: int = 2
     max_grad_norm: float = 1.0
 
     def __post_init__(self) -> None:
@@ -76,9 +77,11 @@ def train(
 ) -> dict[str, Any]:
     """Train in place for ``steps`` updates, or until the training loss is at most ``target``.
 
-    The training loss that decides is that of ``sample``, fixed rows of the training data, after
-    every ``recipe.check_every`` updates: no noise of batches is in it, so that arms can be compared
-    at equal training loss.
+    The training loss that decides is that of ``sample``, fixed rows of the training data: no noise
+    of batches is in it, so that arms can be compared at equal training loss. It is measured after
+    ``recipe.check_every`` updates, as many again, and from there on when a straight line through
+    the last two measurements would reach the target: a loss that falls ever more slowly is met from
+    above.
 
     Args:
         trained: what the trainer gets: ``model``, or a peft model over it.
@@ -175,6 +178,7 @@ class _Checks(TrainerCallback):
     ) -> None:
         self.measure, self.every, self.target, self.advance = measure, every, target, advance
         self.losses: list[tuple[int, float]] = []
+        self.next = every
 
     def at(self, step: int) -> float:
         """The loss after ``step`` updates, measured now unless it has just been."""
@@ -184,8 +188,16 @@ class _Checks(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.advance(state.global_step)
-        if self.target is not None and state.global_step % self.every == 0:
-            control.should_training_stop = self.at(state.global_step) <= self.target
+        if self.target is None or state.global_step < self.next:
+            return
+        loss = self.at(state.global_step)
+        control.should_training_stop = loss <= self.target
+        wait = self.every
+        if len(self.losses) > 1:
+            (before, higher), (now, lower) = self.losses[-2:]
+            if higher > lower:
+                wait = int((lower - self.target) * (now - before) / (higher - lower))
+        self.next = state.global_step + min(max(wait, self.every), _FARTHEST)
 
 
 def _arguments(
