@@ -22,7 +22,7 @@ from ssah.report.html import duration, write_report
 from ssah.report.kinds import KINDS, claims_table, kind_of
 from ssah.report.picture import picture
 from ssah.report.plain import number, tables, with_interval
-from ssah.report.results import records_table
+from ssah.report.records import records_table
 from ssah.report.transfer_plot import plot_transfer
 from ssah.transfer import Transfer
 

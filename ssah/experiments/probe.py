@@ -6,8 +6,10 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ssah.evaluation.intervals import paired_difference
+from torch import Tensor
+
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL
+from ssah.experiments.claims import claim
 from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
@@ -131,59 +133,26 @@ def _measured(found: Probe) -> dict[str, Any]:
 
 
 def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str, Any]]:
-    """What the paper says of such models, and whether it holds here."""
+    """What the paper says of such models, and whether it holds here: at the last layer."""
     own = probes[0]
-    value, interval = _last(own)
     first = own.safe_from()
-    claims = [
-        {
-            "claim": "An aligned model is nearer to the refusal than to the compliance",
-            "holds": _sign(interval),
-            "value": value,
-            "interval": interval,
-            "sentence": f"{names[_MODEL]}: difference at the last layer. "
-            + (
-                "Its interval lies above 0 at no layer up to the last."
-                if first is None
-                else f"Its interval lies above 0 from layer {first} on."
-            ),
-        }
-    ]
+    note = (
+        "Its interval lies above 0 at no layer up to the last."
+        if first is None
+        else f"Its interval lies above 0 from layer {first} on."
+    )
+    text = f"An aligned model ({names[_MODEL]}) is nearer to the refusal than to the compliance"
+    claims = [claim(text, *_last(own), "higher", "cosine", note=note)]
     if _BESIDE in names:
         other = probes[1]
-        value, interval = _last(other)
-        opposite = _sign(interval)
-        claims.append(
-            {
-                "claim": "An unaligned model is nearer to the compliance than to the refusal",
-                "holds": None if opposite is None else not opposite,
-                "value": value,
-                "interval": interval,
-                "sentence": f"{names[_BESIDE]}: difference at the last layer; below 0, it is "
-                "nearer to the compliance.",
-            }
-        )
-        value, bounds = paired_difference(own.differences[:, -1, -1], other.differences[:, -1, -1])
-        claims.append(
-            {
-                "claim": "The aligned model leans to the refusal more than the unaligned one",
-                "holds": _sign(bounds),
-                "value": value,
-                "interval": list(bounds),
-                "sentence": "Difference at the last layer of the one less that of the other, "
-                "paired by request.",
-            }
-        )
+        text = f"An unaligned model ({names[_BESIDE]}) is nearer to the compliance"
+        claims.append(claim(text, *_last(other), "lower", "cosine"))
+        text = "The aligned model leans to the refusal more than the other one"
+        one, two = (each.differences[:, -1, -1] for each in (own, other))
+        claims.append(claim(text, one, two, "higher", "cosine"))
     return claims
 
 
-def _last(found: Probe) -> tuple[float, list[float]]:
-    """The difference at the last layer, and its interval."""
-    values = found.differences[:, -1, -1:]
-    return float(values.mean()), found.intervals(values)[0].tolist()
-
-
-def _sign(interval: Sequence[float]) -> bool | None:
-    """Whether an interval lies above 0; None: it has 0 in it."""
-    low, high = interval
-    return True if low > 0 else False if high < 0 else None
+def _last(found: Probe) -> tuple[Tensor, Tensor]:
+    """Distances to the complying and to the refusing version at the last layer, [requests]."""
+    return found.compliance_distances[:, -1, -1], found.refusal_distances[:, -1, -1]

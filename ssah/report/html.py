@@ -221,6 +221,9 @@ def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]
     yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or MISSING
     if "threads" in record:
         yield "threads", number(record["threads"])
+    settings = record.get("settings")
+    if isinstance(settings, Mapping) and "level" in settings:
+        yield "level of intervals", number(settings["level"])
     seeds = list(_seeds(record.get("settings") or record.get("identity") or {}))
     yield "seeds", ", ".join(seeds) or MISSING
 

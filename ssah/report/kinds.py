@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ssah.report.plain import Table
-from ssah.report.results import demo, finetune, generic, in_unit, probe, scan, study, transfer
+from ssah.report.records import generic, in_unit
+from ssah.report.results import evaluate, probe, scan, stability, study, transfer
+from ssah.report.runs import demo, finetune
 
 __all__ = ["KINDS", "Kind", "claims_table", "kind_of"]
 
@@ -53,6 +55,7 @@ KINDS: dict[str, Kind] = {
         "Evaluation",
         "How often a model does not refuse harmful requests, how many of these answers are babble, "
         "and what it does with harmless ones.",
+        evaluate,
     ),
     "scan": Kind(
         "Group sizes",
@@ -68,6 +71,12 @@ KINDS: dict[str, Kind] = {
         "Stability of the groups",
         "How much the groups change when they are found on other calibration prompts, and how many "
         "prompts suffice.",
+        stability,
+        {
+            "stability": "Overlap of the groups of two disjoint draws of prompts against the "
+            "number of prompts, and rank correlation of the scores. The tables below have the same "
+            "numbers."
+        },
     ),
     "freeze": Kind(
         "Freezing while fine-tuning",
