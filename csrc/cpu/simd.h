@@ -197,16 +197,11 @@ SSAH_INLINE vfloat min(float a, vfloat b) { return b > a ? splat<vfloat>(a) : b;
 SSAH_INLINE vfloat max(float a, vfloat b) { return b < a ? splat<vfloat>(a) : b; }
 #endif
 
-// 1 / v for v in [1, 2^127): an estimate and a step of Newton's, within 2e-7 relative. A division
-// takes as long as the rest of a sigmoid.
+// 1 / v for v in [1, 2^127): an estimate and a step of Newton's where the estimate has 14 bits and
+// is exact for 1 (so that a sigmoid saturates); a division takes five times as long.
 #if SSAH_LANES == 16
 SSAH_INLINE vfloat reciprocal(vfloat v) {
   vfloat r = (vfloat)_mm512_rcp14_ps((__m512)v);
-  return r + r * (1 - v * r);
-}
-#elif SSAH_LANES == 8
-SSAH_INLINE vfloat reciprocal(vfloat v) {
-  vfloat r = (vfloat)_mm256_rcp_ps((__m256)v);
   return r + r * (1 - v * r);
 }
 #else
