@@ -47,6 +47,7 @@ class Section:
         anchor: unique in the page.
         title, about: of its kind: a name, and a sentence on what it shows.
         folder: relative to the folder of the report.
+        model: what the run is about, or "".
         state: ``"finished"`` or ``"unfinished"``.
         claims: rows of claim, state (``"yes"``, ``"no"`` or ``"undecided"``), measured, sentence.
         tables, pictures: of the result.
@@ -59,6 +60,7 @@ class Section:
     title: str
     about: str
     folder: str
+    model: str
     state: str
     claims: Sequence[Sequence[str]]
     tables: Sequence[Table]
@@ -169,6 +171,7 @@ def _section(
         title=title,
         about=kind.about,
         folder=str(folder.relative_to(root)),
+        model=_model(record),
         state="finished" if finished else "unfinished",
         claims=claims_table(shown.get("claims")),
         tables=kind.tables(shown) if shown else [],
@@ -178,6 +181,13 @@ def _section(
         data=_data(record.get("data")),
         settings=tables(record.get("settings") or record.get("identity") or {}),
     )
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    for fields in (record.get("settings"), record):
+        if isinstance(fields, Mapping) and isinstance(fields.get("model"), str):
+            return str(fields["model"])
+    return ""
 
 
 def _pictures(record: Mapping[str, Any]) -> list[str]:
@@ -248,13 +258,12 @@ def _data(data: Any) -> list[Table]:
     rows = tuple(
         (
             str(role),
-            str(row.get("source", MISSING)),
+            f"{number(row.get('rows'))} rows of {row.get('source', MISSING)}",
             str(row.get("fingerprint", MISSING)),
-            number(row.get("rows")),
         )
         for role, row in data.items()
     )
-    return [Table("", ("role", "source", "fingerprint (SHA-256)", "rows"), rows, names=3)]
+    return [Table("", ("role", "source", "fingerprint (SHA-256)"), rows, names=3)]
 
 
 def duration(seconds: Any) -> str:

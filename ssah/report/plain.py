@@ -76,12 +76,14 @@ def is_interval(value: Any) -> bool:
 
 
 def with_interval(value: Any, interval: Any, format_: str = "") -> str:
-    """A value followed by its interval, where there is one."""
+    """A value followed by its interval, where there is one: ``3.1% [1.0, 9.2]``."""
     text = number(value, format_)
-    if not is_interval(interval):
-        return text
-    low, high = (number(end, format_) for end in interval)
-    return f"{text} [{low}, {high}]"
+    return f"{text} {_bounds(interval, format_)}" if is_interval(interval) else text
+
+
+def _bounds(interval: Sequence[float], format_: str) -> str:
+    low, high = (number(end, format_).removesuffix("%") for end in interval)
+    return f"[{low}, {high}]"
 
 
 def tables(data: Any, title: str = "") -> list[Table]:
@@ -167,7 +169,7 @@ def _joined(fields: Mapping[str, Any]) -> dict[str, str]:
 def _cell(key: str, value: Any) -> str:
     format_ = _format(key)
     if is_interval(value) and _INTERVAL in key:
-        return f"[{number(value[0], format_)}, {number(value[1], format_)}]"
+        return _bounds(value, format_) + (" %" if format_ else "")
     if isinstance(value, Mapping):
         name = next((name for name in _VALUES if name in value), None)
         if name is None:

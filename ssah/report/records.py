@@ -49,7 +49,7 @@ def records_table(
     values: Sequence[tuple[str, str, str]],
     note: str = "",
 ) -> Table:
-    """A table with a row per record; columns that no record has are left out.
+    """A table with a row per record; columns in which no record has anything are left out.
 
     Args:
         title: of the table.
@@ -60,7 +60,9 @@ def records_table(
         note: below the table.
     """
     rows = [record for record in records if isinstance(record, Mapping)]
-    used = [column for column in values if any(row.get(column[1]) is not None for row in rows)]
+    known = {key for row in rows for key, value in row.items() if value is not None}
+    names = [column for column in names if column[1] in known]
+    used = [column for column in values if column[1] in known]
     cells = tuple(
         (
             *(_name(row.get(key)) for _, key in names),

@@ -67,6 +67,7 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
 def study(result: Mapping[str, Any]) -> list[Table]:
     """Ways to train compared: their means, every seed, and paired differences."""
     labels, frozen = mapping_of(result, "labels"), mapping_of(result, "frozen_units")
+    varied = str(result.get("varied", ""))
     means, seeds = [], []
     for arm in mapping_of(result, "arms"):
         found = mapping_of(mapping_of(result, "arms"), arm)
@@ -80,7 +81,7 @@ def study(result: Mapping[str, Any]) -> list[Table]:
     if means:
         columns = [("units frozen", "frozen", ""), *MEASURED]
         note = f"Means over seeds. {MEASURED_NOTE} Maths and training loss: nats per token."
-        tables_.append(records_table("Ways to train", means, [("", "arm")], columns, note))
+        tables_.append(records_table("Ways to train", means, [(varied, "arm")], columns, note))
     if seeds:
         training_columns = (
             ("steps", "training steps", ""),
@@ -88,7 +89,7 @@ def study(result: Mapping[str, Any]) -> list[Table]:
             ("parameters trained", "training parameters", ""),
             ("target loss reached", "training reached", ""),
         )
-        names = [("", "arm"), ("seed", "seed")]
+        names = [(varied, "arm"), ("seed", "seed")]
         columns = [*MEASURED, *training_columns]
         tables_.append(records_table("Every seed", seeds, names, columns))
     differences = [
@@ -102,11 +103,11 @@ def study(result: Mapping[str, Any]) -> list[Table]:
         for row in list_of(result, "differences")
     ]
     if differences:
-        names = [("", "arm"), ("less", "against"), ("of", "what")]
+        names = [(varied, "arm"), ("less", "against"), ("of", "what")]
         value = [("difference", "shown", "")]
         title = "Differences, paired over requests or rows, and seeds"
         tables_.append(records_table(title, differences, names, value))
-    return [*tables_, *generic(result, "labels", "frozen_units", "arms", "differences")]
+    return [*tables_, *generic(result, "labels", "varied", "frozen_units", "arms", "differences")]
 
 
 def evaluate(result: Mapping[str, Any]) -> list[Table]:
@@ -151,8 +152,8 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
     if models:
         costs = (
             *(UNITS, SHARE, *MEASURED),
-            ("perplexity per token", "token_perplexity", ".1f"),
-            ("per word", "word_perplexity", ".1f"),
+            ("perplexity per token", "token_perplexity", ",.1f"),
+            ("per word", "word_perplexity", ",.1f"),
         )
         title = "Margin and utility"
         found.append(records_table(title, models, [("ablated", "what")], costs, MEASURED_NOTE))
@@ -193,7 +194,10 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
         overlaps.append(row)
         others.append(other)
         correlations.append(correlation)
-    suffices = {"size": "suffices", **mapping_of(result, "suffices")}
+    suffices = tuple(
+        (NAMES.get(group, group), "none of these" if size is None else number(size))
+        for group, size in mapping_of(result, "suffices").items()
+    )
     orders = [key for key in (correlations[0] if correlations else {}) if key != "size"]
     first = [("prompts", "size")]
     columns = [(group.upper(), group, ".2f") for group in groups]
@@ -201,11 +205,10 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
     scores = [(order, order, ".2f") for order in orders if not order.endswith("_interval")]
     found = []
     if overlaps:
-        counts = [(group.upper(), group, "") for group in groups]
-        note = f"{result.get('rule', '')} Empty: no number that was tried."
+        rule = str(result.get("rule", ""))
         found = [
             records_table("Overlap (Jaccard) of two draws", overlaps, first, columns, middle),
-            records_table("Prompts that suffice", [suffices], [], counts, note.strip()),
+            Table("Prompts that suffice", ("group", "prompts"), suffices, note=rule),
             records_table("Overlap with the groups of all rows", others, first, columns + chance),
             records_table("Rank correlation of the scores", correlations, first, scores, middle),
         ]
