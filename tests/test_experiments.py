@@ -207,6 +207,9 @@ def test_claims_say_what_their_interval_says():
     assert (open_["holds"], open_["verdict"]) == (False, "undecided")
     assert "includes 0" in open_["sentence"]
     assert claim("A as low", noise + 0.02, zero, "not higher", "points", slack=0.05)["holds"]
+    same = claim("A as low", torch.ones(100), torch.ones(100), "not higher", "points", slack=0.05)
+    assert same["holds"]
+    assert same["interval"] == pytest.approx([-0.037, 0.037], abs=1e-3)
     assert not claim("A as low", noise + 0.08, zero, "not higher", "points", slack=0.05)["holds"]
 
 

@@ -40,7 +40,7 @@ __all__ = ["ARMS", "BudgetSettings", "budget"]
 
 KIND = "budget"
 FULL, RU = "full", "ru"
-ARMS = {BEFORE: "nothing (before)", FULL: "everything", RU: "RU alone"}
+ARMS = {BEFORE: "(before)", FULL: "everything", RU: "RU alone"}
 _NOUNS = {UTILITY: "ordinary answers", MATH: "mathematics"}
 
 

@@ -6,14 +6,34 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ssah.evaluation.intervals import paired_difference
+from ssah.evaluation.intervals import paired_difference, wilson
 
-__all__ = ["claim"]
+__all__ = ["claim", "difference"]
 
 Expected = Literal["lower", "higher", "not higher"]
 Unit = Literal["points", "nats", "cosine"]
 
 _UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}  # factor, digits
+
+
+def difference(first: Tensor, second: Tensor, unit: Unit) -> tuple[float, list[float]]:
+    """Mean of ``first - second`` and its 95 % interval: the bootstrap, paired, by request.
+
+    Where every request has the same difference d, all resamples agree and the bootstrap has no
+    width, although other requests might differ. Of rates the interval is then that of how many do:
+    none of n, so at most u of all, Wilson's upper bound; each moves the mean by at most 1 + |d|:
+
+        d -+ u (1 + |d|), inside [-1, 1]
+
+    Args:
+        first, second: ``[requests]`` or ``[requests, seeds]``.
+        unit: as in :func:`claim`.
+    """
+    value, (low, high) = paired_difference(first, second)
+    if unit == "points" and low == high:
+        reach = wilson(0, len(first))[1] * (1 + abs(value))
+        low, high = max(-1.0, value - reach), min(1.0, value + reach)
+    return value, [low, high]
 
 
 def claim(
@@ -48,7 +68,7 @@ def claim(
         ``"undecided"``), ``value`` and ``interval`` of first - second, ``half_width``, ``unit``,
         ``sentence``.
     """
-    value, (low, high) = paired_difference(first, second)
+    value, (low, high) = difference(first, second, unit)
     holds, contradicted = {
         "lower": (high < 0, low > 0),
         "higher": (low > 0, high < 0),
@@ -79,8 +99,9 @@ def _verdict(verdict: str, expected: str, slack: str) -> str:
     if verdict == "reproduces":
         return "This reproduces."
     if expected == "not higher":
-        above = "is above" if verdict == "contradicted" else "reaches beyond"
-        return f"This does not reproduce: the interval {above} {slack}."
+        if verdict == "contradicted":
+            return f"This does not reproduce: the interval is above {slack}."
+        return f"This is not shown: the interval reaches beyond {slack}."
     if verdict == "contradicted":
         return "This does not reproduce: the difference has the other sign."
     return "This is not shown: the interval includes 0."

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.intervals import paired_difference
 from ssah.experiments.arms import Arm, lora, planned
-from ssah.experiments.claims import claim
+from ssah.experiments.claims import claim, difference
 from ssah.experiments.inputs import Loading, Sources, check_shares
 from ssah.experiments.measuring import UTILITY
 from ssah.experiments.study import (
@@ -211,13 +210,15 @@ def _differences(arms: Arms) -> list[dict[str, Any]]:
         for other in (NONE, RANDOM):
             if name in (BEFORE, other) or other not in arms:
                 continue
-            for what, unit, values in (
-                ("asr", "points", rates),
-                ("utility_loss", "nats", row_losses),
+            pair = {"arm": name, "against": other}
+            asr = difference(rates(arms, name), rates(arms, other), "points")
+            loss = difference(row_losses(arms, name), row_losses(arms, other), "nats")
+            for what, unit, (value, (low, high)) in (
+                ("asr", "points", asr),
+                ("utility_loss", "nats", loss),
             ):
-                value, interval = paired_difference(values(arms, name), values(arms, other))
-                found.append({"arm": name, "against": other, "what": what, "value": value})
-                found[-1] |= {"interval": list(interval), "unit": unit}
+                numbers = {"value": value, "interval": [low, high], "half_width": (high - low) / 2}
+                found.append({**pair, "what": what, **numbers, "unit": unit})
     return found
 
 

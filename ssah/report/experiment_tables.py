@@ -95,7 +95,7 @@ def study_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableTyp
     table = new_table(
         "Means over seeds; losses and margin in nats per token",
         (result["varied"],),
-        ("updates", "training", "ASR", "95 %", "babble", "margin", *_SHORT[: len(rows)]),
+        ("steps", "train", "ASR", "95 %", "babble", "margin", *_SHORT[: len(rows)]),
     )
     for name, found in arms.items():
         mean = found["mean"]
@@ -113,7 +113,7 @@ def study_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableTyp
             *(f"{mean[key]:.3f}" for key in rows),
         )
     table.caption = (
-        "training: loss of fixed rows of the training data (*: that of the first arm was not "
+        "train: loss of fixed rows of the training data (*: that of the first arm was not "
         "reached); babble: answers that the model before training finds incoherent"
     )
     table.caption_justify = "left"
