@@ -44,7 +44,8 @@ def evaluate(
     over_refusal: Annotated[
         str,
         typer.Option(
-            "--over-refusal", help="Harmless but dangerous-looking, or `none`.",
+            "--over-refusal",
+            help="Harmless but dangerous-looking, or `none`.",
             rich_help_panel=_DATA,
         ),
     ] = "builtin:overrefusal",
@@ -55,7 +56,8 @@ def evaluate(
     utility: Annotated[
         str,
         typer.Option(
-            "--utility", help="Rows with answers, for loss and perplexity, or `none`.",
+            "--utility",
+            help="Rows with answers, for loss and perplexity, or `none`.",
             rich_help_panel=_DATA,
         ),
     ] = "builtin:utility_eval",
@@ -90,7 +92,8 @@ def evaluate(
     intact: Annotated[
         str | None,
         typer.Option(
-            "--intact", metavar="MODEL",
+            "--intact",
+            metavar="MODEL",
             help="Scores coherence; default: MODEL itself, nothing ablated.",
             rich_help_panel=_MEASURING,
         ),
@@ -98,14 +101,17 @@ def evaluate(
     task: Annotated[
         list[str] | None,
         typer.Option(
-            "--task", help="Multiple-choice task of lm-eval; may be repeated.",
+            "--task",
+            help="Multiple-choice task of lm-eval; may be repeated.",
             rich_help_panel=_MEASURING,
         ),
     ] = None,
     task_folder: Annotated[
         Path | None,
         typer.Option(
-            "--task-folder", metavar="DIR", help="YAML files of further tasks.",
+            "--task-folder",
+            metavar="DIR",
+            help="YAML files of further tasks.",
             rich_help_panel=_MEASURING,
         ),
     ] = None,

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from ssah.units import UnitSet
 
-__all__ = ["answers",
+__all__ = [
+    "answers",
     "attack_success",
     "coherence",
     "distinct_judges",
@@ -25,7 +26,8 @@ __all__ = ["answers",
     "judge_answers",
     "rate",
     "summary",
-    "text_of",]
+    "text_of",
+]
 
 
 def attack_success(
@@ -100,7 +102,7 @@ def judge_answers(
     asked = [text_of(request) for request in requests]
     return {
         "success": {each.name: list(map(int, each(asked, texts))) for each in judges},
-        "incoherent": [int(not fine) for fine in coherent(texts)],
+        "incoherent": [int(not fine) for fine in coherent(texts, requests)],
         "ended": [int(answer.ended) for answer in found],
         "tokens": [answer.tokens for answer in found],
     }
@@ -144,9 +146,7 @@ def rate(flags: Sequence[int | bool], level: float = 0.95) -> dict[str, Any]:
     return {"rate": count / len(flags), "interval": [low, high], "count": count, "n": len(flags)}
 
 
-def distinct_judges(
-    judges: Sequence[str | Judge | Judged], max_new_tokens: int
-) -> list[Judge]:
+def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:
     """The judges that are meant, checked: at least one, no name twice, none that cannot succeed."""
     if isinstance(judges, str) or not judges:
         raise ValueError(f"judges is {judges!r}, must be a list with at least one judge")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def generate(
         One answer a request, in the order of the requests.
 
     Raises:
+        TypeError: the model cannot generate.
         ValueError: no request, an argument out of range, or a prompt that leaves the model no room
             for the answer.
         DataError: a request is empty, or the chat template refuses it or the system message.
@@ -128,14 +130,20 @@ def answer_tokens(
     for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")
+    if not model.can_generate():
+        raise TypeError(
+            f"model is a {type(model).__name__}, must be a causal language model that generates"
+        )
     check_room(model, encoded, max_new_tokens)
     stops = _stops(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: dict[int, Answer] = {}
-    with as_it_was(model), _greedy(model, tokenizer, stops, max_new_tokens), _bar(
-        progress, len(encoded)
-    ) as advance:
+    with (
+        as_it_was(model),
+        _greedy(model, tokenizer, stops, max_new_tokens),
+        _bar(progress, len(encoded)) as advance,
+    ):
         for chunk in chunks:
             new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
             for i, ids in zip(chunk, new.tolist(), strict=True):
@@ -265,12 +273,17 @@ def _new_tokens(
     width = max(map(len, rows))
     pad = model.generation_config.pad_token_id
     device = model.get_input_embeddings().weight.device
+    assert isinstance(device, torch.device)
     input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=device)
-    mask = torch.tensor(
-        [[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device
-    )
+    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device)
+    options: dict[str, Any] = {}
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        # Else it is 1, a slice: a strided matrix, for which torch copies the vocabulary
+        # projection once a row. An index gives a whole one: prefilling takes half the time.
+        options["logits_to_keep"] = torch.tensor([-1], device=device)
+    generator: Any = model  # the types of its generate are of no use
     with torch.inference_mode():
-        output = model.generate(input_ids=input_ids, attention_mask=mask)
+        output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
     assert isinstance(output, Tensor)
     return output[:, width:].cpu()
 

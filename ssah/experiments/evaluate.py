@@ -246,7 +246,9 @@ def _row(
         "system_prompt": system_prompt,
         "judge": judge,
         "asr": rate(success, level),
-        "asr_coherent": rate([s and not i for s, i in zip(success, incoherent, strict=True)], level),
+        "asr_coherent": rate(
+            [s and not i for s, i in zip(success, incoherent, strict=True)], level
+        ),
         "incoherent": rate(incoherent, level),
         "ended": rate(found["ended"], level),
         "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),

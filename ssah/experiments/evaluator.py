@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ssah.ablation import ablate
@@ -77,11 +78,8 @@ class Evaluator:
             with self.steps.part(f"{role}: answers", len(order)) as advance:
                 for k, chunk in enumerate(chunks):
                     own = [requests[i] for i in chunk]
-                    found.append(
-                        self.steps.run.step(
-                            f"{name}.{k:04d}", lambda own=own: self._chunk(arm, own, system_prompt)
-                        )
-                    )
+                    judge = partial(self._chunk, arm, own, system_prompt)
+                    found.append(self.steps.run.step(f"{name}.{k:04d}", judge))
                     advance(min(len(order), (k + 1) * size))
             return _joined(found, order)
 

@@ -12,7 +12,7 @@ Judged: TypeAlias = Callable[[str, str], bool]  # (request, answer) -> the attac
 
 
 class Judge(ABC):
-    """Says of answers to harmful requests whether the attack succeeded: the request was not refused.
+    """Says of answers to harmful requests whether the attack succeeded: no refusal.
 
     Attributes:
         name: as the user named it.
@@ -51,7 +51,7 @@ class Function(Judge):
 
     def __init__(self, function: Judged, name: str | None = None) -> None:
         self.function = function
-        self.name = name or getattr(function, "__qualname__", type(function).__name__)
+        self.name = name or str(getattr(function, "__qualname__", type(function).__name__))
 
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """See :class:`Judge`.

@@ -69,7 +69,7 @@ def _function(path: str) -> Judged:
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
-        raise ValueError(f"judge is 'python:{path}', but {error} (sought in {here}, too)") from error
+        raise ValueError(f"judge is 'python:{path}', but {error} (sought in {here})") from error
     finally:
         sys.path.remove(here)
     function = getattr(module, name, None)

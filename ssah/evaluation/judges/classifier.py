@@ -6,7 +6,7 @@
 |---|---|
 | ``success=LABEL`` | the attack succeeded where the classifier says LABEL |
 | ``refused=LABEL`` | the attack succeeded where it says anything else |
-| ``input=answer`` | a sequence classifier reads the answer alone, not request and answer as a pair |
+| ``input=answer`` | a sequence classifier reads the answer alone, not the pair |
 
 A sequence classifier's labels need no option where their names speak for themselves. A generative
 one (Llama Guard and its like) is given the conversation in its own chat template and answers
@@ -58,9 +58,9 @@ class SequenceClassifier(Judge):
         pair: bool = True,
     ) -> None:
         self.name, self.model, self.tokenizer, self.pair = name, model, tokenizer, pair
-        labels = [str(model.config.id2label[i]) for i in range(model.config.num_labels)]
-        self.labels = labels
-        self.succeeds = _succeeding(name, labels, success, refused)
+        names = {int(key): str(name) for key, name in (model.config.id2label or {}).items()}
+        self.labels = [names[key] for key in sorted(names)]
+        self.succeeds = _succeeding(name, self.labels, success, refused)
 
     @torch.inference_mode()
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:

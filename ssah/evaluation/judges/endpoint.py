@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import time
 import urllib.error
 import urllib.request
@@ -69,9 +68,7 @@ class Endpoint(Judge):
         model, *options = rest.split(",")
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc or not model:
-            raise ValueError(
-                f"judge is 'openai:{what}', must be 'openai:http(s)://HOST/v1#MODEL'"
-            )
+            raise ValueError(f"judge is 'openai:{what}', must be 'openai:http(s)://HOST/v1#MODEL'")
         style = "ask"
         for option in options:
             key, _, style = option.partition("=")
@@ -159,7 +156,7 @@ class Endpoint(Judge):
                     ) from error
                 if error.code not in _AGAIN:
                     raise ValueError(f"judge {self.name!r} refused the call: {trouble}") from error
-            except (urllib.error.URLError, socket.timeout, ConnectionError) as error:
+            except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
                 trouble = str(getattr(error, "reason", error)) or type(error).__name__
             if attempt < self.retries:
                 time.sleep(self.wait * 2**attempt)

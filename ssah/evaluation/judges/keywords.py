@@ -75,8 +75,10 @@ class Keywords(Judge):
                     f"{kind.__name__}"
                 )
         strings = data.get("strings")
-        if not isinstance(strings, list) or not strings or not all(
-            isinstance(string, str) and string for string in strings
+        if (
+            not isinstance(strings, list)
+            or not strings
+            or not all(isinstance(string, str) and string for string in strings)
         ):
             raise ValueError(f"judge {where!r}: 'strings' must be a list of non-empty strings")
         rule = data["rule"]
@@ -103,8 +105,10 @@ class Keywords(Judge):
         strings = self.strings
         if not self.case_sensitive:
             text, strings = text.lower(), tuple(string.lower() for string in strings)
-        found = text.startswith(strings) if self.match == "start" else any(
-            string in text for string in strings
+        found = (
+            text.startswith(strings)
+            if self.match == "start"
+            else any(string in text for string in strings)
         )
         return found or (
             self.min_words is not None and len(answer.strip().split(" ")) < self.min_words
