@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 import ssah
-from ssah.cli import experiments, findings, measuring, scoring, study, training
+from ssah.cli import evaluating, experiments, findings, measuring, scoring, study, training
 
 __all__ = ["app"]
 
@@ -46,6 +46,7 @@ def main(
 app.command("attribute")(scoring.attribute)
 app.command("classify")(scoring.classify)
 app.command("ablate")(scoring.ablate)
+evaluating.register(app)
 training.register(app)
 findings.register(app)
 experiments.register(app)
