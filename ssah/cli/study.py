@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -27,6 +27,22 @@ from ssah.cli.experiments import (
     quiet_threads,
 )
 from ssah.cli.many import many_values
+from ssah.cli.study_options import (
+    Asr,
+    Autocast,
+    CheckEvery,
+    Epochs,
+    MaxSteps,
+    Patience,
+    Rate,
+    Rows,
+    Sample,
+    SaveModel,
+    Seeds,
+    TargetLoss,
+    TrainLength,
+    training_option,
+)
 from ssah.cli.support import (
     Device,
     Dtype,
@@ -41,7 +57,7 @@ from ssah.cli.support import (
 
 __all__ = ["register"]
 
-_GROUPS, _TRAINING, _MEASURING = "Groups", "Training", "Measuring"
+_GROUPS = "Groups"
 
 
 class FreezeArm(str, Enum):
@@ -53,45 +69,6 @@ class FreezeArm(str, Enum):
     scu_all_cu = "scu-all-cu"
     random = "random"
     lora = "lora"
-
-
-def _training(name: str, help: str, **options: Any) -> Any:
-    return typer.Option(name, help=help, rich_help_panel=_TRAINING, **options)
-
-
-Seeds = Annotated[
-    list[int] | None, _training("--seeds", "Of row order, random units, adapters.", min=0)
-]
-Rate = Annotated[float, _training("--lr", "Learning rate of AdamW, constant.")]
-Epochs = Annotated[float, _training("--epochs", "Passes of the first arm over the data.")]
-MaxSteps = Annotated[
-    int | None, _training("--max-steps", "Updates of the first arm, in place of epochs.", min=1)
-]
-TargetLoss = Annotated[
-    float | None, _training("--target-loss", "Training loss of all arms; default: the first's.")
-]
-Patience = Annotated[
-    float, _training("--patience", "The most updates of the others, times the first's.", min=1.0)
-]
-Rows = Annotated[int, _training("--train-batch-size", "Rows of an update.", min=1)]
-TrainLength = Annotated[
-    int, _training("--train-max-length", "Tokens kept of a row trained on.", min=2)
-]
-Sample = Annotated[int, _training("--sample", "Rows whose loss is the training loss.", min=1)]
-CheckEvery = Annotated[
-    int, _training("--check-every", "The fewest updates between measuring it.", min=1)
-]
-Autocast = Annotated[
-    bool | None,
-    _training("--bf16/--no-bf16", "Train in bfloat16 by autocast; default: if faster here."),
-]
-SaveModel = Annotated[bool, _training("--save-model", "Keep the trained models in DIR/models.")]
-Asr = Annotated[
-    int | None,
-    typer.Option(
-        "--asr", min=1, help="Requests answered; default: all.", rich_help_panel=_MEASURING
-    ),
-]
 
 
 def budget(
@@ -111,7 +88,9 @@ def budget(
     tokens: TokensOption = Counted.labels,
     seeds: Seeds = None,
     lr: Rate = 1e-4,
-    ru_lr: Annotated[float | None, _training("--ru-lr", "Of RU alone; default: the same.")] = None,
+    ru_lr: Annotated[
+        float | None, training_option("--ru-lr", "Of RU alone; default: the same.")
+    ] = None,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
     target_loss: TargetLoss = None,
@@ -197,7 +176,7 @@ def freeze(
     out: Folder,
     arms: Annotated[
         list[FreezeArm] | None,
-        _training("--arms", "Default: none scu-cu scu-all-cu random lora."),
+        training_option("--arms", "Default: none scu-cu scu-all-cu random lora."),
     ] = None,
     scu: Share = 0.01,
     ucu: Share = 0.01,
@@ -211,9 +190,9 @@ def freeze(
     tokens: TokensOption = Counted.labels,
     seeds: Seeds = None,
     lr: Rate = 5e-5,
-    lora_rank: Annotated[int, _training("--lora-rank", "Of the adapters.", min=1)] = 16,
+    lora_rank: Annotated[int, training_option("--lora-rank", "Of the adapters.", min=1)] = 16,
     lora_lr: Annotated[
-        float | None, _training("--lora-lr", "Of the adapters; default: 10 times --lr.")
+        float | None, training_option("--lora-lr", "Of the adapters; default: 10 times --lr.")
     ] = None,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,

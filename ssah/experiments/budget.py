@@ -13,19 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssah.experiments.arm_results import BEFORE, Arms, arms_summary, rates, row_losses
 from ssah.experiments.arms import Arm, planned
 from ssah.experiments.claims import claim
 from ssah.experiments.inputs import Loading, Sources, check_shares
 from ssah.experiments.measuring import MATH, UTILITY
-from ssah.experiments.study import (
-    BEFORE,
-    Arms,
-    StudySettings,
-    arms_summary,
-    open_study,
-    rates,
-    row_losses,
-)
+from ssah.experiments.study import open_study
+from ssah.experiments.study_settings import StudySettings
 from ssah.groups import classify
 from ssah.report.study_plot import plot_budget
 from ssah.training import freeze, train_only

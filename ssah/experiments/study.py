@@ -9,33 +9,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ssah.data import DataError, Encoded, Row, encode
 from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.intervals import bootstrap, wilson
+from ssah.experiments.arm_results import BEFORE
 from ssah.experiments.arms import Arm
 from ssah.experiments.inputs import (
     Loading,
     Sources,
-    check_grouping,
     score,
     weights_fingerprint,
 )
 from ssah.experiments.measuring import (
-    UTILITY,
     Evaluation,
     attack_line,
-    losses,
     measured_line,
-    succeeded,
-    summary,
 )
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.experiments.study_settings import StudySettings
 from ssah.experiments.training import Recipe, spread, train, training_loss
 from ssah.models import SMOLLM2, move, quiet
 
@@ -44,84 +39,9 @@ if TYPE_CHECKING:
 
     from ssah.attribution import Attribution
 
-__all__ = [
-    "BEFORE",
-    "Arms",
-    "Study",
-    "StudySettings",
-    "arms_summary",
-    "open_study",
-    "rates",
-    "row_losses",
-]
+__all__ = ["Study", "open_study"]
 
-# Arm -> seed -> what `Study.arm` returned.
-Arms: TypeAlias = "Mapping[str, Mapping[int, Mapping[str, Any]]]"
-
-BEFORE = "before"  # the model that every arm starts from
 MODELS = "models"  # folder of a run
-
-
-@dataclass(frozen=True)
-class StudySettings:
-    """What the arms of a study share.
-
-    Attributes:
-        seeds: of the order of rows, random units and adapters: each arm runs once with each.
-        scope, normalize, tokens: how units are grouped, see ``ssah.classify`` and ``attribute``.
-        lr: learning rate of the first arm, and of the others unless they have their own.
-        epochs: passes of the first arm over the data.
-        max_steps: updates of the first arm, in place of epochs, or None.
-        target_loss: training loss, nats per token, until which every arm trains; None: that of the
-            first arm with the same seed, when it has taken its steps.
-        patience: the most updates of an arm that trains to a loss, times those of the first arm.
-        batch_size: rows of an update.
-        train_max_length: tokens kept of a row that is trained on.
-        sample: rows of the training data whose loss is the training loss.
-        check_every: the fewest updates from one measurement of it to the next.
-        asr: how many requests are answered and judged; None: all.
-        judges: of the answers; the first one decides.
-        max_new_tokens: the most tokens of an answer.
-        eval_batch_size: sequences measured at a time.
-        max_length: tokens kept of other rows.
-        bf16: whether training computes in bfloat16; None: where that is faster.
-    """
-
-    seeds: tuple[int, ...] = (0,)
-    scope: str = "model"
-    normalize: str = "zscore"
-    tokens: str = "labels"
-    lr: float = 5e-5
-    epochs: float = 1.0
-    max_steps: int | None = None
-    target_loss: float | None = None
-    patience: float = 3.0
-    batch_size: int = 8
-    train_max_length: int = 256
-    sample: int = 32
-    check_every: int = 2
-    asr: int | None = None
-    judges: tuple[str, ...] = ("wei2024",)
-    max_new_tokens: int = 64
-    eval_batch_size: int = 16
-    max_length: int = 512
-    bf16: bool | None = None
-
-    def __post_init__(self) -> None:
-        check_grouping(self.scope, self.normalize, self.tokens)
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds is {self.seeds}; it must be different numbers, at least one")
-        for name in ("lr", "epochs", "patience"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than 0")
-        for name in ("max_steps", "asr", "sample"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
-    def steps(self, pools: Sequence[Sequence[Encoded]]) -> int:
-        """Updates of the first arm; passes are those over the first pool."""
-        of_batch = self.batch_size // len(pools)
-        return self.max_steps or math.ceil(self.epochs * len(pools[0]) / of_batch)
 
 
 @dataclass(frozen=True)
@@ -350,43 +270,3 @@ def _encoded(
 def _training_line(found: Mapping[str, Any]) -> str:
     short = "" if found["reached"] in (True, None) else ", target not reached"
     return f"{found['steps']} updates, training loss {found['loss']:.3f}{short}"
-
-
-# ------------------------------------------------------------------------------------- results
-
-
-def rates(arms: Arms, name: str) -> Tensor:
-    """Float64 ``[requests, seeds]`` of an arm: 1 where the attack succeeded."""
-    return torch.stack([succeeded(found["attack"]) for found in arms[name].values()], 1)
-
-
-def row_losses(arms: Arms, name: str, rows: str = UTILITY) -> Tensor:
-    """Float64 ``[rows, seeds]`` of an arm, see :func:`ssah.experiments.measuring.losses`."""
-    return torch.stack([losses(found["measured"], rows) for found in arms[name].values()], 1)
-
-
-def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
-    """Every arm for the result: ``mean`` over seeds of what is a number, and ``seeds``."""
-    result = {}
-    for name, by_seed in arms.items():
-        seeds = {
-            str(seed): {
-                **summary(found["measured"], found["attack"]),
-                "training_loss": found["training"]["loss"],
-                "training": found["training"],
-            }
-            for seed, found in by_seed.items()
-        }
-        first = next(iter(seeds.values()))
-        numbers = [key for key, value in first.items() if isinstance(value, float | int)]
-        mean = {key: sum(own[key] for own in seeds.values()) / len(seeds) for key in numbers}
-        result[name] = {"mean": {**mean, "asr_interval": _interval(arms, name)}, "seeds": seeds}
-    return result
-
-
-def _interval(arms: Arms, name: str) -> list[float]:
-    """Of an arm's ASR: requests are drawn, each with all its seeds; Wilson's where they agree."""
-    found = rates(arms, name)
-    if len(set(found.mean(1).tolist())) > 1 and found.shape[1] > 1 and name != BEFORE:
-        return list(bootstrap(found))
-    return list(wilson(int(found[:, 0].sum()), len(found)))

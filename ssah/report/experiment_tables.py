@@ -127,16 +127,12 @@ def stability_tables(record: Mapping[str, Any], out: Path) -> Iterator[Renderabl
     result = record["result"]
     groups = list(result["suffices"])
     table = new_table(
-        "Overlap of groups from disjoint prompts (middle 80 % of the resamples)",
+        "Overlap of groups from disjoint prompts, means over resamples",
         (),
         ("prompts", *(group.upper() for group in groups), "rho I_S", "rho I_U", "rho I_S - I_U"),
     )
     for row in result["sizes"]:
-        overlaps = []
-        for group in groups:
-            own = row["groups"][group]
-            low, high = own["overlap_middle"]
-            overlaps.append(f"{own['overlap']:.2f} ({low:.2f} to {high:.2f})")
+        overlaps = (f"{row['groups'][group]['overlap']:.2f}" for group in groups)
         rho = (row["spearman"][order]["value"] for order in ("safety", "utility", "difference"))
         table.add_row(f"{row['size']}", *overlaps, *(f"{value:.3f}" for value in rho))
     table.add_section()

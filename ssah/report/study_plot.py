@@ -26,7 +26,7 @@ _ARMS = {
     "lora": COLOURS["ucu"],
     "ru": COLOURS["ru"],
 }
-_ASR = ("asr", "ASR (bar: 95 % interval; dot: a seed; cross: incoherent)")
+_ASR = ("asr", "ASR (line: 95 % interval; dot: a seed; cross: incoherent)")
 _MARGIN = ("refusal_margin", "Refusal margin, nats per token")
 _LOSSES = {
     "utility_loss": "Utility loss, nats per token",
@@ -123,7 +123,7 @@ def _limits(axes: Axes, values: Sequence[float], key: str) -> None:
     low, high = axes.get_xlim()
     if key == "asr":
         axes.set_xlim(0.0, max(high, 0.1) * 1.18)
-        axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+        axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %" if x <= 1 else "")
     elif key in _LOSSES:
         spread = max(max(values) - min(values), 0.02 * max(values))
         axes.set_xlim(min(values) - 0.3 * spread, max(values) + 0.7 * spread)
