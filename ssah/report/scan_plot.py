@@ -17,6 +17,7 @@ __all__ = ["plot_compare", "plot_scan"]
 
 _CURVES = ("random", "ru", "ucu", "scu")
 _DASHED = (0, (4, 3))
+_MOST = 3.0  # nats above the intact model: a model that has lost more is of no use
 _NORMALIZE = {"none": "#009e73", "zscore": "#d55e00", "rank": "#0072b2"}
 _SCOPE = {"module": (0, (3, 2)), "model": "-"}
 _TOKENS = {"labels": "o", "all": "x"}
@@ -46,6 +47,9 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
         for axes, (key, name) in zip(grid, panels, strict=True):
             _curves(axes, result, key)
             axes.set_title(name)
+            if key == "utility_loss":
+                top = result["intact"][key] + _MOST
+                axes.set_ylim(top=min(axes.get_ylim()[1], top))
             axes.set_xscale("log")
             axes.set_xlabel("share of all units ablated")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -33,8 +33,8 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
     """
     rows = result["sizes"]
     x = [row["size"] for row in rows]
-    with picture(path, title, (11.5, 5.0)) as figure:
-        left, right = figure.subplots(1, 2, sharey=True)
+    with picture(path, title, (11.5, 5.6)) as figure:
+        left, right = figure.subplots(1, 2)
         for group in rows[0]["groups"]:
             own = [row["groups"][group] for row in rows]
             middle = [each["overlap_middle"] for each in own]
@@ -67,6 +67,7 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
             axes.set_xticks(x, [str(n) for n in x])
             axes.minorticks_off()
             axes.set_xlabel("prompts of each kind")
-            axes.legend(loc="lower right", fontsize=9)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=3, fontsize=9)
         left.set_ylim(0.0, 1.02)
+        right.set_ylim(min(0.0, right.get_ylim()[0]), 1.02)
     return Path(path)
