@@ -188,7 +188,7 @@ def _aligned(
 
     _heading(console, 1, f"Align {name} on refusals for at most {seconds:.0f} s")
     model, tokenizer = _load(console, name, "float32", options)
-    working = _working_dtype(model, dtype)
+    working = working_dtype(model, dtype)
     move(model, working)
     before = _measure(console, model, tokenizer, "before")
     move(model, torch.float32)
@@ -243,7 +243,7 @@ def _load(
         return load_model(name, dtype=dtype, **options)
 
 
-def _working_dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
+def working_dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
     if dtype != "auto":
         found: torch.dtype = getattr(torch, dtype)
         return found
@@ -251,7 +251,7 @@ def _working_dtype(model: PreTrainedModel, dtype: str) -> torch.dtype:
 
 
 def _in_dtype(model: PreTrainedModel, dtype: str) -> PreTrainedModel:
-    return move(model, _working_dtype(model, dtype))
+    return move(model, working_dtype(model, dtype))
 
 
 def _show_alignment(console: Console, record: Mapping[str, Any]) -> None:

@@ -19,8 +19,8 @@ from typer.testing import CliRunner
 
 from ssah.cli import app
 from ssah.finetune import Settings, check_folder, fine_tune, select_units
-from ssah.memory import preview
 from ssah.groups import UnitGroups, classify
+from ssah.memory import preview
 from ssah.training import freeze, train_only
 from ssah.units import UnitSet, find_modules
 from ssah.updates import load_update

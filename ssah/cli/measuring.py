@@ -101,6 +101,10 @@ def demo(
     scu: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of SCU.")] = 0.01,
     ucu: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of UCU.")] = 0.01,
     ru: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of RU.")] = 0.15,
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Then probe, fine-tune, compare and report: 20 minutes."),
+    ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Align anew, even if DIR has an aligned model.")
     ] = False,
@@ -111,15 +115,19 @@ def demo(
 ) -> Result:
     """Align a small model, score and group its units, ablate each group: all in minutes.
 
+    With `--full` also: hidden states of the aligned model beside the other one, a benign fine-tune
+    with and without freezing, which units changed their group, and DIR/report.html with all of it.
+    Given again, the command goes on where it was interrupted.
+
     Example: `ssah demo --out demo_out`
     """
     # Threads that wait leave their core to others: on a busy machine this is 10 times faster, and
     # it must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ssah.demo import run
+    from ssah import demo, full_demo
 
     return Result(
-        run(
+        (full_demo if full else demo).run(
             model,
             out,
             seconds=seconds,

@@ -342,8 +342,8 @@ def _train(
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
     from ssah.data import DataError, encode, load_rows
     from ssah.finetune import check_folder, fine_tune, select_units
-    from ssah.memory import preview
     from ssah.groups import UnitGroups
+    from ssah.memory import preview
     from ssah.training import freeze, train_only
     from ssah.units import UnitSet, find_modules
 

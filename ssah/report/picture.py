@@ -19,7 +19,7 @@ __all__ = ["INK", "picture"]
 
 INK = "#333333"
 _DPI = 150
-_STYLE: dict[str, Any] = {
+_STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
@@ -60,8 +60,9 @@ def picture(
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    own = {name.replace("_", "."): value for name, value in style.items()}
-    with mpl.rc_context({**_STYLE, **own}):
+    own: dict[Any, Any] = {name.replace("_", "."): value for name, value in style.items()}
+    settings: Any = {**_STYLE, **own}  # newer releases list every name that there is
+    with mpl.rc_context(settings):
         figure = Figure(figsize=size, layout="constrained")
         yield figure
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)

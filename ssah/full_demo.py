@@ -1,0 +1,149 @@
+"""``ssah demo --full``: the demonstration, then a fine-tune with and without freezing, a report.
+
+Everything on the built-in data. Each part is a run in a folder of its own, and goes on where it
+was interrupted when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ssah import demo
+from ssah.attribution import attribute
+from ssah.data import make_loader
+from ssah.experiments.freeze import NONE, SCU_CU, FreezeSettings, freeze
+from ssah.experiments.freeze import RANDOM as AS_MANY_RANDOM
+from ssah.experiments.inputs import Loading
+from ssah.experiments.probe import run_probe
+from ssah.experiments.transfer import run_transfer
+from ssah.groups import UnitGroups, classify
+from ssah.models import move
+from ssah.report.html import write_report
+
+__all__ = ["run"]
+
+_SAFETY, _UTILITY = "builtin:safety", "builtin:utility"
+_REQUESTS, _ANSWERS = "builtin:safety_eval", "builtin:utility_eval"
+_PARTS = ("probe", "freeze", "groups-none", "groups-scu-cu", "transfer-none", "transfer-scu-cu")
+_SEED = 0
+UPDATES = 30  # of the benign fine-tune with nothing frozen
+
+
+def run(
+    name: str,
+    out: Path,
+    *,
+    seconds: float,
+    shares: Mapping[str, float],
+    fresh: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run everything, print it as it goes, and leave it in ``out`` with ``report.html``.
+
+    Args:
+        name, out, seconds, shares, fresh, dtype, device, trust_remote_code: as
+            :func:`ssah.demo.run` takes them; ``fresh`` begins the other parts anew as well.
+
+    Returns:
+        What ``demo.json`` holds, and ``probe``, ``freeze`` and ``transfer``: the results of these
+        runs; ``report``: the HTML file.
+    """
+    console = Console(highlight=False)
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if fresh:
+        for part in _PARTS:
+            shutil.rmtree(out / part, ignore_errors=True)
+    result = _earlier(out, name, shares) if not fresh else None
+    if result is None:
+        result = demo.run(
+            name,
+            out,
+            seconds=seconds,
+            shares=shares,
+            fresh=fresh,
+            **options,  # type: ignore[arg-type]
+        )
+    else:
+        console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
+    aligned = Loading(str(out / "aligned") if result["alignment"] else name, **options)  # type: ignore[arg-type]
+
+    _heading(console, "Probe: which way do hidden states lean?")
+    beside = name if result["alignment"] else None
+    probed = run_probe(out / "probe", aligned, _REQUESTS, beside=beside)
+
+    _heading(console, "A benign fine-tune, with and without freezing")
+    tuned = freeze(
+        aligned,
+        out / "freeze",
+        FreezeSettings(
+            seeds=(_SEED,),
+            arms=(NONE, SCU_CU, AS_MANY_RANDOM),
+            lr=1e-4,
+            max_steps=UPDATES,
+            max_new_tokens=32,
+            **shares,  # type: ignore[arg-type]
+        ),
+        safety=_SAFETY,
+        utility=_UTILITY,
+        finetune=_UTILITY,
+        requests=[_REQUESTS],
+        utility_eval=_ANSWERS,
+        save_model=True,
+    )
+
+    _heading(console, "Transfer: which units changed their group?")
+    moved = {}
+    for arm in (NONE, SCU_CU):
+        after = out / f"groups-{arm}"
+        _regroup(aligned, out / "freeze" / "models" / f"{arm}-{_SEED}", out / "groups", after)
+        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
+        moved[arm] = run_transfer(out / "groups", after, out / f"transfer-{arm}", title=title)
+        console.print(f"{arm}: {out / f'transfer-{arm}'}")
+
+    report = out / "report.html"
+    write_report(out, report, title=f"{name}: safety-critical neurons")
+    console.print(f"\nEverything on one page: [bold]{report}[/bold]")
+    return {
+        **result,
+        "probe": probed["result"],
+        "freeze": tuned["result"],
+        "transfer": {arm: record["result"] for arm, record in moved.items()},
+        "report": str(report),
+    }
+
+
+def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any] | None:
+    """The result of the demonstration in ``out``, if it is of this model and these shares."""
+    path = out / "demo.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    same = result["model"] == name and result["groups"]["shares"] == dict(shares)
+    return result if same else None
+
+
+def _regroup(loading: Loading, model: Path, before: Path, out: Path) -> None:
+    """Group the units of a trained model as those of the model before were."""
+    if (out / "meta.json").is_file():
+        return
+    own = UnitGroups.load(before)
+    loaded, tokenizer = loading("auto", str(model))
+    move(loaded, demo.working_dtype(loaded, loading.dtype))
+    scores = [
+        attribute(loaded, make_loader(source, tokenizer, batch_size=8), progress=True)
+        for source in (_SAFETY, _UTILITY)
+    ]
+    groups = classify(*scores, **own.shares, scope=own.scope, normalize=own.normalize)  # type: ignore[arg-type]
+    groups.save(out)
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print(f"\n[bold cyan]full[/bold cyan] [bold]{title}[/bold]")
