@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssah.cli.experiments import quiet_threads
 from ssah.cli.support import (
     BatchSize,
     Device,
@@ -24,6 +25,7 @@ from ssah.cli.support import (
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from rich.console import RenderableType
     from rich.table import Table
 
 _SHOWN = 12  # layers in the terminal
@@ -131,9 +133,11 @@ def probe(
 
     Example: `ssah probe runs/aligned --beside smollm2 --out runs/probe`
     """
+    quiet_threads()
     from ssah.evaluation.margin import COMPLIANCE, REFUSAL
     from ssah.experiments.inputs import Loading
     from ssah.experiments.probe import run_probe
+    from ssah.report.experiment_tables import claims_text
     from ssah.report.tables import facts_table
 
     record = run_probe(
@@ -149,8 +153,9 @@ def probe(
     )
     found = record["result"]
     facts = {"picture": out / record["pictures"][0], "saved to": out}
-    shown = (*(_layers(row) for row in found["models"]), _claims(found), facts_table("", facts))
-    return Result({"out": str(out), **found}, shown)
+    shown: list[RenderableType] = [_layers(row) for row in found["models"]]
+    shown += [claims_text(found["claims"]), facts_table("Written", facts)]
+    return Result({"out": str(out), **found}, tuple(shown))
 
 
 def _layers(row: Mapping[str, Any]) -> Table:
@@ -171,21 +176,6 @@ def _layers(row: Mapping[str, Any]) -> Table:
             f"{values['refusal'][layer]:+.3f}",
             f"{values['compliance'][layer]:+.3f}",
             f"{values['difference'][layer]:+.3f}",
-            f"{low:+.3f} to {high:+.3f}",
-        )
-    return table
-
-
-def _claims(found: Mapping[str, Any]) -> Table:
-    from ssah.report.tables import new_table
-
-    table = new_table("The paper's claims", ("claim", "holds"), ("value", "95 % interval"))
-    for claim in found["claims"]:
-        low, high = claim["interval"]
-        table.add_row(
-            claim["claim"],
-            {True: "yes", False: "NO", None: "undecided"}[claim["holds"]],
-            f"{claim['value']:+.3f}",
             f"{low:+.3f} to {high:+.3f}",
         )
     return table

@@ -238,9 +238,23 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
         f"In % of all {number(result.get('units'))} units. Kept: share of the group's units that "
         "are in it afterwards too."
     )
+    sides = [
+        {
+            "side": side,
+            "model": mapping_of(result, "models").get(side),
+            "scope": result.get("scope"),
+            "normalize": mapping_of(result, "normalize").get(side),
+            **mapping_of(mapping_of(result, "shares"), side),
+        }
+        for side in ("before", "after")
+    ]
+    names = [("", "side"), ("model", "model"), ("ranked per", "scope"), ("scores", "normalize")]
+    asked = [(f"{group.upper()} asked for", group, ".2%") for group in groups]
+    known = ("groups", "matrix", "kept", "units", "models", "scope", "normalize", "shares")
     return [
         Table("From group (row) to group (column)", columns, tuple(rows), note=note),
-        *generic(result, "groups", "matrix", "kept", "units"),
+        records_table("How the groups were made", sides, names, asked),
+        *generic(result, *known),
     ]
 
 
