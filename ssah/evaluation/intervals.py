@@ -8,7 +8,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-__all__ = ["bootstrap", "paired_difference", "wilson"]
+__all__ = ["bootstrap", "check_level", "paired_difference", "wilson"]
 
 _CHUNK = 4_000_000  # values drawn at a time
 
@@ -37,7 +37,7 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
         raise ValueError(f"n is {n}, must be at least 1")
     if not 0 <= successes <= n:
         raise ValueError(f"successes is {successes}, must be between 0 and n = {n}")
-    _check_level(level)
+    check_level(level)
     z = NormalDist().inv_cdf((1 + level) / 2)
     p = successes / n
     middle = p + z * z / (2 * n)
@@ -83,7 +83,7 @@ def bootstrap(
         )
     if resamples < 1:
         raise ValueError(f"resamples is {resamples}, must be at least 1")
-    _check_level(level)
+    check_level(level)
     values = values.detach().cpu().double()
     if not bool(values.isfinite().all()):
         raise ValueError("values has NaN or infinite entries, must be finite")
@@ -130,6 +130,7 @@ def paired_difference(
     return float(difference.mean()), interval
 
 
-def _check_level(level: float) -> None:
+def check_level(level: float) -> None:
+    """Refuse, with ValueError, a level of confidence that is not a fraction in (0, 1)."""
     if not 0 < level < 1:
         raise ValueError(f"level is {level}, must be above 0 and below 1")

@@ -65,7 +65,9 @@ def multiple_choice(
             limit=limit,
             bootstrap_iters=0,
             log_samples=True,
-            verbosity="ERROR",
+            random_seed=None,  # else the caller's generators are seeded anew
+            numpy_random_seed=None,
+            torch_random_seed=None,
         )
     result = {}
     for task, samples in found["samples"].items():
@@ -99,6 +101,6 @@ def check_tasks(tasks: Sequence[str], folder: str | os.PathLike[str] | None = No
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
-        where = "" if folder is None else f", with the tasks of {str(folder)!r}"
-        raise ValueError(f"tasks has {unknown}, which lm-eval does not know{where}")
+        where = "" if folder is None else f", nor of the folder {str(folder)!r}"
+        raise ValueError(f"tasks has {unknown}, which are no tasks of lm-eval{where}")
     return manager

@@ -12,6 +12,7 @@ import torch
 from ssah.evaluation import Coherence, paired_difference, rate
 from ssah.evaluation.attack import distinct_judges
 from ssah.evaluation.generation import check_room, prompts
+from ssah.evaluation.intervals import check_level
 from ssah.evaluation.tasks import check_tasks
 from ssah.experiments.evaluator import BENIGN, OVER_REFUSAL, REQUESTS, UTILITY, Arm, Evaluator
 from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
@@ -110,6 +111,7 @@ class EvaluateSettings:
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {list(values)}, must have each once")
+        check_level(self.level)
 
 
 def evaluate(

@@ -37,7 +37,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
         table = _by_model(f"{title} ({level:.0%} interval)", prompts, ["ASR", "rise", "coherent"])
         for row in rows:
             if row["judge"] == judge:
-                cells = (_rate(row["asr"]), _rise(row), _rate(row["asr_coherent"]))
+                cells = [_rate(row["asr"]), _rise(row), _rate(row["asr_coherent"])]
                 table.add_row(*_names(row, prompts), *cells)
         yield table
     if sets:
@@ -45,7 +45,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             "Harmless requests refused, %", prompts, ["judge", *(_HARMLESS[role] for role in sets)]
         )
         for row in rows:
-            cells = tuple(_rate(row[f"{role}_refused"]) for role in sets)
+            cells = [_rate(row[f"{role}_refused"]) for role in sets]
             table.add_row(*_names(row, prompts), row["judge"], *cells)
         yield table
     table = _by_model(
@@ -55,9 +55,9 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
     )
     for row in rows:
         if row["judge"] == judges[0]:
-            cells = (_rate(row["incoherent"]), f"{row['mean_tokens']:.0f}")
+            cells = [_rate(row["incoherent"]), f"{row['mean_tokens']:.0f}"]
             for role in sets:
-                cells += (_rate(row[f"{role}_incoherent"]), f"{row[f'{role}_tokens']:.0f}")
+                cells += [_rate(row[f"{role}_incoherent"]), f"{row[f'{role}_tokens']:.0f}"]
             table.add_row(*_names(row, prompts), *cells)
     yield table
     yield _models(result["models"])

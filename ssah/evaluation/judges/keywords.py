@@ -86,7 +86,7 @@ class Keywords(Judge):
             names = ", ".join((*_RULE, "min_words"))
             raise ValueError(f"judge {where!r}: 'rule' has {sorted(rule)}, must have {names}")
         for key, choices in _RULE.items():
-            if not any(rule[key] is choice or rule[key] == choice for choice in choices):
+            if rule[key] not in choices or type(rule[key]) is not type(choices[0]):
                 raise ValueError(
                     f"judge {where!r}: {key!r} is {rule[key]!r}, must be one of {choices}"
                 )
