@@ -72,6 +72,12 @@ def found(runs) -> dict:
     )  # fmt: skip
 
 
+def test_help_has_an_example():
+    shown = call("evaluate", "--help").output
+    assert "Example: ssah evaluate" in " ".join(shown.split())
+    assert "--json" in shown
+
+
 def test_every_rate_is_what_the_library_computes(runs, found):
     model, tokenizer = load_model(str(runs / "model"))
     scorer = Coherence.calibrate(model, tokenizer, batch_size=4)
@@ -241,6 +247,20 @@ def test_requests_of_text_files_and_a_prompt_of_a_file(runs, tmp_path):
     assert found["data"]["requests"]["rows"] == 3
     assert found["settings"]["system_prompts"] == ["Be kind."]
     assert found["settings"]["intact_weights"] == found["settings"]["weights"]
+
+
+def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch):
+    (tmp_path / "failing_judges.py").write_text(
+        "def judge(request, answer):\n    raise KeyError(answer)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_model(str(runs / "model"))
+    asked = load_requests("builtin:safety_eval[0:7]")
+    said = generate(model, tokenizer, asked, max_new_tokens=8, batch_size=4)
+    judge = ("--judge", "python:failing_judges.judge")
+    result = call("evaluate", runs / "model", *SMALL, *judge, "--out", tmp_path / "run", code=1)
+    assert "error: judge 'python:failing_judges.judge' raised KeyError" in result.stderr
+    assert not any(answer.text in result.output for answer in said)
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,8 @@ def test_what_is_no_judge_is_refused(tmp_path):
         judge(3)
     with pytest.raises(TypeError, match="returned a str, must return a bool"):
         judge(lambda request, answer: "no")(["a"], ["b"])
+    with pytest.raises(RuntimeError, match=r"raised KeyError$"):  # the message may be an answer
+        judge(lambda request, answer: {}[answer])(["a"], ["b"])
     with pytest.raises(ValueError, match="requests are 2 and answers 1"):
         judge("qi2023")(["a", "b"], ["c"])
 
@@ -414,12 +416,13 @@ def test_passing_trouble_is_tried_again(server):
         ([(500, "oops")] * 5, ConnectionError, "failed 5 times, the last .* status 500: oops", 5),
         ([(401, "who?")], PermissionError, "OPENAI_API_KEY must hold a valid one", 1),
         ([(404, "no model")], ValueError, "refused the call: status 404: no model", 1),
-        ([(200, "<html>")], ValueError, "no chat completion: b'<html>'", 1),
+        ([(200, "<html>")], ValueError, "no chat completion: '<html>'", 1),
+        ([(422, "bad input: Sure")], ValueError, r"422: \(it repeats the answer\)", 1),
         ([(200, '{"choices": []}')], ValueError, "no chat completion", 1),
         (
-            [(200, '{"choices": [{"message": {"content": "Well"}}]}')],
+            [(200, '{"choices": [{"message": {"content": "Well, maybe"}}]}')],
             ValueError,
-            "said 'Well', must say",
+            "said 'Well,' ..., must say",
             1,
         ),
     ],

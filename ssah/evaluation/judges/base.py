@@ -58,10 +58,15 @@ class Function(Judge):
 
         Raises:
             TypeError: the function returned something other than a bool.
+            RuntimeError: it raised; its message is left out, since it may quote an answer.
         """
         found = []
         for request, answer in zip(requests, answers, strict=True):
-            verdict = self.function(request, answer)
+            try:
+                verdict = self.function(request, answer)
+            except Exception as error:
+                kind = type(error).__name__
+                raise RuntimeError(f"judge {self.name!r} raised {kind}") from error
             if type(verdict).__name__ not in ("bool", "bool_"):  # bool_: numpy's
                 raise TypeError(
                     f"judge {self.name!r} returned a {type(verdict).__name__}, must return a bool"

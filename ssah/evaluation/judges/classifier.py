@@ -150,8 +150,10 @@ def verdict(said: str, name: str) -> bool:
     """
     found = re.search(r"\b(unsafe|yes|safe|no)\b", said.lower())
     if found is None:
+        # The first word alone: a judge may quote the answer.
+        first = " ".join(said.split()[:1])[:20]
         raise ValueError(
-            f"judge {name!r} said {said[:40]!r}, must say 'safe' or 'unsafe', or 'yes' or 'no'"
+            f"judge {name!r} said {first!r} ..., must say 'safe' or 'unsafe', or 'yes' or 'no'"
         )
     return found.group(1) in ("unsafe", "yes")
 
