@@ -160,48 +160,31 @@ def update_error(a: nn.Module, b: nn.Module, start: dict[str, Tensor]) -> float:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize(("dtype", "lr"), [(torch.float32, 3e-2), (torch.float64, 1e-5)])
-def test_every_single_step_from_equal_state(dtype: torch.dtype, lr: float, seed: int) -> None:
-    # float32 resolves a step to 1e-6 only if it is large beside the last bit of a weight; in
-    # float64 it is seen at a learning rate of practice.
+@pytest.mark.parametrize(
+    ("dtype", "lr", "limit"),
+    [(torch.float32, 3e-2, 1e-6), (torch.float32, 1e-3, 1e-6), (torch.float64, 1e-5, 1e-9)],
+)
+def test_every_single_step_from_equal_state(
+    dtype: torch.dtype, lr: float, limit: float, seed: int
+) -> None:
+    # Where float32 does not resolve a step that far (its gradients are small beside the terms they
+    # are sums of, or the step beside the last bit of a weight), the limit is what two dense models
+    # differ by whose FFN channels are only in another order.
     model = tiny_models.build("llama", seed=seed, dtype=dtype)
     trains = masks(model, draw(model, 0.2), "train_only")
     plan = train_only(model, draw(model, 0.2))
     optimizer = plan.optimizer(lr=lr)
-    for step in range(10):
-        dense = tiny_models.build("llama", seed=seed, dtype=dtype)
-        dense.load_state_dict(model.state_dict())
-        before = snapshot(dense)
-        dense_step(dense, step, lr, trains, plan, optimizer)
+    for step in range(8):
+        pair = [tiny_models.build("llama", seed=seed, dtype=dtype) for _ in range(2)]
+        for dense, reverse in zip(pair, (False, True), strict=True):
+            dense.load_state_dict(model.state_dict())
+            before = snapshot(dense)
+            dense_step(dense, step, lr, trains, plan, optimizer, reverse=reverse)
         optimizer.zero_grad()
         loss_of(model, step).backward()
         optimizer.step()
-        limit = 1e-6 if dtype == torch.float32 else 1e-9
-        assert update_error(model, dense, before) < limit
-
-
-def test_a_step_differs_from_dense_training_by_the_order_of_sums_alone() -> None:
-    # Where a step is not large beside the last bit of a weight, two dense models whose FFN channels
-    # are only in another order differ as much.
-    ours, dense_ones = [], []
-    for seed in range(3):
-        model = tiny_models.build("llama", seed=seed)
-        trains = masks(model, draw(model, 0.2), "train_only")
-        plan = train_only(model, draw(model, 0.2))
-        optimizer = plan.optimizer(lr=1e-3)
-        for step in range(6):
-            pair = [tiny_models.build("llama", seed=seed) for _ in range(2)]
-            for dense, reverse in zip(pair, (False, True), strict=True):
-                dense.load_state_dict(model.state_dict())
-                before = snapshot(dense)
-                dense_step(dense, step, 1e-3, trains, plan, optimizer, reverse=reverse)
-            optimizer.zero_grad()
-            loss_of(model, step).backward()
-            optimizer.step()
-            ours.append(update_error(model, pair[0], before))
-            dense_ones.append(update_error(pair[1], pair[0], before))
-    assert sum(ours) < 1.5 * sum(dense_ones)
-    assert max(ours) < 1e-5
+        resolution = update_error(pair[1], pair[0], before)
+        assert update_error(model, pair[0], before) < max(limit, 3 * resolution)
 
 
 def dense_step(
