@@ -26,9 +26,10 @@ from ssah.evaluation import (
     wilson,
 )
 from ssah.evaluation.coherence import NEUTRAL, _repeated
-from ssah.evaluation.generation import _stops, answer_tokens, prompts
+from ssah.evaluation.generation import _stops, answer_tokens
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import Perplexity, perplexity
+from ssah.evaluation.prompts import prompts
 from ssah.units import UnitSet
 
 REQUESTS = [

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
+from transformers import BertConfig, BertLMHeadModel
 from typer.testing import CliRunner
 
 from ssah.cli import app
@@ -202,7 +203,7 @@ def test_an_interrupted_evaluation_goes_on(runs, tmp_path, monkeypatch):
 
     def failing(self, answer):
         calls.append(answer)
-        if len(calls) == 6:  # in the second chunk of four
+        if len(calls) == 1 + 6:  # the trial, then in the second chunk of four
             raise RuntimeError("the power is gone")
         return refuses(self, answer)
 
@@ -215,7 +216,7 @@ def test_an_interrupted_evaluation_goes_on(runs, tmp_path, monkeypatch):
     del calls[:]
     calls.extend([""] * 10)  # no more failures
     found = evaluate(*arguments, "--out", out)
-    assert len(calls) == 10 + 3  # the second chunk alone
+    assert len(calls) == 10 + 1 + 3  # the trial and the second chunk alone
     assert found["result"] == whole["result"]
 
 
@@ -251,7 +252,10 @@ def test_requests_of_text_files_and_a_prompt_of_a_file(runs, tmp_path):
 
 def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch):
     (tmp_path / "failing_judges.py").write_text(
-        "def judge(request, answer):\n    raise KeyError(answer)\n"
+        "def judge(request, answer):\n"
+        "    if request != 'How do I bake bread?':\n"
+        "        raise KeyError(answer)\n"
+        "    return True\n"
     )
     monkeypatch.chdir(tmp_path)
     model, tokenizer = load_model(str(runs / "model"))
@@ -260,6 +264,7 @@ def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch
     judge = ("--judge", "python:failing_judges.judge")
     result = call("evaluate", runs / "model", *SMALL, *judge, "--out", tmp_path / "run", code=1)
     assert "error: judge 'python:failing_judges.judge' raised KeyError" in result.stderr
+    assert "coherence" in result.stderr  # it was the answers that it failed on
     assert not any(answer.text in result.output for answer in said)
 
 
@@ -288,6 +293,8 @@ def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch
         (("--system-prompt", "prompt.txt"), "system prompt is 'prompt.txt', which is no file"),
         (("--intact", "{tmp}/no_model"), "no_model"),
         (("--level", "95"), "level is 95"),
+        (("--task-folder", "{tmp}"), "without tasks"),
+        (("--judge", "python:textwrap.indent"), "returned a str, must return a bool"),
     ],
 )
 def test_wrong_input_is_one_line_and_leaves_no_folder(runs, tmp_path, arguments, message):
@@ -314,6 +321,22 @@ def test_groups_of_another_model_are_refused(runs, tmp_path):
     ablate = ("--ablate", f"{runs / 'groups'}:scu")
     line = fails(tmp_path / "other", "--out", tmp_path / "out", *SMALL, *ablate)
     assert "units of one do not belong to the other" in line
+
+
+def test_an_unknown_architecture_is_refused_at_once(tmp_path):
+    config = BertConfig(
+        vocab_size=900,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        is_decoder=True,
+    )
+    BertLMHeadModel(config).save_pretrained(tmp_path / "model")
+    tiny_chat.tokenizer().save_pretrained(tmp_path / "model")
+    line = fails(tmp_path / "model", "--out", tmp_path / "out", *SMALL)
+    assert "unknown architecture 'bert'" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_ablations_have_names(runs):

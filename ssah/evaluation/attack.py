@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.ablation import ablate
 from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.generation import Answer, Request, answers, generate
+from ssah.evaluation.generation import Answer, answers, generate
 from ssah.evaluation.intervals import wilson
 from ssah.evaluation.judges import Judge, Judged, judge
+from ssah.evaluation.prompts import Request
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -22,8 +22,8 @@ import torch
 
 from ssah.data import IGNORE_INDEX, Collator, Encoded, load_rows
 from ssah.data.encoding import _Encoder
-from ssah.evaluation.generation import Request, prompts
 from ssah.evaluation.loss import response_log_probs
+from ssah.evaluation.prompts import Request, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ssah.data import DataError
 from ssah.data.encoding import _Encoder
+from ssah.evaluation.prompts import Request, prompts
 from ssah.watch import as_it_was
 
 if TYPE_CHECKING:
@@ -20,15 +20,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
-    "Request",
     "answer_tokens",
     "answers",
     "check_room",
     "generate",
-    "prompts",
 ]
-
-Request: TypeAlias = "str | Mapping[str, Any]"
 
 
 @dataclass(frozen=True)
@@ -150,59 +146,6 @@ def answer_tokens(
                 found[i] = _answer(tokenizer, ids, stops)
             advance(len(chunk))
     return [found[i] for i in range(len(encoded))]
-
-
-def prompts(
-    tokenizer: PreTrainedTokenizerBase,
-    requests: Sequence[Request],
-    *,
-    system_prompt: str | None = None,
-    name: str = "requests",
-) -> list[list[int]]:
-    """The tokens that a model is given to answer each request: what ``ssah.data.encode`` puts
-    before a response.
-
-    Args:
-        tokenizer, requests, system_prompt: as :func:`generate` takes them.
-        name: of the requests, in messages.
-
-    Raises:
-        ValueError: no request, or a single string in place of a list.
-        DataError: as :func:`generate` describes.
-    """
-    if isinstance(requests, str):
-        raise ValueError(f"{name} is a string, must be a list of strings or rows")
-    if not requests:
-        raise ValueError(f"{name} is empty, must have at least one")
-    encoder = _Encoder(tokenizer)
-    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
-    result = []
-    for index, request in enumerate(requests):
-        where = f"{name}[{index}]"
-        turns = [*system, *_turns(request, where)]
-        if encoder.has_template:
-            text = encoder.render(turns, where, add_generation_prompt=True)
-            result.append(encoder.tokenize(text))
-        else:
-            text = "".join(turn["content"] + "\n\n" for turn in turns)
-            result.append(encoder.bos(text) + encoder.tokenize(text))
-    return result
-
-
-def _turns(request: Request, where: str) -> list[dict[str, str]]:
-    if isinstance(request, str):
-        turns = [{"role": "user", "content": request}]
-    elif request.get("messages"):
-        turns = list(request["messages"])
-        while turns and turns[-1]["role"] == "assistant":
-            turns.pop()
-    elif isinstance(request.get("prompt"), str):
-        turns = [{"role": "user", "content": request["prompt"]}]
-    else:
-        raise DataError(f"{where}: a row must have 'prompt' or 'messages', has {sorted(request)}")
-    if not turns or not turns[-1]["content"].strip():
-        raise DataError(f"{where}: the request is empty")
-    return turns
 
 
 def check_room(

@@ -11,8 +11,9 @@ import torch
 
 from ssah.evaluation import Coherence, paired_difference, rate
 from ssah.evaluation.attack import distinct_judges
-from ssah.evaluation.generation import check_room, prompts
+from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
+from ssah.evaluation.prompts import prompts
 from ssah.evaluation.tasks import check_tasks
 from ssah.experiments.evaluator import BENIGN, OVER_REFUSAL, REQUESTS, UTILITY, Arm, Evaluator
 from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
@@ -21,7 +22,7 @@ from ssah.experiments.steps import Steps
 from ssah.frozen import digest
 from ssah.groups import UnitGroups
 from ssah.models import move
-from ssah.units import UnitSet
+from ssah.units import UnitSet, family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -111,6 +112,8 @@ class EvaluateSettings:
         ):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} has {list(values)}, must have each once")
+        if self.task_folder is not None and not self.tasks:
+            raise ValueError(f"task_folder is {self.task_folder!r} without tasks, must have some")
         check_level(self.level)
 
 
@@ -146,6 +149,8 @@ def evaluate(
     """
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
+    for judge in judges:
+        judge.check()
     if settings.tasks:
         check_tasks(settings.tasks, settings.task_folder)
     sources = Sources()
@@ -156,6 +161,7 @@ def evaluate(
     }
     rows = [] if utility is None else sources.rows(UTILITY, utility)
     model, tokenizer = loading("auto")
+    family_of(model)  # an unknown architecture is refused before anything is written
     scorer = (model, tokenizer) if intact is None else loading("auto", intact)
     for system_prompt in settings.system_prompts:
         for role, own in asked.items():

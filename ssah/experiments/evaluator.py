@@ -19,8 +19,8 @@ from ssah.evaluation import (
     rate,
     refusal_margins,
 )
-from ssah.evaluation.generation import prompts
 from ssah.evaluation.perplexity import perplexity
+from ssah.evaluation.prompts import prompts
 from ssah.evaluation.tasks import multiple_choice
 from ssah.experiments.steps import Steps
 from ssah.units import UnitSet

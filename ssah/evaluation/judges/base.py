@@ -32,6 +32,14 @@ class Judge(ABC):
             )
         return self.successes(requests, answers)
 
+    def check(self) -> None:
+        """Judge something harmless, so that a judge that cannot work fails at once.
+
+        Raises:
+            Exception: whatever ``__call__`` raises.
+        """
+        self(["How do I bake bread?"], ["Mix flour, water, salt and yeast, wait, and bake it."])
+
     @abstractmethod
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """What ``__call__`` returns, for as many answers as requests."""

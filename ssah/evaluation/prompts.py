@@ -1,0 +1,69 @@
+"""What a model is given to answer a request: the chat template, without a response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from ssah.data import DataError
+from ssah.data.encoding import _Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = ["Request", "prompts"]
+
+Request: TypeAlias = "str | Mapping[str, Any]"
+
+
+def prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    *,
+    system_prompt: str | None = None,
+    name: str = "requests",
+) -> list[list[int]]:
+    """The tokens that a model is given to answer each request: what ``ssah.data.encode`` puts
+    before a response.
+
+    Args:
+        tokenizer, requests, system_prompt: as ``ssah.evaluation.generate`` takes them.
+        name: of the requests, in messages.
+
+    Raises:
+        ValueError: no request, or a single string in place of a list.
+        DataError: as ``ssah.evaluation.generate`` describes.
+    """
+    if isinstance(requests, str):
+        raise ValueError(f"{name} is a string, must be a list of strings or rows")
+    if not requests:
+        raise ValueError(f"{name} is empty, must have at least one")
+    encoder = _Encoder(tokenizer)
+    system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
+    result = []
+    for index, request in enumerate(requests):
+        where = f"{name}[{index}]"
+        turns = [*system, *_turns(request, where)]
+        if encoder.has_template:
+            text = encoder.render(turns, where, add_generation_prompt=True)
+            result.append(encoder.tokenize(text))
+        else:
+            text = "".join(turn["content"] + "\n\n" for turn in turns)
+            result.append(encoder.bos(text) + encoder.tokenize(text))
+    return result
+
+
+def _turns(request: Request, where: str) -> list[dict[str, str]]:
+    if isinstance(request, str):
+        turns = [{"role": "user", "content": request}]
+    elif request.get("messages"):
+        turns = list(request["messages"])
+        while turns and turns[-1]["role"] == "assistant":
+            turns.pop()
+    elif isinstance(request.get("prompt"), str):
+        turns = [{"role": "user", "content": request["prompt"]}]
+    else:
+        raise DataError(f"{where}: a row must have 'prompt' or 'messages', has {sorted(request)}")
+    if not turns or not turns[-1]["content"].strip():
+        raise DataError(f"{where}: the request is empty")
+    return turns
