@@ -103,7 +103,7 @@ def demo(
     ru: Annotated[float, typer.Option(min=0.0, max=1.0, help="Share of RU.")] = 0.15,
     full: Annotated[
         bool,
-        typer.Option("--full", help="Then probe, fine-tune, compare and report: 20 minutes."),
+        typer.Option("--full", help="Then probe, fine-tune, compare and report."),
     ] = False,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Align anew, even if DIR has an aligned model.")
