@@ -193,8 +193,7 @@ def attribute(
             if own_fingerprint is None:
                 fingerprint.update(batch)
             counted += int(batch.token_mask.sum())
-            whole = bool(batch.token_mask.all())
-            watch.token_mask = None if whole else batch.token_mask.to(device)
+            watch.read(batch)
             if gradient:
                 n_targets += _forward_backward(model, batch)
             else:

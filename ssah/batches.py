@@ -28,6 +28,7 @@ class Batch:
         labels: int64 ``[rows, length]``, or None.
         attended: bool ``[rows, length]``, False on padding.
         token_mask: bool ``[rows, length]``, True where a position counts.
+        padding_unseen: there is padding, and no other position attends to any of it.
     """
 
     inputs: dict[str, Any]
@@ -35,6 +36,7 @@ class Batch:
     labels: Tensor | None
     attended: Tensor
     token_mask: Tensor
+    padding_unseen: bool
 
     def targets(self) -> Tensor:
         """int64 ``[rows, length]``: the token that each position is to predict, else ``IGNORED``.
@@ -92,7 +94,8 @@ def read_batch(
     else:
         attended = _attended(mask, input_ids, number)
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "use_cache")}
-    plain = isinstance(mask, Tensor) and mask.dim() == 2 and _PLAIN_KEYS.issuperset(batch)
+    by_position = isinstance(mask, Tensor) and mask.dim() == 2
+    plain = by_position and _PLAIN_KEYS.issuperset(batch)
     if maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
         del inputs["attention_mask"]
     counted = attended
@@ -103,7 +106,8 @@ def read_batch(
         key: value.to(device) if isinstance(value, Tensor) else value
         for key, value in inputs.items()
     }
-    return Batch(moved, input_ids, labels, attended, counted)
+    padding_unseen = by_position and not bool(attended.all())
+    return Batch(moved, input_ids, labels, attended, counted, padding_unseen)
 
 
 def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssah.batches import Batch
 from ssah.units import DepthTwoModule
 from ssah_kernels import ops
 
 __all__ = ["Sums", "Watch", "as_it_was", "watching"]
+
+_ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,16 +53,47 @@ class Watch:
     Attributes:
         gradient: whether a * dL/da is wanted too (then the pass must be differentiable).
         token_mask: bool ``[rows, length]``, or None where every position counts.
+        needed: int64 ``[n]``, the positions among rows * length that are not padding, or None: all.
     """
 
     gradient: bool
     token_mask: Tensor | None = None
+    needed: Tensor | None = None
+
+    def read(self, batch: Batch) -> None:
+        """Set the masks for ``batch``, which runs next."""
+        device = batch.inputs["input_ids"].device
+        whole = bool(batch.token_mask.all())
+        self.token_mask = None if whole else batch.token_mask.to(device)
+        self.needed = None
+        if batch.padding_unseen:
+            self.needed = batch.attended.to(device).flatten().nonzero()[:, 0]
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The token mask with the leading shape of ``x`` (some models flatten rows and length)."""
         if self.token_mask is None:
             return None
         return self.token_mask.to(x.device).reshape(x.shape[:-1])
+
+    def by_rows(self, run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
+        """``run`` on the needed positions of ``x`` and their token mask, some rows at a time.
+
+        Positions that are not needed come out as zeros. A CPU keeps the rows of one piece in its
+        cache, and its allocator keeps their memory.
+        """
+        flat, mask = x.flatten(0, -2), self.mask(x)
+        mask = None if mask is None else mask.flatten()
+        needed = None if self.needed is None else self.needed.to(x.device)
+        if needed is not None:
+            flat, mask = flat[needed], None if mask is None else mask[needed]
+        size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
+        pieces = flat.split(size)
+        masks = [None] * len(pieces) if mask is None else mask.split(size)
+        out = torch.cat([run(rows, counted) for rows, counted in zip(pieces, masks, strict=True)])
+        if needed is not None:
+            every = out.new_zeros(x.shape[:-1].numel(), out.shape[-1])
+            out = every.index_copy_(0, needed, out)
+        return out.view(*x.shape[:-1], out.shape[-1])
 
     def tap(self, x: Tensor, sums: Sums) -> Tensor:
         """``x``, such that its gradient is added to ``sums`` when it arrives."""
@@ -113,19 +147,20 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
     gated = module.gated
     assert gated is not None
 
-    def product(x: Tensor) -> Tensor:
+    def product(x: Tensor, mask: Tensor | None) -> Tensor:
         gate, up = gated.project(x)
-        return ops.gated_moments(
-            gate, up, sums.count, sums.mean, sums.m2, watch.mask(gate), act=gated.act
-        )
+        return ops.gated_moments(gate, up, sums.count, sums.mean, sums.m2, mask, act=gated.act)
+
+    def rest(x: Tensor, mask: Tensor | None) -> Tensor:
+        a = product(x, mask)
+        # Nobody reads what comes after the last activation: there B is spared.
+        return x if gated.final else module.down(a)
 
     def forward(x: Tensor) -> Tensor:
-        if gated.final and not watch.gradient:
-            # Nobody reads what comes after the last activation: B is spared.
-            product(x)
-            return x
-        # gate and up are gone before B runs: the pass needs no more memory than the model's own.
-        return module.down(watch.tap(product(x), sums))
+        if watch.gradient:
+            # gate and up are gone before B runs: the pass needs no more memory than the model's.
+            return module.down(watch.tap(product(x, watch.mask(x)), sums))
+        return watch.by_rows(rest, x)
 
     return forward
 

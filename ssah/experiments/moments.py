@@ -116,8 +116,7 @@ def row_moments(
             batch = read_batch(
                 collator([example]), row, tokens=tokens, maskless=maskless, device=model.device
             )
-            whole = bool(batch.token_mask.all())
-            watch.token_mask = None if whole else batch.token_mask.to(model.device)
+            watch.read(batch)
             with torch.inference_mode():
                 model.base_model(**batch.inputs, use_cache=False)
             for name, state in sums.items():
