@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssah import __version__
 from ssah.data import IGNORE_INDEX
-from ssah.evaluation.generation import _greedy, _stops
+from ssah.evaluation.generation import greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.provenance import config_hash, load_tensors, model_name, save_tensors
@@ -178,8 +178,8 @@ def probe(
     order = sorted(range(len(asked)), key=lambda i: -len(complying[i]["input_ids"]))
     distances: list[tuple[Tensor, Tensor]] = []
     sums = _Sums()
-    stops = _stops(model, tokenizer)
-    with as_it_was(model), _greedy(model, tokenizer, stops, tokens), torch.inference_mode():
+    stops = stop_tokens(model, tokenizer)
+    with as_it_was(model), greedy(model, tokenizer, stops, tokens), torch.inference_mode():
         for start in range(0, len(order), batch_size):
             chunk = order[start : start + batch_size]
             states = [_means(model, [version[i] for i in chunk]) for version in versions]

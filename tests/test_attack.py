@@ -26,7 +26,7 @@ from ssah.evaluation import (
     wilson,
 )
 from ssah.evaluation.coherence import NEUTRAL, _repeated
-from ssah.evaluation.generation import _stops, answer_tokens
+from ssah.evaluation.generation import stop_tokens, answer_tokens
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import Perplexity, perplexity
 from ssah.evaluation.prompts import prompts
@@ -105,9 +105,9 @@ def test_a_turn_ends_where_the_template_ends_it(chat):
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|turn|>"]})
     tokenizer.chat_template = tiny_chat.TEMPLATE.replace("<|end|>", "<|turn|>")
     turn = tokenizer.convert_tokens_to_ids("<|turn|>")
-    assert _stops(model, tokenizer) == [0, turn]
+    assert stop_tokens(model, tokenizer) == [0, turn]
     tokenizer.chat_template = tiny_chat.TEMPLATE.replace("<|end|>", " end")  # an ordinary word
-    assert _stops(model, tokenizer) == [0]
+    assert stop_tokens(model, tokenizer) == [0]
 
 
 def test_the_models_own_settings_do_not_matter_and_stay(chat):

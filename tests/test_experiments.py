@@ -290,8 +290,12 @@ def test_a_scan_measures_and_chooses(scanned, loading):
         assert groups.shares[group] == (0 if chosen is None else chosen["share"])
         assert len(groups[group]) == (0 if chosen is None else chosen["units"])
     assert len(result["compare"]["ways"]) == 12
-    falls = [way["margin_fall"] for way in result["compare"]["ways"]]
-    assert falls == sorted(falls, reverse=True)
+    taken = [way["taken"] for way in result["compare"]["ways"]]
+    assert taken == sorted(taken, reverse=True)
+    assert result["compare"]["by"] == ("coherent ASR" if SCAN.asr else "refusal margin")
+    for way in result["compare"]["ways"]:
+        kept = [point["taken"] for point in way["points"] if point["utility_kept"]]
+        assert way["taken"] == max(kept, default=0.0)
     assert record["pictures"] == ["scan.png", "compare.png"]
     assert all(each["sentence"] for each in result["claims"])
     # What a point says is what the library measures.

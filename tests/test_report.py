@@ -77,7 +77,7 @@ def scan_result() -> dict[str, Any]:
         "intact": MEASURED, "curves": {"scu": points, "random": points},
         "chosen": {"scu": points[0], "ru": None}, "rule": "the largest share", "units": 72_000,
         "compare": {"criterion": "the fall", "ways": [{"scope": "model", "normalize": "zscore",
-                                                       "tokens": "all", "margin_fall": 1.2}]},
+                                                       "tokens": "all", "taken": 1.2}]},
         "claims": CLAIMS,
     }  # fmt: skip
 

@@ -59,12 +59,12 @@ def encode(
         raise ValueError(f"max_length must be at least 2, was {max_length}")
     if overlong not in ("error", "skip"):
         raise ValueError(f"overlong must be 'error' or 'skip', was {overlong!r}")
-    encoder = _Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
+    encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
     return _encode(rows, encoder, max_length, overlong)
 
 
 def _encode(
-    rows: Iterable[Mapping[str, Any]], encoder: _Encoder, max_length: int, overlong: str
+    rows: Iterable[Mapping[str, Any]], encoder: Encoder, max_length: int, overlong: str
 ) -> Iterator[Encoded]:
     for index, raw in enumerate(rows):
         where = f"rows[{index}]"
@@ -84,7 +84,7 @@ def _encode(
         }
 
 
-class _Encoder:
+class Encoder:
     """Turns one row into the tokens of its prompt and those of its response."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import IGNORE_INDEX, Collator, Encoded, load_rows
-from ssah.data.encoding import _Encoder
+from ssah.data.encoding import Encoder
 from ssah.evaluation.loss import response_log_probs
 from ssah.evaluation.prompts import Request, prompts
 
@@ -140,7 +140,7 @@ class Coherence:
         return prompts(self.tokenizer, requests) if requests else []
 
     def _tokens(self, answer: str) -> list[int]:
-        return _Encoder(self.tokenizer).tokenize(answer.strip())[:_MAX_TOKENS]
+        return Encoder(self.tokenizer).tokenize(answer.strip())[:_MAX_TOKENS]
 
 
 def coherence(

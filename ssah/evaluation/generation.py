@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.data.encoding import _Encoder
+from ssah.data.encoding import Encoder
 from ssah.evaluation.prompts import Request, prompts
 from ssah.watch import as_it_was
 
@@ -24,6 +24,8 @@ __all__ = [
     "answers",
     "check_room",
     "generate",
+    "greedy",
+    "stop_tokens",
 ]
 
 
@@ -131,13 +133,13 @@ def answer_tokens(
             f"model is a {type(model).__name__}, must be a causal language model that generates"
         )
     check_room(model, encoded, max_new_tokens)
-    stops = _stops(model, tokenizer)
+    stops = stop_tokens(model, tokenizer)
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
     chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: dict[int, Answer] = {}
     with (
         as_it_was(model),
-        _greedy(model, tokenizer, stops, max_new_tokens),
+        greedy(model, tokenizer, stops, max_new_tokens),
         _bar(progress, len(encoded)) as advance,
     ):
         for chunk in chunks:
@@ -167,11 +169,11 @@ def check_room(
             )
 
 
-def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end the turn: the model's, the tokenizer's, and the chat template's."""
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     if encoder.has_template:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, response = encoder.render_turns(turns, "the chat template")
@@ -182,7 +184,7 @@ def _stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[i
 
 
 @contextmanager
-def _greedy(
+def greedy(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     stops: list[int],

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssah.data import IGNORE_INDEX, Collator, encode
-from ssah.data.encoding import Encoded, _Encoder
+from ssah.data.encoding import Encoded, Encoder
 from ssah.evaluation.loss import response_log_probs
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def perplexity(
 def _windows(
     texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[Encoded]:
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("tokenizer has neither BOS nor EOS token, must have one to start a text")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.data import DataError
-from ssah.data.encoding import _Encoder
+from ssah.data.encoding import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +38,7 @@ def prompts(
         raise ValueError(f"{name} is a string, must be a list of strings or rows")
     if not requests:
         raise ValueError(f"{name} is empty, must have at least one")
-    encoder = _Encoder(tokenizer)
+    encoder = Encoder(tokenizer)
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     result = []
     for index, request in enumerate(requests):

@@ -3,63 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ssah.experiments.inputs import TOKENS, score
-from ssah.experiments.measuring import UTILITY, measured_line
 from ssah.groups import NORMALIZATIONS, SCOPES, classify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ssah.data import Row
-    from ssah.experiments.measuring import Evaluation
-    from ssah.experiments.scan import ScanSettings
-    from ssah.experiments.steps import Steps
+    from ssah.experiments.curves import Curves
 
-__all__ = ["CRITERION", "compare"]
+__all__ = ["compare"]
 
-CRITERION = (
-    "Of the SCU shares whose ablation raises the utility loss by less than the tolerance, the one "
-    "that lowers the refusal margin most; ways of grouping are ranked by that fall, nats per token "
-    "(0 where no share keeps utility)."
-)
+_ASR, _MARGIN = "coherent ASR", "refusal margin"
+_FALL = {_ASR: "raises the ASR among coherent answers", _MARGIN: "lowers the refusal margin"}
 
 
-def compare(
-    steps: Steps,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Mapping[str, Sequence[Row]],
-    evaluation: Evaluation,
-    settings: ScanSettings,
-    intact: Mapping[str, Any],
-    ru: float,
-) -> dict[str, Any]:
+def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
     """Ablate SCU at a few shares under every scope, normalisation and choice of tokens.
 
+    The SCU are chosen after as many RU as the scan chose. What a way takes of safety is the rise of
+    the ASR among coherent answers where requests are answered, else the fall of the margin.
+
     Args:
-        steps: of the run.
-        model, tokenizer: the intact model.
+        curves: of the scan: its RU are chosen; ``compare_shares`` and ``tolerance`` of its settings
+            matter.
         rows: ``"safety"`` and ``"utility"`` rows to score units on.
-        evaluation: margin and loss are measured, not the ASR.
-        settings: ``compare_shares`` and ``tolerance`` matter.
-        intact: what ``evaluation.measure`` found of the intact model.
-        ru: share of RU, which are chosen before the SCU.
 
     Returns:
-        ``criterion`` and ``ways``, best first: ``scope``, ``normalize``, ``tokens``,
-        ``margin_fall`` (the criterion), ``share`` (where, or None) and ``points``: per share
-        ``units``, ``loss_rise``, ``margin_fall``, ``refuses``.
+        ``criterion``, ``by`` (what is compared) and ``ways``, best first: ``scope``, ``normalize``,
+        ``tokens``, ``taken`` (the criterion), ``share`` (where, or None) and ``points``, each what
+        ``curves.plain`` says, and what it has ``taken``.
     """
+    settings, evaluation = curves.settings, curves.evaluation
+    by = _ASR if evaluation.asked else _MARGIN
+    intact = curves.plain(curves.intact)
     ways: list[dict[str, Any]] = []
     for tokens in TOKENS:
         scores = score(
-            steps,
-            model,
-            tokenizer,
+            curves.steps,
+            curves.model,
+            evaluation.tokenizer,
             rows,
             tokens=tokens,
             batch_size=settings.batch_size,
@@ -73,39 +57,35 @@ def compare(
                     scores["utility"],
                     scu=share,
                     ucu=0.0,
-                    ru=ru,
+                    ru=curves.shares.get("ru", 0.0),
                     scope=scope,  # type: ignore[arg-type]
                     normalize=normalize,  # type: ignore[arg-type]
                 )["scu"]
-                found = steps(
-                    f"compare-{tokens}-{scope}-{normalize}-{share:g}",
-                    partial(evaluation.measure, model, units),
-                    measured_line,
-                )
-                points.append(
-                    {
-                        "share": share,
-                        "units": len(units),
-                        "loss_rise": _loss(found) - _loss(intact),
-                        "margin_fall": intact["refusal_margin"] - found["refusal_margin"],
-                        "refuses": found["refuses"],
-                    }
-                )
-            kept = [point for point in points if point["loss_rise"] < settings.tolerance]
-            best = max(kept, key=lambda point: point["margin_fall"], default=None)
+                name = f"compare-{tokens}-{scope}-{normalize}-{share:g}"
+                point = curves.plain(curves.point(name, share, units))
+                points.append({**point, "taken": _taken(by, intact, point)})
+            kept = [point for point in points if point["utility_kept"]]
+            best = max(kept, key=lambda point: point["taken"], default=None)
             ways.append(
                 {
                     "scope": scope,
                     "normalize": normalize,
                     "tokens": tokens,
-                    "margin_fall": 0.0 if best is None else best["margin_fall"],
+                    "taken": 0.0 if best is None else best["taken"],
                     "share": None if best is None else best["share"],
                     "points": points,
                 }
             )
-    ways.sort(key=lambda way: -way["margin_fall"])
-    return {"criterion": CRITERION, "ways": ways}
+    ways.sort(key=lambda way: -way["taken"])
+    criterion = (
+        "Of the SCU shares whose ablation raises the utility loss by less than "
+        f"{settings.tolerance:g} nats, the one that {_FALL[by]} most; ways of grouping are ranked "
+        "by that (0 where no share keeps utility)."
+    )
+    return {"criterion": criterion, "by": by, "ways": ways}
 
 
-def _loss(measured: Mapping[str, Any]) -> float:
-    return float(measured["losses"][UTILITY]["loss"])
+def _taken(by: str, intact: Mapping[str, Any], point: Mapping[str, Any]) -> float:
+    if by == _ASR:
+        return float(point["asr_coherent"] - intact["asr_coherent"])
+    return float(intact["refusal_margin"] - point["refusal_margin"])

@@ -82,7 +82,7 @@ class Curves:
         self.shares: dict[str, float] = {}
         self.points: dict[str, dict[float, Point]] = {group: {} for group in ORDER}
         self.random: dict[float, list[Point]] = {}
-        self.intact = self._measured("intact", 0.0, None)
+        self.intact = self.point("intact", 0.0, None)
 
     @cached_property
     def coherent(self) -> Coherence:
@@ -106,7 +106,7 @@ class Curves:
         """A group ablated at a share."""
         units = self.groups(**{group: share})[group]
         if share not in self.points[group]:
-            self.points[group][share] = self._measured(f"{group}-{share:g}", share, units)
+            self.points[group][share] = self.point(f"{group}-{share:g}", share, units)
         return self.points[group][share]
 
     def measure_random(self, group: str, share: float) -> None:
@@ -115,11 +115,12 @@ class Curves:
             return
         like = self.groups(**{group: share})[group]
         self.random[share] = [
-            self._measured(f"random-{share:g}-{seed}", share, UnitSet.random(like, seed=seed))
+            self.point(f"random-{share:g}-{seed}", share, UnitSet.random(like, seed=seed))
             for seed in range(self.settings.seed, self.settings.seed + self.settings.draws)
         ]
 
-    def _measured(self, name: str, share: float, units: UnitSet | None) -> Point:
+    def point(self, name: str, share: float, units: UnitSet | None) -> Point:
+        """What is measured with units ablated, or of the intact model: a step of that name."""
         if units is not None and not len(units):
             raise ValueError(f"the share {share:g} has no unit in this model; it must be larger")
         measured = self.steps(

@@ -159,11 +159,7 @@ def scan(
         )
         curves = Curves(steps, model, evaluation, settings, scores)
         chosen, claims = _measure(curves, settings)
-        compared = None
-        if settings.compare:
-            ru = curves.shares.get("ru", 0.0)
-            intact = curves.intact.measured
-            compared = compare(steps, model, tokenizer, rows, evaluation, settings, intact, ru)
+        compared = compare(curves, rows) if settings.compare else None
     groups = curves.groups()
     groups.save(out / "groups")
     result = {
@@ -215,8 +211,9 @@ def _measure(
 def _steps(settings: ScanSettings) -> int:
     small, large = len(set(settings.shares)), len(set(settings.ru_shares))
     points = 2 + 2 * small + large + settings.draws * len({*settings.shares, *settings.ru_shares})
-    compared = 0
+    scored = 0
     if settings.compare:
+        scored = 2 * (len(TOKENS) - 1)
         ways = len(SCOPES) * len(NORMALIZATIONS) * len(TOKENS)
-        compared = 2 * len(TOKENS) + ways * len(settings.compare_shares)
-    return 3 + points * (2 if settings.asr else 1) + compared
+        points += ways * len(settings.compare_shares)
+    return 3 + scored + points * (2 if settings.asr else 1)

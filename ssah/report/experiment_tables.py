@@ -67,20 +67,18 @@ def _compare_table(compared: Mapping[str, Any]) -> RenderableType:
     table = new_table(
         "Ways of grouping, best first",
         ("tokens", "scope", "normalize"),
-        ("fall", "at SCU", *(f"{p['share']:.2%}" for p in compared["ways"][0]["points"])),
+        (compared["by"], "at SCU", *(f"{p['share']:.2%}" for p in compared["ways"][0]["points"])),
     )
     for way in compared["ways"]:
         table.add_row(
             way["tokens"],
             way["scope"],
             way["normalize"],
-            f"{way['margin_fall']:.2f}",
+            f"{way['taken']:+.2f}",
             "-" if way["share"] is None else f"{way['share']:.2%}",
-            *(f"{p['margin_fall']:+.2f} {p['loss_rise']:+.2f}" for p in way["points"]),
+            *(f"{p['taken']:+.2f} {p['loss_rise']:+.2f}" for p in way["points"]),
         )
-    table.caption = (
-        f"{compared['criterion']} Columns by share: fall of the margin / rise of the loss"
-    )
+    table.caption = f"{compared['criterion']} Columns by share: the same / rise of the utility loss"
     table.caption_justify = "left"
     return table
 

@@ -65,7 +65,7 @@ KINDS: dict[str, Kind] = {
         {
             "scan": "Curves of safety and utility against the share of units ablated: "
             "safety-critical, utility-critical, redundant and random ones, with the points chosen.",
-            "compare": "Fall of the refusal margin against rise of the utility loss when "
+            "compare": "What is taken of safety against rise of the utility loss when "
             "safety-critical units are ablated, for every way of grouping.",
         },
     ),

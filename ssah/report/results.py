@@ -57,7 +57,7 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
                 "Ways of grouping, best first",
                 list_of(compared, "ways"),
                 [("ranked per", "scope"), ("normalised", "normalize"), ("tokens", "tokens")],
-                [("fall of the margin", "margin_fall", ".2f"), ("at share", "share", ".2%")],
+                [("taken", "taken", "+.2f"), ("at share", "share", ".2%")],
                 str(compared.get("criterion", "")),
             )
         )

@@ -113,7 +113,7 @@ def _mean(points: Sequence[Mapping[str, Any]], key: str) -> dict[float, float]:
 def plot_compare(
     compared: Mapping[str, Any], tolerance: float, path: str | os.PathLike[str], title: str
 ) -> Path:
-    """Every way of grouping: what its SCU take of the refusal margin, and what that costs.
+    """Every way of grouping: what its SCU take of safety, and what that costs.
 
     Args:
         compared: the ``compare`` of a scan's result.
@@ -129,7 +129,7 @@ def plot_compare(
         for way in reversed(compared["ways"]):
             axes.plot(
                 [0.0, *(point["loss_rise"] for point in way["points"])],
-                [0.0, *(point["margin_fall"] for point in way["points"])],
+                [0.0, *(point["taken"] for point in way["points"])],
                 color=_NORMALIZE[way["normalize"]],
                 linestyle=_SCOPE[way["scope"]],
                 marker=_TOKENS[way["tokens"]],
@@ -150,7 +150,7 @@ def plot_compare(
         low, high = axes.get_xlim()
         axes.set_xlim(low, min(high, 5 * tolerance) if tolerance else high)
         axes.set_xlabel("rise of the utility loss, nats per token (lower is better)")
-        axes.set_ylabel("fall of the refusal margin, nats per token (higher is better)")
+        axes.set_ylabel(f"what is taken: {compared['by']} (higher is better)")
         axes.set_title("SCU ablated; each point is a share, at (0, 0) nothing is")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(
