@@ -178,24 +178,30 @@ def peak_memory(name: str, threads: int, ragged: bool) -> dict[str, int]:
 
 
 def measure(threads: int, repeats: int, ragged: bool, names: list[str]) -> list[dict[str, Any]]:
-    """One row per call: wall-time ratio to the backbone's forward, and peak memory."""
+    """One row per call: wall-time ratio to the backbone's forward, and peak memory.
+
+    Every call is timed in pairs with the backbone, with nothing else between them: what a third
+    call leaves behind in the allocator would favour one of the two.
+    """
     model = build_model()
     n_parameters = sum(p.numel() for p in model.parameters())
     compared = calls(model, build_batches(3, ragged))
-    compared = {name: compared[name] for name in ("backbone", *names)}
-    times = common.interleave(compared, repeats=repeats, warmup=1)
+    memory = {name: peak_memory(name, threads, ragged) for name in ("backbone", *names)}
     rows = []
-    memory = {name: peak_memory(name, threads, ragged) for name in compared}
-    for name in compared:
+    for name in names:
+        pair = {each: compared[each] for each in ("backbone", name)}
+        times = common.interleave(pair, repeats=repeats, warmup=1)
         rows.append(
             {
                 "call": name,
                 "ragged": ragged,
                 "parameters": n_parameters,
                 "seconds": common.percentiles(times[name]),
+                "backbone_seconds": common.percentiles(times["backbone"]),
                 "wall_ratio": common.ratio(times, name, "backbone"),
                 "wall_limit": LIMITS.get(name),
                 "peak_kib": memory[name]["peak"],
+                "backbone_peak_kib": memory["backbone"]["peak"],
                 "memory_ratio": memory[name]["peak"] / memory["backbone"]["peak"],
                 "memory_limit": MEMORY_LIMIT if LIMITS.get(name) == 1.0 else None,
             }

@@ -26,7 +26,7 @@ from ssah.evaluation import (
     wilson,
 )
 from ssah.evaluation.coherence import NEUTRAL, _repeated
-from ssah.evaluation.generation import stop_tokens, answer_tokens
+from ssah.evaluation.generation import answer_tokens, stop_tokens
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import Perplexity, perplexity
 from ssah.evaluation.prompts import prompts
