@@ -108,9 +108,11 @@ class UnitSet:
         return name in self._indices
 
     def keys(self) -> KeysView[str]:
+        """Names of B."""
         return self._indices.keys()
 
     def items(self) -> ItemsView[str, Tensor]:
+        """Names of B with the indices of their units, int64, sorted."""
         return self._indices.items()
 
     def __len__(self) -> int:

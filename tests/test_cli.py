@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
-from typer.testing import CliRunner
+from commands import SHARES, call, fails, prepare
 
 import ssah
 from ssah import bench
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
-from ssah.cli import app, support
+from ssah.cli import support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
@@ -28,13 +28,6 @@ from ssah_kernels.backends import BACKENDS, cuda
 from ssah_kernels.schema import KERNELS
 
 COMMANDS = ("attribute", "classify", "ablate", "info", "demo", "bench")
-SHARES = ("--scu", "0.05", "--ucu", "0.05", "--ru", "0.2")
-
-
-def call(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
 
 
 def as_json(*arguments: object) -> dict:
@@ -42,27 +35,11 @@ def as_json(*arguments: object) -> dict:
     return json.loads(call(*arguments, "--json").stdout)
 
 
-def fails(*arguments: object, code: int = 2) -> str:
-    """The one line of the error."""
-    result = call(*arguments, code=code)
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()[-1:]
-    assert line.startswith("error: ")
-    assert "Traceback" not in result.output
-    return line
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder with a model, its scores on both built-in sets, and groups."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs")
-    tiny_chat.save(folder / "model")
-    for name in ("safety", "utility"):
-        data = f"builtin:{name}"
-        call("attribute", folder / "model", "--data", data, "--out", folder / name, "--limit", 24)
-    call("classify", folder / "safety", folder / "utility", *SHARES, "--out", folder / "groups")
-    return folder
+    return prepare(tmp_path_factory.mktemp("runs"), 24)
 
 
 # ------------------------------------------------------------------------------------------- help

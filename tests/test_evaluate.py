@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
+from commands import call, fails, prepare
 from transformers import BertConfig, BertLMHeadModel
-from typer.testing import CliRunner
 
-from ssah.cli import app
 from ssah.data import load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, paired_difference
 from ssah.evaluation.judges import Keywords
@@ -23,7 +22,6 @@ from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.units import UnitSet
 
-SHARES = ("--scu", "0.05", "--ucu", "0.05", "--ru", "0.2")
 SMALL = (
     "--max-new-tokens", 8, "--judge", "zou2023", "--dtype", "float32", "--batch-size", 4,
     "--over-refusal", "builtin:overrefusal[0:5]", "--benign", "builtin:utility_eval[0:6]",
@@ -31,36 +29,20 @@ SMALL = (
 )  # fmt: skip
 
 
-def call(*arguments: object, code: int = 0):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == code, result.output + repr(result.exception)
-    return result
-
-
 def evaluate(*arguments: object) -> dict:
     return json.loads(call("evaluate", *arguments, "--json").stdout)
 
 
-def fails(*arguments: object, code: int = 2) -> str:
-    """The one line of the error; nothing else is printed, and no folder is left behind."""
-    result = call("evaluate", *arguments, code=code)
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()[-1:]
-    assert line.startswith("error: ")
-    return line
+def refused(*arguments: object, code: int = 2) -> str:
+    """The error of an evaluation that cannot be made."""
+    return fails("evaluate", *arguments, code=code)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder with a model and groups of its units."""
     torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("runs")
-    tiny_chat.save(folder / "model")
-    for name in ("safety", "utility"):
-        data = f"builtin:{name}"
-        call("attribute", folder / "model", "--data", data, "--out", folder / name, "--limit", 16)
-    call("classify", folder / "safety", folder / "utility", *SHARES, "--out", folder / "groups")
-    return folder
+    return prepare(tmp_path_factory.mktemp("runs"), 16)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +191,7 @@ def test_an_interrupted_evaluation_goes_on(runs, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Keywords, "refuses", failing)
     out = tmp_path / "cut"
-    assert "power" in fails(*arguments, "--out", out, code=1)
+    assert "power" in refused(*arguments, "--out", out, code=1)
     steps = {path.name for path in (out / "steps").iterdir()}
     assert "0-intact.prompt0.requests.0000.json" in steps
     assert "0-intact.prompt0.requests.0001.json" not in steps
@@ -221,7 +203,7 @@ def test_an_interrupted_evaluation_goes_on(runs, tmp_path, monkeypatch):
 
 
 def test_another_evaluation_in_the_folder_is_refused(runs, found):
-    line = fails(runs / "model", "--out", runs / "full", *SMALL)
+    line = refused(runs / "model", "--out", runs / "full", *SMALL)
     assert "has this experiment with ablations" in line
     assert "take another folder" in line
 
@@ -309,7 +291,7 @@ def test_wrong_input_is_one_line_and_leaves_no_folder(runs, tmp_path, arguments,
         place = SMALL.index(given[0])
         rest = SMALL[:place] + SMALL[place + 2 :]
     out = tmp_path / "out"
-    assert message in fails(runs / "model", "--out", out, *rest, *given)
+    assert message in refused(runs / "model", "--out", out, *rest, *given)
     assert not out.exists()
 
 
@@ -319,7 +301,7 @@ def test_groups_of_another_model_are_refused(runs, tmp_path):
     model.save_pretrained(tmp_path / "other")
     tiny_chat.tokenizer().save_pretrained(tmp_path / "other")
     ablate = ("--ablate", f"{runs / 'groups'}:scu")
-    line = fails(tmp_path / "other", "--out", tmp_path / "out", *SMALL, *ablate)
+    line = refused(tmp_path / "other", "--out", tmp_path / "out", *SMALL, *ablate)
     assert "units of one do not belong to the other" in line
 
 
@@ -334,7 +316,7 @@ def test_an_unknown_architecture_is_refused_at_once(tmp_path):
     )
     BertLMHeadModel(config).save_pretrained(tmp_path / "model")
     tiny_chat.tokenizer().save_pretrained(tmp_path / "model")
-    line = fails(tmp_path / "model", "--out", tmp_path / "out", *SMALL)
+    line = refused(tmp_path / "model", "--out", tmp_path / "out", *SMALL)
     assert "unknown architecture 'bert'" in line
     assert not (tmp_path / "out").exists()
 

@@ -85,7 +85,11 @@ def _encode(
 
 
 class Encoder:
-    """Turns one row into the tokens of its prompt and those of its response."""
+    """Turns one row into the tokens of its prompt and those of its response.
+
+    Args:
+        tokenizer: with a chat template, or at least an EOS token (else ValueError).
+    """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
@@ -132,6 +136,7 @@ class Encoder:
     def render(
         self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool = False
     ) -> str:
+        """The text of turns under the chat template; DataError, with ``where``, if it refuses."""
         from jinja2 import TemplateError
 
         try:
@@ -146,6 +151,7 @@ class Encoder:
         return str(text)
 
     def split_tokens(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, such that together they are those of the whole text where possible."""
         prompt_ids = self.tokenize(prompt)
         full_ids = self.tokenize(prompt + response)
         if full_ids[: len(prompt_ids)] == prompt_ids:
@@ -160,9 +166,11 @@ class Encoder:
         return prompt_ids, response_ids
 
     def tokenize(self, text: str) -> list[int]:
+        """Tokens of a text, without any that the tokenizer would put around it."""
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
     def decode(self, ids: list[int]) -> str:
+        """The text of tokens, special ones included, spaces as they are."""
         return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
 
     def bos(self, text: str) -> list[int]:

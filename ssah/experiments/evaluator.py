@@ -44,6 +44,7 @@ class Arm:
     units: UnitSet | None = None
 
     def inside(self, model: PreTrainedModel) -> AbstractContextManager[Any]:
+        """A context in which the units of ``model`` are out."""
         return nullcontext() if self.units is None else ablate(model, self.units)
 
 

@@ -106,11 +106,13 @@ def _measured(record: Mapping[str, Any], key: str, format_: str) -> str:
 
 
 def list_of(data: Mapping[str, Any], key: str) -> list[Mapping[str, Any]]:
+    """The records of a list; none where there is no list."""
     found = data.get(key)
     return [row for row in found if isinstance(row, Mapping)] if isinstance(found, list) else []
 
 
 def mapping_of(data: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """A mapping in a mapping; an empty one where there is none."""
     found = data.get(key)
     return found if isinstance(found, Mapping) else {}
 
