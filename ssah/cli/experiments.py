@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -21,9 +21,6 @@ from ssah.cli.support import (
     Scope,
     reporting,
 )
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["register"]
 

@@ -121,7 +121,7 @@ def demo(
 
     Example: `ssah demo --out demo_out`
     """
-    # Threads that wait leave their core to others: on a busy machine this is 10 times faster, and
+    # Threads that wait leave their core to others: on a busy machine that is faster, and
     # it must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ssah import demo, full_demo
