@@ -79,9 +79,9 @@ def train(
 
     The training loss that decides is that of ``sample``, fixed rows of the training data: no noise
     of batches is in it, so that arms can be compared at equal training loss. It is measured after
-    ``recipe.check_every`` updates, as many again, and from there on when a straight line through
-    the last two measurements would reach the target: a loss that falls ever more slowly is met from
-    above.
+    ``recipe.check_every`` updates, as many again, and from there on half way to where a straight
+    line through the last two measurements would reach the target: a loss that falls faster than
+    the line does not overshoot, and near the target every ``check_every`` updates are measured.
 
     Args:
         trained: what the trainer gets: ``model``, or a peft model over it.
@@ -196,7 +196,7 @@ class _Checks(TrainerCallback):
         if len(self.losses) > 1:
             (before, higher), (now, lower) = self.losses[-2:]
             if higher > lower:
-                wait = int((lower - self.target) * (now - before) / (higher - lower))
+                wait = int((lower - self.target) * (now - before) / (higher - lower) / 2)
         self.next = state.global_step + min(max(wait, self.every), _FARTHEST)
 
 
@@ -239,11 +239,11 @@ def _maskless(collator: Collator) -> Callable[[list[Any]], dict[str, Tensor]]:
 def schedule(
     pools: Sequence[Sequence[Encoded]], batch_size: int, steps: int, seed: int
 ) -> list[Encoded]:
-    """Rows in the order of training, batch after batch.
+    """Rows in the order of training, batch after batch; fewer ``steps`` give the first of them.
 
     Each pool is shuffled anew in every epoch of its own. A batch has as many rows of each pool, of
-    similar length: rows are sorted within a window of 16 batches, and the batches of a window are
-    shuffled.
+    similar length: rows are sorted within a window of at most 16 batches and an epoch, and the
+    batches of a window are shuffled.
 
     Args:
         pools: encoded rows; none is empty.
@@ -257,13 +257,16 @@ def schedule(
     if batch_size % len(pools):
         raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {len(pools)}")
     size = batch_size // len(pools)
-    streams = [_stream(pool, size * steps, f"{seed}/{i}") for i, pool in enumerate(pools)]
+    width = max(1, min(_WINDOW, *(len(pool) // size for pool in pools)))
+    starts = range(0, steps, width)
+    whole = size * width * len(starts)
+    streams = [_stream(pool, whole, f"{seed}/{i}") for i, pool in enumerate(pools)]
     rows: list[Encoded] = []
-    for start in range(0, steps, _WINDOW):
-        order = list(range(min(_WINDOW, steps - start)))
+    for start in starts:
+        order = list(range(width))
         windows = [
             sorted(
-                stream[start * size : (start + len(order)) * size],
+                stream[start * size : (start + width) * size],
                 key=lambda row: len(row["input_ids"]),
             )
             for stream in streams
@@ -271,7 +274,7 @@ def schedule(
         Random(f"{seed}/batches/{start}").shuffle(order)
         for k in order:
             rows += [row for window in windows for row in window[k * size : (k + 1) * size]]
-    return rows
+    return rows[: batch_size * steps]
 
 
 def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
