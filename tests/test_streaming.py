@@ -15,15 +15,14 @@ import safetensors.torch
 import tiny_chat
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
+from commands import call
 from tiny_models import FAMILIES, build, collate, rows
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
-from typer.testing import CliRunner
 
 from ssah import streaming, watch
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.checkpoint import Checkpoint
-from ssah.cli import app
 from ssah.layered import LayeredModel
 from ssah.models import ModelError
 from ssah.stream_state import FileState
@@ -326,13 +325,11 @@ def test_command(tmp_path: Path) -> None:
     tiny_chat.save(tmp_path / "model")
 
     def run(out: str, *options: str) -> dict[str, Any]:
-        arguments = ["attribute", str(tmp_path / "model"), "--data", "builtin:safety", "--json"]
-        arguments += ["--limit", "12", "--out", str(tmp_path / out), *options]
-        result = CliRunner().invoke(app, arguments)
-        assert result.exit_code == 0, result.output
+        data = ("--data", "builtin:safety", "--limit", 12)
+        result = call("attribute", tmp_path / "model", *data, "--out", tmp_path / out, *options)
         return json.loads(result.stdout)
 
-    plain, streamed = run("plain"), run("streamed", "--stream")
+    plain, streamed = run("plain", "--json"), run("streamed", "--stream", "--json")
     traffic = streamed.pop("traffic")
     assert traffic["bytes_read"] == traffic["bytes_needed"] > 0
     different = {"out", "seconds"}
