@@ -16,11 +16,17 @@ import tiny_chat
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from commands import call
-from tiny_models import FAMILIES, build, collate, rows
+from tiny_models import FAMILIES, VOCABULARY, build, collate, rows
 from torch import Tensor
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BloomConfig,
+    MixtralConfig,
+    PreTrainedModel,
+)
 
-from ssah import streaming, watch
+from ssah import families, streaming, watch
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.checkpoint import Checkpoint
 from ssah.layered import LayeredModel
@@ -93,6 +99,32 @@ def test_shards_dtypes_and_padding(dtype: torch.dtype, side: str, tmp_path: Path
     for options in ({}, {"metric": "norm", "tokens": "all"}, {"modules": "attention"}):
         result, _ = stream(folder, batches(side), **options)
         assert_same(result, in_memory(folder, batches(side), **options))
+
+
+def test_layers_that_return_tuples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ffn = families.FFN(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h")
+    monkeypatch.setitem(families.FAMILIES, "bloom", families.Family("h", ffn, None))
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=32, n_layer=3, n_head=4)
+    folder = str(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    expected = in_memory(folder, batches())
+    for state in (None, tmp_path / "state"):
+        assert_same(stream(folder, batches(), state=state)[0], expected)
+
+
+def test_weights_that_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention = families.Attention(down="self_attn.o_proj", value="self_attn.v_proj")
+    family = families.Family("layers", None, attention)
+    monkeypatch.setitem(families.FAMILIES, "mixtral", family)
+    sizes = {"hidden_size": 32, "intermediate_size": 24, "num_local_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 3}
+    config = MixtralConfig(vocab_size=VOCABULARY, **sizes, **heads)
+    folder = str(tmp_path / "model")
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert any(".experts.3." in name for name in weights_of(folder))  # in the model they are one
+    result, traffic = stream(folder, batches(), modules="attention")
+    assert_same(result, in_memory(folder, batches(), modules="attention"))
+    assert traffic.bytes_read == traffic.bytes_needed
 
 
 def test_each_weight_is_read_once_and_the_head_is_not(
