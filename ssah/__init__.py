@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ssah.families import FFN, Attention, Family, register_family
     from ssah.groups import UnitGroups, classify
     from ssah.probing import Probe, probe
+    from ssah.streaming import stream
     from ssah.training import UpdatePlan, freeze, load_update, train_only
     from ssah.units import UnitSet, find_modules
 
@@ -43,6 +44,7 @@ __all__ = [
     "probe",
     "prune",
     "register_family",
+    "stream",
     "train_only",
     "transfer",
 ]
@@ -66,6 +68,7 @@ _HOME = {
     "probe": "ssah.probing",
     "prune": "ssah.ablation",
     "register_family": "ssah.families",
+    "stream": "ssah.streaming",
     "train_only": "ssah.training",
 }
 

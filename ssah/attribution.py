@@ -19,6 +19,7 @@ from transformers.utils import ModelOutput
 from ssah import __version__
 from ssah.batches import IGNORED, Batch, Fingerprint, read_batch
 from ssah.causal_attention import FastCausalBackward
+from ssah.offload import at_hand, device_of
 from ssah.provenance import (
     check_same_model,
     config_hash,
@@ -176,8 +177,7 @@ def attribute(
     fingerprint = Fingerprint()
     own_fingerprint = getattr(loader, "fingerprint", None)
     maskless = _may_drop_mask(model)
-    device = model.get_input_embeddings().weight.device
-    assert isinstance(device, torch.device)
+    device = device_of(model.get_input_embeddings())
     counted = n_targets = 0
     number = -1
     with ExitStack() as stack:
@@ -201,7 +201,29 @@ def attribute(
                     model.base_model(**batch.inputs, use_cache=False)
             if advance is not None:
                 advance(int(batch.attended.sum()))
-    if number < 0:
+    check_loader(number + 1, counted, metric=metric, tokens=tokens)
+    if gradient and n_targets == 0:
+        raise ValueError("loader has no token to predict: the loss is empty")
+    check_sums(sums, gradient)
+    return finish(
+        model,
+        sums,
+        {} if gradient else {name: column_sq_norms(module) for name, module in found.items()},
+        metric=metric,
+        tokens=tokens,
+        fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+    )
+
+
+def check_loader(n_batches: int, counted: int, *, metric: str, tokens: str) -> None:
+    """Raise ValueError unless the loader gave what ``metric`` needs.
+
+    Args:
+        n_batches: how many it yielded.
+        counted: positions that count in all of them.
+        metric, tokens: as `attribute` takes them, ``tokens`` resolved.
+    """
+    if n_batches == 0:
         raise ValueError(
             "loader yielded no batch, must yield at least one (a generator runs only once)"
         )
@@ -212,19 +234,36 @@ def attribute(
         )
     if counted == 1 and metric == "variance":
         raise ValueError("loader has a single token that counts, must have two for a variance")
-    if gradient and n_targets == 0:
-        raise ValueError("loader has no token to predict: the loss is empty")
-    _check_sums(sums, gradient)
+
+
+def finish(
+    model: nn.Module,
+    sums: Mapping[str, Sums],
+    norms: Mapping[str, Tensor],
+    *,
+    metric: str,
+    tokens: str,
+    fingerprint: str,
+) -> Attribution:
+    """The result on ``model``, of the sums over all batches.
+
+    Args:
+        model: only its configuration matters.
+        sums: B's name -> sums.
+        norms: B's name -> `column_sq_norms`; not needed for gradient metrics.
+        metric, tokens: as `attribute` takes them, ``tokens`` resolved.
+        fingerprint: of the data.
+    """
     return Attribution(
-        scores={name: _score(metric, found[name], sums[name]).cpu() for name in found},
-        mean={name: sums[name].mean.cpu() for name in found},
-        variance={name: _variance(sums[name]).cpu() for name in found},
-        count={name: int(sums[name].count) for name in found},
+        scores={name: _score(metric, sums[name], norms.get(name)).cpu() for name in sums},
+        mean={name: sums[name].mean.cpu() for name in sums},
+        variance={name: _variance(sums[name]).cpu() for name in sums},
+        count={name: int(sums[name].count) for name in sums},
         metric=metric,
         tokens=tokens,
         model_name=model_name(model),
         config_hash=config_hash(model),
-        data_fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+        data_fingerprint=fingerprint,
     )
 
 
@@ -304,7 +343,8 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _check_sums(sums: Mapping[str, Sums], gradient: bool) -> None:
+def check_sums(sums: Mapping[str, Sums], gradient: bool) -> None:
+    """Raise, with the module's name, where nothing was summed or something is not finite."""
     for name, state in sums.items():
         if not state.count:
             raise RuntimeError(f"module {name!r} never ran: its units have no score")
@@ -323,26 +363,34 @@ def _variance(sums: Sums) -> Tensor:
     return sums.m2 / (sums.count - 1) if sums.count > 1 else torch.full_like(sums.m2, math.nan)
 
 
-def _score(metric: str, module: DepthTwoModule, sums: Sums) -> Tensor:
+def _score(metric: str, sums: Sums, norms: Tensor | None) -> Tensor:
     if metric == "taylor":
         return sums.signed.abs()
     if metric == "fisher":
         return sums.squared
-    norms = _column_sq_norms(module)
-    if not _finite(norms):
-        raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
+    assert norms is not None
     moment = _variance(sums) if metric == "variance" else sums.m2 / sums.count + sums.mean.square()
     return moment * norms
 
 
-def _column_sq_norms(module: DepthTwoModule) -> Tensor:
-    """Squared norm of every column of B, float64 ``[n_units]``."""
-    weight = module.down.weight
-    assert isinstance(weight, Tensor)
-    if module.output.dim == 1:
-        return ops.column_sq_norms(weight.detach())
-    # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.
-    return torch.cat([rows.double().square().sum(1) for rows in weight.detach().split(256)])
+def column_sq_norms(module: DepthTwoModule) -> Tensor:
+    """Squared norm of every column of B, float64 ``[n_units]``.
+
+    Raises:
+        FloatingPointError: the weight is NaN or infinite.
+    """
+    with at_hand(module.down):
+        weight = module.down.weight
+        assert isinstance(weight, Tensor)
+        if module.output.dim == 1:
+            norms = ops.column_sq_norms(weight.detach())
+        else:
+            # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.
+            chunks = weight.detach().split(256)
+            norms = torch.cat([rows.double().square().sum(1) for rows in chunks])
+    if not _finite(norms):
+        raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
+    return norms
 
 
 @contextmanager

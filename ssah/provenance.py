@@ -142,12 +142,15 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
 
     Raises:
         FileNotFoundError: the folder has no ``meta.json``.
-        ValueError: the tensors are not the ones that ``meta.json`` describes.
+        ValueError: ``meta.json`` is damaged, or the tensors are not the ones that it describes.
     """
     folder = Path(directory)
     if not (folder / META).is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
-    meta = json.loads((folder / META).read_text())
+    try:
+        meta = json.loads((folder / META).read_text())
+    except ValueError as error:
+        raise ValueError(f"file {str(folder / META)!r} is damaged: {error}") from error
     content = (folder / meta.pop("tensors")).read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != meta.pop("sha256"):

@@ -31,6 +31,7 @@ __all__ = [
     "check_units",
     "family_of",
     "find_modules",
+    "layers_path",
     "register_family",
 ]
 
@@ -134,6 +135,15 @@ def family_of(model: nn.Module) -> Family:
     return family
 
 
+def layers_path(model: nn.Module) -> str:
+    """Qualified name of the list of decoder layers of ``model``, of a known family."""
+    family = family_of(model)
+    assert isinstance(model, PreTrainedModel)
+    decoder = model.get_decoder()
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    return f"{prefix}.{family.layers}" if prefix else family.layers
+
+
 def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of ``model`` by B's qualified name, in the order in which they run.
 
@@ -150,11 +160,7 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"modules is {kinds!r}, must be one or more of {KINDS}")
-    family = family_of(model)
-    assert isinstance(model, PreTrainedModel)
-    decoder = model.get_decoder()
-    prefix = next(name for name, module in model.named_modules() if module is decoder)
-    path = f"{prefix}.{family.layers}" if prefix else family.layers
+    family, path = family_of(model), layers_path(model)
     found: dict[str, DepthTwoModule] = {}
     n_layers = len(model.get_submodule(path))  # type: ignore[arg-type]
     for i in range(n_layers):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssah.batches import Batch
+from ssah.offload import at_hand, device_of, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule
 from ssah_kernels import ops
 
@@ -38,12 +39,15 @@ class Sums:
     @classmethod
     def zeros(cls, module: DepthTwoModule) -> Sums:
         """No token seen yet."""
-        weight = module.down.weight
-        assert isinstance(weight, Tensor)
+        device = device_of(module.down)
         channels = (
-            torch.zeros(module.n_units, dtype=torch.float64, device=weight.device) for _ in range(4)
+            torch.zeros(module.n_units, dtype=torch.float64, device=device) for _ in range(4)
         )
-        return cls(torch.zeros((), dtype=torch.float64, device=weight.device), *channels)
+        return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
+
+    def to(self, device: str) -> Sums:
+        """The same on another device."""
+        return Sums(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass
@@ -134,9 +138,9 @@ def watching(
     with ExitStack() as stack:
         for name, module in modules.items():
             gated = module.gated
-            if gated is not None and "forward" not in vars(gated.module):
-                gated.module.forward = _gated_forward(module, sums[name], watch)
-                stack.callback(delattr, gated.module, "forward")
+            if gated is not None and runs_own_forward(gated.module):
+                forward = _gated_forward(module, sums[name], watch)
+                stack.enter_context(replaced_forward(gated.module, forward))
             else:
                 handle = module.down.register_forward_pre_hook(_hook(sums[name], watch))
                 stack.callback(handle.remove)
@@ -160,7 +164,8 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
         if watch.gradient:
             # gate and up are gone before B runs: the pass needs no more memory than the model's.
             return module.down(watch.tap(product(x, watch.mask(x)), sums))
-        return watch.by_rows(rest, x)
+        with at_hand(*gated.module.children()):
+            return watch.by_rows(rest, x)
 
     return forward
 

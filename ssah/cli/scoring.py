@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import time
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -34,6 +36,8 @@ from ssah.cli.support import (
     reporting,
 )
 
+_UNFINISHED = "unfinished"  # folder in --out with what a streamed run has done so far
+
 Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of all units.")]
 
 
@@ -58,6 +62,13 @@ def attribute(
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    streamed: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read the model layer by layer; the same command goes on if interrupted.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> Result:
     """Score every unit of a model on a data set.
@@ -66,22 +77,37 @@ def attribute(
     """
     from ssah.attribution import attribute as score
     from ssah.data import load_rows, make_loader
+    from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
+    from ssah.streaming import stream
     from ssah.units import KINDS
 
     rows = load_rows(data, split, limit)
-    loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    if streamed:
+        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+    else:
+        loaded, tokenizer = load(model, dtype, device, trust_remote_code)
     loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+    options: dict[str, Any] = {
+        "metric": metric.value,
+        "modules": tuple(kind.value for kind in modules or ()) or KINDS,
+        "tokens": tokens.value,
+        "progress": True,
+    }
     start = time.perf_counter()
     with redirect_stdout(sys.stderr):  # the bar
-        attribution = score(
-            loaded,
-            loader,
-            metric=metric.value,
-            modules=tuple(kind.value for kind in modules or ()) or KINDS,
-            tokens=tokens.value,
-            progress=True,
-        )
+        if streamed:
+            attribution, traffic = stream(
+                model,
+                loader,
+                dtype=dtype.value,
+                device=device,
+                trust_remote_code=trust_remote_code,
+                state=out / _UNFINISHED,
+                **options,
+            )
+        else:
+            attribution = score(loaded, loader, **options)
     seconds = time.perf_counter() - start
     attribution.save(out)
     units = sum(len(score) for score in attribution.scores.values())
@@ -100,6 +126,9 @@ def attribute(
         "data_fingerprint": attribution.data_fingerprint,
         "version": attribution.version,
     }
+    if streamed:
+        shutil.rmtree(out / _UNFINISHED)
+        result["traffic"] = asdict(traffic)
     facts = {
         "model": attribution.model_name,
         "data": data,

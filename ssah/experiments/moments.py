@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssah.attribution import _column_sq_norms, _may_drop_mask
+from ssah.attribution import _may_drop_mask, column_sq_norms
 from ssah.batches import read_batch
 from ssah.data import Collator, Encoded
 from ssah.provenance import load_tensors, save_tensors
@@ -103,7 +103,7 @@ def row_moments(
         {name: torch.zeros(len(examples), dtype=torch.float64) for name in modules},
         {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
         {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
-        {name: _column_sq_norms(module).cpu() for name, module in modules.items()},
+        {name: column_sq_norms(module).cpu() for name, module in modules.items()},
     )
     sums = {name: Sums.zeros(module) for name, module in modules.items()}
     collator, maskless = Collator(tokenizer), _may_drop_mask(model)

@@ -1,0 +1,170 @@
+"""Weights in safetensors files, read with plain reads, each when it is asked for.
+
+A mapped file counts as resident memory once it is touched. What is read here lies in memory of its
+own, which goes with the tensor; pages that the system keeps of the file are nobody's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import struct
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["Checkpoint"]
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor is: ``start`` is a position in ``file``, bytes."""
+
+    file: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """The tensors of one or several safetensors files.
+
+    Attributes:
+        files: that hold them.
+        bytes_read: of tensors, so far.
+        seconds: spent reading, so far.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        """Read the headers alone.
+
+        Raises:
+            ValueError: a file is not safetensors, or ends too early, or holds a type that is
+                not a plain number.
+        """
+        self.files = tuple(files)
+        self.bytes_read = 0
+        self.seconds = 0.0
+        self._entries = {name: entry for file in files for name, entry in _header(file).items()}
+
+    @classmethod
+    def in_folder(cls, folder: Path) -> Checkpoint:
+        """The checkpoint that ``save_pretrained`` wrote, sharded or not.
+
+        Raises:
+            FileNotFoundError: there is none, or a shard is missing.
+        """
+        if (folder / _INDEX).is_file():
+            shards = set(json.loads((folder / _INDEX).read_text())["weight_map"].values())
+            files = [folder / shard for shard in sorted(shards)]
+        else:
+            files = [folder / _SINGLE]
+        for file in files:
+            if not file.is_file():
+                raise FileNotFoundError(f"there is no {file.name} in {str(folder)!r}")
+        return cls(files)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All tensors, in the order of the files."""
+        return tuple(self._entries)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the first tensor that is of a floating type."""
+        return next(e.dtype for e in self._entries.values() if e.dtype.is_floating_point)
+
+    @property
+    def fingerprint(self) -> str:
+        """A hash of the names, sizes and times of the files: another one once they have changed."""
+        about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
+        return hashlib.sha256(repr(about).encode()).hexdigest()
+
+    def n_bytes(self, names: Iterable[str]) -> int:
+        """Size of some tensors."""
+        entries = (self._entries[name] for name in names)
+        return sum(_size(entry.dtype, entry.shape) for entry in entries)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Some tensors, read from the first byte to the last in the order of the files.
+
+        Raises:
+            ValueError: a file has become shorter than it was.
+        """
+        start = time.perf_counter()
+        chosen = [(self._entries[name], name) for name in names]
+        chosen.sort(key=lambda pair: (pair[0].file, pair[0].start))
+        tensors = {}
+        for file, entries in groupby(chosen, key=lambda pair: pair[0].file):
+            with FileIO(file) as handle:
+                for entry, name in entries:
+                    tensors[name] = _read_tensor(handle, entry.start, entry.dtype, entry.shape)
+                    self.bytes_read += tensors[name].nbytes
+        self.seconds += time.perf_counter() - start
+        return tensors
+
+
+def _read_tensor(handle: FileIO, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+    """The tensor at position ``start`` (bytes) of an open file.
+
+    Raises:
+        ValueError: the file ends before it.
+    """
+    content = torch.empty(_size(dtype, shape), dtype=torch.uint8)
+    rest = content.numpy().data
+    handle.seek(start)
+    while rest:
+        n = handle.readinto(rest)
+        if not n:
+            raise ValueError(f"file {str(handle.name)!r} ends early: it was cut off")
+        rest = rest[n:]
+    return content.view(dtype).view(shape)
+
+
+def _size(dtype: torch.dtype, shape: Iterable[int]) -> int:
+    return math.prod(shape) * dtype.itemsize
+
+
+def _header(file: Path) -> dict[str, _Entry]:
+    """Format: length of the header (8 bytes, little endian), header (JSON), tensors."""
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        (length,) = struct.unpack("<Q", handle.read(8).ljust(8, b"\xff"))
+        if length > size - 8:
+            raise ValueError(f"file {str(file)!r} is not safetensors, or was cut off")
+        header = json.loads(handle.read(length))
+    header.pop("__metadata__", None)
+    entries = {}
+    for name, about in header.items():
+        start, end = (8 + length + at for at in about["data_offsets"])
+        dtype = _DTYPES.get(about["dtype"])
+        if dtype is None:
+            raise ValueError(
+                f"file {str(file)!r}: {name!r} has the type {about['dtype']}, must be one of "
+                f"{', '.join(_DTYPES)}"
+            )
+        entries[name] = _Entry(file, start, dtype, tuple(about["shape"]))
+        if end - start != _size(dtype, about["shape"]) or end > size:
+            raise ValueError(f"file {str(file)!r} is too short or damaged: {name!r} is not whole")
+    return entries

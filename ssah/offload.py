@@ -1,0 +1,82 @@
+"""Models that accelerate has dispatched: weights that are elsewhere until their module runs.
+
+An offloaded weight lies on the meta device; the hook on its module fetches it before each forward
+and lets it go afterwards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward"]
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where ``module`` computes: where its weight is, or where the weight is fetched to.
+
+    Raises:
+        ValueError: the weight is on the meta device and nothing fetches it.
+    """
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if not weight.is_meta:
+        return weight.device
+    hook = _offloading(module)
+    if hook is None:
+        raise ValueError(
+            f"model has a {type(module).__name__} whose weight is on the meta device, without a "
+            "hook of accelerate that loads it; it must have its weights"
+        )
+    return torch.device(hook.execution_device)
+
+
+@contextmanager
+def at_hand(*modules: nn.Module) -> Iterator[None]:
+    """Offloaded weights of ``modules`` are fetched once for the block, however often they run."""
+    with ExitStack() as stack:
+        for part in [part for module in modules for part in module.modules()]:
+            if _offloading(part) is not None:
+                hook: Any = part._hf_hook
+                hook.pre_forward(part)
+                stack.callback(hook.post_forward, part, None)
+                stack.enter_context(_set(part, "forward", part._old_forward))
+        yield
+
+
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether ``module`` computes what its class says: nobody but accelerate has replaced it."""
+    if "_hf_hook" in vars(module):
+        return getattr(module._old_forward, "__func__", None) is type(module).forward
+    return "forward" not in vars(module)
+
+
+@contextmanager
+def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """``module`` computes ``forward`` inside the block; accelerate's hook still runs around it."""
+    with _set(module, "_old_forward" if "_hf_hook" in vars(module) else "forward", forward):
+        yield
+
+
+@contextmanager
+def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    before = vars(module).get(name)
+    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(module, name)
+        else:
+            setattr(module, name, before)
+
+
+def _offloading(module: nn.Module) -> Any:
+    """The hook that fetches the weights of ``module``, or None."""
+    hook = vars(module).get("_hf_hook")
+    hooks = getattr(hook, "hooks", [hook])
+    return next((each for each in hooks if getattr(each, "offload", False)), None)

@@ -1,0 +1,318 @@
+"""``stream``: scores of a model that is larger than memory, layer by layer from its files."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ssah import __version__
+from ssah.attribution import (
+    METRICS,
+    TOKENS,
+    Attribution,
+    _check_option,
+    _may_drop_mask,
+    check_loader,
+    check_sums,
+    column_sq_norms,
+    finish,
+)
+from ssah.batches import Batch, Fingerprint, read_batch
+from ssah.layered import LayeredModel
+from ssah.offload import replaced_forward
+from ssah.provenance import config_hash
+from ssah.stream_state import FileState, Hidden, MemoryState
+from ssah.units import KINDS, DepthTwoModule, find_modules
+from ssah.watch import Sums, watching
+
+__all__ = ["STREAMED_METRICS", "Traffic", "stream"]
+
+STREAMED_METRICS = ("variance", "norm")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a streamed run has moved.
+
+    Attributes:
+        bytes_needed: of weights that the backbone has in the files.
+        bytes_read: of weights that this run has read; less only where it went on from a state.
+        read_seconds: the reading thread has spent reading.
+        wait_seconds: computing has waited for it.
+    """
+
+    bytes_needed: int
+    bytes_read: int
+    read_seconds: float
+    wait_seconds: float
+
+
+def stream(
+    name: str,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    metric: str = "variance",
+    modules: Iterable[str] = KINDS,
+    tokens: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    hidden_memory: int = 2**30,
+    progress: bool = False,
+) -> tuple[Attribution, Traffic]:
+    """Score every unit of a model that need not fit in memory.
+
+    The result is that of ``attribute(load_model(name)[0], loader)``, to the bit, in the memory of
+    two layers. All batches pass through a layer before the next one takes its place; that one is
+    read meanwhile, by a thread. Each weight is read once for the whole data set; the vocabulary
+    projection, which these metrics do not need, is not read. Embeddings stay in memory, and hidden
+    states: rows x length x ``hidden_size`` numbers over all batches.
+
+    Args:
+        name: a folder with safetensors, sharded or not, or a hub id; as of ``load_model``.
+        loader: as of `attribute`; read once, before any weight.
+        metric: ``"variance"`` or ``"norm"``.
+        modules, tokens: as of `attribute`.
+        dtype, device, trust_remote_code: as of ``load_model``.
+        state: a folder that keeps what is done after each layer. The same call with the same
+            folder goes on after the last layer that was done, and gives the same bits. It is not
+            removed: do so when the result is saved.
+        hidden_memory: bytes; hidden states that take more are kept in temporary files.
+        progress: show a bar with layers.
+
+    Returns:
+        The scores, and what was read for them.
+
+    Raises:
+        ModelError: the model cannot be found, has no safetensors, or is quantised.
+        ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
+            gradient metric, or a ``state`` that is damaged or of another run.
+    """
+    _check_option("metric", metric, METRICS)
+    _check_option("tokens", tokens, TOKENS)
+    if metric not in STREAMED_METRICS:
+        raise ValueError(
+            f"metric is {metric!r}, which needs gradients: going backward would read every layer a "
+            "second time and compute it anew. Streaming takes "
+            f"{' and '.join(map(repr, STREAMED_METRICS))}; for others dispatch the model with a "
+            "device_map, and use ssah.attribute"
+        )
+    layered = LayeredModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    modules = (modules,) if isinstance(modules, str) else tuple(modules)
+    found = find_modules(layered.model, modules)
+    batches, tokens, fingerprint = _read_loader(loader, layered, metric, tokens)
+    identity = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": config_hash(layered.model),
+        "weights": layered.checkpoint.fingerprint,
+        "dtype": str(layered.dtype),
+        "device": layered.device.type,
+        "modules": sorted(modules),
+        "tokens": tokens,
+        "data": _digest(batches),
+    }
+    with ExitStack() as stack:
+        folder = state
+        if state is None and _hidden_bytes(layered, batches) > hidden_memory:
+            folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
+        done = MemoryState() if folder is None else FileState(Path(folder), identity)
+        advance = stack.enter_context(_progress(layered, done)) if progress else None
+        stack.enter_context(torch.autocast(layered.device.type, enabled=False))
+        waited = _run(layered, found, batches, done, advance)
+    attribution = finish(
+        layered.model,
+        {name: done.sums[name] for name in found},
+        done.norms,
+        metric=metric,
+        tokens=tokens,
+        fingerprint=fingerprint,
+    )
+    checkpoint = layered.checkpoint
+    traffic = Traffic(
+        layered.bytes_needed, checkpoint.bytes_read, checkpoint.seconds, wait_seconds=waited
+    )
+    return attribution, traffic
+
+
+def _run(
+    layered: LayeredModel,
+    found: Mapping[str, DepthTwoModule],
+    batches: Sequence[Batch],
+    done: MemoryState,
+    advance: Callable[[], None] | None,
+) -> float:
+    """Pass the batches through the layers that are left; seconds that computing has waited."""
+    waited = 0.0
+    left = range(done.layer, len(layered.layers))
+    if not left:
+        return waited
+    layered.load_rest()
+    with closing(_read_ahead(layered.read, left)) as ahead:
+        for index in left:
+            start = time.perf_counter()
+            tensors = next(ahead)
+            waited += time.perf_counter() - start
+            layered.load(index, tensors)
+            prefix = f"{layered.path}.{index}."
+            own = {name: module for name, module in found.items() if name.startswith(prefix)}
+            sums = {name: Sums.zeros(module) for name, module in own.items()}
+            _run_layer(layered, index, own, sums, batches, done)
+            check_sums(sums, gradient=False)
+            norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
+            layered.unload(index)
+            done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
+            if advance is not None:
+                advance()
+    return waited
+
+
+def _read_ahead(
+    read: Callable[[int], dict[str, Tensor]], indices: Sequence[int]
+) -> Generator[dict[str, Tensor]]:
+    """What ``read`` gives for each index, while the next one is being read by a thread."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        reading = [thread.submit(read, index) for index in indices[:1]]
+        for following in [*indices[1:], None]:
+            tensors = reading.pop().result()
+            if following is not None:
+                reading.append(thread.submit(read, following))
+            yield tensors
+
+
+def _run_layer(
+    layered: LayeredModel,
+    index: int,
+    modules: Mapping[str, DepthTwoModule],
+    sums: Mapping[str, Sums],
+    batches: Sequence[Batch],
+    done: MemoryState,
+) -> None:
+    """Pass every batch through one layer.
+
+    The backbone runs its own forward, so that the layer is given what it always is: masks,
+    positions, whatever else the architecture makes. Its other layers only hand on hidden states.
+    """
+    last = index == len(layered.layers) - 1
+    with (
+        watching(modules, sums, gradient=False) as watch,
+        _alone(layered.layers, index) as relay,
+        torch.inference_mode(),
+    ):
+        for number, batch in enumerate(batches):
+            watch.read(batch)
+            if index:
+                relay.before = _move(done.get(number), layered.device)
+            layered.model.base_model(**batch.inputs, use_cache=False)
+            if not last:
+                done.put(number, _move(relay.after, torch.device("cpu")))
+
+
+@dataclass
+class _Relay:
+    """What goes into the one layer that runs, and what has come out of it."""
+
+    before: Any = None
+    after: Any = None
+
+
+@contextmanager
+def _alone(layers: nn.ModuleList, index: int) -> Iterator[_Relay]:
+    """Inside the block, those before layer ``index`` return what goes into it, those after it what
+    came out."""
+    relay = _Relay()
+    own = layers[index].forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        relay.after = own(*args, **kwargs)
+        return relay.after
+
+    def earlier(*_: Any, **__: Any) -> Any:
+        return relay.before
+
+    def later(*_: Any, **__: Any) -> Any:
+        return relay.after
+
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            forward = run if i == index else earlier if i < index else later
+            stack.enter_context(replaced_forward(layer, forward))
+        yield relay
+
+
+def _move(output: Hidden, device: torch.device) -> Hidden:
+    """What a layer returns, on ``device``: hidden states, or a tuple that begins with them. Nothing
+    else in it is handed on."""
+    if isinstance(output, Tensor):
+        return output.to(device)
+    return (output[0].to(device), *[None] * (len(output) - 1))
+
+
+def _read_loader(
+    loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
+) -> tuple[list[Batch], str, str]:
+    """All batches, which tokens count, and the fingerprint of the data."""
+    maskless = _may_drop_mask(layered.model)
+    fingerprint = Fingerprint()
+    own_fingerprint = getattr(loader, "fingerprint", None)
+    batches: list[Batch] = []
+    for number, raw in enumerate(loader):
+        if tokens == "auto":
+            labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
+            tokens = "labels" if labelled else "all"
+        batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=layered.device)
+        fingerprint.update(batch)
+        batches.append(batch)
+    counted = sum(int(batch.token_mask.sum()) for batch in batches)
+    check_loader(len(batches), counted, metric=metric, tokens=tokens)
+    return batches, tokens, str(own_fingerprint or fingerprint.hexdigest())
+
+
+def _digest(batches: Iterable[Batch]) -> str:
+    """A hash of everything that the model is given, and of what counts."""
+    digest = hashlib.sha256()
+    for batch in batches:
+        tensors = {key: value for key, value in batch.inputs.items() if isinstance(value, Tensor)}
+        tensors["token mask"] = batch.token_mask
+        plain = {key: value for key, value in batch.inputs.items() if key not in tensors}
+        digest.update(safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
+        digest.update(repr(sorted(plain.items())).encode())
+    return digest.hexdigest()
+
+
+def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
+    width = layered.model.config.get_text_config(decoder=True).hidden_size
+    return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
+
+
+@contextmanager
+def _progress(layered: LayeredModel, done: MemoryState) -> Iterator[Callable[[], None]]:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (
+        TextColumn("scoring layers"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[read]:,.2f} GB read"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns) as bar:
+        task = bar.add_task("", total=len(layered.layers), completed=done.layer, read=0.0)
+
+        def advance() -> None:
+            bar.update(task, advance=1, read=layered.checkpoint.bytes_read / 1e9)
+
+        yield advance
