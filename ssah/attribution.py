@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -45,14 +46,16 @@ class Attribution:
 
     Attributes:
         scores: B's name -> ``[n_units]``, the importance under ``metric``.
-        mean: B's name -> ``[n_units]``, mean over tokens of the activation entering B.
+        mean: B's name -> ``[n_units]``, mean over tokens of the activation entering B (0 where
+            no token was counted).
         variance: B's name -> ``[n_units]``, its unbiased variance (NaN for a single token).
-        count: B's name -> number of tokens counted.
+        count: B's name -> number of tokens counted; of an expert, those routed to it.
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         tokens: ``"all"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
         config_hash: of its configuration.
         data_fingerprint: of the loader, or of the tokens and labels seen.
+        all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
     """
 
@@ -65,7 +68,16 @@ class Attribution:
     model_name: str
     config_hash: str
     data_fingerprint: str
+    all_experts: bool = False
     version: str = __version__
+
+    def scarce(self, least: int = 2) -> dict[str, int]:
+        """Modules of which fewer than ``least`` tokens were counted, and how many were.
+
+        With a mixture of experts these are the experts that the data hardly reached. Of none or
+        one token there is no variance: the score is 0 then.
+        """
+        return {name: count for name, count in self.count.items() if count < least}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write to ``directory`` as safetensors and JSON: whole, or not at all."""
@@ -82,6 +94,7 @@ class Attribution:
             "model_name": self.model_name,
             "config_hash": self.config_hash,
             "data_fingerprint": self.data_fingerprint,
+            "all_experts": self.all_experts,
             "count": self.count,
         }
         save_tensors(directory, tensors, meta)
@@ -130,6 +143,7 @@ def attribute(
     metric: str = "variance",
     modules: Iterable[str] = KINDS,
     tokens: str = "auto",
+    all_experts: bool = False,
     progress: bool = False,
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
@@ -140,6 +154,10 @@ def attribute(
     absolute value of the sum over tokens of a_j * dL/da_j (arXiv 1906.10771). ``"fisher"``: sum
     over tokens of (a_j * dL/da_j)^2. L is the next-token loss in nats, *summed* over label tokens
     (over all attended ones where there are no labels), so that batching does not change a score.
+
+    Each expert of a mixture is a module of its own. Its activation is without the routing weight,
+    and the tokens routed to it are the ones that count. Experts with fewer than two have a score
+    of 0 and are named in a warning; :meth:`Attribution.scarce` finds them, and others with few.
 
     The first two run the backbone alone, forward; the others need gradients of activations, never
     of weights. The model runs in evaluation mode and in its own dtype, and is left as it was.
@@ -152,12 +170,15 @@ def attribute(
         modules: which kinds of depth-2 module, of ``"mlp"`` and ``"attention"``.
         tokens: which positions count. ``"labels"``: those whose own label is not -100;
             ``"all"``: every attended one; ``"auto"``: labels if the first batch has them.
+        all_experts: run every expert on every token and count it for all of them; what the model
+            computes stays what it is. Not for gradient metrics: there is no gradient at an expert
+            that did not contribute.
         progress: show a bar with tokens per second.
 
     Raises:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
-            a single token (no variance), labels missing.
+            a single token (no variance), labels missing, ``all_experts`` without experts.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran.
     """
@@ -170,6 +191,11 @@ def attribute(
         raise ValueError(
             f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
             "vocabulary projection; load it with AutoModelForCausalLM"
+        )
+    if all_experts and (gradient or not any(module.routed for module in found.values())):
+        raise ValueError(
+            "all_experts is True, must be False "
+            + (f"for the metric {metric!r}" if gradient else "for a model without routed experts")
         )
     with torch.inference_mode(False):
         sums = {name: Sums.zeros(module) for name, module in found.items()}
@@ -184,7 +210,9 @@ def attribute(
         advance = stack.enter_context(_progress(loader)) if progress else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        watch = stack.enter_context(watching(found, sums, gradient=gradient))
+        watch = stack.enter_context(
+            watching(found, sums, gradient=gradient, all_experts=all_experts)
+        )
         for number, raw in enumerate(loader):
             if tokens == "auto":
                 labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
@@ -214,8 +242,8 @@ def attribute(
         raise ValueError("loader has a single token that counts, must have two for a variance")
     if gradient and n_targets == 0:
         raise ValueError("loader has no token to predict: the loss is empty")
-    _check_sums(sums, gradient)
-    return Attribution(
+    _check_sums(found, sums, gradient)
+    attribution = Attribution(
         scores={name: _score(metric, found[name], sums[name]).cpu() for name in found},
         mean={name: sums[name].mean.cpu() for name in found},
         variance={name: _variance(sums[name]).cpu() for name in found},
@@ -225,7 +253,17 @@ def attribute(
         model_name=model_name(model),
         config_hash=config_hash(model),
         data_fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+        all_experts=all_experts,
     )
+    scarce = [name for name in attribution.scarce() if found[name].routed]
+    if scarce:
+        warnings.warn(
+            f"{len(scarce)} of {len(found)} modules are experts that fewer than two of the counted "
+            f"tokens were routed to, {scarce[0]!r} for one: a variance there is 0 (see "
+            "Attribution.scarce; more data reaches them, or all_experts=True)",
+            stacklevel=2,
+        )
+    return attribution
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -304,9 +342,13 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _check_sums(sums: Mapping[str, Sums], gradient: bool) -> None:
+def _check_sums(
+    modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums], gradient: bool
+) -> None:
+    # Of a layer's experts, some may see no token: all are the same module.
+    ran = {modules[name].down for name, state in sums.items() if state.count}
     for name, state in sums.items():
-        if not state.count:
+        if modules[name].down not in ran:
             raise RuntimeError(f"module {name!r} never ran: its units have no score")
         if not _finite(state.mean, state.m2):
             raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
@@ -328,6 +370,8 @@ def _score(metric: str, module: DepthTwoModule, sums: Sums) -> Tensor:
         return sums.signed.abs()
     if metric == "fisher":
         return sums.squared
+    if sums.count < (2 if metric == "variance" else 1):  # an expert that was hardly reached
+        return torch.zeros_like(sums.m2)
     norms = _column_sq_norms(module)
     if not _finite(norms):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
@@ -337,8 +381,7 @@ def _score(metric: str, module: DepthTwoModule, sums: Sums) -> Tensor:
 
 def _column_sq_norms(module: DepthTwoModule) -> Tensor:
     """Squared norm of every column of B, float64 ``[n_units]``."""
-    weight = module.down.weight
-    assert isinstance(weight, Tensor)
+    weight = module.weight
     if module.output.dim == 1:
         return ops.column_sq_norms(weight.detach())
     # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.

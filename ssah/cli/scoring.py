@@ -51,6 +51,9 @@ def attribute(
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
     ] = None,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Count every token for every routed expert.")
+    ] = False,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
     limit: Limit = None,
     batch_size: BatchSize = 8,
@@ -80,6 +83,7 @@ def attribute(
             metric=metric.value,
             modules=tuple(kind.value for kind in modules or ()) or KINDS,
             tokens=tokens.value,
+            all_experts=all_experts,
             progress=True,
         )
     seconds = time.perf_counter() - start
@@ -95,6 +99,7 @@ def attribute(
         "modules": len(attribution.scores),
         "units": units,
         "tokens_counted": counted,
+        "scarce": attribution.scarce(),
         "seconds": seconds,
         "config_hash": attribution.config_hash,
         "data_fingerprint": attribution.data_fingerprint,
