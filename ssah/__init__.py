@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ssah import data
     from ssah.ablation import ablate, prune
     from ssah.attribution import Attribution, attribute
-    from ssah.families import FFN, Attention, Family, register_family
+    from ssah.families import FFN, Attention, Experts, Family, register_family
     from ssah.groups import UnitGroups, classify
     from ssah.probing import Probe, probe
     from ssah.streaming import stream
@@ -28,6 +28,7 @@ __all__ = [
     "FFN",
     "Attention",
     "Attribution",
+    "Experts",
     "Family",
     "Probe",
     "Transfer",
@@ -54,6 +55,7 @@ _HOME = {
     "FFN": "ssah.families",
     "Attention": "ssah.families",
     "Attribution": "ssah.attribution",
+    "Experts": "ssah.families",
     "Family": "ssah.families",
     "Probe": "ssah.probing",
     "UnitGroups": "ssah.groups",

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 class _Columns:
     """Some columns of one module's B."""
 
-    weight: nn.Parameter
+    weight: Tensor
     dim: int  # of the weight, running over units: 1 in a Linear, 0 in a Conv1D
     index: Tensor  # int64 [n]
 
@@ -35,7 +35,7 @@ def _columns(
     for name, module in modules.items():
         if len(units[name]) == 0:
             continue
-        weight = model.get_parameter(module.output.param)
+        weight = module.weight
         if weight.is_meta or not weight.is_floating_point():
             raise ValueError(
                 f"{module.output.param} is {weight.dtype} on {weight.device}; it must be a "
@@ -135,7 +135,7 @@ def prune(
     shifts: dict[str, Tensor] = {}
     if means is not None:
         shifts = _mean_outputs(columns, units, _mean_values(model, means))
-        lacking = [name for name in columns if modules[name].down.bias is None]
+        lacking = [name for name in columns if modules[name].bias is None]
         if lacking:
             _create_biases(model, lacking)
     with torch.inference_mode():
@@ -144,7 +144,8 @@ def prune(
             for rows in modules[name].inputs:
                 _zero_rows(model, rows, units.mask(name), each, modules[name])
             if name in shifts:
-                bias = model.get_parameter(f"{name}.bias")
+                bias = modules[name].bias
+                assert bias is not None
                 bias.copy_(bias.to("cpu", torch.float64) + shifts[name])
 
 
@@ -152,7 +153,7 @@ def _zero_rows(
     model: nn.Module, rows: UnitSlice, pruned: Tensor, columns: _Columns, module: DepthTwoModule
 ) -> None:
     """Zero the entries of one parameter of A that feed nothing but zero columns of B."""
-    parameter = model.get_parameter(rows.param)
+    parameter = rows.tensor(model)
     size = parameter.shape[rows.dim]
     fed = torch.bincount(rows.index, minlength=size)  # units that each entry feeds
     dead = pruned

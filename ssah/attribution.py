@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,14 +47,16 @@ class Attribution:
 
     Attributes:
         scores: B's name -> ``[n_units]``, the importance under ``metric``.
-        mean: B's name -> ``[n_units]``, mean over tokens of the activation entering B.
+        mean: B's name -> ``[n_units]``, mean over tokens of the activation entering B (0 where
+            no token was counted).
         variance: B's name -> ``[n_units]``, its unbiased variance (NaN for a single token).
-        count: B's name -> number of tokens counted.
+        count: B's name -> number of tokens counted; of an expert, those routed to it.
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         tokens: ``"all"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
         config_hash: of its configuration.
         data_fingerprint: of the loader, or of the tokens and labels seen.
+        all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
     """
 
@@ -66,7 +69,16 @@ class Attribution:
     model_name: str
     config_hash: str
     data_fingerprint: str
+    all_experts: bool = False
     version: str = __version__
+
+    def scarce(self, least: int = 2) -> dict[str, int]:
+        """Modules of which fewer than ``least`` tokens were counted, and how many were.
+
+        With a mixture of experts these are the experts that the data hardly reached. Of none or
+        one token there is no variance: the score is 0 then.
+        """
+        return {name: count for name, count in self.count.items() if count < least}
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write to ``directory`` as safetensors and JSON: whole, or not at all."""
@@ -83,6 +95,7 @@ class Attribution:
             "model_name": self.model_name,
             "config_hash": self.config_hash,
             "data_fingerprint": self.data_fingerprint,
+            "all_experts": self.all_experts,
             "count": self.count,
         }
         save_tensors(directory, tensors, meta)
@@ -131,6 +144,7 @@ def attribute(
     metric: str = "variance",
     modules: Iterable[str] = KINDS,
     tokens: str = "auto",
+    all_experts: bool = False,
     progress: bool = False,
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
@@ -141,6 +155,10 @@ def attribute(
     absolute value of the sum over tokens of a_j * dL/da_j (arXiv 1906.10771). ``"fisher"``: sum
     over tokens of (a_j * dL/da_j)^2. L is the next-token loss in nats, *summed* over label tokens
     (over all attended ones where there are no labels), so that batching does not change a score.
+
+    Each expert of a mixture is a module of its own. Its activation is without the routing weight,
+    and the tokens routed to it are the ones that count. Experts with fewer than two have a score
+    of 0 and are named in a warning; :meth:`Attribution.scarce` finds them, and others with few.
 
     The first two run the backbone alone, forward; the others need gradients of activations, never
     of weights. The model runs in evaluation mode and in its own dtype, and is left as it was.
@@ -153,12 +171,15 @@ def attribute(
         modules: which kinds of depth-2 module, of ``"mlp"`` and ``"attention"``.
         tokens: which positions count. ``"labels"``: those whose own label is not -100;
             ``"all"``: every attended one; ``"auto"``: labels if the first batch has them.
+        all_experts: run every expert on every token and count it for all of them; what the model
+            computes stays what it is. Not for gradient metrics: there is no gradient at an expert
+            that did not contribute.
         progress: show a bar with tokens per second.
 
     Raises:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
-            a single token (no variance), labels missing.
+            a single token (no variance), labels missing, ``all_experts`` without experts.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran.
     """
@@ -172,6 +193,11 @@ def attribute(
             f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
             "vocabulary projection; load it with AutoModelForCausalLM"
         )
+    if all_experts and (gradient or not any(module.routed for module in found.values())):
+        raise ValueError(
+            "all_experts is True, must be False "
+            + (f"for the metric {metric!r}" if gradient else "for a model without routed experts")
+        )
     with torch.inference_mode(False):
         sums = {name: Sums.zeros(module) for name, module in found.items()}
     fingerprint = Fingerprint()
@@ -184,7 +210,9 @@ def attribute(
         advance = stack.enter_context(_progress(loader)) if progress else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
-        watch = stack.enter_context(watching(found, sums, gradient=gradient))
+        watch = stack.enter_context(
+            watching(found, sums, gradient=gradient, all_experts=all_experts)
+        )
         for number, raw in enumerate(loader):
             if tokens == "auto":
                 labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
@@ -204,14 +232,16 @@ def attribute(
     check_loader(number + 1, counted, metric=metric, tokens=tokens)
     if gradient and n_targets == 0:
         raise ValueError("loader has no token to predict: the loss is empty")
-    check_sums(sums, gradient)
+    check_sums(found, sums, gradient)
     return finish(
         model,
+        found,
         sums,
         {} if gradient else {name: column_sq_norms(module) for name, module in found.items()},
         metric=metric,
         tokens=tokens,
         fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+        all_experts=all_experts,
     )
 
 
@@ -238,33 +268,46 @@ def check_loader(n_batches: int, counted: int, *, metric: str, tokens: str) -> N
 
 def finish(
     model: nn.Module,
+    modules: Mapping[str, DepthTwoModule],
     sums: Mapping[str, Sums],
     norms: Mapping[str, Tensor],
     *,
     metric: str,
     tokens: str,
     fingerprint: str,
+    all_experts: bool = False,
 ) -> Attribution:
-    """The result on ``model``, of the sums over all batches.
+    """The result on ``model``, of the sums over all batches; warns of experts hardly reached.
 
     Args:
         model: only its configuration matters.
+        modules: B's name -> module.
         sums: B's name -> sums.
         norms: B's name -> `column_sq_norms`; not needed for gradient metrics.
-        metric, tokens: as `attribute` takes them, ``tokens`` resolved.
+        metric, tokens, all_experts: as `attribute` takes them, ``tokens`` resolved.
         fingerprint: of the data.
     """
-    return Attribution(
-        scores={name: _score(metric, sums[name], norms.get(name)).cpu() for name in sums},
-        mean={name: sums[name].mean.cpu() for name in sums},
-        variance={name: _variance(sums[name]).cpu() for name in sums},
-        count={name: int(sums[name].count) for name in sums},
+    attribution = Attribution(
+        scores={name: _score(metric, sums[name], norms.get(name)).cpu() for name in modules},
+        mean={name: sums[name].mean.cpu() for name in modules},
+        variance={name: _variance(sums[name]).cpu() for name in modules},
+        count={name: int(sums[name].count) for name in modules},
         metric=metric,
         tokens=tokens,
         model_name=model_name(model),
         config_hash=config_hash(model),
         data_fingerprint=fingerprint,
+        all_experts=all_experts,
     )
+    scarce = [name for name in attribution.scarce() if modules[name].routed]
+    if scarce:
+        warnings.warn(
+            f"{len(scarce)} of {len(modules)} modules are experts that fewer than two of the "
+            f"counted tokens were routed to, {scarce[0]!r} for one: a variance there is 0 (see "
+            "Attribution.scarce; more data reaches them, or all_experts=True)",
+            stacklevel=3,
+        )
+    return attribution
 
 
 def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -343,10 +386,14 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def check_sums(sums: Mapping[str, Sums], gradient: bool) -> None:
+def check_sums(
+    modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums], gradient: bool
+) -> None:
     """Raise, with the module's name, where nothing was summed or something is not finite."""
+    # Of a layer's experts, some may see no token: all are the same module.
+    ran = {modules[name].down for name, state in sums.items() if state.count}
     for name, state in sums.items():
-        if not state.count:
+        if modules[name].down not in ran:
             raise RuntimeError(f"module {name!r} never ran: its units have no score")
         if not _finite(state.mean, state.m2):
             raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
@@ -368,6 +415,8 @@ def _score(metric: str, sums: Sums, norms: Tensor | None) -> Tensor:
         return sums.signed.abs()
     if metric == "fisher":
         return sums.squared
+    if sums.count < (2 if metric == "variance" else 1):  # an expert that was hardly reached
+        return torch.zeros_like(sums.m2)
     assert norms is not None
     moment = _variance(sums) if metric == "variance" else sums.m2 / sums.count + sums.mean.square()
     return moment * norms
@@ -380,14 +429,12 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
         FloatingPointError: the weight is NaN or infinite.
     """
     with at_hand(module.down):
-        weight = module.down.weight
-        assert isinstance(weight, Tensor)
+        weight = module.weight.detach()
         if module.output.dim == 1:
-            norms = ops.column_sq_norms(weight.detach())
+            norms = ops.column_sq_norms(weight)
         else:
             # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.
-            chunks = weight.detach().split(256)
-            norms = torch.cat([rows.double().square().sum(1) for rows in chunks])
+            norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(256)])
     if not _finite(norms):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms

@@ -7,11 +7,11 @@ the library another architecture, describe it with a :class:`Family` and call
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
-ValueLayout = Literal["separate", "qkv", "qkv_per_head"]
-VALUE_LAYOUTS: tuple[ValueLayout, ...] = ("separate", "qkv", "qkv_per_head")
+ValueLayout = Literal["separate", "qkv", "qkv_per_head", "latent"]
+VALUE_LAYOUTS: tuple[ValueLayout, ...] = ("separate", "qkv", "qkv_per_head", "latent")
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,9 @@ class Attention:
         value: path of the projection that computes the values.
         layout: how the outputs of ``value`` are laid out. ``"separate"``: values alone, head by
             head. ``"qkv"``: all queries, all keys, all values. ``"qkv_per_head"``: query, key and
-            value of the first head, then of the second, and so on.
+            value of the first head, then of the second, and so on. ``"latent"``: key (without
+            position) and value of the first head, then of the second, both from one latent; A is
+            what expands the latent, X the latent.
     """
 
     down: str
@@ -57,33 +59,61 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Routed experts, whose weights are 3-D parameters, the first dimension running over experts.
+
+    Attributes:
+        module: path of the module that holds the parameters, of a class decorated with
+            ``transformers.integrations.use_experts_implementation``, which says how they are laid
+            out. Layers without such a module have the family's ``ffn``.
+        shared: an FFN beside the routed experts that every token passes through, or None.
+    """
+
+    module: str = "mlp.experts"
+    shared: FFN | None = None
+
+
+@dataclass(frozen=True)
 class Family:
     """The depth-2 modules of one architecture.
 
     Attributes:
         layers: path of the list of decoder layers in the decoder (``model.get_decoder()``).
-        ffn: the layer's feed-forward module, or None.
+        ffn: the layer's feed-forward module, or None. Of a mixture of experts: that of its dense
+            layers.
         attention: the layer's attention module, or None.
         maskless: whether a right-padded batch may be run without its attention mask, because
             attention is causal and positions default to 0, 1, 2, ... for the attended tokens.
+        experts: the layer's mixture of experts, or None.
     """
 
     layers: str
     ffn: FFN | None
     attention: Attention | None
     maskless: bool = False
+    experts: Experts | None = None
 
 
-_GATED_FFN = FFN(
-    down="mlp.down_proj",
-    up="mlp.up_proj",
-    gate="mlp.gate_proj",
-    module="mlp",
-    act="mlp.act_fn",
-    last=True,
-)
+def _gated_ffn(module: str) -> FFN:
+    return FFN(
+        down=f"{module}.down_proj",
+        up=f"{module}.up_proj",
+        gate=f"{module}.gate_proj",
+        module=module,
+        act=f"{module}.act_fn",
+        last=True,
+    )
+
+
+_GATED_FFN = _gated_ffn("mlp")
 _SELF_ATTENTION = Attention(down="self_attn.o_proj", value="self_attn.v_proj")
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
+_ROUTED = replace(_LLAMA, experts=Experts())
+_DEEPSEEK = replace(
+    _LLAMA,
+    attention=Attention(down="self_attn.o_proj", value="self_attn.kv_b_proj", layout="latent"),
+    experts=Experts(shared=_gated_ffn("mlp.shared_experts")),
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -94,6 +124,13 @@ FAMILIES: dict[str, Family] = {
     "gemma3_text": _LLAMA,
     "granite": _LLAMA,
     "olmo2": _LLAMA,
+    "mixtral": _ROUTED,
+    "qwen2_moe": replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert"))),
+    "qwen3_moe": _ROUTED,
+    "olmoe": _ROUTED,
+    "gpt_oss": _ROUTED,
+    "deepseek_v2": _DEEPSEEK,
+    "deepseek_v3": _DEEPSEEK,
     "phi3": Family(
         layers="layers",
         ffn=FFN(
@@ -140,8 +177,8 @@ def register_family(model_type: str, family: Family, *, replace: bool = False) -
 
     Raises:
         TypeError: ``family`` is not a :class:`Family`.
-        ValueError: ``model_type`` is known and ``replace`` is False, or the entry has neither an
-            FFN nor attention, or contradicts itself.
+        ValueError: ``model_type`` is known and ``replace`` is False, or the entry has no FFN,
+            attention or experts, or contradicts itself.
     """
     if not isinstance(family, Family):
         raise TypeError(f"family is a {type(family).__name__}, must be a Family")
@@ -149,17 +186,22 @@ def register_family(model_type: str, family: Family, *, replace: bool = False) -
         raise ValueError(
             f"model_type {model_type!r} is already registered; pass replace=True to redefine it"
         )
-    ffn, attention = family.ffn, family.attention
-    if ffn is None and attention is None:
-        raise ValueError("family has neither ffn nor attention; it must have at least one")
-    if ffn is not None and ffn.module is not None:
-        gated = ffn.fused or ffn.gate is not None
-        if ffn.act is None or not gated:
-            raise ValueError("family.ffn.module needs family.ffn.act, and a gate or fused=True")
-    if ffn is not None and ffn.fused and ffn.gate is not None:
-        raise ValueError("family.ffn is fused: family.ffn.gate must be None")
+    attention, experts = family.attention, family.experts
+    if family.ffn is None and attention is None and experts is None:
+        raise ValueError("family has no ffn, attention or experts; it must have at least one")
+    _check_ffn("family.ffn", family.ffn)
+    _check_ffn("family.experts.shared", None if experts is None else experts.shared)
     if attention is not None and attention.layout not in VALUE_LAYOUTS:
         raise ValueError(
             f"family.attention.layout is {attention.layout!r}, must be one of {VALUE_LAYOUTS}"
         )
     FAMILIES[model_type] = family
+
+
+def _check_ffn(name: str, ffn: FFN | None) -> None:
+    if ffn is None:
+        return
+    if ffn.module is not None and (ffn.act is None or not (ffn.fused or ffn.gate is not None)):
+        raise ValueError(f"{name}.module needs {name}.act, and a gate or fused=True")
+    if ffn.fused and ffn.gate is not None:
+        raise ValueError(f"{name} is fused: {name}.gate must be None")

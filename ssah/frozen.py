@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from ssah.slots import unit_major
+
 __all__ = ["complement_rows", "digest", "digests"]
 
 _BYTES_AT_ONCE = 1 << 26
@@ -39,9 +41,9 @@ def digests(pieces: Mapping[str, Callable[[], Iterable[Tensor]]]) -> dict[str, s
         return dict(zip(pieces, pool.map(lambda name: digest(pieces[name]()), pieces), strict=True))
 
 
-def complement_rows(weight: Tensor, dim: int, index: Tensor) -> Tensor:
-    """What of ``weight`` is not in ``index`` along ``dim``: unit-major, in ascending order."""
-    keep = torch.ones(weight.shape[dim], dtype=torch.bool)
+def complement_rows(weight: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
+    """What of ``weight`` is not in ``index`` along ``dims``: unit-major, in ascending order."""
+    rows = unit_major(weight.detach(), dims)
+    keep = torch.ones(len(rows), dtype=torch.bool)
     keep[index] = False
-    rows = weight.detach().index_select(dim, keep.nonzero()[:, 0].to(weight.device))
-    return rows.t() if dim == 1 else rows
+    return rows.index_select(0, keep.nonzero()[:, 0].to(weight.device))

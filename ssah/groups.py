@@ -121,6 +121,7 @@ def _shared_metadata(
         ("tokens", "token selection"),
         ("model_name", "model"),
         ("config_hash", "model configuration"),
+        ("all_experts", "routing to experts"),
     ):
         a, b = getattr(safety, field), getattr(utility, field)
         if a != b:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.units import DepthTwoModule, family_of
+from ssah.units import DepthTwoModule
 
 __all__ = ["install", "uninstall"]
 
@@ -50,11 +50,7 @@ def _forward(
 
 def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> list[nn.Module]:
     """Let gated FFNs of ``model`` keep gate and up alone; returns the modules that now do."""
-    ffn = family_of(model).ffn
     changed: list[nn.Module] = []
-    if ffn is None or ffn.module is None or ffn.act is None:
-        return changed
-    path = ffn.act.removeprefix(f"{ffn.module}.")
     for module in modules.values():
         gated = module.gated
         if gated is None or "forward" in vars(gated.module):
@@ -62,9 +58,8 @@ def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> li
         owners = dict.fromkeys(owned.param.rpartition(".")[0] for owned in module.inputs)
         *gates, up = (model.get_submodule(owner) for owner in owners)
         gate = gates[0] if gates else None
-        act = gated.module.get_submodule(path)
         # A partial, not a closure: copying the model copies what it refers to.
-        gated.module.forward = partial(_forward, gate, up, module.down, act, gated.act)
+        gated.module.forward = partial(_forward, gate, up, module.down, gated.activation, gated.act)
         changed.append(gated.module)
     return changed
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah.slots import Part, Slot, width
 
-__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection"]
+__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection", "Unreadable"]
 
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept.
 _COPIED_SHARE = 0.5
@@ -98,7 +98,7 @@ class _MaskedLinear(torch.autograd.Function):
         return tuple(result)
 
 
-class _Unreadable:
+class Unreadable:
     """A weight that is split up: reading it would give a copy, writing it would change nothing."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -124,19 +124,28 @@ class MaskedProjection(nn.Module):
         slots: ``"weight"``, ``"bias"`` -> what of it is split; other tensors stay parameters.
         is_output: whether units are the columns (B) rather than the rows (A) of the weight.
         order: names of the original parameters, in their order.
+        plain: the class that the module had.
     """
 
     slots: dict[str, Slot]
     is_output: bool
     order: tuple[str, ...]
+    plain: type[nn.Module]
 
     @staticmethod
-    def install(module: nn.Module, slots: dict[str, Slot], *, is_output: bool) -> None:
-        """Turn ``module`` into a masked projection, in place."""
+    def install(
+        module: nn.Module,
+        slots: dict[str, Slot],
+        masked: type[MaskedProjection],
+        *,
+        is_output: bool,
+    ) -> None:
+        """Turn ``module`` into a masked projection of class ``masked``, in place."""
         module.order = tuple(module._parameters)  # type: ignore[assignment]
         module.slots = slots  # type: ignore[assignment]
         module.is_output = is_output  # type: ignore[assignment]
-        module.__class__ = MaskedConv1D if isinstance(module, Conv1D) else MaskedLinear
+        module.plain = type(module)  # type: ignore[assignment]
+        module.__class__ = masked
         own: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
             if name in slots:
@@ -151,8 +160,9 @@ class MaskedProjection(nn.Module):
         own = {name: p for name, p in self._parameters.items() if name in self.order}
         own.update((name, slot.restore()) for name, slot in self.slots.items())
         self._parameters = {name: own[name] for name in self.order}
-        del self.slots, self.is_output, self.order
-        self.__class__ = Conv1D if isinstance(self, Conv1D) else nn.Linear  # type: ignore[assignment]
+        plain = self.plain
+        del self.slots, self.is_output, self.order, self.plain
+        self.__class__ = plain  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of ``x`` ``[..., in]``: ``[..., out]``."""
@@ -232,12 +242,12 @@ class MaskedProjection(nn.Module):
 class MaskedLinear(MaskedProjection, nn.Linear):
     """An ``nn.Linear`` of which some units train."""
 
-    weight = _Unreadable()
-    bias = _Unreadable()
+    weight = Unreadable()
+    bias = Unreadable()
 
 
 class MaskedConv1D(MaskedProjection, Conv1D):
     """A transformers ``Conv1D`` of which some units train."""
 
-    weight = _Unreadable()
-    bias = _Unreadable()
+    weight = Unreadable()
+    bias = Unreadable()

@@ -11,19 +11,18 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 __all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward"]
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where ``module`` computes: where its weight is, or where the weight is fetched to.
+    """Where ``module`` computes: where its weights are, or where they are fetched to.
 
     Raises:
-        ValueError: the weight is on the meta device and nothing fetches it.
+        ValueError: the weights are on the meta device and nothing fetches them.
     """
-    weight = module.weight
-    assert isinstance(weight, Tensor)
+    weight = next(module.parameters())
     if not weight.is_meta:
         return weight.device
     hook = _offloading(module)

@@ -84,7 +84,7 @@ def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of what trains, with and without decay, with the dimension that units run along."""
     # Slices are unit-major; of a parameter that trains whole, units may run along dimension 1.
     dims = {
-        id(p): plan.entries[name].dim
+        id(p): plan.entries[name].dims[0]
         for name, p, _, _ in plan.trained_slices()
         if name.rpartition(".")[0] not in plan.masked and p.dim() > 1
     }
@@ -120,8 +120,19 @@ class UnitImportance:
 def unit_importance(plan: UpdatePlan, optimizer: Any) -> UnitImportance:
     """Collect what ``optimizer`` accumulated, unit by unit."""
     tracked = getattr(optimizer, "optimizer", optimizer).importance()
+    experts = {
+        owned.param
+        for module in plan.modules.values()
+        for owned in (*module.inputs, module.output)
+        if owned.expert is not None
+    }
     by_entry: dict[str, list[Tensor]] = {}
     for name, param, index, size in plan.trained_slices():
+        if param in tracked and name in experts and name.rpartition(".")[0] not in plan.masked:
+            raise RuntimeError(
+                f"{name!r} trains whole, as one parameter of three dimensions: the importance of "
+                "its units is not known"
+            )
         if param in tracked:
             sums = by_entry.setdefault(
                 name, [torch.zeros(size, dtype=torch.float64) for _ in range(2)]
@@ -134,7 +145,7 @@ def unit_importance(plan: UpdatePlan, optimizer: Any) -> UnitImportance:
             result[name] = torch.zeros(module.n_units, dtype=torch.float64)
             for owned in (*module.inputs, module.output):
                 if owned.param in by_entry:
-                    result[name] += by_entry[owned.param][i][owned.index]
+                    result[name] += by_entry[owned.param][i][owned.entries]
     return UnitImportance(*results)
 
 

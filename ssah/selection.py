@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ssah.masked_linear import MaskedProjection
+from ssah import masked_experts
+from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.slots import Slot
 from ssah.units import DepthTwoModule
 
@@ -33,11 +34,18 @@ class Entries:
 
     Attributes:
         dim: dimension that runs over entries.
-        trains: bool ``[entries]`` on the CPU.
+        trains: bool ``[entries]`` on the CPU; of experts ``[experts * entries]``.
+        experts: whether the first dimension runs over experts.
     """
 
     dim: int
     trains: Tensor
+    experts: bool = False
+
+    @property
+    def dims(self) -> tuple[int, ...]:
+        """All dimensions that ``trains`` runs over."""
+        return (0, self.dim) if self.experts else (self.dim,)
 
     @property
     def whole(self) -> bool:
@@ -100,18 +108,41 @@ def select_entries(
     for name, mask in trained.items():
         module = modules[name]
         for owned in (*module.inputs, module.output):
-            size = model.get_parameter(owned.param).shape[owned.dim]
+            shape = model.get_parameter(owned.param).shape
+            experts = owned.expert is not None
+            dim = owned.dim + experts
+            size = shape[dim]
+            total = shape[0] * size if experts else size
             before = result[owned.param]
-            same = before.dim == owned.dim and len(before.trains) == size
-            trains = before.trains.clone() if same else torch.full((size,), rest)
+            if (before.dim, before.experts, len(before.trains)) != (dim, experts, total):
+                before = Entries(dim, torch.full((total,), rest), experts)
+                result[owned.param] = before
             # An entry that several units share trains only if all of them do.
             feeds = torch.bincount(owned.index, minlength=size)
             all_train = torch.bincount(owned.index[mask], minlength=size) == feeds
-            trains[feeds > 0] = all_train[feeds > 0]
-            result[owned.param] = Entries(owned.dim, trains)
+            own = before.trains[owned.offset : owned.offset + size]
+            own[feeds > 0] = all_train[feeds > 0]
     for name in also:
-        result[name] = Entries(result[name].dim, torch.ones_like(result[name].trains))
+        result[name] = replace(result[name], trains=torch.ones_like(result[name].trains))
+    _check_experts(modules, trained, result, also)
     return result
+
+
+def _check_experts(
+    modules: Mapping[str, DepthTwoModule],
+    trained: Mapping[str, Tensor],
+    entries: Mapping[str, Entries],
+    also: Collection[str],
+) -> None:
+    """Refuse a part of a layer's experts that is to train whole while the rest does not."""
+    layers = {modules[name].output.param: modules[name] for name in trained}
+    for module in layers.values():
+        params = {owned.param for owned in (*module.inputs, module.output)}
+        if module.expert is not None and len({entries[param].partial for param in params}) > 1:
+            raise ValueError(
+                f"also has {sorted(params & set(also))}, must have all of {sorted(params)} or none "
+                "of them: some units of these experts train and some do not"
+            )
 
 
 def split(
@@ -122,7 +153,8 @@ def split(
 ) -> dict[str, MaskedProjection]:
     """Split every projection of which some entries train and some do not, in place.
 
-    FFN channels are packed, so that what trains lies side by side; attention gathers.
+    FFN channels are packed, so that what trains lies side by side; attention gathers. Experts of a
+    layer are split together.
 
     Returns:
         name -> the module, now masked.
@@ -130,8 +162,19 @@ def split(
     masked: dict[str, MaskedProjection] = {}
     for name in trained:
         module = modules[name]
+        owner = module.output.param.rpartition(".")[0]
+        if owner in masked:
+            continue  # an expert: its layer is done
         touched = [s.param for s in (*module.inputs, module.output) if entries[s.param].partial]
         if not touched:
+            continue
+        if module.expert is not None:
+            leaves = {param.rpartition(".")[2]: entries[param] for param in touched}
+            masked[owner] = masked_experts.install(
+                model.get_submodule(owner),
+                {leaf: each.dims for leaf, each in leaves.items()},
+                {leaf: each.trains for leaf, each in leaves.items()},
+            )
             continue
         mask = trained[name]
         packing = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
@@ -155,10 +198,11 @@ def split(
                 order = orders[param] if pack else None
                 original = model.get_parameter(param)
                 slots[leaf] = Slot.of(
-                    leaf, original, entries[param].dim, order, entries[param].trains
+                    leaf, original, entries[param].dims, order, entries[param].trains
                 )
             target = model.get_submodule(owner)
-            MaskedProjection.install(target, slots, is_output=owner == name)
+            masked_class = MaskedConv1D if isinstance(target, Conv1D) else MaskedLinear
+            MaskedProjection.install(target, slots, masked_class, is_output=owner == name)
             assert isinstance(target, MaskedProjection)
             masked[owner] = target
     return masked
@@ -180,7 +224,7 @@ def check_projections(
         for owned in (*module.inputs, module.output):
             owner = owned.param.rpartition(".")[0]
             projection = model.get_submodule(owner)
-            if type(projection) not in (nn.Linear, Conv1D):
+            if module.expert is None and type(projection) not in (nn.Linear, Conv1D):
                 raise ValueError(
                     f"module {owner!r} is a {type(projection).__name__}, must be exactly nn.Linear "
                     "or Conv1D (dequantise the model, merge adapters)"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "Slot", "runs", "width"]
+__all__ = ["Part", "Slot", "runs", "unit_major", "width"]
 
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
 Part = tuple[int, int] | Tensor
@@ -41,7 +41,8 @@ class Slot:
 
     Attributes:
         original: the parameter that this replaces; it holds no data meanwhile.
-        transposed: whether the original has units along dimension 1.
+        shape: of the original.
+        dims: its dimensions that run over entries, see :func:`unit_major`.
         storage: unit-major ``[entries, ...]``, what the forward pass uses.
         order: int64 ``[entries]``, the original entry that each storage row holds; None where
             the order is the original one.
@@ -50,7 +51,8 @@ class Slot:
     """
 
     original: nn.Parameter
-    transposed: bool
+    shape: torch.Size
+    dims: tuple[int, ...]
     storage: Tensor
     order: Tensor | None
     parts: tuple[Part, ...]
@@ -58,20 +60,24 @@ class Slot:
 
     @classmethod
     def of(
-        cls, name: str, original: nn.Parameter, dim: int, order: Tensor | None, trains: Tensor
+        cls,
+        name: str,
+        original: nn.Parameter,
+        dims: tuple[int, ...],
+        order: Tensor | None,
+        trains: Tensor,
     ) -> Slot:
-        """Take over ``original``, of which the entries ``trains`` (bool) along ``dim`` train.
+        """Take over ``original``, of which the entries ``trains`` (bool) along ``dims`` train.
 
         Args:
-            name: of the tensor in its module, ``"weight"`` or ``"bias"``.
+            name: of the tensor in its module, e.g. ``"weight"`` or ``"bias"``.
             original: emptied; :meth:`restore` fills it again.
-            dim: dimension that runs over entries.
+            dims: dimensions that run over entries.
             order: pack the entries in this order, or None to gather.
             trains: bool ``[entries]``.
         """
-        device = original.device
-        values = original.detach()
-        values = values.t() if dim == 1 else values
+        device, shape = original.device, original.shape
+        values = unit_major(original.detach(), dims)
         parts: tuple[Part, ...]
         if order is None:
             storage = values.clone(memory_format=torch.contiguous_format)
@@ -84,7 +90,7 @@ class Slot:
         names = tuple(f"{name}_trained{suffix}" for suffix in suffixes)
         original.grad = None
         original.data = original.data.new_empty(0)
-        return cls(original, dim == 1, storage.contiguous(), order, parts, names)
+        return cls(original, shape, dims, storage.contiguous(), order, parts, names)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """New parameters over the trained rows: views where packed, a copy where gathered."""
@@ -113,12 +119,13 @@ class Slot:
         """A copy in the original order and orientation."""
         rows = self.storage
         rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
-        return rows.t().contiguous() if self.transposed else rows
+        inside = rows.unflatten(0, [self.shape[dim] for dim in self.dims])
+        return inside.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
 
     @torch.no_grad()
     def write(self, values: Tensor, owner: nn.Module) -> None:
         """Take over values in the original order and orientation."""
-        rows = values.t() if self.transposed else values
+        rows = unit_major(values, self.dims)
         self.storage.copy_(rows if self.order is None else rows[self.order])
         for name, part in zip(self.names, self.parts, strict=True):
             parameter = owner._parameters[name]
@@ -163,6 +170,15 @@ class Slot:
         """The original parameter with the present values."""
         self.original.data = self.read()
         return self.original
+
+
+def unit_major(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``values`` with its entries along dimension 0: those of the dimensions ``dims``, in order.
+
+    One dimension gives a view; of a 3-D parameter of experts, (0, d) gives the entries along d of
+    the first expert, then of the second, a copy where memory is in another order.
+    """
+    return values.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
 
 
 def _rows(storage: Tensor, part: Part) -> Tensor:

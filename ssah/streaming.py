@@ -135,7 +135,8 @@ def stream(
         waited = _run(layered, found, batches, done, advance)
     attribution = finish(
         layered.model,
-        {name: done.sums[name] for name in found},
+        found,
+        done.sums,
         done.norms,
         metric=metric,
         tokens=tokens,
@@ -171,7 +172,7 @@ def _run(
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
             sums = {name: Sums.zeros(module) for name, module in own.items()}
             _run_layer(layered, index, own, sums, batches, done)
-            check_sums(sums, gradient=False)
+            check_sums(own, sums, gradient=False)
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)

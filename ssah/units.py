@@ -2,13 +2,13 @@
 
 A depth-2 module is f(X) = B sigma(A X): in an FFN, A is gate and up, B is down; in attention, A is
 V and B is O. Unit j is row j of every A (with A's bias there) and column j of B. B's bias belongs
-to no unit. This is the only module that knows about architectures (through
-:mod:`ssah.families`).
+to no unit. Each expert of a mixture is a depth-2 module of its own. This is the only module that
+knows about architectures (through :mod:`ssah.families`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ssah.families import FAMILIES, FFN, Attention, Family, register_family
+from ssah.experts import DOWN, RoutedExperts
+from ssah.families import FAMILIES, FFN, Attention, Experts, Family, register_family
 from ssah.unit_set import UnitSet
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "KINDS",
     "Attention",
     "DepthTwoModule",
+    "Experts",
     "Family",
     "GatedFFN",
     "UnitSet",
@@ -60,11 +62,26 @@ class UnitSlice:
         dim: dimension of the parameter that runs over units.
         index: int64 ``[n_units]``, the entry along ``dim`` that unit j owns. Several units map to
             one entry where key/value heads are shared.
+        expert: which expert's part of the parameter is meant (its first dimension runs over
+            experts; ``dim`` counts without it); None for the whole parameter.
+        offset: how many entries of the parameter belong to the experts before this one.
     """
 
     param: str
     dim: int
     index: Tensor
+    expert: int | None = None
+    offset: int = 0
+
+    @property
+    def entries(self) -> Tensor:
+        """int64 ``[n_units]``, the entry of unit j among those of all experts."""
+        return self.index + self.offset if self.offset else self.index
+
+    def tensor(self, model: nn.Module) -> Tensor:
+        """The parameter, or the expert's part of it as a view; writing to it changes the model."""
+        parameter = model.get_parameter(self.param)
+        return parameter if self.expert is None else parameter.detach()[self.expert]
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +92,14 @@ class GatedFFN:
         module: the module whose forward is ``down(act(gate) * up)``.
         project: maps the module's input ``[..., hidden]`` to gate and up, each ``[..., n_units]``;
             views of one tensor where the projection is fused.
-        act: the activation's name in :func:`ssah_kernels.ops.gated_moments`.
-        final: whether no other depth-2 module of the model runs after this one.
+        activation: the activation's module.
+        act: its name in :func:`ssah_kernels.ops.gated_moments`.
+        final: whether no other depth-2 module of the model depends on the output.
     """
 
     module: nn.Module
     project: Callable[[Tensor], tuple[Tensor, Tensor]]
+    activation: nn.Module
     act: str
     final: bool
 
@@ -90,15 +109,16 @@ class DepthTwoModule:
     """One depth-2 module of a model.
 
     Attributes:
-        name: B's qualified module name, e.g. ``"model.layers.0.mlp.down_proj"``; the key
-            everywhere.
+        name: B's qualified name, e.g. ``"model.layers.0.mlp.down_proj"``, and of an expert
+            ``"model.layers.0.mlp.experts.down_proj[3]"``; the key everywhere.
         kind: ``"mlp"`` or ``"attention"``.
         n_units: inner dimension, the number of columns of B.
         down: B, an ``nn.Linear`` (weight ``[out, in]``) or a transformers ``Conv1D``
-            (weight ``[in, out]``).
+            (weight ``[in, out]``); of an expert, the module that holds all experts of the layer.
         inputs: rows of A: weights and biases.
         output: columns of B.
         gated: the fused path of a gated FFN, or None where B's input can only be watched.
+        routed: of an expert, all experts of the layer; None for any other module.
     """
 
     name: str
@@ -108,6 +128,28 @@ class DepthTwoModule:
     inputs: tuple[UnitSlice, ...]
     output: UnitSlice
     gated: GatedFFN | None = None
+    routed: RoutedExperts | None = None
+
+    @property
+    def expert(self) -> int | None:
+        """The number of the expert, None for any other module."""
+        return self.output.expert
+
+    @property
+    def weight(self) -> Tensor:
+        """B's weight, with units along ``output.dim``; of an expert, a view."""
+        if self.routed is None:
+            return self.down.weight  # type: ignore[return-value]
+        return getattr(self.down, DOWN).detach()[self.expert]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """B's bias ``[out]``, of an expert a view; None where there is none."""
+        if self.routed is None:
+            return self.down.bias  # type: ignore[return-value]
+        assert self.expert is not None
+        bias = self.routed.bias(DOWN, self.expert)
+        return None if bias is None else bias.detach()
 
 
 def family_of(model: nn.Module) -> Family:
@@ -129,7 +171,7 @@ def family_of(model: nn.Module) -> Family:
             f"model has the unknown architecture {model_type!r} ({type(model).__name__}); known: "
             f"{', '.join(sorted(FAMILIES))}. To add it, say where it keeps its projections: "
             f"ssah.register_family({model_type!r}, ssah.Family(layers='layers', "
-            "ffn=ssah.FFN(down=..., up=..., gate=...), "
+            "ffn=ssah.FFN(down=..., up=..., gate=...), experts=ssah.Experts(module=...), "
             "attention=ssah.Attention(down=..., value=...)))"
         )
     return family
@@ -146,6 +188,8 @@ def layers_path(model: nn.Module) -> str:
 
 def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of ``model`` by B's qualified name, in the order in which they run.
+
+    Of a mixture of experts the routed experts of a layer come before the shared one.
 
     Args:
         model: a transformers model of a known family.
@@ -168,14 +212,17 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
         if family.attention is not None and "attention" in kinds:
             module = _attention_module(model, layer, family.attention)
             found[module.name] = module
-        if family.ffn is not None and "mlp" in kinds:
-            module = _ffn_module(
-                model, layer, family.ffn, final=family.ffn.last and i == n_layers - 1
-            )
-            found[module.name] = module
+        if "mlp" in kinds:
+            for module in _mlp_modules(model, layer, family, last=i == n_layers - 1):
+                found[module.name] = module
     if not found:
         raise ValueError(f"model {type(model).__name__} has no depth-2 modules of kind {kinds!r}")
     return found
+
+
+def act_name(activation: nn.Module) -> str | None:
+    """The name under which `gated_moments` knows the function of an activation module, or None."""
+    return _ACT_NAMES.get(type(activation).__name__)
 
 
 def _projection(model: nn.Module, name: str) -> nn.Module:
@@ -225,6 +272,53 @@ def _columns(name: str, module: nn.Module) -> UnitSlice:
     return UnitSlice(f"{name}.weight", dim, torch.arange(_features(module)[0]))
 
 
+def _mlp_modules(
+    model: nn.Module, layer: str, family: Family, *, last: bool
+) -> Iterator[DepthTwoModule]:
+    """The FFN of one layer, or its routed and shared experts."""
+    experts, ffn = family.experts, family.ffn
+    if experts is not None and _has(model, f"{layer}.{experts.module}"):
+        yield from _expert_modules(model, f"{layer}.{experts.module}", final=last)
+        ffn = experts.shared
+    if ffn is not None:
+        yield _ffn_module(model, layer, ffn, final=ffn.last and last)
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _expert_modules(model: nn.Module, name: str, *, final: bool) -> Iterator[DepthTwoModule]:
+    module = model.get_submodule(name)
+    routed = RoutedExperts.of(name, module, final=final)
+    leaves = {f"{name}.{routed.up}": 1 if module.is_transposed else 0}
+    if module.has_bias:
+        leaves[f"{name}.{routed.up}_bias"] = 0
+    dim = 0 if module.is_transposed else 1
+    rows, units = routed.rows(), torch.arange(routed.n_units)
+    for expert in range(routed.n_experts):
+        first = expert * routed.n_units
+        inputs = [
+            UnitSlice(leaf, own, index, expert, first * len(rows))
+            for index in rows
+            for leaf, own in leaves.items()
+        ]
+        output = UnitSlice(f"{name}.{DOWN}", dim, units, expert, first)
+        yield DepthTwoModule(
+            f"{output.param}[{expert}]",
+            "mlp",
+            routed.n_units,
+            module,
+            tuple(inputs),
+            output,
+            routed=routed,
+        )
+
+
 def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> DepthTwoModule:
     name = f"{layer}.{ffn.down}"
     down = _projection(model, name)
@@ -260,7 +354,8 @@ def _gated(
 ) -> GatedFFN | None:
     if ffn.module is None or ffn.act is None:
         return None
-    act = _ACT_NAMES.get(type(model.get_submodule(f"{layer}.{ffn.act}")).__name__)
+    activation = model.get_submodule(f"{layer}.{ffn.act}")
+    act = act_name(activation)
     if act is None:
         return None
 
@@ -270,7 +365,7 @@ def _gated(
         first, second = up(x).chunk(2, dim=-1)
         return first, second
 
-    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, act, final)
+    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, activation, act, final)
 
 
 def _attention_module(model: nn.Module, layer: str, attention: Attention) -> DepthTwoModule:
@@ -292,6 +387,10 @@ def _attention_module(model: nn.Module, layer: str, attention: Attention) -> Dep
         width = n_units + 2 * n_kv_heads * head_dim
         first = n_units + n_kv_heads * head_dim
         index = first + head // (n_heads // n_kv_heads) * head_dim + channel
+    elif attention.layout == "latent":
+        key_dim = config.qk_nope_head_dim
+        width = n_heads * (key_dim + head_dim)
+        index = head * (key_dim + head_dim) + key_dim + channel
     else:
         width = 3 * n_units
         index = (3 * head + 2) * head_dim + channel

@@ -38,7 +38,7 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
     for name, parameter, index, _ in plan.trained_slices():
         pieces.setdefault(name, []).append((index, parameter.detach().cpu()))
     tensors: dict[str, Tensor] = {}
-    dims: dict[str, int] = {}
+    dims: dict[str, tuple[int, ...]] = {}
     for name, parts in pieces.items():
         if plan.entries[name].whole and not _split(plan, name):
             tensors[f"values/{name}"] = parts[0][1]
@@ -47,7 +47,7 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         ascending = index.argsort()
         tensors[f"index/{name}"] = index[ascending]
         tensors[f"values/{name}"] = torch.cat([rows for _, rows in parts])[ascending]
-        dims[name] = plan.entries[name].dim
+        dims[name] = plan.entries[name].dims
     meta = {
         "content": _CONTENT,
         "version": __version__,
@@ -55,7 +55,8 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         "config_hash": plan.config_hash,
         "fingerprint": plan.fingerprint,
         "keep": plan.keep,
-        "dims": dims,
+        "dims": {name: each[-1] for name, each in dims.items()},
+        "experts": [name for name, each in dims.items() if len(each) > 1],
         "frozen": plan.digests,
     }
     save_tensors(directory, tensors, meta)
@@ -119,21 +120,26 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         model, meta["config_hash"], expected_name=meta["base_model"], what="the update"
     )
     own = dict(model.named_parameters())
-    values = _checked_values(own, tensors, meta["dims"])
-    _check_frozen(own, tensors, meta)
+    # An update without experts says nothing of them.
+    dims: dict[str, tuple[int, ...]] = {
+        name: (0, dim) if name in meta.get("experts", ()) else (dim,)
+        for name, dim in meta["dims"].items()
+    }
+    values = _checked_values(own, tensors, dims)
+    _check_frozen(own, tensors, meta, dims)
     with torch.no_grad():
         for name, value in values.items():
-            if name not in meta["dims"]:
+            if name not in dims:
                 own[name].copy_(value)
                 continue
-            dim = meta["dims"][name]
             index = tensors[f"index/{name}"].to(own[name].device)
-            rows = value.to(own[name].device)
-            own[name].index_copy_(dim, index, rows.t() if dim == 1 else rows)
+            entries = own[name].movedim(dims[name], tuple(range(len(dims[name]))))
+            place = torch.unravel_index(index, entries.shape[: len(dims[name])])
+            entries[place] = value.to(own[name].device)
 
 
 def _checked_values(
-    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], dims: dict[str, int]
+    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Trained values by parameter, once they are known to fit the model."""
     prefix = "values/"
@@ -143,8 +149,8 @@ def _checked_values(
             raise ValueError(f"the update trains {name!r}, which the model lacks")
         shape = list(own[name].shape)
         if name in dims:
-            shape[dims[name]] = len(tensors[f"index/{name}"])
-            shape = shape[::-1] if dims[name] == 1 else shape
+            rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
+            shape = [len(tensors[f"index/{name}"]), *rest]
         if value.dtype != own[name].dtype or list(value.shape) != shape:
             raise ValueError(
                 f"the update has {name!r} as {value.dtype} {list(value.shape)}, the model needs "
@@ -154,7 +160,10 @@ def _checked_values(
 
 
 def _check_frozen(
-    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], meta: dict[str, Any]
+    own: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    dims: dict[str, tuple[int, ...]],
 ) -> None:
     """Refuse a model whose weights differ where the update kept them frozen."""
     pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
@@ -163,9 +172,9 @@ def _check_frozen(
             raise ValueError(f"the update keeps {name!r} frozen, which the model lacks")
 
         def frozen(name: str = name) -> Iterable[Tensor]:
-            if name not in meta["dims"]:
+            if name not in dims:
                 return (own[name],)
-            return (complement_rows(own[name], meta["dims"][name], tensors[f"index/{name}"]),)
+            return (complement_rows(own[name], dims[name], tensors[f"index/{name}"]),)
 
         pieces[name] = frozen
     now = digests(pieces)

@@ -1,4 +1,7 @@
-"""Watching the activation that enters every B: its moments, and its product with its gradient."""
+"""Watching the activation that enters every B: its moments, and its product with its gradient.
+
+Of a routed expert these are taken over the tokens that chose it, before the routing weight.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from ssah.batches import Batch
+from ssah.experts import RoutedExperts, run_routed
 from ssah.offload import at_hand, device_of, replaced_forward, runs_own_forward
-from ssah.units import DepthTwoModule
+from ssah.units import DepthTwoModule, act_name
 from ssah_kernels import ops
 
 __all__ = ["Sums", "Watch", "as_it_was", "watching"]
@@ -56,11 +60,13 @@ class Watch:
 
     Attributes:
         gradient: whether a * dL/da is wanted too (then the pass must be differentiable).
+        all_experts: whether an expert's moments are over all tokens, not those routed to it alone.
         token_mask: bool ``[rows, length]``, or None where every position counts.
         needed: int64 ``[n]``, the positions among rows * length that are not padding, or None: all.
     """
 
     gradient: bool
+    all_experts: bool = False
     token_mask: Tensor | None = None
     needed: Tensor | None = None
 
@@ -85,28 +91,37 @@ class Watch:
         Positions that are not needed come out as zeros. A CPU keeps the rows of one piece in its
         cache, and its allocator keeps their memory.
         """
-        flat, mask = x.flatten(0, -2), self.mask(x)
-        mask = None if mask is None else mask.flatten()
-        needed = None if self.needed is None else self.needed.to(x.device)
-        if needed is not None:
-            flat, mask = flat[needed], None if mask is None else mask[needed]
+        flat, mask = self.take(x)
         size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
         pieces = flat.split(size)
         masks = [None] * len(pieces) if mask is None else mask.split(size)
         out = torch.cat([run(rows, counted) for rows, counted in zip(pieces, masks, strict=True)])
-        if needed is not None:
-            every = out.new_zeros(x.shape[:-1].numel(), out.shape[-1])
-            out = every.index_copy_(0, needed, out)
-        return out.view(*x.shape[:-1], out.shape[-1])
+        return self.put_back(out, x.shape[:-1])
 
-    def tap(self, x: Tensor, sums: Sums) -> Tensor:
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The needed positions of ``x``, ``[n, channels]``, and their token mask ``[n]``."""
+        flat, mask = x.flatten(0, -2), self.mask(x)
+        mask = None if mask is None else mask.flatten()
+        if self.needed is None:
+            return flat, mask
+        needed = self.needed.to(x.device)
+        return flat[needed], None if mask is None else mask[needed]
+
+    def put_back(self, out: Tensor, leading: torch.Size) -> Tensor:
+        """``out`` of the needed positions among all, the rest zeros: ``[*leading, channels]``."""
+        if self.needed is not None:
+            every = out.new_zeros(leading.numel(), out.shape[-1])
+            out = every.index_copy_(0, self.needed.to(out.device), out)
+        return out.view(*leading, out.shape[-1])
+
+    def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
         """``x``, such that its gradient is added to ``sums`` when it arrives."""
         if not self.gradient:
             return x
         if not x.requires_grad:
             # The first watched module: nothing before it needs a gradient.
             x = x.detach().requires_grad_()
-        return _Tap.apply(x, sums, self.mask(x))
+        return _Tap.apply(x, sums, mask)
 
 
 class _Tap(torch.autograd.Function):
@@ -127,18 +142,30 @@ class _Tap(torch.autograd.Function):
 
 @contextmanager
 def watching(
-    modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums], *, gradient: bool
+    modules: Mapping[str, DepthTwoModule],
+    sums: Mapping[str, Sums],
+    *,
+    gradient: bool,
+    all_experts: bool = False,
 ) -> Iterator[Watch]:
     """Accumulate into ``sums`` whatever runs through ``modules`` inside the block.
 
-    A gated FFN's own forward is replaced by one that takes product and moments in one operator;
-    everywhere else a hook reads B's input. Both are gone after the block, whatever happens in it.
+    A gated FFN's own forward is replaced by one that takes product and moments in one operator,
+    that of a layer's experts by one that runs them one by one; everywhere else a hook reads B's
+    input. All are gone after the block, whatever happens in it.
     """
-    watch = Watch(gradient)
+    watch = Watch(gradient, all_experts)
+    experts: dict[nn.Module, dict[int, Sums]] = {}
     with ExitStack() as stack:
         for name, module in modules.items():
-            gated = module.gated
-            if gated is not None and runs_own_forward(gated.module):
+            gated, routed = module.gated, module.routed
+            if routed is not None and module.expert is not None:
+                if module.down not in experts:
+                    experts[module.down] = {}
+                    forward = _experts_forward(routed, experts[module.down], watch)
+                    stack.enter_context(replaced_forward(routed.module, forward))
+                experts[module.down][module.expert] = sums[name]
+            elif gated is not None and runs_own_forward(gated.module):
                 forward = _gated_forward(module, sums[name], watch)
                 stack.enter_context(replaced_forward(gated.module, forward))
             else:
@@ -163,9 +190,44 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
     def forward(x: Tensor) -> Tensor:
         if watch.gradient:
             # gate and up are gone before B runs: the pass needs no more memory than the model's.
-            return module.down(watch.tap(product(x, watch.mask(x)), sums))
+            mask = watch.mask(x)
+            return module.down(watch.tap(product(x, mask), sums, mask))
         with at_hand(*gated.module.children()):
             return watch.by_rows(rest, x)
+
+    return forward
+
+
+def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Watch) -> Any:
+    act = None if routed.activation is None else act_name(routed.activation)
+
+    def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
+        """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
+        own, projected = sums[expert], routed.project(x, expert)
+        if act is not None:
+            gate, up = projected.chunk(2, dim=-1)
+            return ops.gated_moments(gate, up, own.count, own.mean, own.m2, mask, act=act)
+        a = routed.gate(projected)
+        ops.channel_moments_(a.detach(), own.count, own.mean, own.m2, mask)
+        return a
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        leading = x.shape[:-1]
+        x, mask = watch.take(x)
+        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))
+
+        def run(token: Tensor, expert: int) -> Tensor:
+            if watch.all_experts:
+                a = product(x, expert, mask)[token]
+            else:
+                counted = None if mask is None else mask[token]
+                a = product(x[token], expert, counted)
+                if watch.gradient:
+                    a = watch.tap(a, sums[expert], counted)
+            return x[token] if routed.final and not watch.gradient else routed.put_out(a, expert)
+
+        out = run_routed(run, x, chosen, weights, routed.n_experts, every=watch.all_experts)
+        return watch.put_back(out, leading)
 
     return forward
 
@@ -173,8 +235,9 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
 def _hook(sums: Sums, watch: Watch) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0]
-        ops.channel_moments_(x.detach(), sums.count, sums.mean, sums.m2, watch.mask(x))
-        return (watch.tap(x, sums), *args[1:]) if watch.gradient else None
+        mask = watch.mask(x)
+        ops.channel_moments_(x.detach(), sums.count, sums.mean, sums.m2, mask)
+        return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook
 

@@ -168,5 +168,5 @@ def test_digest_depends_on_content_alone() -> None:
     flipped = weight.clone()
     flipped.view(torch.int32)[3, 1] ^= 1
     assert digest([weight]) != digest([flipped])
-    rest = complement_rows(weight, 1, torch.tensor([1, 3]))
+    rest = complement_rows(weight, (1,), torch.tensor([1, 3]))
     assert torch.equal(rest, weight[:, [0, 2]].t())

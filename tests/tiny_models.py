@@ -8,20 +8,27 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    DeepseekV2Config,
+    DeepseekV3Config,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
+    OlmoeConfig,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen2MoeConfig,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 VOCABULARY = 128
@@ -60,15 +67,52 @@ FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=72),
 }
 
+_ROUTED = {**_LLAMA, "num_experts_per_tok": 2}
+_LATENT = {
+    **_ROUTED,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 4,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 20,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 12,
+    "v_head_dim": 10,
+}
+
+# Mixtures of experts; two families have a dense first layer, three an FFN beside the experts.
+EXPERTS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "mixtral": lambda: MixtralConfig(**_ROUTED, num_local_experts=4),
+    "qwen2_moe": lambda: Qwen2MoeConfig(
+        **_ROUTED,
+        num_experts=5,
+        moe_intermediate_size=24,
+        shared_expert_intermediate_size=40,
+        mlp_only_layers=[0],
+    ),
+    "qwen3_moe": lambda: Qwen3MoeConfig(
+        **_ROUTED, num_experts=4, moe_intermediate_size=24, head_dim=16
+    ),
+    "olmoe": lambda: OlmoeConfig(**_ROUTED, num_experts=4),
+    "gpt_oss": lambda: GptOssConfig(
+        **_ROUTED, num_local_experts=4, head_dim=16, sliding_window=6, swiglu_limit=0.5
+    ),
+    "deepseek_v2": lambda: DeepseekV2Config(**_LATENT),
+    "deepseek_v3": lambda: DeepseekV3Config(**_LATENT, n_group=2, topk_group=1),
+}
+
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """The family's tiny model with random weights, biases and norms, in evaluation mode."""
+    config = {**FAMILIES, **EXPERTS}[name]()
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[name](), dtype=dtype)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
+        for key, parameter in model.named_parameters():
+            if parameter.dim() == 1 or key.endswith("_bias"):  # experts have a bias each
                 parameter.add_(0.1 * torch.randn_like(parameter))
     torch.random.set_rng_state(state)
     return model.eval()

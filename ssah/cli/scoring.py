@@ -55,6 +55,9 @@ def attribute(
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
     ] = None,
+    all_experts: Annotated[
+        bool, typer.Option("--all-experts", help="Count every token for every routed expert.")
+    ] = False,
     split: Annotated[str | None, typer.Option(help="Split of a hub data set.")] = None,
     limit: Limit = None,
     batch_size: BatchSize = 8,
@@ -107,7 +110,7 @@ def attribute(
                 **options,
             )
         else:
-            attribution = score(loaded, loader, **options)
+            attribution = score(loaded, loader, all_experts=all_experts, **options)
     seconds = time.perf_counter() - start
     attribution.save(out)
     units = sum(len(score) for score in attribution.scores.values())
@@ -121,6 +124,7 @@ def attribute(
         "modules": len(attribution.scores),
         "units": units,
         "tokens_counted": counted,
+        "scarce": attribution.scarce(),
         "seconds": seconds,
         "config_hash": attribution.config_hash,
         "data_fingerprint": attribution.data_fingerprint,

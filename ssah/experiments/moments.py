@@ -60,6 +60,9 @@ class RowMoments:
             chosen = slice(None) if rows is None else rows
             n, mean = counts[chosen], self.mean[name][chosen]
             total = n.sum()
+            if total < 2:  # an expert that these rows hardly reached
+                found[name] = torch.zeros_like(self.norms[name])
+                continue
             deviation = mean - (n @ mean) / total
             m2 = self.m2[name][chosen].sum(0) + n @ deviation.square_()
             found[name] = m2 / (total - 1) * self.norms[name]

@@ -1,0 +1,91 @@
+"""Routed experts of which only some units train.
+
+An expert is the sum of two smaller ones, that of its trained and that of its frozen units:
+B sigma(A x) = B_t sigma(A_t x) + B_f sigma(A_f x). Of every tensor the trained rows of all experts
+lie first in storage (:mod:`ssah.slots`) and are one parameter; autograd does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ssah.experts import DOWN, run_routed, up_name
+from ssah.masked_linear import MaskedProjection, Unreadable
+from ssah.slots import Slot
+
+__all__ = ["MaskedExperts", "install"]
+
+
+class MaskedExperts(MaskedProjection):
+    """Mixed into the class of experts whose units train in part; see :func:`install`.
+
+    Attributes:
+        trained: leaf -> how many entries of each expert train.
+    """
+
+    trained: dict[str, list[int]]
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
+        """As the class that this is mixed into: ``[tokens, hidden]``."""
+        self.sync()
+        up = up_name(self)
+        matrices, outputs = self._halves(up), self._halves(DOWN)
+        biases = self._halves(f"{up}_bias") if self.has_bias else None
+        shifts = self._parameters[f"{DOWN}_bias"].unbind() if self.has_bias else None  # type: ignore[union-attr]
+        product = self._apply_gate if self.has_gate else self.act_fn
+
+        def run(token: Tensor, expert: int) -> Tensor:
+            out = 0 if shifts is None else shifts[expert]
+            for half in range(2):
+                matrix, output = matrices[expert][half], outputs[expert][half]
+                if len(output):
+                    bias = None if biases is None else biases[expert][half]
+                    out = product(F.linear(x[token], matrix, bias)) @ output + out  # type: ignore[operator]
+            assert isinstance(out, Tensor)
+            return out
+
+        return run_routed(run, x, chosen, weights, len(outputs))
+
+    def uninstall(self) -> None:
+        """The ordinary experts again, with the original parameters and the present values."""
+        super().uninstall()
+        del self.trained
+
+    def _halves(self, leaf: str) -> list[tuple[Tensor, Tensor]]:
+        """The trained and the frozen rows of every expert, unit-major."""
+        slot, counts = self.slots[leaf], self.trained[leaf]
+        parameter = self._parameters[slot.names[0]]
+        assert parameter is not None
+        rest = slot.storage[sum(counts) :]
+        size = len(slot.storage) // len(counts)
+        frozen = rest.split([size - count for count in counts])
+        return list(zip(parameter.split(counts), frozen, strict=True))
+
+
+def install(
+    module: nn.Module, dims: Mapping[str, tuple[int, ...]], trains: Mapping[str, Tensor]
+) -> MaskedExperts:
+    """Split the parameters of experts, in place.
+
+    Args:
+        module: the experts of one layer.
+        dims: leaf -> the dimensions that run over experts and over entries of one.
+        trains: leaf -> bool ``[entries of all experts]``; some train and some do not.
+    """
+    slots, counts = {}, {}
+    for leaf, mask in trains.items():
+        order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+        original = getattr(module, leaf)
+        counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
+        slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
+    plain = type(module)
+    unreadable = {leaf: Unreadable() for leaf in trains}
+    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), unreadable)
+    MaskedProjection.install(module, slots, masked, is_output=False)
+    assert isinstance(module, MaskedExperts)
+    module.trained = counts
+    return module

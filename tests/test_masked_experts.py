@@ -1,0 +1,141 @@
+"""Training some units of routed experts and keeping the others frozen."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import EXPERTS, build, collate, rows
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from ssah.training import UpdatePlan, freeze, load_update, plan_of, train_only
+from ssah.units import UnitSet, find_modules
+
+MODES = ("freeze", "train_only")
+
+
+def draw(model: PreTrainedModel, share: float = 0.3) -> UnitSet:
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    return UnitSet.random(round(share * sum(sizes.values())), sizes)
+
+
+def make(model: PreTrainedModel, mode: str, units: UnitSet | None = None) -> UpdatePlan:
+    units = draw(model) if units is None else units
+    return freeze(model, units) if mode == "freeze" else train_only(model, units)
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
+    inputs = collate(rows((9, 9, 5), seed=seed))
+    logits = model(**inputs).logits[:, :-1].double()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def frozen_masks(model: PreTrainedModel, units: UnitSet, mode: str) -> dict[str, Tensor]:
+    """Which elements stay, from the definition; bool of each parameter's shape."""
+    result = {
+        name: torch.full_like(p, mode != "freeze", dtype=torch.bool)
+        for name, p in model.named_parameters()
+    }
+    for name, module in find_modules(model).items():
+        stay = units.mask(name) == (mode == "freeze")
+        for owned in (*module.inputs, module.output):
+            mask = result[owned.param]
+            mask = mask if owned.expert is None else mask[owned.expert]
+            mask = mask.movedim(owned.dim, 0)
+            mask[owned.index] = False
+            mask[owned.index[stay]] = True
+    return result
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", EXPERTS)
+def test_training_equals_dense_training_with_the_frozen_put_back(
+    name: str, mode: str, tmp_path: Path
+) -> None:
+    model = build(name, dtype=torch.float64)
+    dense, base = copy.deepcopy(model), copy.deepcopy(model)
+    dense.set_experts_implementation("eager")
+    before, units = snapshot(model), draw(model)
+    frozen = frozen_masks(model, units, mode)
+    plan = make(model, mode, units)
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert sum(p.numel() for p in plan.parameters()) == sum(
+        int((~mask).sum()) for mask in frozen.values()
+    )
+    ours, theirs = (
+        torch.optim.SGD(each.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+        for each in (plan, dense)
+    )
+    for step in range(3):
+        for each, optimizer in ((model, ours), (dense, theirs)):
+            optimizer.zero_grad()
+            loss_of(each, step).backward()
+            optimizer.step()
+        with torch.no_grad():
+            for key, parameter in dense.named_parameters():
+                parameter[frozen[key]] = before[key][frozen[key]]
+    plan.verify()
+    after = snapshot(model)
+    for key, value in dense.state_dict().items():
+        torch.testing.assert_close(after[key], value, rtol=1e-9, atol=1e-12)
+        if key in frozen:
+            assert torch.equal(after[key][frozen[key]], before[key][frozen[key]]), key
+    plan.save_pretrained(tmp_path)
+    plan.close()
+    load_update(base, tmp_path)
+    for each in (model, base):
+        assert all(torch.equal(value, after[key]) for key, value in each.state_dict().items())
+        assert [type(m) for m in each.modules()] == [type(m) for m in dense.modules()]
+
+
+def test_the_model_stays_an_ordinary_one(tmp_path: Path) -> None:
+    model = build("gpt_oss")
+    before = snapshot(model)
+    plan = make(model, "freeze")
+    experts = model.model.layers[0].mlp.experts
+    with pytest.raises(RuntimeError, match="gate_up_proj of this MaskedGptOssExperts is split"):
+        experts.gate_up_proj  # noqa: B018
+    twin = copy.deepcopy(model)
+    own = plan_of(twin)
+    assert own is not None
+    optimizer = own.optimizer(lr=1e-2, track_importance=True)
+    loss_of(twin).backward()
+    optimizer.step()
+    own.verify()
+    importance = own.importance().squared["model.layers.1.mlp.experts.down_proj[1]"]
+    trained = own.trained_units.mask("model.layers.1.mlp.experts.down_proj[1]")
+    assert bool((importance > 0).eq(trained).all())
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    for key, value in snapshot(model).items():
+        assert torch.equal(value, before[key])
+        assert torch.equal(value, again.state_dict()[key])
+    model.load_state_dict(twin.state_dict())
+    torch.testing.assert_close(loss_of(model), loss_of(twin))
+    plan.close()
+    assert type(experts).__name__ == "GptOssExperts"
+
+
+def test_a_layer_without_frozen_units_is_left_alone() -> None:
+    model = build("mixtral")
+    b = "model.layers.1.mlp.experts.down_proj[2]"
+    units = UnitSet({b: [0, 3]}, {b: 72})
+    with freeze(model, units) as plan:
+        assert set(plan.masked) == {"model.layers.1.mlp.experts"}
+        optimizer = plan.optimizer(track_importance=True)
+        loss_of(model).backward()
+        optimizer.step()
+        with pytest.raises(RuntimeError, match=r"layers.0.mlp.experts.*trains whole"):
+            plan.importance()
+    up = "model.layers.1.mlp.experts.gate_up_proj"
+    with pytest.raises(ValueError, match=r"also has .*gate_up_proj.*none of them"):
+        train_only(model, units, also=(up,))
+    assert plan_of(model) is None
