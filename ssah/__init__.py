@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ssah import data
     from ssah.ablation import ablate, prune
     from ssah.attribution import Attribution, attribute
-    from ssah.families import FFN, Attention, Family, register_family
+    from ssah.families import FFN, Attention, Family, NotCovered, register_family
     from ssah.groups import UnitGroups, classify
     from ssah.probing import Probe, probe
     from ssah.training import UpdatePlan, freeze, load_update, train_only
@@ -28,6 +28,7 @@ __all__ = [
     "Attention",
     "Attribution",
     "Family",
+    "NotCovered",
     "Probe",
     "Transfer",
     "UnitGroups",
@@ -53,6 +54,7 @@ _HOME = {
     "Attention": "ssah.families",
     "Attribution": "ssah.attribution",
     "Family": "ssah.families",
+    "NotCovered": "ssah.families",
     "Probe": "ssah.probing",
     "UnitGroups": "ssah.groups",
     "UnitSet": "ssah.units",

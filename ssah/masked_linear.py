@@ -124,11 +124,13 @@ class MaskedProjection(nn.Module):
         slots: ``"weight"``, ``"bias"`` -> what of it is split; other tensors stay parameters.
         is_output: whether units are the columns (B) rather than the rows (A) of the weight.
         order: names of the original parameters, in their order.
+        ordinary: the class that the module had.
     """
 
     slots: dict[str, Slot]
     is_output: bool
     order: tuple[str, ...]
+    ordinary: type[nn.Module]
 
     @staticmethod
     def install(module: nn.Module, slots: dict[str, Slot], *, is_output: bool) -> None:
@@ -136,6 +138,7 @@ class MaskedProjection(nn.Module):
         module.order = tuple(module._parameters)  # type: ignore[assignment]
         module.slots = slots  # type: ignore[assignment]
         module.is_output = is_output  # type: ignore[assignment]
+        module.ordinary = type(module)  # type: ignore[assignment]
         module.__class__ = MaskedConv1D if isinstance(module, Conv1D) else MaskedLinear
         own: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
@@ -151,8 +154,8 @@ class MaskedProjection(nn.Module):
         own = {name: p for name, p in self._parameters.items() if name in self.order}
         own.update((name, slot.restore()) for name, slot in self.slots.items())
         self._parameters = {name: own[name] for name in self.order}
-        del self.slots, self.is_output, self.order
-        self.__class__ = Conv1D if isinstance(self, Conv1D) else nn.Linear  # type: ignore[assignment]
+        self.__class__ = self.ordinary  # type: ignore[assignment]
+        del self.slots, self.is_output, self.order, self.ordinary
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of ``x`` ``[..., in]``: ``[..., out]``."""
