@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ssah import data
     from ssah.ablation import ablate, prune
     from ssah.attribution import Attribution, attribute
-    from ssah.families import FFN, Attention, Experts, Family, register_family
+    from ssah.families import FFN, Attention, Experts, Family, NotCovered, register_family
     from ssah.groups import UnitGroups, classify
     from ssah.probing import Probe, probe
     from ssah.streaming import stream
@@ -30,6 +30,7 @@ __all__ = [
     "Attribution",
     "Experts",
     "Family",
+    "NotCovered",
     "Probe",
     "Transfer",
     "UnitGroups",
@@ -57,6 +58,7 @@ _HOME = {
     "Attribution": "ssah.attribution",
     "Experts": "ssah.families",
     "Family": "ssah.families",
+    "NotCovered": "ssah.families",
     "Probe": "ssah.probing",
     "UnitGroups": "ssah.groups",
     "UnitSet": "ssah.units",

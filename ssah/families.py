@@ -43,19 +43,41 @@ class FFN:
 class Attention:
     """An attention module: B is the output projection O, A is the value projection V.
 
+    How many query heads share a key/value head follows from the width of ``value``.
+
     Attributes:
         down: path of O.
         value: path of the projection that computes the values.
         layout: how the outputs of ``value`` are laid out. ``"separate"``: values alone, head by
-            head. ``"qkv"``: all queries, all keys, all values. ``"qkv_per_head"``: query, key and
-            value of the first head, then of the second, and so on. ``"latent"``: key (without
-            position) and value of the first head, then of the second, both from one latent; A is
-            what expands the latent, X the latent.
+            head. ``"qkv"``: all queries, all keys, all values. ``"qkv_per_head"``: of the first
+            key/value head the queries that share it, its key and its value; then of the second,
+            and so on. ``"latent"``: key (without position) and value of the first head, then of
+            the second, both from one latent; A is what expands the latent, X the latent.
+        gate: path of the query projection where it also computes a gate that multiplies what
+            enters O: query and gate of the first head, then of the second. A is then V and gate.
     """
 
     down: str
     value: str
     layout: ValueLayout = "separate"
+    gate: str | None = None
+
+
+@dataclass(frozen=True)
+class NotCovered:
+    """A part of a layer that holds no units.
+
+    Attributes:
+        at: path of an attribute of the layer: this applies to every layer where it exists and is
+            true.
+        reason: why there are no units, for people.
+        instead: the kind of depth-2 module that such a layer goes without, or None if the part is
+            there beside them.
+    """
+
+    at: str
+    reason: str
+    instead: Literal["mlp", "attention"] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +107,7 @@ class Family:
         maskless: whether a right-padded batch may be run without its attention mask, because
             attention is causal and positions default to 0, 1, 2, ... for the attended tokens.
         experts: the layer's mixture of experts, or None.
+        not_covered: parts of its layers, or of some of them, that hold no units.
     """
 
     layers: str
@@ -92,6 +115,7 @@ class Family:
     attention: Attention | None
     maskless: bool = False
     experts: Experts | None = None
+    not_covered: tuple[NotCovered, ...] = ()
 
 
 def _gated_ffn(module: str) -> FFN:
@@ -106,7 +130,41 @@ def _gated_ffn(module: str) -> FFN:
 
 
 _GATED_FFN = _gated_ffn("mlp")
+_FUSED_FFN = FFN(
+    down="mlp.down_proj",
+    up="mlp.gate_up_proj",
+    fused=True,
+    module="mlp",
+    act="mlp.activation_fn",
+    last=True,
+)
+_PLAIN_FFN = FFN(down="mlp.down_proj", up="mlp.up_proj")
+_GPT2_FFN = FFN(down="mlp.c_proj", up="mlp.c_fc")
+_NEOX_FFN = FFN(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h")
+
 _SELF_ATTENTION = Attention(down="self_attn.o_proj", value="self_attn.v_proj")
+_FUSED_SELF_ATTENTION = Attention(
+    down="self_attention.dense", value="self_attention.query_key_value", layout="qkv_per_head"
+)
+
+_LINEAR_ATTENTION = NotCovered(
+    "linear_attn",
+    "linear attention: a recurrent state lies between its projections, not V -> O",
+    instead="attention",
+)
+# A row of V that feeds several layers cannot be frozen or trained for one of them.
+_SHARED_VALUES = (
+    NotCovered(
+        "self_attn.is_kv_shared_layer", "takes keys and values of an earlier layer", "attention"
+    ),
+    NotCovered(
+        "self_attn.store_full_length_kv", "its keys and values also serve later layers", "attention"
+    ),
+)
+_PER_LAYER_INPUT = NotCovered(
+    "per_layer_input_gate", "per-layer embeddings: one factor is a table, not a projection"
+)
+
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
 _ROUTED = replace(_LLAMA, experts=Experts())
 _DEEPSEEK = replace(
@@ -114,15 +172,27 @@ _DEEPSEEK = replace(
     attention=Attention(down="self_attn.o_proj", value="self_attn.kv_b_proj", layout="latent"),
     experts=Experts(shared=_gated_ffn("mlp.shared_experts")),
 )
+_GLM = replace(_LLAMA, ffn=_FUSED_FFN)
+_NEMOTRON = replace(_LLAMA, ffn=_PLAIN_FFN)
+_BLOOM = Family(layers="h", ffn=_NEOX_FFN, attention=_FUSED_SELF_ATTENTION, maskless=True)
+_QWEN_HYBRID = replace(
+    _LLAMA,
+    attention=replace(_SELF_ATTENTION, gate="self_attn.q_proj"),
+    not_covered=(_LINEAR_ATTENTION,),
+)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "ministral": _LLAMA,
+    "ministral3": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    "gemma": _LLAMA,
     "gemma2": _LLAMA,
     "gemma3_text": _LLAMA,
     "granite": _LLAMA,
+    "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "mixtral": _ROUTED,
     "qwen2_moe": replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert"))),
@@ -131,23 +201,85 @@ FAMILIES: dict[str, Family] = {
     "gpt_oss": _ROUTED,
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
-    "phi3": Family(
-        layers="layers",
-        ffn=FFN(
-            down="mlp.down_proj",
-            up="mlp.gate_up_proj",
-            fused=True,
-            module="mlp",
-            act="mlp.activation_fn",
-            last=True,
+    "olmo3": _LLAMA,
+    "cohere": _LLAMA,
+    "cohere2": _LLAMA,
+    "smollm3": _LLAMA,
+    "stablelm": _LLAMA,
+    "exaone4": _LLAMA,
+    "seed_oss": _LLAMA,
+    "glm": _GLM,
+    "glm4": _GLM,
+    "arcee": _NEMOTRON,
+    "nemotron": _NEMOTRON,
+    "starcoder2": replace(_LLAMA, ffn=_GPT2_FFN),
+    "bloom": _BLOOM,
+    "falcon": _BLOOM,
+    "qwen3_next": replace(
+        _QWEN_HYBRID,
+        not_covered=(
+            _LINEAR_ATTENTION,
+            NotCovered("mlp.experts", "mixture of experts", instead="mlp"),
         ),
+    ),
+    "qwen3_5_text": _QWEN_HYBRID,
+    "olmo_hybrid": replace(_LLAMA, not_covered=(_LINEAR_ATTENTION,)),
+    "gemma3n_text": replace(
+        _LLAMA,
+        # In some layers only the largest gates pass: the model's own code runs.
+        ffn=replace(_GATED_FFN, module=None, act=None, last=False),
+        not_covered=(
+            *_SHARED_VALUES,
+            NotCovered("laurel", "learned augmented residual: of low rank, without activation"),
+            _PER_LAYER_INPUT,
+        ),
+    ),
+    "gemma4_text": replace(
+        _LLAMA,
+        not_covered=(
+            *_SHARED_VALUES,
+            NotCovered(
+                "self_attn.use_alternative_attention",
+                "one projection computes keys and values",
+                "attention",
+            ),
+            NotCovered("experts", "mixture of experts beside the FFN"),
+            _PER_LAYER_INPUT,
+        ),
+    ),
+    "phi": replace(
+        _LLAMA,
+        ffn=FFN(down="mlp.fc2", up="mlp.fc1"),
+        attention=replace(_SELF_ATTENTION, down="self_attn.dense"),
+    ),
+    "phi3": replace(
+        _GLM,
         attention=Attention(down="self_attn.o_proj", value="self_attn.qkv_proj", layout="qkv"),
-        maskless=True,
     ),
     "gpt2": Family(
         layers="h",
-        ffn=FFN(down="mlp.c_proj", up="mlp.c_fc"),
+        ffn=_GPT2_FFN,
         attention=Attention(down="attn.c_proj", value="attn.c_attn", layout="qkv"),
+        maskless=True,
+    ),
+    "gpt_bigcode": Family(
+        layers="h",
+        ffn=_GPT2_FFN,
+        attention=Attention(down="attn.c_proj", value="attn.c_attn", layout="qkv_per_head"),
+        maskless=True,
+    ),
+    "gptj": Family(
+        layers="h",
+        ffn=FFN(down="mlp.fc_out", up="mlp.fc_in"),
+        attention=Attention(down="attn.out_proj", value="attn.v_proj"),
+        maskless=True,
+    ),
+    "gpt_neox": Family(
+        layers="layers",
+        ffn=_NEOX_FFN,
+        attention=Attention(
+            down="attention.dense", value="attention.query_key_value", layout="qkv_per_head"
+        ),
         maskless=True,
     ),
     "opt": Family(
@@ -156,15 +288,13 @@ FAMILIES: dict[str, Family] = {
         attention=Attention(down="self_attn.out_proj", value="self_attn.v_proj"),
         maskless=True,
     ),
-    "gpt_neox": Family(
-        layers="layers",
-        ffn=FFN(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h"),
-        attention=Attention(
-            down="attention.dense", value="attention.query_key_value", layout="qkv_per_head"
-        ),
-        maskless=True,
-    ),
 }
+
+_STATE_SPACE = (
+    "its layers are selective state spaces, with neither an FFN nor attention: there is no V -> O"
+)
+# Architectures that have no depth-2 module, and why.
+WITHOUT_MODULES: dict[str, str] = dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), _STATE_SPACE)
 
 
 def register_family(model_type: str, family: Family, *, replace: bool = False) -> None:
@@ -195,6 +325,12 @@ def register_family(model_type: str, family: Family, *, replace: bool = False) -
         raise ValueError(
             f"family.attention.layout is {attention.layout!r}, must be one of {VALUE_LAYOUTS}"
         )
+    for part in family.not_covered:
+        if part.instead not in (None, "mlp", "attention"):
+            raise ValueError(
+                f"family.not_covered has a part instead of {part.instead!r}, must be instead of "
+                "'mlp', 'attention' or None"
+            )
     FAMILIES[model_type] = family
 
 

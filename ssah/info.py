@@ -7,6 +7,7 @@ import importlib.util
 import os
 import platform
 import struct
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,30 +63,55 @@ def describe() -> dict[str, Any]:
 
 
 def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
-    """Architecture, parameters and depth-2 modules of a model, as plain data.
+    """What of a model would be scored, and what would not, as plain data.
+
+    Args:
+        model: a transformers model; its weights are not read, so that it may be without memory
+            (`ssah.models.empty_model`).
+        name: what to call it.
+
+    Returns:
+        Its class, type and size; per kind of depth-2 module their number, the units of all and
+        ``sizes``, pairs of (units, modules that have so many); ``owned``, the parameters that
+        belong to units; ``not_covered``, the parts that hold no units, with their layers.
 
     Raises:
         ValueError: the architecture is unknown, or there are no such modules.
     """
-    from ssah.units import KINDS, find_modules
+    from ssah.units import KINDS, find_modules, find_not_covered
 
     found = find_modules(model).values()
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    kinds = {
-        kind: {
-            "modules": sum(module.kind == kind for module in found),
-            "units": sum(module.n_units for module in found if module.kind == kind),
+    kinds = {}
+    for kind in KINDS:
+        sizes = Counter(module.n_units for module in found if module.kind == kind)
+        kinds[kind] = {
+            "modules": sizes.total(),
+            "units": sum(units * modules for units, modules in sizes.items()),
+            "sizes": sorted(sizes.items()),
         }
-        for kind in KINDS
-    }
+    owned = 0
+    for module in found:
+        for entries in (*module.inputs, module.output):
+            shape = model.get_parameter(entries.param).shape
+            owned += len(entries.index.unique()) * (shape.numel() // shape[entries.dim])
     return {
         "name": name,
         "class": type(model).__name__,
-        "model_type": model.config.get_text_config().model_type,  # type: ignore[union-attr, operator]
-        "parameters": parameters,
+        "model_type": model.config.get_text_config(decoder=True).model_type,  # type: ignore[union-attr, operator]
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "owned": owned,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "units": sum(kind["units"] for kind in kinds.values()),
+        "units": sum(module.n_units for module in found),
         "kinds": kinds,
+        "not_covered": [
+            {
+                "part": part.at,
+                "instead_of": part.instead,
+                "layers": [int(layer.rpartition(".")[2]) for layer in layers],
+                "reason": part.reason,
+            }
+            for part, layers in find_not_covered(model).items()
+        ],
     }
 
 

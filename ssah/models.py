@@ -20,6 +20,7 @@ __all__ = [
     "DTYPES",
     "SMOLLM2",
     "ModelError",
+    "empty_model",
     "load_model",
     "load_tokenizer",
     "loading",
@@ -114,6 +115,38 @@ def loading(name: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
+
+
+def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a configuration describes, on the meta device: no weight is read or made.
+
+    Args:
+        name: as of :func:`load_model`; a folder need hold no more than ``config.json``.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: nothing of that name, or the configuration cannot be read.
+        ValueError: the architecture is not one of :mod:`ssah.families`.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from ssah.units import family_of_config
+
+    source, gguf_file, local = locate(name)
+    if gguf_file:
+        _require("gguf", "reads GGUF files")
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    try:
+        config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(
+            f"the configuration of model {name!r} cannot be read: {reason} (An architecture that "
+            "transformers knows and this library does not is added with ssah.register_family)"
+        ) from error
+    family_of_config(config)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:

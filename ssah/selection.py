@@ -27,6 +27,9 @@ __all__ = [
     "split",
 ]
 
+# Subclasses of nn.Linear that compute what it computes.
+_LINEAR_TOO = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -224,9 +227,11 @@ def check_projections(
         for owned in (*module.inputs, module.output):
             owner = owned.param.rpartition(".")[0]
             projection = model.get_submodule(owner)
-            if module.expert is None and type(projection) not in (nn.Linear, Conv1D):
+            kind = type(projection)
+            known = module.expert is not None or kind in (nn.Linear, Conv1D)
+            if not known and f"{kind.__module__}.{kind.__qualname__}" not in _LINEAR_TOO:
                 raise ValueError(
-                    f"module {owner!r} is a {type(projection).__name__}, must be exactly nn.Linear "
+                    f"module {owner!r} is a {kind.__name__}, must be exactly nn.Linear "
                     "or Conv1D (dequantise the model, merge adapters)"
                 )
             if "forward" in vars(projection):

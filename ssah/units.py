@@ -13,11 +13,20 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah.experts import DOWN, RoutedExperts
-from ssah.families import FAMILIES, FFN, Attention, Experts, Family, register_family
+from ssah.families import (
+    FAMILIES,
+    FFN,
+    WITHOUT_MODULES,
+    Attention,
+    Experts,
+    Family,
+    NotCovered,
+    register_family,
+)
 from ssah.unit_set import UnitSet
 
 __all__ = [
@@ -28,11 +37,14 @@ __all__ = [
     "Experts",
     "Family",
     "GatedFFN",
+    "NotCovered",
     "UnitSet",
     "UnitSlice",
     "check_units",
     "family_of",
+    "family_of_config",
     "find_modules",
+    "find_not_covered",
     "layers_path",
     "register_family",
 ]
@@ -164,17 +176,30 @@ def family_of(model: nn.Module) -> Family:
             f"model is a {type(model).__name__}, must be a transformers.PreTrainedModel "
             "(merge or unload adapters first, e.g. peft's merge_and_unload())"
         )
-    model_type = model.config.get_text_config(decoder=True).model_type
-    family = FAMILIES.get(model_type)
-    if family is None:
+    return family_of_config(model.config)
+
+
+def family_of_config(config: PreTrainedConfig) -> Family:
+    """The declarative entry of the architecture that ``config`` describes.
+
+    Raises:
+        ValueError: it is unknown, or has no depth-2 modules; the message says how to register it.
+    """
+    model_type = config.get_text_config(decoder=True).model_type
+    if model_type in FAMILIES:
+        return FAMILIES[model_type]
+    if model_type in WITHOUT_MODULES:
         raise ValueError(
-            f"model has the unknown architecture {model_type!r} ({type(model).__name__}); known: "
-            f"{', '.join(sorted(FAMILIES))}. To add it, say where it keeps its projections: "
-            f"ssah.register_family({model_type!r}, ssah.Family(layers='layers', "
-            "ffn=ssah.FFN(down=..., up=..., gate=...), experts=ssah.Experts(module=...), "
-            "attention=ssah.Attention(down=..., value=...)))"
+            f"model has the architecture {model_type!r}, which has no depth-2 modules: "
+            f"{WITHOUT_MODULES[model_type]}"
         )
-    return family
+    raise ValueError(
+        f"model has the unknown architecture {model_type!r} ({type(config).__name__}); known: "
+        f"{', '.join(sorted(FAMILIES))}. To add it, say where it keeps its projections: "
+        f"ssah.register_family({model_type!r}, ssah.Family(layers='layers', "
+        "ffn=ssah.FFN(down=..., up=..., gate=...), experts=ssah.Experts(module=...), "
+        "attention=ssah.Attention(down=..., value=...)))"
+    )
 
 
 def layers_path(model: nn.Module) -> str:
@@ -205,15 +230,17 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     if unknown or not kinds:
         raise ValueError(f"modules is {kinds!r}, must be one or more of {KINDS}")
     family, path = family_of(model), layers_path(model)
+    layers = dict(model.get_submodule(path).named_children())
+    last = next(reversed(layers), None)
     found: dict[str, DepthTwoModule] = {}
-    n_layers = len(model.get_submodule(path))  # type: ignore[arg-type]
-    for i in range(n_layers):
+    for i, parts in layers.items():
         layer = f"{path}.{i}"
-        if family.attention is not None and "attention" in kinds:
+        missing = {part.instead for part in family.not_covered if _has(parts, part.at)}
+        if family.attention is not None and "attention" in set(kinds) - missing:
             module = _attention_module(model, layer, family.attention)
             found[module.name] = module
-        if "mlp" in kinds:
-            for module in _mlp_modules(model, layer, family, last=i == n_layers - 1):
+        if "mlp" in set(kinds) - missing:
+            for module in _mlp_modules(model, layer, family, last=i == last):
                 found[module.name] = module
     if not found:
         raise ValueError(f"model {type(model).__name__} has no depth-2 modules of kind {kinds!r}")
@@ -223,6 +250,30 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
 def act_name(activation: nn.Module) -> str | None:
     """The name under which `gated_moments` knows the function of an activation module, or None."""
     return _ACT_NAMES.get(type(activation).__name__)
+
+
+def find_not_covered(model: nn.Module) -> dict[NotCovered, list[str]]:
+    """The parts of ``model`` that its family names as holding no units, with their layers' names.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model.
+        ValueError: unknown architecture.
+    """
+    family, path = family_of(model), layers_path(model)
+    layers = list(model.get_submodule(path).named_children())
+    found = {
+        part: [f"{path}.{i}" for i, layer in layers if _has(layer, part.at)]
+        for part in family.not_covered
+    }
+    return {part: names for part, names in found.items() if names}
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether the attribute at ``path`` exists and is true."""
+    found: object = module
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return bool(found)
 
 
 def _projection(model: nn.Module, name: str) -> nn.Module:
@@ -282,14 +333,6 @@ def _mlp_modules(
         ffn = experts.shared
     if ffn is not None:
         yield _ffn_module(model, layer, ffn, final=ffn.last and last)
-
-
-def _has(model: nn.Module, name: str) -> bool:
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return False
-    return True
 
 
 def _expert_modules(model: nn.Module, name: str, *, final: bool) -> Iterator[DepthTwoModule]:
@@ -376,26 +419,36 @@ def _attention_module(model: nn.Module, layer: str, attention: Attention) -> Dep
     value = _projection(model, value_name)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     n_heads = config.num_attention_heads
-    n_kv_heads = getattr(config, "num_key_value_heads", None) or n_heads
     head_dim = n_units // n_heads
     units = torch.arange(n_units)
     head, channel = units // head_dim, units % head_dim
+    if attention.layout == "latent":
+        own = config.qk_nope_head_dim + head_dim
+        _check_width(value_name, value, n_heads * own, name)
+        inputs = _rows(value_name, value, (head + 1) * own - head_dim + channel)
+        return DepthTwoModule(name, "attention", n_units, down, tuple(inputs), _columns(name, down))
+    n_kv_heads = _features(value)[1] // head_dim
+    if attention.layout != "separate":
+        n_kv_heads = (n_kv_heads - n_heads) // 2
+    if n_kv_heads < 1 or n_heads % n_kv_heads:
+        raise ValueError(
+            f"module {value_name!r} has {_features(value)[1]} outputs, which are no values of "
+            f"{n_heads} heads of {head_dim} for {name!r}; register a family that fits the model"
+        )
+    queries = n_heads // n_kv_heads  # that share a key/value head
     if attention.layout == "separate":
-        width = n_kv_heads * head_dim
-        index = head // (n_heads // n_kv_heads) * head_dim + channel
+        width, at = n_kv_heads, head // queries
     elif attention.layout == "qkv":
-        width = n_units + 2 * n_kv_heads * head_dim
-        first = n_units + n_kv_heads * head_dim
-        index = first + head // (n_heads // n_kv_heads) * head_dim + channel
-    elif attention.layout == "latent":
-        key_dim = config.qk_nope_head_dim
-        width = n_heads * (key_dim + head_dim)
-        index = head * (key_dim + head_dim) + key_dim + channel
+        width, at = n_heads + 2 * n_kv_heads, n_heads + n_kv_heads + head // queries
     else:
-        width = 3 * n_units
-        index = (3 * head + 2) * head_dim + channel
-    _check_width(value_name, value, width, name)
-    inputs = _rows(value_name, value, index)
+        width, at = n_heads + 2 * n_kv_heads, head // queries * (queries + 2) + queries + 1
+    _check_width(value_name, value, width * head_dim, name)
+    inputs = _rows(value_name, value, at * head_dim + channel)
+    if attention.gate is not None:
+        gate_name = f"{layer}.{attention.gate}"
+        gate = _projection(model, gate_name)
+        _check_width(gate_name, gate, 2 * n_units, name)
+        inputs += _rows(gate_name, gate, (2 * head + 1) * head_dim + channel)
     return DepthTwoModule(name, "attention", n_units, down, tuple(inputs), _columns(name, down))
 
 

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
     GptOssConfig,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
     MixtralConfig,
-    Olmo2Config,
     OlmoeConfig,
-    OPTConfig,
-    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
-    Qwen2Config,
     Qwen2MoeConfig,
-    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -46,25 +36,135 @@ _COMMON = {
     "eos_token_id": 2,
 }
 _LLAMA = {**_COMMON, "intermediate_size": 72, "num_key_value_heads": 2}
-_GEMMA = {**_LLAMA, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 6}
+_HEADS = {**_LLAMA, "head_dim": 16}
+_GEMMA = {**_HEADS, "query_pre_attn_scalar": 16, "sliding_window": 6}
+_YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 32,
+    "llama_4_scaling_beta": 0.1,
+}
+_FALCON = {**_COMMON, "ffn_hidden_size": 72}
+_GPT2 = {key: value for key, value in _COMMON.items() if key != "pad_token_id"}
+_HYBRID = {
+    **_LLAMA,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+# The first layer keeps its values to itself, the next two give theirs to later ones of their type.
+_SHARED_VALUES = {
+    **_HEADS,
+    "num_hidden_layers": 4,
+    "layer_types": ["sliding_attention"] * 2 + ["full_attention"] * 2,
+    "num_kv_shared_layers": 1,
+    "sliding_window": 6,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "hidden_size_per_layer_input": 8,
+}
 
-# Family -> a configuration with two small layers. Those with shared key/value heads have two
-# query heads for each; those with a window have one shorter than the batches below.
+
+def _config(model_type: str, **options: Any) -> Callable[[], PreTrainedConfig]:
+    return lambda: AutoConfig.for_model(model_type, **options)
+
+
+# Family -> a configuration with small layers, mostly two. Those with shared key/value heads have
+# two query heads for each; those with a window have one shorter than the batches below.
 FAMILIES: dict[str, Callable[[], PreTrainedConfig]] = {
-    "llama": lambda: LlamaConfig(**_LLAMA),
-    "llama_tied": lambda: LlamaConfig(**_LLAMA, tie_word_embeddings=True),
-    "llama_bias": lambda: LlamaConfig(**_LLAMA, attention_bias=True, mlp_bias=True),
-    "mistral": lambda: MistralConfig(**_LLAMA, head_dim=16, sliding_window=6),
-    "qwen2": lambda: Qwen2Config(**_LLAMA),
-    "qwen3": lambda: Qwen3Config(**_LLAMA, head_dim=16),
-    "gemma2": lambda: Gemma2Config(**_GEMMA, final_logit_softcapping=3.0),
-    "gemma3": lambda: Gemma3TextConfig(**_GEMMA),
-    "granite": lambda: GraniteConfig(**_LLAMA, logits_scaling=3.0, residual_multiplier=0.7),
-    "phi3": lambda: Phi3Config(**_LLAMA),
-    "olmo2": lambda: Olmo2Config(**_LLAMA),
-    "gpt2": lambda: GPT2Config(**{k: v for k, v in _COMMON.items() if k != "pad_token_id"}),
-    "opt": lambda: OPTConfig(**_COMMON, ffn_dim=72, word_embed_proj_dim=32),
-    "gpt_neox": lambda: GPTNeoXConfig(**_COMMON, intermediate_size=72),
+    "llama": _config("llama", **_LLAMA),
+    "llama_tied": _config("llama", **_LLAMA, tie_word_embeddings=True),
+    "llama_bias": _config("llama", **_LLAMA, attention_bias=True, mlp_bias=True),
+    "mistral": _config("mistral", **_HEADS, sliding_window=6),
+    "ministral": _config(
+        "ministral",
+        **_HEADS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "ministral3": _config("ministral3", **_HEADS, rope_parameters=_YARN),
+    "qwen2": _config("qwen2", **_LLAMA),
+    "qwen3": _config("qwen3", **_HEADS),
+    "gemma": _config("gemma", **_HEADS),
+    "gemma2": _config("gemma2", **_GEMMA, final_logit_softcapping=3.0),
+    "gemma3": _config("gemma3_text", **_GEMMA),
+    "gemma3n": _config(
+        "gemma3n_text",
+        **_SHARED_VALUES,
+        altup_num_inputs=2,
+        laurel_rank=6,
+        activation_sparsity_pattern=[0.5, 0.0, 0.0, 0.0],
+    ),
+    "gemma4": _config(
+        "gemma4_text", **_SHARED_VALUES, global_head_dim=24, use_double_wide_mlp=True
+    ),
+    "gemma4_one_projection": _config(
+        "gemma4_text",
+        **_HEADS,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=6,
+        hidden_size_per_layer_input=0,
+        attention_k_eq_v=True,
+        num_global_key_value_heads=1,
+    ),
+    "granite": _config("granite", **_LLAMA, logits_scaling=3.0, residual_multiplier=0.7),
+    "olmo": _config("olmo", **_LLAMA, clip_qkv=1.0),
+    "olmo2": _config("olmo2", **_LLAMA),
+    "olmo3": _config(
+        "olmo3",
+        **_LLAMA,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "cohere": _config("cohere", **_LLAMA, logit_scale=0.5, use_qk_norm=True),
+    "cohere2": _config(
+        "cohere2",
+        **_HEADS,
+        logit_scale=0.5,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "smollm3": _config("smollm3", **_LLAMA, no_rope_layers=[1, 0]),
+    "stablelm": _config("stablelm", **_LLAMA, use_qkv_bias=True, partial_rotary_factor=0.5),
+    "stablelm_parallel": _config(
+        "stablelm",
+        **_LLAMA,
+        partial_rotary_factor=0.5,
+        use_parallel_residual=True,
+        qk_layernorm=True,
+    ),
+    "exaone4": _config(
+        "exaone4",
+        **_HEADS,
+        sliding_window=6,
+        layer_types=["sliding_attention", "full_attention"],
+    ),
+    "seed_oss": _config("seed_oss", **_HEADS, attention_bias=True),
+    "glm": _config("glm", **{**_LLAMA, "head_dim": 12}, attention_bias=True),
+    "glm4": _config("glm4", **{**_LLAMA, "head_dim": 12}),
+    "arcee": _config("arcee", **_LLAMA),
+    "nemotron": _config("nemotron", **_LLAMA),
+    "starcoder2": _config("starcoder2", **_LLAMA, sliding_window=6),
+    "bloom": _config("bloom", **_COMMON),
+    # The layouts of Falcon-RW-1B, Falcon-7B and Falcon-40B.
+    "falcon_alibi": _config(
+        "falcon", **_FALCON, alibi=True, multi_query=False, parallel_attn=False, bias=True
+    ),
+    "falcon": _config("falcon", **_FALCON),
+    "falcon_new": _config("falcon", **_FALCON, new_decoder_architecture=True, num_kv_heads=2),
+    "qwen3_next": _config("qwen3_next", **_HYBRID, head_dim=16, num_experts=0),
+    "qwen3_5": _config("qwen3_5_text", **_HYBRID, head_dim=16),
+    "olmo_hybrid": _config("olmo_hybrid", **_HYBRID),
+    "phi": _config("phi", **_LLAMA, qk_layernorm=True),
+    "phi3": _config("phi3", **_LLAMA),
+    "gpt2": _config("gpt2", **_GPT2),
+    "gpt_bigcode": _config("gpt_bigcode", **_GPT2),
+    "gpt_bigcode_heads": _config("gpt_bigcode", **_GPT2, multi_query=False),
+    "gptj": _config("gptj", **_GPT2, rotary_dim=4),
+    "gpt_neox": _config("gpt_neox", **_COMMON, intermediate_size=72),
+    "opt": _config("opt", **_COMMON, ffn_dim=72, word_embed_proj_dim=32),
 }
 
 _ROUTED = {**_LLAMA, "num_experts_per_tok": 2}

@@ -15,7 +15,6 @@ from ssah.cli.support import (
     Json,
     RemoteCode,
     Result,
-    load,
     reporting,
 )
 
@@ -23,22 +22,29 @@ from ssah.cli.support import (
 @reporting
 def info(
     model: Annotated[
-        str | None, typer.Option("--model", help="Also describe this model's units.")
+        str | None,
+        typer.Option("--model", help="What of this model would be scored; no weights are read."),
     ] = None,
     trust_remote_code: RemoteCode = False,
     as_json: Json = False,
 ) -> Result:
     """Show versions, instruction sets, GPU architectures, and the backends of every operator.
 
+    With `--model`: which modules of a model hold units, how many, and what is not covered and why,
+    from its configuration alone.
+
     Example: `ssah info --model smollm2`
     """
     from ssah.info import describe, describe_model
+    from ssah.models import empty_model, quiet
 
     facts = describe()
-    if model is not None:
-        loaded, _ = load(model, Dtype.auto, "cpu", trust_remote_code)
-        facts["model"] = describe_model(loaded, model)
-    return Result(facts, tuple(_info_tables(facts)))
+    if model is None:
+        return Result(facts, tuple(_info_tables(facts)))
+    with quiet():
+        empty = empty_model(model, trust_remote_code=trust_remote_code)
+    facts["model"] = describe_model(empty, model)
+    return Result(facts, tuple(_model_tables(facts["model"])))
 
 
 def _info_tables(facts: dict[str, Any]) -> list[Any]:
@@ -75,19 +81,40 @@ def _info_tables(facts: dict[str, Any]) -> list[Any]:
     reasons = {b: why for found in facts["backends"].values() for b, why in found.items() if why}
     if reasons:
         parts.append(facts_table("Not available here", reasons))
-    if "model" in facts:
-        model = facts["model"]
-        kinds = {
-            kind: f"{found['units']:,} units in {found['modules']} modules"
-            for kind, found in model["kinds"].items()
-        }
-        about = {
-            "name": model["name"],
-            "class": f"{model['class']} ({model['model_type']})",
-            "parameters": f"{model['parameters']:,} in {model['dtype']}",
-            **kinds,
-        }
-        parts += [Text(), facts_table("Model", about)]
+    return parts
+
+
+def _model_tables(model: dict[str, Any]) -> list[Any]:
+    import torch
+    from rich.text import Text
+
+    from ssah.report.tables import facts_table, new_table
+    from ssah.slots import runs
+
+    share = model["owned"] / model["parameters"]
+    about = {
+        "name": model["name"],
+        "class": f"{model['class']} ({model['model_type']})",
+        "parameters": f"{model['parameters']:,} in {model['dtype']}",
+        "of units": f"{model['owned']:,} ({share:.1%})",
+    }
+    scored = new_table("Scored", ("kind",), ("modules", "units in each", "units"))
+    for kind, found in model["kinds"].items():
+        sizes = found["sizes"]
+        each = [f"{units:,}" + f" ({n})" * (len(sizes) > 1) for units, n in sizes]
+        scored.add_row(kind, f"{found['modules']:,}", ", ".join(each), f"{found['units']:,}")
+    n_modules = sum(found["modules"] for found in model["kinds"].values())
+    scored.add_row("all", f"{n_modules:,}", "", f"{model['units']:,}", style="bold")
+    parts = [facts_table("Model", about), Text(), scored]
+    if model["not_covered"]:
+        left = new_table("Not covered", ("part of a layer", "in place of"), ())
+        left.add_column("layers", overflow="fold")
+        left.add_column("why", overflow="fold")
+        for part in model["not_covered"]:
+            stretches = runs(torch.tensor(part["layers"]))
+            layers = (f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in stretches)
+            left.add_row(part["part"], part["instead_of"] or "", ", ".join(layers), part["reason"])
+        parts.append(left)
     return parts
 
 
