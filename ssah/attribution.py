@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers.utils import ModelOutput
 from ssah import __version__
 from ssah.batches import IGNORED, Batch, Fingerprint, read_batch
 from ssah.causal_attention import FastCausalBackward
+from ssah.distributed import Group, Ranks, reshard
 from ssah.provenance import (
     check_same_model,
     config_hash,
@@ -26,9 +28,11 @@ from ssah.provenance import (
     model_name,
     save_tensors,
 )
+from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
 from ssah.watch import Sums, as_it_was, watching
 from ssah_kernels import ops
+from ssah_kernels.sharded import is_sharded
 
 __all__ = ["METRICS", "TOKENS", "Attribution", "attribute", "config_hash"]
 
@@ -131,6 +135,7 @@ def attribute(
     modules: Iterable[str] = KINDS,
     tokens: str = "auto",
     progress: bool = False,
+    group: Group = "auto",
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
 
@@ -144,6 +149,10 @@ def attribute(
     The first two run the backbone alone, forward; the others need gradients of activations, never
     of weights. The model runs in evaluation mode and in its own dtype, and is left as it was.
 
+    Where a process group is initialised, every rank calls this with batches of its own
+    (:func:`ssah.distributed.deal`), some or none, and gets the scores of all of them together, to
+    the same bits.
+
     Args:
         model: a transformers model of a known family.
         loader: yields what the model takes: mappings with ``input_ids`` and optionally
@@ -152,56 +161,87 @@ def attribute(
         modules: which kinds of depth-2 module, of ``"mlp"`` and ``"attention"``.
         tokens: which positions count. ``"labels"``: those whose own label is not -100;
             ``"all"``: every attended one; ``"auto"``: labels if the first batch has them.
-        progress: show a bar with tokens per second.
+        progress: show a bar with tokens per second; of several ranks, the first one.
+        group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
+            (the default group, if one is initialised) or None (this process alone).
 
-    Raises:
+    Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
-            a single token (no variance), labels missing.
+            a single token (no variance), labels missing; ranks that differ in model or options,
+            or that were all given the same batches.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
-        RuntimeError: a module never ran.
+        RuntimeError: a module never ran; a rank has died.
     """
-    _check_option("metric", metric, METRICS)
-    _check_option("tokens", tokens, TOKENS)
-    found = find_modules(model, modules)
-    assert isinstance(model, PreTrainedModel)
+    ranks = Ranks.of(group)
     gradient = metric in _GRADIENT_METRICS
-    if gradient and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
-            "vocabulary projection; load it with AutoModelForCausalLM"
-        )
+    with ranks.agreeing():
+        _check_option("metric", metric, METRICS)
+        _check_option("tokens", tokens, TOKENS)
+        found = find_modules(model, modules)
+        assert isinstance(model, PreTrainedModel)
+        over = Ranks.over(model)
+        if gradient and model.get_output_embeddings() is None:
+            raise ValueError(
+                f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
+                "vocabulary projection; load it with AutoModelForCausalLM"
+            )
+        if over is not None:
+            check_sharded(model, found, ranks, over)
+        batches = iter(loader)
+        begun = list(islice(batches, 1))
+        if tokens == "auto" and begun:
+            labelled = isinstance(begun[0], Mapping) and begun[0].get("labels") is not None
+            tokens = "labels" if labelled else "all"
+    facts = ranks.common(
+        metric=metric,
+        tokens=None if tokens == "auto" else tokens,
+        modules=len(found),
+        config_hash=config_hash(model),
+    )
+    tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
         sums = {name: Sums.zeros(module) for name, module in found.items()}
     fingerprint = Fingerprint()
-    own_fingerprint = getattr(loader, "fingerprint", None)
+    loaders = set(ranks.tell(getattr(loader, "fingerprint", None)))
+    own_fingerprint = loaders.pop() if len(loaders) == 1 else None
     maskless = _may_drop_mask(model)
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
-    counted = n_targets = 0
-    number = -1
-    with ExitStack() as stack:
-        advance = stack.enter_context(_progress(loader)) if progress else None
+    n_batches = counted = n_targets = 0
+
+    def read() -> Iterator[Batch]:
+        for number, raw in enumerate(chain(begun, batches)):
+            yield read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+
+    with ranks.agreeing(), ExitStack() as stack:
+        shown = progress and ranks.rank == 0
+        advance = stack.enter_context(_progress(loader)) if shown else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(watching(found, sums, gradient=gradient))
-        for number, raw in enumerate(loader):
-            if tokens == "auto":
-                labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
-                tokens = "labels" if labelled else "all"
-            batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
-            if own_fingerprint is None:
+        stack.callback(reshard, model)
+        # The forward pass of a sharded model waits for the other ranks.
+        for batch in read() if over is None else ranks.in_step(read()):
+            n_batches += batch is not None
+            if own_fingerprint is None and batch is not None:
                 fingerprint.update(batch)
+            batch = batch or nothing(device)
             counted += int(batch.token_mask.sum())
             watch.read(batch)
-            if gradient:
+            if over is not None:
+                n_targets += run_sharded(model, batch, gradient)
+            elif gradient:
                 n_targets += _forward_backward(model, batch)
             else:
                 with torch.inference_mode():
                     model.base_model(**batch.inputs, use_cache=False)
             if advance is not None:
                 advance(int(batch.attended.sum()))
-    if number < 0:
+        _check_finite(sums, gradient)
+    seen = ranks.tell([n_batches, counted, n_targets, fingerprint.hexdigest()])
+    n_batches, counted, n_targets = (sum(each[i] for each in seen) for i in range(3))
+    if n_batches == 0:
         raise ValueError(
             "loader yielded no batch, must yield at least one (a generator runs only once)"
         )
@@ -214,9 +254,11 @@ def attribute(
         raise ValueError("loader has a single token that counts, must have two for a variance")
     if gradient and n_targets == 0:
         raise ValueError("loader has no token to predict: the loss is empty")
-    _check_sums(sums, gradient)
+    ranks.join(sums, gradient=gradient)
+    with ranks.agreeing():
+        scores = {name: _score(metric, found[name], sums[name]).cpu() for name in found}
     return Attribution(
-        scores={name: _score(metric, found[name], sums[name]).cpu() for name in found},
+        scores=scores,
         mean={name: sums[name].mean.cpu() for name in found},
         variance={name: _variance(sums[name]).cpu() for name in found},
         count={name: int(sums[name].count) for name in found},
@@ -224,7 +266,7 @@ def attribute(
         tokens=tokens,
         model_name=model_name(model),
         config_hash=config_hash(model),
-        data_fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+        data_fingerprint=str(own_fingerprint or Fingerprint.total(each[3] for each in seen)),
     )
 
 
@@ -304,10 +346,8 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def _check_sums(sums: Mapping[str, Sums], gradient: bool) -> None:
+def _check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
     for name, state in sums.items():
-        if not state.count:
-            raise RuntimeError(f"module {name!r} never ran: its units have no score")
         if not _finite(state.mean, state.m2):
             raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
     for name, state in reversed(list(sums.items())) if gradient else ():
@@ -324,6 +364,8 @@ def _variance(sums: Sums) -> Tensor:
 
 
 def _score(metric: str, module: DepthTwoModule, sums: Sums) -> Tensor:
+    if not sums.count:
+        raise RuntimeError(f"module {module.name!r} never ran: its units have no score")
     if metric == "taylor":
         return sums.signed.abs()
     if metric == "fisher":
@@ -339,6 +381,8 @@ def _column_sq_norms(module: DepthTwoModule) -> Tensor:
     """Squared norm of every column of B, float64 ``[n_units]``."""
     weight = module.down.weight
     assert isinstance(weight, Tensor)
+    if is_sharded(weight):
+        weight = weight.full_tensor()
     if module.output.dim == 1:
         return ops.column_sq_norms(weight.detach())
     # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.

@@ -62,28 +62,35 @@ def attribute(
 ) -> Result:
     """Score every unit of a model on a data set.
 
+    Under `torchrun` or `accelerate launch` the batches are dealt to the processes; the first one
+    writes the scores and prints.
+
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
     from ssah.attribution import attribute as score
     from ssah.data import load_rows, make_loader
+    from ssah.distributed import deal, launched
     from ssah.report.tables import facts_table
     from ssah.units import KINDS
 
-    rows = load_rows(data, split, limit)
-    loaded, tokenizer = load(model, dtype, device, trust_remote_code)
-    loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
-    start = time.perf_counter()
-    with redirect_stdout(sys.stderr):  # the bar
+    with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
+        with ranks.agreeing():
+            rows = load_rows(data, split, limit)
+            loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+            loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+        start = time.perf_counter()
         attribution = score(
             loaded,
-            loader,
+            deal(loader),
             metric=metric.value,
             modules=tuple(kind.value for kind in modules or ()) or KINDS,
             tokens=tokens.value,
             progress=True,
         )
-    seconds = time.perf_counter() - start
-    attribution.save(out)
+        seconds = time.perf_counter() - start
+        with ranks.agreeing():
+            if ranks.rank == 0:
+                attribution.save(out)
     units = sum(len(score) for score in attribution.scores.values())
     counted = max(attribution.count.values())
     result = {
@@ -95,6 +102,7 @@ def attribute(
         "modules": len(attribution.scores),
         "units": units,
         "tokens_counted": counted,
+        "processes": ranks.size,
         "seconds": seconds,
         "config_hash": attribution.config_hash,
         "data_fingerprint": attribution.data_fingerprint,
