@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from transformers.utils import ModelOutput
 from ssah import __version__
 from ssah.batches import IGNORED, Batch, Fingerprint, read_batch
 from ssah.causal_attention import FastCausalBackward
+from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
     check_same_model,
@@ -28,9 +30,11 @@ from ssah.provenance import (
     model_name,
     save_tensors,
 )
+from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
 from ssah.watch import Sums, as_it_was, watching
 from ssah_kernels import ops
+from ssah_kernels.sharded import is_sharded
 
 __all__ = ["METRICS", "TOKENS", "Attribution", "attribute", "config_hash"]
 
@@ -146,6 +150,7 @@ def attribute(
     tokens: str = "auto",
     all_experts: bool = False,
     progress: bool = False,
+    group: Group = "auto",
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
 
@@ -163,6 +168,10 @@ def attribute(
     The first two run the backbone alone, forward; the others need gradients of activations, never
     of weights. The model runs in evaluation mode and in its own dtype, and is left as it was.
 
+    Where a process group is initialised, every rank calls this with batches of its own
+    (:func:`ssah.distributed.deal`), some or none, and gets the scores of all of them together, to
+    the same bits.
+
     Args:
         model: a transformers model of a known family.
         loader: yields what the model takes: mappings with ``input_ids`` and optionally
@@ -174,73 +183,108 @@ def attribute(
         all_experts: run every expert on every token and count it for all of them; what the model
             computes stays what it is. Not for gradient metrics: there is no gradient at an expert
             that did not contribute.
-        progress: show a bar with tokens per second.
+        progress: show a bar with tokens per second; of several ranks, the first one.
+        group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
+            (the default group, if one is initialised) or None (this process alone).
 
-    Raises:
+    Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
-            a single token (no variance), labels missing, ``all_experts`` without experts.
+            a single token (no variance), labels missing, ``all_experts`` without experts; ranks
+            that differ in model or options, or that were all given the same batches.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
-        RuntimeError: a module never ran.
+        RuntimeError: a module never ran; a rank has died.
     """
-    _check_option("metric", metric, METRICS)
-    _check_option("tokens", tokens, TOKENS)
-    found = find_modules(model, modules)
-    assert isinstance(model, PreTrainedModel)
+    ranks = Ranks.of(group)
     gradient = metric in _GRADIENT_METRICS
-    if gradient and model.get_output_embeddings() is None:
-        raise ValueError(
-            f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
-            "vocabulary projection; load it with AutoModelForCausalLM"
-        )
-    if all_experts and (gradient or not any(module.routed for module in found.values())):
-        raise ValueError(
-            "all_experts is True, must be False "
-            + (f"for the metric {metric!r}" if gradient else "for a model without routed experts")
-        )
+    with ranks.agreeing():
+        check_option("metric", metric, METRICS)
+        check_option("tokens", tokens, TOKENS)
+        found = find_modules(model, modules)
+        assert isinstance(model, PreTrainedModel)
+        over = Ranks.over(model)
+        if gradient and model.get_output_embeddings() is None:
+            raise ValueError(
+                f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
+                "vocabulary projection; load it with AutoModelForCausalLM"
+            )
+        if all_experts and (gradient or not any(module.routed for module in found.values())):
+            where = f"for the metric {metric!r}" if gradient else "for a model without experts"
+            raise ValueError(f"all_experts is True, must be False {where}")
+        if over is not None:
+            check_sharded(model, found, ranks, over)
+        batches = iter(loader)
+        begun = list(islice(batches, 1))
+        if tokens == "auto" and begun:
+            labelled = isinstance(begun[0], Mapping) and begun[0].get("labels") is not None
+            tokens = "labels" if labelled else "all"
+    facts = ranks.common(
+        metric=metric,
+        tokens=None if tokens == "auto" else tokens,
+        modules=len(found),
+        all_experts=all_experts,
+        config_hash=config_hash(model),
+    )
+    tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
         sums = {name: Sums.zeros(module) for name, module in found.items()}
     fingerprint = Fingerprint()
-    own_fingerprint = getattr(loader, "fingerprint", None)
-    maskless = _may_drop_mask(model)
+    loaders = set(ranks.tell(getattr(loader, "fingerprint", None)))
+    own_fingerprint = loaders.pop() if len(loaders) == 1 else None
+    maskless = may_drop_mask(model)
     device = device_of(model.get_input_embeddings())
-    counted = n_targets = 0
-    number = -1
-    with ExitStack() as stack:
-        advance = stack.enter_context(_progress(loader)) if progress else None
+    n_batches = counted = n_targets = 0
+
+    def read() -> Iterator[Batch]:
+        for number, raw in enumerate(chain(begun, batches)):
+            yield read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+
+    with ranks.agreeing(), ExitStack() as stack:
+        shown = progress and ranks.rank == 0
+        advance = stack.enter_context(_progress(loader)) if shown else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
         )
-        for number, raw in enumerate(loader):
-            if tokens == "auto":
-                labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
-                tokens = "labels" if labelled else "all"
-            batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
-            if own_fingerprint is None:
+        stack.callback(reshard, model)
+        # The forward pass of a sharded model waits for the other ranks.
+        for batch in read() if over is None else ranks.in_step(read()):
+            n_batches += batch is not None
+            if own_fingerprint is None and batch is not None:
                 fingerprint.update(batch)
+            batch = batch or nothing(device)
             counted += int(batch.token_mask.sum())
             watch.read(batch)
-            if gradient:
+            if over is not None:
+                n_targets += run_sharded(model, batch, gradient)
+            elif gradient:
                 n_targets += _forward_backward(model, batch)
             else:
                 with torch.inference_mode():
                     model.base_model(**batch.inputs, use_cache=False)
             if advance is not None:
                 advance(int(batch.attended.sum()))
-    check_loader(number + 1, counted, metric=metric, tokens=tokens)
+        check_finite(sums, gradient)
+    seen = ranks.tell([n_batches, counted, n_targets, fingerprint.hexdigest()])
+    n_batches, counted, n_targets = (sum(each[i] for each in seen) for i in range(3))
+    check_loader(n_batches, counted, metric=metric, tokens=tokens)
     if gradient and n_targets == 0:
         raise ValueError("loader has no token to predict: the loss is empty")
-    check_sums(found, sums, gradient)
+    ranks.join(sums, gradient=gradient)
+    check_ran(found, sums)
+    norms: dict[str, Tensor] = {}
+    with ranks.agreeing():
+        if not gradient:
+            norms = {name: column_sq_norms(module) for name, module in found.items()}
     return finish(
         model,
         found,
         sums,
-        {} if gradient else {name: column_sq_norms(module) for name, module in found.items()},
+        norms,
         metric=metric,
         tokens=tokens,
-        fingerprint=str(own_fingerprint or fingerprint.hexdigest()),
+        fingerprint=str(own_fingerprint or Fingerprint.total(each[3] for each in seen)),
         all_experts=all_experts,
     )
 
@@ -310,12 +354,13 @@ def finish(
     return attribution
 
 
-def _check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")
 
 
-def _may_drop_mask(model: PreTrainedModel) -> bool:
+def may_drop_mask(model: PreTrainedModel) -> bool:
+    """Whether a right-padded batch may run without its attention mask."""
     config = model.config.get_text_config(decoder=True)
     causal = getattr(config, "is_causal", True)
     both_ways = getattr(config, "use_bidirectional_attention", False)
@@ -386,15 +431,18 @@ def _restore_forward(module: nn.Module, forward: Any) -> None:
         module.forward = forward
 
 
-def check_sums(
-    modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums], gradient: bool
-) -> None:
-    """Raise, with the module's name, where nothing was summed or something is not finite."""
+def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
+    """Raise RuntimeError, with the module's name, where nothing was summed."""
     # Of a layer's experts, some may see no token: all are the same module.
     ran = {modules[name].down for name, state in sums.items() if state.count}
-    for name, state in sums.items():
+    for name in sums:
         if modules[name].down not in ran:
             raise RuntimeError(f"module {name!r} never ran: its units have no score")
+
+
+def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
+    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
+    for name, state in sums.items():
         if not _finite(state.mean, state.m2):
             raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
     for name, state in reversed(list(sums.items())) if gradient else ():
@@ -430,6 +478,8 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     """
     with at_hand(module.down):
         weight = module.weight.detach()
+        if is_sharded(weight):
+            weight = weight.full_tensor()
         if module.output.dim == 1:
             norms = ops.column_sq_norms(weight)
         else:

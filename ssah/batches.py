@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,3 +162,8 @@ class Fingerprint:
     def hexdigest(self) -> str:
         """64 hexadecimal digits."""
         return f"{self._sum:064x}"
+
+    @staticmethod
+    def total(parts: Iterable[str]) -> str:
+        """That of all rows together, from the hexadecimal digits of each part of them."""
+        return f"{sum(int(part, 16) for part in parts) % 2**256:064x}"

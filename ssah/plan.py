@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah import masked_ffn, updates
+from ssah import masked_ffn, sharded_plan, updates
+from ssah.distributed import Ranks, reshard
 from ssah.frozen import digests
 from ssah.masked_linear import MaskedProjection
 from ssah.plan_optimizer import (
@@ -47,12 +47,16 @@ class UpdatePlan:
     they copy what is split. FFN channels are permuted inside, which changes sums by rounding.
     A copy of the model (``copy.deepcopy``) carries a plan of its own, see `plan_of`.
 
+    A model that ``fully_shard`` has sharded keeps its parameters, with dense gradients, and only
+    the plan's own optimiser may train it.
+
     Attributes:
         model: the model.
         units: the units given, frozen or trained.
         trained_units: the units that train, over every module of the model.
         modules: its depth-2 modules by B's name.
         fingerprint: SHA-256 (hex) of configuration and trained entries, equal for equal plans.
+        ranks: those that the model is sharded over, or None.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class UpdatePlan:
         if plan_of(model) is not None:
             raise ValueError("model has an active plan already: close it first (plan.close())")
         self.modules: dict[str, DepthTwoModule] = find_modules(model)
+        self.ranks = Ranks.over(model)
         check_units(model, units)
         check_trainable(model)
         check_projections(model, self.modules, units.keys())
@@ -87,6 +92,8 @@ class UpdatePlan:
                 f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
                 "units that own something, or name parameters in also="
             )
+        if self.ranks is not None:
+            sharded_plan.check_entries(self.entries)
         self.config_hash, self.base_name = config_hash(model), model_name(model)
         self.fingerprint = fingerprint(self.config_hash, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())
@@ -96,8 +103,14 @@ class UpdatePlan:
             # A gradient left over would let an optimiser move what is frozen.
             parameter.grad = None
             parameter.requires_grad_(bool(self.entries[name].trains.any()))
-        self.masked: dict[str, MaskedProjection] = split(model, self.modules, masks, self.entries)
-        self.ffns = masked_ffn.install(model, self.modules)
+        self.masked: dict[str, MaskedProjection] = {}
+        self.ffns: list[nn.Module] = []
+        self.hooks: list[Any] = []
+        if self.ranks is None:
+            self.masked = split(model, self.modules, masks, self.entries)
+            self.ffns = masked_ffn.install(model, self.modules)
+        else:
+            self.hooks = sharded_plan.clear_frozen_gradients(model, self.entries)
         self.digests = self._digests()
         model.__dict__[PLAN] = self
         watch_optimizers(self)
@@ -120,7 +133,7 @@ class UpdatePlan:
         """Every parameter that trains, as (original name, parameter, entries, number of entries).
 
         The entries, int64, are those of the original parameter that the rows of this one are;
-        of a parameter that trains whole, they run along the dimension that units own.
+        of a parameter that is not split, those that train, along the dimension that units own.
         """
         for name, entries in self.entries.items():
             size = len(entries.trains)
@@ -135,7 +148,7 @@ class UpdatePlan:
                     assert parameter is not None
                     yield name, parameter, piece, size
             elif entries.trains.any():
-                yield name, self.model.get_parameter(name), torch.arange(size), size
+                yield name, self.model.get_parameter(name), entries.trains.nonzero()[:, 0], size
 
     def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and original parameters of what is split: no optimiser may hold them now."""
@@ -145,7 +158,11 @@ class UpdatePlan:
 
     def print_trainable_parameters(self) -> None:
         """Print how many elements train, of how many, in PEFT's form."""
-        trained = sum(p.numel() for p in self.parameters())
+        dense = self.ranks is not None
+        trained = sum(
+            p.numel() * len(index) // size if dense else p.numel()
+            for _, p, index, size in self.trained_slices()
+        )
         print(
             f"trainable params: {trained:,d} || all params: {self.n_parameters:,d} || "
             f"trainable%: {100 * trained / self.n_parameters:.4f}"
@@ -212,10 +229,16 @@ class UpdatePlan:
     def verify(self) -> None:
         """Compare what is frozen with the hashes taken at the start.
 
+        Of a sharded model every rank looks at its own rows, and all have to call this.
+
         Raises:
-            RuntimeError: a frozen weight changed, if only by a bit; it is named.
+            RuntimeError: a frozen weight changed, if only by a bit; it is named. On every rank.
         """
         self._check_open()
+        with (self.ranks or Ranks()).agreeing():
+            self._verify()
+
+    def _verify(self) -> None:
         now = self._digests()
         moved = [name for name, value in self.digests.items() if now[name] != value]
         if moved:
@@ -226,6 +249,8 @@ class UpdatePlan:
             )
 
     def _digests(self) -> dict[str, str]:
+        if self.ranks is not None:
+            return digests(sharded_plan.frozen_pieces(self.model, self.entries))
         pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
         for name, entries in self.entries.items():
             if entries.whole:
@@ -242,7 +267,11 @@ class UpdatePlan:
     # --------------------------------------------------------------------------------- saving
 
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
-        """Write the trained slices alone: safetensors, and JSON that says what they belong to."""
+        """Write the trained slices alone: safetensors, and JSON that says what they belong to.
+
+        Raises:
+            ValueError: the model is sharded: its checkpoints are torch.distributed.checkpoint's.
+        """
         self._check_open()
         updates.save_update(self, directory)
 
@@ -260,9 +289,12 @@ class UpdatePlan:
         """
         if self.closed:
             return
+        reshard(self.model)
         masked_ffn.uninstall(self.ffns)
         for module in self.masked.values():
             module.uninstall()
+        for hook in self.hooks:
+            hook.remove()
         for name, parameter in self.model.named_parameters():
             parameter.grad = None
             parameter.requires_grad_(self.required_grad[name])
@@ -278,6 +310,7 @@ class UpdatePlan:
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError("the plan is closed: make a new one")
+        reshard(self.model)
 
     def __enter__(self) -> UpdatePlan:
         return self

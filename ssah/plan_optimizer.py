@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from ssah.units import UnitSet
 from ssah_kernels.optim import MaskedAdamW
+from ssah_kernels.sharded import is_sharded
 
 if TYPE_CHECKING:
     from ssah.plan import UpdatePlan
@@ -62,6 +63,11 @@ def _check_step(optimizer: Optimizer, *_: Any) -> None:
                 "or train_only(), from plan.parameters() or with plan.optimizer()"
             )
         if any(id(p) in held for p in plan.parameters()):
+            if plan.ranks is not None and not isinstance(optimizer, PlanAdamW):
+                raise TypeError(
+                    f"the optimiser is a {type(optimizer).__name__}, which would move frozen "
+                    "entries of a sharded model; it must be plan.optimizer()"
+                )
             marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
             if marks - {plan.fingerprint}:
                 raise ValueError(_other_plan(marks, [plan.fingerprint]))
@@ -88,6 +94,12 @@ def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
         for name, p, _, _ in plan.trained_slices()
         if name.rpartition(".")[0] not in plan.masked and p.dim() > 1
     }
+    # A sharded parameter is not split: the optimiser selects what trains.
+    indices = {
+        id(p): index
+        for _, p, index, size in plan.trained_slices()
+        if is_sharded(p) and len(index) < size
+    }
     groups = []
     for decays in (True, False):
         parameters = [p for p in plan.parameters() if (p.dim() > 1) == decays]
@@ -96,6 +108,7 @@ def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
                 {
                     "params": parameters,
                     "weight_decay": weight_decay if decays else 0.0,
+                    "indices": [indices.get(id(p)) for p in parameters],
                     "dims": [dims.get(id(p), 0) for p in parameters],
                     "plan": plan.fingerprint,
                 }

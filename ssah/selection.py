@@ -16,6 +16,7 @@ from ssah import masked_experts
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.slots import Slot
 from ssah.units import DepthTwoModule
+from ssah_kernels.sharded import check_layout, is_sharded
 
 __all__ = [
     "Entries",
@@ -65,8 +66,10 @@ def check_trainable(model: PreTrainedModel) -> None:
     """Refuse models whose weights cannot be split.
 
     Raises:
-        ValueError: a weight is quantised, not in memory or a tensor subclass, with its name.
+        ValueError: a weight is quantised, not in memory, a tensor subclass, or sharded otherwise
+            than ``fully_shard`` does, with its name.
     """
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"model {type(model).__name__} is quantised, must hold floating-point weights "
@@ -78,11 +81,18 @@ def check_trainable(model: PreTrainedModel) -> None:
                 f"parameter {name!r} is {parameter.dtype} on {parameter.device}, must be a "
                 "floating-point weight in memory (dequantise the model, and load it whole)"
             )
-        if type(parameter.data) is not Tensor or parameter.is_inference():
+        if sharded:
+            if not is_sharded(parameter):
+                raise ValueError(
+                    f"parameter {name!r} is not sharded, must be like the others: apply "
+                    "fully_shard to the whole model"
+                )
+            check_layout(f"parameter {name!r}", parameter)
+        elif type(parameter.data) is not Tensor or parameter.is_inference():
             raise ValueError(
                 f"parameter {name!r} is a {type(parameter.data).__name__} (inference tensor: "
                 f"{parameter.is_inference()}), must be a plain tensor: load the model outside "
-                "torch.inference_mode, and make the plan before it is sharded"
+                "torch.inference_mode (of sharded ones, those of fully_shard are known)"
             )
 
 

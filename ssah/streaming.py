@@ -22,12 +22,13 @@ from ssah.attribution import (
     METRICS,
     TOKENS,
     Attribution,
-    _check_option,
-    _may_drop_mask,
+    check_finite,
     check_loader,
-    check_sums,
+    check_option,
+    check_ran,
     column_sq_norms,
     finish,
+    may_drop_mask,
 )
 from ssah.batches import Batch, Fingerprint, read_batch
 from ssah.layered import LayeredModel
@@ -101,8 +102,8 @@ def stream(
         ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
             gradient metric, or a ``state`` that is damaged or of another run.
     """
-    _check_option("metric", metric, METRICS)
-    _check_option("tokens", tokens, TOKENS)
+    check_option("metric", metric, METRICS)
+    check_option("tokens", tokens, TOKENS)
     if metric not in STREAMED_METRICS:
         raise ValueError(
             f"metric is {metric!r}, which needs gradients: going backward would read every layer a "
@@ -172,7 +173,8 @@ def _run(
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
             sums = {name: Sums.zeros(module) for name, module in own.items()}
             _run_layer(layered, index, own, sums, batches, done)
-            check_sums(own, sums, gradient=False)
+            check_ran(own, sums)
+            check_finite(sums, gradient=False)
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
@@ -266,7 +268,7 @@ def _read_loader(
     loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
 ) -> tuple[list[Batch], str, str]:
     """All batches, which tokens count, and the fingerprint of the data."""
-    maskless = _may_drop_mask(layered.model)
+    maskless = may_drop_mask(layered.model)
     fingerprint = Fingerprint()
     own_fingerprint = getattr(loader, "fingerprint", None)
     batches: list[Batch] = []

@@ -31,7 +31,16 @@ def plan_of(model: nn.Module) -> UpdatePlan | None:
 
 
 def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
-    """Write the trained slices of ``plan`` to ``directory``: whole, or not at all."""
+    """Write the trained slices of ``plan`` to ``directory``: whole, or not at all.
+
+    Raises:
+        ValueError: its model is sharded.
+    """
+    if plan.ranks is not None:
+        raise ValueError(
+            f"model is sharded over {plan.ranks.size} ranks, must be in one memory for its trained "
+            "slices to be written: save it with torch.distributed.checkpoint"
+        )
     for module in plan.masked.values():
         module.sync()
     pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}

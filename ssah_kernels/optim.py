@@ -11,6 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssah_kernels import ops
+from ssah_kernels.sharded import (
+    check_layout,
+    compact,
+    expand,
+    first_row,
+    is_sharded,
+    local,
+    local_index,
+)
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 COMPENSATED = (torch.bfloat16, torch.float16)
@@ -83,6 +92,13 @@ class _MaskedOptimizer(Optimizer):
         for i, (p, index, dim) in enumerate(
             zip(group["params"], group["indices"], group["dims"], strict=True)
         ):
+            if is_sharded(p):
+                check_layout(f"params[{i}]", p)
+                if group["max_norm"] is not None or group["track_importance"]:
+                    raise ValueError(
+                        f"params[{i}] is sharded: max_norm must be None (clip with "
+                        "torch.nn.utils.clip_grad_norm_) and track_importance False"
+                    )
             if index is None:
                 continue
             size = p.shape[dim]
@@ -131,14 +147,20 @@ class _MaskedOptimizer(Optimizer):
                 continue
             if p.grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
-            grad = p.grad if index is None else p.grad.index_select(dim, index)
+            own, grad = local(p), local(p.grad)
+            if is_sharded(p):
+                index = None if index is None else local_index(p, index, dim)
+                number += first_row(p) << 32  # other noise on every rank
+            grad = grad if index is None else grad.index_select(dim, index)
             state = self.state[p]
             if not state:
                 state.update(self._new_state(group, grad, dim))
             state["step"] += 1
+            if is_sharded(p) and not grad.numel():
+                continue
             key = (id(group), p.dtype, p.device, float(state["step"]))
             call = calls.setdefault(key, (group, _Call(number)))[1]
-            call.params.append(p)
+            call.params.append(own)
             call.grads.append(grad)
             call.indices.append(index)
             call.dims.append(dim)
@@ -208,6 +230,19 @@ class _MaskedOptimizer(Optimizer):
             if "importance_signed" in state
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimiser's. State of a sharded parameter is a DTensor of its whole shape, zero
+        where nothing trains, so that a checkpoint can be read by any number of ranks."""
+        result = super().state_dict()
+        numbers = (n for group in result["param_groups"] for n in group["params"])
+        for (_, _, p, index, dim), n in zip(self._entries(), numbers, strict=True):
+            if is_sharded(p) and n in result["state"]:
+                result["state"][n] = {
+                    name: value if name == "step" else expand(p, value, index, dim)
+                    for name, value in result["state"][n].items()
+                }
+        return result
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, step counts (which the rounding noise follows) and state, in the dtype
         that the state was saved in.
@@ -225,14 +260,16 @@ class _MaskedOptimizer(Optimizer):
             group["indices"], group["dims"] = indices, dims
         numbers = (n for group in state_dict["param_groups"] for n in group["params"])
         for (_, _, p, index, dim), n in zip(self._entries(), numbers, strict=True):
+            shape = list(p.shape)
+            if index is not None:
+                shape[dim] = len(index)
             for name, value in state_dict["state"].get(n, {}).items():
-                compact = list(p.shape)
-                if index is not None:
-                    compact[dim] = len(index)
-                if name in self.state_names and list(value.shape) != compact:
+                if is_sharded(p) and name != "step":
+                    value = compact(p, value, index, dim)
+                elif name in self.state_names and list(value.shape) != shape:
                     raise ValueError(
                         f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
-                        f"it must be {compact}: was it saved with another selection of units?"
+                        f"it must be {shape}: was it saved with another selection of units?"
                     )
                 device = "cpu" if name == "step" else p.device
                 self.state[p][name] = value.detach().to(device, copy=True)

@@ -76,29 +76,38 @@ def attribute(
 ) -> Result:
     """Score every unit of a model on a data set.
 
+    Under `torchrun` or `accelerate launch` the batches are dealt to the processes; the first one
+    writes the scores and prints.
+
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
     from ssah.attribution import attribute as score
     from ssah.data import load_rows, make_loader
+    from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
     from ssah.streaming import stream
     from ssah.units import KINDS
 
-    rows = load_rows(data, split, limit)
-    if streamed:
-        tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    else:
-        loaded, tokenizer = load(model, dtype, device, trust_remote_code)
-    loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
     options: dict[str, Any] = {
         "metric": metric.value,
         "modules": tuple(kind.value for kind in modules or ()) or KINDS,
         "tokens": tokens.value,
         "progress": True,
     }
-    start = time.perf_counter()
-    with redirect_stdout(sys.stderr):  # the bar
+    with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
+        with ranks.agreeing():
+            if streamed and ranks.size > 1:
+                raise ValueError(
+                    f"--stream reads the model for one process, this is one of {ranks.size}"
+                )
+            rows = load_rows(data, split, limit)
+            if streamed:
+                tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
+            else:
+                loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+            loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+        start = time.perf_counter()
         if streamed:
             attribution, traffic = stream(
                 model,
@@ -110,9 +119,11 @@ def attribute(
                 **options,
             )
         else:
-            attribution = score(loaded, loader, all_experts=all_experts, **options)
-    seconds = time.perf_counter() - start
-    attribution.save(out)
+            attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
+        seconds = time.perf_counter() - start
+        with ranks.agreeing():
+            if ranks.rank == 0:
+                attribution.save(out)
     units = sum(len(score) for score in attribution.scores.values())
     counted = max(attribution.count.values())
     result = {
@@ -125,6 +136,7 @@ def attribute(
         "units": units,
         "tokens_counted": counted,
         "scarce": attribution.scarce(),
+        "processes": ranks.size,
         "seconds": seconds,
         "config_hash": attribution.config_hash,
         "data_fingerprint": attribution.data_fingerprint,

@@ -139,6 +139,8 @@ def _stop(error: Exception, code: int) -> None:
 
 
 def _print(result: Result, as_json: bool) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return  # of the processes that a launcher started, the first one prints
     if as_json:
         typer.echo(json.dumps(result.data, indent=2, allow_nan=False))
         return

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssah.attribution import _may_drop_mask
+from ssah.attribution import may_drop_mask
 from ssah.batches import IGNORED, Batch, read_batch
 from ssah.watch import as_it_was
 
@@ -60,7 +60,7 @@ def response_log_probs(
         TypeError, ValueError: a batch is not of this form.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    maskless = _may_drop_mask(model)
+    maskless = may_drop_mask(model)
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
     choosy = "logits_to_keep" in inspect.signature(model.forward).parameters

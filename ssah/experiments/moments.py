@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssah.attribution import _may_drop_mask, column_sq_norms
+from ssah.attribution import column_sq_norms, may_drop_mask
 from ssah.batches import read_batch
 from ssah.data import Collator, Encoded
 from ssah.provenance import load_tensors, save_tensors
@@ -109,7 +109,7 @@ def row_moments(
         {name: column_sq_norms(module).cpu() for name, module in modules.items()},
     )
     sums = {name: Sums.zeros(module) for name, module in modules.items()}
-    collator, maskless = Collator(tokenizer), _may_drop_mask(model)
+    collator, maskless = Collator(tokenizer), may_drop_mask(model)
     with (
         as_it_was(model),
         torch.autocast(model.device.type, enabled=False),

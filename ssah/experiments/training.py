@@ -19,7 +19,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ssah.attribution import _may_drop_mask
+from ssah.attribution import may_drop_mask
 from ssah.data import Collator, Encoded
 from ssah.evaluation import utility_loss
 
@@ -121,7 +121,7 @@ def train(
             model=trained,
             args=arguments,
             train_dataset=rows,
-            data_collator=_maskless(collator) if _may_drop_mask(model) else collator,
+            data_collator=_maskless(collator) if may_drop_mask(model) else collator,
             callbacks=[checks],
             **options,
         )

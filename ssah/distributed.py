@@ -1,0 +1,274 @@
+"""Scoring by several processes: agreeing on what is scored, and joining what each one saw.
+
+Every rank runs its own batches; nothing is sent meanwhile. At the end the states (count, mean, M2,
+gradient sums) of all ranks are gathered, and every rank merges them in the order of the ranks, in
+float64, so that all of them hold the same bits. An error on one rank is told to the others.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssah.watch import Sums
+from ssah_kernels.reference.channel_moments import merge_moments_
+from ssah_kernels.sharded import is_sharded
+
+__all__ = ["Dealt", "Group", "Ranks", "deal", "launched", "reshard"]
+
+Group: TypeAlias = "dist.ProcessGroup | str | None"
+Item = TypeVar("Item")
+
+_UNITS_AT_ONCE = 2**20  # gathered at a time: 8 MiB a rank
+# What an error of another rank is raised as: the first of these that it is an instance of.
+_ERRORS = (TypeError, ValueError, OSError, FloatingPointError, ImportError, RuntimeError)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that work on one result; by default this one alone.
+
+    Attributes:
+        rank: of this process among them.
+        size: their number.
+        group: their process group, None for one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    group: dist.ProcessGroup | None = None
+
+    @classmethod
+    def of(cls, group: Group = "auto") -> Ranks:
+        """The ranks of ``group``.
+
+        Args:
+            group: a process group of ``torch.distributed``; ``"auto"``: the default one if it is
+                initialised, else this process alone; None: this process alone.
+
+        Raises:
+            TypeError: ``group`` is something else.
+            ValueError: ``group`` is another string, or this process is not in it.
+        """
+        if isinstance(group, str):
+            if group != "auto":
+                raise ValueError(f"group is {group!r}, must be 'auto', None or a process group")
+            initialised = dist.is_available() and dist.is_initialized()
+            group = dist.group.WORLD if initialised else None
+        if group is None:
+            return cls()
+        if not isinstance(group, dist.ProcessGroup):
+            raise TypeError(
+                f"group is {group!r}, must be 'auto', None or a process group that this process is "
+                "a member of"
+            )
+        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+
+    @classmethod
+    def over(cls, model: nn.Module) -> Ranks | None:
+        """The ranks that ``model`` is sharded over (``fully_shard``), or None: it is not."""
+        reshard(model)
+        for parameter in model.parameters():
+            if is_sharded(parameter):
+                mesh = parameter.device_mesh
+                return cls.of(mesh.get_group() if mesh.ndim == 1 else "auto")
+        return None
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """``tensor`` of every rank, ``[ranks, ...]`` in their order, on the device of ``tensor``.
+
+        Raises:
+            RuntimeError: a rank has died, or does not answer within the group's timeout.
+        """
+        if self.size == 1:
+            return tensor[None]
+        served = [entry.split(":")[0] for entry in dist.get_backend_config(self.group).split(",")]
+        device = tensor.device if tensor.device.type in served else torch.device(served[0])
+        own = tensor.to(device).contiguous()
+        parts = [torch.empty_like(own) for _ in range(self.size)]
+        try:
+            dist.all_gather(parts, own, group=self.group)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"rank {self.rank} of {self.size} waited for the others in vain: one has died, or "
+                f"does not answer within the group's timeout ({str(error).splitlines()[0]})"
+            ) from error
+        return torch.stack(parts).to(tensor.device)
+
+    def tell(self, value: Any) -> list[Any]:
+        """``value`` (JSON types) of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        sizes = self.gather(torch.tensor(len(text))).tolist()
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(text)] = text
+        texts = self.gather(padded)
+        return [json.loads(bytes(t[:n].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+    @contextmanager
+    def agreeing(self) -> Iterator[None]:
+        """An error inside the block on one rank becomes an error on every rank, at its end.
+
+        Raises:
+            the other rank's error, as the nearest of Python's own kinds, with the rank's number.
+        """
+        try:
+            yield
+        except Exception as error:
+            kind = next((i for i, each in enumerate(_ERRORS) if isinstance(error, each)), -1)
+            message = f"{error}" if kind >= 0 else f"{type(error).__name__}: {error}"
+            with suppress(RuntimeError):  # whoever cannot be told any more: the cause is raised
+                self.tell([kind, message])
+            raise
+        for rank, told in enumerate(self.tell(None)):
+            if told is not None:
+                kind, message = told
+                raise _ERRORS[kind](f"rank {rank}: {message}")
+
+    def common(self, **facts: Any) -> dict[str, Any]:
+        """The facts (JSON types), which must be the same on every rank that has them (not None).
+
+        Raises:
+            ValueError: two ranks differ; on every rank.
+        """
+        told = self.tell(facts)
+        result: dict[str, Any] = {}
+        for name in facts:
+            known = [(rank, each[name]) for rank, each in enumerate(told) if each[name] is not None]
+            for rank, value in known:
+                if value != known[0][1]:
+                    raise ValueError(
+                        f"{name} is {value!r} on rank {rank} and {known[0][1]!r} on rank "
+                        f"{known[0][0]}, must be the same on every rank"
+                    )
+            result[name] = known[0][1] if known else None
+        return result
+
+    def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
+        """As many items on every rank: None on a rank that has no more while another has.
+
+        For models whose forward pass itself waits for the other ranks. An error of ``items`` on one
+        rank is raised on every rank, before any of them goes on.
+        """
+        iterator = iter(items)
+        while True:
+            with self.agreeing():
+                item = next(iterator, None)
+            if not any(self.tell(item is not None)):
+                return
+            yield item
+
+    def join(self, sums: Mapping[str, Sums], *, gradient: bool) -> None:
+        """Replace every module's state by that of all ranks together: the same bits on each.
+
+        (count, mean, M2) are merged by Chan's formula and the gradient sums are added, in float64
+        and in the order of the ranks. Received: 16 bytes a unit and rank, 32 with ``gradient``.
+
+        Raises:
+            ValueError: all ranks hold the same state, so that they ran the same batches.
+        """
+        if self.size == 1:
+            return
+        states = list(sums.values())
+        units = [len(state.mean) for state in states]
+        counts = self.gather(torch.stack([state.count.cpu() for state in states]))
+        module = torch.repeat_interleave(torch.tensor(units))  # [units], which one each is of
+        fields = ("mean", "m2", "signed", "squared") if gradient else ("mean", "m2")
+        flat = [torch.cat([getattr(state, field).cpu() for state in states]) for field in fields]
+        same = bool((counts == counts[0]).all())
+        for start in range(0, len(module), _UNITS_AT_ONCE):
+            piece = slice(start, start + _UNITS_AT_ONCE)
+            parts = [self.gather(values[piece]) for values in flat]  # [ranks, units] each
+            same = same and all(bool((part == part[0]).all()) for part in parts)
+            for values in flat:
+                values[piece] = 0
+            count = torch.zeros_like(flat[0][piece])
+            mean, m2, *added = (values[piece] for values in flat)
+            for rank, n in enumerate(counts[:, module[piece]]):
+                merge_moments_(count, mean, m2, n, parts[0][rank], parts[1][rank])
+                for total, part in zip(added, parts[2:], strict=True):
+                    total += part[rank]
+        if same and bool(counts.any()):
+            raise ValueError(
+                f"loader yields the same batches on all {self.size} ranks, so that every token "
+                "would count that often: give each rank its own, e.g. ssah.distributed.deal(loader)"
+            )
+        for i, state in enumerate(states):
+            state.count.copy_(counts[:, i].sum())
+        for field, values in zip(fields, flat, strict=True):
+            for state, own in zip(states, values.split(units), strict=True):
+                getattr(state, field).copy_(own)
+
+
+class Dealt:
+    """Every n-th batch of a loader that all ranks hold alike; made by :func:`deal`."""
+
+    def __init__(self, loader: Iterable[Any], ranks: Ranks) -> None:
+        self.loader, self.ranks = loader, ranks
+
+    def __iter__(self) -> Iterator[Any]:
+        return islice(iter(self.loader), self.ranks.rank, None, self.ranks.size)
+
+    def __length_hint__(self) -> int:
+        return len(range(self.ranks.rank, operator.length_hint(self.loader, 0), self.ranks.size))
+
+    @property
+    def fingerprint(self) -> str | None:
+        """That of the whole loader, if it has one: all ranks together see all of it."""
+        return getattr(self.loader, "fingerprint", None)
+
+
+def deal(loader: Iterable[Any], group: Group = "auto") -> Dealt:
+    """This rank's share of the batches of ``loader``, dealt whole, one at a time.
+
+    No batch is repeated to make shares even, as ``DistributedSampler`` and accelerate's
+    ``even_batches`` do: some ranks get one more, or none.
+
+    Args:
+        loader: the same on every rank.
+        group: as in :func:`ssah.attribute`.
+    """
+    return Dealt(loader, Ranks.of(group))
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of the weights that ``fully_shard`` gathered: the outermost module keeps its own after
+    a forward pass without a backward one. Does nothing to a model that is not sharded."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextmanager
+def launched() -> Iterator[Ranks]:
+    """The ranks that ``torchrun`` or ``accelerate launch`` started, inside the block.
+
+    Their process group is initialised, unless it is already, and destroyed at the end. With an
+    accelerator, each takes the one of its number on this machine. Without a launcher: this process.
+    """
+    launches = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    if not launches or dist.is_initialized():
+        yield Ranks.of()
+        return
+    if torch.accelerator.is_available():
+        torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group()
+    try:
+        yield Ranks.of()
+    finally:
+        dist.destroy_process_group()

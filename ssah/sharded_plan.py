@@ -1,0 +1,62 @@
+"""A plan on a model that ``torch.distributed.fsdp.fully_shard`` has sharded.
+
+Nothing is split: every parameter stays the DTensor that it was, its gradient is dense, and the
+optimiser updates the entries that train. Every rank answers for its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssah.frozen import complement_rows
+from ssah.selection import Entries
+from ssah_kernels.sharded import local, local_index
+
+__all__ = ["check_entries", "clear_frozen_gradients", "frozen_pieces"]
+
+
+def check_entries(entries: Mapping[str, Entries]) -> None:
+    """Raise ValueError where some units of routed experts train and some do not."""
+    for name, each in entries.items():
+        if each.experts and each.partial:
+            raise ValueError(
+                f"parameter {name!r} holds the routed experts of a model that is sharded: all of "
+                "their units must train, or none"
+            )
+
+
+def frozen_pieces(
+    model: nn.Module, entries: Mapping[str, Entries]
+) -> dict[str, Callable[[], Iterable[Tensor]]]:
+    """What this rank holds of every weight's frozen entries."""
+
+    def piece(name: str, each: Entries) -> Iterable[Tensor]:
+        parameter = model.get_parameter(name)
+        index = local_index(parameter, each.trains.nonzero()[:, 0], each.dim)  # type: ignore[arg-type]
+        yield complement_rows(local(parameter), (each.dim,), index)
+
+    return {name: partial(piece, name, each) for name, each in entries.items() if not each.whole}
+
+
+def clear_frozen_gradients(model: nn.Module, entries: Mapping[str, Entries]) -> list[Any]:
+    """Set the gradient of frozen entries to zero as soon as it is there; returns the hooks.
+
+    So that whoever clips gradients sees the norm of what trains.
+    """
+    handles = []
+    for name, each in entries.items():
+        if each.partial:
+            parameter = model.get_parameter(name)
+            frozen = (~each.trains).nonzero()[:, 0].to(parameter.device)
+            own = local_index(parameter, frozen, each.dim)  # type: ignore[arg-type]
+
+            def clear(p: Tensor, dim: int = each.dim, own: Tensor = own) -> None:
+                assert p.grad is not None
+                local(p.grad).index_fill_(dim, own, 0)
+
+            handles.append(parameter.register_post_accumulate_grad_hook(clear))
+    return handles
