@@ -13,7 +13,7 @@ import tiny_chat
 import tiny_models
 import torch
 import torch.distributed as dist
-from test_training import MODES, draw, make, masks, snapshot
+from test_training import draw, make, masks, snapshot
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -30,6 +30,8 @@ from ssah.distributed import Ranks, deal, launched
 from ssah_kernels.sharded import first_row, local
 
 Batches = list[dict[str, Tensor]]
+
+MODES = ("freeze", "train_only")
 
 
 @pytest.fixture(autouse=True)
