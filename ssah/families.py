@@ -152,6 +152,7 @@ _LINEAR_ATTENTION = NotCovered(
     "linear attention: a recurrent state lies between its projections, not V -> O",
     instead="attention",
 )
+_EXPERTS = NotCovered("mlp.experts", "mixture of experts", instead="mlp")
 # A row of V that feeds several layers cannot be frozen or trained for one of them.
 _SHARED_VALUES = (
     NotCovered(
@@ -215,13 +216,7 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": replace(_LLAMA, ffn=_GPT2_FFN),
     "bloom": _BLOOM,
     "falcon": _BLOOM,
-    "qwen3_next": replace(
-        _QWEN_HYBRID,
-        not_covered=(
-            _LINEAR_ATTENTION,
-            NotCovered("mlp.experts", "mixture of experts", instead="mlp"),
-        ),
-    ),
+    "qwen3_next": replace(_QWEN_HYBRID, not_covered=(_LINEAR_ATTENTION, _EXPERTS)),
     "qwen3_5_text": _QWEN_HYBRID,
     "olmo_hybrid": replace(_LLAMA, not_covered=(_LINEAR_ATTENTION,)),
     "gemma3n_text": replace(
