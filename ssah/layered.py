@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +22,11 @@ from transformers.modeling_utils import LoadStateDictConfig
 
 from ssah.checkpoint import Checkpoint
 from ssah.models import DTYPES, ModelError, loading, locate, pick_device, quiet
+from ssah.offload import replaced_forward
+from ssah.stream_state import Hidden
 from ssah.units import layers_path
 
-__all__ = ["LayeredModel"]
+__all__ = ["LayeredModel", "Relay", "alone", "moved"]
 
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _REST = -1
@@ -189,6 +194,46 @@ class LayeredModel:
         for name in names:
             if state[name].is_meta:
                 raise ModelError(f"model {self.name!r} has no weight {name!r} in its files")
+
+
+@dataclass
+class Relay:
+    """What goes into the one layer that runs, and what has come out of it."""
+
+    before: Any = None
+    after: Any = None
+
+
+@contextmanager
+def alone(layers: nn.ModuleList, index: int) -> Iterator[Relay]:
+    """Inside the block, those before layer ``index`` return what goes into it, those after it what
+    came out."""
+    relay = Relay()
+    own = layers[index].forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        relay.after = own(*args, **kwargs)
+        return relay.after
+
+    def earlier(*_: Any, **__: Any) -> Any:
+        return relay.before
+
+    def later(*_: Any, **__: Any) -> Any:
+        return relay.after
+
+    with ExitStack() as stack:
+        for i, layer in enumerate(layers):
+            forward = run if i == index else earlier if i < index else later
+            stack.enter_context(replaced_forward(layer, forward))
+        yield relay
+
+
+def moved(output: Hidden, device: torch.device) -> Hidden:
+    """What a layer returns, on ``device``: hidden states, or a tuple that begins with them. Nothing
+    else in it is handed on."""
+    if isinstance(output, Tensor):
+        return output.to(device)
+    return (output[0].to(device), *[None] * (len(output) - 1))
 
 
 def _folder(source: str, local: bool) -> Path:

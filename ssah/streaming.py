@@ -15,7 +15,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssah import __version__
 from ssah.attribution import (
@@ -31,10 +31,9 @@ from ssah.attribution import (
     may_drop_mask,
 )
 from ssah.batches import Batch, Fingerprint, read_batch
-from ssah.layered import LayeredModel
-from ssah.offload import replaced_forward
+from ssah.layered import LayeredModel, alone, moved
 from ssah.provenance import config_hash
-from ssah.stream_state import FileState, Hidden, MemoryState
+from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
 from ssah.watch import Sums, watching
 
@@ -212,56 +211,16 @@ def _run_layer(
     last = index == len(layered.layers) - 1
     with (
         watching(modules, sums, gradient=False) as watch,
-        _alone(layered.layers, index) as relay,
+        alone(layered.layers, index) as relay,
         torch.inference_mode(),
     ):
         for number, batch in enumerate(batches):
             watch.read(batch)
             if index:
-                relay.before = _move(done.get(number), layered.device)
+                relay.before = moved(done.get(number), layered.device)
             layered.model.base_model(**batch.inputs, use_cache=False)
             if not last:
-                done.put(number, _move(relay.after, torch.device("cpu")))
-
-
-@dataclass
-class _Relay:
-    """What goes into the one layer that runs, and what has come out of it."""
-
-    before: Any = None
-    after: Any = None
-
-
-@contextmanager
-def _alone(layers: nn.ModuleList, index: int) -> Iterator[_Relay]:
-    """Inside the block, those before layer ``index`` return what goes into it, those after it what
-    came out."""
-    relay = _Relay()
-    own = layers[index].forward
-
-    def run(*args: Any, **kwargs: Any) -> Any:
-        relay.after = own(*args, **kwargs)
-        return relay.after
-
-    def earlier(*_: Any, **__: Any) -> Any:
-        return relay.before
-
-    def later(*_: Any, **__: Any) -> Any:
-        return relay.after
-
-    with ExitStack() as stack:
-        for i, layer in enumerate(layers):
-            forward = run if i == index else earlier if i < index else later
-            stack.enter_context(replaced_forward(layer, forward))
-        yield relay
-
-
-def _move(output: Hidden, device: torch.device) -> Hidden:
-    """What a layer returns, on ``device``: hidden states, or a tuple that begins with them. Nothing
-    else in it is handed on."""
-    if isinstance(output, Tensor):
-        return output.to(device)
-    return (output[0].to(device), *[None] * (len(output) - 1))
+                done.put(number, moved(relay.after, torch.device("cpu")))
 
 
 def _read_loader(
