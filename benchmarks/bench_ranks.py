@@ -55,11 +55,18 @@ def together(model: PreTrainedModel, batches: Any, ranks: Ranks, metric: str, _:
     attribute(model, deal(batches), metric=metric)
 
 
-def join(ranks: Ranks, units: int, _: int) -> None:
-    """The states of one module of many units are joined."""
-    torch.manual_seed(ranks.rank)
-    channels = (torch.rand(units, dtype=torch.float64) for _ in range(4))
-    state = Sums(torch.tensor(100.0, dtype=torch.float64), *channels)
+def build_state(ranks: Ranks, units: int) -> Sums:
+    """The state of one module of many units, another on every rank."""
+    generator = torch.Generator().manual_seed(ranks.rank)
+    channels = (
+        torch.rand(units, dtype=torch.float64, generator=generator) + ranks.rank for _ in range(4)
+    )
+    return Sums(torch.tensor(100.0, dtype=torch.float64), *channels)
+
+
+def join(ranks: Ranks, state: Sums, i: int) -> None:
+    """The states of all ranks are joined."""
+    state.mean[0] = ranks.rank + i  # after a join they are the same, which is refused
     dist.barrier()
     ranks.join({"module": state}, gradient=False)
 
@@ -90,7 +97,8 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
         }
         for name in times
     ]
-    joins = common.interleave({str(n): partial(join, ranks, n) for n in UNITS}, repeats=5, warmup=1)
+    states = {str(n): partial(join, ranks, build_state(ranks, n)) for n in UNITS}
+    joins = common.interleave(states, repeats=5, warmup=1)
     rows += [
         {
             "call": "join",

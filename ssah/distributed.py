@@ -29,7 +29,7 @@ __all__ = ["Dealt", "Group", "Ranks", "deal", "launched", "reshard"]
 Group: TypeAlias = "dist.ProcessGroup | str | None"
 Item = TypeVar("Item")
 
-_UNITS_AT_ONCE = 2**20  # gathered at a time: 8 MiB a rank
+_UNITS_AT_ONCE = 2**18  # gathered at a time: 2 MiB a rank and sum
 # What an error of another rank is raised as: the first of these that it is an instance of.
 _ERRORS = (TypeError, ValueError, OSError, FloatingPointError, ImportError, RuntimeError)
 

@@ -289,7 +289,7 @@ class UpdatePlan:
         """
         if self.closed:
             return
-        reshard(self.model)
+        self._check_open()
         masked_ffn.uninstall(self.ffns)
         for module in self.masked.values():
             module.uninstall()
@@ -310,7 +310,8 @@ class UpdatePlan:
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError("the plan is closed: make a new one")
-        reshard(self.model)
+        if self.ranks is not None:
+            reshard(self.model)
 
     def __enter__(self) -> UpdatePlan:
         return self

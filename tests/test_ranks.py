@@ -352,6 +352,10 @@ def refuse(rank: int, n: int, folder: Path) -> None:
         plan.optimizer(max_norm=1.0)
     with pytest.raises(ValueError, match="save it with torch"):
         plan.save_pretrained(folder / "update")
+    for group in (state := plan.optimizer().state_dict())["param_groups"]:
+        state["state"] |= {n: {"exp_avg": torch.zeros(3)} for n in group["params"]}
+    with pytest.raises(ValueError, match="must be a DTensor sharded alike"):
+        plan.optimizer().load_state_dict(state)
     plan.verify()
     weight = model.model.layers[1].mlp.up_proj.weight
     if rank == 1:
@@ -361,6 +365,12 @@ def refuse(rank: int, n: int, folder: Path) -> None:
         plan.verify()
     plan.close()
     assert all(p.requires_grad for p in model.parameters())
+    scattered = tiny_models.build("llama")
+    fully_shard(scattered.model.layers[0].mlp.up_proj, mesh=init_device_mesh("cpu", (n,)))
+    with pytest.raises(ValueError, match="is sharded by itself"):
+        attribute(scattered, batches(2)[rank::n])
+    with pytest.raises(ValueError, match="is not sharded, must be like"):
+        make(scattered, "freeze")
 
 
 def resume(rank: int, n: int, folder: Path) -> None:
