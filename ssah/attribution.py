@@ -209,7 +209,9 @@ def attribute(
                 "vocabulary projection; load it with AutoModelForCausalLM"
             )
         if all_experts and (gradient or not any(module.routed for module in found.values())):
-            where = f"for the metric {metric!r}" if gradient else "for a model without experts"
+            where = (
+                f"for the metric {metric!r}" if gradient else "for a model without routed experts"
+            )
             raise ValueError(f"all_experts is True, must be False {where}")
         if over is not None:
             check_sharded(model, found, ranks, over)
