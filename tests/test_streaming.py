@@ -16,7 +16,7 @@ import tiny_chat
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from commands import call
-from tiny_models import FAMILIES, VOCABULARY, build, collate, rows
+from tiny_models import EXPERTS, FAMILIES, VOCABULARY, build, collate, rows
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -86,7 +86,7 @@ SHARED_VALUES = ("gemma3n", "gemma4")  # some of their layers take keys and valu
 # ----------------------------------------------------------------------------------------- stream
 
 
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in SHARED_VALUES])
+@pytest.mark.parametrize("name", sorted({*FAMILIES, *EXPERTS} - {*SHARED_VALUES}))
 def test_every_family_has_the_bits_of_the_model_in_memory(name: str, tmp_path: Path) -> None:
     folder = saved(tmp_path / "model", name)
     result, traffic = stream(folder, batches())
