@@ -92,7 +92,7 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
     owned = 0
     for module in found:
         for entries in (*module.inputs, module.output):
-            shape = model.get_parameter(entries.param).shape
+            shape = entries.tensor(model).shape
             owned += len(entries.index.unique()) * (shape.numel() // shape[entries.dim])
     return {
         "name": name,

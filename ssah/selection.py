@@ -118,8 +118,8 @@ def select_entries(
         name: Entries(0, torch.full((len(p) if p.dim() else 1,), rest))
         for name, p in model.named_parameters()
     }
-    for name, mask in trained.items():
-        module = modules[name]
+    for name, module in modules.items():
+        mask = trained.get(name, torch.full((module.n_units,), rest))
         for owned in (*module.inputs, module.output):
             shape = model.get_parameter(owned.param).shape
             experts = owned.expert is not None

@@ -626,12 +626,16 @@ def test_optimiser_state_of_other_units_is_refused() -> None:
     again.optimizer().load_state_dict(saved)
 
 
-def test_importance_is_that_of_the_gradients() -> None:
+@pytest.mark.parametrize("scope", ["mlp", "attention", "both"])
+def test_importance_is_that_of_the_gradients(scope: str) -> None:
+    """Also of modules of which the units that are frozen say nothing."""
     model = tiny_models.build("phi3", dtype=torch.float64)
     dense = copy.deepcopy(model)
-    units = draw(model, 0.3)
     modules = find_modules(model)
-    trains = masks(model, units, "freeze")
+    sizes = {name: module.n_units for name, module in modules.items()}
+    own_sizes = {name: sizes[name] for name in sizes if scope in (modules[name].kind, "both")}
+    units = UnitSet.random(round(0.3 * sum(own_sizes.values())), own_sizes, seed=0)
+    trains = masks(model, UnitSet(dict(units.items()), sizes), "freeze")
     plan = freeze(model, units)
     optimizer = plan.optimizer(lr=0.0, track_importance=True)
     signed = {name: torch.zeros(m.n_units, dtype=torch.float64) for name, m in modules.items()}
