@@ -166,7 +166,8 @@ def attribute(
     of 0 and are named in a warning; :meth:`Attribution.scarce` finds them, and others with few.
 
     The first two run the backbone alone, forward; the others need gradients of activations, never
-    of weights. The model runs in evaluation mode and in its own dtype, and is left as it was.
+    of weights. The model runs in evaluation mode and in its own dtype, and is left as it was. Hooks
+    inside a gated FFN see the tokens of a batch in pieces, ``[tokens, hidden]``, without padding.
 
     Where a process group is initialised, every rank calls this with batches of its own
     (:func:`ssah.distributed.deal`), some or none, and gets the scores of all of them together, to
