@@ -7,7 +7,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ssah import __version__
-from ssah.batches import IGNORED, Batch, Fingerprint, read_batch
+from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
 from ssah.causal_attention import FastCausalBackward
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
@@ -219,8 +219,7 @@ def attribute(
         batches = iter(loader)
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
-            labelled = isinstance(begun[0], Mapping) and begun[0].get("labels") is not None
-            tokens = "labels" if labelled else "all"
+            tokens = counted_tokens(begun[0])
     facts = ranks.common(
         metric=metric,
         tokens=None if tokens == "auto" else tokens,
@@ -494,23 +493,35 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
 
 
 @contextmanager
-def _progress(loader: Iterable[Any]) -> Iterator[Any]:
+def scoring_bar(
+    label: str, figure: str, total: int | None, completed: int = 0
+) -> Iterator[Callable[[float], None]]:
+    """A progress bar; yields a function that moves it on by one and shows a number.
+
+    Args:
+        label: before the bar.
+        figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
+        total: steps, or None if nobody knows.
+        completed: steps that were done earlier.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (
-        TextColumn("scoring units"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]:,.0f} tokens/s"),
-        TimeElapsedColumn(),
-    )
-    start, seen = time.perf_counter(), 0
+    shown = TextColumn("{task.fields[figure]}")
+    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
     with Progress(*columns) as bar:
-        task = bar.add_task("", total=operator.length_hint(loader, 0) or None, rate=0.0)
+        task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
+        yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
+
+
+@contextmanager
+def _progress(loader: Iterable[Any]) -> Iterator[Callable[[int], None]]:
+    start, seen = time.perf_counter(), 0
+    total = operator.length_hint(loader, 0) or None
+    with scoring_bar("scoring units", "{:,.0f} tokens/s", total) as show:
 
         def advance(n_tokens: int) -> None:
             nonlocal seen
             seen += n_tokens
-            bar.update(task, advance=1, rate=seen / (time.perf_counter() - start))
+            show(seen / (time.perf_counter() - start))
 
         yield advance

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "Batch", "Fingerprint", "read_batch"]
+__all__ = ["IGNORED", "Batch", "Fingerprint", "counted_tokens", "read_batch"]
 
 IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
 
@@ -49,6 +49,12 @@ class Batch:
         targets = torch.full_like(self.input_ids, IGNORED)
         targets[:, :-1] = following[:, 1:].masked_fill(~both, IGNORED)
         return targets
+
+
+def counted_tokens(batch: object) -> str:
+    """What ``tokens="auto"`` means where ``batch`` comes first: ``"labels"`` if it has them."""
+    labelled = isinstance(batch, Mapping) and batch.get("labels") is not None
+    return "labels" if labelled else "all"
 
 
 def read_batch(

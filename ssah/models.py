@@ -108,13 +108,15 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
 
 
 @contextmanager
-def loading(name: str) -> Iterator[None]:
+def loading(
+    name: str, message: str = "model {name!r} cannot be loaded: {reason}"
+) -> Iterator[None]:
     """Whatever transformers cannot load inside the block becomes a `ModelError` about ``name``."""
     try:
         yield
     except (OSError, ValueError, ImportError, KeyError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"model {name!r} cannot be loaded: {reason}") from error
+        raise ModelError(message.format(name=name, reason=reason)) from error
 
 
 def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -136,14 +138,12 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     if gguf_file:
         _require("gguf", "reads GGUF files")
     options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
-    try:
+    unread = (
+        "the configuration of model {name!r} cannot be read: {reason} (An architecture that "
+        "transformers knows and this library does not is added with ssah.register_family)"
+    )
+    with loading(name, unread):
         config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(
-            f"the configuration of model {name!r} cannot be read: {reason} (An architecture that "
-            "transformers knows and this library does not is added with ssah.register_family)"
-        ) from error
     family_of_config(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

@@ -29,8 +29,9 @@ from ssah.attribution import (
     column_sq_norms,
     finish,
     may_drop_mask,
+    scoring_bar,
 )
-from ssah.batches import Batch, Fingerprint, read_batch
+from ssah.batches import Batch, Fingerprint, counted_tokens, read_batch
 from ssah.layered import LayeredModel, alone, moved
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
@@ -233,10 +234,10 @@ def _read_loader(
     batches: list[Batch] = []
     for number, raw in enumerate(loader):
         if tokens == "auto":
-            labelled = isinstance(raw, Mapping) and raw.get("labels") is not None
-            tokens = "labels" if labelled else "all"
+            tokens = counted_tokens(raw)
         batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=layered.device)
-        fingerprint.update(batch)
+        if own_fingerprint is None:
+            fingerprint.update(batch)
         batches.append(batch)
     counted = sum(int(batch.token_mask.sum()) for batch in batches)
     check_loader(len(batches), counted, metric=metric, tokens=tokens)
@@ -262,19 +263,6 @@ def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
 
 @contextmanager
 def _progress(layered: LayeredModel, done: MemoryState) -> Iterator[Callable[[], None]]:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (
-        TextColumn("scoring layers"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[read]:,.2f} GB read"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns) as bar:
-        task = bar.add_task("", total=len(layered.layers), completed=done.layer, read=0.0)
-
-        def advance() -> None:
-            bar.update(task, advance=1, read=layered.checkpoint.bytes_read / 1e9)
-
-        yield advance
+    total = len(layered.layers)
+    with scoring_bar("scoring layers", "{:,.2f} GB read", total, done.layer) as show:
+        yield lambda: show(layered.checkpoint.bytes_read / 1e9)

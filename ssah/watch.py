@@ -95,7 +95,8 @@ class Watch:
         size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
         pieces = flat.split(size)
         masks = [None] * len(pieces) if mask is None else mask.split(size)
-        out = torch.cat([run(rows, counted) for rows, counted in zip(pieces, masks, strict=True)])
+        parts = [run(rows, counted) for rows, counted in zip(pieces, masks, strict=True)]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat copies even one
         return self.put_back(out, x.shape[:-1])
 
     def take(self, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -10,7 +10,7 @@ import pytest
 import tiny_chat
 import torch
 from commands import call, fails, prepare
-from transformers import BertConfig, BertLMHeadModel
+from transformers import BertLMHeadModel
 
 from ssah.data import load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, paired_difference
@@ -306,15 +306,7 @@ def test_groups_of_another_model_are_refused(runs, tmp_path):
 
 
 def test_an_unknown_architecture_is_refused_at_once(tmp_path):
-    config = BertConfig(
-        vocab_size=900,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=16,
-        is_decoder=True,
-    )
-    BertLMHeadModel(config).save_pretrained(tmp_path / "model")
+    BertLMHeadModel(tiny_chat.bert_config(is_decoder=True)).save_pretrained(tmp_path / "model")
     tiny_chat.tokenizer().save_pretrained(tmp_path / "model")
     line = refused(tmp_path / "model", "--out", tmp_path / "out", *SMALL)
     assert "unknown architecture 'bert'" in line

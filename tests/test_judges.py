@@ -169,12 +169,7 @@ def sequence_folder(tmp_path):
     """A classifier in a folder; label 1 wins where the text has more than 12 tokens."""
 
     def make(labels: tuple[str, ...]):
-        config = BertConfig(
-            vocab_size=900,
-            hidden_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            intermediate_size=16,
+        config = tiny_chat.bert_config(
             num_labels=len(labels),
             id2label=dict(enumerate(labels)),
             label2id={label: i for i, label in enumerate(labels)},

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import BertConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ssah.data import load_rows
 
@@ -33,6 +34,18 @@ def tokenizer() -> PreTrainedTokenizerFast:
     fast.add_special_tokens({"additional_special_tokens": ["<|start|>"]})
     fast.chat_template = TEMPLATE
     return fast
+
+
+def bert_config(**options: Any) -> BertConfig:
+    """One layer, for a model that this library does not know or for a classifier."""
+    return BertConfig(
+        vocab_size=900,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        **options,
+    )
 
 
 def model(seed: int = 0) -> LlamaForCausalLM:

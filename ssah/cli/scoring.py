@@ -86,7 +86,6 @@ def attribute(
     from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
-    from ssah.streaming import stream
     from ssah.units import KINDS
 
     options: dict[str, Any] = {
@@ -109,6 +108,8 @@ def attribute(
             loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
         start = time.perf_counter()
         if streamed:
+            from ssah.streaming import stream
+
             attribution, traffic = stream(
                 model,
                 loader,
