@@ -15,7 +15,7 @@ import safetensors.torch
 import tiny_chat
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from commands import call
+from commands import call, fails
 from tiny_models import EXPERTS, FAMILIES, VOCABULARY, build, collate, rows
 from torch import Tensor
 from transformers import (
@@ -380,6 +380,12 @@ def test_command(tmp_path: Path) -> None:
     found, expected = (Attribution.load(tmp_path / out) for out in ("streamed", "plain"))
     assert_same(found, expected)
     assert not (tmp_path / "streamed" / "unfinished").exists()
+
+
+def test_all_experts_is_refused_with_stream(tmp_path: Path) -> None:
+    options = ("--data", "builtin:safety", "--out", tmp_path / "out", "--stream", "--all-experts")
+    assert "leave --stream out" in fails("attribute", tmp_path / "model", *options)
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------- offload

@@ -100,6 +100,8 @@ def attribute(
                 raise ValueError(
                     f"--stream reads the model for one process, this is one of {ranks.size}"
                 )
+            if streamed and all_experts:
+                raise ValueError("--all-experts is for a model in memory; leave --stream out")
             rows = load_rows(data, split, limit)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
