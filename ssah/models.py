@@ -150,8 +150,16 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
-    """``model``, converted in place to another device or dtype."""
+    """``model``, converted in place to another device or dtype.
+
+    Another dtype is for what a checkpoint holds: other buffers (rotary frequencies) stay as exact
+    as loading in that dtype makes them.
+    """
+    exact = dict(model.named_non_persistent_buffers()) if isinstance(target, torch.dtype) else {}
     nn.Module.to(model, target)  # the model's own `to` has no types
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     return model
 
 

