@@ -240,6 +240,14 @@ def test_model_keeps_its_dtype_unless_told(tmp_path):
     assert not model.training
 
 
+def test_another_dtype_leaves_rotary_frequencies_exact():
+    model = tiny_chat.model()
+    before = model.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(before, before.bfloat16().float())
+    assert move(model, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
 # --------------------------------------------------------------------------------- demo and bench
 
 
