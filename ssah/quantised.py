@@ -87,8 +87,8 @@ def _gguf(module: Any) -> Tensor:
 
 
 def _torchao(module: Any) -> Tensor:
-    weight = module.weight.detach()
-    if not hasattr(weight, "dequantize"):
+    weight = module.weight
+    if type(weight).dequantize is Tensor.dequantize:  # that of torch's own quantised types
         raise ValueError(
             f"module has a weight of torchao's {type(weight).__name__}, which torchao cannot "
             "dequantise; must be a layout that it can (the plain ones of int8 and intx)"

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, TokenType, quants
+from tiny_models import VOCABULARY
 
 HIDDEN, WIDTH, LAYERS, HEAD, HEADS, KV_HEADS = 64, 96, 2, 16, 4, 2
 
 
 def write(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0) -> None:
     """Qwen3.5 with full attention in every layer, random weights, projections of type ``kind``."""
-    tokens = [chr(i) for i in range(33, 127)] + ["Ġ", "Ċ", "ab", "<|endoftext|>"]
+    tokens = [*map(chr, range(33, 127)), "Ġ", "Ċ", "ab", "<|endoftext|>"]
+    tokens += [f"<{i}>" for i in range(VOCABULARY - len(tokens))]
     w = GGUFWriter(path, "qwen35")
-    w.add_context_length(64)
+    w.add_context_length(512)
     w.add_embedding_length(HIDDEN)
     w.add_block_count(LAYERS)
     w.add_feed_forward_length(WIDTH)
@@ -34,10 +36,10 @@ def write(path: Path, kind: GGMLQuantizationType = GGMLQuantizationType.Q8_0) ->
     w.add_tokenizer_model("gpt2")
     w.add_tokenizer_pre("qwen35")
     w.add_token_list(tokens)
-    w.add_token_types([TokenType.NORMAL] * (len(tokens) - 1) + [TokenType.CONTROL])
+    w.add_token_types([TokenType.NORMAL] * len(tokens))
     w.add_token_merges(["a b"])
-    w.add_eos_token_id(len(tokens) - 1)
-    w.add_pad_token_id(len(tokens) - 1)
+    w.add_eos_token_id(tokens.index("<|endoftext|>"))
+    w.add_pad_token_id(tokens.index("<|endoftext|>"))
 
     random = np.random.default_rng(0)
 
