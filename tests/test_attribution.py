@@ -77,7 +77,7 @@ def expected(
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scores in float64, and the magnitude that their error is measured against.
 
-    What `capture` gave for every batch may be passed, and B's weights by name where they are packed.
+    What `capture` gave for every batch may be passed, and, where B is packed, its weights.
     """
     gradient = metric in ("taylor", "fisher")
     activations: dict[str, list[Tensor]] = {}

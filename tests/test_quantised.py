@@ -27,7 +27,7 @@ import ssah
 from ssah import quantised
 from ssah.attribution import METRICS, attribute, column_sq_norms
 from ssah.models import ModelError, load_model, locate
-from ssah.quantised import dequantised, packed_modules, scheme_of
+from ssah.quantised import dequantised, packed_modules
 from ssah.units import find_modules
 
 Build = Callable[..., PreTrainedModel]
