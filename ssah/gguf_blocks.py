@@ -56,5 +56,5 @@ def keep_blocks() -> list[str]:
     from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
 
     if not kernels.get_gguf_kernel():
-        kernels._gguf_kernel = TorchKernel()
+        kernels._gguf_kernel = TorchKernel()  # type: ignore[assignment]
     return sorted(GGUF_ARCHS)
