@@ -17,7 +17,8 @@ from ssah.evaluation import Coherence, attack_success, generate, paired_differen
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import perplexity
 from ssah.evaluation.tasks import check_tasks, multiple_choice
-from ssah.experiments.evaluate import Ablation, EvaluateSettings
+from ssah.experiments.ablations import Ablation
+from ssah.experiments.evaluate import EvaluateSettings
 from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.units import UnitSet
