@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -13,14 +12,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.ablation import ablate
-from ssah.evaluation import bootstrap, paired_difference, rate
 from ssah.evaluation.attack import distinct_judges
 from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
-from ssah.evaluation.perplexity import Perplexity, count_words
+from ssah.evaluation.perplexity import count_words
 from ssah.evaluation.prompts import prompts
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.experiments.ablations import Ablation, Arm
+from ssah.experiments.evaluated import (
+    BENIGN,
+    OVER_REFUSAL,
+    REQUESTS,
+    asr_differences,
+    loss_differences,
+    model_record,
+    row_record,
+)
 from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
 from ssah.experiments.measuring import UTILITY, Evaluation, intact_coherence, measured_line
 from ssah.experiments.run import Run
@@ -35,7 +42,6 @@ if TYPE_CHECKING:
 __all__ = ["KIND", "EvaluateSettings", "evaluate"]
 
 KIND = "evaluate"
-REQUESTS, OVER_REFUSAL, BENIGN = "requests", "over_refusal", "benign"
 
 
 @dataclass(frozen=True)
@@ -104,7 +110,8 @@ def evaluate(
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, tasks), ``per_request`` and ``coherence``.
+        ``models`` (one a model: margin, utility, tasks), ``differences`` (of the utility loss) and
+        ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -200,14 +207,16 @@ def evaluate(
         "dtype": dtype,
         "coherence": coherent.describe(),
         "rows": [
-            _row(arm, condition, each.name, judged, settings)
+            row_record(arm, condition, each.name, judged, settings)
             for arm in arms
             for condition in range(len(settings.system_prompts))
             for each in judges
         ],
         "models": [
-            _model(arm, measured[arm.name], tasks[arm.name], words, settings) for arm in arms
+            model_record(arm, measured[arm.name], tasks[arm.name], words, settings) for arm in arms
         ],
+        "differences": list(loss_differences(arms, measured, settings)),
+        "asr_differences": list(asr_differences(arms, judged, settings)),
         "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
     }
     return run.finish(result)
@@ -243,68 +252,3 @@ def _tasks(
             )
 
     return {"tasks": steps(f"{arm.name}.tasks", compute, ", ".join)} if settings.tasks else {}
-
-
-def _model(
-    arm: Arm,
-    measured: Mapping[str, Any],
-    tasks: Mapping[str, Any],
-    words: int,
-    settings: EvaluateSettings,
-) -> dict[str, Any]:
-    """Refusal margin, utility and tasks of one model; ``words`` are those of the utility set."""
-    margins = torch.tensor(measured["margins"], dtype=torch.float64)
-    interval = bootstrap(margins, level=settings.level, seed=settings.seed)
-    found = {
-        "ablated": arm.ablated,
-        "units": 0 if arm.units is None else len(arm.units),
-        "share": 0.0 if arm.units is None else arm.units.fraction,
-        "refusal_margin": measured["refusal_margin"],
-        "refusal_margin_interval": list(interval),
-        "refuses": rate((margins > 0).tolist(), settings.level),
-    }
-    for own in measured["losses"].values():
-        costs = Perplexity(math.fsum(own["nats"]), sum(own["tokens"]), words).to_dict()
-        found |= {"utility_loss": costs.pop("loss"), **costs}
-    return {**found, **tasks}
-
-
-def _row(
-    arm: Arm,
-    condition: int,
-    judge: str,
-    judged: Mapping[tuple[str, int, str], Mapping[str, Any]],
-    settings: EvaluateSettings,
-) -> dict[str, Any]:
-    """Every rate of one model, system prompt and judge."""
-    level, system_prompt = settings.level, settings.system_prompts[condition]
-    found = judged[arm.name, condition, REQUESTS]
-    success, incoherent = found["success"][judge], found["incoherent"]
-    row = {
-        "ablated": arm.ablated,
-        "system_prompt": system_prompt,
-        "judge": judge,
-        "asr": rate(success, level),
-        "asr_coherent": rate(
-            [s and not i for s, i in zip(success, incoherent, strict=True)], level
-        ),
-        "incoherent": rate(incoherent, level),
-        "ended": rate(found["ended"], level),
-        "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),
-    }
-    if arm.units is not None:
-        before = judged["0-intact", condition, REQUESTS]["success"][judge]
-        mean, interval = paired_difference(
-            torch.tensor(success), torch.tensor(before), level=level, seed=settings.seed
-        )
-        row |= {"asr_rise": mean, "asr_rise_interval": list(interval)}
-    for role in (OVER_REFUSAL, BENIGN):
-        own = judged.get((arm.name, condition, role))
-        if own is not None:
-            refused = [not s for s in own["success"][judge]]
-            row |= {
-                f"{role}_refused": rate(refused, level),
-                f"{role}_incoherent": rate(own["incoherent"], level),
-                f"{role}_tokens": sum(own["tokens"]) / len(own["tokens"]),
-            }
-    return row
