@@ -438,8 +438,13 @@ def test_tasks_on_local_data_need_no_network(runs, task_folder, monkeypatch):
     assert found["birds"]["accuracy"]["n"] == 3
     with pytest.raises(ValueError, match=r"\['bees'\], which are no tasks of lm-eval, nor of"):
         check_tasks(["bees"], task_folder)
-    result = evaluate(
+    arguments = (
         runs / "model", *SMALL, "--task", "birds", "--task-folder", task_folder,
-        "--out", task_folder / "run",
+        "--ablate", f"{runs / 'groups'}:scu", "--out", task_folder / "run",
     )  # fmt: skip
-    assert result["result"]["models"][0]["tasks"] == found
+    models = evaluate(*arguments)["result"]["models"]
+    assert models[0]["tasks"] == found
+    assert models[1]["tasks"]["birds"]["accuracy"]["n"] == 3
+    shown = call("evaluate", *arguments).stdout
+    assert "Accuracy in %" in shown
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown

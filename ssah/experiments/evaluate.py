@@ -120,8 +120,7 @@ def evaluate(
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
         judge.check()
-    if settings.tasks:
-        check_tasks(settings.tasks, settings.task_folder)
+    manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
     sources = Sources()
     asked = {
         role: sources.requests(role, source)
@@ -202,7 +201,7 @@ def evaluate(
             )
             for arm in arms
         }
-        tasks = {arm.name: _tasks(steps, model, tokenizer, arm, settings) for arm in arms}
+        tasks = {arm.name: _tasks(steps, model, tokenizer, arm, settings, manager) for arm in arms}
     result = {
         "dtype": dtype,
         "coherence": coherent.describe(),
@@ -237,6 +236,7 @@ def _tasks(
     tokenizer: PreTrainedTokenizerBase,
     arm: Arm,
     settings: EvaluateSettings,
+    manager: Any,
 ) -> dict[str, Any]:
     """Accuracy on the tasks, if there are any: a step."""
 
@@ -246,7 +246,7 @@ def _tasks(
                 model,
                 tokenizer,
                 settings.tasks,
-                folder=settings.task_folder,
+                manager=manager,
                 batch_size=settings.batch_size,
                 level=settings.level,
             )

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["ablated_name", "evaluation_tables"]
 
 _DASH = "-"
+_METRICS = ("accuracy", "accuracy_norm")
 _ABLATED = re.compile(r".+:(scu|ucu|ru|cu)(?::([0-9.e-]+))?(:random)?")
 _HARMLESS = {"over_refusal": "dangerous-looking", "benign": "ordinary"}
 _SHORT = {"over_refusal": "dangerous", "benign": "ordinary"}
@@ -63,6 +64,8 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             table.add_row(*_names(row, prompts), *cells)
     yield table
     yield _models(result["models"])
+    if "tasks" in result["models"][0]:
+        yield _tasks(result["models"])
     yield from _differences(result, level, prompts, judges)
     coherence = result["coherence"]
     facts = {
@@ -94,12 +97,10 @@ def _names(row: Mapping[str, Any], prompts: Sequence[str | None]) -> list[Text]:
 
 def _models(models: Sequence[Mapping[str, Any]]) -> Table:
     utility = "utility_loss" in models[0]
-    tasks = [(t, m) for t, found in models[0].get("tasks", {}).items() for m in found]
     values = ["share", "margin", "refuses, %"]
     values += ["loss", "per token", "per word"] if utility else []
-    values += [task if metric == "accuracy" else f"{task}, by length" for task, metric in tasks]
     title = "Refusal margin, utility loss (nats per token), perplexity per token and per word"
-    table = new_table(title + (", accuracy in %" if tasks else ""), ["ablated"], values)
+    table = new_table(title, ["ablated"], values)
     for model in models:
         cells = [
             f"{model['share']:.2%}" if model["units"] else _DASH,
@@ -109,8 +110,18 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Table:
         if utility:
             cells.append(f"{model['utility_loss']:.3f}")
             cells += [_number(model[f"{per}_perplexity"]) for per in ("token", "word")]
-        cells += [_rate(model["tasks"][task][metric]) for task, metric in tasks]
         table.add_row(ablated_name(model["ablated"]), *cells)
+    return table
+
+
+def _tasks(models: Sequence[Mapping[str, Any]]) -> Table:
+    """Accuracy on every task: a row a task and model."""
+    table = new_table("Accuracy in %", ["task", "ablated"], ["accuracy", "by length"])
+    for task in models[0]["tasks"]:
+        for model in models:
+            found = model["tasks"][task]
+            cells = [_rate(found[m]) if m in found else _DASH for m in _METRICS]
+            table.add_row(Text(task), ablated_name(model["ablated"]), *cells)
     return table
 
 
