@@ -9,6 +9,7 @@ from ssah.report import NAMES
 from ssah.report.evaluation_tables import ablated_name
 from ssah.report.plain import Table, number, share
 from ssah.report.records import (
+    MARGIN_NOTE,
     MEASURED,
     MEASURED_NOTE,
     SHARE,
@@ -97,7 +98,9 @@ def study(result: Mapping[str, Any]) -> list[Table]:
             **row,
             "arm": labels.get(str(row.get("arm")), row.get("arm")),
             "against": labels.get(str(row.get("against")), row.get("against")),
-            "what": str(row.get("what")).replace("_", " "),
+            "what": {"asr": "ASR"}.get(
+                str(row.get("what")), str(row.get("what")).replace("_", " ")
+            ),
             **in_unit(row),
         }
         for row in list_of(result, "differences")
@@ -156,7 +159,7 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
             ("per word", "word_perplexity", ",.1f"),
         )
         title = "Margin and utility"
-        found.append(records_table(title, models, [("ablated", "what")], costs, MEASURED_NOTE))
+        found.append(records_table(title, models, [("ablated", "what")], costs, MARGIN_NOTE))
     for key, title, values in (
         (
             "differences",
