@@ -42,7 +42,7 @@ def multiple_choice(
         tasks: names of tasks or of groups of tasks.
         folder: with YAML files of further tasks.
         manager: what :func:`check_tasks` returned for the same tasks and folder, where they are
-            measured more than once: reading lm-eval's catalogue takes half a minute.
+            measured more than once: reading lm-eval's catalogue takes a while.
         limit: questions of each task; None: all.
         batch_size: sequences run at a time.
         level: of the intervals, a fraction in (0, 1).
