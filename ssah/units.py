@@ -246,7 +246,7 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     found: dict[str, DepthTwoModule] = {}
     for i, parts in layers.items():
         layer = f"{path}.{i}"
-        missing = {part.instead for part in family.not_covered if _has(parts, part.at)}
+        missing = {part.instead for part in family.not_covered if _applies(part, model, parts)}
         if family.attention is not None and "attention" in set(kinds) - missing:
             module = _attention_module(model, layer, family.attention)
             found[module.name] = module
@@ -273,16 +273,20 @@ def find_not_covered(model: nn.Module) -> dict[NotCovered, list[str]]:
     family, path = family_of(model), layers_path(model)
     layers = list(model.get_submodule(path).named_children())
     found = {
-        part: [f"{path}.{i}" for i, layer in layers if _has(layer, part.at)]
+        part: [f"{path}.{i}" for i, layer in layers if _applies(part, model, layer)]
         for part in family.not_covered
     }
     return {part: names for part, names in found.items() if names}
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    """Whether the attribute at ``path`` exists and is true."""
-    found: object = module
-    for name in path.split("."):
+def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``layer`` of ``model`` has ``part``."""
+    if part.setting is not None:
+        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        if not getattr(config, part.setting, None):
+            return False
+    found: object = layer
+    for name in part.at.split("."):
         found = getattr(found, name, None)
     return bool(found)
 
