@@ -285,8 +285,13 @@ def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         if not getattr(config, part.setting, None):
             return False
-    found: object = layer
-    for name in part.at.split("."):
+    return _has(layer, part.at)
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    """Whether the attribute at ``path`` exists and is true."""
+    found: object = module
+    for name in path.split("."):
         found = getattr(found, name, None)
     return bool(found)
 
