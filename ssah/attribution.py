@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel
 
 from ssah import __version__
 from ssah.backward import forward_backward
-from ssah.batches import Batch, Fingerprint, counted_tokens, read_batch
+from ssah.batch_state import BatchState, weights_hash
+from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
@@ -31,7 +33,7 @@ from ssah.provenance import (
 )
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
-from ssah.watch import Sums, as_it_was, watching
+from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -149,6 +151,8 @@ def attribute(
     all_experts: bool = False,
     progress: bool = False,
     group: Group = "auto",
+    state: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
 
@@ -185,12 +189,18 @@ def attribute(
         progress: show a bar with tokens per second; of several ranks, the first one.
         group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
             (the default group, if one is initialised) or None (this process alone).
+        state: a folder that keeps the sums over the batches so far, each rank its own. The same
+            call with the same folder goes on after the last batch that was kept, and gives the
+            same bits. It is not removed: do so when the result is saved.
+        save_every: seconds between two writes to ``state`` at least, 0: after each batch.
 
     Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
             a single token (no variance), labels missing, ``all_experts`` without experts; ranks
-            that differ in model or options, or that were all given the same batches.
+            that differ in model or options, or that were all given the same batches; a ``state``
+            that is damaged or of another run, or a loader that does not yield its batches again.
+        OSError: ``state`` cannot be written; what it was before is still there.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran; a rank has died.
     """
@@ -199,6 +209,9 @@ def attribute(
     with ranks.agreeing():
         check_option("metric", metric, METRICS)
         check_option("tokens", tokens, TOKENS)
+        if not save_every >= 0:
+            raise ValueError(f"save_every is {save_every}, must be 0 or more seconds")
+        modules = (modules,) if isinstance(modules, str) else tuple(modules)
         found = find_modules(model, modules)
         assert isinstance(model, PreTrainedModel)
         over = Ranks.over(model)
@@ -224,6 +237,7 @@ def attribute(
         modules=len(found),
         all_experts=all_experts,
         config_hash=config_hash(model),
+        state=state is not None,
     )
     tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
@@ -234,14 +248,50 @@ def attribute(
     maskless = may_drop_mask(model)
     device = device_of(model.get_input_embeddings())
     n_batches = counted = n_targets = 0
+    kept: BatchState | None = None
+    if state is not None:
+        with ranks.agreeing():
+            identity = {
+                "version": __version__,
+                "torch": torch.__version__,
+                "model": facts["config_hash"],
+                "weights": weights_hash(model),
+                "attention": str(model.config._attn_implementation),
+                "dtype": str(model.dtype),
+                "device": device.type,
+                "metric": metric,
+                "modules": sorted(modules),
+                "tokens": tokens,
+                "all_experts": all_experts,
+                "data": own_fingerprint,
+            }
+            kept = BatchState(
+                Path(state), identity, sums, ranks=ranks, gradient=gradient, every=save_every
+            )
 
     def read() -> Iterator[Batch]:
+        """The batches that are to run; where the forward pass is collective, an error in here is
+        told to the other ranks before any goes on."""
+        nonlocal n_batches, counted, n_targets
         for number, raw in enumerate(chain(begun, batches)):
-            yield read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+            batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+            n_batches += 1
+            counted += int(batch.token_mask.sum())
+            if own_fingerprint is None:
+                fingerprint.update(batch)
+            if kept is not None and kept.has(raw):
+                n_targets += int((batch.targets() != IGNORED).sum())
+                continue
+            yield batch
+            if kept is not None:
+                kept.add()
+        if kept is not None:
+            kept.end()
 
     with ranks.agreeing(), ExitStack() as stack:
         shown = progress and ranks.rank == 0
-        advance = stack.enter_context(_progress(loader)) if shown else None
+        done = 0 if kept is None else kept.done
+        advance = stack.enter_context(_progress(loader, done)) if shown else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(
@@ -250,11 +300,7 @@ def attribute(
         stack.callback(reshard, model)
         # The forward pass of a sharded model waits for the other ranks.
         for batch in read() if over is None else ranks.in_step(read()):
-            n_batches += batch is not None
-            if own_fingerprint is None and batch is not None:
-                fingerprint.update(batch)
             batch = batch or nothing(device)
-            counted += int(batch.token_mask.sum())
             watch.read(batch)
             if over is not None:
                 n_targets += run_sharded(model, batch, gradient)
@@ -367,29 +413,6 @@ def may_drop_mask(model: PreTrainedModel) -> bool:
     return family_of(model).maskless and causal and not both_ways
 
 
-def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
-    """Raise RuntimeError, with the module's name, where nothing was summed."""
-    # Of a layer's experts, some may see no token: all are the same module.
-    ran = {modules[name].down for name, state in sums.items() if state.count}
-    for name in sums:
-        if modules[name].down not in ran:
-            raise RuntimeError(f"module {name!r} never ran: its units have no score")
-
-
-def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
-    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
-    for name, state in sums.items():
-        if not _finite(state.mean, state.m2):
-            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
-    for name, state in reversed(list(sums.items())) if gradient else ():
-        if not _finite(state.signed, state.squared):
-            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 def _variance(sums: Sums) -> Tensor:
     return sums.m2 / (sums.count - 1) if sums.count > 1 else torch.full_like(sums.m2, math.nan)
 
@@ -421,7 +444,7 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
         else:
             # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.
             norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(256)])
-    if not _finite(norms):
+    if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
 
@@ -436,22 +459,25 @@ def scoring_bar(
         label: before the bar.
         figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
         total: steps, or None if nobody knows.
-        completed: steps that were done earlier.
+        completed: steps that were done earlier, which is said.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = TextColumn("{task.fields[figure]}")
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
     with Progress(*columns) as bar:
+        if completed:
+            of = "" if total is None else f" of {total}"
+            bar.console.print(f"{label}: {completed}{of} are done, going on after them")
         task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
         yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
 
 
 @contextmanager
-def _progress(loader: Iterable[Any]) -> Iterator[Callable[[int], None]]:
+def _progress(loader: Iterable[Any], done: int) -> Iterator[Callable[[int], None]]:
     start, seen = time.perf_counter(), 0
     total = operator.length_hint(loader, 0) or None
-    with scoring_bar("scoring units", "{:,.0f} tokens/s", total) as show:
+    with scoring_bar("scoring units", "{:,.0f} tokens/s", total, done) as show:
 
         def advance(n_tokens: int) -> None:
             nonlocal seen
