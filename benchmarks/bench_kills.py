@@ -7,6 +7,8 @@ that came about so is compared with the undisturbed one, bit for bit. Both ways:
 streamed.
 
     python benchmarks/bench_kills.py --kills 20 --out bench_out/kills.json
+
+With ``--fork`` the runs are children of the script, which need not read Python's modules anew.
 """
 
 from __future__ import annotations
@@ -35,12 +37,14 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "tests"))
 import tiny_chat
 
 from benchmarks import common
+from ssah.cli import app
 from ssah.provenance import META, load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {"in memory": ("--save-every", "0.05"), "streamed": ("--stream",)}
 _AIM_EVERY = 4  # of the kills, one waits for a file that is being written
 _PATIENCE = 600.0  # seconds that anything may take
+_APPEND = os.O_WRONLY | os.O_CREAT | os.O_APPEND
 Begin = Callable[[Path], int]
 
 
@@ -70,15 +74,15 @@ def ended(pid: int) -> bool:
     return bool(found)
 
 
-def wait_for(condition: Callable[[], Any], pid: int) -> bool:
-    """Wait until ``condition`` is true: whether it came about before the child ended."""
+def wait_for(condition: Callable[[], Any], pid: int, every: float = 5e-3) -> bool:
+    """Look ``every`` so many seconds until ``condition`` is true; False: the child has ended."""
     limit = time.monotonic() + _PATIENCE
     while not condition():
         if ended(pid):
             return False
         if time.monotonic() > limit:
             raise TimeoutError(f"waited {_PATIENCE:.0f} seconds for a run in vain")
-        time.sleep(1e-4)
+        time.sleep(every)
     return True
 
 
@@ -119,7 +123,7 @@ def disturb(
         aimed = len(found) % _AIM_EVERY == _AIM_EVERY - 1
         if not (
             wait_for(lambda moment=moment: time.monotonic() >= moment, pid)
-            and (not aimed or wait_for(lambda: half_written(out), pid))
+            and (not aimed or wait_for(lambda: half_written(out), pid, every=1e-4))
         ):
             return found
         os.kill(pid, signal.SIGKILL)
@@ -172,14 +176,37 @@ def spawn(way: str, model: Path, log: Path) -> Begin:
     """Starts the command as a user does; what it prints is added to ``log``."""
 
     def begin(out: Path) -> int:
-        command = [sys.executable, "-m", "ssah.cli", "attribute", str(model)]
-        command += ["--data", "builtin:utility", "--batch-size", "4", "--out", str(out), *WAYS[way]]
+        command = [sys.executable, "-m", "ssah.cli", *arguments(way, model, out)]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND
-        redirect = [(os.POSIX_SPAWN_OPEN, output, str(log), flags, 0o644) for output in (1, 2)]
+        redirect = [(os.POSIX_SPAWN_OPEN, output, str(log), _APPEND, 0o644) for output in (1, 2)]
         return os.posix_spawn(sys.executable, command, environment, file_actions=redirect)
 
     return begin
+
+
+def fork(way: str, model: Path, log: Path) -> Begin:
+    """Starts it in a copy of this process, which must not have run more than one thread."""
+
+    def begin(out: Path) -> int:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                for output in (1, 2):
+                    os.dup2(os.open(log, _APPEND, 0o644), output)
+                app(arguments(way, model, out), standalone_mode=False)
+                code = 0
+            finally:
+                os._exit(code)
+        return child
+
+    return begin
+
+
+def arguments(way: str, model: Path, out: Path) -> list[str]:
+    """Of the command line."""
+    data = ["--data", "builtin:utility", "--batch-size", "4"]
+    return ["attribute", str(model), *data, "--out", str(out), *WAYS[way]]
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -207,7 +234,9 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20, help="Of each way.")
     parser.add_argument("--seed", type=int, default=0, help="Of the moments.")
     parser.add_argument("--out", type=Path, default=Path("bench_out/kills.json"))
+    parser.add_argument("--fork", action="store_true", help="Do not begin with a new interpreter.")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # before a fork
     draw, rows = random.Random(options.seed), []
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="ssah-") as scratch:
@@ -217,7 +246,8 @@ def main() -> None:
             folder = Path(scratch) / way.replace(" ", "-")
             folder.mkdir()
             log = options.out.with_suffix(".log").resolve()
-            found = measure(spawn(way, model, log), folder, options.kills, draw)
+            begin = (fork if options.fork else spawn)(way, model, log)
+            found = measure(begin, folder, options.kills, draw)
             rows.append({"way": way, **found})
             common.write(options.out, "kills", rows)
     show(rows)
