@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,7 +89,8 @@ def test_experts_and_the_callers_mode(tmp_path: Path) -> None:
 
 def test_it_writes_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr("ssah.batch_state.time.monotonic", lambda: now)
+    clock = SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr("ssah.batch_state.time", clock)
     written: list[int] = []
     keep = attribution.BatchState.add
 
