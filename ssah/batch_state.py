@@ -35,7 +35,7 @@ class BatchState:
         sums: B's name -> sums; those of the batches that are done are put in their place, and
             they are what is written.
         gradient: whether they have sums of gradients.
-        every: seconds between two writes at least; both come after a batch.
+        every: seconds at least between two writes, which come after a batch.
 
     Attributes:
         done: number of batches that the sums are of.
