@@ -11,16 +11,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from ssah import __version__
+from ssah.backward import forward_backward
+from ssah.batch_state import BatchState, weights_hash
 from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
-from ssah.causal_attention import FastCausalBackward
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
@@ -33,7 +34,7 @@ from ssah.provenance import (
 from ssah.quantised import dequantised, packed_modules, passing_gradients
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
-from ssah.watch import Sums, as_it_was, watching
+from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -43,7 +44,6 @@ METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
 TOKENS: tuple[str, ...] = ("auto", "all", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
 _CONTENT = "attribution"
-_LOGITS_AT_ONCE = 2**23  # elements: 32 MiB in float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,6 +152,8 @@ def attribute(
     all_experts: bool = False,
     progress: bool = False,
     group: Group = "auto",
+    state: str | os.PathLike[str] | None = None,
+    save_every: float = 60.0,
 ) -> Attribution:
     """Score every unit of ``model`` on the data of ``loader``, in one pass over it.
 
@@ -191,13 +193,19 @@ def attribute(
         progress: show a bar with tokens per second; of several ranks, the first one.
         group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
             (the default group, if one is initialised) or None (this process alone).
+        state: a folder that keeps the sums over the batches so far, each rank its own. The same
+            call with the same folder goes on after the last batch that was kept, and gives the
+            same bits. It is not removed: do so when the result is saved.
+        save_every: seconds between two writes to ``state`` at least, 0: after each batch.
 
     Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
             a single token (no variance), labels missing, ``all_experts`` without experts; packed
             weights that pass no gradient or cannot be dequantised; ranks that differ in model or
-            options, or that were all given the same batches.
+            options, or that were all given the same batches; a ``state`` that is damaged or of
+            another run, or a loader that does not yield its batches again.
+        OSError: ``state`` cannot be written; what it was before is still there.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran; a rank has died.
     """
@@ -206,6 +214,9 @@ def attribute(
     with ranks.agreeing():
         check_option("metric", metric, METRICS)
         check_option("tokens", tokens, TOKENS)
+        if not save_every >= 0:
+            raise ValueError(f"save_every is {save_every}, must be 0 or more seconds")
+        modules = (modules,) if isinstance(modules, str) else tuple(modules)
         found = find_modules(model, modules)
         assert isinstance(model, PreTrainedModel)
         over = Ranks.over(model)
@@ -231,6 +242,7 @@ def attribute(
         modules=len(found),
         all_experts=all_experts,
         config_hash=config_hash(model),
+        state=state is not None,
     )
     tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
@@ -243,14 +255,50 @@ def attribute(
     maskless = may_drop_mask(model) and not packed
     device = device_of(model.get_input_embeddings())
     n_batches = counted = n_targets = 0
+    kept: BatchState | None = None
+    if state is not None:
+        with ranks.agreeing():
+            identity = {
+                "version": __version__,
+                "torch": torch.__version__,
+                "model": facts["config_hash"],
+                "weights": weights_hash(model),
+                "attention": str(model.config._attn_implementation),
+                "dtype": str(model.dtype),
+                "device": device.type,
+                "metric": metric,
+                "modules": sorted(modules),
+                "tokens": tokens,
+                "all_experts": all_experts,
+                "data": own_fingerprint,
+            }
+            kept = BatchState(
+                Path(state), identity, sums, ranks=ranks, gradient=gradient, every=save_every
+            )
 
     def read() -> Iterator[Batch]:
+        """The batches that are to run; where the forward pass is collective, an error in here is
+        told to the other ranks before any goes on."""
+        nonlocal n_batches, counted, n_targets
         for number, raw in enumerate(chain(begun, batches)):
-            yield read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+            batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+            n_batches += 1
+            counted += int(batch.token_mask.sum())
+            if own_fingerprint is None:
+                fingerprint.update(batch)
+            if kept is not None and kept.has(raw):
+                n_targets += int((batch.targets() != IGNORED).sum())
+                continue
+            yield batch
+            if kept is not None:
+                kept.add()
+        if kept is not None:
+            kept.end()
 
     with ranks.agreeing(), ExitStack() as stack:
         shown = progress and ranks.rank == 0
-        advance = stack.enter_context(_progress(loader)) if shown else None
+        done = 0 if kept is None else kept.done
+        advance = stack.enter_context(_progress(loader, done)) if shown else None
         stack.enter_context(as_it_was(model))
         stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(
@@ -261,16 +309,12 @@ def attribute(
             stack.enter_context(passing_gradients(model))
         # The forward pass of a sharded model waits for the other ranks.
         for batch in read() if over is None else ranks.in_step(read()):
-            n_batches += batch is not None
-            if own_fingerprint is None and batch is not None:
-                fingerprint.update(batch)
             batch = batch or nothing(device)
-            counted += int(batch.token_mask.sum())
             watch.read(batch)
             if over is not None:
                 n_targets += run_sharded(model, batch, gradient)
             elif gradient:
-                n_targets += _forward_backward(model, batch)
+                n_targets += forward_backward(model, batch)
             else:
                 # What packed modules lay out anew as they first run must not be inference tensors.
                 with torch.no_grad() if packed else torch.inference_mode():
@@ -379,93 +423,6 @@ def may_drop_mask(model: PreTrainedModel) -> bool:
     return family_of(model).maskless and causal and not both_ways
 
 
-def _forward_backward(model: PreTrainedModel, batch: Batch) -> int:
-    """Run one batch through backbone, loss and back; the number of tokens predicted."""
-    with torch.inference_mode(False), torch.enable_grad(), FastCausalBackward():
-        output = model.base_model(**batch.inputs, use_cache=False, return_dict=True)
-        hidden = output.last_hidden_state  # [rows, length, hidden]
-        targets = batch.targets().to(hidden.device)
-        n_targets = int((targets != IGNORED).sum())
-        if n_targets:
-            torch.autograd.backward(hidden, _loss_gradient(model, output, targets))
-    return n_targets
-
-
-def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor) -> Tensor:
-    """d(summed next-token loss) / d(last hidden state), ``[rows, length, hidden]``.
-
-    Only the positions that predict something pass through the vocabulary projection, a chunk at a
-    time. dL/dlogits is softmax(logits) - onehot(target); the loss itself is never needed.
-    """
-    states = output["last_hidden_state"].detach().flatten(0, 1)  # [tokens, hidden]
-    gradient = torch.zeros_like(states)
-    positions = (targets.flatten() != IGNORED).nonzero()[:, 0]
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
-    with _head(model, output) as head:
-        for chunk in positions.split(max(1, _LOGITS_AT_ONCE // vocabulary)):
-            state = states[chunk][None].requires_grad_()  # [1, tokens, hidden]
-            logits = head(state)  # [1, tokens, vocabulary]
-            slope = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            slope[0, torch.arange(len(chunk), device=slope.device), targets.flatten()[chunk]] -= 1
-            (state_gradient,) = torch.autograd.grad(logits, state, slope.to(logits.dtype))
-            gradient[chunk] = state_gradient[0]
-    return gradient.view_as(output["last_hidden_state"])
-
-
-@contextmanager
-def _head(model: PreTrainedModel, output: ModelOutput) -> Iterator[Any]:
-    """What the model does with its backbone's output: a function from states to logits.
-
-    The model's own forward with the backbone replaced: whatever it does to the logits (soft
-    capping, scaling) is done here too.
-    """
-    fields = dict(output)
-
-    def backbone(*_: Any, **__: Any) -> ModelOutput:
-        return type(output)(**fields)
-
-    def head(state: Tensor) -> Tensor:
-        fields["last_hidden_state"] = state
-        ids = torch.zeros(state.shape[:2], dtype=torch.int64, device=state.device)
-        return model(input_ids=ids, use_cache=False, return_dict=True).logits
-
-    with ExitStack() as stack:
-        for module in {model.base_model, model.get_decoder()}:
-            stack.callback(_restore_forward, module, vars(module).get("forward"))
-            module.forward = backbone
-        yield head
-
-
-def _restore_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward
-
-
-def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
-    """Raise RuntimeError, with the module's name, where nothing was summed."""
-    # Of a layer's experts, some may see no token: all are the same module.
-    ran = {modules[name].down for name, state in sums.items() if state.count}
-    for name in sums:
-        if modules[name].down not in ran:
-            raise RuntimeError(f"module {name!r} never ran: its units have no score")
-
-
-def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
-    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
-    for name, state in sums.items():
-        if not _finite(state.mean, state.m2):
-            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
-    for name, state in reversed(list(sums.items())) if gradient else ():
-        if not _finite(state.signed, state.squared):
-            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
-
-
 def _variance(sums: Sums) -> Tensor:
     return sums.m2 / (sums.count - 1) if sums.count > 1 else torch.full_like(sums.m2, math.nan)
 
@@ -499,7 +456,7 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
         else:
             # Conv1D holds the columns of B as rows. Chunked: no float64 copy of the whole weight.
             norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(256)])
-    if not _finite(norms):
+    if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
 
@@ -514,22 +471,25 @@ def scoring_bar(
         label: before the bar.
         figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
         total: steps, or None if nobody knows.
-        completed: steps that were done earlier.
+        completed: steps that were done earlier, which is said.
     """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = TextColumn("{task.fields[figure]}")
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
     with Progress(*columns) as bar:
+        if completed:
+            of = "" if total is None else f" of {total}"
+            bar.console.print(f"{label}: {completed}{of} are done, going on after them")
         task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
         yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
 
 
 @contextmanager
-def _progress(loader: Iterable[Any]) -> Iterator[Callable[[int], None]]:
+def _progress(loader: Iterable[Any], done: int) -> Iterator[Callable[[int], None]]:
     start, seen = time.perf_counter(), 0
     total = operator.length_hint(loader, 0) or None
-    with scoring_bar("scoring units", "{:,.0f} tokens/s", total) as show:
+    with scoring_bar("scoring units", "{:,.0f} tokens/s", total, done) as show:
 
         def advance(n_tokens: int) -> None:
             nonlocal seen

@@ -7,10 +7,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
-__all__ = ["IGNORED", "Batch", "Fingerprint", "counted_tokens", "read_batch"]
+__all__ = ["IGNORED", "Batch", "Fingerprint", "Trail", "counted_tokens", "read_batch"]
 
 IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
 
@@ -173,3 +174,26 @@ class Fingerprint:
     def total(parts: Iterable[str]) -> str:
         """That of all rows together, from the hexadecimal digits of each part of them."""
         return f"{sum(int(part, 16) for part in parts) % 2**256:064x}"
+
+
+class Trail:
+    """A hash of batches in their order, of everything that they hold: the same one, the same bits.
+
+    What `read_batch` has refused does not belong here.
+    """
+
+    def __init__(self) -> None:
+        self._digest = hashlib.sha256()
+
+    def update(self, batch: Mapping[str, Any]) -> None:
+        """Add what a loader yielded."""
+        tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+        plain = {key: value for key, value in batch.items() if key not in tensors}
+        # Copies: safetensors refuses tensors that share memory, and strides.
+        copies = {k: v.clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
+        self._digest.update(safetensors.torch.save(copies))
+        self._digest.update(repr(sorted(plain.items())).encode())
+
+    def hexdigest(self) -> str:
+        """64 hexadecimal digits, of all batches so far."""
+        return self._digest.hexdigest()

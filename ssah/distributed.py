@@ -11,7 +11,7 @@ import json
 import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, TypeAlias, TypeVar
@@ -24,7 +24,7 @@ from ssah.watch import Sums
 from ssah_kernels.reference.channel_moments import merge_moments_
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["Dealt", "Group", "Ranks", "deal", "launched", "reshard"]
+__all__ = ["Dealt", "Group", "RankLostError", "Ranks", "deal", "launched", "reshard"]
 
 Group: TypeAlias = "dist.ProcessGroup | str | None"
 Item = TypeVar("Item")
@@ -32,6 +32,10 @@ Item = TypeVar("Item")
 _UNITS_AT_ONCE = 2**18  # gathered at a time: 2 MiB a rank and sum
 # What an error of another rank is raised as: the first of these that it is an instance of.
 _ERRORS = (TypeError, ValueError, OSError, FloatingPointError, ImportError, RuntimeError)
+
+
+class RankLostError(RuntimeError):
+    """Another rank does not answer."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +92,7 @@ class Ranks:
         """``tensor`` of every rank, ``[ranks, ...]`` in their order, on the device of ``tensor``.
 
         Raises:
-            RuntimeError: a rank has died, or does not answer within the group's timeout.
+            RankLostError: a rank has died, or does not answer within the group's timeout.
         """
         if self.size == 1:
             return tensor[None]
@@ -99,7 +103,7 @@ class Ranks:
         try:
             dist.all_gather(parts, own, group=self.group)
         except RuntimeError as error:
-            raise RuntimeError(
+            raise RankLostError(
                 f"rank {self.rank} of {self.size} waited for the others in vain: one has died, or "
                 f"does not answer within the group's timeout ({str(error).splitlines()[0]})"
             ) from error
@@ -128,8 +132,12 @@ class Ranks:
         except Exception as error:
             kind = next((i for i, each in enumerate(_ERRORS) if isinstance(error, each)), -1)
             message = f"{error}" if kind >= 0 else f"{type(error).__name__}: {error}"
-            with suppress(RuntimeError):  # whoever cannot be told any more: the cause is raised
+            try:
                 self.tell([kind, message])
+            except RankLostError as lost:  # who cannot be told any more
+                # The model's own collectives fail without saying what it means.
+                if isinstance(error, RuntimeError) and not isinstance(error, RankLostError):
+                    raise RankLostError(f"{lost}; before that: {error}") from error
             raise
         for rank, told in enumerate(self.tell(None)):
             if told is not None:

@@ -34,9 +34,11 @@ def digest(pieces: Iterable[Tensor]) -> str:
     return state.hexdigest()
 
 
-def digests(pieces: Mapping[str, Callable[[], Iterable[Tensor]]]) -> dict[str, str]:
+def digests(
+    pieces: Mapping[str, Callable[[], Iterable[Tensor]]], at_once: int = 8
+) -> dict[str, str]:
     """:func:`digest` of every weight by name; several at a time, since hashing holds no lock."""
-    workers = min(8, os.cpu_count() or 1)
+    workers = min(at_once, os.cpu_count() or 1)
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(pieces, pool.map(lambda name: digest(pieces[name]()), pieces), strict=True))
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ __all__ = [
     "config_hash",
     "load_tensors",
     "model_name",
+    "naming",
     "save_tensors",
     "write_whole",
 ]
 
 META = "meta.json"
+_OWN = "meta_sha256"  # key of the checksum of everything else in that file
 
 # Settings that change neither the units nor what the model computes: not part of its identity.
 _VOLATILE = frozenset(
@@ -101,12 +104,27 @@ def check_same_model(
         )
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of the block names ``path`` if it names nothing, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step: whatever happens, it is the old one or the new one, never half."""
+    """Write a file in one step: whatever happens, it is the old one or the new one, never half.
+
+    Raises:
+        OSError: it cannot be written, e.g. since the disk is full; the file is named.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        with naming(path):
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -116,20 +134,24 @@ def save_tensors(
 ) -> None:
     """Write ``tensors`` and ``meta`` (JSON types only) to ``directory``: whole, or not at all.
 
-    An earlier result in the folder is replaced.
+    An earlier result in the folder is replaced, and what a killed process left of one is removed.
 
     Raises:
-        ValueError: ``meta`` has the reserved keys ``"tensors"`` or ``"sha256"``.
+        ValueError: ``meta`` has a reserved key, ``"tensors"``, ``"sha256"`` or ``"meta_sha256"``.
+        OSError: the disk is full, or the like; an earlier result is still there.
     """
-    reserved = {"tensors", "sha256"} & set(meta)
+    reserved = {"tensors", "sha256", _OWN} & set(meta)
     if reserved:
         raise ValueError(f"meta has the reserved keys {sorted(reserved)}")
     folder = Path(directory)
     content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"tensors-{digest[:12]}.safetensors"
-    text = json.dumps({**meta, "tensors": name, "sha256": digest}, indent=2) + "\n"
+    record = {**meta, "tensors": name, "sha256": digest}
+    text = json.dumps({**record, _OWN: _checksum(record)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
+    for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
+        half.unlink()
     write_whole(folder / name, content)
     write_whole(folder / META, text.encode())
     for old in folder.glob("tensors-*.safetensors"):
@@ -141,18 +163,28 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
     """Read what :func:`save_tensors` wrote: the tensors (on the CPU) and the metadata.
 
     Raises:
-        FileNotFoundError: the folder has no ``meta.json``.
-        ValueError: ``meta.json`` is damaged, or the tensors are not the ones that it describes.
+        FileNotFoundError: the folder has no ``meta.json``, or not the tensors that it names.
+        ValueError: a file was cut off or edited; it is named.
     """
     folder = Path(directory)
-    if not (folder / META).is_file():
+    path = folder / META
+    if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
     try:
-        meta = json.loads((folder / META).read_text())
+        meta = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"file {str(folder / META)!r} is damaged: {error}") from error
-    content = (folder / meta.pop("tensors")).read_bytes()
+        raise ValueError(f"file {str(path)!r} is damaged: {error}") from error
+    if not isinstance(meta, dict) or not {"tensors", "sha256"} <= set(meta):
+        raise ValueError(f"file {str(path)!r} is damaged: it names no tensors")
+    if meta.pop(_OWN, None) not in (None, _checksum(meta)):  # folders of before have none
+        raise ValueError(f"file {str(path)!r} is damaged: it is not as it was written")
+    file = folder / meta.pop("tensors")
+    content = file.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != meta.pop("sha256"):
-        raise ValueError(f"directory {str(folder)!r}: the tensors are not those {META} describes")
+        raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
     return safetensors.torch.load(content), meta
+
+
+def _checksum(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import safetensors.torch
 from torch import Tensor
 
-from ssah.provenance import META, load_tensors, save_tensors
+from ssah import unfinished
+from ssah.provenance import naming
 from ssah.watch import Sums
 
 __all__ = ["FileState", "Hidden", "MemoryState"]
 
 # What a layer returns: hidden states, or a tuple that begins with them and else has None.
 Hidden: TypeAlias = "Tensor | tuple[Any, ...]"
-
-_KINDS = tuple(field.name for field in fields(Sums))
 
 
 class MemoryState:
@@ -73,15 +71,17 @@ class FileState(MemoryState):
         self.folder, self.identity = folder, dict(identity)
         self._digests: list[str] = []  # of the hidden states after the layer before this one
         self._written: list[str] = []  # of those after this one
-        while (self._of(self.layer) / META).is_file():
-            self._load_layer()
+        while (found := unfinished.load(self._of(self.layer), self.identity)) is not None:
+            sums, norms, reached = found
+            super().finish_layer(sums, norms)
+            self._digests = reached["hidden"]
         self._of(self.layer).mkdir(parents=True, exist_ok=True)
 
     def get(self, number: int) -> Hidden:
         path = self._hidden_file(self.layer - 1, number)
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self._digests[number]:
-            raise ValueError(f"file {str(path)!r} was damaged; remove {str(self.folder)!r}")
+            raise unfinished.damaged(self.folder, f"file {str(path)!r} is damaged")
         ((key, hidden),) = safetensors.torch.load(content).items()
         length = int(key)
         return (hidden, *[None] * (length - 1)) if length else hidden
@@ -90,38 +90,21 @@ class FileState(MemoryState):
         # The key is the length of the tuple, 0 for a bare tensor.
         length, first = (len(hidden), hidden[0]) if isinstance(hidden, tuple) else (0, hidden)
         content = safetensors.torch.save({str(length): first.contiguous()})
-        self._hidden_file(self.layer, number).write_bytes(content)
+        path = self._hidden_file(self.layer, number)
+        with naming(path):
+            path.write_bytes(content)
         self._written.append(hashlib.sha256(content).hexdigest())
 
     def finish_layer(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
-        tensors = {f"norms/{name}": norm for name, norm in norms.items()}
-        for kind in _KINDS:
-            tensors |= {f"{kind}/{name}": getattr(each, kind) for name, each in sums.items()}
-        meta = {"identity": self.identity, "hidden": self._written}
-        save_tensors(self._of(self.layer), tensors, meta)
+        unfinished.keep(
+            self._of(self.layer), self.identity, sums, norms=norms, hidden=self._written
+        )
         super().finish_layer(sums, norms)
         self._digests, self._written = self._written, []
         self._of(self.layer).mkdir(exist_ok=True)
         for done in range(self.layer - 1):
             for file in self._of(done).glob("hidden-*"):
                 file.unlink()
-
-    def _load_layer(self) -> None:
-        tensors, meta = load_tensors(self._of(self.layer))
-        for key in sorted({*meta["identity"], *self.identity}):
-            before, now = meta["identity"].get(key), self.identity.get(key)
-            if before != now:
-                raise ValueError(
-                    f"{str(self.folder)!r} has an unfinished run with {key} {before!r}, not "
-                    f"{now!r}: take another folder, or remove this one"
-                )
-        for key, norm in tensors.items():
-            kind, name = key.split("/", 1)
-            if kind == "norms":
-                self.norms[name] = norm
-                self.sums[name] = Sums(**{kind: tensors[f"{kind}/{name}"] for kind in _KINDS})
-        self._digests = meta["hidden"]
-        self.layer += 1
 
     def _of(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:04d}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -22,21 +20,19 @@ from ssah.attribution import (
     METRICS,
     TOKENS,
     Attribution,
-    check_finite,
     check_loader,
     check_option,
-    check_ran,
     column_sq_norms,
     finish,
     may_drop_mask,
     scoring_bar,
 )
-from ssah.batches import Batch, Fingerprint, counted_tokens, read_batch
+from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, read_batch
 from ssah.layered import LayeredModel, alone, moved
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
-from ssah.watch import Sums, watching
+from ssah.watch import Sums, check_finite, check_ran, watching
 
 __all__ = ["STREAMED_METRICS", "Traffic", "stream"]
 
@@ -114,7 +110,7 @@ def stream(
     layered = LayeredModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     modules = (modules,) if isinstance(modules, str) else tuple(modules)
     found = find_modules(layered.model, modules)
-    batches, tokens, fingerprint = _read_loader(loader, layered, metric, tokens)
+    batches, tokens, fingerprint, trail = _read_loader(loader, layered, metric, tokens)
     identity = {
         "version": __version__,
         "torch": torch.__version__,
@@ -124,7 +120,7 @@ def stream(
         "device": layered.device.type,
         "modules": sorted(modules),
         "tokens": tokens,
-        "data": _digest(batches),
+        "data": trail,
     }
     with ExitStack() as stack:
         folder = state
@@ -226,10 +222,10 @@ def _run_layer(
 
 def _read_loader(
     loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
-) -> tuple[list[Batch], str, str]:
-    """All batches, which tokens count, and the fingerprint of the data."""
+) -> tuple[list[Batch], str, str, str]:
+    """All batches, which tokens count, the fingerprint of the data, and that of the batches."""
     maskless = may_drop_mask(layered.model)
-    fingerprint = Fingerprint()
+    fingerprint, trail = Fingerprint(), Trail()
     own_fingerprint = getattr(loader, "fingerprint", None)
     batches: list[Batch] = []
     for number, raw in enumerate(loader):
@@ -238,22 +234,12 @@ def _read_loader(
         batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=layered.device)
         if own_fingerprint is None:
             fingerprint.update(batch)
+        trail.update(raw)
         batches.append(batch)
     counted = sum(int(batch.token_mask.sum()) for batch in batches)
     check_loader(len(batches), counted, metric=metric, tokens=tokens)
-    return batches, tokens, str(own_fingerprint or fingerprint.hexdigest())
-
-
-def _digest(batches: Iterable[Batch]) -> str:
-    """A hash of everything that the model is given, and of what counts."""
-    digest = hashlib.sha256()
-    for batch in batches:
-        tensors = {key: value for key, value in batch.inputs.items() if isinstance(value, Tensor)}
-        tensors["token mask"] = batch.token_mask
-        plain = {key: value for key, value in batch.inputs.items() if key not in tensors}
-        digest.update(safetensors.torch.save({k: v.clone() for k, v in tensors.items()}))
-        digest.update(repr(sorted(plain.items())).encode())
-    return digest.hexdigest()
+    own = str(own_fingerprint or fingerprint.hexdigest())
+    return batches, tokens, own, trail.hexdigest()
 
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:

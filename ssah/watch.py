@@ -19,7 +19,7 @@ from ssah.offload import at_hand, device_of, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, act_name
 from ssah_kernels import ops
 
-__all__ = ["Sums", "Watch", "as_it_was", "watching"]
+__all__ = ["Sums", "Watch", "as_it_was", "check_finite", "check_ran", "watching"]
 
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
 
@@ -258,3 +258,26 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
         for module, training in modes:
             module.training = training
+
+
+def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
+    """Raise RuntimeError, with the module's name, where nothing was summed."""
+    # Of a layer's experts, some may see no token: all are the same module.
+    ran = {modules[name].down for name, state in sums.items() if state.count}
+    for name in sums:
+        if modules[name].down not in ran:
+            raise RuntimeError(f"module {name!r} never ran: its units have no score")
+
+
+def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
+    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
+    for name, state in sums.items():
+        if not _finite(state.mean, state.m2):
+            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
+    for name, state in reversed(list(sums.items())) if gradient else ():
+        if not _finite(state.signed, state.squared):
+            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -16,7 +16,7 @@ from tiny_models import IGNORED, LENGTHS, build, collate, rows
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ssah import attribution as attribution_module
+from ssah import backward, provenance
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.provenance import load_tensors, save_tensors
 from ssah.units import find_modules
@@ -260,7 +260,7 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     whole = attribute(model, ragged(), metric="taylor")
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel() // 128))
-    monkeypatch.setattr(attribution_module, "_LOGITS_AT_ONCE", 5 * 128)
+    monkeypatch.setattr(backward, "_LOGITS_AT_ONCE", 5 * 128)
     chunked = attribute(model, ragged(), metric="taylor")
     predicted = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in ragged())
     assert max(sizes) <= 5
@@ -528,7 +528,7 @@ def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ZeroDivisionError):
         save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
     monkeypatch.undo()
-    replace = attribution_module.os.replace
+    replace = provenance.os.replace
 
     def fail(source: Path, target: Path) -> None:
         if Path(target).name == "meta.json":

@@ -18,6 +18,7 @@ import ssah
 from ssah.cli import app
 from ssah.experiments.run import read_run
 from ssah.probing import Probe
+from ssah.provenance import load_tensors, save_tensors
 
 REQUESTS = (
     "Name a tree.",
@@ -196,8 +197,8 @@ def test_saved_and_read(tmp_path: Path) -> None:
         assert torch.equal(getattr(again, name), getattr(found, name))
     assert again.metadata == found.metadata
     assert again.metadata["refusal_opening"] == REFUSAL
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    (tmp_path / "meta.json").write_text(json.dumps({**meta, "content": "something"}))
+    tensors, meta = load_tensors(tmp_path)
+    save_tensors(tmp_path, tensors, {**meta, "content": "something"})
     with pytest.raises(ValueError, match="has 'something', must have ssah probe"):
         Probe.load(tmp_path)
 

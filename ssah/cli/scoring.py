@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 import time
 from contextlib import redirect_stdout
@@ -37,7 +36,7 @@ from ssah.cli.support import (
     reporting,
 )
 
-_UNFINISHED = "unfinished"  # folder in --out with what a streamed run has done so far
+_UNFINISHED = "unfinished"  # folder in --out with what a run has done so far
 
 Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of all units.")]
 
@@ -71,15 +70,26 @@ def attribute(
         bool,
         typer.Option(
             "--stream",
-            help="Read the model layer by layer; the same command goes on if interrupted.",
+            help="Read the model layer by layer, for one that is larger than memory.",
         ),
     ] = False,
+    save_every: Annotated[
+        float | None,
+        typer.Option(
+            "--save-every",
+            metavar="SECONDS",
+            min=0.0,
+            help="Keep what is done this often (60), so that the same command goes on; "
+            "with --stream it is kept after each layer.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> Result:
     """Score every unit of a model on a data set.
 
-    Under `torchrun` or `accelerate launch` the batches are dealt to the processes; the first one
-    writes the scores and prints.
+    Interrupted at any moment, the same command goes on from what DIR/unfinished keeps, to the same
+    bits. Under `torchrun` or `accelerate launch` the batches are dealt to the processes; the first
+    one writes the scores and prints.
 
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
@@ -88,6 +98,7 @@ def attribute(
     from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
+    from ssah.unfinished import discard
     from ssah.units import KINDS
 
     options: dict[str, Any] = {
@@ -95,6 +106,7 @@ def attribute(
         "modules": tuple(kind.value for kind in modules or ()) or KINDS,
         "tokens": tokens.value,
         "progress": True,
+        "state": out / _UNFINISHED,
     }
     with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
         with ranks.agreeing():
@@ -106,6 +118,8 @@ def attribute(
                 raise ValueError("--all-experts is for a model in memory; leave --stream out")
             if streamed and packed:
                 raise ValueError("--packed is for a model in memory; leave --stream out")
+            if streamed and save_every is not None:
+                raise ValueError("--save-every is for a model in memory; leave --stream out")
             rows = load_rows(data, split, limit)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
@@ -122,15 +136,17 @@ def attribute(
                 dtype=dtype.value,
                 device=device,
                 trust_remote_code=trust_remote_code,
-                state=out / _UNFINISHED,
                 **options,
             )
         else:
+            if save_every is not None:
+                options["save_every"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
+                discard(out / _UNFINISHED)
     units = sum(len(score) for score in attribution.scores.values())
     counted = max(attribution.count.values())
     result = {
@@ -150,7 +166,6 @@ def attribute(
         "version": attribution.version,
     }
     if streamed:
-        shutil.rmtree(out / _UNFINISHED)
         result["traffic"] = asdict(traffic)
     facts = {
         "model": attribution.model_name,
