@@ -79,6 +79,8 @@ def _gguf(module: Any) -> Tensor:
     from transformers.integrations.gguf.dequant import dequantize
 
     weight = dequantize(module.weight.detach(), module.ggml_type, torch.float32)
+    if not hasattr(module, "in_features"):
+        return weight.view(module.num_embeddings, module.embedding_dim)
     weight = weight.view(module.out_features, module.in_features)
     if module.input_permutation is not None:
         # The module gathers its input first: column k of the blocks is channel permutation[k].

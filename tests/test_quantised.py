@@ -9,7 +9,7 @@ import copy
 import importlib.util
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,26 @@ def test_scores(build: Build, scheme: str) -> None:
         result = attribute(model, ragged(), metric=metric)
         wanted = expected(model, ragged(), metric, "labels", captured, weights)
         assert_close(result, *wanted, 1e-4)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_an_unfinished_run_goes_on(build: Build, scheme: str, tmp_path: Path) -> None:
+    model = build(scheme)
+    whole = attribute(model, ragged())
+
+    def broken() -> Iterator[dict[str, Tensor]]:
+        yield from ragged()[:1]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attribute(build(scheme), broken(), state=tmp_path, save_every=0)
+    ran: list[int] = []
+    embedding = model.get_input_embeddings()
+    handle = embedding.register_forward_hook(lambda *_: ran.append(1))
+    found = attribute(model, ragged(), state=tmp_path, save_every=0)
+    handle.remove()
+    assert len(ran) == len(ragged()) - 1
+    assert all(torch.equal(found.scores[name], whole.scores[name]) for name in whole.scores)
 
 
 @pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4", "torchao-int8"])
