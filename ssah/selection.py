@@ -16,7 +16,7 @@ from ssah import masked_experts
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.slots import Slot
 from ssah.units import DepthTwoModule
-from ssah_kernels.sharded import check_layout, is_sharded
+from ssah_kernels.sharded import Dim, check_layout, is_sharded
 
 __all__ = [
     "Entries",
@@ -50,6 +50,11 @@ class Entries:
     def dims(self) -> tuple[int, ...]:
         """All dimensions that ``trains`` runs over."""
         return (0, self.dim) if self.experts else (self.dim,)
+
+    @property
+    def along(self) -> Dim:
+        """``dims`` as :mod:`ssah_kernels.sharded` takes them."""
+        return (0, self.dim) if self.experts else self.dim
 
     @property
     def whole(self) -> bool:

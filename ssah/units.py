@@ -330,7 +330,8 @@ def _mlp_modules(
     experts, ffn = family.experts, family.ffn
     if experts is not None and _has(model, f"{layer}.{experts.module}"):
         yield from _expert_modules(model, f"{layer}.{experts.module}", final=last)
-        ffn = experts.shared
+        shared = experts.shared
+        ffn = shared if shared is not None and _has(model, f"{layer}.{shared.down}") else None
     if ffn is not None:
         yield _ffn_module(model, layer, ffn, final=ffn.last and last)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from contextlib import redirect_stdout
@@ -27,7 +28,8 @@ from typer.testing import CliRunner
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.cli import app
 from ssah.distributed import Ranks, deal, launched
-from ssah_kernels.sharded import first_row, local
+from ssah.units import layers_path
+from ssah_kernels.sharded import first_row, is_sharded, local
 
 Batches = list[dict[str, Tensor]]
 
@@ -216,6 +218,8 @@ def test_command_under_a_launcher(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------- training
 
 STEPS, HALF, ROWS = 20, 10, 4
+# Mode -> what is trained in it. Of the experts of gpt-oss, units run along either dimension.
+TRAINED = {"freeze": "llama_bias", "train_only": "gpt_oss"}
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
 
 
@@ -236,8 +240,9 @@ def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, n: int 
         optimizer.step()
 
 
+@functools.cache
 def one_process(mode: str, dtype: torch.dtype) -> dict[str, Tensor]:
-    model = tiny_models.build("llama_bias", dtype=dtype)
+    model = tiny_models.build(TRAINED[mode], dtype=dtype)
     plan = make(model, mode)
     train(model, plan.optimizer(**OPTIONS), range(STEPS))
     plan.close()
@@ -248,7 +253,7 @@ def assert_trained_alike(folder: Path, mode: str) -> None:
     """What ranks trained is as near to a float64 run as one process comes in float32."""
     ours = torch.load(folder / f"{mode}.pt")
     one, exact = one_process(mode, torch.float32), one_process(mode, torch.float64)
-    start = tiny_models.build("llama_bias")
+    start = tiny_models.build(TRAINED[mode])
     trains = masks(start, draw(start), mode)
     for name, before in start.state_dict().items():
         moved = ours[name] != before
@@ -262,8 +267,8 @@ def assert_trained_alike(folder: Path, mode: str) -> None:
 
 
 def ddp(rank: int, n: int, folder: Path) -> None:
-    for mode in MODES:
-        model = tiny_models.build("llama_bias")
+    for mode, family in TRAINED.items():
+        model = tiny_models.build(family)
         trained = sum(int(mask.sum()) for mask in masks(model, draw(model), mode).values())
         plan = make(model, mode)
         parallel = nn.parallel.DistributedDataParallel(model)
@@ -291,16 +296,22 @@ def test_ddp_sends_trained_gradients_alone(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ sharded
 
 
-def sharded(n: int) -> PreTrainedModel:
-    model = tiny_models.build("llama_bias")
+def shard(model: PreTrainedModel, n: int) -> PreTrainedModel:
     mesh = init_device_mesh("cpu", (n,))
-    for layer in model.model.layers:
+    for layer in model.get_submodule(layers_path(model)):
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
 
 
+def sharded(n: int, family: str = "llama_bias") -> PreTrainedModel:
+    return shard(tiny_models.build(family), n)
+
+
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
+    return {
+        name: (value.full_tensor() if is_sharded(value) else value).clone()  # buffers are not
+        for name, value in model.state_dict().items()
+    }
 
 
 def checkpoint(model: nn.Module, optimizer: Any) -> dict[str, Any]:
@@ -308,14 +319,15 @@ def checkpoint(model: nn.Module, optimizer: Any) -> dict[str, Any]:
     return dict(zip(("model", "optimizer"), parts, strict=True))
 
 
-def shard_and_train(rank: int, n: int, folder: Path) -> None:
-    for mode in MODES:
-        model = sharded(n)
-        for metric in ("taylor", "variance"):
-            own = batches(3)[rank::n]  # two and one: the second rank waits in step
-            result = attribute(model, own, metric=metric)
-            assert same_bits(result)
-            result.save(folder / f"{metric}-{rank}")
+def score_and_train(rank: int, n: int, folder: Path) -> None:
+    model = sharded(n)
+    for metric in ("taylor", "variance"):
+        own = batches(3)[rank::n]  # two and one: the second rank waits in step
+        result = attribute(model, own, metric=metric)
+        assert same_bits(result)
+        result.save(folder / f"{metric}-{rank}")
+    for mode, family in TRAINED.items():
+        model = sharded(n, family)
         plan = make(model, mode)
         optimizer = plan.optimizer(**OPTIONS)
         train(model, optimizer, range(HALF), rank, n)
@@ -374,8 +386,8 @@ def refuse(rank: int, n: int, folder: Path) -> None:
 
 
 def resume(rank: int, n: int, folder: Path) -> None:
-    for mode in MODES:
-        model = sharded(n)
+    for mode, family in TRAINED.items():
+        model = sharded(n, family)
         plan = make(model, mode)
         optimizer = plan.optimizer(**OPTIONS)
         state = checkpoint(model, optimizer)
@@ -393,7 +405,7 @@ def resume(rank: int, n: int, folder: Path) -> None:
 
 
 def test_sharded_by_fully_shard(tmp_path: Path) -> None:
-    start(shard_and_train, 2, tmp_path / "two")
+    start(score_and_train, 2, tmp_path / "two")
     model = tiny_models.build("llama_bias")
     # The loss of a sharded model is taken of all positions at once: another order in float32.
     for metric, tolerance in (("variance", 1e-12), ("taylor", 1e-6)):

@@ -1,0 +1,65 @@
+"""What two processes compute of every family, each holding a half of every weight.
+
+Starting processes takes longer than what they do: one pair serves all families.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import tiny_models
+import torch
+from test_ranks import MODES, batches, shard, start, train, whole
+from test_training import make
+from torch import Tensor
+from torch.multiprocessing import ProcessRaisedException
+from transformers import PreTrainedModel
+
+from ssah.attribution import Attribution, attribute
+from ssah.distributed import deal
+
+BATCHES, STEPS = 3, 2  # the second process has one batch, and waits in step while the first has two
+# With a large eps a step is nearly in proportion to the gradient, not to its rounding where it is
+# zero: some norms and routers compute in float32, whatever the weights are.
+OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-2}
+
+
+def tiny(family: str) -> PreTrainedModel:
+    """The family's tiny model, all of it in float64: FSDP2 takes one type alone."""
+    return tiny_models.build(family, dtype=torch.float64).double()
+
+
+def results_of_two(family: str) -> tuple[Attribution, dict[str, dict[str, Tensor]]]:
+    """Scores of a family's tiny model in float64; its weights after steps of every mode in turn."""
+    folder, end = _run()
+    states = Path(folder.name) / family / "states.pt"
+    assert states.is_file(), f"the two processes did not get to {family!r}: {end}"
+    return Attribution.load(states.parent / "scores"), torch.load(states)
+
+
+@functools.cache
+def _run() -> tuple[TemporaryDirectory[str], str]:
+    """The folder of what they computed, and how they ended."""
+    folder = TemporaryDirectory()
+    try:
+        start(_score_and_train, 2, Path(folder.name))
+    except ProcessRaisedException as error:
+        return folder, str(error)
+    return folder, "they ended early"
+
+
+def _score_and_train(rank: int, n: int, folder: Path) -> None:
+    for family in (*tiny_models.FAMILIES, *tiny_models.EXPERTS):
+        model = shard(tiny(family), n)
+        scores = attribute(model, deal(batches(BATCHES)))
+        states = {}
+        for mode in MODES:
+            with make(model, mode) as plan:
+                train(model, plan.optimizer(**OPTIONS), range(STEPS), rank, n)
+                plan.verify()
+            states[mode] = whole(model)
+        if rank == 0:
+            scores.save(folder / family / "scores")
+            torch.save(states, folder / family / "states.pt")
