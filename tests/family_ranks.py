@@ -5,13 +5,16 @@ Starting processes takes longer than what they do: one pair serves all families.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
 import tiny_models
 import torch
-from test_ranks import MODES, batches, shard, start, train, whole
+import torch.distributed as dist
+from test_ranks import MODES, batches, shard, start, train
 from test_training import make
 from torch import Tensor
 from torch.multiprocessing import ProcessRaisedException
@@ -19,8 +22,9 @@ from transformers import PreTrainedModel
 
 from ssah.attribution import Attribution, attribute
 from ssah.distributed import deal
+from ssah_kernels.sharded import is_sharded, local
 
-BATCHES, STEPS = 3, 2  # the second process has one batch, and waits in step while the first has two
+BATCHES = 3  # the second process has one, and waits in step while the first has two
 # With a large eps a step is nearly in proportion to the gradient, not to its rounding where it is
 # zero: some norms and routers compute in float32, whatever the weights are.
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-2}
@@ -32,19 +36,25 @@ def tiny(family: str) -> PreTrainedModel:
 
 
 def results_of_two(family: str) -> tuple[Attribution, dict[str, dict[str, Tensor]]]:
-    """Scores of a family's tiny model in float64; its weights after steps of every mode in turn."""
+    """Scores of a family's tiny model, and its weights after a step of each mode in turn."""
     folder, end = _run()
-    states = Path(folder.name) / family / "states.pt"
-    assert states.is_file(), f"the two processes did not get to {family!r}: {end}"
-    return Attribution.load(states.parent / "scores"), torch.load(states)
+    folder = folder / family
+    assert (folder / "1.pt").is_file(), f"the two processes did not get to {family!r}: {end}"
+    first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
+    states = {
+        mode: {name: torch.cat([rows, second[mode][name]]) for name, rows in state.items()}
+        for mode, state in first.items()
+    }
+    return Attribution.load(folder / "scores"), states
 
 
 @functools.cache
-def _run() -> tuple[TemporaryDirectory[str], str]:
+def _run() -> tuple[Path, str]:
     """The folder of what they computed, and how they ended."""
-    folder = TemporaryDirectory()
+    folder = Path(mkdtemp())
+    atexit.register(shutil.rmtree, folder)
     try:
-        start(_score_and_train, 2, Path(folder.name))
+        start(_score_and_train, 2, folder)
     except ProcessRaisedException as error:
         return folder, str(error)
     return folder, "they ended early"
@@ -57,9 +67,14 @@ def _score_and_train(rank: int, n: int, folder: Path) -> None:
         states = {}
         for mode in MODES:
             with make(model, mode) as plan:
-                train(model, plan.optimizer(**OPTIONS), range(STEPS), rank, n)
+                train(model, plan.optimizer(**OPTIONS), range(1), rank, n)
                 plan.verify()
-            states[mode] = whole(model)
+            states[mode] = {
+                name: local(value).clone()
+                for name, value in model.state_dict().items()
+                if is_sharded(value)  # buffers are not
+            }
         if rank == 0:
             scores.save(folder / family / "scores")
-            torch.save(states, folder / family / "states.pt")
+        dist.barrier()
+        torch.save(states, folder / family / f"{rank}.pt")

@@ -29,7 +29,7 @@ from ssah.attribution import METRICS, Attribution, attribute
 from ssah.cli import app
 from ssah.distributed import Ranks, deal, launched
 from ssah.units import layers_path
-from ssah_kernels.sharded import first_row, is_sharded, local
+from ssah_kernels.sharded import first_row, local
 
 Batches = list[dict[str, Tensor]]
 
@@ -308,10 +308,7 @@ def sharded(n: int, family: str = "llama_bias") -> PreTrainedModel:
 
 
 def whole(model: nn.Module) -> dict[str, Tensor]:
-    return {
-        name: (value.full_tensor() if is_sharded(value) else value).clone()  # buffers are not
-        for name, value in model.state_dict().items()
-    }
+    return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
 
 
 def checkpoint(model: nn.Module, optimizer: Any) -> dict[str, Any]:
