@@ -108,7 +108,9 @@ class _MaskedOptimizer(Optimizer):
                         "torch.nn.utils.clip_grad_norm_) and track_importance False"
                     )
             elif not isinstance(dim, int):
-                raise ValueError(f"dims[{i}] is {dim}; of a parameter in one memory it must be one")
+                raise ValueError(
+                    f"dims[{i}] is {dim}; it must be one dimension, as the parameter is not sharded"
+                )
             if index is None:
                 continue
             size = p.shape[dim] if isinstance(dim, int) else math.prod(p.shape[d] for d in dim)
