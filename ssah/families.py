@@ -88,8 +88,8 @@ class Experts:
         module: path of the module that holds the parameters, of a class decorated with
             ``transformers.integrations.use_experts_implementation``, which says how they are laid
             out. Layers without such a module have the family's ``ffn``.
-        shared: an FFN beside the routed experts that every token passes through, or None. Layers
-            that go without it have none.
+        shared: an FFN beside the routed experts that every token passes through, or None. Not in
+            layers where the module that holds it is None.
     """
 
     module: str = "mlp.experts"

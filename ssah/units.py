@@ -276,6 +276,12 @@ def _has(module: nn.Module, path: str) -> bool:
     return bool(found)
 
 
+def _left_out(model: nn.Module, name: str) -> bool:
+    """Whether the module that would hold the projection ``name`` is None."""
+    holder, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return getattr(model.get_submodule(holder), leaf, name) is None
+
+
 def _projection(model: nn.Module, name: str) -> nn.Module:
     try:
         module = model.get_submodule(name)
@@ -331,7 +337,7 @@ def _mlp_modules(
     if experts is not None and _has(model, f"{layer}.{experts.module}"):
         yield from _expert_modules(model, f"{layer}.{experts.module}", final=last)
         shared = experts.shared
-        ffn = shared if shared is not None and _has(model, f"{layer}.{shared.down}") else None
+        ffn = None if shared is None or _left_out(model, f"{layer}.{shared.down}") else shared
     if ffn is not None:
         yield _ffn_module(model, layer, ffn, final=ffn.last and last)
 

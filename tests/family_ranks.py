@@ -17,7 +17,7 @@ import torch.distributed as dist
 from test_ranks import MODES, batches, shard, start, train
 from test_training import make
 from torch import Tensor
-from torch.multiprocessing import ProcessRaisedException
+from torch.multiprocessing.spawn import ProcessException
 from transformers import PreTrainedModel
 
 from ssah.attribution import Attribution, attribute
@@ -55,7 +55,7 @@ def _run() -> tuple[Path, str]:
     atexit.register(shutil.rmtree, folder)
     try:
         start(_score_and_train, 2, folder)
-    except ProcessRaisedException as error:
+    except ProcessException as error:
         return folder, str(error)
     return folder, "they ended early"
 

@@ -16,7 +16,12 @@ from mixtures import Capture, activation, column
 from test_attribution import ragged
 from tiny_models import EXPERTS, build, collate, rows
 from torch import Tensor, nn
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    PreTrainedModel,
+)
 
 from ssah import ablate, attribute, classify, families, find_modules, prune
 from ssah.attribution import Attribution
@@ -227,6 +232,21 @@ def test_another_architecture_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(result.scores) == 4
     with pytest.raises(ValueError, match="no ffn, attention or experts"):
         families.register_family("new", Family("layers", None, None))
+
+
+def test_a_shared_expert_may_be_left_out_but_not_misnamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EXPERTS["ernie4_5_moe"]()
+    shared = "model.layers.1.mlp.shared_experts.down_proj"
+    assert shared in find_modules(AutoModelForCausalLM.from_config(config))
+    config.moe_num_shared_experts = 0
+    model = AutoModelForCausalLM.from_config(config)
+    found = list(find_modules(model))
+    assert shared not in found
+    assert list(attribute(model, ragged()).scores) == found
+    misnamed = families.FAMILIES["qwen2_moe"]  # its shared expert has another name
+    monkeypatch.setitem(families.FAMILIES, "ernie4_5_moe", misnamed)
+    with pytest.raises(ValueError, match=r"has no module 'model.layers.1.mlp.shared_expert\."):
+        find_modules(model)
 
 
 def test_experts_of_another_kind_are_refused() -> None:

@@ -89,7 +89,7 @@ def test_info_of_a_large_model_takes_no_memory(folder: Any) -> None:
 
 
 def test_info_names_what_is_not_covered(folder: Any) -> None:
-    path = folder({"model_type": "qwen3_next", "num_hidden_layers": 8, "mlp_only_layers": [2]})
+    path = folder({"model_type": "qwen3_next", "num_hidden_layers": 8, "num_experts": 8})
     found = {part["part"]: part for part in info(path)["not_covered"]}
     assert found["linear_attn"]["layers"] == [0, 1, 2, 4, 5, 6]
     assert found["linear_attn"]["instead_of"] == "attention"
