@@ -36,20 +36,20 @@ def check_scores(family: str) -> None:
     """Every metric, from activations captured by plain hooks; of experts, also of all tokens."""
     if family in tiny_models.EXPERTS:
         model = tiny_models.build(family, dtype=torch.float64)
-        routed, every = Capture(model, ragged()), Capture(model, ragged(), every=True)
+        captured = Capture(model, ragged())
         for metric in METRICS:
             result = attribute(model, ragged(), metric=metric)
-            routed.check(result)
+            captured.check(result)
             assert max(score.max() for name, score in result.scores.items() if "[" in name) > 0
         for metric in STREAMED_METRICS:
-            every.check(attribute(model, ragged(), metric=metric, all_experts=True))
+            captured.check(attribute(model, ragged(), metric=metric, all_experts=True))
         return
     model = tiny_models.build(family)
-    captured = [capture(model, part, gradient=True) for part in ragged()]
+    seen = [capture(model, part, gradient=True) for part in ragged()]
     for metric in METRICS:
         result = attribute(model, ragged(), metric=metric)
         assert (result.metric, result.tokens) == (metric, "labels")
-        assert_close(result, *expected(model, ragged(), metric, "labels", captured), 1e-4)
+        assert_close(result, *expected(model, ragged(), metric, "labels", seen), 1e-4)
 
 
 def check_ablation(family: str) -> None:

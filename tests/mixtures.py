@@ -46,12 +46,11 @@ def column(module: DepthTwoModule) -> Tensor:
 class Capture:
     """What enters every B in the model's own forward, and dL/d of it, at tokens that count."""
 
-    def __init__(
-        self, model: PreTrainedModel, batches: list[dict[str, Tensor]], *, every: bool = False
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> None:
         self.a: dict[str, list[Tensor]] = {}
         self.product: dict[str, list[Tensor]] = {}
-        self.found, self.every = find_modules(model), every
+        self.reached: dict[str, list[Tensor]] = {}  # which of these tokens were routed there
+        self.found = find_modules(model)
         for batch in batches:
             self._read(model, batch)
 
@@ -89,19 +88,21 @@ class Capture:
         for name, module in self.found.items():
             x, *routing = seen[module.down]
             if module.expert is None:
-                a, grad, mine = x.flatten(0, -2), gradient(x).flatten(0, -2), counted
+                a, grad = x.flatten(0, -2), gradient(x).flatten(0, -2)
+                reached = torch.ones_like(counted)
             else:
                 chosen, weights, out = routing
                 weight = (weights * (chosen == module.expert)).sum(1, keepdim=True)
                 a = activation(module.down, module.expert, x)
                 grad = weight * (gradient(out) @ column(module))
-                mine = counted & (self.every | (chosen == module.expert).any(1))
-            self.a.setdefault(name, []).append(a.detach()[mine])
-            self.product.setdefault(name, []).append((a * grad).detach()[mine])
+                reached = (chosen == module.expert).any(1)
+            self.a.setdefault(name, []).append(a.detach()[counted])
+            self.product.setdefault(name, []).append((a * grad).detach()[counted])
+            self.reached.setdefault(name, []).append(reached[counted])
         model.zero_grad()
 
-    def score(self, name: str, metric: str) -> Tensor:
-        a, product = torch.cat(self.a[name]), torch.cat(self.product[name])
+    def score(self, name: str, metric: str, counts: Tensor) -> Tensor:
+        a, product = torch.cat(self.a[name])[counts], torch.cat(self.product[name])[counts]
         norms = column(self.found[name]).square().sum(0)
         if metric == "taylor":
             return product.sum(0).abs()
@@ -114,7 +115,8 @@ class Capture:
     def check(self, result: Attribution) -> None:
         assert list(result.scores) == list(self.found)
         for name in self.found:
-            a, score = torch.cat(self.a[name]), self.score(name, result.metric)
+            counts = torch.cat(self.reached[name]) | result.all_experts
+            a, score = torch.cat(self.a[name])[counts], self.score(name, result.metric, counts)
             assert result.count[name] == len(a)
             if len(a):
                 torch.testing.assert_close(result.mean[name], a.mean(0), rtol=1e-9, atol=1e-12)
