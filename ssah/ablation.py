@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.quantised import check_plain, scheme_of
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
 if TYPE_CHECKING:
@@ -66,31 +67,53 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Inside, the model must not be converted to another dtype or device, and what is trained or
     loaded into these columns is lost.
 
+    A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and is not touched:
+    there a hook sets the units' channels to zero before they enter B, which is the same function
+    (where B rounds its input by the largest channel, of the input without these).
+
     Args:
         model: a model that `find_modules` knows.
         units: what to ablate, for instance `groups["scu"]`. Yields the model.
 
     Raises:
-        ValueError: where units belong to another model, or a weight is quantized or not in memory.
+        ValueError: where units belong to another model, or a weight is not in memory.
 
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
-    return _ablated(model, _columns(model, units, _checked_modules(model, units)))
+    modules = _checked_modules(model, units)
+    packed = {name for name, module in modules.items() if scheme_of(module.down) is not None}
+    plain = {name: module for name, module in modules.items() if name not in packed}
+    muted = [(modules[name].down, units[name]) for name in packed if len(units[name])]
+    return _ablated(model, _columns(model, units, plain), muted)
 
 
 @contextmanager
-def _ablated(model: nn.Module, columns: Mapping[str, _Columns]) -> Iterator[nn.Module]:
+def _ablated(
+    model: nn.Module, columns: Mapping[str, _Columns], muted: Iterable[tuple[nn.Module, Tensor]]
+) -> Iterator[nn.Module]:
     saved: list[tuple[_Columns, Tensor]] = []
+    hooks = ExitStack()
     try:
+        for down, channels in muted:
+            hooks.callback(down.register_forward_pre_hook(_mute(channels)).remove)
         with torch.inference_mode():
             for each in columns.values():
                 saved.append((each, each.weight.index_select(each.dim, each.index)))
                 each.weight.index_fill_(each.dim, each.index, 0)
         yield model
     finally:
+        hooks.close()
         with torch.inference_mode():
             for each, values in reversed(saved):
                 each.weight.index_copy_(each.dim, each.index, values)
+
+
+def _mute(channels: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x = args[0]
+        return (x.index_fill(-1, channels.to(x.device), 0), *args[1:])
+
+    return hook
 
 
 def prune(
@@ -121,11 +144,13 @@ def prune(
             model's: pass its `.mean`.
 
     Raises:
-        ValueError: where units belong to another model; where `compensate` and `means` are not
-            given together, or a mean is missing, of another length or not finite; where B has no
-            bias and the configuration can express none (names the module).
+        ValueError: where units belong to another model; where weights are packed; where
+            `compensate` and `means` are not given together, or a mean is missing, of another length
+            or not finite; where B has no bias and the configuration can express none (names the
+            module).
     """
     modules = _checked_modules(model, units)
+    check_plain(model, "to be pruned (ablate works)")
     columns = _columns(model, units, modules)
     if compensate != (means is not None):
         raise ValueError(

@@ -30,6 +30,7 @@ from ssah.provenance import (
     model_name,
     save_tensors,
 )
+from ssah.quantised import dequantised, packed_modules, passing_gradients
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
 from ssah.watch import Sums, as_it_was, watching
@@ -169,6 +170,9 @@ def attribute(
     of weights. The model runs in evaluation mode and in its own dtype, and is left as it was. Hooks
     inside a gated FFN see the tokens of a batch in pieces, ``[tokens, hidden]``, without padding.
 
+    A quantised model of a scheme of :mod:`ssah.quantised` runs packed, exactly as it would; norms
+    are those of B's dequantised weight, and gradients those that its modules pass on.
+
     Where a process group is initialised, every rank calls this with batches of its own
     (:func:`ssah.distributed.deal`), some or none, and gets the scores of all of them together, to
     the same bits.
@@ -191,8 +195,9 @@ def attribute(
     Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
-            a single token (no variance), labels missing, ``all_experts`` without experts; ranks
-            that differ in model or options, or that were all given the same batches.
+            a single token (no variance), labels missing, ``all_experts`` without experts; packed
+            weights that pass no gradient or cannot be dequantised; ranks that differ in model or
+            options, or that were all given the same batches.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran; a rank has died.
     """
@@ -233,7 +238,9 @@ def attribute(
     fingerprint = Fingerprint()
     loaders = set(ranks.tell(getattr(loader, "fingerprint", None)))
     own_fingerprint = loaders.pop() if len(loaders) == 1 else None
-    maskless = may_drop_mask(model)
+    packed = bool(packed_modules(model))
+    # Of a packed model even what padding computes may be seen: a scale may be a batch's.
+    maskless = may_drop_mask(model) and not packed
     device = device_of(model.get_input_embeddings())
     n_batches = counted = n_targets = 0
 
@@ -250,6 +257,8 @@ def attribute(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
         )
         stack.callback(reshard, model)
+        if gradient:
+            stack.enter_context(passing_gradients(model))
         # The forward pass of a sharded model waits for the other ranks.
         for batch in read() if over is None else ranks.in_step(read()):
             n_batches += batch is not None
@@ -263,7 +272,8 @@ def attribute(
             elif gradient:
                 n_targets += _forward_backward(model, batch)
             else:
-                with torch.inference_mode():
+                # What packed modules lay out anew as they first run must not be inference tensors.
+                with torch.no_grad() if packed else torch.inference_mode():
                     model.base_model(**batch.inputs, use_cache=False)
             if advance is not None:
                 advance(int(batch.attended.sum()))
@@ -477,9 +487,11 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
 
     Raises:
         FloatingPointError: the weight is NaN or infinite.
+        ValueError: it is packed in a layout that cannot be dequantised.
     """
     with at_hand(module.down):
-        weight = module.weight.detach()
+        plain = dequantised(module.down)
+        weight = module.weight.detach() if plain is None else plain
         if is_sharded(weight):
             weight = weight.full_tensor()
         if module.output.dim == 1:

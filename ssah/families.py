@@ -73,11 +73,14 @@ class NotCovered:
         reason: why there are no units, for people.
         instead: the kind of depth-2 module that such a layer goes without, or None if the part is
             there beside them.
+        setting: name of a setting of the configuration; where it is 0 or missing, this does not
+            apply.
     """
 
     at: str
     reason: str
     instead: Literal["mlp", "attention"] | None = None
+    setting: str | None = None
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,10 @@ _SHARED_VALUES = (
         "self_attn.is_kv_shared_layer", "takes keys and values of an earlier layer", "attention"
     ),
     NotCovered(
-        "self_attn.store_full_length_kv", "its keys and values also serve later layers", "attention"
+        "self_attn.store_full_length_kv",
+        "its keys and values also serve later layers",
+        "attention",
+        setting="num_kv_shared_layers",
     ),
 )
 _PER_LAYER_INPUT = NotCovered(

@@ -150,8 +150,8 @@ def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
 
     Args:
         selection: group names such as ``"scu"``, or a group and a fraction of *all* units such as
-            ``"cu:0.06"``: the units of that group that rank highest for safety
-            (`UnitGroups.top`).
+            ``"cu:0.06"``: those of its units that are most like it (`UnitGroups.top` by
+            ``"group"``; of CU, the highest for safety).
         groups: where they are taken from.
 
     Raises:
@@ -165,7 +165,8 @@ def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
                 f"the selection has {part!r}; it must be one of {', '.join(GROUPS)}, or a group "
                 "and a fraction of all units such as cu:0.06"
             )
-        units = units | (groups.top(name, _fraction(part, share)) if colon else groups[name])
+        own = groups.top(name, _fraction(part, share), by="group") if colon else groups[name]
+        units = units | own
     if not len(units):
         raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
     return units

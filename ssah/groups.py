@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 GROUPS = ("scu", "ucu", "ru", "cu")
 SCOPES = ("module", "model")
 NORMALIZATIONS = ("none", "zscore", "rank")
-ORDERS = ("safety", "utility", "difference", "sum")
+ORDERS = ("safety", "utility", "difference", "sum", "group")
+# By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
+_OWN: dict[str, tuple[str, int]] = {
+    "scu": ("difference", 1),
+    "ucu": ("difference", -1),
+    "ru": ("sum", -1),
+    "cu": ("safety", 1),
+}
 METADATA = ("metric", "tokens", "model_name", "config_hash", "data_fingerprint")
 
 _CONTENT = "ssah unit groups"
@@ -38,7 +45,7 @@ _SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
 
 Scope = Literal["module", "model"]
 Normalize = Literal["none", "zscore", "rank"]
-By = Literal["safety", "utility", "difference", "sum"]
+By = Literal["safety", "utility", "difference", "sum", "group"]
 
 
 # ---------------------------------------------------------------------------------- validation
@@ -233,8 +240,11 @@ class UnitGroups(Mapping[str, UnitSet]):
                 the group: floor(fraction * n + 0.5) of every module's n units for
                 `scope="module"`, of all units together for `scope="model"`. It can be at most the
                 group's own share. Where rounding left the group a unit short, all of it is taken.
-            by: rank by `"safety"` (I_S), `"utility"` (I_U), `"difference"` (I_S - I_U) or `"sum"`
-                (I_S + I_U). Ties go to the lower index.
+            by: rank by `"safety"` (I_S), `"utility"` (I_U), `"difference"` (I_S - I_U), `"sum"`
+                (I_S + I_U), or by what makes the `"group"`, so that the units are those that
+                `classify` would have taken first: of SCU the highest I_S - I_U, of UCU the lowest,
+                of RU the lowest I_S + I_U; of CU, which are what is left, the highest I_S. Ties go
+                to the lower index.
 
         Raises:
             ValueError: for an unknown group or order, or a fraction above the group's share.
@@ -248,9 +258,10 @@ class UnitGroups(Mapping[str, UnitSet]):
                 f"fraction is {fraction}; the group {group} is {share:.6g} of all units, so that "
                 "fraction must be at most that (it counts units of the scope, not of the group)"
             )
+        order, sign = _OWN[group] if by == "group" else (by, 1)
         indices: dict[str, Tensor] = {}
         for names in blocks(list(self.sizes), self.scope):
-            key = order_key(*self._ranked, names, by)
+            key = sign * order_key(*self._ranked, names, order)
             labels = torch.cat([self._labels[name] for name in names])
             candidates = (labels == GROUPS.index(group)).nonzero().flatten()
             chosen = lowest(-key, candidates, share_count(fraction, len(key)))

@@ -73,11 +73,13 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
     Returns:
         Its class, type and size; per kind of depth-2 module their number, the units of all and
         ``sizes``, pairs of (units, modules that have so many); ``owned``, the parameters that
-        belong to units; ``not_covered``, the parts that hold no units, with their layers.
+        belong to units; ``quantised``, how its weights are packed or None; ``not_covered``, the
+        parts that hold no units, with their layers.
 
     Raises:
         ValueError: the architecture is unknown, or there are no such modules.
     """
+    from ssah.quantised import describe_packing, n_parameters
     from ssah.units import KINDS, find_modules, find_not_covered
 
     found = find_modules(model).values()
@@ -92,15 +94,15 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
     owned = 0
     for module in found:
         for entries in (*module.inputs, module.output):
-            shape = entries.tensor(model).shape
-            owned += len(entries.index.unique()) * (shape.numel() // shape[entries.dim])
+            owned += len(entries.index.unique()) * entries.width(model)
     return {
         "name": name,
         "class": type(model).__name__,
         "model_type": model.config.get_text_config(decoder=True).model_type,  # type: ignore[union-attr, operator]
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "parameters": n_parameters(model),
         "owned": owned,
-        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantised": describe_packing(model),
         "units": sum(module.n_units for module in found),
         "kinds": kinds,
         "not_covered": [

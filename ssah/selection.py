@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah import masked_experts
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
+from ssah.quantised import check_plain
 from ssah.slots import Slot
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim, check_layout, is_sharded
@@ -75,6 +76,7 @@ def check_trainable(model: PreTrainedModel) -> None:
             than ``fully_shard`` does, with its name.
     """
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    check_plain(model, "to be trained in part")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             f"model {type(model).__name__} is quantised, must hold floating-point weights "

@@ -27,6 +27,7 @@ from ssah.families import (
     NotCovered,
     register_family,
 )
+from ssah.quantised import scheme_of
 from ssah.unit_set import UnitSet
 
 __all__ = [
@@ -95,6 +96,14 @@ class UnitSlice:
         parameter = model.get_parameter(self.param)
         return parameter if self.expert is None else parameter.detach()[self.expert]
 
+    def width(self, model: nn.Module) -> int:
+        """How many weights one entry has, those that a packed one stands for."""
+        owner = model.get_submodule(self.param.rpartition(".")[0])
+        if self.param.endswith(".weight") and scheme_of(owner) is not None:
+            return _features(owner)[self.dim]  # a row has the inputs, a column the outputs
+        shape = self.tensor(model).shape
+        return shape.numel() // shape[self.dim]
+
 
 @dataclass(frozen=True, eq=False)
 class GatedFFN:
@@ -125,8 +134,9 @@ class DepthTwoModule:
             ``"model.layers.0.mlp.experts.down_proj[3]"``; the key everywhere.
         kind: ``"mlp"`` or ``"attention"``.
         n_units: inner dimension, the number of columns of B.
-        down: B, an ``nn.Linear`` (weight ``[out, in]``) or a transformers ``Conv1D``
-            (weight ``[in, out]``); of an expert, the module that holds all experts of the layer.
+        down: B, an ``nn.Linear`` (weight ``[out, in]``), a transformers ``Conv1D`` (weight
+            ``[in, out]``) or one of :mod:`ssah.quantised` (weight packed, meant as ``[out, in]``);
+            of an expert, the module that holds all experts of the layer.
         inputs: rows of A: weights and biases.
         output: columns of B.
         gated: the fused path of a gated FFN, or None where B's input can only be watched.
@@ -149,7 +159,7 @@ class DepthTwoModule:
 
     @property
     def weight(self) -> Tensor:
-        """B's weight, with units along ``output.dim``; of an expert, a view."""
+        """B's weight, with units along ``output.dim`` unless packed; of an expert, a view."""
         if self.routed is None:
             return self.down.weight  # type: ignore[return-value]
         return getattr(self.down, DOWN).detach()[self.expert]
@@ -222,8 +232,9 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
 
     Raises:
         TypeError: ``model`` is not a transformers model.
-        ValueError: unknown architecture or kind, no such modules, or a projection that is not a
-            plain ``nn.Linear`` or ``Conv1D`` (quantised, or wrapped by an adapter).
+        ValueError: unknown architecture or kind, no such modules, or a projection that is neither a
+            plain ``nn.Linear`` or ``Conv1D`` nor packed in a way that :mod:`ssah.quantised` knows
+            (wrapped by an adapter, say).
     """
     kinds = (modules,) if isinstance(modules, str) else tuple(modules)
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -235,7 +246,7 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     found: dict[str, DepthTwoModule] = {}
     for i, parts in layers.items():
         layer = f"{path}.{i}"
-        missing = {part.instead for part in family.not_covered if _has(parts, part.at)}
+        missing = {part.instead for part in family.not_covered if _applies(part, model, parts)}
         if family.attention is not None and "attention" in set(kinds) - missing:
             module = _attention_module(model, layer, family.attention)
             found[module.name] = module
@@ -262,18 +273,27 @@ def find_not_covered(model: nn.Module) -> dict[NotCovered, list[str]]:
     family, path = family_of(model), layers_path(model)
     layers = list(model.get_submodule(path).named_children())
     found = {
-        part: [f"{path}.{i}" for i, layer in layers if _has(layer, part.at)]
+        part: [f"{path}.{i}" for i, layer in layers if _applies(part, model, layer)]
         for part in family.not_covered
     }
     return {part: names for part, names in found.items() if names}
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    """Whether the attribute at ``path`` exists and is true."""
+def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:
+    """Whether ``layer`` of ``model`` has ``part``."""
+    if part.setting is not None:
+        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+        if not getattr(config, part.setting, None):
+            return False
+    return bool(_at(layer, part.at))
+
+
+def _at(module: nn.Module, path: str) -> object:
+    """The attribute at ``path``, None where there is none."""
     found: object = module
     for name in path.split("."):
         found = getattr(found, name, None)
-    return bool(found)
+    return found
 
 
 def _left_out(model: nn.Module, name: str) -> bool:
@@ -290,14 +310,16 @@ def _projection(model: nn.Module, name: str) -> nn.Module:
             f"model {type(model).__name__} has no module {name!r}, which the entry of its family "
             "names; register a family that fits it"
         ) from error
+    if scheme_of(module) is not None:
+        return module  # what its weight looks like is the scheme's affair
     if isinstance(module, nn.Linear):
         shape = (module.out_features, module.in_features)
     elif isinstance(module, Conv1D):
         shape = (module.nx, module.nf)
     else:
         raise ValueError(
-            f"module {name!r} is a {type(module).__name__}, must be nn.Linear or Conv1D "
-            "(merge adapters and dequantise the model first)"
+            f"module {name!r} is a {type(module).__name__}, must be nn.Linear or Conv1D (merge "
+            "adapters first; of quantised ones, see ssah.quantised.SCHEMES, dequantise others)"
         )
     if tuple(module.weight.shape) != shape:
         raise ValueError(
@@ -309,15 +331,14 @@ def _projection(model: nn.Module, name: str) -> nn.Module:
 
 def _features(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a projection."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    assert isinstance(module, Conv1D)
-    return module.nx, module.nf
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return module.in_features, module.out_features  # type: ignore[return-value]
 
 
 def _rows(name: str, module: nn.Module, index: Tensor) -> list[UnitSlice]:
     """Outputs ``index`` of a projection: rows of its weight, entries of its bias."""
-    slices = [UnitSlice(f"{name}.weight", 0 if isinstance(module, nn.Linear) else 1, index)]
+    slices = [UnitSlice(f"{name}.weight", 1 if isinstance(module, Conv1D) else 0, index)]
     if module.bias is not None:
         slices.append(UnitSlice(f"{name}.bias", 0, index))
     return slices
@@ -325,7 +346,7 @@ def _rows(name: str, module: nn.Module, index: Tensor) -> list[UnitSlice]:
 
 def _columns(name: str, module: nn.Module) -> UnitSlice:
     """All inputs of a projection: columns of its weight."""
-    dim = 1 if isinstance(module, nn.Linear) else 0
+    dim = 0 if isinstance(module, Conv1D) else 1
     return UnitSlice(f"{name}.weight", dim, torch.arange(_features(module)[0]))
 
 
@@ -334,7 +355,7 @@ def _mlp_modules(
 ) -> Iterator[DepthTwoModule]:
     """The FFN of one layer, or its routed and shared experts."""
     experts, ffn = family.experts, family.ffn
-    if experts is not None and _has(model, f"{layer}.{experts.module}"):
+    if experts is not None and _at(model, f"{layer}.{experts.module}") is not None:
         yield from _expert_modules(model, f"{layer}.{experts.module}", final=last)
         shared = experts.shared
         ffn = None if shared is None or _left_out(model, f"{layer}.{shared.down}") else shared
@@ -395,14 +416,23 @@ def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> Depth
         down,
         tuple(inputs),
         _columns(name, down),
-        _gated(model, layer, ffn, gate, up, final),
+        _gated(model, layer, ffn, gate, up, down, final),
     )
 
 
 def _gated(
-    model: nn.Module, layer: str, ffn: FFN, gate: nn.Module | None, up: nn.Module, final: bool
+    model: nn.Module,
+    layer: str,
+    ffn: FFN,
+    gate: nn.Module | None,
+    up: nn.Module,
+    down: nn.Module,
+    final: bool,
 ) -> GatedFFN | None:
     if ffn.module is None or ffn.act is None:
+        return None
+    if any(part is not None and scheme_of(part) is not None for part in (gate, up, down)):
+        # A scheme may round a token by the others of its batch: they are not to be run in pieces.
         return None
     activation = model.get_submodule(f"{layer}.{ffn.act}")
     act = act_name(activation)

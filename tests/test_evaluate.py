@@ -12,12 +12,20 @@ import torch
 from commands import call, fails, prepare
 from transformers import BertLMHeadModel
 
-from ssah.data import load_requests, load_rows
-from ssah.evaluation import Coherence, attack_success, generate, paired_difference
+import ssah
+from ssah.data import load_requests, load_rows, make_loader
+from ssah.evaluation import (
+    Coherence,
+    attack_success,
+    generate,
+    paired_difference,
+    response_log_probs,
+)
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import perplexity
 from ssah.evaluation.tasks import check_tasks, multiple_choice
-from ssah.experiments.evaluate import Ablation, EvaluateSettings
+from ssah.experiments.ablations import Ablation
+from ssah.experiments.evaluate import EvaluateSettings
 from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.units import UnitSet
@@ -52,6 +60,7 @@ def found(runs) -> dict:
         runs / "model", "--out", runs / "full", *SMALL,
         "--judge", "qi2023", "--system-prompt", "none", "--system-prompt", "Be kind.",
         "--ablate", f"{groups}:cu", "--ablate", f"{groups}:scu:random", "--seed", 3,
+        "--ablate", f"{groups}:ru:0.05",
     )  # fmt: skip
 
 
@@ -69,9 +78,10 @@ def test_every_rate_is_what_the_library_computes(runs, found):
         "nothing": None,
         f"{runs / 'groups'}:cu": groups["cu"],
         f"{runs / 'groups'}:scu:random": UnitSet.random(groups["scu"], seed=3),
+        f"{runs / 'groups'}:ru:0.05": groups.top("ru", 0.05, by="group"),
     }
     rows = {(r["ablated"], r["system_prompt"], r["judge"]): r for r in found["result"]["rows"]}
-    assert len(rows) == len(found["result"]["rows"]) == 3 * 2 * 2
+    assert len(rows) == len(found["result"]["rows"]) == 4 * 2 * 2
     options = {"judges": ["zou2023", "qi2023"], "coherent": scorer, "max_new_tokens": 8}
     sets = {
         "asr": load_requests("builtin:safety_eval[0:7]"),
@@ -114,20 +124,59 @@ def test_every_rate_is_what_the_library_computes(runs, found):
 
 def test_margin_and_utility_of_every_model(runs, found):
     model, tokenizer = load_model(str(runs / "model"))
-    first, second, third = found["result"]["models"]
+    first, second, third, fourth = found["result"]["models"]
     rows = load_rows("builtin:utility_eval", limit=6)
     expected = perplexity(model, tokenizer, rows).to_dict()
     assert first["utility_loss"] == pytest.approx(expected.pop("loss"), rel=1e-6)
     for key, value in expected.items():
         assert first[key] == pytest.approx(value, rel=1e-5)
-    assert first["units"] == 0 < third["units"] < second["units"]
+    assert first["units"] == 0 < third["units"] == fourth["units"] < second["units"]
     assert second["share"] == pytest.approx(second["units"] / 192)
     assert second["utility_loss"] != first["utility_loss"]
-    for each in (first, second, third):
+    for each in (first, second, third, fourth):
         low, high = each["refusal_margin_interval"]
         assert low <= each["refusal_margin"] <= high
         assert each["refuses"]["n"] == 7
         assert "margins" not in each
+
+
+def test_models_differ_by_rows_and_by_requests(runs, found):
+    result = found["result"]
+    names = [each["ablated"] for each in result["models"]]
+    pairs = [(later, earlier) for i, earlier in enumerate(names) for later in names[i + 1 :]]
+    assert {(d["ablated"], d["against"]) for d in result["differences"]} == set(pairs)
+    assert len(result["differences"]) == len(pairs)
+    loss = {each["ablated"]: each["utility_loss"] for each in result["models"]}
+    model, tokenizer = load_model(str(runs / "model"))
+    groups = UnitGroups.load(runs / "groups", model)
+    rows = {}
+    for name, units in ((names[1], groups["cu"]), (names[3], groups.top("ru", 0.05, by="group"))):
+        loader = make_loader("builtin:utility_eval[0:6]", tokenizer, batch_size=4)
+        with ssah.ablate(model, units):
+            nats, tokens = map(torch.cat, zip(*response_log_probs(model, loader), strict=True))
+        rows[name] = -nats / tokens.double().mean()
+    for each in result["differences"]:
+        first, second = each["ablated"], each["against"]
+        assert each["utility_loss"] == pytest.approx(loss[first] - loss[second])
+        low, high = each["utility_loss_interval"]
+        assert low <= each["utility_loss"] <= high
+        if {first, second} == set(rows):
+            _, bounds = paired_difference(rows[first], rows[second], seed=3)
+            assert (low, high) == pytest.approx(bounds)
+            assert low < high
+    rates = {(r["ablated"], r["system_prompt"], r["judge"]): r for r in result["rows"]}
+    differences = result["asr_differences"]
+    assert len(differences) == 3 * 2 * 2  # pairs of ablated models, prompts, judges
+    for each in differences:
+        first, second = (
+            rates[each[side], each["system_prompt"], each["judge"]]
+            for side in ("ablated", "against")
+        )
+        for key in ("asr", "asr_coherent"):
+            assert each[key] == pytest.approx(first[key]["rate"] - second[key]["rate"])
+            low, high = each[f"{key}_interval"]
+            assert low <= each[key] <= high
+            assert low < high
 
 
 def test_the_run_says_what_it_did(runs, found):
@@ -161,7 +210,7 @@ def test_tables_show_the_rates(runs, found):
     arguments = [
         "--judge", "qi2023", "--system-prompt", "none", "--system-prompt", "Be kind.",
         "--ablate", f"{runs / 'groups'}:cu", "--ablate", f"{runs / 'groups'}:scu:random",
-        "--seed", 3,
+        "--ablate", f"{runs / 'groups'}:ru:0.05", "--seed", 3,
     ]  # fmt: skip
     shown = call("evaluate", runs / "model", "--out", out, *SMALL, *arguments).stdout
     for title in (
@@ -171,6 +220,9 @@ def test_tables_show_the_rates(runs, found):
         "Incoherent answers in %",
         "Refusal margin",
         "random (SCU)",
+        "RU 5 %",
+        "Utility loss, less that of another model",
+        "qi2023: ASR, less that of another",
         "Be kind.",
     ):
         assert title in shown
@@ -269,6 +321,9 @@ def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch
         (("--judge", "mine.json"), "which is no file"),
         (("--ablate", "{tmp}:scu"), "no meta.json"),
         (("--ablate", "scu"), "must be 'DIR:GROUP'"),
+        (("--ablate", "{groups}:ru:few"), "'few' must be a fraction of all units"),
+        (("--ablate", "{groups}:ru:0.5"), "fraction is 0.5; the group ru is 0.2"),
+        (("--ablate", "{groups}:ru:0.001:random"), "that share has no unit"),
         (("--ablate", "{groups}:safe"), "has no group 'safe', it has scu"),
         (("--ablate", "{groups}:scu", "--ablate", "{groups}:scu"), "must have each once"),
         (("--ablate", "{safety}:scu"), "it must hold"),
@@ -317,7 +372,9 @@ def test_ablations_have_names(runs):
     groups = str(runs / "groups")
     assert Ablation.parse(f"{groups}:scu") == Ablation(groups, "scu")
     assert Ablation.parse(f"{groups}:scu:random") == Ablation(groups, "scu", True)
-    assert str(Ablation(groups, "scu", True)) == f"{groups}:scu:random"
+    assert Ablation.parse(f"{groups}:ru:5e-2") == Ablation(groups, "ru", share=0.05)
+    for name in (f"{groups}:scu:random", f"{groups}:ru:0.05:random"):
+        assert str(Ablation.parse(name)) == name
     with pytest.raises(ValueError, match=r"system_prompts has .* each once"):
         EvaluateSettings(system_prompts=("a", "a"))
 
@@ -381,8 +438,13 @@ def test_tasks_on_local_data_need_no_network(runs, task_folder, monkeypatch):
     assert found["birds"]["accuracy"]["n"] == 3
     with pytest.raises(ValueError, match=r"\['bees'\], which are no tasks of lm-eval, nor of"):
         check_tasks(["bees"], task_folder)
-    result = evaluate(
+    arguments = (
         runs / "model", *SMALL, "--task", "birds", "--task-folder", task_folder,
-        "--out", task_folder / "run",
+        "--ablate", f"{runs / 'groups'}:scu", "--out", task_folder / "run",
     )  # fmt: skip
-    assert result["result"]["models"][0]["tasks"] == found
+    models = evaluate(*arguments)["result"]["models"]
+    assert models[0]["tasks"] == found
+    assert models[1]["tasks"]["birds"]["accuracy"]["n"] == 3
+    shown = call("evaluate", *arguments).stdout
+    assert "Accuracy in %" in shown
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown

@@ -152,6 +152,12 @@ def test_top_equals_loops(
         "utility": lambda n, j: u[n][j],
         "difference": lambda n, j: s[n][j] - u[n][j],
         "sum": lambda n, j: s[n][j] + u[n][j],
+        "group": {
+            "scu": lambda n, j: s[n][j] - u[n][j],
+            "ucu": lambda n, j: u[n][j] - s[n][j],
+            "ru": lambda n, j: -(s[n][j] + u[n][j]),
+            "cu": lambda n, j: s[n][j],
+        }[group],
     }
     for by, value in key.items():
         expected: set[Unit] = set()
@@ -162,6 +168,18 @@ def test_top_equals_loops(
         top = groups.top(group, fraction, by=by)  # type: ignore[arg-type]
         assert {(n, j) for n in top for j in top[n].tolist()} == expected
         assert top.sizes == groups["cu"].sizes
+
+
+def test_top_by_group_is_what_smaller_shares_would_give() -> None:
+    generator = torch.Generator().manual_seed(0)
+    safety, utility = (
+        {name: torch.rand(200, generator=generator) for name in ("a", "b")} for _ in range(2)
+    )
+    shares = {"scu": 0.1, "ucu": 0.1, "ru": 0.2}
+    groups = classify(safety, utility, scope="model", **shares)
+    for group in shares:
+        smaller = classify(safety, utility, scope="model", **{**shares, group: 0.03})
+        assert groups.top(group, 0.03, by="group") == smaller[group]
 
 
 # ------------------------------------------------------------------- worked examples and limits

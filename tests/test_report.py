@@ -21,7 +21,7 @@ from ssah.groups import GROUPS
 from ssah.report.html import duration, write_report
 from ssah.report.kinds import KINDS, claims_table, kind_of
 from ssah.report.picture import picture
-from ssah.report.plain import number, tables, with_interval
+from ssah.report.plain import MISSING, number, tables, with_interval
 from ssah.report.records import records_table
 from ssah.report.transfer_plot import plot_transfer
 from ssah.transfer import Transfer
@@ -278,6 +278,11 @@ def test_plain_data_as_tables() -> None:
     assert found["rows"].names == 1
     assert found["arms"].rows == (("x", "1"), ("y", "2"))
     assert found["matrix"].rows == (("0", "1", "2"), ("1", "3", "4"))
+
+
+def test_a_count_is_no_share_and_an_empty_list_is_a_dash() -> None:
+    (table,) = tables({"asr": 40, "refuses": 0.5, "tasks": []})
+    assert table.rows == (("asr", "40"), ("refuses", "50.0%"), ("tasks", MISSING))
 
 
 def test_columns_that_no_record_has_are_left_out() -> None:

@@ -264,7 +264,8 @@ def test_damaged_state_is_named(what: str, cut: bool, tmp_path: Path) -> None:
     (path,) = (state / "layer-0000").glob(what)
     content = path.read_bytes()
     middle = len(content) // 2
-    path.write_bytes(content[:middle] + (b"" if cut else b"\0" + content[middle + 1 :]))
+    flipped = bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+    path.write_bytes(content[:middle] + (b"" if cut else flipped))
     with pytest.raises(ValueError, match=r"layer-0000.*(damaged|not those)"):
         stream(folder, batches(), state=state)
 

@@ -84,8 +84,8 @@ def evaluate(
         typer.Option(
             "--ablate",
             metavar="DIR:GROUP",
-            help="Also without these units; `DIR:GROUP:random`: as many random ones. May be "
-            "repeated.",
+            help="Also without these units; `DIR:ru:0.01`: those most like the group, as a "
+            "fraction of all units; `...:random`: as many random ones. May be repeated.",
             rich_help_panel=_MEASURING,
         ),
     ] = None,

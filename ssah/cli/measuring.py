@@ -96,6 +96,7 @@ def _model_tables(model: dict[str, Any]) -> list[Any]:
         "name": model["name"],
         "class": f"{model['class']} ({model['model_type']})",
         "parameters": f"{model['parameters']:,} in {model['dtype']}",
+        **({"quantised": model["quantised"]} if model["quantised"] else {}),
         "owned by units": f"{model['owned']:,} ({share:.1%})",
     }
     scored = new_table("Scored", ("kind",), ("modules", "units in each", "units"))

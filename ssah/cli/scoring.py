@@ -26,6 +26,7 @@ from ssah.cli.support import (
     Modules,
     Normalize,
     Out,
+    Packed,
     RemoteCode,
     Result,
     Scope,
@@ -65,6 +66,7 @@ def attribute(
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    packed: Packed = False,
     streamed: Annotated[
         bool,
         typer.Option(
@@ -102,11 +104,13 @@ def attribute(
                 )
             if streamed and all_experts:
                 raise ValueError("--all-experts is for a model in memory; leave --stream out")
+            if streamed and packed:
+                raise ValueError("--packed is for a model in memory; leave --stream out")
             rows = load_rows(data, split, limit)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:
-                loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+                loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
             loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
         start = time.perf_counter()
         if streamed:
@@ -232,6 +236,7 @@ def ablate(
     dtype: DtypeOption = Dtype.auto,
     device: Device = "auto",
     trust_remote_code: RemoteCode = False,
+    packed: Packed = False,
     as_json: Json = False,
 ) -> Result:
     """Switch a group of units off, and measure utility loss and refusal margin before and after.
@@ -246,7 +251,7 @@ def ablate(
     answers = load_rows(utility, limit=limit)
     asked = list(load_rows(requests, limit=limit))
     UnitGroups.load(groups)  # a wrong folder is refused before the model is loaded
-    loaded, tokenizer = load(model, dtype, device, trust_remote_code)
+    loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
     found = UnitGroups.load(groups, loaded)
     measures = Measures(
         loaded,

@@ -66,8 +66,9 @@ class FreezeArm(str, Enum):
     none = "none"
     scu = "scu"
     scu_cu = "scu-cu"
-    scu_all_cu = "scu-all-cu"
     random = "random"
+    scu_all_cu = "scu-all-cu"
+    random_all = "random-all"
     lora = "lora"
 
 
@@ -176,7 +177,7 @@ def freeze(
     out: Folder,
     arms: Annotated[
         list[FreezeArm] | None,
-        training_option("--arms", "Default: none scu-cu scu-all-cu random lora."),
+        training_option("--arms", "Default: none scu-cu random scu-all-cu random-all lora."),
     ] = None,
     scu: Share = 0.01,
     ucu: Share = 0.01,

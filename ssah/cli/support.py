@@ -91,6 +91,9 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows run at
 MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Tokens kept of a row.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Rows read.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the random units.")]
+Packed = Annotated[
+    bool, typer.Option("--packed", help="Keep a .gguf in its blocks: less memory, slower.")
+]
 RemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run code that comes with the model.")
 ]
@@ -152,7 +155,7 @@ def _print(result: Result, as_json: bool) -> None:
 
 
 def load(
-    name: str, dtype: Dtype, device: str, trust_remote_code: bool
+    name: str, dtype: Dtype, device: str, trust_remote_code: bool, *, packed: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model and its tokenizer, with a spinner on standard error meanwhile."""
     from rich.console import Console
@@ -161,7 +164,11 @@ def load(
 
     with Console(stderr=True).status(f"loading {name}"), quiet():
         return load_model(
-            name, dtype=dtype.value, device=device, trust_remote_code=trust_remote_code
+            name,
+            dtype=dtype.value,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            packed=packed,
         )
 
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.ablation import ablate
 from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.generation import Answer, answers, generate
+from ssah.evaluation.generation import Answer, answers, bar, check_room, generate
 from ssah.evaluation.intervals import wilson
 from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompts import Request
+from ssah.evaluation.prompts import Request, longest_first, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,10 +26,14 @@ __all__ = [
     "distinct_judges",
     "judge",
     "judge_answers",
+    "judged_answers",
     "rate",
     "summary",
     "text_of",
 ]
+
+# Computes what is kept of the k-th batch of answers, or has it from earlier.
+Keep: TypeAlias = "Callable[[int, Callable[[], dict[str, Any]]], dict[str, Any]]"
 
 
 def attack_success(
@@ -74,17 +79,85 @@ def attack_success(
     """
     chosen = distinct_judges(judges, max_new_tokens)
     scorer = coherent or Coherence.calibrate(model, tokenizer, batch_size=batch_size)
-    with nullcontext() if ablated is None else ablate(model, ablated):
-        found = generate(
+    with bar(progress, len(requests)) as advance:
+
+        def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            found = compute()
+            advance(len(found["tokens"]))
+            return found
+
+        found = judged_answers(
             model,
             tokenizer,
             requests,
+            chosen,
+            scorer,
+            keep,
+            ablated=ablated,
             system_prompt=system_prompt,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            progress=progress,
         )
-    return summary(judge_answers(requests, found, chosen, scorer), chosen, scorer, level=level)
+    return summary(found, chosen, scorer, level=level)
+
+
+def judged_answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Request],
+    judges: Sequence[Judge],
+    coherent: Coherence,
+    keep: Keep,
+    *,
+    ablated: UnitSet | None = None,
+    system_prompt: str | None = None,
+    max_new_tokens: int = 64,
+    batch_size: int = 16,
+) -> dict[str, Any]:
+    """Answer requests greedily, batch by batch, and forget each batch once it is judged.
+
+    Args:
+        judges, coherent: see :func:`judge_answers`.
+        keep: called with the number of a batch, from 0, and a function without arguments that
+            answers and judges it; returns what that function does, now or at an earlier call.
+        model, tokenizer, requests, ablated, system_prompt, max_new_tokens, batch_size: as
+            :func:`attack_success` takes them.
+
+    Returns:
+        What :func:`judge_answers` does, of all requests, in their order.
+    """
+    encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
+    check_room(model, encoded, max_new_tokens)
+
+    def answered(own: Sequence[Request]) -> dict[str, Any]:
+        with nullcontext() if ablated is None else ablate(model, ablated):
+            found = generate(
+                model,
+                tokenizer,
+                own,
+                system_prompt=system_prompt,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+            )
+        return judge_answers(own, found, judges, coherent)
+
+    chunks = [sorted(chunk) for chunk in longest_first(encoded, batch_size)]
+    found = [
+        keep(number, partial(answered, [requests[i] for i in chunk]))
+        for number, chunk in enumerate(chunks)
+    ]
+    order = [i for chunk in chunks for i in chunk]
+
+    def joined(lists: Sequence[list[int]]) -> list[int]:
+        values = [value for each in lists for value in each]
+        return [value for _, value in sorted(zip(order, values, strict=True))]
+
+    result: dict[str, Any] = {
+        key: joined([each[key] for each in found]) for key in ("incoherent", "ended", "tokens")
+    }
+    names = [each.name for each in judges]
+    success = {name: joined([each["success"][name] for each in found]) for name in names}
+    return {**result, "success": success}
 
 
 def judge_answers(

@@ -23,7 +23,7 @@ import torch
 from ssah.data import IGNORE_INDEX, Collator, Encoded, load_rows
 from ssah.data.encoding import Encoder
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import Request, prompts
+from ssah.evaluation.prompts import Request, longest_first, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -110,9 +110,7 @@ class Coherence:
             ids = self._tokens(answers[i])
             labels = [IGNORE_INDEX] * len(context) + ids
             examples.append({"input_ids": context + ids, "labels": labels})
-        order = sorted(range(len(kept)), key=lambda k: -len(examples[k]["input_ids"]))
-        step = self.batch_size
-        chunks = [order[start : start + step] for start in range(0, len(order), step)]
+        chunks = longest_first([example["input_ids"] for example in examples], self.batch_size)
         collator = Collator(self.tokenizer)
         batches = (collator([examples[k] for k in chunk]) for chunk in chunks)
         result = [0.0] * len(answers)

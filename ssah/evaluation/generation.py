@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssah.data.encoding import Encoder
-from ssah.evaluation.prompts import Request, prompts
+from ssah.evaluation.prompts import Request, longest_first, prompts
 from ssah.watch import as_it_was
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ __all__ = [
     "Answer",
     "answer_tokens",
     "answers",
+    "bar",
     "check_room",
     "generate",
     "greedy",
@@ -125,22 +126,20 @@ def answer_tokens(
     progress: bool = False,
 ) -> list[Answer]:
     """As :func:`generate`, for prompts that are tokens already."""
-    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, must be at least 1")
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1")
+    chunks = longest_first(encoded, batch_size)
     if not model.can_generate():
         raise TypeError(
             f"model is a {type(model).__name__}, must be a causal language model that generates"
         )
     check_room(model, encoded, max_new_tokens)
     stops = stop_tokens(model, tokenizer)
-    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
     found: dict[int, Answer] = {}
     with (
         as_it_was(model),
         greedy(model, tokenizer, stops, max_new_tokens),
-        _bar(progress, len(encoded)) as advance,
+        bar(progress, len(encoded)) as advance,
     ):
         for chunk in chunks:
             new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
@@ -241,8 +240,8 @@ def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]
 
 
 @contextmanager
-def _bar(show: bool, total: int) -> Iterator[Any]:
-    """Yields a function that moves the bar on by so many answers."""
+def bar(show: bool, total: int) -> Iterator[Any]:
+    """A bar on standard error; yields a function that moves it on by so many answers."""
     if not show:
         yield lambda count: None
         return
@@ -251,6 +250,6 @@ def _bar(show: bool, total: int) -> Iterator[Any]:
     from rich.progress import TimeRemainingColumn as Remaining
 
     columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda count: bar.advance(task, count)
+    with Progress(*columns, console=Console(stderr=True), transient=True) as shown:
+        task = shown.add_task("", total=total)
+        yield lambda count: shown.advance(task, count)

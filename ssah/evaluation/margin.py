@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Collator, DataError, Encoded, encode
 from ssah.evaluation.loss import response_log_probs
+from ssah.evaluation.prompts import longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,8 +80,6 @@ def refusal_margins(
         ValueError: no request, an empty string, or a request that is too long.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     asked = list(requests)
     if not asked:
         raise ValueError("requests is empty, must have at least one")
@@ -89,11 +88,8 @@ def refusal_margins(
         if not opening.strip():
             raise ValueError(f"{name} is {opening!r}, must be a non-empty string")
         examples += opened(asked, opening, tokenizer, max_length=max_length)
-
-    # Longest first, so that a batch that does not fit in memory fails at once.
-    order = sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"]))
     collator = Collator(tokenizer)
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    chunks = longest_first([example["input_ids"] for example in examples], batch_size)
     batches = (collator([examples[i] for i in chunk]) for chunk in chunks)
     mean = torch.zeros(len(examples), dtype=torch.float64)
     for chunk, (log_probs, count) in zip(chunks, response_log_probs(model, batches), strict=True):

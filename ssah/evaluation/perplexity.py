@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 from ssah.data import IGNORE_INDEX, Collator, encode
 from ssah.data.encoding import Encoded, Encoder
 from ssah.evaluation.loss import response_log_probs
+from ssah.evaluation.prompts import longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Perplexity", "perplexity"]
+__all__ = ["Perplexity", "count_words", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,8 @@ def perplexity(
             range.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    for name, value, least in (("batch_size", batch_size, 1), ("max_length", max_length, 2)):
-        if value < least:
-            raise ValueError(f"{name} is {value}, must be at least {least}")
+    if max_length < 2:
+        raise ValueError(f"max_length is {max_length}, must be at least 2")
     given = list(data)
     if not given:
         raise ValueError("data is empty, must have at least one row or text")
@@ -91,7 +91,7 @@ def perplexity(
     else:
         rows = [item for item in given if not isinstance(item, str)]
         examples = list(encode(rows, tokenizer, max_length=max_length))
-        words = sum(len(_response(example, tokenizer).split()) for example in examples)
+        words = count_words((example["labels"] for example in examples), tokenizer)
     if words == 0:
         raise ValueError("data has no word to predict, must have at least one")
     nats, tokens = 0.0, 0
@@ -117,18 +117,19 @@ def _windows(
             yield {"input_ids": [before, *window], "labels": [IGNORE_INDEX, *window]}
 
 
-def _response(example: Encoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    ids = [label for label in example["labels"] if label != IGNORE_INDEX]
-    return str(tokenizer.decode(ids, skip_special_tokens=True))
+def count_words(labels: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Words, which white space separates, in the responses that labels (one list a row) hold."""
+    responses = ([label for label in row if label != IGNORE_INDEX] for row in labels)
+    texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses)
+    return sum(len(text.split()) for text in texts)
 
 
 def _batches(
     examples: list[Encoded], tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> Iterator[dict[str, Any]]:
     collator = Collator(tokenizer)
-    longest = sorted(examples, key=lambda example: -len(example["input_ids"]))
-    for start in range(0, len(longest), batch_size):
-        yield collator(longest[start : start + batch_size])
+    for chunk in longest_first([example["input_ids"] for example in examples], batch_size):
+        yield collator([examples[i] for i in chunk])
 
 
 def _exp(nats: float) -> float:

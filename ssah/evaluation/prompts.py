@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.data import DataError
@@ -11,7 +11,7 @@ from ssah.data.encoding import Encoder
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Request", "prompts"]
+__all__ = ["Request", "longest_first", "prompts"]
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
@@ -67,3 +67,17 @@ def _turns(request: Request, where: str) -> list[dict[str, str]]:
     if not turns or not turns[-1]["content"].strip():
         raise DataError(f"{where}: the request is empty")
     return turns
+
+
+def longest_first(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
+    """Indices of items by batch, those of similar length together.
+
+    The longest come first, so that a batch that does not fit in memory fails at once.
+
+    Raises:
+        ValueError: ``batch_size`` is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    order = sorted(range(len(items)), key=lambda i: -len(items[i]))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -25,6 +25,7 @@ def multiple_choice(
     tasks: Sequence[str],
     *,
     folder: str | os.PathLike[str] | None = None,
+    manager: Any = None,
     limit: int | None = None,
     batch_size: int = 8,
     level: float = 0.95,
@@ -40,6 +41,8 @@ def multiple_choice(
         tokenizer: the model's.
         tasks: names of tasks or of groups of tasks.
         folder: with YAML files of further tasks.
+        manager: what :func:`check_tasks` returned for the same tasks and folder, where they are
+            measured more than once: reading lm-eval's catalogue takes a while.
         limit: questions of each task; None: all.
         batch_size: sequences run at a time.
         level: of the intervals, a fraction in (0, 1).
@@ -53,7 +56,7 @@ def multiple_choice(
         ImportError: lm-eval is not installed.
         ValueError: there is no such task, or it is not one of choices.
     """
-    manager = check_tasks(tasks, folder)
+    manager = manager or check_tasks(tasks, folder)
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -83,7 +86,7 @@ def multiple_choice(
 
 
 def check_tasks(tasks: Sequence[str], folder: str | os.PathLike[str] | None = None) -> Any:
-    """lm-eval's catalogue of tasks, after a check that all ``tasks`` are in it.
+    """A catalogue that has all ``tasks``: the folder's, or lm-eval's with what the folder adds.
 
     Raises:
         ImportError, ValueError, FileNotFoundError: as :func:`multiple_choice` describes.
@@ -98,6 +101,10 @@ def check_tasks(tasks: Sequence[str], folder: str | os.PathLike[str] | None = No
         raise FileNotFoundError(f"folder of tasks is {str(folder)!r}, which is no folder")
     from lm_eval.tasks import TaskManager
 
+    if folder is not None:
+        own = TaskManager(include_path=str(folder), include_defaults=False)
+        if set(tasks) <= set(own.all_subtasks):
+            return own
     manager = TaskManager(include_path=None if folder is None else str(folder))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

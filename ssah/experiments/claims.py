@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssah.evaluation.intervals import paired_difference, wilson
 
-__all__ = ["claim", "difference"]
+__all__ = ["Unit", "claim", "difference"]
 
 Expected = Literal["lower", "higher", "not higher"]
 Unit = Literal["points", "nats", "cosine"]
@@ -16,8 +16,10 @@ Unit = Literal["points", "nats", "cosine"]
 _UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}  # factor, digits
 
 
-def difference(first: Tensor, second: Tensor, unit: Unit) -> tuple[float, list[float]]:
-    """Mean of ``first - second`` and its 95 % interval: the bootstrap, paired, by request.
+def difference(
+    first: Tensor, second: Tensor, unit: Unit, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Mean of ``first - second`` and its interval: the bootstrap, paired, by request.
 
     Where every request has the same difference d, all resamples agree and the bootstrap has no
     width, although other requests might differ. Of rates the interval is then that of how many do:
@@ -28,10 +30,12 @@ def difference(first: Tensor, second: Tensor, unit: Unit) -> tuple[float, list[f
     Args:
         first, second: ``[requests]`` or ``[requests, seeds]``.
         unit: as in :func:`claim`.
+        level: of confidence, a fraction in (0, 1).
+        seed: of the bootstrap.
     """
-    value, (low, high) = paired_difference(first, second)
+    value, (low, high) = paired_difference(first, second, level=level, seed=seed)
     if unit == "points" and low == high:
-        reach = wilson(0, len(first))[1] * (1 + abs(value))
+        reach = wilson(0, len(first), level)[1] * (1 + abs(value))
         low, high = max(-1.0, value - reach), min(1.0, value + reach)
     return value, [low, high]
 

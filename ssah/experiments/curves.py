@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.evaluation.coherence import Coherence
 from ssah.experiments.claims import claim
 from ssah.experiments.measuring import (
     UTILITY,
     Evaluation,
     attack_line,
+    intact_coherence,
     losses,
     measured_line,
     succeeded,
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ssah.attribution import Attribution
+    from ssah.evaluation import Coherence
     from ssah.experiments.scan import ScanSettings
     from ssah.experiments.steps import Steps
 
@@ -87,9 +88,8 @@ class Curves:
     @cached_property
     def coherent(self) -> Coherence:
         """Says what is incoherent: the intact model does."""
-        return Coherence.calibrate(
-            self.model, self.evaluation.tokenizer, batch_size=self.evaluation.batch_size
-        )
+        own = self.evaluation
+        return intact_coherence(self.steps, self.model, own.tokenizer, own.batch_size)
 
     def groups(self, **shares: float) -> UnitGroups:
         """The groups with the shares chosen so far, or others in their place; 0 where none is."""
@@ -128,9 +128,10 @@ class Curves:
         )
         attack = None
         if self.evaluation.asked:
+            step = f"{name}-attack"
             attack = self.steps(
-                f"{name}-attack",
-                lambda: self.evaluation.attack(self.model, self.coherent, units),
+                step,
+                lambda: self.evaluation.attack(self.steps, step, self.model, self.coherent, units),
                 attack_line,
             )
         return Point(share, 0 if units is None else len(units), measured, attack)

@@ -4,76 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.evaluation import Coherence, paired_difference, rate
+from ssah.ablation import ablate
 from ssah.evaluation.attack import distinct_judges
 from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
+from ssah.evaluation.perplexity import count_words
 from ssah.evaluation.prompts import prompts
-from ssah.evaluation.tasks import check_tasks
-from ssah.experiments.evaluator import BENIGN, OVER_REFUSAL, REQUESTS, UTILITY, Arm, Evaluator
+from ssah.evaluation.tasks import check_tasks, multiple_choice
+from ssah.experiments.ablations import Ablation, Arm
+from ssah.experiments.evaluated import (
+    BENIGN,
+    OVER_REFUSAL,
+    REQUESTS,
+    asr_differences,
+    loss_differences,
+    model_record,
+    row_record,
+)
 from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
+from ssah.experiments.measuring import UTILITY, Evaluation, intact_coherence, measured_line
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.frozen import digest
-from ssah.groups import UnitGroups
 from ssah.models import move
-from ssah.units import UnitSet, family_of
+from ssah.units import family_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["KIND", "Ablation", "EvaluateSettings", "evaluate"]
+__all__ = ["KIND", "EvaluateSettings", "evaluate"]
 
 KIND = "evaluate"
-
-
-@dataclass(frozen=True)
-class Ablation:
-    """Units to take out, as ``DIR:GROUP`` or ``DIR:GROUP:random`` names them.
-
-    Attributes:
-        folder: what ``ssah classify`` saved.
-        group: one of its groups.
-        random: as many random units of every module as the group has there, in its place.
-    """
-
-    folder: str
-    group: str
-    random: bool = False
-
-    @classmethod
-    def parse(cls, text: str) -> Ablation:
-        """Read a name, and check that the folder has such a group.
-
-        Raises:
-            ValueError: the name has another form, or there is no such group.
-            FileNotFoundError: the folder has no groups.
-        """
-        path, _, last = text.rpartition(":")
-        random = last == "random" and ":" in path
-        if random:
-            path, _, last = path.rpartition(":")
-        if not path or not last:
-            raise ValueError(f"ablate is {text!r}, must be 'DIR:GROUP' or 'DIR:GROUP:random'")
-        groups = UnitGroups.load(path)
-        if last not in groups:
-            raise ValueError(
-                f"ablate is {text!r}: {path!r} has no group {last!r}, it has {', '.join(groups)}"
-            )
-        return cls(path, last, random)
-
-    def __str__(self) -> str:
-        return f"{self.folder}:{self.group}" + (":random" if self.random else "")
-
-    def units(self, model: PreTrainedModel, seed: int) -> UnitSet:
-        """The units, checked against the model."""
-        found = UnitGroups.load(self.folder, model)[self.group]
-        return UnitSet.random(found, seed=seed) if self.random else found
 
 
 @dataclass(frozen=True)
@@ -142,7 +110,8 @@ def evaluate(
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, tasks), ``per_request`` and ``coherence``.
+        ``models`` (one a model: margin, utility, tasks), ``differences`` (of the utility loss) and
+        ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -151,8 +120,7 @@ def evaluate(
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
         judge.check()
-    if settings.tasks:
-        check_tasks(settings.tasks, settings.task_folder)
+    manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
     sources = Sources()
     asked = {
         role: sources.requests(role, source)
@@ -167,6 +135,17 @@ def evaluate(
         for role, own in asked.items():
             encoded = prompts(tokenizer, own, system_prompt=system_prompt, name=role)
             check_room(model, encoded, settings.max_new_tokens, role)
+    evaluation = Evaluation(
+        tokenizer,
+        asked[REQUESTS],
+        {UTILITY: rows} if rows else {},
+        judges=judges,
+        max_new_tokens=settings.max_new_tokens,
+        batch_size=settings.batch_size,
+        max_length=settings.max_length,
+    )
+    batches = [batch for loader in evaluation.loaders.values() for batch in loader]
+    words = count_words((row for batch in batches for row in batch["labels"].tolist()), tokenizer)
     arms = [Arm("0-intact")]
     for number, each in enumerate(ablations, start=1):
         units = each.units(model, settings.seed)
@@ -186,94 +165,90 @@ def evaluate(
         "judges": [each.describe() for each in judges],
     }
     run = Run(out, KIND, identity, sources.record)
-    per_arm = len(settings.system_prompts) * len(asked) + 1 + bool(rows) + bool(settings.tasks)
+    per_arm = len(settings.system_prompts) * len(asked) + 1 + bool(settings.tasks)
     with Steps(run, 2 + len(arms) * per_arm) as steps:
         dtype, _ = loading.precision(steps, model.device)
         move(model, getattr(torch, dtype))
         move(scorer[0], getattr(torch, dtype))
-        coherent = _coherence(steps, *scorer, settings.batch_size)
-        evaluator = Evaluator(steps, model, tokenizer, coherent, judges, settings, asked, rows)
+        coherent = intact_coherence(steps, *scorer, settings.batch_size)
+
+        def answers(arm: Arm, condition: int, role: str) -> dict[str, Any]:
+            name = f"{arm.name}.prompt{condition}.{role}"
+            compute = partial(
+                evaluation.judged,
+                steps,
+                name,
+                model,
+                coherent,
+                asked[role],
+                ablated=arm.units,
+                system_prompt=settings.system_prompts[condition],
+            )
+            found: dict[str, Any] = steps(name, compute, lambda found: _judged_line(found, role))
+            return found
+
         judged = {
-            (arm.name, condition, role): evaluator.judged(arm, condition, role)
+            (arm.name, condition, role): answers(arm, condition, role)
             for arm in arms
             for condition in range(len(settings.system_prompts))
             for role in asked
         }
-        models = [
-            {
-                "ablated": arm.ablated or "nothing",
-                "units": 0 if arm.units is None else len(arm.units),
-                "share": 0.0 if arm.units is None else arm.units.fraction,
-                **evaluator.measured(arm),
-            }
+        measured = {
+            arm.name: steps(
+                f"{arm.name}.measured",
+                partial(evaluation.measure, model, arm.units),
+                measured_line,
+            )
             for arm in arms
-        ]
+        }
+        tasks = {arm.name: _tasks(steps, model, tokenizer, arm, settings, manager) for arm in arms}
     result = {
         "dtype": dtype,
         "coherence": coherent.describe(),
         "rows": [
-            _row(arm, condition, each.name, judged, settings)
+            row_record(arm, condition, each.name, judged, settings)
             for arm in arms
             for condition in range(len(settings.system_prompts))
             for each in judges
         ],
-        "models": [{k: v for k, v in each.items() if k != "margins"} for each in models],
+        "models": [
+            model_record(arm, measured[arm.name], tasks[arm.name], words, settings) for arm in arms
+        ],
+        "differences": list(loss_differences(arms, measured, settings)),
+        "asr_differences": list(asr_differences(arms, judged, settings)),
         "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
     }
     return run.finish(result)
 
 
-def _coherence(
+def _judged_line(found: Mapping[str, Any], role: str) -> str:
+    shown, n = [], len(found["tokens"])
+    for name, success in found["success"].items():
+        share = sum(success) / n
+        asr = role == REQUESTS
+        shown.append(f"{name} ASR {share:.0%}" if asr else f"{name} refused {1 - share:.0%}")
+    return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
+
+
+def _tasks(
     steps: Steps,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int,
-) -> Coherence:
-    """What scores coherence, with a threshold that is a step of the run."""
-    found = steps(
-        "coherence",
-        lambda: Coherence.calibrate(model, tokenizer, batch_size=batch_size).describe(),
-        lambda found: f"threshold {found['max_nll']:.2f} nats",
-    )
-    return Coherence(model, tokenizer, found["max_nll"], batch_size=batch_size)
-
-
-def _row(
     arm: Arm,
-    condition: int,
-    judge: str,
-    judged: Mapping[tuple[str, int, str], Mapping[str, Any]],
     settings: EvaluateSettings,
+    manager: Any,
 ) -> dict[str, Any]:
-    """Every rate of one model, system prompt and judge."""
-    level, system_prompt = settings.level, settings.system_prompts[condition]
-    found = judged[arm.name, condition, REQUESTS]
-    success, incoherent = found["success"][judge], found["incoherent"]
-    row = {
-        "ablated": arm.ablated or "nothing",
-        "system_prompt": system_prompt,
-        "judge": judge,
-        "asr": rate(success, level),
-        "asr_coherent": rate(
-            [s and not i for s, i in zip(success, incoherent, strict=True)], level
-        ),
-        "incoherent": rate(incoherent, level),
-        "ended": rate(found["ended"], level),
-        "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),
-    }
-    if arm.units is not None:
-        before = judged["0-intact", condition, REQUESTS]["success"][judge]
-        mean, interval = paired_difference(
-            torch.tensor(success), torch.tensor(before), level=level, seed=settings.seed
-        )
-        row |= {"asr_rise": mean, "asr_rise_interval": list(interval)}
-    for role in (OVER_REFUSAL, BENIGN):
-        own = judged.get((arm.name, condition, role))
-        if own is not None:
-            refused = [not s for s in own["success"][judge]]
-            row |= {
-                f"{role}_refused": rate(refused, level),
-                f"{role}_incoherent": rate(own["incoherent"], level),
-                f"{role}_tokens": sum(own["tokens"]) / len(own["tokens"]),
-            }
-    return row
+    """Accuracy on the tasks, if there are any: a step."""
+
+    def compute() -> dict[str, Any]:
+        with nullcontext() if arm.units is None else ablate(model, arm.units):
+            return multiple_choice(
+                model,
+                tokenizer,
+                settings.tasks,
+                manager=manager,
+                batch_size=settings.batch_size,
+                level=settings.level,
+            )
+
+    return {"tasks": steps(f"{arm.name}.tasks", compute, ", ".join)} if settings.tasks else {}

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
 __all__ = ["ARMS", "FreezeSettings", "freeze"]
 
 KIND = "freeze"
-NONE, SCU, SCU_CU, SCU_ALL_CU, RANDOM, LORA = ARMS = (
+NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = ARMS = (
     "none",
     "scu",
     "scu-cu",
-    "scu-all-cu",
     "random",
+    "scu-all-cu",
+    "random-all",
     "lora",
 )
 _SLACK = 0.05  # nats
@@ -50,8 +51,8 @@ class FreezeSettings(StudySettings):
 
     Attributes:
         arms: of ``ARMS``: ``none`` (nothing frozen), ``scu``, ``scu-cu`` (SCU and the CU that rank
-            highest for safety), ``scu-all-cu``, ``random`` (as many units of each module as
-            ``scu-cu`` has there), ``lora``.
+            highest for safety), ``scu-all-cu``, ``random`` and ``random-all`` (as many units of
+            each module as ``scu-cu`` and ``scu-all-cu`` have there), ``lora``.
         scu, ucu, ru: shares of the groups, of all units.
         cu: share of all units that are frozen of CU, in ``scu-cu``.
         lora_rank: rank of the adapters.
@@ -59,7 +60,7 @@ class FreezeSettings(StudySettings):
     """
 
     seeds: tuple[int, ...] = (0, 1, 2)
-    arms: tuple[str, ...] = (NONE, SCU_CU, SCU_ALL_CU, RANDOM, LORA)
+    arms: tuple[str, ...] = (NONE, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA)
     scu: float = 0.01
     ucu: float = 0.01
     ru: float = 0.15
@@ -169,10 +170,11 @@ def _units(name: str, groups: UnitGroups, settings: FreezeSettings, seed: int) -
         return UnitSet({}, groups.sizes)
     if name == SCU:
         return groups["scu"]
-    if name == SCU_ALL_CU:
-        return groups["scu"] | groups["cu"]
-    chosen = groups["scu"] | groups.top("cu", settings.cu)
-    return UnitSet.random(chosen, seed=seed) if name == RANDOM else chosen
+    if name in (SCU_ALL_CU, RANDOM_ALL):
+        chosen = groups["scu"] | groups["cu"]
+    else:
+        chosen = groups["scu"] | groups.top("cu", settings.cu)
+    return UnitSet.random(chosen, seed=seed) if name in (RANDOM, RANDOM_ALL) else chosen
 
 
 def _arm(name: str, groups: UnitGroups, settings: FreezeSettings) -> Arm:
@@ -191,17 +193,19 @@ def _label(name: str, settings: FreezeSettings) -> str:
         NONE: "nothing",
         SCU: "SCU",
         SCU_CU: f"SCU + {100 * settings.cu:g} % CU",
-        SCU_ALL_CU: "SCU + all CU",
         RANDOM: "as many random",
+        SCU_ALL_CU: "SCU + all CU",
+        RANDOM_ALL: "as many random",
         LORA: f"(LoRA, rank {settings.lora_rank})",
     }[name]
 
 
 def _differences(arms: Arms) -> list[dict[str, Any]]:
-    """Every arm against no freezing and against random units: ASR and utility loss."""
+    """Every arm against no freezing and against its random units: ASR and utility loss."""
     found = []
     for name in arms:
-        for other in (NONE, RANDOM):
+        control = RANDOM_ALL if name == SCU_ALL_CU else RANDOM
+        for other in (NONE, control):
             if name in (BEFORE, other) or other not in arms:
                 continue
             pair = {"arm": name, "against": other}
@@ -227,6 +231,11 @@ def _claims(arms: Arms, settings: FreezeSettings) -> list[dict[str, Any]]:
         ),
         (SCU_CU, LORA, f"Freezing {cu} keeps the ASR below that of LoRA"),
         (SCU_ALL_CU, NONE, "Freezing SCU + all CU keeps the ASR below that with nothing frozen"),
+        (
+            SCU_ALL_CU,
+            RANDOM_ALL,
+            "Freezing SCU + all CU keeps the ASR below that with as many random units frozen",
+        ),
         (SCU_ALL_CU, SCU_CU, f"Freezing SCU + all CU keeps the ASR below that with {cu} frozen"),
     )
     claims = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
@@ -11,19 +11,29 @@ from torch import Tensor
 
 from ssah.ablation import ablate
 from ssah.data import Loader, Row, make_loader
-from ssah.evaluation import refusal_margins, response_log_probs
-from ssah.evaluation.attack import attack_success, distinct_judges
+from ssah.evaluation import Coherence, Judge, refusal_margins, response_log_probs
+from ssah.evaluation.attack import distinct_judges, judged_answers
+from ssah.evaluation.attack import summary as attack_summary
 from ssah.evaluation.intervals import wilson
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssah.evaluation.coherence import Coherence
+    from ssah.experiments.steps import Steps
     from ssah.units import UnitSet
 
-__all__ = ["Evaluation", "attack_line", "losses", "measured_line", "succeeded", "summary"]
+__all__ = [
+    "Evaluation",
+    "attack_line",
+    "intact_coherence",
+    "losses",
+    "measured_line",
+    "succeeded",
+    "summary",
+]
 
 UTILITY, MATH = "utility", "math"
+_ROOM = 512  # tokens that a request has at least: it is never cut
 
 
 class Evaluation:
@@ -48,7 +58,7 @@ class Evaluation:
         rows: Mapping[str, Iterable[Row]],
         *,
         asked: int | None = None,
-        judges: Sequence[str] = ("wei2024",),
+        judges: Sequence[str | Judge] = ("wei2024",),
         max_new_tokens: int = 64,
         batch_size: int = 16,
         max_length: int = 512,
@@ -83,7 +93,7 @@ class Evaluation:
                 self.tokenizer,
                 self.requests,
                 batch_size=self.batch_size,
-                max_length=self.max_length,
+                max_length=max(self.max_length, _ROOM),
             )
             found = {name: _losses(model, loader) for name, loader in self.loaders.items()}
         refusing = int((margins > 0).sum())
@@ -96,28 +106,75 @@ class Evaluation:
         }
 
     def attack(
-        self, model: PreTrainedModel, coherent: Coherence, ablated: UnitSet | None = None
+        self,
+        steps: Steps,
+        name: str,
+        model: PreTrainedModel,
+        coherent: Coherence,
+        ablated: UnitSet | None = None,
     ) -> dict[str, Any]:
-        """Let a model answer harmful requests, and judge the answers, which are not kept.
+        """What ``ssah.evaluation.attack_success`` returns; arguments as of :meth:`judged`."""
+        found = self.judged(steps, name, model, coherent, self.asked, ablated=ablated)
+        return attack_summary(found, self.judges, coherent)
+
+    def judged(
+        self,
+        steps: Steps,
+        name: str,
+        model: PreTrainedModel,
+        coherent: Coherence,
+        requests: Sequence[str],
+        *,
+        ablated: UnitSet | None = None,
+        system_prompt: str | None = None,
+    ) -> dict[str, Any]:
+        """Let a model answer requests, and judge the answers, which are not kept.
+
+        A batch of answers is a step, so that little is lost.
 
         Args:
+            steps: of the run.
+            name: of the steps; the number of the batch follows it.
             model: what answers.
             coherent: says what is incoherent, by an intact model.
+            requests: what it answers.
             ablated: units of ``model`` that are out while it answers.
+            system_prompt: as ``ssah.evaluation.generate`` takes it.
 
         Returns:
-            what ``ssah.evaluation.attack_success`` returns.
+            what ``ssah.evaluation.judge_answers`` returns.
         """
-        return attack_success(
-            model,
-            self.tokenizer,
-            self.asked,
-            judges=self.judges,
-            ablated=ablated,
-            coherent=coherent,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-        )
+        with steps.part("answers", len(requests)) as advance:
+
+            def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                found: dict[str, Any] = steps.run.step(f"{name}.{number:04d}", compute)
+                advance(min((number + 1) * self.batch_size, len(requests)))
+                return found
+
+            return judged_answers(
+                model,
+                self.tokenizer,
+                requests,
+                self.judges,
+                coherent,
+                keep,
+                ablated=ablated,
+                system_prompt=system_prompt,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
+
+
+def intact_coherence(
+    steps: Steps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Coherence:
+    """What scores coherence, with a threshold that is a step of the run."""
+    found = steps(
+        "coherence",
+        lambda: Coherence.calibrate(model, tokenizer, batch_size=batch_size).describe(),
+        lambda found: f"threshold {found['max_nll']:.2f} nats",
+    )
+    return Coherence(model, tokenizer, found["max_nll"], batch_size=batch_size)
 
 
 def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:

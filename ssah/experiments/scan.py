@@ -216,4 +216,4 @@ def _steps(settings: ScanSettings) -> int:
         scored = 2 * (len(TOKENS) - 1)
         ways = len(SCOPES) * len(NORMALIZATIONS) * len(TOKENS)
         points += ways * len(settings.compare_shares)
-    return 3 + scored + points * (2 if settings.asr else 1)
+    return 3 + scored + (1 + 2 * points if settings.asr else points)

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import DataError, Encoded, Row, encode
-from ssah.evaluation.coherence import Coherence
 from ssah.experiments.arm_results import BEFORE
 from ssah.experiments.arms import Arm
 from ssah.experiments.inputs import (
@@ -26,6 +25,7 @@ from ssah.experiments.inputs import (
 from ssah.experiments.measuring import (
     Evaluation,
     attack_line,
+    intact_coherence,
     measured_line,
 )
 from ssah.experiments.run import Run
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ssah.attribution import Attribution
+    from ssah.evaluation import Coherence
 
 __all__ = ["Study", "open_study"]
 
@@ -81,7 +82,7 @@ class Study:
     def coherent(self) -> Coherence:
         """Says what is incoherent: the model before training does."""
         model, tokenizer = self.loading(self.dtype)
-        return Coherence.calibrate(model, tokenizer, batch_size=self.evaluation.batch_size)
+        return intact_coherence(self.steps, model, tokenizer, self.evaluation.batch_size)
 
     def compare(self, arms: Mapping[str, Arm]) -> dict[str, dict[int, dict[str, Any]]]:
         """Train and measure every arm with every seed; training and measuring are steps.
@@ -158,7 +159,7 @@ class Study:
 
         def attack() -> dict[str, Any]:
             model, _ = self.loading(self.dtype, name)
-            return self.evaluation.attack(model, self.coherent)
+            return self.evaluation.attack(self.steps, f"attack-{key}", model, self.coherent)
 
         return {
             "measured": self.steps(f"measure-{key}", measure, measured_line),
@@ -221,7 +222,7 @@ def open_study(
         {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
         sources.record,
     )
-    with Steps(run, 7 + 3 * arms * len(settings.seeds)) as steps:
+    with Steps(run, 8 + 3 * arms * len(settings.seeds)) as steps:
         dtype, bf16 = loading.precision(steps, model.device, settings.bf16)
         scores = score(
             steps,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ssah.report import COLOURS, NAMES
+from ssah.report import COLOURS
 from ssah.report.tables import facts_table, new_table
 
 if TYPE_CHECKING:
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["ablated_name", "evaluation_tables"]
 
 _DASH = "-"
+_METRICS = ("accuracy", "accuracy_norm")
+_ABLATED = re.compile(r".+:(scu|ucu|ru|cu)(?::([0-9.e-]+))?(:random)?")
 _HARMLESS = {"over_refusal": "dangerous-looking", "benign": "ordinary"}
 _SHORT = {"over_refusal": "dangerous", "benign": "ordinary"}
 
@@ -37,7 +40,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
         table = _by_model(f"{title} ({level:.0%} interval)", prompts, ["ASR", "rise", "coherent"])
         for row in rows:
             if row["judge"] == judge:
-                cells = [_rate(row["asr"]), _rise(row), _rate(row["asr_coherent"])]
+                cells = [_rate(row["asr"]), _points(row, "asr_rise"), _rate(row["asr_coherent"])]
                 table.add_row(*_names(row, prompts), *cells)
         yield table
     if sets:
@@ -61,6 +64,9 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             table.add_row(*_names(row, prompts), *cells)
     yield table
     yield _models(result["models"])
+    if "tasks" in result["models"][0]:
+        yield _tasks(result["models"])
+    yield from _differences(result, level, prompts, judges)
     coherence = result["coherence"]
     facts = {
         "judges": "; ".join(_judge(each) for each in settings["judges"]),
@@ -75,9 +81,11 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
     yield facts_table("Evaluation", facts)
 
 
-def _by_model(title: str, prompts: Sequence[str | None], values: Sequence[str]) -> Table:
-    names = ["ablated", "prompt"] if len(prompts) > 1 else ["ablated"]
-    return new_table(title, names, values)
+def _by_model(
+    title: str, prompts: Sequence[str | None], values: Sequence[str], *names: str
+) -> Table:
+    prompt = ["prompt"] if len(prompts) > 1 else []
+    return new_table(title, ["ablated", *prompt, *names], values)
 
 
 def _names(row: Mapping[str, Any], prompts: Sequence[str | None]) -> list[Text]:
@@ -89,12 +97,10 @@ def _names(row: Mapping[str, Any], prompts: Sequence[str | None]) -> list[Text]:
 
 def _models(models: Sequence[Mapping[str, Any]]) -> Table:
     utility = "utility_loss" in models[0]
-    tasks = [(t, m) for t, found in models[0].get("tasks", {}).items() for m in found]
     values = ["share", "margin", "refuses, %"]
     values += ["loss", "per token", "per word"] if utility else []
-    values += [task if metric == "accuracy" else f"{task}, by length" for task, metric in tasks]
     title = "Refusal margin, utility loss (nats per token), perplexity per token and per word"
-    table = new_table(title + (", accuracy in %" if tasks else ""), ["ablated"], values)
+    table = new_table(title, ["ablated"], values)
     for model in models:
         cells = [
             f"{model['share']:.2%}" if model["units"] else _DASH,
@@ -104,21 +110,54 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Table:
         if utility:
             cells.append(f"{model['utility_loss']:.3f}")
             cells += [_number(model[f"{per}_perplexity"]) for per in ("token", "word")]
-        cells += [_rate(model["tasks"][task][metric]) for task, metric in tasks]
         table.add_row(ablated_name(model["ablated"]), *cells)
     return table
 
 
+def _tasks(models: Sequence[Mapping[str, Any]]) -> Table:
+    """Accuracy on every task: a row a task and model."""
+    table = new_table("Accuracy in %", ["task", "ablated"], ["accuracy", "by length"])
+    for task in models[0]["tasks"]:
+        for model in models:
+            found = model["tasks"][task]
+            cells = [_rate(found[m]) if m in found else _DASH for m in _METRICS]
+            table.add_row(Text(task), ablated_name(model["ablated"]), *cells)
+    return table
+
+
+def _differences(
+    result: Mapping[str, Any], level: float, prompts: Sequence[str | None], judges: Sequence[str]
+) -> Iterator[Table]:
+    """Paired differences between models; none where nothing was ablated."""
+    if result["differences"]:
+        title = f"Utility loss, less that of another model, in nats ({level:.0%} interval)"
+        table = new_table(title, ["ablated", "less"], ["loss"])
+        for row in result["differences"]:
+            low, high = row["utility_loss_interval"]
+            shown = f"{row['utility_loss']:+.3f} ({low:+.3f} {high:+.3f})"
+            table.add_row(ablated_name(row["ablated"]), ablated_name(row["against"]), shown)
+        yield table
+    for judge in judges:
+        rows = [row for row in result["asr_differences"] if row["judge"] == judge]
+        if rows:
+            title = f"{judge}: ASR, less that of another model, in points ({level:.0%} interval)"
+            table = _by_model(title, prompts, ["ASR", "coherent"], "less")
+            for row in rows:
+                cells = [_points(row, key) for key in ("asr", "asr_coherent")]
+                table.add_row(*_names(row, prompts), ablated_name(row["against"]), *cells)
+            yield table
+
+
 def ablated_name(ablated: str) -> Text:
-    """``DIR:GROUP`` or ``DIR:GROUP:random`` in short, and in the group's colour."""
-    parts = ablated.split(":")
-    random = parts[-1] == "random"
-    group = parts[-2] if random else parts[-1]
-    if group not in NAMES:
+    """``DIR:GROUP[:SHARE][:random]`` in short, and in the group's colour."""
+    found = _ABLATED.fullmatch(ablated)
+    if found is None:
         return Text(ablated)
+    group, share, random = found.groups()
+    name = group.upper() if share is None else f"{group.upper()} {100 * float(share):g} %"
     if random:
-        return Text(f"random ({group.upper()})", style=COLOURS["random"])
-    return Text(group.upper(), style=COLOURS[group])
+        return Text(f"random ({name})", style=COLOURS["random"])
+    return Text(name, style=COLOURS[group])
 
 
 def _rate(rate: Mapping[str, Any]) -> str:
@@ -126,11 +165,12 @@ def _rate(rate: Mapping[str, Any]) -> str:
     return f"{100 * rate['rate']:.0f} ({low:.0f}-{high:.0f})"
 
 
-def _rise(row: Mapping[str, Any]) -> str:
-    if "asr_rise" not in row:
+def _points(row: Mapping[str, Any], key: str) -> str:
+    """A difference of rates with its interval; a dash where there is none."""
+    if key not in row:
         return _DASH
-    low, high = (100 * bound for bound in row["asr_rise_interval"])
-    return f"{100 * row['asr_rise']:+.0f} ({low:+.0f} {high:+.0f})"
+    low, high = (100 * bound for bound in row[f"{key}_interval"])
+    return f"{100 * row[key]:+.0f} ({low:+.0f} {high:+.0f})"
 
 
 def _number(value: float | None) -> str:

@@ -258,12 +258,14 @@ def _data(data: Any) -> list[Table]:
     rows = tuple(
         (
             str(role),
-            f"{number(row.get('rows'))} rows of {row.get('source', MISSING)}",
+            str(row.get("source", MISSING)),
+            number(row.get("rows")),
             str(row.get("fingerprint", MISSING)),
         )
         for role, row in data.items()
     )
-    return [Table("", ("role", "source", "fingerprint (SHA-256)"), rows, names=3)]
+    columns = ("role", "source", "rows or units", "fingerprint (SHA-256)")
+    return [Table("", columns, rows, names=4)]
 
 
 def duration(seconds: Any) -> str:

@@ -167,7 +167,8 @@ def _joined(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _cell(key: str, value: Any) -> str:
-    format_ = _format(key)
+    # a whole number under the name of a share is a count, of requests for one
+    format_ = "" if isinstance(value, int) else _format(key)
     if is_interval(value) and _INTERVAL in key:
         return _bounds(value, format_) + (" %" if format_ else "")
     if isinstance(value, Mapping):
@@ -177,6 +178,8 @@ def _cell(key: str, value: Any) -> str:
         inner = format_ or _format(name)
         return with_interval(value[name], value.get(_INTERVAL), inner)
     if _is_list(value):
+        if not value:
+            return MISSING
         shown = ", ".join(number(v, format_) for v in value[:_SHOWN] if not _is_deep(v))
         more = f", … ({len(value)} values)" if len(value) > _SHOWN else ""
         return f"{shown}{more}" if shown else f"{len(value)} values"

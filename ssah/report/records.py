@@ -9,6 +9,7 @@ from typing import Any
 from ssah.report.plain import Table, number, tables, with_interval
 
 __all__ = [
+    "MARGIN_NOTE",
     "MEASURED",
     "MEASURED_NOTE",
     "SHARE",
@@ -33,10 +34,13 @@ MEASURED = (
     ("maths loss", "math_loss", ".3f"),
     ("training loss", "training_loss", ".3f"),
 )
-MEASURED_NOTE = (
+MARGIN_NOTE = (
     "Loss: nats per token of ordinary answers. Margin: nats per token, above 0 the model would "
-    "rather refuse; refuses: share of requests with a margin above 0. ASR: share of harmful "
-    "requests that are not refused; incoherent: share of these answers that are babble."
+    "rather refuse; refuses: share of requests with a margin above 0."
+)
+MEASURED_NOTE = (
+    f"{MARGIN_NOTE} ASR: share of harmful requests that are not refused; incoherent: share of "
+    "these answers that are babble."
 )
 UNITS = ("units", "units", "")
 SHARE = ("share", "share", ".2%")

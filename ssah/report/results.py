@@ -9,6 +9,7 @@ from ssah.report import NAMES
 from ssah.report.evaluation_tables import ablated_name
 from ssah.report.plain import Table, number, share
 from ssah.report.records import (
+    MARGIN_NOTE,
     MEASURED,
     MEASURED_NOTE,
     SHARE,
@@ -97,7 +98,9 @@ def study(result: Mapping[str, Any]) -> list[Table]:
             **row,
             "arm": labels.get(str(row.get("arm")), row.get("arm")),
             "against": labels.get(str(row.get("against")), row.get("against")),
-            "what": str(row.get("what")).replace("_", " "),
+            "what": {"asr": "ASR"}.get(
+                str(row.get("what")), str(row.get("what")).replace("_", " ")
+            ),
             **in_unit(row),
         }
         for row in list_of(result, "differences")
@@ -156,7 +159,31 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
             ("per word", "word_perplexity", ",.1f"),
         )
         title = "Margin and utility"
-        found.append(records_table(title, models, [("ablated", "what")], costs, MEASURED_NOTE))
+        found.append(records_table(title, models, [("ablated", "what")], costs, MARGIN_NOTE))
+    for key, title, values in (
+        (
+            "differences",
+            "Utility loss, less that of another model, paired over rows",
+            [("nats per token", "utility_loss", "+.3f")],
+        ),
+        (
+            "asr_differences",
+            "ASR, less that of another model, paired over requests",
+            [("ASR", "asr", "+.1%"), ("ASR, coherent", "asr_coherent", "+.1%")],
+        ),
+    ):
+        pairs = [
+            {
+                **row,
+                "what": ablated_name(str(row.get("ablated"))).plain,
+                "less": ablated_name(str(row.get("against"))).plain,
+            }
+            for row in list_of(result, key)
+        ]
+        if pairs:
+            found.append(
+                records_table(title, pairs, [*names[:1], ("less", "less"), *names[1:]], values)
+            )
     tasks = [
         {"what": row["what"], "task": task, **metrics}
         for row in models
@@ -166,9 +193,10 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
     if tasks:
         metrics = list(dict.fromkeys(k for row in tasks for k in row if k not in ("what", "task")))
         columns_ = [(name.replace("_", " "), name, ".1%") for name in metrics]
-        names = [("ablated", "what"), ("task", "task")]
-        found.append(records_table("Tasks", tasks, names, columns_))
-    return [*found, *generic(result, "rows", "models", "per_request")]
+        by = [("ablated", "what"), ("task", "task")]
+        found.append(records_table("Tasks", tasks, by, columns_))
+    known = ("rows", "models", "differences", "asr_differences", "per_request")
+    return [*found, *generic(result, *known)]
 
 
 def stability(result: Mapping[str, Any]) -> list[Table]:

@@ -23,6 +23,7 @@ _ARMS = {
     "scu-cu": COLOURS["scu"],
     "scu-all-cu": COLOURS["cu"],
     "random": COLOURS["random"],
+    "random-all": COLOURS["random"],
     "lora": COLOURS["ucu"],
     "ru": COLOURS["ru"],
 }

@@ -1,0 +1,99 @@
+"""Which units an evaluation takes out, by name: ``DIR:GROUP[:SHARE][:random]``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ssah.groups import GROUPS, UnitGroups
+from ssah.units import UnitSet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Ablation", "Arm"]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """Units to take out, as ``DIR:GROUP[:SHARE][:random]`` names them.
+
+    Attributes:
+        folder: what ``ssah classify`` saved.
+        group: one of its groups.
+        random: as many random units of every module as there are of these, in their place.
+        share: those of the group that are most like it, as many as this fraction of all units:
+            `UnitGroups.top` by ``"group"``. None: all of the group.
+    """
+
+    folder: str
+    group: str
+    random: bool = False
+    share: float | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Ablation:
+        """Read a name, and check that the folder has such a group, and so many units of it.
+
+        Raises:
+            ValueError: the name has another form, or there is no such group or share of it.
+            FileNotFoundError: the folder has no groups.
+        """
+        random = text.endswith(":random")
+        folder, _, group = text.removesuffix(":random").rpartition(":")
+        before, _, inner = folder.rpartition(":")
+        share = None
+        if before and inner in GROUPS:
+            folder, group, share = before, inner, _share(text, group)
+        if not folder or not group:
+            raise ValueError(
+                f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or one of these with "
+                "':random' after it"
+            )
+        groups = UnitGroups.load(folder)
+        if group not in groups:
+            raise ValueError(
+                f"ablate is {text!r}: {folder!r} has no group {group!r}, it has {', '.join(groups)}"
+            )
+        found = cls(folder, group, random, share)
+        if share is not None and not len(found._taken(groups)):
+            raise ValueError(f"ablate is {text!r}: that share has no unit, it must be larger")
+        return found
+
+    def __str__(self) -> str:
+        share = "" if self.share is None else f":{self.share}"
+        return f"{self.folder}:{self.group}{share}" + (":random" if self.random else "")
+
+    def units(self, model: PreTrainedModel, seed: int) -> UnitSet:
+        """The units, checked against the model."""
+        found = self._taken(UnitGroups.load(self.folder, model))
+        return UnitSet.random(found, seed=seed) if self.random else found
+
+    def _taken(self, groups: UnitGroups) -> UnitSet:
+        if self.share is None:
+            return groups[self.group]
+        return groups.top(self.group, self.share, by="group")
+
+
+def _share(text: str, given: str) -> float:
+    try:
+        return float(given)
+    except ValueError:
+        raise ValueError(
+            f"ablate is {text!r}: {given!r} must be a fraction of all units, a number in [0, 1]"
+        ) from None
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A model to evaluate: as it is, or with units taken out.
+
+    Attributes:
+        name: of its steps.
+        ablated: as :class:`Ablation` has it, or ``"nothing"``.
+        units: taken out.
+    """
+
+    name: str
+    ablated: str = "nothing"
+    units: UnitSet | None = None

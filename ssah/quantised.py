@@ -1,0 +1,215 @@
+"""Packed weights: which schemes are known, and how a weight is read back.
+
+The only module that knows about quantisation. A scheme is told by the class of the projection or
+of its weight; to add one, add a line to ``SCHEMES``. Nothing here imports a package that packs.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = [
+    "SCHEMES",
+    "Scheme",
+    "check_plain",
+    "dequantised",
+    "describe_packing",
+    "n_parameters",
+    "packed_modules",
+    "passing_gradients",
+    "scheme_of",
+]
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """One way to pack the weight of a projection.
+
+    Attributes:
+        name: what people call it.
+        method: ``quant_method`` in the configuration of a saved model.
+        dequantise: the projection's weight as one plain floating-point tensor ``[out, in]``.
+        instead: how to get a model with plain weights.
+    """
+
+    name: str
+    method: str
+    dequantise: Callable[[Any], Tensor]
+    instead: str
+
+
+def _bnb_8bit(module: Any) -> Tensor:
+    from bitsandbytes.functional import int8_vectorwise_dequant
+
+    # The first forward moves the row scales from the weight to the module's state.
+    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
+    if module.weight.dtype != torch.int8 or scales is None:
+        raise ValueError(
+            f"module is a {type(module).__name__} with a weight of {module.weight.dtype}, must "
+            "hold int8 (has_fp16_weights=False, and moved to its device)"
+        )
+    weight: Tensor = int8_vectorwise_dequant(module.weight.data, scales)
+    return weight
+
+
+def _bnb_4bit(module: Any) -> Tensor:
+    from bitsandbytes import functional
+
+    data, state = module.weight.data, copy.copy(module.weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        # Laid out anew by the first forward on a CPU with AVX512-BF16: [blocks, out] scales. The
+        # inverse would quantise these again if they were nested, so it is told that they were not.
+        scales, state.original_nested = state.absmax, False
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = scales.t().reshape(-1).float()
+    state.dtype = torch.float32
+    # As a column: bitsandbytes would transpose what comes from a row.
+    weight: Tensor = functional.dequantize_4bit(data.reshape(-1, 1), state)
+    return weight
+
+
+def _gguf(module: Any) -> Tensor:
+    from transformers.integrations.gguf.dequant import dequantize
+
+    weight = dequantize(module.weight.detach(), module.ggml_type, torch.float32)
+    weight = weight.view(module.out_features, module.in_features)
+    if module.input_permutation is not None:
+        # The module gathers its input first: column k of the blocks is channel permutation[k].
+        weight = weight[:, module.input_permutation.argsort()]
+    return weight
+
+
+def _torchao(module: Any) -> Tensor:
+    weight = module.weight
+    if type(weight).dequantize is Tensor.dequantize:  # that of torch's own quantised types
+        raise ValueError(
+            f"module has a weight of torchao's {type(weight).__name__}, which torchao cannot "
+            "dequantise; must be a layout that it can (the plain ones of int8 and intx)"
+        )
+    plain: Tensor = weight.dequantize()
+    return plain
+
+
+_DEQUANTIZE = "model.dequantize(), or load the original weights"
+_UNPACK_GGUF = "load the file dequantised: GgufConfig(dequantize=True), or ssah without --packed"
+
+_PACKED_GGUF = Scheme("packed GGUF", "gguf", _gguf, _UNPACK_GGUF)
+
+# Class of a module or of its weight, qualified; subclasses count.
+SCHEMES: dict[str, Scheme] = {
+    "bitsandbytes.nn.modules.Linear8bitLt": Scheme(
+        "bitsandbytes 8-bit", "bitsandbytes", _bnb_8bit, _DEQUANTIZE
+    ),
+    "bitsandbytes.nn.modules.Linear4bit": Scheme(
+        "bitsandbytes 4-bit", "bitsandbytes", _bnb_4bit, _DEQUANTIZE
+    ),
+    "transformers.integrations.gguf.utils.GgufLinear": _PACKED_GGUF,
+    "transformers.integrations.gguf.utils.GgufEmbedding": _PACKED_GGUF,
+    "torchao.utils.TorchAOBaseTensor": Scheme(
+        "torchao", "torchao", _torchao, "load the original weights"
+    ),
+}
+
+
+def scheme_of(module: nn.Module) -> Scheme | None:
+    """How the weight of ``module`` is packed; None where it is a plain one, or there is none."""
+    for kind in (*type(module).__mro__, *type(getattr(module, "weight", None)).__mro__):
+        if (scheme := SCHEMES.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
+            return scheme
+    return None
+
+
+def packed_modules(model: nn.Module) -> dict[str, Scheme]:
+    """Names of the modules of ``model`` whose weight is packed, and how."""
+    found = ((name, scheme_of(module)) for name, module in model.named_modules())
+    return {name: scheme for name, scheme in found if scheme is not None}
+
+
+def dequantised(module: nn.Module) -> Tensor | None:
+    """The weight of ``module`` unpacked, a copy ``[out, in]``; None where it is a plain one.
+
+    Raises:
+        ValueError: it is of a known scheme in a layout that cannot be unpacked.
+    """
+    scheme = scheme_of(module)
+    if scheme is None:
+        return None
+    with torch.no_grad():
+        return scheme.dequantise(module)
+
+
+def check_plain(model: nn.Module, purpose: str) -> None:
+    """Refuse a model with packed weights.
+
+    Args:
+        model: the model.
+        purpose: what needs plain ones, e.g. ``"to be trained"``.
+
+    Raises:
+        ValueError: it is quantised; the message has the scheme and what to do.
+    """
+    for name, scheme in packed_modules(model).items():
+        raise ValueError(
+            f"module {name!r} is quantised ({scheme.name}), must hold a plain floating-point "
+            f"weight {purpose}: {scheme.instead}"
+        )
+
+
+@contextmanager
+def passing_gradients(model: nn.Module) -> Iterator[None]:
+    """Inside the block, a packed projection that passes no gradient to its input is refused.
+
+    Raises:
+        ValueError: its output needs no gradient although its input does: scores from gradients
+            would be wrong in every layer before it.
+    """
+
+    def check(name: str, scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            if args[0].requires_grad and not out.requires_grad:
+                raise ValueError(
+                    f"module {name!r} ({scheme.name}) passes no gradient to its input on "
+                    f"{args[0].device.type}: the metric must be 'variance' or 'norm' (a freshly "
+                    "loaded model may pass one; a dequantised one does)"
+                )
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, scheme in packed_modules(model).items():
+            handle = model.get_submodule(name).register_forward_hook(check(name, scheme))
+            stack.callback(handle.remove)
+        yield
+
+
+def n_parameters(model: nn.Module) -> int:
+    """How many weights ``model`` has, of packed ones those that they stand for."""
+    meant = {id(parameter): parameter.numel() for parameter in model.parameters()}
+    for name in packed_modules(model):
+        module: Any = model.get_submodule(name)
+        if hasattr(module, "in_features"):
+            meant[id(module.weight)] = module.in_features * module.out_features
+        else:
+            meant[id(module.weight)] = module.num_embeddings * module.embedding_dim
+    return sum(meant.values())
+
+
+def describe_packing(model: nn.Module) -> str | None:
+    """The schemes of ``model``, of one without memory what its configuration says; None: plain."""
+    names = sorted({scheme.name for scheme in packed_modules(model).values()})
+    if names:
+        return ", ".join(names)
+    config: Any = getattr(model.config, "quantization_config", None)
+    if config is None:
+        return None
+    method = config["quant_method"] if isinstance(config, dict) else config.quant_method
+    method = str(getattr(method, "value", method))
+    known = method in {scheme.method for scheme in SCHEMES.values()}
+    return method if known else f"{method}, which must be dequantised to be scored"
