@@ -91,7 +91,8 @@ class Experts:
         module: path of the module that holds the parameters, of a class decorated with
             ``transformers.integrations.use_experts_implementation``, which says how they are laid
             out. Layers without such a module have the family's ``ffn``.
-        shared: an FFN beside the routed experts that every token passes through, or None.
+        shared: an FFN beside the routed experts that every token passes through, or None. Not in
+            layers where the module that holds it is None.
     """
 
     module: str = "mlp.experts"
@@ -155,7 +156,6 @@ _LINEAR_ATTENTION = NotCovered(
     "linear attention: a recurrent state lies between its projections, not V -> O",
     instead="attention",
 )
-_EXPERTS = NotCovered("mlp.experts", "mixture of experts", instead="mlp")
 # A row of V that feeds several layers cannot be frozen or trained for one of them.
 _SHARED_VALUES = (
     NotCovered(
@@ -174,10 +174,11 @@ _PER_LAYER_INPUT = NotCovered(
 
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
 _ROUTED = replace(_LLAMA, experts=Experts())
+_SHARED_EXPERT = replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert")))
+_SHARED_EXPERTS = replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_experts")))
 _DEEPSEEK = replace(
-    _LLAMA,
+    _SHARED_EXPERTS,
     attention=Attention(down="self_attn.o_proj", value="self_attn.kv_b_proj", layout="latent"),
-    experts=Experts(shared=_gated_ffn("mlp.shared_experts")),
 )
 _GLM = replace(_LLAMA, ffn=_FUSED_FFN)
 _NEMOTRON = replace(_LLAMA, ffn=_PLAIN_FFN)
@@ -187,6 +188,7 @@ _QWEN_HYBRID = replace(
     attention=replace(_SELF_ATTENTION, gate="self_attn.q_proj"),
     not_covered=(_LINEAR_ATTENTION,),
 )
+_QWEN_HYBRID_EXPERTS = replace(_QWEN_HYBRID, experts=_SHARED_EXPERT.experts)
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -202,10 +204,15 @@ FAMILIES: dict[str, Family] = {
     "olmo": _LLAMA,
     "olmo2": _LLAMA,
     "mixtral": _ROUTED,
-    "qwen2_moe": replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert"))),
+    "qwen2_moe": _SHARED_EXPERT,
     "qwen3_moe": _ROUTED,
     "olmoe": _ROUTED,
     "gpt_oss": _ROUTED,
+    "phimoe": _ROUTED,
+    "granitemoe": replace(_ROUTED, experts=Experts("block_sparse_moe.experts")),
+    "hunyuan_v1_moe": replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_mlp"))),
+    "glm4_moe": _SHARED_EXPERTS,
+    "ernie4_5_moe": _SHARED_EXPERTS,
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": _DEEPSEEK,
     "olmo3": _LLAMA,
@@ -222,8 +229,9 @@ FAMILIES: dict[str, Family] = {
     "starcoder2": replace(_LLAMA, ffn=_GPT2_FFN),
     "bloom": _BLOOM,
     "falcon": _BLOOM,
-    "qwen3_next": replace(_QWEN_HYBRID, not_covered=(_LINEAR_ATTENTION, _EXPERTS)),
+    "qwen3_next": _QWEN_HYBRID_EXPERTS,
     "qwen3_5_text": _QWEN_HYBRID,
+    "qwen3_5_moe_text": _QWEN_HYBRID_EXPERTS,
     "olmo_hybrid": replace(_LLAMA, not_covered=(_LINEAR_ATTENTION,)),
     "gemma3n_text": replace(
         _LLAMA,
@@ -237,6 +245,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4_text": replace(
         _LLAMA,
+        experts=Experts("experts", shared=_GATED_FFN),
         not_covered=(
             *_SHARED_VALUES,
             NotCovered(
@@ -244,7 +253,6 @@ FAMILIES: dict[str, Family] = {
                 "one projection computes keys and values",
                 "attention",
             ),
-            NotCovered("experts", "mixture of experts beside the FFN"),
             _PER_LAYER_INPUT,
         ),
     ),

@@ -92,8 +92,6 @@ class UpdatePlan:
                 f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
                 "units that own something, or name parameters in also="
             )
-        if self.ranks is not None:
-            sharded_plan.check_entries(self.entries)
         self.config_hash, self.base_name = config_hash(model), model_name(model)
         self.fingerprint = fingerprint(self.config_hash, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())

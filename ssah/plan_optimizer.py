@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from ssah.units import UnitSet
 from ssah_kernels.optim import MaskedAdamW
-from ssah_kernels.sharded import is_sharded
+from ssah_kernels.sharded import Dim, is_sharded
 
 if TYPE_CHECKING:
     from ssah.plan import UpdatePlan
@@ -89,20 +89,22 @@ def watch_optimizers(plan: UpdatePlan) -> None:
 def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
     """Groups of what trains, with and without decay, with the dimension that units run along."""
     # Slices are unit-major; of a parameter that trains whole, units may run along dimension 1.
-    dims = {
+    dims: dict[int, Dim] = {
         id(p): plan.entries[name].dims[0]
         for name, p, _, _ in plan.trained_slices()
         if name.rpartition(".")[0] not in plan.masked and p.dim() > 1
     }
     # A sharded parameter is not split: the optimiser selects what trains.
-    indices = {
-        id(p): index
-        for _, p, index, size in plan.trained_slices()
-        if is_sharded(p) and len(index) < size
-    }
+    indices = {}
+    n_dims = {id(p): p.dim() for p in plan.parameters()}
+    for name, p, index, size in plan.trained_slices():
+        entries = plan.entries[name]
+        if is_sharded(p) and len(index) < size:
+            indices[id(p)], dims[id(p)] = index, entries.along
+            n_dims[id(p)] -= entries.experts  # experts' biases are biases
     groups = []
     for decays in (True, False):
-        parameters = [p for p in plan.parameters() if (p.dim() > 1) == decays]
+        parameters = [p for p in plan.parameters() if (n_dims[id(p)] > 1) == decays]
         if parameters:
             groups.append(
                 {

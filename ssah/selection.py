@@ -17,7 +17,7 @@ from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.quantised import check_plain
 from ssah.slots import Slot
 from ssah.units import DepthTwoModule
-from ssah_kernels.sharded import check_layout, is_sharded
+from ssah_kernels.sharded import Dim, check_layout, is_sharded
 
 __all__ = [
     "Entries",
@@ -51,6 +51,11 @@ class Entries:
     def dims(self) -> tuple[int, ...]:
         """All dimensions that ``trains`` runs over."""
         return (0, self.dim) if self.experts else (self.dim,)
+
+    @property
+    def along(self) -> Dim:
+        """``dims`` as :mod:`ssah_kernels.sharded` takes them."""
+        return (0, self.dim) if self.experts else self.dim
 
     @property
     def whole(self) -> bool:

@@ -6,7 +6,7 @@ optimiser updates the entries that train. Every rank answers for its own rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,9 @@ from torch import Tensor, nn
 
 from ssah.frozen import complement_rows
 from ssah.selection import Entries
-from ssah_kernels.sharded import local, local_index
+from ssah_kernels.sharded import Part, local, local_index, parts
 
-__all__ = ["check_entries", "clear_frozen_gradients", "frozen_pieces"]
-
-
-def check_entries(entries: Mapping[str, Entries]) -> None:
-    """Raise ValueError where some units of routed experts train and some do not."""
-    for name, each in entries.items():
-        if each.experts and each.partial:
-            raise ValueError(
-                f"parameter {name!r} holds the routed experts of a model that is sharded: all of "
-                "their units must train, or none"
-            )
+__all__ = ["clear_frozen_gradients", "frozen_pieces"]
 
 
 def frozen_pieces(
@@ -36,8 +26,8 @@ def frozen_pieces(
 
     def piece(name: str, each: Entries) -> Iterable[Tensor]:
         parameter = model.get_parameter(name)
-        index = local_index(parameter, each.trains.nonzero()[:, 0], each.dim)  # type: ignore[arg-type]
-        yield complement_rows(local(parameter), (each.dim,), index)
+        index = local_index(parameter, each.trains.nonzero()[:, 0], each.along)  # type: ignore[arg-type]
+        yield complement_rows(local(parameter), each.dims, index)
 
     return {name: partial(piece, name, each) for name, each in entries.items() if not each.whole}
 
@@ -52,11 +42,13 @@ def clear_frozen_gradients(model: nn.Module, entries: Mapping[str, Entries]) -> 
         if each.partial:
             parameter = model.get_parameter(name)
             frozen = (~each.trains).nonzero()[:, 0].to(parameter.device)
-            own = local_index(parameter, frozen, each.dim)  # type: ignore[arg-type]
+            pieces = parts(parameter, frozen, each.along)  # type: ignore[arg-type]
 
-            def clear(p: Tensor, dim: int = each.dim, own: Tensor = own) -> None:
+            def clear(p: Tensor, pieces: Sequence[Part] = pieces) -> None:
                 assert p.grad is not None
-                local(p.grad).index_fill_(dim, own, 0)
+                for part in pieces:
+                    assert part.index is not None
+                    part.rows(local(p.grad)).index_fill_(part.dim, part.index, 0)
 
             handles.append(parameter.register_post_accumulate_grad_hook(clear))
     return handles

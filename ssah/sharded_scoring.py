@@ -72,7 +72,9 @@ def run_sharded(model: PreTrainedModel, batch: Batch, gradient: bool) -> int:
             if not isinstance(model, FSDPModule):
                 model.base_model(**batch.inputs, use_cache=False)
             elif "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-                model(**batch.inputs, use_cache=False, logits_to_keep=1)
+                # A number would let Gemma 4 leave positions out of some layers too.
+                last = torch.tensor([-1], device=batch.input_ids.device)
+                model(**batch.inputs, use_cache=False, logits_to_keep=last)
             else:
                 model(**batch.inputs, use_cache=False)
         return 0

@@ -285,15 +285,21 @@ def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:
         config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
         if not getattr(config, part.setting, None):
             return False
-    return _has(layer, part.at)
+    return bool(_at(layer, part.at))
 
 
-def _has(module: nn.Module, path: str) -> bool:
-    """Whether the attribute at ``path`` exists and is true."""
+def _at(module: nn.Module, path: str) -> object:
+    """The attribute at ``path``, None where there is none."""
     found: object = module
     for name in path.split("."):
         found = getattr(found, name, None)
-    return bool(found)
+    return found
+
+
+def _left_out(model: nn.Module, name: str) -> bool:
+    """Whether the module that would hold the projection ``name`` is None."""
+    holder, _, leaf = name.rpartition(".")[0].rpartition(".")
+    return getattr(model.get_submodule(holder), leaf, name) is None
 
 
 def _projection(model: nn.Module, name: str) -> nn.Module:
@@ -349,9 +355,10 @@ def _mlp_modules(
 ) -> Iterator[DepthTwoModule]:
     """The FFN of one layer, or its routed and shared experts."""
     experts, ffn = family.experts, family.ffn
-    if experts is not None and _has(model, f"{layer}.{experts.module}"):
+    if experts is not None and _at(model, f"{layer}.{experts.module}") is not None:
         yield from _expert_modules(model, f"{layer}.{experts.module}", final=last)
-        ffn = experts.shared
+        shared = experts.shared
+        ffn = None if shared is None or _left_out(model, f"{layer}.{shared.down}") else shared
     if ffn is not None:
         yield _ffn_module(model, layer, ffn, final=ffn.last and last)
 

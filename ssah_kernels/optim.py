@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,17 @@ from torch.optim import Optimizer
 
 from ssah_kernels import ops
 from ssah_kernels.sharded import (
+    Dim,
+    Part,
     check_layout,
     compact,
+    cut,
     expand,
     first_row,
     is_sharded,
+    join,
     local,
-    local_index,
+    parts,
 )
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
@@ -82,6 +87,9 @@ class _MaskedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; ``indices`` and ``dims`` are lists with one entry a parameter.
 
+        Of a parameter that is sharded and holds experts, a dimension may be a pair, see
+        :mod:`ssah_kernels.sharded`.
+
         Raises:
             ValueError: indices or dims do not fit, or a parameter has nothing to train.
         """
@@ -99,9 +107,13 @@ class _MaskedOptimizer(Optimizer):
                         f"params[{i}] is sharded: max_norm must be None (clip with "
                         "torch.nn.utils.clip_grad_norm_) and track_importance False"
                     )
+            elif not isinstance(dim, int):
+                raise ValueError(
+                    f"dims[{i}] is {dim}; it must be one dimension, as the parameter is not sharded"
+                )
             if index is None:
                 continue
-            size = p.shape[dim]
+            size = p.shape[dim] if isinstance(dim, int) else math.prod(p.shape[d] for d in dim)
             if index.dtype != torch.int64 or index.dim() != 1 or not _strictly_increasing(index):
                 raise ValueError(f"indices[{i}] must be int64 [n], strictly increasing")
             if index.numel() == 0:
@@ -113,7 +125,7 @@ class _MaskedOptimizer(Optimizer):
                 )
             group["indices"][i] = index.to(p.device)
 
-    def _entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, int]]:
+    def _entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]]:
         number = 0
         for group in self.param_groups:
             for p, index, dim in zip(group["params"], group["indices"], group["dims"], strict=True):
@@ -147,24 +159,24 @@ class _MaskedOptimizer(Optimizer):
                 continue
             if p.grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
-            own, grad = local(p), local(p.grad)
+            pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]  # type: ignore[arg-type]
             if is_sharded(p):
-                index = None if index is None else local_index(p, index, dim)
                 number += first_row(p) << 32  # other noise on every rank
-            grad = grad if index is None else grad.index_select(dim, index)
+            grads = [part.entries(local(p.grad)) for part in pieces]
             state = self.state[p]
             if not state:
-                state.update(self._new_state(group, grad, dim))
+                state.update(self._new_state(group, join(grads), pieces[0].dim))
             state["step"] += 1
-            if is_sharded(p) and not grad.numel():
-                continue
             key = (id(group), p.dtype, p.device, float(state["step"]))
-            call = calls.setdefault(key, (group, _Call(number)))[1]
-            call.params.append(own)
-            call.grads.append(grad)
-            call.indices.append(index)
-            call.dims.append(dim)
-            call.states.append(state)
+            for part, grad, own in zip(pieces, grads, _cut_state(state, grads), strict=True):
+                if is_sharded(p) and not grad.numel():
+                    continue
+                call = calls.setdefault(key, (group, _Call(number)))[1]
+                call.params.append(part.rows(local(p)))
+                call.grads.append(grad)
+                call.indices.append(part.index)
+                call.dims.append(part.dim)
+                call.states.append(own)
         return list(calls.values())
 
     def _clip_coefs(self, calls: list[tuple[dict[str, Any], _Call]]) -> list[Tensor | None]:
@@ -261,7 +273,7 @@ class _MaskedOptimizer(Optimizer):
         numbers = (n for group in state_dict["param_groups"] for n in group["params"])
         for (_, _, p, index, dim), n in zip(self._entries(), numbers, strict=True):
             shape = list(p.shape)
-            if index is not None:
+            if index is not None and isinstance(dim, int):
                 shape[dim] = len(index)
             for name, value in state_dict["state"].get(n, {}).items():
                 if is_sharded(p) and name != "step":
@@ -273,6 +285,17 @@ class _MaskedOptimizer(Optimizer):
                     )
                 device = "cpu" if name == "step" else p.device
                 self.state[p][name] = value.detach().to(device, copy=True)
+
+
+def _cut_state(state: dict[str, Any], grads: list[Tensor]) -> list[dict[str, Any]]:
+    """The state of every piece of a parameter: views."""
+    if len(grads) == 1:
+        return [state]
+    pieces = {name: cut(value, grads) for name, value in state.items() if name != "step"}
+    return [
+        {"step": state["step"], **{name: each[i] for name, each in pieces.items()}}
+        for i in range(len(grads))
+    ]
 
 
 def _check_same_entries(number: int, mine: tuple[Any, ...], its: tuple[Any, ...]) -> None:

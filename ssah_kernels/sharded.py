@@ -2,11 +2,16 @@
 
 The layout is that of ``torch.distributed.fsdp.fully_shard``: sharded along dimension 0 over a mesh
 of one dimension, the first ranks holding ceil(rows / ranks) rows each.
+
+Entries run along one dimension. Where the first dimension runs over the experts of a layer, ``dim``
+is a pair (0, d): entries along d of the first expert, then those of the second, and so on.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, TypeGuard
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -14,7 +19,22 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["check_layout", "compact", "expand", "first_row", "is_sharded", "local", "local_index"]
+__all__ = [
+    "Dim",
+    "Part",
+    "check_layout",
+    "compact",
+    "cut",
+    "expand",
+    "first_row",
+    "is_sharded",
+    "join",
+    "local",
+    "local_index",
+    "parts",
+]
+
+Dim: TypeAlias = int | tuple[int, int]
 
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
@@ -48,15 +68,65 @@ def first_row(tensor: DTensor) -> int:
     return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
 
-def local_index(tensor: DTensor, index: Tensor, dim: int) -> Tensor:
+def local_index(tensor: DTensor, index: Tensor, dim: Dim) -> Tensor:
     """Those of the entries ``index`` along ``dim`` that this rank holds, counted in its part."""
-    if dim % tensor.dim() != 0:
+    first, *rest = dim if isinstance(dim, tuple) else (dim,)
+    if first % tensor.dim() != 0:
         return index
-    index = index - first_row(tensor)
-    return index[(index >= 0) & (index < len(local(tensor)))]
+    in_row = tensor.shape[rest[0]] if rest else 1
+    index = index - first_row(tensor) * in_row
+    return index[(index >= 0) & (index < len(local(tensor)) * in_row)]
 
 
-def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: int) -> DTensor:
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Entries of some rows that lie along one dimension: of all rows, or of one expert's.
+
+    Attributes:
+        index: int64, the entries; None: all.
+        dim: that ``index`` runs along.
+        expert: which of the rows; None: all of them.
+    """
+
+    index: Tensor | None
+    dim: int
+    expert: int | None = None
+
+    def rows(self, rows: Tensor) -> Tensor:
+        """All of ``rows``, or those of the expert; not a copy."""
+        return rows if self.expert is None else rows[self.expert]
+
+    def entries(self, rows: Tensor) -> Tensor:
+        """A copy of the entries of ``rows``; where they are all, not a copy."""
+        own = self.rows(rows)
+        return own if self.index is None else own.index_select(self.dim, self.index)
+
+
+def parts(tensor: DTensor, index: Tensor | None, dim: Dim) -> list[Part]:
+    """What of ``index``, entries over the whole parameter, this rank holds; parts may be empty."""
+    along = dim[-1] if isinstance(dim, tuple) else dim
+    if index is None:
+        return [Part(None, along)]
+    own, n_rows = local_index(tensor, index, dim), len(local(tensor))
+    if along == dim or n_rows == 0:
+        return [Part(own, along)]
+    size = tensor.shape[along]
+    each = (own % size).split(torch.bincount(own // size, minlength=n_rows).tolist())
+    return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
+
+
+def cut(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Contiguous ``values`` as views in the shapes of ``like``, one behind the other."""
+    pieces = values.view(-1).split([each.numel() for each in like])
+    return [piece.view(each.shape) for piece, each in zip(pieces, like, strict=True)]
+
+
+def join(pieces: Sequence[Tensor]) -> Tensor:
+    """What :func:`cut` cuts: one piece as it is, several flat."""
+    return pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
+
+
+def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTensor:
     """A DTensor like ``tensor`` with ``own`` at the entries that train on this rank, else 0.
 
     Args:
@@ -70,7 +140,11 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: int) -> DTen
     rows = own
     if index is not None:
         rows = own.new_zeros(local(tensor).shape)
-        rows.index_copy_(dim, local_index(tensor, index, dim), own)
+        pieces = parts(tensor, index, dim)
+        values = cut(own, [part.entries(rows) for part in pieces])
+        for part, value in zip(pieces, values, strict=True):
+            assert part.index is not None
+            part.rows(rows).index_copy_(part.dim, part.index, value)
     return DTensor.from_local(
         rows,
         tensor.device_mesh,
@@ -81,7 +155,7 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: int) -> DTen
     )
 
 
-def compact(tensor: DTensor, dense: Tensor, index: Tensor | None, dim: int) -> Tensor:
+def compact(tensor: DTensor, dense: Tensor, index: Tensor | None, dim: Dim) -> Tensor:
     """What :func:`expand` was made of.
 
     Raises:
@@ -99,4 +173,4 @@ def compact(tensor: DTensor, dense: Tensor, index: Tensor | None, dim: int) -> T
             "torch.distributed.checkpoint, which shards it for any number of ranks"
         )
     rows = local(dense)
-    return rows if index is None else rows.index_select(dim, local_index(tensor, index, dim))
+    return join([part.entries(rows) for part in parts(tensor, index, dim)])

@@ -1,4 +1,7 @@
-"""Routed experts: their units, scores against float64 formulas, grouping, ablation, pruning."""
+"""Routed experts: their units, grouping, ablation, pruning, and what is refused.
+
+`family_checks.py` compares scores, ablation and training of every family.
+"""
 
 from __future__ import annotations
 
@@ -9,156 +12,35 @@ from typing import Any
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
-from tiny_models import EXPERTS, IGNORED, build, collate, rows
+from mixtures import Capture, activation, column
+from test_attribution import ragged
+from tiny_models import EXPERTS, build, collate, rows
 from torch import Tensor, nn
-from transformers import FlexOlmoConfig, FlexOlmoForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    PreTrainedModel,
+)
 
 from ssah import ablate, attribute, classify, families, find_modules, prune
-from ssah.attribution import METRICS, Attribution
+from ssah.attribution import Attribution
 from ssah.families import Experts, Family
 from ssah.groups import UnitGroups
 from ssah.provenance import config_hash
 from ssah.units import DepthTwoModule, UnitSet
 
-Batches = list[dict[str, Tensor]]
-# Both sides are float64, but the slope of the loss is taken in float32.
-TOLERANCE = {"variance": 1e-9, "norm": 1e-9, "taylor": 1e-5, "fisher": 1e-5}
-
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than two:UserWarning")
-
-
-def ragged(side: str = "right", labels: bool = True) -> Batches:
-    """Two ragged batches of four rows."""
-    data = rows(), rows((6, 10, 3, 10), seed=1)
-    return [collate(part, side=side, labels=labels) for part in data]
 
 
 def experts_of(found: dict[str, DepthTwoModule]) -> dict[str, DepthTwoModule]:
     return {name: module for name, module in found.items() if module.expert is not None}
 
 
-def activation(experts: nn.Module, expert: int, x: Tensor) -> Tensor:
-    """What enters one expert's B, written out: ``[tokens, n_units]``."""
-    weight = experts.get_parameter("gate_up_proj").detach()[expert]
-    if type(experts).__name__ != "GptOssExperts":
-        gate, up = (x @ weight.T).chunk(2, -1)
-        return gate / (1 + torch.exp(-gate)) * up
-    both = x @ weight + experts.get_parameter("gate_up_proj_bias").detach()[expert]
-    gate, up = both[:, ::2].clamp(max=0.5), both[:, 1::2].clamp(-0.5, 0.5)
-    return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
-
-
-def gradient(x: Tensor) -> Tensor:
-    assert x.grad is not None
-    return x.grad
-
-
-def column(module: DepthTwoModule) -> Tensor:
-    """B's weight of any module, ``[out, n_units]``."""
-    weight = module.weight.detach()
-    return weight if module.output.dim == 1 else weight.T
-
-
-class Capture:
-    """What enters every B in the model's own forward, and dL/d of it, at tokens that count."""
-
-    def __init__(self, model: PreTrainedModel, batches: Batches, *, every: bool = False) -> None:
-        self.a: dict[str, list[Tensor]] = {}
-        self.product: dict[str, list[Tensor]] = {}
-        self.found, self.every = find_modules(model), every
-        for batch in batches:
-            self._read(model, batch)
-
-    def _read(self, model: PreTrainedModel, batch: dict[str, Tensor]) -> None:
-        seen: dict[nn.Module, tuple[Tensor, ...]] = {}
-
-        def before(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            args[0].retain_grad()
-            seen[module] = args
-
-        def after(module: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
-            out.retain_grad()
-            seen[module] = (*args, out)
-
-        hooks = []
-        for module in self.found.values():
-            if module.expert is None:
-                hooks.append(module.down.register_forward_pre_hook(before))
-            elif module.expert == 0:
-                hooks.append(module.down.register_forward_hook(after))
-        attended = batch["attention_mask"].bool()
-        logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).logits
-        targets = batch.get("labels", batch["input_ids"])[:, 1:]
-        targets = targets.masked_fill(~(attended[:, 1:] & attended[:, :-1]), IGNORED)
-        nn.functional.cross_entropy(
-            logits[:, :-1].flatten(0, 1), targets.flatten(), reduction="sum"
-        ).backward()
-        for hook in hooks:
-            hook.remove()
-        counted = attended.flatten()
-        if "labels" in batch:
-            counted = counted & (batch["labels"] != IGNORED).flatten()
-        for name, module in self.found.items():
-            x, *routing = seen[module.down]
-            if module.expert is None:
-                a, grad, mine = x.flatten(0, -2), gradient(x).flatten(0, -2), counted
-            else:
-                chosen, weights, out = routing
-                weight = (weights * (chosen == module.expert)).sum(1, keepdim=True)
-                a = activation(module.down, module.expert, x)
-                grad = weight * (gradient(out) @ column(module))
-                mine = counted & (self.every | (chosen == module.expert).any(1))
-            self.a.setdefault(name, []).append(a.detach()[mine])
-            self.product.setdefault(name, []).append((a * grad).detach()[mine])
-        model.zero_grad()
-
-    def score(self, name: str, metric: str) -> Tensor:
-        a, product = torch.cat(self.a[name]), torch.cat(self.product[name])
-        norms = column(self.found[name]).square().sum(0)
-        if metric == "taylor":
-            return product.sum(0).abs()
-        if metric == "fisher":
-            return product.square().sum(0)
-        if len(a) < (2 if metric == "variance" else 1):
-            return torch.zeros_like(norms)
-        return (a.var(0) if metric == "variance" else a.square().mean(0)) * norms
-
-    def check(self, result: Attribution) -> None:
-        assert list(result.scores) == list(self.found)
-        for name in self.found:
-            a, score = torch.cat(self.a[name]), self.score(name, result.metric)
-            assert result.count[name] == len(a)
-            if len(a):
-                torch.testing.assert_close(result.mean[name], a.mean(0), rtol=1e-9, atol=1e-12)
-            bound = TOLERANCE[result.metric] * (score + score.mean())
-            assert bool(((result.scores[name] - score).abs() <= bound).all()), name
-
-
-@pytest.fixture(scope="module", params=EXPERTS)
-def reference(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, Capture]:
-    """A family's model in float64, and what its own eager forward does."""
-    model = build(request.param, dtype=torch.float64)
-    model.set_experts_implementation("eager")
-    return model, Capture(model, ragged())
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_scores_equal_captured_activations(
-    reference: tuple[PreTrainedModel, Capture], metric: str
-) -> None:
-    model, capture = reference
-    result = attribute(model, ragged(), metric=metric)
-    capture.check(result)
-    assert max(score.max() for name, score in result.scores.items() if "[" in name) > 0
-
-
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "deepseek_v3"])
 @pytest.mark.parametrize("metric", ["variance", "taylor"])
 def test_left_padding_and_all_tokens(name: str, metric: str) -> None:
     model = build(name, dtype=torch.float64)
-    model.set_experts_implementation("eager")
     batches = ragged("left", labels=False)
     result = attribute(model, batches, metric=metric)
     Capture(model, batches).check(result)
@@ -177,15 +59,11 @@ def test_routed_padding_never_counts() -> None:
         assert torch.equal(score, second.scores[name])
 
 
-@pytest.mark.parametrize("name", ["qwen2_moe", "gpt_oss"])
-@pytest.mark.parametrize("metric", ["variance", "norm"])
-def test_all_experts_count_every_token_and_change_nothing_else(name: str, metric: str) -> None:
-    model = build(name, dtype=torch.float64)
-    model.set_experts_implementation("eager")
-    result = attribute(model, ragged(), metric=metric, all_experts=True)
-    Capture(model, ragged(), every=True).check(result)
+def test_all_experts_count_every_token_and_change_nothing_else() -> None:
+    model = build("qwen2_moe", dtype=torch.float64)
+    result = attribute(model, ragged(), all_experts=True)
     assert len(set(result.count.values())) == 1
-    routed = attribute(model, ragged(), metric=metric)
+    routed = attribute(model, ragged())
     for b, module in find_modules(model).items():
         if module.expert is None:
             torch.testing.assert_close(result.scores[b], routed.scores[b], rtol=1e-12, atol=0)
@@ -225,7 +103,7 @@ def test_rows_of_a_unit_make_its_channel_and_no_other(name: str) -> None:
     assert list(found) == list(attribute(model, ragged()).scores)
     module = list(experts_of(found).values())[-1]
     assert module.expert is not None
-    assert module.name.endswith(f".mlp.experts.down_proj[{module.expert}]")
+    assert module.name.endswith(f".experts.down_proj[{module.expert}]")
     x = torch.randn(9, 48)
     units = torch.tensor([0, 5, module.n_units - 1])
     silent = torch.zeros(module.n_units, dtype=torch.bool)
@@ -354,6 +232,21 @@ def test_another_architecture_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(result.scores) == 4
     with pytest.raises(ValueError, match="no ffn, attention or experts"):
         families.register_family("new", Family("layers", None, None))
+
+
+def test_a_shared_expert_may_be_left_out_but_not_misnamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = EXPERTS["ernie4_5_moe"]()
+    shared = "model.layers.1.mlp.shared_experts.down_proj"
+    assert shared in find_modules(AutoModelForCausalLM.from_config(config))
+    config.moe_num_shared_experts = 0
+    model = AutoModelForCausalLM.from_config(config)
+    found = list(find_modules(model))
+    assert shared not in found
+    assert list(attribute(model, ragged()).scores) == found
+    misnamed = families.FAMILIES["qwen2_moe"]  # its shared expert has another name
+    monkeypatch.setitem(families.FAMILIES, "ernie4_5_moe", misnamed)
+    with pytest.raises(ValueError, match=r"has no module 'model.layers.1.mlp.shared_expert\."):
+        find_modules(model)
 
 
 def test_experts_of_another_kind_are_refused() -> None:

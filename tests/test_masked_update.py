@@ -392,6 +392,7 @@ def test_wrong_use_is_refused() -> None:
     for group, message in (
         ({"indices": [torch.tensor([], dtype=torch.int64)]}, "must have entries to train"),
         ({"indices": [torch.tensor([1, 1])]}, "strictly increasing"),
+        ({"dims": [(0, 1)]}, r"dims\[0\] is \(0, 1\).*one dimension"),
         ({"indices": [torch.tensor([0, 4])]}, "within 0 to 3"),
         ({"indices": [None, None]}, "one a parameter"),
     ):

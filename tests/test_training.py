@@ -55,7 +55,9 @@ def masks(model: PreTrainedModel, units: UnitSet, mode: str) -> dict[str, Tensor
     for name, module in find_modules(model).items():
         chosen = set(units[name].tolist())
         for owned in (*module.inputs, module.output):
-            mask = result[owned.param].movedim(owned.dim, 0)
+            mask = result[owned.param]
+            mask = mask if owned.expert is None else mask[owned.expert]
+            mask = mask.movedim(owned.dim, 0)
             owners: dict[int, list[int]] = {}
             for unit, entry in enumerate(owned.index.tolist()):
                 owners.setdefault(entry, []).append(unit)

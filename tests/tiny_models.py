@@ -182,7 +182,14 @@ _LATENT = {
     "v_head_dim": 10,
 }
 
-# Mixtures of experts; two families have a dense first layer, three an FFN beside the experts.
+_SHARED_EXPERT = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+
+# Mixtures of experts, some with a dense first layer, with an FFN beside the experts, or hybrids.
 EXPERTS: dict[str, Callable[[], PreTrainedConfig]] = {
     "mixtral": lambda: MixtralConfig(**_ROUTED, num_local_experts=4),
     "qwen2_moe": lambda: Qwen2MoeConfig(
@@ -201,6 +208,42 @@ EXPERTS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
     "deepseek_v2": lambda: DeepseekV2Config(**_LATENT),
     "deepseek_v3": lambda: DeepseekV3Config(**_LATENT, n_group=2, topk_group=1),
+    "qwen3_next_experts": _config("qwen3_next", **_HYBRID, **_SHARED_EXPERT, head_dim=16),
+    "qwen3_5_moe": _config("qwen3_5_moe_text", **_HYBRID, **_SHARED_EXPERT, head_dim=16),
+    "gemma4_experts": _config(
+        "gemma4_text",
+        **_HEADS,
+        layer_types=["sliding_attention", "full_attention"],
+        sliding_window=6,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
+    "phimoe": _config("phimoe", **_ROUTED, num_local_experts=4),
+    "granitemoe": _config("granitemoe", **_ROUTED, num_local_experts=4, residual_multiplier=0.7),
+    "hunyuan_v1_moe": _config(
+        "hunyuan_v1_moe", **_LLAMA, head_dim=16, num_experts=4, moe_topk=[2, 2]
+    ),
+    "glm4_moe": _config(
+        "glm4_moe",
+        **_ROUTED,
+        head_dim=16,
+        moe_intermediate_size=24,
+        n_routed_experts=4,
+        first_k_dense_replace=1,
+    ),
+    "ernie4_5_moe": _config(
+        "ernie4_5_moe",
+        **_LLAMA,
+        moe_k=2,
+        moe_num_experts=4,
+        moe_intermediate_size=24,
+        moe_num_shared_experts=2,
+        moe_layer_start_index=1,
+    ),
 }
 
 
@@ -210,6 +253,8 @@ def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> Pr
     state = torch.random.get_rng_state()
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if name in EXPERTS and dtype == torch.float64:
+        model.set_experts_implementation("eager")  # the default one has no float64
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if parameter.dim() == 1 or key.endswith("_bias"):  # experts have a bias each
