@@ -107,7 +107,7 @@ def disturb(
         begin: starts the command with its result in a folder, as a child; its process id.
         out: that folder.
         span: seconds of scoring, within which the moments are drawn.
-        kills: the most.
+        kills: the most; every fourth before the last one waits for a half-written file.
         draw: of the moments.
     """
     found: list[dict[str, Any]] = []
@@ -120,7 +120,7 @@ def disturb(
         if not wait_for((out / "unfinished").is_dir, pid):
             return found
         moment = time.monotonic() + draw.uniform(0, span)
-        aimed = len(found) % _AIM_EVERY == _AIM_EVERY - 1
+        aimed = (kills - len(found)) % _AIM_EVERY == 0
         if not (
             wait_for(lambda moment=moment: time.monotonic() >= moment, pid)
             and (not aimed or wait_for(lambda: half_written(out), pid, every=1e-4))
