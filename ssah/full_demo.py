@@ -30,7 +30,14 @@ __all__ = ["run"]
 
 _SAFETY, _UTILITY = "builtin:safety", "builtin:utility"
 _REQUESTS, _ANSWERS = "builtin:safety_eval", "builtin:utility_eval"
-_PARTS = ("probe", "freeze", "groups-none", "groups-scu-cu", "transfer-none", "transfer-scu-cu")
+_UNALIGNED = "groups-unaligned"
+_PARTS = (
+    "probe",
+    "freeze",
+    _UNALIGNED,
+    *(f"groups-{arm}" for arm in (NONE, SCU_CU)),
+    *(f"transfer-{change}" for change in ("alignment", NONE, SCU_CU)),
+)
 _SEED = 0
 UPDATES = 30  # of the benign fine-tune with nothing frozen
 
@@ -53,8 +60,8 @@ def run(
             :func:`ssah.demo.run` takes them; ``fresh`` begins the other parts anew as well.
 
     Returns:
-        What ``demo.json`` holds, and ``probe``, ``freeze`` and ``transfer``: the results of these
-        runs; ``report``: the HTML file.
+        What ``demo.json`` holds, and ``probe``, ``freeze`` and ``transfer`` (by alignment and by
+        both fine-tunes): the results of these runs; ``report``: the HTML file.
     """
     console = Console(highlight=False)
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
@@ -100,13 +107,20 @@ def run(
     )
 
     _heading(console, "Transfer: which units changed their group?")
-    moved = {}
+    groups, moved = out / "groups", {}
+    if result["alignment"]:
+        before = _regrouped(aligned, name, groups, out / _UNALIGNED)
+        title = "Attribute transfer by alignment"
+        moved["alignment"] = run_transfer(
+            before, groups, out / f"transfer-{_ALIGNMENT}", title=title
+        )
     for arm in (NONE, SCU_CU):
-        after = out / f"groups-{arm}"
-        _regroup(aligned, out / "freeze" / "models" / f"{arm}-{_SEED}", out / "groups", after)
+        tuned_model = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
+        after = _regrouped(aligned, tuned_model, groups, out / f"groups-{arm}")
         title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
-        moved[arm] = run_transfer(out / "groups", after, out / f"transfer-{arm}", title=title)
-        console.print(f"{arm}: {out / f'transfer-{arm}'}")
+        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    for change in moved:
+        console.print(f"{change}: {out / f'transfer-{change}'}")
 
     report = out / "report.html"
     write_report(out, report, title=f"{name}: safety-critical neurons")
@@ -115,7 +129,7 @@ def run(
         **result,
         "probe": probed["result"],
         "freeze": tuned["result"],
-        "transfer": {arm: record["result"] for arm, record in moved.items()},
+        "transfer": {change: record["result"] for change, record in moved.items()},
         "report": str(report),
     }
 
@@ -130,12 +144,12 @@ def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any
     return result if same else None
 
 
-def _regroup(loading: Loading, model: Path, before: Path, out: Path) -> None:
-    """Group the units of a trained model as those of the model before were."""
+def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
+    """``out``, with the units of another model grouped as those in ``like`` were."""
     if (out / "meta.json").is_file():
-        return
-    own = UnitGroups.load(before)
-    loaded, tokenizer = loading("auto", str(model))
+        return out
+    own = UnitGroups.load(like)
+    loaded, tokenizer = loading("auto", model)
     move(loaded, demo.working_dtype(loaded, loading.dtype))
     scores = [
         attribute(loaded, make_loader(source, tokenizer, batch_size=8), progress=True)
@@ -143,6 +157,7 @@ def _regroup(loading: Loading, model: Path, before: Path, out: Path) -> None:
     ]
     groups = classify(*scores, **own.shares, scope=own.scope, normalize=own.normalize)  # type: ignore[arg-type]
     groups.save(out)
+    return out
 
 
 def _heading(console: Console, title: str) -> None:

@@ -21,6 +21,7 @@ def test_full_demo_from_end_to_end(tmp_path: Path, monkeypatch) -> None:
     result = json.loads(first.stdout)
     assert set(result["freeze"]["arms"]) == {"before", "none", "scu-cu", "random"}
     assert len(result["probe"]["models"]) == 2
+    assert set(result["transfer"]) == {"alignment", "none", "scu-cu"}
     for moved in result["transfer"].values():
         assert abs(sum(map(sum, moved["matrix"])) - 1) < 1e-9
     page = (out / "report.html").read_text()
