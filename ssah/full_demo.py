@@ -110,9 +110,8 @@ def run(
     groups, moved = out / "groups", {}
     if result["alignment"]:
         before = _regrouped(aligned, name, groups, out / _UNALIGNED)
-        title = "Attribute transfer by alignment"
         moved["alignment"] = run_transfer(
-            before, groups, out / f"transfer-{_ALIGNMENT}", title=title
+            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
         )
     for arm in (NONE, SCU_CU):
         tuned_model = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
