@@ -147,4 +147,6 @@ def read_run(out: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _command() -> str:
-    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    name = Path(sys.argv[0]).name
+    started = ["python", "-m", "ssah.cli"] if name == "__main__.py" else [name]
+    return shlex.join([*started, *sys.argv[1:]])
