@@ -29,6 +29,7 @@ from benchmarks import common
 from benchmarks.bench_attribute import build_batches, build_model
 from ssah.attribution import attribute
 from ssah.distributed import Ranks, deal
+from ssah.models import move
 from ssah.watch import Sums
 
 UNITS = (100_000, 500_000, 3_000_000)  # about a 0.3 B, a 7 B and a 70 B model's
@@ -79,6 +80,7 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
     )
     ranks = Ranks.of()
     model = build_tiny() if options.tiny else build_model()
+    move(model, getattr(torch, options.dtype))
     batches = build_batches(options.batches * ranks.size, ragged=False)
     arguments = (model, batches, ranks, options.metric)
     one, many = f"1 process, {ranks.size} threads", f"{ranks.size} processes, 1 thread"
@@ -91,6 +93,7 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = [
         {
             "call": name,
+            "dtype": options.dtype,
             "tokens": tokens,
             "seconds": common.percentiles(times[name]),
             "throughput_ratio": common.ratio(times, one, name),
@@ -143,6 +146,12 @@ def main() -> None:
     parser.add_argument("--batches", type=int, default=2, help="A rank; 8 x 256 tokens each.")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--metric", default="variance")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="float32 where the processor has no bfloat16 arithmetic.",
+    )
     parser.add_argument("--tiny", action="store_true", help="A model of two small layers.")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
