@@ -88,7 +88,8 @@ def wait_for(condition: Callable[[], Any], pid: int, every: float = 5e-3) -> boo
 
 def half_written(out: Path) -> bool:
     """Whether a file is being written now, or was when the writer was killed."""
-    return any(out.rglob(".*.tmp"))
+    # Passes over folders that go meanwhile, unlike rglob.
+    return any(name.endswith(".tmp") for _, _, names in os.walk(out) for name in names)
 
 
 def kept(out: Path) -> int:
