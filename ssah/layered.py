@@ -22,7 +22,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import LoadStateDictConfig
 
 from ssah.checkpoint import Checkpoint
-from ssah.models import DTYPES, ModelError, loading, locate, pick_device, quiet
+from ssah.models import DTYPES, ModelError, loading, locate, pick_device, put_tensor, quiet
 from ssah.offload import replaced_forward
 from ssah.stream_state import Hidden
 from ssah.units import layers_path
@@ -130,8 +130,7 @@ class LayeredModel:
     def unload(self, index: int) -> None:
         """Free the weights of layer ``index``."""
         for name in self._names(index):
-            owner, _, leaf = name.rpartition(".")
-            setattr(self.model.get_submodule(owner), leaf, self._empty[name])
+            put_tensor(self.model, name, self._empty[name])
         _trim_heap()
 
     def load_rest(self) -> None:
@@ -262,12 +261,10 @@ def _trim_heap() -> None:
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     """Give the buffers that no checkpoint holds (rotary frequencies) their values."""
     for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, torch.empty_like(buffer, device="cpu"))
+        put_tensor(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()  # weights are on the meta device: nothing is drawn
     for name, buffer in list(model.named_non_persistent_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer.to(device))
+        put_tensor(model, name, buffer.to(device))
 
 
 def _check_separable(model: PreTrainedModel) -> None:

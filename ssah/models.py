@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -27,6 +27,7 @@ __all__ = [
     "locate",
     "move",
     "pick_device",
+    "put_tensor",
     "quiet",
 ]
 
@@ -176,9 +177,14 @@ def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrain
     exact = dict(model.named_non_persistent_buffers()) if isinstance(target, torch.dtype) else {}
     nn.Module.to(model, target)  # the model's own `to` has no types
     for name, buffer in exact.items():
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, buffer)
+        put_tensor(model, name, buffer)
     return model
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` in the place of the parameter or buffer of ``model`` that has this name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, tensor)
 
 
 @contextmanager
