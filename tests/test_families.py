@@ -36,7 +36,7 @@ def test_every_entry_has_a_tiny_model() -> None:
 
 
 def test_the_table_in_the_docs_is_what_the_checks_say() -> None:
-    assert TABLE.read_text() == table(), "run: python tests/family_checks.py"
+    assert TABLE.read_text() == table(), "run: python tests/helpers/family_checks.py"
 
 
 # ------------------------------------------------------------------------------------- ssah info

@@ -32,7 +32,7 @@ INTERPRETED = (
 
 
 def python(*args: str, **env: str) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+    path = os.pathsep.join(map(str, (TESTS.parent, TESTS, TESTS / "helpers")))
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen(
         [sys.executable, *args],
@@ -46,7 +46,9 @@ def python(*args: str, **env: str) -> subprocess.Popen[str]:
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, int | str]:
     """Per operator, how many calls equalled the reference's, or why they did not."""
-    runs = [(ops, python(str(TESTS / "triton_interpret.py"), *ops)) for ops in INTERPRETED]
+    runs = [
+        (ops, python(str(TESTS / "helpers" / "triton_interpret.py"), *ops)) for ops in INTERPRETED
+    ]
     outcome: dict[str, int | str] = {}
     for ops, process in runs:
         stdout, stderr = process.communicate()

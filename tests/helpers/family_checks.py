@@ -1,6 +1,6 @@
 """What must hold for every family, each against a float64 computation, and the table of it.
 
-`python tests/family_checks.py` runs every check and writes docs/families.md.
+`python tests/helpers/family_checks.py` runs every check and writes docs/families.md.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ssah.attribution import METRICS, attribute
 from ssah.provenance import write_whole
 from ssah.streaming import STREAMED_METRICS, stream
 
-TABLE = Path(__file__).parents[1] / "docs" / "families.md"
+TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 TINY = {**tiny_models.FAMILIES, **tiny_models.EXPERTS}
 
 
@@ -230,8 +230,8 @@ A cell says "yes" where a check on tiny random models held:
 
 A cell that says "no" has the reason from the error with which the library refuses; after it, "else
 yes" means other configurations of that family. This page is written by
-`python tests/family_checks.py`, and a test fails where it is out of date. How mixtures of experts
-are treated is on [a page of their own](experts.md).
+`python tests/helpers/family_checks.py`, and a test fails where it is out of date. How mixtures of
+experts are treated is on [a page of their own](experts.md).
 """
 _NOT_COVERED = """
 ## What holds no units

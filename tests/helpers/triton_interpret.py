@@ -1,6 +1,6 @@
 """Compare Triton's operators with the reference in Triton's interpreter, on the CPU.
 
-python tests/triton_interpret.py OP... prints one line of JSON per operator. A process of its own,
+`triton_interpret.py OP...` prints one line of JSON per operator. A process of its own,
 because Triton reads TRITON_INTERPRET when a kernel is defined.
 """
 
