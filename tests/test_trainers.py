@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_chat
 import tiny_models
 import torch
 from plans import assert_equal, draw, masks, snapshot
-from tiny_chat import word_tokenizer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -145,48 +146,68 @@ def test_evaluation_loss_is_that_of_dense_masked_training(tmp_path: Path) -> Non
     plan.verify()
 
 
-def sft(plan: UpdatePlan, tokenizer: Any, texts: Any, folder: Path, **options: Any) -> Any:
-    from trl import SFTConfig, SFTTrainer
-
-    args = SFTConfig(
-        str(folder),
-        max_length=options.pop("max_length", 16),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        bf16=False,
-        **options,
-    )
-    return SFTTrainer(
-        plan.model,
-        args,
-        train_dataset=texts,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(args),
-    )
-
-
-def test_sft_trainer(tmp_path: Path) -> None:
+def sft(
+    model: PreTrainedModel,
+    plan: UpdatePlan | None,
+    tokenizer: Any,
+    texts: Iterable[str],
+    **options: Any,
+) -> Any:
+    """An SFTTrainer; of the whole model where there is no plan."""
     pytest.importorskip("trl")
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    model = tiny_models.build("llama")
-    plan = train_only(model, draw(model))
-    before = snapshot(model)
-    texts = Dataset.from_list([{"text": f"w{3 + i} w{9 + i} w{20 + i} w{7 + i}"} for i in range(8)])
-    trainer = sft(
-        plan,
-        word_tokenizer(),
-        texts,
-        tmp_path,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
+    callbacks = options.pop("callbacks", None)
+    defaults: dict[str, Any] = {
+        "max_length": 16,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "bf16": False,
+    }
+    args = SFTConfig(**{**defaults, **options})
+    return SFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=plan and plan.optimizer_cls_and_kwargs(args),
     )
-    trainer.train()
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_sft_trainer_ends_where_dense_masked_training_ends(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", dtype=torch.float64)
+    dense, units = copy.deepcopy(model), draw(model)
+    before, trains = snapshot(model), masks(model, units, "train_only")
+    restore = Restore(dense, trains)
+    plan = train_only(model, units)
+    texts = [f"w{3 + i} w{9 + i} w{20 + i} w{7 + i}" for i in range(8)]
+    # Clipping would see other gradients: dense training clips before it masks.
+    options: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+    }
+    ours = sft(model, plan, tiny_chat.word_tokenizer(), texts, **options)
+    theirs = sft(dense, None, tiny_chat.word_tokenizer(), texts, callbacks=[restore], **options)
+    for trainer in (ours, theirs):
+        trainer.train()
     plan.verify()
-    assert any(not torch.equal(value, before[name]) for name, value in snapshot(model).items())
+    assert logged_losses(ours) == pytest.approx(logged_losses(theirs), rel=1e-9)
+    for name, expected in snapshot(dense).items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-9, atol=1e-12)
+        moved = expected != before[name]
+        assert moved.any() == trains[name].any()
 
 
 # ------------------------------------------------------------------------------ real weights
@@ -238,22 +259,28 @@ def test_real_model_ends_where_dense_masked_training_ends(smollm2: Path, tmp_pat
 
 @pytest.mark.real
 def test_real_model_under_sft_trainer(smollm2: Path, tmp_path: Path) -> None:
-    pytest.importorskip("trl")
-    from datasets import Dataset
-
+    """The first loss is that of the model as it was, and training lowers it."""
     model, tokenizer = load_model(str(smollm2))
     plan = train_only(model, draw(model, 0.1))
-    texts = Dataset.from_list([{"text": sentence} for sentence in SENTENCES])
     trainer = sft(
+        model,
         plan,
         tokenizer,
-        texts,
-        tmp_path,
+        SENTENCES,
+        output_dir=str(tmp_path),
         max_steps=2,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=len(SENTENCES),
         learning_rate=1e-4,
     )
+    total, n = 0.0, 0
+    for row in trainer.train_dataset:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        n += len(ids) - 1
     trainer.train()
     plan.verify()
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert all(loss == loss for loss in history)
+    first, second = logged_losses(trainer)
+    assert first == pytest.approx(total / n, rel=1e-4)
+    assert second < first
