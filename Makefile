@@ -8,13 +8,20 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/isa/*.* csrc/cuda/*.*)
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test test-all lint format bench clean
 
 demo: $(VENV)/installed
 	$(BIN)/ssah demo
 
+# Tests of a group share something expensive and stay in one process.
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadgroup
+
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+# Also what is marked exhaustive: every architecture, shape, dtype and GPU target.
+test-all: $(VENV)/installed
+	$(PYTEST) -m ""
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

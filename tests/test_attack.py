@@ -42,7 +42,6 @@ REQUESTS = [
 
 @pytest.fixture(scope="module")
 def chat():
-    torch.set_num_threads(1)
     return tiny_chat.model(), tiny_chat.tokenizer()
 
 

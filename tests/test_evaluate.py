@@ -49,7 +49,6 @@ def refused(*arguments: object, code: int = 2) -> str:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Path:
     """A folder with a model and groups of its units."""
-    torch.set_num_threads(1)
     return prepare(tmp_path_factory.mktemp("runs"), 16)
 
 

@@ -26,7 +26,6 @@ IGNORED = -100
 
 @pytest.fixture(scope="module")
 def chat():
-    torch.set_num_threads(1)
     return tiny_chat.model(), tiny_chat.tokenizer()
 
 

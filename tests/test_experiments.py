@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import pytest
-import tiny_chat
 import torch
 from typer.testing import CliRunner
 
@@ -58,9 +57,8 @@ FREEZE = FreezeSettings(
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory) -> Path:
-    torch.set_num_threads(1)
-    return tiny_chat.save(tmp_path_factory.mktemp("models") / "tiny")
+def model_folder(tiny_chat_folder) -> Path:
+    return tiny_chat_folder
 
 
 @pytest.fixture(scope="module")

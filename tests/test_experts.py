@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from mixtures import Capture, activation, column
-from test_attribution import ragged
+from scores import ragged
 from tiny_models import EXPERTS, build, collate, rows
 from torch import Tensor, nn
 from transformers import (

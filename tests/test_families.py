@@ -4,35 +4,40 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny_models
-import torch
-from family_checks import CHECKS, TABLE, TINY, cell, model_type, table
-from test_cli import as_json, call, fails
-from test_training import masks
+from commands import as_json, call, fails
+from family_checks import CHECKS, CHOSEN, TABLE, TINY, check, model_type, table
+from plans import masks
 
 from ssah import families
 from ssah.units import UnitSet, find_modules
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
+def cases() -> Iterator[Any]:
+    """Every tiny model in every column; one pair of processes serves a whole column."""
+    for column in CHECKS:
+        pair = [pytest.mark.xdist_group("sharded families")] if column == "FSDP2" else []
+        for family in TINY:
+            always = column == "score" or family in CHOSEN
+            marks = pair if always else [*pair, pytest.mark.exhaustive]
+            yield pytest.param(family, column, marks=marks)
 
 
 @pytest.mark.filterwarnings("ignore:.*fewer than two:UserWarning")
-@pytest.mark.parametrize("check", CHECKS)
-@pytest.mark.parametrize("family", TINY)
-def test_every_family(family: str, check: str) -> None:
-    cell(family, check)
+@pytest.mark.parametrize(("family", "column"), cases())
+def test_every_family(family: str, column: str) -> None:
+    check(family, column)
 
 
 def test_every_entry_has_a_tiny_model() -> None:
     assert {model_type(family) for family in TINY} == set(families.FAMILIES)
+    always = [families.FAMILIES[model_type(family)] for family in CHOSEN]
+    assert all(entry in always for entry in families.FAMILIES.values())
 
 
 def test_the_table_in_the_docs_is_what_the_checks_say() -> None:

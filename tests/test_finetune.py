@@ -11,8 +11,8 @@ import pytest
 import tiny_models
 import torch
 from click.testing import Result
-from test_trainers import word_tokenizer
-from test_training import assert_equal, snapshot
+from plans import assert_equal, snapshot
+from tiny_chat import word_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from typer.testing import CliRunner
@@ -27,11 +27,6 @@ from ssah.updates import load_update
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f"w{2 * i} w5 w7"} for i in range(8)]
 QUICK = ("--lr", "0.01", "--max-steps", "4", "--batch-size", "2", "--save-steps", "2")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import pytest
 import tiny_models
 import torch
 import torch.distributed as dist
-from test_ranks import batches, expect, same_bits, sharded, start
-from test_streaming import assert_same, one_thread  # noqa: F401
+from ranks import batches, expect, same_bits, sharded, start
+from streamed import assert_same
 from torch import Tensor
 
 from ssah.attribution import Attribution, attribute

@@ -12,10 +12,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import tiny_chat
 import torch
 from commands import call, fails
-from test_streaming import assert_same, dying, one_thread, saved, spoil  # noqa: F401
+from streamed import assert_same, dying, saved, spoil
 from tiny_models import build, collate, rows
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -391,8 +390,8 @@ def arguments(model: Path, out: Path, *more: object) -> tuple[object, ...]:
     return ("attribute", model, *data, "--out", out, *more)
 
 
-def test_the_command_goes_on_says_so_and_cleans_up(tmp_path: Path) -> None:
-    model = tiny_chat.save(tmp_path / "model")
+def test_the_command_goes_on_says_so_and_cleans_up(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    model = tiny_chat_folder
     call(*arguments(model, tmp_path / "whole"))
     expected = Attribution.load(tmp_path / "whole")
     assert not (tmp_path / "whole" / "unfinished").exists()
@@ -411,16 +410,17 @@ def test_the_command_goes_on_says_so_and_cleans_up(tmp_path: Path) -> None:
     assert "are done" not in call(*command).stderr
 
 
-def test_the_streamed_command_says_where_it_goes_on(tmp_path: Path) -> None:
-    model = tiny_chat.save(tmp_path / "model")
-    command = arguments(model, tmp_path / "out", "--stream")
+def test_the_streamed_command_says_where_it_goes_on(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    command = arguments(tiny_chat_folder, tmp_path / "out", "--stream")
     assert dying(9, lambda: call(*command))  # six hidden states, two files of the first layer
     assert "scoring layers: 1 of 2 are done" in call(*command).stderr
     assert "leave --stream out" in fails(*command, "--save-every", 1)
 
 
-def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, out = tiny_chat.save(tmp_path / "model"), tmp_path / "out"
+def test_a_full_disk_is_one_line(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = tiny_chat_folder, tmp_path / "out"
     call(*arguments(model, out))
     before = {file.name: file.read_bytes() for file in out.iterdir()}
 

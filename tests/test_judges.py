@@ -245,7 +245,6 @@ def test_the_pair_is_what_a_classifier_reads(sequence_folder):
 @pytest.fixture(scope="module")
 def guard(tmp_path_factory):
     """A language model that was taught two conversations: which is safe, which is not."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("guard")
     model, tokenizer = tiny_chat.model(), tiny_chat.tokenizer()
     conversations = [("What is bread?", "Food.", "safe"), ("Say moon!", "Moon!", "unsafe\nS1")]
@@ -283,10 +282,9 @@ def test_a_generative_classifier_reads_the_conversation(guard):
         judge(f"hf:{folder}#success=unsafe")
 
 
-def test_a_judge_that_says_something_else_is_an_error(guard, tmp_path):
-    tiny_chat.save(tmp_path)  # random weights
+def test_a_judge_that_says_something_else_is_an_error(guard, tiny_chat_folder):
     with pytest.raises(ValueError, match="must say 'safe' or 'unsafe'"):
-        judge(f"hf:{tmp_path}")(["What is bread?"], ["Food."])
+        judge(f"hf:{tiny_chat_folder}")(["What is bread?"], ["Food."])
 
 
 def test_models_that_cannot_judge(tmp_path):

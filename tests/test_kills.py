@@ -6,8 +6,6 @@ import random
 from pathlib import Path
 
 import pytest
-import tiny_chat
-from test_streaming import one_thread  # noqa: F401
 
 from benchmarks.bench_kills import WAYS, fork, measure
 
@@ -15,8 +13,8 @@ SEED = 5  # whose moments come late, when there is something to lose
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_three_kills_change_no_bit(way: str, tmp_path: Path) -> None:
-    begin = fork(way, tiny_chat.save(tmp_path / "model"), tmp_path / "log")
+def test_three_kills_change_no_bit(way: str, tiny_chat_folder: Path, tmp_path: Path) -> None:
+    begin = fork(way, tiny_chat_folder, tmp_path / "log")
     found = measure(begin, tmp_path, kills=3, draw=random.Random(SEED))
     assert sum(len(each["kills"]) for each in found["rounds"]) == 3
     for each in found["rounds"]:

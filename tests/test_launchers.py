@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import tiny_chat
-from test_ranks import assert_close
+from ranks import assert_close
 
 import ssah
 from ssah.attribution import Attribution

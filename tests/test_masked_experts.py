@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import draw, loss_of, make, masks, snapshot
+from plans import draw, loss_of, make, masks, snapshot
 from tiny_models import build
 from transformers import AutoModelForCausalLM
 

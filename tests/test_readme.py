@@ -7,20 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_chat
 
 import ssah.models
 
 README = Path(__file__).parents[1] / "README.md"
 
 
-def test_examples_run_as_pasted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_run_as_pasted(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Everything is as in README but the model, which is a tiny one under the same name.
-    tiny, loader = tiny_chat.save(tmp_path / "tiny"), ssah.models.load_model
+    loader = ssah.models.load_model
 
     def load(name: str, **options: Any) -> Any:
         assert name == "smollm2"
-        return loader(str(tiny), **options)
+        return loader(str(tiny_chat_folder), **options)
 
     monkeypatch.setattr(ssah.models, "load_model", load)
     monkeypatch.chdir(tmp_path)

@@ -6,10 +6,7 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,7 @@ import tiny_chat
 import torch
 from accelerate import cpu_offload, disk_offload, dispatch_model
 from commands import call, fails
+from streamed import assert_same, batches, dying, in_memory, saved, spoil
 from tiny_models import FAMILIES, VOCABULARY, build, collate, rows
 from torch import Tensor
 from transformers import (
@@ -37,27 +35,6 @@ from ssah.models import ModelError
 from ssah.stream_state import FileState
 from ssah.streaming import stream
 
-Batches = list[dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def batches(side: str = "right") -> Batches:
-    return [collate(part, side=side) for part in (rows(), rows((6, 10, 3, 10), seed=1))]
-
-
-def saved(folder: Path, name: str = "llama", **options: Any) -> str:
-    """The folder of the family's tiny model, whose layers are in shards of their own."""
-    model = build(name, dtype=options.pop("dtype", torch.float32))
-    model.save_pretrained(folder, **options)
-    return str(folder)
-
 
 def weights_of(folder: str) -> dict[str, Tensor]:
     return safetensors.torch.load((Path(folder) / "model.safetensors").read_bytes())
@@ -65,22 +42,6 @@ def weights_of(folder: str) -> dict[str, Tensor]:
 
 def write_weights(folder: str, weights: dict[str, Tensor]) -> None:
     safetensors.torch.save_file(weights, Path(folder) / "model.safetensors", {"format": "pt"})
-
-
-def in_memory(folder: str, data: Batches, **options: Any) -> Attribution:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
-    return attribute(model.eval(), data, **options)
-
-
-def assert_same(actual: Attribution, expected: Attribution) -> None:
-    """To the bit, and in everything that is recorded about them."""
-    for kind in ("scores", "mean", "variance"):
-        ours, theirs = getattr(actual, kind), getattr(expected, kind)
-        assert list(ours) == list(theirs)
-        for name, value in theirs.items():
-            assert torch.equal(ours[name], value), f"{kind} of {name}"
-    for kind in ("count", "metric", "tokens", "model_name", "config_hash", "data_fingerprint"):
-        assert getattr(actual, kind) == getattr(expected, kind), kind
 
 
 # ----------------------------------------------------------------------------------------- stream
@@ -205,32 +166,6 @@ def test_another_dtype_than_the_stored_one(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------- interruptions
 
 
-def dying(nth: int, run: Callable[[], Any]) -> bool:
-    """Whether a child that is killed in the middle of its nth write did not get to its end."""
-    child = os.fork()
-    if child == 0:
-        count = 0
-
-        def write(path: Path, content: bytes) -> None:
-            nonlocal count
-            count += 1
-            with path.open("wb") as file:
-                file.write(content[: len(content) // 2] if count == nth else content)
-            if count == nth:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        code = 1
-        try:
-            Path.write_bytes = write  # type: ignore[assignment, method-assign]
-            run()
-            code = 0
-        finally:
-            os._exit(code)
-    _, status = os.waitpid(child, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WIFSIGNALED(status)
-
-
 def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     folder = saved(tmp_path / "model")
     expected = in_memory(folder, batches())
@@ -254,14 +189,6 @@ def test_a_resumed_run_reads_what_is_left(tmp_path: Path) -> None:
     weights = weights_of(folder)
     first = sum(w.nbytes for name, w in weights.items() if name.startswith("model.layers.0."))
     assert traffic.bytes_read == traffic.bytes_needed - first
-
-
-def spoil(path: Path, *, cut: bool) -> None:
-    """Cut a file off in the middle, or change a bit there."""
-    content = path.read_bytes()
-    middle = len(content) // 2
-    rest = b"" if cut else bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    path.write_bytes(content[:middle] + rest)
 
 
 @pytest.mark.parametrize("what", ["tensors-*", "meta.json", "hidden-000001*"])

