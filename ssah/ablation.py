@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,14 +20,26 @@ from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 if TYPE_CHECKING:
     from ssah.attribution import Attribution
 
+# How many ablations each B is inside of. Weak keys, and not an attribute of the module: a copy of
+# the model made inside keeps its zeros for good and is an ordinary model.
+_ABLATED: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+
 
 @dataclass(frozen=True, eq=False)
 class _Columns:
     """Some columns of one module's B."""
 
-    weight: Tensor
-    dim: int  # of the weight, running over units: 1 in a Linear, 0 in a Conv1D
-    index: Tensor  # int64 [n]
+    module: DepthTwoModule
+    index: Tensor  # int64 [n], along `dim` of the weight
+
+    @property
+    def weight(self) -> Tensor:
+        return self.module.weight
+
+    @property
+    def dim(self) -> int:
+        """Of the weight, running over units: 1 in a Linear, 0 in a Conv1D."""
+        return self.module.output.dim
 
 
 def _columns(
@@ -43,7 +57,7 @@ def _columns(
                 "floating-point weight in memory (dequantize the model, and load it whole)"
             )
         index = module.output.index[units[name]].to(weight.device)
-        columns[name] = _Columns(weight, module.output.dim, index)
+        columns[name] = _Columns(module, index)
     return columns
 
 
@@ -64,8 +78,8 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
 
     They are put back after an exception too. Only the touched columns are copied. Ablations nest
     and may overlap, as long as the last one entered is the first one left, which `with` ensures.
-    Inside, the model must not be converted to another dtype or device, and what is trained or
-    loaded into these columns is lost.
+    Inside, what is trained or loaded into these columns is lost, and what would make the zeros
+    permanent is refused: `freeze`, `train_only`, `prune` and `load_update`.
 
     A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and is not touched:
     there a hook sets the units' channels to zero before they enter B, which is the same function
@@ -87,13 +101,34 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     return _ablated(model, _columns(model, units, plain), muted)
 
 
+def check_not_ablated(model: nn.Module, purpose: str) -> None:
+    """Refuse a model inside `ablate`: what is done to it now would see zeros, or keep them.
+
+    Args:
+        model: the model.
+        purpose: what it was to be used for, e.g. ``"to be pruned"``.
+
+    Raises:
+        ValueError: it is inside; a module is named.
+    """
+    for name, module in model.named_modules():
+        if module in _ABLATED:
+            raise ValueError(
+                f"model is inside `with ssah.ablate(...)`: columns of {name} are zero for the "
+                f"while. It must be left {purpose}: do that after the `with` block"
+            )
+
+
 @contextmanager
 def _ablated(
     model: nn.Module, columns: Mapping[str, _Columns], muted: Iterable[tuple[nn.Module, Tensor]]
 ) -> Iterator[nn.Module]:
     saved: list[tuple[_Columns, Tensor]] = []
     hooks = ExitStack()
+    inside = Counter(down for down, _ in muted) + Counter(c.module.down for c in columns.values())
     try:
+        for down, n in inside.items():
+            _ABLATED[down] = _ABLATED.get(down, 0) + n
         for down, channels in muted:
             hooks.callback(down.register_forward_pre_hook(_mute(channels)).remove)
         with torch.inference_mode():
@@ -103,9 +138,30 @@ def _ablated(
         yield model
     finally:
         hooks.close()
-        with torch.inference_mode():
-            for each, values in reversed(saved):
-                each.weight.index_copy_(each.dim, each.index, values)
+        for down, n in inside.items():
+            _ABLATED[down] -= n
+            if not _ABLATED[down]:
+                del _ABLATED[down]
+        _put_back(saved)
+
+
+@torch.inference_mode()
+def _put_back(saved: list[tuple[_Columns, Tensor]]) -> None:
+    """Restores every module that can be, also where another one cannot."""
+    failed: list[tuple[str, Exception]] = []
+    for each, values in reversed(saved):
+        try:
+            weight = each.weight  # as it is now: it may have been moved or converted inside
+            values = values.to(weight.device, weight.dtype)
+            weight.index_copy_(each.dim, each.index.to(weight.device), values)
+        except (RuntimeError, IndexError, AttributeError) as error:
+            failed.append((each.module.name, error))
+    if failed:
+        raise RuntimeError(
+            f"columns of {len(failed)} modules could not be put back ({failed[0][0]} for one): "
+            "their weights were replaced inside `with ssah.ablate(...)`. All others are back; "
+            "load the model again"
+        ) from failed[0][1]
 
 
 def _mute(channels: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
@@ -144,12 +200,13 @@ def prune(
             model's: pass its `.mean`.
 
     Raises:
-        ValueError: where units belong to another model; where weights are packed; where
-            `compensate` and `means` are not given together, or a mean is missing, of another length
-            or not finite; where B has no bias and the configuration can express none (names the
-            module).
+        ValueError: where units belong to another model; where weights are packed; inside
+            `ablate`; where `compensate` and `means` are not given together, or a mean is missing,
+            of another length or not finite; where B has no bias and the configuration can express
+            none (names the module).
     """
     modules = _checked_modules(model, units)
+    check_not_ablated(model, "to be pruned")
     check_plain(model, "to be pruned (ablate works)")
     columns = _columns(model, units, modules)
     if compensate != (means is not None):

@@ -154,8 +154,6 @@ def _classified(
         scu=shares["scu"],
         ucu=shares["ucu"],
         ru=shares["ru"],
-        scope="model",
-        normalize="zscore",
     )
 
 

@@ -320,15 +320,13 @@ def count_parameters(plan: UpdatePlan) -> dict[str, Any]:
 
 
 def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
-    """How the optimiser stores weights: bfloat16 without bias, float16 not at all."""
+    """How the optimiser stores weights: float16 not at all; the plan rounds bfloat16."""
     dtypes = {p.dtype for p in plan.parameters()}
     if torch.float16 in dtypes:
         raise ValueError(
             "dtype is float16, in which small updates vanish; it must be float32 or bfloat16"
         )
-    if torch.bfloat16 in dtypes:
-        return {"rounding": "stochastic", "seed": settings.seed}
-    return {}
+    return {"seed": settings.seed} if torch.bfloat16 in dtypes else {}
 
 
 def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> TrainingArguments:

@@ -136,6 +136,12 @@ def _shared_metadata(
                 f"safety and utility differ in {meaning}: {field} is {a!r} in safety and {b!r} in "
                 "utility; both must be measured in the same way on the same model"
             )
+    if safety.data_fingerprint == utility.data_fingerprint:
+        raise ValueError(
+            "safety and utility were measured on the same data (fingerprint "
+            f"{safety.data_fingerprint[:12]}); they must be of two sets, harmful requests with "
+            "refusals and ordinary instructions with answers"
+        )
     return {
         "metric": safety.metric,
         "tokens": safety.tokens,
@@ -174,8 +180,8 @@ class UnitGroups(Mapping[str, UnitSet]):
         safety: Mapping[str, Tensor],
         utility: Mapping[str, Tensor],
         shares: Mapping[str, float],
-        scope: Scope = "module",
-        normalize: Normalize = "none",
+        scope: Scope = "model",
+        normalize: Normalize = "zscore",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ValueError where groups overlap, leave a unit out or differ from the scores."""
@@ -391,8 +397,8 @@ def classify(
     scu: float,
     ucu: float,
     ru: float,
-    scope: Scope = "module",
-    normalize: Normalize = "none",
+    scope: Scope = "model",
+    normalize: Normalize = "zscore",
 ) -> UnitGroups:
     """Sort every unit into one of four groups by its importance for safety and for utility.
 
@@ -407,16 +413,17 @@ def classify(
             scores [n_units]. Modules are taken in the order of `safety`.
         scu, ucu, ru: shares of safety-critical, utility-critical and redundant units, fractions
             in [0, 1] of all units, at most 1 together.
-        scope: `"module"` ranks every depth-2 module by itself, so that each gives the same share;
-            `"model"` ranks all units together.
-        normalize: what scores are ranked as. `"none"`: as measured; `"zscore"`: (x - mean) /
-            standard deviation, per module and attribute, ddof 0, and 0 where all are equal;
+        scope: `"model"` ranks all units together; `"module"` ranks every depth-2 module by itself,
+            so that each gives the same share.
+        normalize: what scores are ranked as. `"zscore"`: (x - mean) / standard deviation, per
+            module and attribute, ddof 0, and 0 where all are equal; `"none"`: as measured;
             `"rank"`: position / (n - 1) in ascending order, per module and attribute, equal scores
             in order of their index, and 0 for a single unit.
 
     Raises:
         ValueError: for shares outside [0, 1] or above 1 together; scores that are NaN or infinite;
-            attributions of different modules, models, metrics or token selections.
+            attributions of different modules, models, metrics or token selections; attributions of
+            the same data, where no unit matters more for one than for the other.
 
     Source: Li & Kim, arXiv 2410.10862.
     """

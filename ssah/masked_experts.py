@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssah.experts import DOWN, run_routed, up_name
 from ssah.masked_linear import MaskedProjection, Unreadable
-from ssah.slots import Slot
+from ssah.slots import Slot, restored
 
 __all__ = ["MaskedExperts", "install"]
 
@@ -76,12 +76,14 @@ def install(
         dims: leaf -> the dimensions that run over experts and over entries of one.
         trains: leaf -> bool ``[entries of all experts]``; some train and some do not.
     """
-    slots, counts = {}, {}
-    for leaf, mask in trains.items():
-        order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
-        original = getattr(module, leaf)
-        counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
-        slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
+    slots: dict[str, Slot] = {}
+    counts: dict[str, list[int]] = {}
+    with restored(slots):
+        for leaf, mask in trains.items():
+            order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
+            original = getattr(module, leaf)
+            counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
+            slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
     plain = type(module)
     unreadable = {leaf: Unreadable() for leaf in trains}
     masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), unreadable)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah import masked_ffn, sharded_plan, updates
+from ssah.ablation import check_not_ablated
 from ssah.distributed import Ranks, reshard
 from ssah.frozen import digests
 from ssah.masked_linear import MaskedProjection
@@ -71,6 +73,7 @@ class UpdatePlan:
         self.modules: dict[str, DepthTwoModule] = find_modules(model)
         self.ranks = Ranks.over(model)
         check_units(model, units)
+        check_not_ablated(model, "before a plan is made")
         check_trainable(model)
         check_projections(model, self.modules, units.keys())
         self.model, self.units, self.keep = model, units, keep
@@ -97,21 +100,46 @@ class UpdatePlan:
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.last_optimizer: Callable[[], Any] | None = None
-        for name, parameter in model.named_parameters():
-            # A gradient left over would let an optimiser move what is frozen.
-            parameter.grad = None
-            parameter.requires_grad_(bool(self.entries[name].trains.any()))
         self.masked: dict[str, MaskedProjection] = {}
         self.ffns: list[nn.Module] = []
         self.hooks: list[Any] = []
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        try:
+            self._install(masks)
+        except BaseException:  # out of memory, for one: the model is as it was
+            self._uninstall()
+            for name, parameter in model.named_parameters():
+                parameter.grad = gradients[name]
+            raise
+
+    def _install(self, masks: Mapping[str, Tensor]) -> None:
+        """Change the model. ``masks``: B's name -> bool [n_units], what trains."""
+        for name, parameter in self.model.named_parameters():
+            # A gradient left over would let an optimiser move what is frozen.
+            parameter.grad = None
+            parameter.requires_grad_(bool(self.entries[name].trains.any()))
         if self.ranks is None:
-            self.masked = split(model, self.modules, masks, self.entries)
-            self.ffns = masked_ffn.install(model, self.modules)
+            split(self.model, self.modules, masks, self.entries, self.masked)
+            self.ffns = masked_ffn.install(self.model, self.modules)
         else:
-            self.hooks = sharded_plan.clear_frozen_gradients(model, self.entries)
+            self.hooks = sharded_plan.clear_frozen_gradients(self.model, self.entries)
         self.digests = self._digests()
-        model.__dict__[PLAN] = self
+        self.model.__dict__[PLAN] = self
         watch_optimizers(self)
+
+    def _uninstall(self) -> None:
+        """An ordinary model again, without gradients."""
+        masked_ffn.uninstall(self.ffns)
+        for module in self.masked.values():
+            module.uninstall()
+        for hook in self.hooks:
+            hook.remove()
+        for name, parameter in self.model.named_parameters():
+            parameter.grad = None
+            parameter.requires_grad_(self.required_grad[name])
+        self.model.__dict__.pop(PLAN, None)
+        ACTIVE.discard(self)
+        self.masked = {}
 
     # ---------------------------------------------------------------------------- what trains
 
@@ -182,8 +210,10 @@ class UpdatePlan:
             lr: learning rate.
             weight_decay: decoupled; not of norms and biases.
             **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
-                rounding, seed, max_norm, track_importance.
+                rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where
+                a bfloat16 weight trains: to nearest, most steps of 1e-5 would change nothing.
         """
+        options = self._rounding() | options
         optimizer = PlanAdamW(self.param_groups(weight_decay), lr=lr, **options)
         self.last_optimizer = weakref.ref(optimizer)
         return optimizer
@@ -196,15 +226,27 @@ class UpdatePlan:
         Args:
             args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
                 from it. Clipping stays with the trainer (``max_grad_norm``).
-            **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`.
+            **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`; ``rounding`` as in
+                :meth:`optimizer`.
         """
         return PlanAdamW, {
             "params": self.param_groups(args.weight_decay),
             "lr": args.learning_rate,
             "betas": (args.adam_beta1, args.adam_beta2),
             "eps": args.adam_epsilon,
+            **self._rounding(),
             **options,
         }
+
+    def _rounding(self) -> dict[str, str]:
+        """How weights are stored unless the caller says so.
+
+        bfloat16 has 8 bits: a step of less than a 512th of a weight is lost to nearest. float16
+        parameters know no stochastic rounding.
+        """
+        dtypes = {p.dtype for p in self.parameters()}
+        stochastic = torch.bfloat16 in dtypes and torch.float16 not in dtypes
+        return {"rounding": "stochastic"} if stochastic else {}
 
     def importance(self, optimizer: Any = None) -> UnitImportance:
         """Importance of the trained units, accumulated inside the updates so far.
@@ -288,17 +330,7 @@ class UpdatePlan:
         if self.closed:
             return
         self._check_open()
-        masked_ffn.uninstall(self.ffns)
-        for module in self.masked.values():
-            module.uninstall()
-        for hook in self.hooks:
-            hook.remove()
-        for name, parameter in self.model.named_parameters():
-            parameter.grad = None
-            parameter.requires_grad_(self.required_grad[name])
-        del self.model.__dict__[PLAN]
-        ACTIVE.discard(self)
-        self.masked = {}
+        self._uninstall()
 
     @property
     def closed(self) -> bool:

@@ -51,6 +51,7 @@ def _other_plan(theirs: Iterable[Any], own: Iterable[Any]) -> str:
 
 def _check_step(optimizer: Optimizer, *_: Any) -> None:
     """Before every step of any optimiser: does it hold what a plan has taken away?"""
+    _check_own_plan(optimizer)
     if not ACTIVE:
         return
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -72,6 +73,22 @@ def _check_step(optimizer: Optimizer, *_: Any) -> None:
             if marks - {plan.fingerprint}:
                 raise ValueError(_other_plan(marks, [plan.fingerprint]))
             plan.last_optimizer = weakref.ref(optimizer)
+
+
+def _check_own_plan(optimizer: Optimizer) -> None:
+    """A plan's own optimiser steps only while what it holds is what trains under that plan."""
+    marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
+    if not marks or not isinstance(optimizer, PlanAdamW):
+        return
+    of_plans = {id(p) for plan in ACTIVE if plan.fingerprint in marks for p in plan.parameters()}
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    lost = sum(id(p) not in of_plans for p in params)
+    if lost:
+        raise RuntimeError(
+            f"{lost} of the optimiser's {len(params)} parameters train under no plan in force: "
+            "its plan was closed, or made for another model. Make a plan, and the optimiser with "
+            "plan.optimizer(), before the next step"
+        )
 
 
 _watching = False

@@ -134,16 +134,19 @@ def save_tensors(
 ) -> None:
     """Write ``tensors`` and ``meta`` (JSON types only) to ``directory``: whole, or not at all.
 
-    An earlier result in the folder is replaced, and what a killed process left of one is removed.
+    An earlier result of the same kind in the folder is replaced, and what a killed process left of
+    one is removed. The kind is ``meta["content"]``.
 
     Raises:
-        ValueError: ``meta`` has a reserved key, ``"tensors"``, ``"sha256"`` or ``"meta_sha256"``.
+        ValueError: ``meta`` has a reserved key, ``"tensors"``, ``"sha256"`` or ``"meta_sha256"``;
+            the folder holds a result of another kind.
         OSError: the disk is full, or the like; an earlier result is still there.
     """
     reserved = {"tensors", "sha256", _OWN} & set(meta)
     if reserved:
         raise ValueError(f"meta has the reserved keys {sorted(reserved)}")
     folder = Path(directory)
+    _check_kind(folder, meta.get("content"))
     content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"tensors-{digest[:12]}.safetensors"
@@ -157,6 +160,19 @@ def save_tensors(
     for old in folder.glob("tensors-*.safetensors"):
         if old.name != name:
             old.unlink()
+
+
+def _check_kind(folder: Path, content: object) -> None:
+    """Refuse to replace scores by groups, groups by an update, and so on."""
+    try:
+        there = json.loads((folder / META).read_text())["content"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # nothing that could be read back
+    if there != content:
+        raise ValueError(
+            f"directory {str(folder)!r} holds {there!r}, which {content!r} must not replace: "
+            "choose another directory, or remove that one"
+        )
 
 
 def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

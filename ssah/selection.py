@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from ssah import masked_experts
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.quantised import check_plain
-from ssah.slots import Slot
+from ssah.slots import Slot, restored
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim, check_layout, is_sharded
 
@@ -170,16 +170,17 @@ def split(
     modules: Mapping[str, DepthTwoModule],
     trained: Mapping[str, Tensor],
     entries: Mapping[str, Entries],
-) -> dict[str, MaskedProjection]:
+    masked: dict[str, MaskedProjection],
+) -> None:
     """Split every projection of which some entries train and some do not, in place.
 
     FFN channels are packed, so that what trains lies side by side; attention gathers. Experts of a
     layer are split together.
 
-    Returns:
-        name -> the module, now masked.
+    Args:
+        masked: name -> the module, now masked; added to as they are made, so that the caller can
+            undo what was done when an error is raised.
     """
-    masked: dict[str, MaskedProjection] = {}
     for name in trained:
         module = modules[name]
         owner = module.output.param.rpartition(".")[0]
@@ -210,22 +211,22 @@ def split(
         )
         owners = {param.rpartition(".")[0] for param in (orders if pack else touched)}
         for owner in sorted(owners):
-            slots = {}
-            for leaf in ("weight", "bias"):
-                param = f"{owner}.{leaf}"
-                if param not in orders:
-                    continue
-                order = orders[param] if pack else None
-                original = model.get_parameter(param)
-                slots[leaf] = Slot.of(
-                    leaf, original, entries[param].dims, order, entries[param].trains
-                )
+            slots: dict[str, Slot] = {}
+            with restored(slots):
+                for leaf in ("weight", "bias"):
+                    param = f"{owner}.{leaf}"
+                    if param not in orders:
+                        continue
+                    order = orders[param] if pack else None
+                    original = model.get_parameter(param)
+                    slots[leaf] = Slot.of(
+                        leaf, original, entries[param].dims, order, entries[param].trains
+                    )
             target = model.get_submodule(owner)
             masked_class = MaskedConv1D if isinstance(target, Conv1D) else MaskedLinear
             MaskedProjection.install(target, slots, masked_class, is_output=owner == name)
             assert isinstance(target, MaskedProjection)
             masked[owner] = target
-    return masked
 
 
 def check_projections(

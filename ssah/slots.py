@@ -11,14 +11,15 @@ that what trains is whole rows of storage. Two layouts:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Part", "Slot", "runs", "unit_major", "width"]
+__all__ = ["Part", "Slot", "restored", "runs", "unit_major", "width"]
 
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
 Part = tuple[int, int] | Tensor
@@ -88,9 +89,10 @@ class Slot:
             order = order.to(device)
         suffixes = ("",) if len(parts) == 1 else tuple(f"_{i}" for i in range(len(parts)))
         names = tuple(f"{name}_trained{suffix}" for suffix in suffixes)
+        slot = cls(original, shape, dims, storage.contiguous(), order, parts, names)
         original.grad = None
-        original.data = original.data.new_empty(0)
-        return cls(original, shape, dims, storage.contiguous(), order, parts, names)
+        original.data = original.data.new_empty(0)  # last: nothing can fail after it
+        return slot
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """New parameters over the trained rows: views where packed, a copy where gathered."""
@@ -170,6 +172,17 @@ class Slot:
         """The original parameter with the present values."""
         self.original.data = self.read()
         return self.original
+
+
+@contextmanager
+def restored(slots: Mapping[str, Slot]) -> Iterator[None]:
+    """The originals of ``slots`` hold their values again if the block raises."""
+    try:
+        yield
+    except BaseException:
+        for slot in slots.values():
+            slot.restore()
+        raise
 
 
 def unit_major(values: Tensor, dims: tuple[int, ...]) -> Tensor:

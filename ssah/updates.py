@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 
 from ssah import __version__
+from ssah.ablation import check_not_ablated
 from ssah.frozen import complement_rows, digests
 from ssah.provenance import check_same_model, load_tensors, save_tensors
 from ssah.quantised import check_plain
@@ -115,12 +116,13 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: nothing was saved there.
-        ValueError: the folder holds something else; the model has an active plan, another
-            configuration or dtype, packed weights, or other weights where the update kept them
-            frozen. Nothing is changed then.
+        ValueError: the folder holds something else; the model is inside `ablate`, has an active
+            plan, another configuration or dtype, packed weights, or other weights where the update
+            kept them frozen. Nothing is changed then.
     """
     if plan_of(model) is not None:
         raise ValueError("model has an active plan: close it first (plan.close())")
+    check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
     if not Path(directory).exists() and str(directory).count("/") == 1:
         directory = snapshot_download(str(directory))

@@ -423,6 +423,16 @@ def test_save_and_load(tmp_path: Path) -> None:
         Attribution.load(tmp_path / "a", headless)
 
 
+def test_a_result_of_one_kind_does_not_replace_another(tmp_path: Path) -> None:
+    scores = {"a": torch.ones(2)}
+    save_tensors(tmp_path, scores, {"content": "scores", "n": 1})
+    with pytest.raises(ValueError, match="holds 'scores', which 'groups' must not replace"):
+        save_tensors(tmp_path, scores, {"content": "groups"})
+    assert load_tensors(tmp_path)[1] == {"content": "scores", "n": 1}
+    save_tensors(tmp_path, scores, {"content": "scores", "n": 2})
+    assert load_tensors(tmp_path)[1]["n"] == 2
+
+
 def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tensors(tmp_path, {"x": torch.ones(3)}, {"n": 1})
     monkeypatch.setattr("ssah.provenance.json.dumps", lambda *_, **__: 1 / 0)

@@ -6,10 +6,12 @@ import json
 import math
 import statistics
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from commands import call
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -215,9 +217,10 @@ def test_scopes_and_normalisation_differ_as_documented() -> None:
     safety = {"small": torch.tensor([1.0, 2, 3, 4]), "large": torch.tensor([10.0, 20, 30, 40])}
     nothing = {name: torch.zeros(4) for name in safety}
     shares = {"scu": 0.25, "ucu": 0.0, "ru": 0.0}
-    by_module = classify(safety, nothing, **shares)
+    plain: dict[str, Any] = {"normalize": "none"}
+    by_module = classify(safety, nothing, **shares, **plain, scope="module")
     assert as_sets(by_module)["scu"] == {("small", 3), ("large", 3)}
-    by_model = classify(safety, nothing, **shares, scope="model")
+    by_model = classify(safety, nothing, **shares, **plain, scope="model")
     assert as_sets(by_model)["scu"] == {("large", 2), ("large", 3)}
     # with ranks, equal scores stand in order of their index, so that `nothing` would not be level
     level_utility = {name: torch.tensor([0.0, 3, 2, 1]) for name in safety}
@@ -329,6 +332,28 @@ def test_metadata_of_attributions_is_kept() -> None:
         "config_hash": "c0ffee",
         "data_fingerprint": {"safety": "s", "utility": "u"},
     }
+
+
+def test_the_same_data_for_both_is_refused() -> None:
+    with pytest.raises(ValueError, match="measured on the same data"):
+        classify(attribution(), attribution(), scu=0.25, ucu=0.25, ru=0)
+
+
+def test_defaults_are_those_that_were_measured_best(tmp_path: Path) -> None:
+    scores = {"a": torch.arange(8.0), "b": 100 * torch.arange(8.0).flip(0)}
+    other = {"a": torch.arange(8.0).flip(0), "b": 70 * torch.arange(8.0)}
+    shares = {"scu": 0.2, "ucu": 0.1, "ru": 0.1}
+    best = classify(scores, other, **shares, scope="model", normalize="zscore")
+    assert classify(scores, other, **shares) == best
+    assert classify(scores, other, **shares, scope="module", normalize="none") != best
+    for name, data, role in (("s", "harm", scores), ("u", "help", other)):
+        attribution({key: x.double() for key, x in role.items()}, data_fingerprint=data).save(
+            tmp_path / name
+        )
+    folders = [str(tmp_path / name) for name in ("s", "u", "groups")]
+    given = [f"--{name}={share}" for name, share in shares.items()]
+    call("classify", *folders[:2], *given, "--out", folders[2])
+    assert dict(UnitGroups.load(folders[2])) == dict(best)
 
 
 @pytest.mark.parametrize(
@@ -450,7 +475,7 @@ def test_repr_says_what_is_in_it() -> None:
     scores = {"a": torch.arange(4.0)}
     text = repr(classify(scores, scores, scu=0.25, ucu=0, ru=0.5))
     assert "scu=1 (25.00%)" in text
-    assert "4 units in 1 modules, scope='module', normalize='none'" in text
+    assert "4 units in 1 modules, scope='model', normalize='zscore'" in text
 
 
 @pytest.fixture(scope="module")

@@ -186,10 +186,10 @@ def classify(
     ucu: Share,
     ru: Share,
     out: Out,
-    scope: Annotated[Scope, typer.Option(help="What is ranked together.")] = Scope.module,
+    scope: Annotated[Scope, typer.Option(help="What is ranked together.")] = Scope.model,
     normalize: Annotated[
         Normalize, typer.Option(help="Scores of a module, before they are ranked.")
-    ] = Normalize.none,
+    ] = Normalize.zscore,
     as_json: Json = False,
 ) -> Result:
     """Sort units into safety-critical, utility-critical, redundant and complex ones.
