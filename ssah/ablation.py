@@ -195,9 +195,7 @@ def prune(
             every layer, `attention_bias=True` to q, k, v and o), and the configuration is set
             accordingly: `save_pretrained` and `from_pretrained` then keep them.
         means: with `compensate`, the mean activation entering B: an `Attribution` of this model,
-            whose `.mean` is taken, or a mapping of B's name to [n_units]. An attribution made
-            before the configuration changed, by an earlier `prune` for one, is refused as another
-            model's: pass its `.mean`.
+            whose `.mean` is taken, or a mapping of B's name to [n_units].
 
     Raises:
         ValueError: where units belong to another model; where weights are packed; inside

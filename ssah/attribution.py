@@ -9,7 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
+    FORMAT,
     check_same_model,
     config_hash,
     load_tensors,
     model_name,
     save_tensors,
+    units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
@@ -38,7 +40,7 @@ from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["METRICS", "TOKENS", "Attribution", "attribute", "config_hash"]
+__all__ = ["METRICS", "TOKENS", "Attribution", "attribute"]
 
 METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
 TOKENS: tuple[str, ...] = ("auto", "all", "labels")
@@ -59,7 +61,7 @@ class Attribution:
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         tokens: ``"all"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
-        config_hash: of its configuration.
+        units_hash: of its units, see `ssah.provenance.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
@@ -72,7 +74,7 @@ class Attribution:
     metric: str
     tokens: str
     model_name: str
-    config_hash: str
+    units_hash: str | None
     data_fingerprint: str
     all_experts: bool = False
     version: str = __version__
@@ -94,11 +96,12 @@ class Attribution:
         }
         meta = {
             "content": _CONTENT,
+            "format": FORMAT,
             "version": self.version,
             "metric": self.metric,
             "tokens": self.tokens,
             "model_name": self.model_name,
-            "config_hash": self.config_hash,
+            "units_hash": self.units_hash,
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
@@ -125,14 +128,16 @@ class Attribution:
             kind: {name: tensors[f"{kind}/{name}"] for name in names}
             for kind in ("scores", "mean", "variance")
         }
-        attribution = cls(**{**kinds, **meta})
+        known = {field.name for field in fields(cls)}
+        told = {key: value for key, value in meta.items() if key in known}
+        attribution = cls(**{"units_hash": None, **told, **kinds})
         if model is not None:
             attribution.check_model(model)
         return attribution
 
     def check_model(self, model: nn.Module) -> None:
         """Raise ValueError, with the reason, unless the scores belong to ``model``'s units."""
-        check_same_model(model, self.config_hash, expected_name=self.model_name, what="attribution")
+        check_same_model(model, self.units_hash, expected_name=self.model_name, what="attribution")
         found = find_modules(model)
         for name, score in self.scores.items():
             if name not in found or found[name].n_units != len(score):
@@ -395,7 +400,7 @@ def finish(
         metric=metric,
         tokens=tokens,
         model_name=model_name(model),
-        config_hash=config_hash(model),
+        units_hash=units_hash(model),
         data_fingerprint=fingerprint,
         all_experts=all_experts,
     )

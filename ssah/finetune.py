@@ -457,7 +457,7 @@ def _identity(
     frozen = json.dumps(plan.digests, sort_keys=True)
     decisive = {name: v for name, v in asdict(settings).items() if name not in _FREE}
     return {
-        "model configuration": plan.config_hash[:12],
+        "units of the model": plan.units_hash[:12],
         _UNITS: plan.fingerprint[:12],
         _WEIGHTS: hashlib.sha256(frozen.encode()).hexdigest()[:12],
         "data": fingerprint(examples)[:12],

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ssah import __version__
-from ssah.provenance import check_same_model, load_tensors, save_tensors
+from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
 from ssah.ranking import blocks, lowest, normalized, order_key, share_count, split, without
 from ssah.units import UnitSet, check_units
 
@@ -38,7 +38,7 @@ _OWN: dict[str, tuple[str, int]] = {
     "ru": ("sum", -1),
     "cu": ("safety", 1),
 }
-METADATA = ("metric", "tokens", "model_name", "config_hash", "data_fingerprint")
+METADATA = ("metric", "tokens", "model_name", "units_hash", "data_fingerprint")
 
 _CONTENT = "ssah unit groups"
 _SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
@@ -127,7 +127,7 @@ def _shared_metadata(
         ("metric", "metric"),
         ("tokens", "token selection"),
         ("model_name", "model"),
-        ("config_hash", "model configuration"),
+        ("units_hash", "units of the model"),
         ("all_experts", "routing to experts"),
     ):
         a, b = getattr(safety, field), getattr(utility, field)
@@ -146,7 +146,7 @@ def _shared_metadata(
         "metric": safety.metric,
         "tokens": safety.tokens,
         "model_name": safety.model_name,
-        "config_hash": safety.config_hash,
+        "units_hash": safety.units_hash,
         "data_fingerprint": {
             "safety": safety.data_fingerprint,
             "utility": utility.data_fingerprint,
@@ -168,7 +168,7 @@ class UnitGroups(Mapping[str, UnitSet]):
         shares: what was asked for, `{"scu": ..., "ucu": ..., "ru": ...}`, fractions of all units.
         scope: `"module"` or `"model"`, what was ranked together.
         normalize: `"none"`, `"zscore"` or `"rank"`.
-        metadata: where the scores come from: `metric`, `tokens`, `model_name`, `config_hash` and
+        metadata: where the scores come from: `metric`, `tokens`, `model_name`, `units_hash` and
             `data_fingerprint` (one each for safety and utility); values are None where plain
             mappings of scores were classified.
     """
@@ -318,6 +318,7 @@ class UnitGroups(Mapping[str, UnitSet]):
             tensors[f"utility/{name}"] = self.utility[name]
         meta = {
             "content": _CONTENT,
+            "format": FORMAT,
             "version": __version__,
             "groups": list(GROUPS),
             "modules": list(self.sizes),
@@ -360,16 +361,15 @@ class UnitGroups(Mapping[str, UnitSet]):
             shares=meta["shares"],
             scope=meta["scope"],
             normalize=meta["normalize"],
-            metadata={key: meta[key] for key in METADATA},
+            metadata={key: meta.get(key) for key in METADATA},
         )
         if model is not None:
-            if meta["config_hash"] is not None:
-                check_same_model(
-                    model,
-                    meta["config_hash"],
-                    expected_name=meta["model_name"],
-                    what="unit groups",
-                )
+            check_same_model(
+                model,
+                groups.metadata["units_hash"],
+                expected_name=str(groups.metadata["model_name"]),
+                what="unit groups",
+            )
             check_units(model, groups["cu"])
         return groups
 

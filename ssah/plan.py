@@ -25,7 +25,7 @@ from ssah.plan_optimizer import (
     unit_importance,
     watch_optimizers,
 )
-from ssah.provenance import config_hash, model_name
+from ssah.provenance import model_name, units_hash
 from ssah.selection import (
     canonical_names,
     check_projections,
@@ -95,8 +95,8 @@ class UpdatePlan:
                 f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
                 "units that own something, or name parameters in also="
             )
-        self.config_hash, self.base_name = config_hash(model), model_name(model)
-        self.fingerprint = fingerprint(self.config_hash, self.entries)
+        self.units_hash, self.base_name = units_hash(model), model_name(model)
+        self.fingerprint = fingerprint(self.units_hash, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
         self.last_optimizer: Callable[[], Any] | None = None

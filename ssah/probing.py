@@ -22,7 +22,7 @@ from ssah.data import IGNORE_INDEX
 from ssah.evaluation.generation import greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
-from ssah.provenance import config_hash, load_tensors, model_name, save_tensors
+from ssah.provenance import load_tensors, model_name, save_tensors, units_hash
 from ssah.watch import as_it_was
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Probe:
         refusal_distances, compliance_distances: float64 ``[requests, tokens, layers + 1]``, cosine
             distances in [0, 2] over the first 1, 2, ... generated tokens.
         baselines: float64 ``[tokens, layers + 1]``, the mean distance of two plain requests.
-        metadata: ``model_name``, ``config_hash``, the openings ``refusal_opening`` and
+        metadata: ``model_name``, ``units_hash``, the openings ``refusal_opening`` and
             ``compliance_opening``, and ``version`` of this package.
     """
 
@@ -196,7 +196,7 @@ def probe(
         baselines=sums.baselines(),
         metadata={
             "model_name": model_name(model),
-            "config_hash": config_hash(model),
+            "units_hash": units_hash(model),
             "refusal_opening": refusal,
             "compliance_opening": compliance,
             "version": __version__,

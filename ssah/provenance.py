@@ -18,6 +18,8 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
+from ssah.units import find_modules
+
 __all__ = [
     "check_same_model",
     "config_hash",
@@ -25,13 +27,15 @@ __all__ = [
     "model_name",
     "naming",
     "save_tensors",
+    "units_hash",
     "write_whole",
 ]
 
 META = "meta.json"
 _OWN = "meta_sha256"  # key of the checksum of everything else in that file
 
-# Settings that change neither the units nor what the model computes: not part of its identity.
+# Settings that change neither the units nor what the model computes: not part of what a run
+# that goes on must have kept.
 _VOLATILE = frozenset(
     {
         "_name_or_path",
@@ -69,10 +73,30 @@ def _stable(value: Any) -> Any:
 def config_hash(model: nn.Module) -> str:
     """SHA-256 (hex) of the model's configuration, without what does not shape the model.
 
-    Left out: the name, the dtype, the attention implementation, special token ids, library
-    versions. A fine-tuned copy of a model therefore has the hash of the original.
+    A run that was interrupted goes on only with the same. Left out: the name, the dtype, the
+    attention implementation, special token ids, library versions.
     """
     text = json.dumps(_stable(model.config.to_dict()), sort_keys=True)  # type: ignore[union-attr, operator]
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+FORMAT = 2  # of meta.json; 1 had config_hash, a hash of every setting, in place of units_hash
+
+
+def units_hash(model: nn.Module) -> str:
+    """SHA-256 (hex) of what makes the units of a model: what a result belongs to.
+
+    That is the type of its text model, the hidden size, and of each depth-2 module the name, the
+    kind and the number of units. A fine-tuned, quantised, converted or resized copy has the same
+    units, under every release of transformers.
+
+    Raises:
+        TypeError, ValueError: `find_modules` does not know the model.
+    """
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    found = find_modules(model)
+    parts = [[name, module.kind, module.n_units] for name, module in found.items()]
+    text = json.dumps([config.model_type, config.hidden_size, parts])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -82,25 +106,25 @@ def model_name(model: nn.Module) -> str:
 
 
 def check_same_model(
-    model: nn.Module, expected_hash: str, *, expected_name: str, what: str
+    model: nn.Module, expected_hash: str | None, *, expected_name: str, what: str
 ) -> None:
-    """Refuse a result that was made on a model of another configuration.
+    """Refuse a result that was made on a model with other units.
 
     Args:
         model: the model that the result is to be used with.
-        expected_hash: :func:`config_hash` stored with the result.
+        expected_hash: :func:`units_hash` stored with the result; of an older file, None: then the
+            caller compares names and sizes of modules.
         expected_name: :func:`model_name` stored with the result.
         what: what the result is, for the message, e.g. ``"attribution"``.
 
     Raises:
-        ValueError: the configurations differ.
+        ValueError: the units differ.
     """
-    actual = config_hash(model)
-    if actual != expected_hash:
+    if expected_hash is not None and (actual := units_hash(model)) != expected_hash:
         raise ValueError(
-            f"{what} was made on {expected_name!r} (config hash {expected_hash[:12]}), but the "
-            f"model given is {model_name(model)!r} (config hash {actual[:12]}): its configuration "
-            "differs, so units of one do not belong to the other"
+            f"{what} was made on {expected_name!r} (units {expected_hash[:12]}), but the model "
+            f"given is {model_name(model)!r} (units {actual[:12]}): its architecture, its hidden "
+            "size or its depth-2 modules differ, so that its units are others"
         )
 
 

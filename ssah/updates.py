@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from ssah import __version__
 from ssah.ablation import check_not_ablated
 from ssah.frozen import complement_rows, digests
-from ssah.provenance import check_same_model, load_tensors, save_tensors
+from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
 from ssah.quantised import check_plain
 
 if TYPE_CHECKING:
@@ -61,9 +62,10 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         dims[name] = plan.entries[name].dims
     meta = {
         "content": _CONTENT,
+        "format": FORMAT,
         "version": __version__,
         "base_model": plan.base_name,
-        "config_hash": plan.config_hash,
+        "units_hash": plan.units_hash,
         "fingerprint": plan.fingerprint,
         "keep": plan.keep,
         "dims": {name: each[-1] for name, each in dims.items()},
@@ -130,7 +132,7 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if meta.get("content") != _CONTENT:
         raise ValueError(f"directory {str(directory)!r} does not hold an update")
     check_same_model(
-        model, meta["config_hash"], expected_name=meta["base_model"], what="the update"
+        model, meta.get("units_hash"), expected_name=meta["base_model"], what="the update"
     )
     own = dict(model.named_parameters())
     # An update without experts says nothing of them.
@@ -139,6 +141,12 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         for name, dim in meta["dims"].items()
     }
     values = _checked_values(own, tensors, dims)
+    silent = [name for name in own if name not in values and name not in meta["frozen"]]
+    if silent:
+        raise ValueError(
+            f"the update says nothing of {len(silent)} parameters of the model, {silent[0]!r} for "
+            "one: it is not whole, or belongs to another model"
+        )
     _check_frozen(own, tensors, meta, dims)
     with torch.no_grad():
         for name, value in values.items():
@@ -162,13 +170,22 @@ def _checked_values(
             raise ValueError(f"the update trains {name!r}, which the model lacks")
         shape = list(own[name].shape)
         if name in dims:
+            index = tensors[f"index/{name}"]
+            n_entries = math.prod(shape[dim] for dim in dims[name])
+            if len(index) and (index[0] < 0 or index[-1] >= n_entries or (index.diff() <= 0).any()):
+                raise ValueError(
+                    f"the update trains entries of {name!r} that are not ascending numbers from 0 "
+                    f"to {n_entries - 1}: it is damaged"
+                )
             rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
-            shape = [len(tensors[f"index/{name}"]), *rest]
+            shape = [len(index), *rest]
         if value.dtype != own[name].dtype or list(value.shape) != shape:
             raise ValueError(
                 f"the update has {name!r} as {value.dtype} {list(value.shape)}, the model needs "
                 f"{own[name].dtype} {shape}: load it in the dtype that it was trained in"
             )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"the update has NaN or infinite values of {name!r}")
     return values
 
 

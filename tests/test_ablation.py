@@ -24,7 +24,7 @@ from transformers import (
 
 from ssah.ablation import ablate, prune
 from ssah.attribution import Attribution
-from ssah.provenance import config_hash, model_name
+from ssah.provenance import model_name, units_hash
 from ssah.units import UnitSet, find_modules
 
 SIZE: dict[str, Any] = {
@@ -485,7 +485,7 @@ def test_means_of_an_attribution() -> None:
         metric="variance",
         tokens="all",
         model_name=model_name(model),
-        config_hash=config_hash(model),
+        units_hash=units_hash(model),
         data_fingerprint="tokens",
     )
     prune(model, units, compensate=True, means=attribution)

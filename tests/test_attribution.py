@@ -410,17 +410,35 @@ def test_save_and_load(tmp_path: Path) -> None:
     for field in ("scores", "mean", "variance"):
         for key, tensor in getattr(result, field).items():
             assert torch.equal(getattr(other, field)[key], tensor)
-    for field in ("count", "metric", "tokens", "model_name", "config_hash", "version"):
+    for field in ("count", "metric", "tokens", "model_name", "units_hash", "version"):
         assert getattr(other, field) == getattr(result, field)
     meta = json.loads((tmp_path / "a" / "meta.json").read_text())
     assert meta["data_fingerprint"] == result.data_fingerprint
     assert other.data_fingerprint == result.data_fingerprint
     Attribution.load(tmp_path / "a", build("llama", dtype=torch.bfloat16, seed=3))
-    with pytest.raises(ValueError, match=r"attribution was made on .*Llama.*configuration differs"):
-        Attribution.load(tmp_path / "a", build("llama_bias"))
-    headless = AutoModel.from_config(model.config)
-    with pytest.raises(ValueError, match=r"'model.layers.0.self_attn.o_proj', the model"):
+    headless = AutoModel.from_config(model.config)  # its modules have other names
+    with pytest.raises(ValueError, match=r"attribution was made on .*Llama.*units are others"):
         Attribution.load(tmp_path / "a", headless)
+
+
+def test_a_result_belongs_to_the_units(tmp_path: Path) -> None:
+    """Settings that shape no unit do not matter, nor what a later release adds."""
+    model = build("llama")
+    attribute(model, ragged()).save(tmp_path)
+    model.resize_token_embeddings(len(model.get_input_embeddings().weight) + 3)
+    model.config.attention_dropout = 0.1
+    model.config.a_setting_of_next_year = "new"
+    Attribution.load(tmp_path, model)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    tensors, _ = load_tensors(tmp_path)
+    record = {k: v for k, v in meta.items() if k not in ("tensors", "sha256", "meta_sha256")}
+    save_tensors(tmp_path, tensors, {**record, "format": 3, "a_field_of_next_year": [1]})
+    Attribution.load(tmp_path, model)
+    older = {k: v for k, v in record.items() if k not in ("format", "units_hash")}
+    save_tensors(tmp_path, tensors, {**older, "config_hash": "of every setting"})
+    assert Attribution.load(tmp_path, model).units_hash is None
+    with pytest.raises(ValueError, match="units in"):
+        Attribution.load(tmp_path, build("gpt2"))
 
 
 def test_a_result_of_one_kind_does_not_replace_another(tmp_path: Path) -> None:

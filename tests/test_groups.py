@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ssah.attribution import Attribution
 from ssah.groups import GROUPS, UnitGroups, classify
-from ssah.provenance import config_hash, model_name, save_tensors
+from ssah.provenance import model_name, save_tensors, units_hash
 from ssah.units import UnitSet, find_modules
 
 Scores = dict[str, list[float]]
@@ -314,7 +314,7 @@ def attribution(scores: dict[str, Tensor] | None = None, **changed: Any) -> Attr
         "metric": "variance",
         "tokens": "labels",
         "model_name": "tiny",
-        "config_hash": "c0ffee",
+        "units_hash": "c0ffee",
         "data_fingerprint": "data",
     }
     counts = dict.fromkeys(scores, 2)
@@ -329,7 +329,7 @@ def test_metadata_of_attributions_is_kept() -> None:
         "metric": "variance",
         "tokens": "labels",
         "model_name": "tiny",
-        "config_hash": "c0ffee",
+        "units_hash": "c0ffee",
         "data_fingerprint": {"safety": "s", "utility": "u"},
     }
 
@@ -362,7 +362,7 @@ def test_defaults_are_those_that_were_measured_best(tmp_path: Path) -> None:
         ({"metric": "norm"}, "metric.*'variance'.*'norm'"),
         ({"tokens": "all"}, "tokens.*'labels'.*'all'"),
         ({"model_name": "other"}, "model_name.*'tiny'.*'other'"),
-        ({"config_hash": "beef"}, "configuration.*'c0ffee'.*'beef'"),
+        ({"units_hash": "beef"}, "units of the model.*'c0ffee'.*'beef'"),
     ],
 )
 def test_attributions_that_differ_are_refused(changed: dict[str, str], words: str) -> None:
@@ -502,7 +502,7 @@ def attributions(model: LlamaForCausalLM) -> list[Attribution]:
                 for name, module in find_modules(model).items()
             },
             model_name=model_name(model),
-            config_hash=config_hash(model),
+            units_hash=units_hash(model),
             data_fingerprint=part,
         )
         for part in ("harm", "help")
@@ -532,7 +532,7 @@ def test_groups_of_another_model_are_refused(llama: LlamaForCausalLM, tmp_path: 
         LlamaConfig(**{**llama.config.to_dict(), "rope_parameters": None, "num_hidden_layers": 10})
     )
     classify(*attributions(llama), scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)
-    with pytest.raises(ValueError, match=r"unit groups was made on .*configuration differs"):
+    with pytest.raises(ValueError, match=r"unit groups was made on .*its units are others"):
         UnitGroups.load(tmp_path, model=other)
     plain = [each.scores for each in attributions(llama)]
     classify(*plain, scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)

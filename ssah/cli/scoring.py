@@ -161,7 +161,7 @@ def attribute(
         "scarce": attribution.scarce(),
         "processes": ranks.size,
         "seconds": seconds,
-        "config_hash": attribution.config_hash,
+        "units_hash": attribution.units_hash,
         "data_fingerprint": attribution.data_fingerprint,
         "version": attribution.version,
     }

@@ -57,7 +57,7 @@ def assert_close(ours: Attribution, one: Attribution, tolerance: float) -> None:
             if kind != "variance" and (kind == "mean" or one.metric == "taylor"):
                 bound = tolerance * expected.abs().max()  # signed sums cancel
             assert bool(((actual - expected).abs() <= bound).all()), (kind, name)
-    for field in ("count", "metric", "tokens", "config_hash", "data_fingerprint"):
+    for field in ("count", "metric", "tokens", "units_hash", "data_fingerprint"):
         assert getattr(ours, field) == getattr(one, field), field
 
 

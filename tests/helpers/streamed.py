@@ -41,7 +41,7 @@ def assert_same(actual: Attribution, expected: Attribution) -> None:
         assert list(ours) == list(theirs)
         for name, value in theirs.items():
             assert torch.equal(ours[name], value), f"{kind} of {name}"
-    for kind in ("count", "metric", "tokens", "model_name", "config_hash", "data_fingerprint"):
+    for kind in ("count", "metric", "tokens", "model_name", "units_hash", "data_fingerprint"):
         assert getattr(actual, kind) == getattr(expected, kind), kind
 
 
