@@ -193,9 +193,9 @@ def test_saved_and_read(tmp_path: Path) -> None:
     assert again.metadata == found.metadata
     assert again.metadata["refusal_opening"] == REFUSAL
     tensors, meta = load_tensors(tmp_path)
-    save_tensors(tmp_path, tensors, {**meta, "content": "something"})
+    save_tensors(tmp_path / "other", tensors, {**meta, "content": "something"})
     with pytest.raises(ValueError, match="has 'something', must have ssah probe"):
-        Probe.load(tmp_path)
+        Probe.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize(
