@@ -23,8 +23,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from ssah.plan_optimizer import ImportanceCallback
-from ssah.training import UpdatePlan, freeze, train_only
+from ssah.training import ImportanceCallback, UpdatePlan, freeze, train_only
 
 Rows = list[dict[str, Tensor]]
 

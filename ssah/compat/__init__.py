@@ -10,7 +10,7 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-__all__ = ["LibraryError", "find"]
+__all__ = ["LibraryError", "find", "lacking"]
 
 
 class LibraryError(ImportError):
@@ -23,25 +23,32 @@ def find(library: str, place: str, *, purpose: str, works: str) -> Any:
     Args:
         library: name of its distribution, e.g. ``"transformers"``.
         place: module and name, e.g. ``"transformers.utils:logging"``.
-        purpose: what it is needed for: "which ssah needs ...".
+        purpose: what ssah needs it for, e.g. ``"to load a GGUF file"``.
         works: the releases that have it, as pip takes them, e.g. ``">=5.20,<=5.24"``.
 
     Raises:
-        LibraryError: it is not there; the message has the installed release and what to install.
+        LibraryError: it is not there, or cannot be imported.
     """
     module, _, name = place.partition(":")
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise LibraryError(
-            f"{library} {installed(library)} has no {module}.{name}, which ssah needs {purpose} "
-            f"({error}); it must be a release that has it: pip install '{library}{works}'"
-        ) from error
+        raise lacking(library, f"{module}.{name}", purpose, works, str(error)) from error
 
 
-def installed(library: str) -> str:
-    """The installed release of ``library``."""
+def lacking(
+    library: str, name: str, purpose: str, works: str, reason: str | None = None
+) -> LibraryError:
+    """The error that says what the installed release of ``library`` lacks, and what to install.
+
+    Arguments as of :func:`find`; ``reason`` is what Python said.
+    """
     try:
-        return version(library)
+        release = version(library)
     except PackageNotFoundError:
-        return "(not installed)"
+        release = "(not installed)"
+    why = "" if reason is None else f" ({reason})"
+    return LibraryError(
+        f"{library} {release} has no {name}, which ssah needs {purpose}{why}; it must be a release "
+        f"that has it: pip install '{library}{works}'"
+    )
