@@ -51,8 +51,12 @@ def align(
     Returns:
         ``steps``, ``seconds``, ``rows`` and ``tokens`` seen, as plain data.
     """
-    from transformers import Trainer, TrainerCallback, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback
+    from ssah.compat.trainer import (
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        training_arguments,
+    )
 
     class Deadline(TrainerCallback):
         def __init__(self) -> None:
@@ -72,10 +76,10 @@ def align(
     )
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.nn.Parameter)
-    arguments = TrainingArguments(
+    arguments = training_arguments(
+        in_order=True,
         output_dir=str(scratch),
         per_device_train_batch_size=2 * _HALF,
-        train_sampling_strategy="sequential",
         max_steps=_MAX_STEPS,
         learning_rate=_LEARNING_RATE,
         lr_scheduler_type="constant",

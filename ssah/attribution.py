@@ -22,6 +22,7 @@ from ssah import __version__
 from ssah.backward import forward_backward
 from ssah.batch_state import BatchState, weights_hash
 from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
+from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
@@ -268,7 +269,7 @@ def attribute(
                 "torch": torch.__version__,
                 "model": facts["config_hash"],
                 "weights": weights_hash(model),
-                "attention": str(model.config._attn_implementation),
+                "attention": attention_implementation(model),
                 "dtype": str(model.dtype),
                 "device": device.type,
                 "metric": metric,

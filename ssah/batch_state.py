@@ -18,7 +18,7 @@ from ssah.distributed import Ranks
 from ssah.frozen import digests
 from ssah.offload import at_hand
 from ssah.provenance import META
-from ssah.quantised import dequantised
+from ssah.quantised import identity
 from ssah.watch import Sums, check_finite
 from ssah_kernels.sharded import local
 
@@ -124,8 +124,8 @@ class BatchState:
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 (hex) of all weights, of a sharded model those of this rank.
 
-    At about 1.4 GB/s and core, on up to 8 cores. Offloaded weights are fetched for it, packed ones
-    unpacked one at a time: their layout may change as they first run.
+    At about 1.4 GB/s and core, on up to 8 cores. Offloaded weights are fetched for it. Of packed
+    ones :func:`ssah.quantised.identity` is hashed: their layout may change as they first run.
     """
     offloaded = any(parameter.is_meta for parameter in model.parameters())
     pieces = {name: partial(_weights, module) for name, module in model.named_modules()}
@@ -136,9 +136,9 @@ def weights_hash(model: nn.Module) -> str:
 def _weights(module: nn.Module) -> Iterator[Tensor]:
     """What ``module`` itself has of the model's state, not what the modules in it have."""
     own = {*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)}
-    unpacked = dequantised(module)
-    if unpacked is not None:
-        yield unpacked
+    packed = identity(module)
+    if packed is not None:
+        yield from packed
         own.discard("weight")
     if not own:
         return

@@ -14,12 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssah.compat.transformers import expert_gate, has_expert_layout, has_usual_gate
+
 __all__ = ["DOWN", "RoutedExperts", "route", "run_routed", "up_name"]
 
 DOWN = "down_proj"
-_FLAGS = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-# What transformers gives to experts whose gate is act(gate) * up.
-_USUAL_GATE = "_default_apply_gate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +47,9 @@ class RoutedExperts:
         Raises:
             ValueError: ``module``, called ``name``, is no such class, normalises what an expert
                 puts out, or its parameters have other shapes (quantised).
+            ImportError: this release of transformers says it in another way.
         """
-        if not all(hasattr(module, flag) for flag in _FLAGS):
+        if not has_expert_layout(module):
             raise ValueError(
                 f"module {name!r} is a {type(module).__name__}, must be a class of experts that "
                 "transformers.integrations.use_experts_implementation decorates (dequantise the "
@@ -80,9 +80,7 @@ class RoutedExperts:
     @property
     def activation(self) -> nn.Module | None:
         """The activation of a gate that is act(gate) * up, gate first; None for any other."""
-        m = self.module
-        usual = m.has_gate and m.is_concatenated and m._apply_gate.__name__ == _USUAL_GATE  # type: ignore[union-attr]
-        return m.act_fn if usual else None  # type: ignore[return-value]
+        return self.module.act_fn if has_usual_gate(self.module) else None  # type: ignore[return-value]
 
     def rows(self) -> list[Tensor]:
         """int64 ``[n_units]`` each: the outputs of A that unit j owns, gate before up."""
@@ -108,9 +106,7 @@ class RoutedExperts:
 
     def gate(self, projected: Tensor) -> Tensor:
         """The model's own arithmetic between A and B: ``[tokens, n_units]``."""
-        module = self.module
-        product = module._apply_gate if module.has_gate else module.act_fn
-        return product(projected)  # type: ignore[operator]
+        return expert_gate(self.module)(projected)
 
     def put_out(self, a: Tensor, expert: int) -> Tensor:
         """B of one expert: ``[tokens, n_units]`` to ``[tokens, hidden]``."""

@@ -25,18 +25,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-)
-from transformers.integrations import get_available_reporting_integrations
-from transformers.trainer_utils import SchedulerType
 from transformers.utils import logging
 
 from ssah import __version__
+from ssah.compat.trainer import (
+    PrinterCallback,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_available_reporting_integrations,
+    set_seed,
+    training_arguments,
+)
 from ssah.data import Collator, fingerprint
 from ssah.groups import GROUPS, UnitGroups
 from ssah.provenance import write_whole
@@ -333,8 +334,9 @@ def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> Trai
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("training needs the package accelerate: pip install accelerate")
     device = next(model.parameters()).device
-    args = TrainingArguments(
-        str(folder / CHECKPOINTS),
+    args = training_arguments(
+        gradient_checkpointing=settings.gradient_checkpointing,
+        output_dir=str(folder / CHECKPOINTS),
         run_name=folder.name,
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
@@ -348,7 +350,6 @@ def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> Trai
         max_grad_norm=settings.max_grad_norm,
         bf16=settings.bf16,
         seed=settings.seed,
-        **_checkpointing(settings),
         save_strategy="steps" if settings.save_steps else "no",
         save_steps=settings.save_steps or 500,
         save_total_limit=_KEPT,
@@ -372,16 +373,7 @@ def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> Trai
             f"device is {device}; transformers trains on {args.device} here: choose another with "
             "CUDA_VISIBLE_DEVICES"
         )
-    args._n_gpu = min(args.n_gpu, 1)  # DataParallel would replicate what the plan shares
     return args
-
-
-def _checkpointing(settings: Settings) -> dict[str, Any]:
-    if not settings.gradient_checkpointing:
-        return {}
-    new = "activation_checkpointing"  # as recent releases of transformers name it
-    known = new in TrainingArguments.__dataclass_fields__
-    return {new if known else "gradient_checkpointing": True}
 
 
 class _Monitor(TrainerCallback):

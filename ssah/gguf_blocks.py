@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssah.compat import gguf
+
 __all__ = ["TorchKernel", "keep_blocks"]
 
 
@@ -19,17 +21,13 @@ class TorchKernel:
 
     def supports(self, ggml_type: int) -> bool:
         """Whether PyTorch code of transformers unpacks this type."""
-        from transformers.integrations.gguf.dequant import GGML_BLOCK
-
-        return ggml_type in GGML_BLOCK
+        return gguf.unpacks(ggml_type)
 
     def dequantize(
         self, weight: Tensor, ggml_type: int, rows: int, cols: int, dtype: torch.dtype
     ) -> Tensor:
         """``[rows, cols]``."""
-        from transformers.integrations.gguf.dequant import dequantize
-
-        return dequantize(weight, ggml_type, dtype).view(rows, cols)
+        return gguf.dequantize(weight, ggml_type, dtype).view(rows, cols)
 
     def get_rows(
         self, weight: Tensor, indices: Tensor, ggml_type: int, cols: int, dtype: torch.dtype
@@ -52,9 +50,6 @@ def keep_blocks() -> list[str]:
     Raises:
         ImportError: this version of transformers does not keep them packed.
     """
-    from transformers.integrations.gguf import kernels
-    from transformers.integrations.gguf.gguf_conversion_mapping import GGUF_ARCHS
-
-    if not kernels.get_gguf_kernel():
-        kernels._gguf_kernel = TorchKernel()  # type: ignore[assignment]
-    return sorted(GGUF_ARCHS)
+    architectures = gguf.architectures()
+    gguf.install_kernel(TorchKernel())
+    return architectures

@@ -12,16 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
 
 from ssah.checkpoint import Checkpoint
+from ssah.compat.transformers import WeightReader, tie_weights, tied_weights
 from ssah.models import DTYPES, ModelError, loading, locate, pick_device, put_tensor, quiet
 from ssah.offload import replaced_forward
 from ssah.stream_state import Hidden
@@ -100,12 +93,7 @@ class LayeredModel:
             for name in self._empty
             if name.startswith(f"{base}." if base else "") and not name.startswith(f"{self.path}.")
         ]
-        self._loading = LoadStateDictConfig(
-            dtype=self.dtype,
-            dtype_plan=self.model._get_dtype_plan(self.dtype),
-            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
-            device_map={"": self.device},
-        )
+        self._reader = WeightReader(self.model, self.dtype, self.device)
         self._keys = self._sort_keys()
 
     @property
@@ -142,35 +130,25 @@ class LayeredModel:
         self._load(self.checkpoint.read(self._keys[_REST]))
         missing = {name for name, tensor in self._state().items() if tensor.is_meta}
         # A checkpoint with tied weights may have them under the name of the vocabulary projection.
-        self.model.tie_weights(missing_keys=missing, recompute_mapping=False)
+        tie_weights(self.model, missing)
         self._check_whole(self._rest)
 
     def _sort_keys(self) -> dict[int, list[str]]:
         """Layer (or ``_REST``) -> its names in the checkpoint; what nothing needs is in none."""
         owner = dict.fromkeys(self._rest, _REST)
-        for target, source in self.model.all_tied_weights_keys.items():
+        tied = tied_weights(self.model)
+        for target, source in tied.items():
             if source in owner:
                 owner.setdefault(target, owner[source])
         for index in range(len(self.layers)):
             owner |= dict.fromkeys(self._names(index), index)
         keys: dict[int, list[str]] = {index: [] for index in (_REST, *range(len(self.layers)))}
-        targets = {key: self._target(key) for key in self.checkpoint.names}
+        targets = {key: self._reader.target(key, self._empty) for key in self.checkpoint.names}
         present = set(targets.values())
         for key, target in targets.items():
-            if target in owner and self.model.all_tied_weights_keys.get(target) not in present:
+            if target in owner and tied.get(target) not in present:
                 keys[owner[target]].append(key)
         return keys
-
-    def _target(self, key: str) -> str:
-        """Name in the model of what the checkpoint calls ``key``; of its first part if several."""
-        mapping = self._loading.weight_mapping or []
-        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-        converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        prefix = self.model.base_model_prefix
-        target, _ = rename_source_key(key, renamings, converters, prefix, self._empty)
-        if target not in self._empty and key in self._empty:
-            return key
-        return target
 
     def _load(self, tensors: dict[str, Tensor]) -> None:
         # transformers holds all that it was given until all is converted: two copies of a layer.
@@ -179,10 +157,8 @@ class LayeredModel:
             if tensor.is_floating_point() and tensor.dtype.itemsize < self.dtype.itemsize:
                 tensors[key] = tensor.to(self.dtype)
         with quiet():
-            info, _ = convert_and_load_state_dict_in_model(
-                model=self.model, state_dict=tensors, load_config=self._loading
-            )
-        for name, stored, expected in info.mismatched_keys:
+            misfits = self._reader.put(tensors)
+        for name, stored, expected in misfits:
             raise ModelError(
                 f"model {self.name!r}: the weight {name!r} has shape {tuple(stored)}, must have "
                 f"{tuple(expected)}"

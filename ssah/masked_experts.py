@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssah.compat.transformers import expert_gate
 from ssah.experts import DOWN, run_routed, up_name
 from ssah.masked_linear import MaskedProjection, Unreadable
 from ssah.slots import Slot, restored
@@ -36,7 +37,7 @@ class MaskedExperts(MaskedProjection):
         matrices, outputs = self._halves(up), self._halves(DOWN)
         biases = self._halves(f"{up}_bias") if self.has_bias else None
         shifts = self._parameters[f"{DOWN}_bias"].unbind() if self.has_bias else None  # type: ignore[union-attr]
-        product = self._apply_gate if self.has_gate else self.act_fn
+        product = expert_gate(self)
 
         def run(token: Tensor, expert: int) -> Tensor:
             out = 0 if shifts is None else shifts[expert]
@@ -44,7 +45,7 @@ class MaskedExperts(MaskedProjection):
                 matrix, output = matrices[expert][half], outputs[expert][half]
                 if len(output):
                     bias = None if biases is None else biases[expert][half]
-                    out = product(F.linear(x[token], matrix, bias)) @ output + out  # type: ignore[operator]
+                    out = product(F.linear(x[token], matrix, bias)) @ output + out
             assert isinstance(out, Tensor)
             return out
 

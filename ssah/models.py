@@ -68,8 +68,9 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
 
+    from ssah.compat import gguf
     from ssah.quantised import packed_modules
 
     if dtype not in DTYPES:
@@ -87,8 +88,9 @@ def load_model(
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if gguf_file:
         options["gguf_file"] = gguf_file
-        options["quantization_config"] = GgufConfig(dequantize=not packed)
     with loading(name):
+        if gguf_file:
+            options["quantization_config"] = gguf.config(packed=packed)
         if packed:
             from ssah.gguf_blocks import keep_blocks
 

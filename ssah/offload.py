@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from ssah.compat.accelerate import OWN_FORWARD, hook_of, offloading_hook
+
 __all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward"]
 
 
@@ -25,7 +27,7 @@ def device_of(module: nn.Module) -> torch.device:
     weight = next(module.parameters())
     if not weight.is_meta:
         return weight.device
-    hook = _offloading(module)
+    hook = offloading_hook(module)
     if hook is None:
         raise ValueError(
             f"model has a {type(module).__name__} whose weight is on the meta device, without a "
@@ -39,25 +41,26 @@ def at_hand(*modules: nn.Module) -> Iterator[None]:
     """Offloaded weights of ``modules`` are fetched once for the block, however often they run."""
     with ExitStack() as stack:
         for part in [part for module in modules for part in module.modules()]:
-            if _offloading(part) is not None:
-                hook: Any = part._hf_hook
+            if offloading_hook(part) is not None:
+                hook = hook_of(part)
                 hook.pre_forward(part)
                 stack.callback(hook.post_forward, part, None)
-                stack.enter_context(_set(part, "forward", part._old_forward))
+                stack.enter_context(_set(part, "forward", getattr(part, OWN_FORWARD)))
         yield
 
 
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether ``module`` computes what its class says: nobody but accelerate has replaced it."""
-    if "_hf_hook" in vars(module):
-        return getattr(module._old_forward, "__func__", None) is type(module).forward
+    if hook_of(module) is not None:
+        own = getattr(module, OWN_FORWARD)
+        return getattr(own, "__func__", None) is type(module).forward
     return "forward" not in vars(module)
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module`` computes ``forward`` inside the block; accelerate's hook still runs around it."""
-    with _set(module, "_old_forward" if "_hf_hook" in vars(module) else "forward", forward):
+    with _set(module, "forward" if hook_of(module) is None else OWN_FORWARD, forward):
         yield
 
 
@@ -72,10 +75,3 @@ def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
             delattr(module, name)
         else:
             setattr(module, name, before)
-
-
-def _offloading(module: nn.Module) -> Any:
-    """The hook that fetches the weights of ``module``, or None."""
-    hook = vars(module).get("_hf_hook")
-    hooks = getattr(hook, "hooks", [hook])
-    return next((each for each in hooks if getattr(each, "offload", False)), None)

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
-from transformers import TrainerCallback
 
-from ssah.units import UnitSet
 from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.sharded import Dim, is_sharded
 
 if TYPE_CHECKING:
     from ssah.plan import UpdatePlan
 
-__all__ = ["ImportanceCallback", "PlanAdamW", "UnitImportance", "watch_optimizers"]
+__all__ = ["PlanAdamW", "UnitImportance", "watch_optimizers"]
 
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.
 ACTIVE: weakref.WeakSet[UpdatePlan] = weakref.WeakSet()
@@ -179,33 +177,3 @@ def unit_importance(plan: UpdatePlan, optimizer: Any) -> UnitImportance:
                 if owned.param in by_entry:
                     result[name] += by_entry[owned.param][i][owned.entries]
     return UnitImportance(*results)
-
-
-class ImportanceCallback(TrainerCallback):
-    """Adds to every log of a ``transformers.Trainer`` how important trained units have become.
-
-    ``importance/<group>`` is the mean over the group's units of |sum of p * g| since the start.
-    The optimiser must track it: ``plan.optimizer_cls_and_kwargs(args, track_importance=True)``.
-
-    Args:
-        plan: the plan that trains.
-        groups: name -> units; all trained units by default.
-    """
-
-    def __init__(self, plan: UpdatePlan, groups: Mapping[str, UnitSet] | None = None) -> None:
-        self.plan = plan
-        self.groups = dict(groups) if groups is not None else {"trained": plan.trained_units}
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Extend the log that is being written."""
-        if state.global_step == 0:
-            return
-        signed = self.plan.importance().signed
-        values = {}
-        for group, units in self.groups.items():
-            of_group = [signed[name][index].abs() for name, index in units.items()]
-            joined = torch.cat(of_group) if of_group else torch.empty(0)
-            values[f"importance/{group}"] = float(joined.mean()) if len(joined) else 0.0
-        kwargs.get("logs", {}).update(values)
-        if state.log_history:
-            state.log_history[-1].update(values)

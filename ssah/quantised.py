@@ -6,14 +6,15 @@ of its weight; to add one, add a line to ``SCHEMES``. Nothing here imports a pac
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from ssah.compat import bitsandbytes, gguf
 
 __all__ = [
     "SCHEMES",
@@ -21,6 +22,7 @@ __all__ = [
     "check_plain",
     "dequantised",
     "describe_packing",
+    "identity",
     "n_parameters",
     "packed_modules",
     "passing_gradients",
@@ -37,55 +39,16 @@ class Scheme:
         method: ``quant_method`` in the configuration of a saved model.
         dequantise: the projection's weight as one plain floating-point tensor ``[out, in]``.
         instead: how to get a model with plain weights.
+        identity: what tells one weight from another, where that is not all of ``dequantise``.
+        differentiable: a block in which a module that may pass no gradient does.
     """
 
     name: str
     method: str
     dequantise: Callable[[Any], Tensor]
     instead: str
-
-
-def _bnb_8bit(module: Any) -> Tensor:
-    from bitsandbytes.functional import int8_vectorwise_dequant
-
-    # The first forward moves the row scales from the weight to the module's state.
-    scales = module.weight.SCB if module.weight.SCB is not None else module.state.SCB
-    if module.weight.dtype != torch.int8 or scales is None:
-        raise ValueError(
-            f"module is a {type(module).__name__} with a weight of {module.weight.dtype}, must "
-            "hold int8 (has_fp16_weights=False, and moved to its device)"
-        )
-    weight: Tensor = int8_vectorwise_dequant(module.weight.data, scales)
-    return weight
-
-
-def _bnb_4bit(module: Any) -> Tensor:
-    from bitsandbytes import functional
-
-    data, state = module.weight.data, copy.copy(module.weight.quant_state)
-    if getattr(state, "packing_format_for_cpu", False):
-        # Laid out anew by the first forward on a CPU with AVX512-BF16: [blocks, out] scales. The
-        # inverse would quantise these again if they were nested, so it is told that they were not.
-        scales, state.original_nested = state.absmax, False
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = scales.t().reshape(-1).float()
-    state.dtype = torch.float32
-    # As a column: bitsandbytes would transpose what comes from a row.
-    weight: Tensor = functional.dequantize_4bit(data.reshape(-1, 1), state)
-    return weight
-
-
-def _gguf(module: Any) -> Tensor:
-    from transformers.integrations.gguf.dequant import dequantize
-
-    weight = dequantize(module.weight.detach(), module.ggml_type, torch.float32)
-    if not hasattr(module, "in_features"):
-        return weight.view(module.num_embeddings, module.embedding_dim)
-    weight = weight.view(module.out_features, module.in_features)
-    if module.input_permutation is not None:
-        # The module gathers its input first: column k of the blocks is channel permutation[k].
-        weight = weight[:, module.input_permutation.argsort()]
-    return weight
+    identity: Callable[[Any], tuple[Tensor, ...]] | None = None
+    differentiable: Callable[[Any], AbstractContextManager[None]] = nullcontext
 
 
 def _torchao(module: Any) -> Tensor:
@@ -100,17 +63,24 @@ def _torchao(module: Any) -> Tensor:
 
 
 _DEQUANTIZE = "model.dequantize(), or load the original weights"
+# It takes one layout of weights for the other, and says nothing.
+_DEQUANTIZE_FRESH = "model.dequantize() before it first runs, or load the original weights"
 _UNPACK_GGUF = "load the file dequantised: GgufConfig(dequantize=True), or ssah without --packed"
 
-_PACKED_GGUF = Scheme("packed GGUF", "gguf", _gguf, _UNPACK_GGUF)
+_PACKED_GGUF = Scheme("packed GGUF", "gguf", gguf.weight_of, _UNPACK_GGUF)
 
 # Class of a module or of its weight, qualified; subclasses count.
 SCHEMES: dict[str, Scheme] = {
     "bitsandbytes.nn.modules.Linear8bitLt": Scheme(
-        "bitsandbytes 8-bit", "bitsandbytes", _bnb_8bit, _DEQUANTIZE
+        "bitsandbytes 8-bit", "bitsandbytes", bitsandbytes.weight_8bit, _DEQUANTIZE
     ),
     "bitsandbytes.nn.modules.Linear4bit": Scheme(
-        "bitsandbytes 4-bit", "bitsandbytes", _bnb_4bit, _DEQUANTIZE
+        "bitsandbytes 4-bit",
+        "bitsandbytes",
+        bitsandbytes.weight_4bit,
+        _DEQUANTIZE_FRESH,
+        bitsandbytes.identity_4bit,
+        bitsandbytes.differentiable,
     ),
     "transformers.integrations.gguf.utils.GgufLinear": _PACKED_GGUF,
     "transformers.integrations.gguf.utils.GgufEmbedding": _PACKED_GGUF,
@@ -147,6 +117,21 @@ def dequantised(module: nn.Module) -> Tensor | None:
         return scheme.dequantise(module)
 
 
+def identity(module: nn.Module) -> tuple[Tensor, ...] | None:
+    """What tells the packed weight of ``module`` from another; None where it is a plain one.
+
+    It is the same in every layout of the weight, whether the module has run or not.
+
+    Raises:
+        ValueError: as of :func:`dequantised`.
+    """
+    scheme = scheme_of(module)
+    if scheme is None:
+        return None
+    with torch.no_grad():
+        return (scheme.dequantise(module),) if scheme.identity is None else scheme.identity(module)
+
+
 def check_plain(model: nn.Module, purpose: str) -> None:
     """Refuse a model with packed weights.
 
@@ -166,7 +151,7 @@ def check_plain(model: nn.Module, purpose: str) -> None:
 
 @contextmanager
 def passing_gradients(model: nn.Module) -> Iterator[None]:
-    """Inside the block, a packed projection that passes no gradient to its input is refused.
+    """Inside the block packed projections pass gradients to their inputs, or are refused.
 
     Raises:
         ValueError: its output needs no gradient although its input does: scores from gradients
@@ -186,8 +171,9 @@ def passing_gradients(model: nn.Module) -> Iterator[None]:
 
     with ExitStack() as stack:
         for name, scheme in packed_modules(model).items():
-            handle = model.get_submodule(name).register_forward_hook(check(name, scheme))
-            stack.callback(handle.remove)
+            module = model.get_submodule(name)
+            stack.enter_context(scheme.differentiable(module))
+            stack.callback(module.register_forward_hook(check(name, scheme)).remove)
         yield
 
 

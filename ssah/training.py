@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
 from ssah.plan import UpdatePlan
-from ssah.plan_optimizer import ImportanceCallback
 from ssah.units import UnitSet
 from ssah.updates import load_update, plan_of
 
+if TYPE_CHECKING:
+    from ssah.importance_callback import ImportanceCallback
+
 __all__ = ["ImportanceCallback", "UpdatePlan", "freeze", "load_update", "plan_of", "train_only"]
+
+
+def __getattr__(name: str) -> Any:
+    # Not imported until it is used: it needs transformers' Trainer, and with it many packages.
+    if name == "ImportanceCallback":
+        from ssah.importance_callback import ImportanceCallback
+
+        return ImportanceCallback
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def freeze(model: PreTrainedModel, units: UnitSet) -> UpdatePlan:

@@ -10,15 +10,17 @@ import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import bnb_layouts
 import pytest
 import tiny_chat
 import torch
 from commands import call, fails
 from plans import batch, draw
-from scores import TOLERANCE, assert_close, capture, expected, ragged
+from scores import TOLERANCE, assert_close, expected, ragged
 from tiny_models import _LLAMA
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
@@ -26,6 +28,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import ssah
 from ssah import quantised
 from ssah.attribution import METRICS, attribute, column_sq_norms
+from ssah.batch_state import weights_hash
 from ssah.models import ModelError, load_model, locate
 from ssah.quantised import dequantised, packed_modules
 from ssah.units import find_modules
@@ -77,8 +80,15 @@ SCHEMES: dict[str, tuple[str, Callable[[], Any]]] = {
     ),
     "gguf": ("packed GGUF", lambda: _missing("gguf", "accelerate")),
 }
-# Those that round what enters a module by the largest of its channels.
-ROUNDING = ("bnb-8bit", "torchao-int8-dynamic")
+FOUR_BIT = ("bnb-fp4", "bnb-nf4")
+# 4-bit schemes on a CPU with AVX512-BF16, which computes with bfloat16: before a model has run,
+# and after it.
+LAID_OUT = tuple(f"{name} {layout}" for name in FOUR_BIT for layout in bnb_layouts.NEW)
+SCHEMES |= {name: SCHEMES[name.split()[0]] for name in LAID_OUT}
+# How far the product of value and scale moves at most when both are rounded to bfloat16.
+ROUNDED = (1 + 2**-8) ** 2 - 1
+# Those that round what enters a module; the first two by the largest of its channels.
+ROUNDING = ("bnb-8bit", "torchao-int8-dynamic", *LAID_OUT)
 
 
 @pytest.fixture(scope="module")
@@ -97,18 +107,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def build(folder: Path) -> Build:
+def build(folder: Path) -> Iterator[Build]:
     """Makes a quantised model anew."""
 
     def made(scheme: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
         config = SCHEMES[scheme][1]()
         if scheme == "gguf":
             return load_model(str(folder / "tiny.gguf"), packed=True)[0]
-        return AutoModelForCausalLM.from_pretrained(
-            folder / "plain", quantization_config=config, dtype=dtype
-        ).eval()
+        name, _, layout = scheme.partition(" ")
+        four_bit = name in FOUR_BIT
+        with bnb_layouts.processor(lays_out=bool(layout)) if four_bit else nullcontext():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+                folder / "plain", quantization_config=config, dtype=dtype
+            ).eval()
+        if layout == "has run":
+            bnb_layouts.run_once(model)
+        return model
 
-    return made
+    bnb = importlib.util.find_spec("bitsandbytes") is not None
+    with bnb_layouts.kernel() if bnb else nullcontext():
+        yield made
 
 
 def stands_for(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -118,11 +136,20 @@ def stands_for(module: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     with torch.no_grad():
         out = module(torch.eye(module.in_features, dtype=dtype))
         out = out - module(torch.zeros(1, module.in_features, dtype=dtype))
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        return bnb_layouts.computed(module)  # it rounds what it puts out
     return out.t()
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, Tensor]:
     return {n: stands_for(m.down, model.dtype) for n, m in find_modules(model).items()}
+
+
+def passing(model: PreTrainedModel, metric: str) -> nn.Module:
+    """``model``, or where it passes no gradient although the metric needs one, a copy that does."""
+    states = [getattr(p, "quant_state", None) for p in model.parameters()]
+    laid_out = any(getattr(state, "packing_format_for_cpu", False) for state in states)
+    return bnb_layouts.differentiable(model) if laid_out and metric in METRICS[2:] else model
 
 
 # -------------------------------------------------------------------------------------- scores
@@ -133,16 +160,17 @@ def test_scores(build: Build, scheme: str) -> None:
     """Every metric, from activations that hooks captured in the very same model."""
     model = build(scheme)
     assert {found.name for found in packed_modules(model).values()} == {SCHEMES[scheme][0]}
-    gradient = scheme != "torchao-int8-dynamic"
-    captured = [capture(model, part, gradient) for part in ragged()]
-    weights = weights_of(model)
-    for metric in METRICS:
-        if metric in ("taylor", "fisher") and not gradient:
+    results = {metric: attribute(model, ragged(), metric=metric) for metric in METRICS[:2]}
+    assert {"taylor", "fisher"} == set(METRICS[2:])
+    if scheme != "torchao-int8-dynamic":
+        results |= {metric: attribute(model, ragged(), metric=metric) for metric in METRICS[2:]}
+    else:
+        for metric in METRICS[2:]:
             with pytest.raises(ValueError, match=r"o_proj' \(torchao\) passes no gradient"):
                 attribute(model, ragged(), metric=metric)
-            continue
-        result = attribute(model, ragged(), metric=metric)
-        wanted = expected(model, ragged(), metric, "labels", captured, weights)
+    weights = weights_of(model)
+    for metric, result in results.items():
+        wanted = expected(passing(model, metric), ragged(), metric, "labels", weights=weights)
         assert_close(result, *wanted, 1e-4)
 
 
@@ -166,13 +194,13 @@ def test_an_unfinished_run_goes_on(build: Build, scheme: str, tmp_path: Path) ->
     assert all(torch.equal(found.scores[name], whole.scores[name]) for name in whole.scores)
 
 
-@pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4", "torchao-int8", *LAID_OUT])
 def test_scores_in_bfloat16(build: Build, scheme: str) -> None:
     model = build(scheme, torch.bfloat16)
-    weights = weights_of(model)
     for metric in ("variance", "fisher"):
         result = attribute(model, ragged(), metric=metric)
-        wanted = expected(model, ragged(), metric, "labels", weights=weights)
+        weights = weights_of(model)
+        wanted = expected(passing(model, metric), ragged(), metric, "labels", weights=weights)
         assert_close(result, *wanted, TOLERANCE[torch.bfloat16])
 
 
@@ -195,8 +223,13 @@ def test_a_weight_is_what_its_module_computes_with(build: Build, scheme: str) ->
     for name in packed_modules(model):
         module = model.get_submodule(name)
         if hasattr(module, "in_features"):
+            plain = dequantised(module)  # before it runs, and lays its weight out anew
             wanted = stands_for(module)
-            plain = dequantised(module)
+            if scheme in LAID_OUT:
+                assert torch.equal(bnb_layouts.computed(module), plain)
+                module.bias = None  # else it is added to what was rounded
+                put_out = module(torch.eye(module.in_features))
+                assert torch.equal(put_out.t(), plain.bfloat16().float())
             assert plain is not None
             assert plain.shape == (module.out_features, module.in_features)
             # bitsandbytes has 1 / 127**2 in its products to five digits.
@@ -225,22 +258,44 @@ def test_a_wrong_weight_is_noticed(
         )
 
 
-@pytest.mark.parametrize("scheme", ["bnb-fp4", "bnb-nf4"])
-def test_the_layout_of_a_cpu_with_avx512_bf16(build: Build, scheme: str) -> None:
-    """There bitsandbytes lays a weight out anew when it first runs, with scales in bfloat16."""
-    down = build(scheme).model.layers[0].mlp.down_proj
-    before = dequantised(down)
-    assert before is not None
-    from bitsandbytes import functional
+@pytest.mark.parametrize("scheme", FOUR_BIT)
+def test_identity_is_that_of_the_weight_in_every_layout(build: Build, scheme: str) -> None:
+    """bitsandbytes rounds value and scale of a weight to bfloat16 as it lays it out anew."""
+    models = [build(name) for name in (scheme, *LAID_OUT) if name.startswith(scheme)]
+    hashes = [weights_hash(model) for model in models]
+    bnb_layouts.run_once(models[1])
+    assert {*hashes, weights_hash(models[1])} == {weights_hash(models[0])}
+    plain, before, after = ([dequantised(m) for m in bnb_layouts.projections(x)] for x in models)
+    for exact, first, second in zip(plain, before, after, strict=True):
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, exact, rtol=ROUNDED, atol=0)
+    assert len({weights_hash(build(other)) for other in FOUR_BIT}) == 2
+    for place in (0, -1):  # one code of one weight, one scale
+        for model in models:
+            module = bnb_layouts.projections(model)[0]
+            module.weight.data.view(-1)[place] ^= 1
+            assert weights_hash(model) != hashes[0]
+            module.weight.data.view(-1)[place] ^= 1
+    state = bnb_layouts.projections(models[2])[0].weight.quant_state
+    state.absmax[0, 0] *= 1.01
+    assert weights_hash(models[2]) != hashes[0]
 
-    state = down.weight.quant_state
-    down.weight.data, _ = functional._convert_weight_packed_for_cpu(down.weight.data, state)
-    kept = copy.deepcopy(vars(state))
-    torch.testing.assert_close(dequantised(down), before, rtol=2**-8, atol=0)
-    now = vars(state)
-    assert now.keys() == kept.keys()
-    assert torch.equal(now["absmax"], kept["absmax"])
-    assert not now["nested"]
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scheme", FOUR_BIT)
+def test_scores_do_not_depend_on_having_run(build: Build, scheme: str, metric: str) -> None:
+    before, after = (build(name) for name in LAID_OUT if name.startswith(scheme))
+    scores = attribute(before, ragged(), metric=metric).scores
+    for name, score in attribute(after, ragged(), metric=metric).scores.items():
+        assert torch.equal(scores[name], score)
+
+
+def laid_out(module: Any) -> dict[str, Any]:
+    """What bitsandbytes knows of the layout of a 4-bit weight, and its bytes."""
+    state = getattr(module.weight, "quant_state", None)
+    if state is None:
+        return {}
+    return {**{name: repr(v) for name, v in vars(state).items()}, "": module.weight.data.tolist()}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -250,6 +305,7 @@ def test_the_model_is_left_as_it_was(build: Build, scheme: str) -> None:
     with torch.no_grad():
         before = model(**inputs).logits
     weights = {n: dequantised(model.get_submodule(n)) for n in packed_modules(model) if "proj" in n}
+    states = {n: laid_out(model.get_submodule(n)) for n in packed_modules(model)}
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     model.train()
     attribute(model, ragged())
@@ -263,6 +319,8 @@ def test_the_model_is_left_as_it_was(build: Build, scheme: str) -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
     for name, weight in weights.items():
         assert torch.equal(dequantised(model.get_submodule(name)), weight)
+    for name, state in states.items():
+        assert laid_out(model.get_submodule(name)) == state
     with torch.no_grad():
         assert torch.equal(model.eval()(**inputs).logits, before)
 
@@ -315,8 +373,9 @@ def test_ablation(build: Build, scheme: str) -> None:
     assert not torch.allclose(whole, without, rtol=1e-3)
 
 
-def test_scores_of_ablated_units_are_zero(build: Build) -> None:
-    model = build("bnb-nf4")
+@pytest.mark.parametrize("scheme", ["bnb-nf4", *LAID_OUT])
+def test_scores_of_ablated_units_are_zero(build: Build, scheme: str) -> None:
+    model = build(scheme)
     units = draw(model)
     with ssah.ablate(model, units):
         scores = attribute(model, ragged()).scores
@@ -351,14 +410,16 @@ def first(model: PreTrainedModel) -> nn.Module:
     return model.get_submodule(next(iter(packed_modules(model))))
 
 
-@pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4"])
+@pytest.mark.parametrize("scheme", ["bnb-8bit", *FOUR_BIT, *LAID_OUT[::2]])
 def test_what_the_refusal_advises_works(build: Build, scheme: str) -> None:
     model = build(scheme)
     before = column_sq_norms(next(iter(find_modules(model).values())))
     model.dequantize()
     assert not packed_modules(model)
     after = column_sq_norms(next(iter(find_modules(model).values())))
-    torch.testing.assert_close(after, before, rtol=1e-4, atol=0)
+    # There the module would have computed with values and scales rounded to bfloat16.
+    rtol = (1 + ROUNDED) ** 2 - 1 if scheme in LAID_OUT else 1e-4
+    torch.testing.assert_close(after, before, rtol=rtol, atol=0)
     ssah.freeze(model, draw(model)).close()
 
 
@@ -379,7 +440,7 @@ def test_a_weight_that_torchao_cannot_dequantise_is_refused() -> None:
 # ----------------------------------------------------------------------------- loading, commands
 
 
-@pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4", "torchao-int8"])
+@pytest.mark.parametrize("scheme", ["bnb-8bit", "bnb-nf4", "torchao-int8", *LAID_OUT[2:]])
 def test_a_saved_model_loads_quantised_and_the_commands_take_it(
     build: Build, scheme: str, tmp_path: Path
 ) -> None:

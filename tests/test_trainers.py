@@ -22,8 +22,7 @@ from transformers import (
 )
 
 from ssah.models import load_model
-from ssah.plan_optimizer import ImportanceCallback
-from ssah.training import UpdatePlan, freeze, train_only
+from ssah.training import ImportanceCallback, UpdatePlan, freeze, train_only
 
 Rows = list[dict[str, Tensor]]
 

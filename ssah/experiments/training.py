@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    PreTrainedModel,
+from transformers import PreTrainedModel
+
+from ssah.attribution import may_drop_mask
+from ssah.compat.trainer import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    training_arguments,
 )
-
-from ssah.attribution import may_drop_mask
 from ssah.data import Collator, Encoded
 from ssah.evaluation import utility_loss
 
@@ -242,13 +243,13 @@ class _Checks(TrainerCallback):
 def _arguments(
     model: PreTrainedModel, recipe: Recipe, steps: int, scratch: str
 ) -> TrainingArguments:
-    return TrainingArguments(
+    return training_arguments(
+        in_order=True,
         output_dir=scratch,
         learning_rate=recipe.lr,
         lr_scheduler_type="constant",
         max_steps=steps,
         per_device_train_batch_size=recipe.batch_size,
-        train_sampling_strategy="sequential",
         max_grad_norm=recipe.max_grad_norm,
         optim="adamw_torch_fused",
         bf16=recipe.bf16,

@@ -1,0 +1,58 @@
+"""accelerate: the hooks that fetch a module's weights before it runs and let them go afterwards."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from typing import Any
+
+from torch import nn
+
+from ssah.compat import find, lacking
+
+__all__ = ["OWN_FORWARD", "hook_of", "offloading_hook"]
+
+OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
+_HOOK = "_hf_hook"
+_WORKS = ">=1.10,<=1.15"
+_PURPOSE = "to know which weights are offloaded"
+
+
+def hook_of(module: nn.Module) -> Any:
+    """The hook that accelerate has put on ``module``, or None.
+
+    Raises:
+        LibraryError: accelerate keeps its hooks elsewhere.
+    """
+    # Where nobody has imported it there are no hooks.
+    if "accelerate" in sys.modules:
+        _check()
+    return vars(module).get(_HOOK)
+
+
+def offloading_hook(module: nn.Module) -> Any:
+    """The hook that fetches the weights of ``module`` to its ``execution_device``, or None."""
+    hook = hook_of(module)
+    hooks = getattr(hook, "hooks", [hook])
+    return next((each for each in hooks if getattr(each, "offload", False)), None)
+
+
+@functools.cache
+def _check() -> None:
+    """Put a hook on a module, and look for what this file reads."""
+    names = ("add_hook_to_module", "AlignDevicesHook", "SequentialHook")
+    add, align, sequence = (
+        find("accelerate", f"accelerate.hooks:{name}", purpose=_PURPOSE, works=_WORKS)
+        for name in names
+    )
+    probe = add(nn.Identity(), align(execution_device="cpu"))
+    wanted = {
+        _HOOK: vars(probe),
+        OWN_FORWARD: vars(probe),
+        "offload": vars(vars(probe).get(_HOOK, probe)),
+        "execution_device": vars(vars(probe).get(_HOOK, probe)),
+        "hooks": vars(sequence()),
+    }
+    for name, there in wanted.items():
+        if name not in there:
+            raise lacking("accelerate", f"{name} on what it hooks", _PURPOSE, _WORKS)

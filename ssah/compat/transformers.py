@@ -1,0 +1,155 @@
+"""transformers: how it lays experts out, and how it reads the weights of a checkpoint.
+
+Its GGUF files are in :mod:`ssah.compat.gguf`, its Trainer in :mod:`ssah.compat.trainer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.compat import LibraryError, find, lacking
+
+__all__ = [
+    "WORKS",
+    "WeightReader",
+    "attention_implementation",
+    "expert_gate",
+    "gone",
+    "has_expert_layout",
+    "has_usual_gate",
+    "tie_weights",
+    "tied_weights",
+]
+
+WORKS = ">=5.20,<=5.24"
+
+# What `use_experts_implementation` says of a class of experts.
+_EXPERT_FLAGS = (
+    "has_gate",
+    "has_bias",
+    "is_transposed",
+    "is_concatenated",
+    "has_post_expert_norm",
+    "_apply_gate",
+)
+
+
+def has_expert_layout(module: nn.Module) -> bool:
+    """Whether the class of ``module`` says how it lays the weights of its experts out.
+
+    Raises:
+        LibraryError: it says a part of it: by another release of transformers.
+    """
+    missing = [flag for flag in _EXPERT_FLAGS if not hasattr(module, flag)]
+    if missing and len(missing) < len(_EXPERT_FLAGS):
+        raise gone(f"{type(module).__name__}.{missing[0]}", "to read the layout of experts")
+    return not missing
+
+
+def expert_gate(module: Any) -> Callable[[Tensor], Tensor]:
+    """What experts compute between A and B: ``[tokens, width of A]`` to ``[tokens, units]``."""
+    gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn
+    return gate
+
+
+def has_usual_gate(module: Any) -> bool:
+    """Whether the gate of experts is known to be act(gate) * up, gate first.
+
+    False where transformers no longer has its function for it: :func:`expert_gate` serves any gate,
+    with one more pass over what A puts out.
+    """
+    if not (module.has_gate and module.is_concatenated):
+        return False
+    try:
+        usual = find(
+            "transformers",
+            "transformers.integrations.moe:_default_apply_gate",
+            purpose="to tell the usual gate of experts",
+            works=WORKS,
+        )
+    except LibraryError:
+        return False
+    return getattr(module._apply_gate, "__func__", None) is usual
+
+
+def attention_implementation(model: Any) -> str:
+    """``"sdpa"``, ``"eager"`` and the like: what computes the attention of ``model``."""
+    return str(_own(model.config, "_attn_implementation", "to tell which attention runs"))
+
+
+class WeightReader:
+    """Names, types and conversions of the weights in a checkpoint, as ``from_pretrained`` has them.
+
+    Args:
+        model: on the meta device.
+        dtype: of its weights.
+        device: where they are put.
+
+    Raises:
+        LibraryError: transformers reads weights in another way.
+    """
+
+    def __init__(self, model: Any, dtype: torch.dtype, device: torch.device) -> None:
+        loading = "core_model_loading"
+        self._model = model
+        self._rename = _for_weights(f"{loading}:rename_source_key")
+        self._read = _for_weights(f"{loading}:convert_and_load_state_dict_in_model")
+        mapping = _for_weights("conversion_mapping:get_model_conversion_mapping")(model) or []
+        kinds = (
+            _for_weights(f"{loading}:{kind}") for kind in ("WeightRenaming", "WeightConverter")
+        )
+        self._kinds = [[each for each in mapping if isinstance(each, kind)] for kind in kinds]
+        self._options = _for_weights("modeling_utils:LoadStateDictConfig")(
+            dtype=dtype,
+            dtype_plan=_own(model, "_get_dtype_plan", _READING)(dtype),
+            weight_mapping=mapping,
+            device_map={"": device},
+        )
+
+    def target(self, key: str, names: Any) -> str:
+        """Name in the model of what the checkpoint calls ``key``; of its first part if several."""
+        target, _ = self._rename(key, *self._kinds, self._model.base_model_prefix, names)
+        return key if target not in names and key in names else target
+
+    def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
+        """Convert tensors of the checkpoint and put them into the model.
+
+        Returns:
+            Name, shape and expected shape of each that does not fit.
+        """
+        info, _ = self._read(model=self._model, state_dict=tensors, load_config=self._options)
+        return list(info.mismatched_keys)
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Name of a weight that is another one -> the name of that one."""
+    return dict(_own(model, "all_tied_weights_keys", _READING))
+
+
+def tie_weights(model: Any, missing: set[str]) -> None:
+    """Tie the weights of ``model`` of which those called ``missing`` were in no file."""
+    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+
+
+_READING = "to read the weights of a checkpoint layer by layer"
+
+
+def _for_weights(place: str) -> Any:
+    return find("transformers", f"transformers.{place}", purpose=_READING, works=WORKS)
+
+
+def _own(thing: Any, name: str, purpose: str) -> Any:
+    """The attribute ``name`` that transformers gives to ``thing``."""
+    try:
+        return getattr(thing, name)
+    except AttributeError as error:
+        raise gone(f"{type(thing).__name__}.{name}", purpose) from error
+
+
+def gone(name: str, purpose: str) -> LibraryError:
+    """The error of a release that has no ``name``, in a class or an object, needed ``purpose``."""
+    return lacking("transformers", name, purpose, WORKS)
