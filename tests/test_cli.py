@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from pathlib import Path
 import pytest
 import tiny_chat
 import torch
+import typer
 from commands import SHARES, as_json, call, fails, prepare
 
 import ssah
@@ -18,7 +21,7 @@ from ssah import bench
 from ssah.alignment import faster_dtype
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
-from ssah.cli import support
+from ssah.cli import app, support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
@@ -28,7 +31,17 @@ from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
 from ssah_kernels.schema import KERNELS
 
-COMMANDS = ("attribute", "classify", "ablate", "info", "demo", "bench")
+
+def commands(group, path=()):
+    """The words that call a command -> the command, of all below a group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +59,21 @@ def test_start_up_imports_neither_torch_nor_transformers():
     assert found.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example_and_json(command):
-    output = call(command, "--help").output
-    assert f"Example: ssah {command}" in " ".join(output.split())
-    assert "--json" in output
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_has_json_and_an_example_that_it_takes(path):
+    command = COMMANDS[path]
+    (example,) = re.findall(r"Example: `(.*?)`", command.help, flags=re.DOTALL)
+    name, *arguments = shlex.split(example)
+    assert (name, *arguments[: len(path)]) == ("ssah", *path)
+    assert command.make_context(name, arguments[len(path) :]).args == []  # fails where it is wrong
+    shown = call(*path, "--help").output
+    assert f"Example: {name} {' '.join(path)}" in " ".join(shown.split())
+    assert "--json" in shown
 
 
 def test_version_and_list_of_commands():
     assert call("--version").output.strip() == f"ssah {ssah.__version__}"
-    assert all(command in call("--help").output for command in COMMANDS)
+    assert all(path[0] in call("--help").output for path in COMMANDS)
 
 
 def test_choices_are_those_of_the_library():
