@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_chat
@@ -306,6 +307,20 @@ def test_bench_measures_every_backend_that_is_there(tmp_path, monkeypatch):
     assert {*METRICS, "hooks", "eager"} == set(found["attribute"]["tokens_per_second"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "GB/s" in call("bench", "--quick", "--out", tmp_path, "--threads", 1).stdout
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2, 100])
+def test_the_faster_dtype_is_found_soon_and_once(ratio, monkeypatch):
+    """A processor without bfloat16 takes a second for what takes 0.01 s in float32."""
+    took = [0.01] * 8 + [0.01 * ratio] * 8
+    clock = (reading for each in took for reading in (0.0, each))
+    monkeypatch.setattr("ssah.alignment.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype: torch.zeros(2, 2, dtype=dtype))
+    faster_dtype.cache_clear()
+    found = [faster_dtype(torch.device("cpu")) for _ in range(2)]
+    faster_dtype.cache_clear()
+    assert found == [torch.bfloat16 if ratio < 1 else torch.float32] * 2
+    assert len(list(clock)) == (2 * 7 if ratio == 100 else 0)  # what was not read
 
 
 def test_bench_has_a_case_for_every_operator():
