@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_chat
 import torch
+import typer
 from commands import SHARES, as_json, call, fails, prepare
 
 import ssah
@@ -18,7 +22,7 @@ from ssah import bench
 from ssah.alignment import faster_dtype
 from ssah.attribution import METRICS, TOKENS, Attribution
 from ssah.bench import CASES
-from ssah.cli import support
+from ssah.cli import app, support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import cuda_architectures, describe
@@ -28,7 +32,17 @@ from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
 from ssah_kernels.schema import KERNELS
 
-COMMANDS = ("attribute", "classify", "ablate", "info", "demo", "bench")
+
+def commands(group, path=()):
+    """The words that call a command -> the command, of all below a group."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+COMMANDS = dict(commands(typer.main.get_command(app)))
 
 
 @pytest.fixture(scope="module")
@@ -46,16 +60,21 @@ def test_start_up_imports_neither_torch_nor_transformers():
     assert found.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_help_with_an_example_and_json(command):
-    output = call(command, "--help").output
-    assert f"Example: ssah {command}" in " ".join(output.split())
-    assert "--json" in output
+@pytest.mark.parametrize("path", COMMANDS)
+def test_every_command_has_json_and_an_example_that_it_takes(path):
+    command = COMMANDS[path]
+    (example,) = re.findall(r"Example: `(.*?)`", command.help, flags=re.DOTALL)
+    name, *arguments = shlex.split(example)
+    assert (name, *arguments[: len(path)]) == ("ssah", *path)
+    assert command.make_context(name, arguments[len(path) :]).args == []  # fails where it is wrong
+    shown = call(*path, "--help").output
+    assert f"Example: {name} {' '.join(path)}" in " ".join(shown.split())
+    assert "--json" in shown
 
 
 def test_version_and_list_of_commands():
     assert call("--version").output.strip() == f"ssah {ssah.__version__}"
-    assert all(command in call("--help").output for command in COMMANDS)
+    assert all(path[0] in call("--help").output for path in COMMANDS)
 
 
 def test_choices_are_those_of_the_library():
@@ -289,6 +308,20 @@ def test_bench_measures_every_backend_that_is_there(tmp_path, monkeypatch):
     assert {*METRICS, "hooks", "eager"} == set(found["attribute"]["tokens_per_second"])
     assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert "GB/s" in call("bench", "--quick", "--out", tmp_path, "--threads", 1).stdout
+
+
+@pytest.mark.parametrize("ratio", [0.5, 2, 100])
+def test_the_faster_dtype_is_found_soon_and_once(ratio, monkeypatch):
+    """A processor without bfloat16 takes a second for what takes 0.01 s in float32."""
+    took = [0.01] * 8 + [0.01 * ratio] * 8
+    clock = (reading for each in took for reading in (0.0, each))
+    monkeypatch.setattr("ssah.alignment.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(torch, "ones", lambda *shape, dtype: torch.zeros(2, 2, dtype=dtype))
+    faster_dtype.cache_clear()
+    found = [faster_dtype(torch.device("cpu")) for _ in range(2)]
+    faster_dtype.cache_clear()
+    assert found == [torch.bfloat16 if ratio < 1 else torch.float32] * 2
+    assert len(list(clock)) == (2 * 7 if ratio == 100 else 0)  # what was not read
 
 
 def test_bench_has_a_case_for_every_operator():

@@ -63,12 +63,6 @@ def found(runs) -> dict:
     )  # fmt: skip
 
 
-def test_help_has_an_example():
-    shown = call("evaluate", "--help").output
-    assert "Example: ssah evaluate" in " ".join(shown.split())
-    assert "--json" in shown
-
-
 def test_every_rate_is_what_the_library_computes(runs, found):
     model, tokenizer = load_model(str(runs / "model"))
     scorer = Coherence.calibrate(model, tokenizer, batch_size=4)

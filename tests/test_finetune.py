@@ -415,10 +415,3 @@ def test_a_moved_frozen_weight_is_an_error(place: Path, tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="are not what they were"):
         fine_tune(plan, examples, tmp_path, Settings(max_steps=1), tokenizer=word_tokenizer())
     assert not (tmp_path / "meta.json").exists()
-
-
-@pytest.mark.parametrize("command", ["finetune", "align"])
-def test_help_has_an_example(command: str) -> None:
-    shown = CliRunner().invoke(app, [command, "--help"])
-    assert shown.exit_code == 0
-    assert f"ssah {command} smollm2" in " ".join(shown.stdout.split())
