@@ -23,7 +23,7 @@ from ssah.evaluation import Measurement, Measures, ablations
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import load_model, move, quiet
 from ssah.report.plots import plot_ablations, plot_scores
-from ssah.report.tables import ablation_table, facts_table, groups_table, layers, new_table
+from ssah.report.tables import ablation_table, as_data, facts_table, groups_table, layers, new_table
 from ssah_kernels import timing
 
 if TYPE_CHECKING:
@@ -237,7 +237,7 @@ def _earlier(folder: Path, name: str) -> dict[str, Any] | None:
 def _load(
     console: Console, name: str, dtype: str, options: dict[str, Any]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    with console.status(f"loading {name}"), quiet():
+    with console.status(f"loading {as_data(name)}"), quiet():
         return load_model(name, dtype=dtype, **options)
 
 

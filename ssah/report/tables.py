@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +16,7 @@ from ssah.report import COLOURS, NAMES
 if TYPE_CHECKING:
     from ssah.groups import UnitGroups
 
-__all__ = ["ablation_table", "facts_table", "groups_table", "new_table"]
+__all__ = ["ablation_table", "as_data", "facts_table", "groups_table", "new_table"]
 
 _GROUPS = ("scu", "ucu", "ru", "cu")
 _BAR = 8  # characters
@@ -25,6 +27,16 @@ _STYLE: dict[str, Any] = {
     "collapse_padding": True,
     "pad_edge": False,
 }
+
+
+def as_data(value: object) -> str:
+    """A name or path from outside, for a line that rich prints: never markup, never a command.
+
+    What looks like markup is shown as it is; control characters, which a terminal would obey, are
+    shown as U+FFFD.
+    """
+    shown = "".join("\ufffd" if unicodedata.category(c) == "Cc" else c for c in str(value))
+    return escape(shown)
 
 
 def new_table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
@@ -45,7 +57,7 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
-        table.add_row(name, value if isinstance(value, Text) else str(value))
+        table.add_row(name, value if isinstance(value, Text) else as_data(value))
     return table
 
 
