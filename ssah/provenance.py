@@ -7,6 +7,7 @@ one, whatever happens in between.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -141,16 +142,42 @@ def naming(path: Path) -> Iterator[None]:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file in one step: whatever happens, it is the old one or the new one, never half.
 
+    It is on the disk when this returns, so that a power cut cannot take both.
+
     Raises:
         OSError: it cannot be written, e.g. since the disk is full; the file is named.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
-            temporary.write_bytes(content)
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
+            _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The names in a folder are on the disk, too."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """One process at a time writes to a folder; another one waits until it has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which gives the lock back
 
 
 def save_tensors(
@@ -159,7 +186,8 @@ def save_tensors(
     """Write ``tensors`` and ``meta`` (JSON types only) to ``directory``: whole, or not at all.
 
     An earlier result of the same kind in the folder is replaced, and what a killed process left of
-    one is removed. The kind is ``meta["content"]``.
+    one is removed. The kind is ``meta["content"]``. Of several processes that save to one folder,
+    the last one's result stays.
 
     Raises:
         ValueError: ``meta`` has a reserved key, ``"tensors"``, ``"sha256"`` or ``"meta_sha256"``;
@@ -170,20 +198,21 @@ def save_tensors(
     if reserved:
         raise ValueError(f"meta has the reserved keys {sorted(reserved)}")
     folder = Path(directory)
-    _check_kind(folder, meta.get("content"))
     content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     name = f"tensors-{digest[:12]}.safetensors"
     record = {**meta, "tensors": name, "sha256": digest}
     text = json.dumps({**record, _OWN: _checksum(record)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
-        half.unlink()
-    write_whole(folder / name, content)
-    write_whole(folder / META, text.encode())
-    for old in folder.glob("tensors-*.safetensors"):
-        if old.name != name:
-            old.unlink()
+    with _one_writer(folder):
+        _check_kind(folder, meta.get("content"))
+        for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
+            half.unlink()
+        write_whole(folder / name, content)
+        write_whole(folder / META, text.encode())
+        for old in folder.glob("tensors-*.safetensors"):
+            if old.name != name:
+                old.unlink()
 
 
 def _check_kind(folder: Path, content: object) -> None:
@@ -207,6 +236,23 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         ValueError: a file was cut off or edited; it is named.
     """
     folder = Path(directory)
+    while True:
+        meta = _read_meta(folder)
+        file = folder / meta["tensors"]
+        try:
+            content = file.read_bytes()
+            break
+        except FileNotFoundError:
+            if _read_meta(folder) == meta:
+                raise  # and not replaced by another process between the two files
+    del meta["tensors"]
+    digest = hashlib.sha256(content).hexdigest()
+    if digest != meta.pop("sha256"):
+        raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
+    return safetensors.torch.load(content), meta
+
+
+def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
@@ -218,12 +264,9 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         raise ValueError(f"file {str(path)!r} is damaged: it names no tensors")
     if meta.pop(_OWN, None) not in (None, _checksum(meta)):  # folders of before have none
         raise ValueError(f"file {str(path)!r} is damaged: it is not as it was written")
-    file = folder / meta.pop("tensors")
-    content = file.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != meta.pop("sha256"):
-        raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
-    return safetensors.torch.load(content), meta
+    if Path(str(meta["tensors"])).name != meta["tensors"]:
+        raise ValueError(f"file {str(path)!r} is damaged: it names tensors outside its folder")
+    return meta
 
 
 def _checksum(record: Mapping[str, Any]) -> str:
