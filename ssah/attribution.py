@@ -21,7 +21,14 @@ from transformers import PreTrainedModel
 from ssah import __version__
 from ssah.backward import forward_backward
 from ssah.batch_state import BatchState, weights_hash
-from ssah.batches import IGNORED, Batch, Fingerprint, counted_tokens, read_batch
+from ssah.batches import (
+    IGNORED,
+    Batch,
+    Fingerprint,
+    counted_tokens,
+    n_embeddings,
+    read_batch,
+)
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
@@ -260,6 +267,7 @@ def attribute(
     # Of a packed model even what padding computes may be seen: a scale may be a batch's.
     maskless = may_drop_mask(model) and not packed
     device = device_of(model.get_input_embeddings())
+    vocab_size = n_embeddings(model)
     n_batches = counted = n_targets = 0
     kept: BatchState | None = None
     if state is not None:
@@ -287,7 +295,14 @@ def attribute(
         told to the other ranks before any goes on."""
         nonlocal n_batches, counted, n_targets
         for number, raw in enumerate(chain(begun, batches)):
-            batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=device)
+            batch = read_batch(
+                raw,
+                number,
+                tokens=tokens,
+                maskless=maskless,
+                device=device,
+                vocab_size=vocab_size,
+            )
             n_batches += 1
             counted += int(batch.token_mask.sum())
             if own_fingerprint is None:

@@ -9,9 +9,17 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["IGNORED", "Batch", "Fingerprint", "Trail", "counted_tokens", "read_batch"]
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Fingerprint",
+    "Trail",
+    "counted_tokens",
+    "n_embeddings",
+    "read_batch",
+]
 
 IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
 
@@ -58,8 +66,20 @@ def counted_tokens(batch: object) -> str:
     return "labels" if labelled else "all"
 
 
+def n_embeddings(model: nn.Module) -> int:
+    """How many token ids ``model`` has an embedding for."""
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    return int(getattr(embeddings, "num_embeddings", None) or embeddings.weight.shape[0])
+
+
 def read_batch(
-    batch: object, number: int, *, tokens: str, maskless: bool, device: torch.device
+    batch: object,
+    number: int,
+    *,
+    tokens: str,
+    maskless: bool,
+    device: torch.device,
+    vocab_size: int,
 ) -> Batch:
     """Check one batch and say what it means.
 
@@ -70,10 +90,12 @@ def read_batch(
         tokens: ``"all"`` or ``"labels"``, which positions count.
         maskless: whether the model may be run without the mask of a right-padded batch.
         device: where the model's embeddings are.
+        vocab_size: of the model, see :func:`n_embeddings`.
 
     Raises:
         TypeError: the batch is not a mapping of tensors.
-        ValueError: it lacks something, or shapes disagree.
+        ValueError: it lacks something, shapes disagree, or a token or label is out of range.
+            Padding may have any id: one that has no embedding is given to the model as 0.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(
@@ -95,12 +117,23 @@ def read_batch(
         raise ValueError(
             f"batch {number} has no labels, must have them when the tokens counted are 'labels'"
         )
+    if input_ids.numel() == 0:
+        raise ValueError(
+            f"batch {number}: input_ids have shape {tuple(input_ids.shape)}, must have at least "
+            "one row and one position"
+        )
     mask = batch.get("attention_mask")
     if mask is None:
         attended = torch.ones_like(input_ids, dtype=torch.bool)
     else:
         attended = _attended(mask, input_ids, number)
+    known = (input_ids >= 0) & (input_ids < vocab_size)
+    _check_range("input_ids", input_ids, known | ~attended, number, vocab_size)
+    if labels is not None:
+        fine = (labels == IGNORED) | (labels >= 0) & (labels < vocab_size)
+        _check_range("labels", labels, fine | ~attended, number, vocab_size)
     inputs = {key: value for key, value in batch.items() if key not in ("labels", "use_cache")}
+    inputs["input_ids"] = input_ids = input_ids.masked_fill(~known, 0)
     by_position = isinstance(mask, Tensor) and mask.dim() == 2
     plain = by_position and _PLAIN_KEYS.issuperset(batch)
     if maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
@@ -128,7 +161,21 @@ def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:
             else f"a {type(value).__name__}"
         )
         raise TypeError(f"batch {number}: {key} is {what}, must be integers [rows, length]")
-    return value
+    if value.dtype == torch.bool:
+        raise TypeError(f"batch {number}: {key} is a bool tensor, must be integers [rows, length]")
+    return value if value.dtype == torch.int32 else value.to(torch.int64)
+
+
+def _check_range(key: str, ids: Tensor, fine: Tensor, number: int, vocab_size: int) -> None:
+    """Refuse a token that the model does not know. ``ids``, ``fine`` (bool): [rows, length]."""
+    if bool(fine.all()):
+        return
+    row, position = (~fine).nonzero()[0].tolist()
+    ignored = f" (or {IGNORED}: not to be predicted)" if key == "labels" else ""
+    raise ValueError(
+        f"batch {number}: {key}[{row}, {position}] is {int(ids[row, position])}, must be from 0 to "
+        f"{vocab_size - 1}, a token of the model{ignored}"
+    )
 
 
 def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:

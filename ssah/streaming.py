@@ -27,7 +27,7 @@ from ssah.attribution import (
     may_drop_mask,
     scoring_bar,
 )
-from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, read_batch
+from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, n_embeddings, read_batch
 from ssah.layered import LayeredModel, alone, moved
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
@@ -224,14 +224,21 @@ def _read_loader(
     loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
 ) -> tuple[list[Batch], str, str, str]:
     """All batches, which tokens count, the fingerprint of the data, and that of the batches."""
-    maskless = may_drop_mask(layered.model)
+    maskless, vocab_size = may_drop_mask(layered.model), n_embeddings(layered.model)
     fingerprint, trail = Fingerprint(), Trail()
     own_fingerprint = getattr(loader, "fingerprint", None)
     batches: list[Batch] = []
     for number, raw in enumerate(loader):
         if tokens == "auto":
             tokens = counted_tokens(raw)
-        batch = read_batch(raw, number, tokens=tokens, maskless=maskless, device=layered.device)
+        batch = read_batch(
+            raw,
+            number,
+            tokens=tokens,
+            maskless=maskless,
+            device=layered.device,
+            vocab_size=vocab_size,
+        )
         if own_fingerprint is None:
             fingerprint.update(batch)
         trail.update(raw)

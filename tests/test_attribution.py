@@ -503,3 +503,43 @@ def test_the_fingerprint_is_of_the_data() -> None:
 def test_progress_shows_tokens_per_second(capsys: pytest.CaptureFixture[str]) -> None:
     attribute(build("llama"), iter(ragged()), progress=True)
     assert "tokens/s" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("labels", -1, r"batch 0: labels\[1, 2\] is -1, must be from 0 to .* \(or -100"),
+        ("labels", 10**6, r"labels\[1, 2\] is 1000000"),
+        ("input_ids", -3, r"input_ids\[1, 2\] is -3"),
+        ("input_ids", 10**6, r"input_ids\[1, 2\] is 1000000"),
+    ],
+)
+def test_tokens_out_of_range_are_named(metric: str, key: str, value: int, words: str) -> None:
+    batch = ragged()[0]
+    batch[key][1, 2] = value
+    with pytest.raises(ValueError, match=words):
+        attribute(build("llama"), [batch], metric=metric)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_padding_token_without_an_embedding_changes_nothing(metric: str) -> None:
+    model, expected = build("llama"), attribute(build("llama"), ragged(), metric=metric)
+    batches = ragged()
+    for batch in batches:
+        batch["input_ids"][batch["attention_mask"] == 0] = 10**6
+    result = attribute(model, batches, metric=metric)
+    assert result.data_fingerprint == expected.data_fingerprint
+    assert all(torch.equal(result.scores[name], x) for name, x in expected.scores.items())
+
+
+def test_input_ids_of_other_types() -> None:
+    model, batch = build("llama"), ragged()[0]
+    expected = attribute(model, [batch]).scores
+    for dtype in (torch.int32, torch.uint8, torch.int16):
+        scores = attribute(model, [{**batch, "input_ids": batch["input_ids"].to(dtype)}]).scores
+        assert all(torch.equal(scores[name], x) for name, x in expected.items())
+    with pytest.raises(TypeError, match="input_ids is a bool tensor"):
+        attribute(model, [{**batch, "input_ids": batch["attention_mask"].bool()}])
+    with pytest.raises(ValueError, match="at least one row"):
+        attribute(model, [{key: value[:0] for key, value in batch.items()}])

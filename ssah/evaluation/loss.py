@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
-from ssah.batches import IGNORED, Batch, read_batch
+from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
 from ssah.watch import as_it_was
 
 __all__ = ["response_log_probs", "utility_loss"]
@@ -63,9 +63,12 @@ def response_log_probs(
     maskless = may_drop_mask(model)
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
+    vocab_size = n_embeddings(model)
     choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
     for number, raw in enumerate(loader):
-        batch = read_batch(raw, number, tokens="labels", maskless=maskless, device=device)
+        batch = read_batch(
+            raw, number, tokens="labels", maskless=maskless, device=device, vocab_size=vocab_size
+        )
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
         if not bool(log_probs.isfinite().all()):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ssah.attribution import column_sq_norms, may_drop_mask
-from ssah.batches import read_batch
+from ssah.batches import n_embeddings, read_batch
 from ssah.data import Collator, Encoded
 from ssah.provenance import load_tensors, save_tensors
 from ssah.units import find_modules
@@ -117,7 +117,12 @@ def row_moments(
     ):
         for row, example in enumerate(examples):
             batch = read_batch(
-                collator([example]), row, tokens=tokens, maskless=maskless, device=model.device
+                collator([example]),
+                row,
+                tokens=tokens,
+                maskless=maskless,
+                device=model.device,
+                vocab_size=n_embeddings(model),
             )
             watch.read(batch)
             with torch.inference_mode():
