@@ -135,8 +135,9 @@ class UpdatePlan:
         for hook in self.hooks:
             hook.remove()
         for name, parameter in self.model.named_parameters():
-            parameter.grad = None
-            parameter.requires_grad_(self.required_grad[name])
+            if name in self.required_grad:  # what was added since (adapters, say) is left alone
+                parameter.grad = None
+                parameter.requires_grad_(self.required_grad[name])
         self.model.__dict__.pop(PLAN, None)
         ACTIVE.discard(self)
         self.masked = {}

@@ -278,6 +278,11 @@ def canonical_names(model: nn.Module, also: Collection[str]) -> set[str]:
     """Names as ``model.named_parameters()`` gives them: of tied parameters, the first."""
     if isinstance(also, str):
         raise TypeError(f"also is the string {also!r}, must be a collection of parameter names")
+    if isinstance(also, Mapping):
+        raise TypeError(
+            "also is a mapping, must be a collection of parameter names: these train whole, not "
+            "some of their rows"
+        )
     every = dict(model.named_parameters(remove_duplicate=False))
     unknown = [name for name in also if name not in every]
     if unknown:

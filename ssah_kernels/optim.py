@@ -42,6 +42,7 @@ class _Call:
     indices: list[Tensor | None] = field(default_factory=list)
     dims: list[int] = field(default_factory=list)
     states: list[dict[str, Any]] = field(default_factory=list)
+    steps: list[Tensor] = field(default_factory=list)  # counted once the call is done
 
     def state(self, name: str) -> list[Tensor] | None:
         return [s[name] for s in self.states] if name in self.states[0] else None
@@ -152,7 +153,7 @@ class _MaskedOptimizer(Optimizer):
         return state
 
     def _calls(self) -> list[tuple[dict[str, Any], _Call]]:
-        """The work of one step; counts the step."""
+        """The work of one step."""
         calls: dict[tuple[Any, ...], tuple[dict[str, Any], _Call]] = {}
         for number, group, p, index, dim in self._entries():
             if p.grad is None:
@@ -166,7 +167,6 @@ class _MaskedOptimizer(Optimizer):
             state = self.state[p]
             if not state:
                 state.update(self._new_state(group, join(grads), pieces[0].dim))
-            state["step"] += 1
             key = (id(group), p.dtype, p.device, float(state["step"]))
             for part, grad, own in zip(pieces, grads, _cut_state(state, grads), strict=True):
                 if is_sharded(p) and not grad.numel():
@@ -177,6 +177,10 @@ class _MaskedOptimizer(Optimizer):
                 call.indices.append(part.index)
                 call.dims.append(part.dim)
                 call.states.append(own)
+            if key in calls:
+                calls[key][1].steps.append(state["step"])
+            else:
+                state["step"] += 1  # nothing of it is on this rank
         return list(calls.values())
 
     def _clip_coefs(self, calls: list[tuple[dict[str, Any], _Call]]) -> list[Tensor | None]:
@@ -216,12 +220,14 @@ class _MaskedOptimizer(Optimizer):
         for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
             device = call.params[0].device
             lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
-            step = call.states[0]["step"].to(device)
+            step = (call.steps[0] + 1).to(device)
             seed = None
             if group["rounding"] != "nearest":
                 word = (group["seed"] + _SEED_STRIDE * call.number + (1 << 63)) % (1 << 64)
                 seed = torch.tensor(word - (1 << 63), dtype=torch.int64, device=device)
             self._update(group, call, lr, step, clip_coef, seed)
+            for count in call.steps:
+                count += 1
         return loss
 
     def importance(self) -> dict[Tensor, tuple[Tensor, Tensor]]:

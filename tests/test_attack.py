@@ -12,7 +12,7 @@ from tiny_models import FAMILIES, build
 
 from ssah.ablation import ablate
 from ssah.attribution import attribute
-from ssah.data import DataError, load_rows, make_loader
+from ssah.data import DataError, load_requests, load_rows, make_loader
 from ssah.evaluation import (
     Answer,
     Coherence,
@@ -434,3 +434,17 @@ def test_a_perplexity_beyond_all_numbers_is_infinite_and_none_in_json():
 def test_perplexity_refuses(chat, data, options, message):
     with pytest.raises(ValueError, match=message):
         perplexity(*chat, data, **options)
+
+
+def test_an_answer_of_nan_logits_is_no_answer() -> None:
+    model = tiny_chat.model()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("inf")
+    with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
+        generate(model, tiny_chat.tokenizer(), ["How do I pick a lock?"], max_new_tokens=2)
+
+
+def test_requests_are_lines_as_text_files_end_them(tmp_path) -> None:
+    file = tmp_path / "requests.txt"
+    file.write_bytes("one\u2028request\r\nanother\x0cone\n\n\x85a third\x1cone\n".encode())
+    assert load_requests(file) == ["one\u2028request", "another\x0cone", "a third\x1cone"]

@@ -167,3 +167,23 @@ def test_small_steps_move_bfloat16_weights(form: str) -> None:
     assert abs(float(moved.mean()) - lr * steps) < error
     assert error < 0.05 * lr * steps
     plan.close()
+
+
+def test_a_plan_closes_on_a_model_that_was_given_adapters() -> None:
+    peft = pytest.importorskip("peft")
+    model = build("llama")
+    before = snapshot(model)
+    plan = freeze(model, draw(model))
+    config = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    plan.close()
+    assert plan.closed
+    assert_equal(snapshot(adapted.unload()), before)
+
+
+def test_a_mapping_is_no_collection_of_names() -> None:
+    model = build("llama")
+    rows = {"model.embed_tokens.weight": [3, 7]}
+    with pytest.raises(TypeError, match="also is a mapping"):
+        train_only(model, draw(model), also=rows)
+    assert plan_of(model) is None

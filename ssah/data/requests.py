@@ -34,8 +34,9 @@ def load_requests(source: str | os.PathLike[str], limit: int | None = None) -> l
     name, rows = row_range(source)
     path = Path(name)
     if path.suffix == ".txt" and path.is_file():
-        lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
-        requests = [line for line in lines if line]
+        # As text files end lines: str.splitlines would also cut at U+2028 and form feeds.
+        with path.open(encoding="utf-8-sig") as lines:
+            requests = [text for line in lines if (text := line.strip())]
     elif path.is_file():
         requests = [_prompt(row, where) for where, row in read_objects(path)]
     else:

@@ -104,6 +104,7 @@ def generate(
         ValueError: no request, an argument out of range, or a prompt that leaves the model no room
             for the answer.
         DataError: a request is empty, or the chat template refuses it or the system message.
+        FloatingPointError: the model's logits are NaN or infinite.
     """
     encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
     return answer_tokens(
@@ -210,6 +211,26 @@ def greedy(
         model.generation_config = own
 
 
+class _Finite:
+    """Notices logits that are NaN or +inf while a model generates; waits for no device."""
+
+    def __init__(self) -> None:
+        self.bad: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
+        bad = (logits.isnan() | (logits == torch.inf)).any()
+        self.bad = bad if self.bad is None else self.bad | bad
+        return logits
+
+    def check(self) -> None:
+        if self.bad is not None and bool(self.bad):
+            raise FloatingPointError(
+                "the model's logits are NaN or infinite, so that it says nothing: an empty answer "
+                "would count as a refusal or not by chance. Look at its weights, or use bfloat16 "
+                "or float32 in place of float16"
+            )
+
+
 def _new_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
 ) -> Tensor:
@@ -225,10 +246,14 @@ def _new_tokens(
         # Else it is 1, a slice: a strided matrix, for which torch copies the vocabulary
         # projection once a row. An index gives a whole one: prefilling takes half the time.
         options["logits_to_keep"] = torch.tensor([-1], device=device)
+    finite = _Finite()
     generator: Any = model  # the types of its generate are of no use
     with torch.inference_mode():
-        output = generator.generate(input_ids=input_ids, attention_mask=mask, **options)
+        output = generator.generate(
+            input_ids=input_ids, attention_mask=mask, logits_processor=[finite], **options
+        )
     assert isinstance(output, Tensor)
+    finite.check()
     return output[:, width:].cpu()
 
 
