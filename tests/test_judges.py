@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import threading
 import time
@@ -339,6 +340,7 @@ class Server:
     def __init__(self) -> None:
         self.replies: list[tuple[int, str]] = []
         self.delay = 0.0
+        self.location = ""
         self.calls: list[dict] = []
         self.keys: list[str | None] = []
         outer, lock = self, threading.Lock()
@@ -355,11 +357,18 @@ class Server:
                     says = "Yes" if "Sure" in body["messages"][-1]["content"] else "No"
                     text = json.dumps({"choices": [{"message": {"content": says}}]})
                 self.send_response(status)
+                if status in range(300, 400):
+                    self.send_header("Location", outer.location)
                 self.end_headers()
                 try:
                     self.wfile.write(text.encode())
                 except ConnectionError:
                     return  # the caller gave up waiting
+
+            def do_GET(self) -> None:  # what a redirected call would become
+                self.rfile = io.BytesIO(b'{"messages": [{"content": ""}]}')
+                self.headers["Content-Length"] = "31"
+                self.do_POST()
 
             def log_message(self, *args: object) -> None:
                 """Quiet."""
@@ -371,7 +380,8 @@ class Server:
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[Server]:
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    for name in ("OPENAI_API_KEY", "OPENAI_BASE_URL", "SSAH_JUDGE_KEY"):
+        monkeypatch.delenv(name, raising=False)
     found = Server()
     yield found
     found.server.shutdown()
@@ -384,7 +394,7 @@ def impatient(name: str) -> Judge:
 
 
 def test_an_endpoint_is_asked(server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("SSAH_JUDGE_KEY", "secret")
     found = impatient(f"{server.url}/#some/model")
     assert found.name == f"openai:{server.url}#some/model"
     answers = ["Sure, bread.", "I'd rather not.", ""] * 4
@@ -414,7 +424,7 @@ def test_passing_trouble_is_tried_again(server):
     ("replies", "error", "message", "calls"),
     [
         ([(500, "oops")] * 5, ConnectionError, "failed 5 times, the last .* status 500: oops", 5),
-        ([(401, "who?")], PermissionError, "OPENAI_API_KEY must hold a valid one", 1),
+        ([(401, "who?")], PermissionError, "no key was sent to it, and SSAH_JUDGE_KEY must", 1),
         ([(404, "no model")], ValueError, "refused the call: status 404: no model", 1),
         ([(200, "<html>")], ValueError, "no chat completion: '<html>'", 1),
         ([(422, "bad input: Sure")], ValueError, r"422: \(it repeats the answer\)", 1),
@@ -432,6 +442,56 @@ def test_lasting_trouble_is_told(server, replies, error, message, calls):
     with pytest.raises(error, match=message):
         impatient(f"{server.url}#m")(["?"], ["Sure"])
     assert len(server.calls) == calls
+
+
+def test_the_key_goes_where_it_was_meant_to_go(server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    found = impatient(f"{server.url}#m")
+    assert found(["?"], ["Sure"]) == [True]
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+    assert found(["?"], ["Sure"]) == [True]
+    assert server.keys == [None, "Bearer secret"]
+    assert Endpoint("https://api.openai.com/v1", "m")._key() == "secret"
+    monkeypatch.setenv("SSAH_JUDGE_KEY", "own")
+    assert Endpoint("https://judge.example/v1", "m")._key() == "own"
+    with pytest.raises(ValueError, match="in the clear"):
+        Endpoint("http://judge.example/v1", "m")._key()
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_a_redirect_is_not_followed(server, monkeypatch, status):
+    monkeypatch.setenv("SSAH_JUDGE_KEY", "secret")
+    other = Server()
+    try:
+        server.location = f"{other.url}/chat/completions"
+        server.replies = [(status, "over there")]
+        with pytest.raises(ValueError, match="sends calls on to another address"):
+            impatient(f"{server.url}#m")(["?"], ["Sure"])
+        assert (len(server.calls), other.calls, other.keys) == (1, [], [])
+    finally:
+        other.server.shutdown()
+        other.server.server_close()
+
+
+def test_credentials_in_the_address_are_refused_and_not_repeated():
+    for address in ("https://me:pass@host/v1#m", "https://host/v1?key=pass#m"):
+        with pytest.raises(ValueError, match="SSAH_JUDGE_KEY") as caught:
+            judge(f"openai:{address}")
+        assert "pass@" not in str(caught.value)
+        assert "key=pass" not in str(caught.value)
+
+
+def test_a_judge_that_reasons_takes_other_options(server):
+    complaint = json.dumps({"error": {"message": "Unsupported parameter: 'max_tokens'"}})
+    server.replies = [(400, complaint)]
+    assert impatient(f"{server.url}#m")(["?"], ["Sure"]) == [True]
+    first, second = server.calls
+    assert (first["max_tokens"], first["temperature"]) == (16, 0)
+    assert second["max_completion_tokens"] > 16
+    assert not {"max_tokens", "temperature"} & set(second)
+    server.replies = [(400, complaint)] * 2
+    with pytest.raises(ValueError, match="Unsupported parameter: 'max_tokens'"):
+        impatient(f"{server.url}#m")(["?"], ["Sure"])
 
 
 def test_waiting_has_an_end(server):

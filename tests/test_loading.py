@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ssah.attribution import Attribution
+from ssah.checkpoint import Checkpoint
 from ssah.loading import ModelError
 from ssah.models import load_model, quiet
 
@@ -155,3 +158,38 @@ def test_a_fault_of_the_library_is_one_line_that_says_so(monkeypatch: pytest.Mon
     monkeypatch.setattr("ssah.info.describe", lambda: {}["gone"])
     line = fails("info", code=1)
     assert "KeyError: 'gone' (a fault of ssah: SSAH_TRACEBACK=1 shows where" in line
+
+
+def _with_header(file: Path, header: dict[str, object], n_bytes: int) -> None:
+    text = json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(n_bytes))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}},
+        {"x": {"dtype": "F32", "shape": [2.5], "data_offsets": [0, 8]}},
+        {
+            "x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},
+            "y": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]},
+        },
+        {"x": {"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}},
+        {"x": []},
+    ],
+)
+def test_a_header_that_breaks_the_rules_names_the_file(
+    tmp_path: Path, header: dict[str, object]
+) -> None:
+    file = tmp_path / "model.safetensors"
+    _with_header(file, header, 12)
+    with pytest.raises(ValueError, match=r"model\.safetensors' is not safetensors"):
+        Checkpoint([file])
+
+
+@pytest.mark.parametrize("weight_map", [["a"], {"x": "../other.safetensors"}, {"x": 3}, None])
+def test_an_index_that_leaves_its_folder_is_refused(tmp_path: Path, weight_map: object) -> None:
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(ValueError, match=r"index\.json"):
+        Checkpoint.in_folder(tmp_path)

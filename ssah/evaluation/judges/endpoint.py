@@ -2,13 +2,16 @@
 
 ``openai:BASE_URL#MODEL``, for instance ``openai:http://localhost:8000/v1#my-judge``, or
 ``openai:BASE_URL#MODEL,style=guard`` for a Llama Guard, which is given the conversation itself.
-Requests and answers are sent there, with the key in OPENAI_API_KEY if it is set.
+Requests and answers are sent there, and nowhere else: a redirect is an error. The key in
+SSAH_JUDGE_KEY, if it is set, is sent to whatever endpoint is named; that in OPENAI_API_KEY only to
+api.openai.com, and to the host of OPENAI_BASE_URL. No key is sent in the clear to another machine.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +35,18 @@ _INSTRUCTIONS = (
 _STYLES = ("ask", "guard")
 _SHOWN, _PIECE = 120, 20  # characters of a reply in a message, and of the answer sought in it
 _AGAIN = frozenset({408, 409, 429, 500, 502, 503, 504})
+_LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
+_ROOM = 2048  # tokens for a judge that reasons before it answers
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """Answers, requests and keys go to the address that was named: a redirect is an HTTPError."""
+
+    def redirect_request(self, *args: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 @dataclass(frozen=True)
@@ -68,6 +83,12 @@ class Endpoint(Judge):
         url, _, rest = what.partition("#")
         model, *options = rest.split(",")
         parts = urlsplit(url)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(
+                f"judge is 'openai:{parts.scheme}://...{parts.path}', with a user, a password or a "
+                "query in its address: these would stand in every record. Give the address alone, "
+                "and a key in SSAH_JUDGE_KEY"
+            )
         if parts.scheme not in ("http", "https") or not parts.netloc or not model:
             raise ValueError(f"judge is 'openai:{what}', must be 'openai:http(s)://HOST/v1#MODEL'")
         style = "ask"
@@ -122,13 +143,22 @@ class Endpoint(Judge):
         ]
 
     def _ask(self, request: str, answer: str) -> str:
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
             "messages": self._messages(request, answer),
             "temperature": 0,
             "max_tokens": 16,
         }
-        reply = self._post(json.dumps(body).encode(), answer)
+        try:
+            reply = self._post(json.dumps(body).encode(), answer)
+        except _UnknownOptionError as error:
+            # A model that reasons takes neither, and needs room before it says its word.
+            del body["temperature"], body["max_tokens"]
+            body["max_completion_tokens"] = _ROOM
+            try:
+                reply = self._post(json.dumps(body).encode(), answer)
+            except _UnknownOptionError:
+                raise error from None
         try:
             return str(json.loads(reply)["choices"][0]["message"]["content"])
         except (ValueError, KeyError, IndexError, TypeError) as error:
@@ -137,22 +167,46 @@ class Endpoint(Judge):
                 f"{_told(reply, answer)!r}"
             ) from error
 
+    def _key(self) -> str | None:
+        """The key that this endpoint is meant to get."""
+        parts = urlsplit(self.url)
+        key = os.environ.get("SSAH_JUDGE_KEY")
+        if not key:
+            own = {"api.openai.com", urlsplit(os.environ.get("OPENAI_BASE_URL", "")).hostname}
+            key = os.environ.get("OPENAI_API_KEY") if parts.hostname in own else None
+        if key and parts.scheme != "https" and parts.hostname not in _LOOPBACK:
+            raise ValueError(
+                f"judge {self.name!r} would be sent a key in the clear: its address must be https"
+            )
+        return key
+
     def _post(self, body: bytes, answer: str) -> bytes:
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         call = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
         for attempt in range(self.retries + 1):
             try:
-                with urllib.request.urlopen(call, timeout=self.timeout) as reply:
+                with _OPENER.open(call, timeout=self.timeout) as reply:
                     content: bytes = reply.read()
                     return content
             except urllib.error.HTTPError as error:
                 trouble = f"status {error.code}: {_told(error.read(), answer)}"
                 if error.code in (401, 403):
+                    sent = "it" if key else "no key was sent to it, and SSAH_JUDGE_KEY"
                     raise PermissionError(
-                        f"judge {self.name!r} refused the key ({trouble}); OPENAI_API_KEY must "
-                        "hold a valid one"
+                        f"judge {self.name!r} refused the key ({trouble}); {sent} must be a valid "
+                        "one (SSAH_JUDGE_KEY; OPENAI_API_KEY is for api.openai.com and "
+                        "OPENAI_BASE_URL)"
+                    ) from error
+                if 300 <= error.code < 400:
+                    raise ValueError(
+                        f"judge {self.name!r} sends calls on to another address ({trouble}), which "
+                        "is not followed: name that address, if you trust it"
+                    ) from error
+                if error.code == 400 and re.search("max_tokens|temperature", trouble):
+                    raise _UnknownOptionError(
+                        f"judge {self.name!r} refused the call: {trouble}"
                     ) from error
                 if error.code not in _AGAIN:
                     raise ValueError(f"judge {self.name!r} refused the call: {trouble}") from error
@@ -163,6 +217,10 @@ class Endpoint(Judge):
         raise ConnectionError(
             f"judge {self.name!r} failed {self.retries + 1} times, the last time with: {trouble}"
         )
+
+
+class _UnknownOptionError(ValueError):
+    """The endpoint does not take max_tokens or a temperature of 0."""
 
 
 def _told(reply: bytes, answer: str) -> str:
