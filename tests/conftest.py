@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import os
-import random
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, and by processes of tests
+# Two workers of two threads each would wait for each other. Torch reads this when it is imported.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
 from filelock import FileLock
+from isolation import process_as_it_was
 
 torch.set_num_threads(1)
 pytest.register_assert_rewrite("commands", "family_checks", "plans", "ranks", "scores", "streamed")
@@ -27,28 +27,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    """Puts back what a process has one of, so that no test depends on those before it."""
-    environment, folder, path = dict(os.environ), Path.cwd(), list(sys.path)
-    dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
-    torch_state, state = torch.get_rng_state(), random.getstate()
-    plans = set(_active_plans())
-    yield
-    os.environ.clear()
-    os.environ.update(environment)
-    os.chdir(folder)
-    sys.path[:] = path
-    torch.set_default_dtype(dtype)
-    torch.set_num_threads(threads)
-    torch.set_rng_state(torch_state)
-    random.setstate(state)
-    for plan in set(_active_plans()) - plans:
-        _active_plans().discard(plan)
-
-
-def _active_plans():  # type: ignore[no-untyped-def]
-    """Plans in force. Tests of operators alone do not import the library."""
-    module = sys.modules.get("ssah.plan_optimizer")
-    return module.ACTIVE if module else set()
+    with process_as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")

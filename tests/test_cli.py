@@ -32,6 +32,8 @@ from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS, cuda
 from ssah_kernels.schema import KERNELS
 
+pytestmark = pytest.mark.xdist_group("cli")  # its fixtures are made once
+
 
 def commands(group, path=()):
     """The words that call a command -> the command, of all below a group."""
@@ -353,7 +355,7 @@ def test_smollm2_is_scored_and_its_utility_critical_units_matter(smollm2):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     move(model, faster_dtype(model.device))
     loaders = [
-        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=8)
+        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=6, max_length=96)
         for name in ("safety", "utility")
     ]
     safety, utility = (ssah.attribute(model, loader) for loader in loaders)

@@ -30,6 +30,8 @@ from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.units import UnitSet
 
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are made once
+
 SMALL = (
     "--max-new-tokens", 8, "--judge", "zou2023", "--dtype", "float32", "--batch-size", 4,
     "--over-refusal", "builtin:overrefusal[0:5]", "--benign", "builtin:utility_eval[0:6]",

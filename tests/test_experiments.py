@@ -38,6 +38,8 @@ from ssah.groups import UnitGroups, classify
 from ssah.models import load_model
 from ssah.units import UnitSet
 
+pytestmark = pytest.mark.xdist_group("experiments")  # its fixtures are made once
+
 SOURCES = {"safety": "builtin:safety[0:16]", "utility": "builtin:utility[0:16]"}
 MEASURED = {"requests": ["builtin:safety_eval[0:6]"], "utility_eval": "builtin:utility_eval[0:6]"}
 SCAN = ScanSettings(

@@ -25,6 +25,8 @@ from ssah.training import freeze, train_only
 from ssah.units import UnitSet, find_modules
 from ssah.updates import load_update
 
+pytestmark = pytest.mark.xdist_group("finetune")  # its fixtures are made once
+
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f"w{2 * i} w5 w7"} for i in range(8)]
 QUICK = ("--lr", "0.01", "--max-steps", "4", "--batch-size", "2", "--save-steps", "2")
 

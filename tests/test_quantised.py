@@ -547,7 +547,7 @@ def test_real_blocks(smollm2: Path) -> None:
     from transformers.integrations.gguf.utils import GgufLinear
 
     model, tokenizer = load_model(str(smollm2))
-    loader = ssah.data.make_loader("builtin:safety", tokenizer, limit=4)
+    loader = ssah.data.make_loader("builtin:safety", tokenizer, limit=2, max_length=64)
     whole = attribute(model, loader)
     source, file, _ = locate("smollm2")
     tensors = load_gguf_state_dict(GgufHeader.from_file(f"{source}/{file}"))

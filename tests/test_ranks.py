@@ -17,6 +17,7 @@ import torch.distributed as dist
 from plans import draw, loss_on, make, masks, snapshot
 from ranks import (
     MODES,
+    PATIENCE,
     assert_close,
     batches,
     expect,
@@ -123,7 +124,7 @@ def die(rank: int, n: int, folder: Path) -> None:
 def test_a_rank_that_dies_leaves_a_clear_error(tmp_path: Path) -> None:
     context = start(die, 3, tmp_path, join=False)
     for process in context.processes:
-        process.join(30)
+        process.join(PATIENCE)
     assert [process.exitcode for process in context.processes] == [0, 9, 0]
 
 

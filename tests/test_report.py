@@ -26,6 +26,8 @@ from ssah.report.records import records_table
 from ssah.report.transfer_plot import plot_transfer
 from ssah.transfer import Transfer
 
+pytestmark = pytest.mark.xdist_group("report")  # its fixtures are made once
+
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 DATA = {"requests": {"source": HOSTILE, "rows": 32, "fingerprint": "0123456789abcdef" * 4}}
 CLAIMS = [

@@ -220,6 +220,7 @@ SENTENCES = (
 )
 
 
+@pytest.mark.exhaustive  # tiny models do, above
 @pytest.mark.real
 def test_real_model_ends_where_dense_masked_training_ends(smollm2: Path, tmp_path: Path) -> None:
     model, tokenizer = load_model(str(smollm2))

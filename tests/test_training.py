@@ -77,13 +77,14 @@ def test_every_single_step_from_equal_state(
     trains = masks(model, draw(model, 0.2), "train_only")
     plan = train_only(model, draw(model, 0.2))
     optimizer = plan.optimizer(lr=lr)
+    dense = tiny_models.build("llama", dtype=dtype)
+    exact = tiny_models.build("llama", dtype=torch.float64)
     for step in range(8):
-        dense = tiny_models.build("llama", seed=seed, dtype=dtype)
-        exact = tiny_models.build("llama", seed=seed, dtype=torch.float64)
-        dense.load_state_dict(model.state_dict())
-        before = snapshot(dense)
+        before = snapshot(model)
+        exact.to(torch.float64)
         for each in (dense, exact):
             each.load_state_dict(before)
+            each.zero_grad()
             dense_step(each, step, lr, trains, plan, optimizer)
         optimizer.zero_grad()
         loss_of(model, step).backward()

@@ -23,6 +23,7 @@ from ssah.units import layers_path
 Batches = list[dict[str, Tensor]]
 MODES = ("freeze", "train_only")
 ROWS = 4  # of a step, over all ranks
+PATIENCE = 300.0  # seconds that a process may take to end on a machine with much else to do
 
 
 def start(worker: Any, n: int, folder: Path, **options: Any) -> Any:
