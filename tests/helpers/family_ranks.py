@@ -14,6 +14,7 @@ from tempfile import mkdtemp
 import tiny_models
 import torch
 import torch.distributed as dist
+from in_float64 import InFloat64
 from plans import make
 from ranks import MODES, batches, shard, start, train
 from torch import Tensor
@@ -26,7 +27,7 @@ from ssah_kernels.sharded import is_sharded, local
 
 BATCHES = 3  # the second process has one, and waits in step while the first has two
 # With a large eps a step is nearly in proportion to the gradient, not to its rounding where it is
-# zero: some norms and routers compute in float32, whatever the weights are.
+# zero.
 OPTIONS = {"lr": 1e-3, "weight_decay": 0.1, "eps": 1e-2}
 
 
@@ -72,7 +73,8 @@ def _score_and_train(among: tuple[str, ...], rank: int, n: int, folder: Path) ->
         states = {}
         for mode in MODES:
             with make(model, mode) as plan:
-                train(model, plan.optimizer(**OPTIONS), range(1), rank, n)
+                with InFloat64():
+                    train(model, plan.optimizer(**OPTIONS), range(1), rank, n)
                 plan.verify()
             states[mode] = {
                 name: local(value).clone()
