@@ -57,6 +57,12 @@ def sources(*patterns: str) -> list[str]:
     return found
 
 
+def check_python() -> None:
+    if sys.version_info < PYTHON_FLOOR:
+        floor = ".".join(map(str, PYTHON_FLOOR))
+        sys.exit(f"ssah needs Python >= {floor}; this is {sys.version.split()[0]}")
+
+
 def check_torch(version: str) -> None:
     if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_FLOOR:
         floor = ".".join(map(str, TORCH_FLOOR))
@@ -100,9 +106,12 @@ def find_cuda(torch_cuda: str | None, torch_hip: str | None = None) -> tuple[Pat
         # Compiling nothing shows what else can be wrong: no host compiler, or one that is too new.
         run(nvcc, "-x", "cu", "-c", os.devnull, "-o", os.devnull)
     except (OSError, RuntimeError) as error:
-        return None, f"{nvcc} does not work ({error}): install the CUDA toolkit again"
+        return None, (
+            f"{nvcc} does not work ({error}): install a whole CUDA toolkit, and a host compiler "
+            "that it takes"
+        )
     if release is None:
-        return None, f"{nvcc} --version names no release: install the CUDA toolkit again"
+        return None, f"{nvcc} --version names no release: install a whole CUDA toolkit"
     if torch_cuda is not None and torch_cuda.split(".")[0] != release[1]:
         return None, (
             f"nvcc is of CUDA {release[1]} ({home}) and torch {torch_cuda}: install a CUDA "
@@ -191,12 +200,8 @@ def extensions() -> list[Extension]:
     return [cpu, cuda]
 
 
-if sys.version_info < PYTHON_FLOOR:
-    sys.exit(
-        f"ssah needs Python >= {'.'.join(map(str, PYTHON_FLOOR))}; this is {sys.version.split()[0]}"
-    )
-
 if __name__ == "__main__":
+    check_python()
     if os.environ.get("SSAH_NO_EXTENSION") == "1":
         setup()
     else:
