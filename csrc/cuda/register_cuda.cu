@@ -21,8 +21,8 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cuda, CUDA, m) {
 // Whether the library found torch's current stream, without which no kernel can be launched.
 SSAH_EXPORT int ssah_cuda_finds_stream() { return aoti_torch_get_current_cuda_stream != nullptr; }
 
-// Versions of CUDA as 1000 major + 10 minor: of the runtime inside this library, and the newest that
-// the driver serves (0 without a driver).
+// Versions of CUDA as 1000 major + 10 minor: of the runtime inside this library, and the newest
+// that the driver serves (0 without a driver).
 SSAH_EXPORT int ssah_cuda_runtime_version() {
   int version = 0;
   return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
