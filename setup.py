@@ -33,6 +33,8 @@ CXX_FLAGS = [
     "-fno-math-errno",
     "-fvisibility=hidden",
 ]
+# The last is for clang, which does not know the second.
+QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 CUDA_ARCHS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
@@ -175,7 +177,7 @@ def extensions() -> list[Extension]:
         sources("csrc/register.cpp", "csrc/cpu/*.cpp", "csrc/cpu/isa/*.cpp"),
         depends=sources("csrc/cpu/*.h", "csrc/cpu/isa/*.h"),
         libraries=["torch_cpu", "c10"],
-        extra_compile_args=[*CXX_FLAGS, "-Wno-psabi", "-Wno-maybe-uninitialized", STABLE_ABI],
+        extra_compile_args=[*CXX_FLAGS, *QUIET, STABLE_ABI],
         language="c++",
         py_limited_api=True,
     )
