@@ -22,17 +22,9 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-TORCH_FLOOR = (2, 10)
-PYTHON_FLOOR = (3, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-CXX_FLAGS = [
-    "-O3",
-    "-g0",
-    "-std=c++17",
-    "-ffp-contract=fast",
-    "-fno-math-errno",
-    "-fvisibility=hidden",
-]
+CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-ffp-contract=fast", "-fno-math-errno"]
+CXX_FLAGS += ["-fvisibility=hidden"]  # another library's symbols may have the same names
 # The last is for clang, which does not know the second.
 QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 CUDA_ARCHS = [
@@ -60,15 +52,13 @@ def sources(*patterns: str) -> list[str]:
 
 
 def check_python() -> None:
-    if sys.version_info < PYTHON_FLOOR:
-        floor = ".".join(map(str, PYTHON_FLOOR))
-        sys.exit(f"ssah needs Python >= {floor}; this is {sys.version.split()[0]}")
+    if sys.version_info < (3, 10):  # noqa: UP036 (pip asks too, but not everybody comes by pip)
+        sys.exit(f"ssah needs Python >= 3.10; this is {sys.version.split()[0]}")
 
 
 def check_torch(version: str) -> None:
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_FLOOR:
-        floor = ".".join(map(str, TORCH_FLOOR))
-        sys.exit(f"ssah needs torch >= {floor}; this is {version}: pip install 'torch>={floor}'")
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10):
+        sys.exit(f"ssah needs torch >= 2.10; this is {version}: pip install 'torch>=2.10'")
 
 
 def check_compiler() -> None:
