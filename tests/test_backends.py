@@ -145,6 +145,20 @@ def test_a_broken_cpu_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         backends.kernel("cpu", "channel_moments_")
 
 
+def test_the_bandwidth_is_read_from_a_tensor_alone() -> None:
+    """No address from outside is read."""
+    if cpu.missing() is not None:
+        pytest.skip("the CPU library is not built")
+    read_bytes = cpu.kernel("read_bytes")
+    data = torch.randint(256, (64 * 5000,), dtype=torch.uint8)
+    assert read_bytes(data) == data.view(torch.int32).sum().item() % 2**32
+    for wrong in (data[:100], data[::2], data.view(torch.int32), data.view(2, -1)):
+        with pytest.raises(
+            RuntimeError, match=r"data must be a contiguous uint8 tensor \[n_bytes\]"
+        ):
+            read_bytes(wrong)
+
+
 def in_a_fresh_process(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False

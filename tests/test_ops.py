@@ -295,6 +295,6 @@ def test_missing_extension_says_how_to_get_it(name, monkeypatch, tmp_path):
         monkeypatch.setattr(module, "missing", module.missing.__wrapped__)
     else:
         monkeypatch.setattr(module, "built", lambda: None)
-        monkeypatch.setattr(module, "_load", module._load.__wrapped__)
+        monkeypatch.setattr(module, "_library", module._library.__wrapped__)
     with pytest.raises(backends.MissingBackendError, match="pip install --no-build-isolation"):
         backends.kernel(name, "channel_moments_")

@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from setuptools import Distribution, Extension
 
 from ssah_kernels.backends import cpu, cuda
 
@@ -233,6 +234,35 @@ def test_a_toolkit_that_does_not_fit_is_left_out_in_one_line(
     monkeypatch.setenv("SSAH_CUDA", "0")
     assert setup.wanted_cuda(torch_cuda, hip) is None
     assert capsys.readouterr().err == ""
+
+
+def test_the_build_goes_on_without_cuda(
+    setup: ModuleType,
+    toolkit: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With a toolkit that fits both libraries are built, otherwise the first, in the same call."""
+
+    def built() -> list[Extension]:
+        command = setup.Build(Distribution({"ext_modules": setup.extensions()}))
+        command.ensure_finalized()
+        command.run()
+        return command.extensions
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(setup.Base, "run", lambda self: None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    home = toolkit(RELEASE_13)
+    both = built()
+    assert [extension.name for extension in both] == ["ssah_kernels._C", "ssah_kernels._C_cuda"]
+    assert str(home / "lib64") in both[1].library_dirs
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert [extension.name for extension in built()] == ["ssah_kernels._C"]
+    assert capsys.readouterr().err.count("the CUDA kernels are left out") == 1
+    monkeypatch.setattr(setup, "torch", None)
+    with pytest.raises(SystemExit, match="torch is not installed here: pip install"):
+        built()
 
 
 def test_a_wrong_cuda_home_is_named(
