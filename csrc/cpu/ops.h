@@ -48,4 +48,8 @@ Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
                             const std::vector<int64_t>& dims,
                             const std::optional<Tensor>& grad_scale);
 
+// Not operators of the catalogue: build facts, and a sum of the 64-byte blocks of `data` [n_bytes].
+std::string facts_cpu();
+int64_t read_bytes_cpu(const Tensor& data);
+
 }  // namespace ssah

@@ -1,43 +1,42 @@
-"""The C++ kernels for CPU tensors: operators ``torch.ops.ssah_cpu.*`` of the extension ``_C``."""
+"""The C++ kernels for CPU tensors: operators ``torch.ops.ssah_cpu.*`` of a library of their own."""
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from functools import cache
-from types import ModuleType
 from typing import Any
 
 import torch
 
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ssah_kernels.backends import native
 
+LIBRARY = native.FOLDER / "_C.abi3.so"
 HOW_TO_BUILD = (
     "this installation has no compiled extension. Install a C++17 compiler (Debian: apt-get "
     "install g++) and run `pip install --no-build-isolation -e .` without SSAH_NO_EXTENSION; or "
     "set SSAH_BACKEND=reference for the slow float64 implementation"
 )
 
+_schemas = native.define("ssah_cpu")
+_schemas.define("read_bytes(Tensor data) -> int")
+_schemas.define("facts() -> str")
+
 
 @cache
-def _load() -> tuple[ModuleType | None, torch.library.Library]:
-    library = torch.library.Library("ssah_cpu", "DEF")
-    for op in KERNELS:
-        library.define(op + SCHEMAS[op])
-    try:
-        return importlib.import_module("ssah_kernels._C"), library
-    except ModuleNotFoundError:
-        return None, library
+def missing() -> str | None:
+    """Why the kernels cannot run here and how to get them; None if they can."""
+    if not LIBRARY.exists():
+        return HOW_TO_BUILD
+    loaded = native.load(LIBRARY)
+    return loaded if isinstance(loaded, str) else None
 
 
 def facts() -> dict[str, str]:
-    """Build and processor facts of the extension; {} if it is not built."""
-    extension, _ = _load()
-    return {} if extension is None else extension.facts()
-
-
-def missing() -> str | None:
-    return HOW_TO_BUILD if _load()[0] is None else None
+    """Build and processor facts of the library; {} if it is not there."""
+    if missing() is not None:
+        return {}
+    lines = torch.ops.ssah_cpu.facts().splitlines()
+    return dict(line.split("=", 1) for line in lines)
 
 
 def kernel(op: str) -> Callable[..., Any]:
