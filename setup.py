@@ -1,21 +1,29 @@
 """Builds the extensions: CPU kernels (one object per instruction set) and, with nvcc, CUDA kernels.
 
+Both use the stable ABI of torch and no Python symbol: one build serves later versions of both.
+
 Environment:
     SSAH_NO_EXTENSION=1  install the pure-Python part alone (reference and Triton)
-    SSAH_CUDA=0|1        leave the CUDA kernels out, or insist on them; default: if nvcc is there
+    SSAH_CUDA=0|1        leave the CUDA kernels out, or insist on them; default: if nvcc fits
+    CUDA_HOME            the CUDA toolkit; default: /usr/local/cuda, or that of nvcc on the PATH
+    CXX                  the C++ compiler; default: c++
     MAX_JOBS             compilations at a time
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
+TORCH_FLOOR = (2, 10)
+PYTHON_FLOOR = (3, 10)
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 CXX_FLAGS = [
     "-O3",
@@ -29,75 +37,176 @@ CUDA_ARCHS = [
     "-gencode=arch=compute_80,code=sm_80",
     "-gencode=arch=compute_90,code=[sm_90,compute_90]",
 ]
+# The one symbol of libtorch's that the CUDA library needs is weak, for which the linker would not
+# keep libtorch: the flag holds for the libraries named after it, so the name stands inside.
+KEEP_LIBTORCH = "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"
+PURE = "SSAH_NO_EXTENSION=1 installs the pure-Python part (reference and Triton)"
 
 
-def cuda_home() -> Path | None:
-    nvcc = shutil.which("nvcc")
-    for home in (os.environ.get("CUDA_HOME"), "/usr/local/cuda", nvcc and Path(nvcc).parents[1]):
-        if home and (Path(home) / "bin" / "nvcc").exists():
-            return Path(home)
-    return None
+def sources(*patterns: str) -> list[str]:
+    """The files that match, of which each pattern must have some."""
+    found = []
+    for pattern in patterns:
+        files = sorted(map(str, Path().glob(pattern)))
+        if not files:
+            sys.exit(
+                f"ssah: there is no {pattern} here: these sources are incomplete. Take them from "
+                f"the repository or a whole source distribution; {PURE}"
+            )
+        found += files
+    return found
 
 
-def want_cuda() -> bool:
-    wanted = os.environ.get("SSAH_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"ssah: SSAH_CUDA is {wanted!r}; it must be 0 or 1")
-    if wanted == "1" and cuda_home() is None:
-        sys.exit(
-            "ssah: SSAH_CUDA=1 but nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
-        )
-    return wanted != "0" and cuda_home() is not None
+def check_python() -> None:
+    if sys.version_info < PYTHON_FLOOR:
+        floor = ".".join(map(str, PYTHON_FLOOR))
+        sys.exit(f"ssah needs Python >= {floor}; this is {sys.version.split()[0]}")
 
 
-def options() -> dict[str, Any]:
-    """What setup() gets for the extensions."""
+def check_torch(version: str) -> None:
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < TORCH_FLOOR:
+        floor = ".".join(map(str, TORCH_FLOOR))
+        sys.exit(f"ssah needs torch >= {floor}; this is {version}: pip install 'torch>={floor}'")
+
+
+def check_compiler() -> None:
     compiler = os.environ.get("CXX", "c++")
     if shutil.which(compiler.split()[0]) is None:
         sys.exit(
             f"ssah: no C++ compiler ({compiler}). Install one (Debian: apt-get install g++), or "
-            "set SSAH_NO_EXTENSION=1 to install the pure-Python part (reference and Triton)"
+            f"set CXX; {PURE}"
         )
+
+
+def run(*command: str) -> str:
+    """What a compiler prints; RuntimeError with the first line of its complaint if it fails."""
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        complaint = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
+        raise RuntimeError(complaint.splitlines()[0])
+    return done.stdout
+
+
+def find_cuda(torch_cuda: str | None, torch_hip: str | None = None) -> tuple[Path | None, str]:
+    """The CUDA toolkit to build with, or None and why not ("" if there is just none)."""
+    if torch_hip is not None:
+        return None, f"this torch is built for ROCm ({torch_hip}), where Triton serves"
+    found = shutil.which("nvcc")
+    homes = [Path("/usr/local/cuda"), *([Path(found).resolve().parents[1]] if found else [])]
+    if "CUDA_HOME" in os.environ:
+        homes = [Path(os.environ["CUDA_HOME"])]
+    home = next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
+    if home is None:
+        if "CUDA_HOME" in os.environ:
+            return None, f"CUDA_HOME is {homes[0]}, which has no bin/nvcc: correct it or unset it"
+        return None, ""
+    nvcc = str(home / "bin" / "nvcc")
+    try:
+        release = re.search(r"release (\d+)", run(nvcc, "--version"))
+        # Compiling nothing shows what else can be wrong: no host compiler, or one that is too new.
+        run(nvcc, "-x", "cu", "-c", os.devnull, "-o", os.devnull)
+    except (OSError, RuntimeError) as error:
+        return None, (
+            f"{nvcc} does not work ({error}): install a whole CUDA toolkit, and a host compiler "
+            "that it takes"
+        )
+    if release is None:
+        return None, f"{nvcc} --version names no release: install a whole CUDA toolkit"
+    if torch_cuda is not None and torch_cuda.split(".")[0] != release[1]:
+        return None, (
+            f"nvcc is of CUDA {release[1]} ({home}) and torch {torch_cuda}: install a CUDA "
+            f"{torch_cuda.split('.')[0]} toolkit and set CUDA_HOME to it"
+        )
+    return home, ""
+
+
+def wanted_cuda(torch_cuda: str | None, torch_hip: str | None = None) -> Path | None:
+    """The CUDA toolkit, if the CUDA kernels are to be built. One line says if and why not."""
+    wanted = os.environ.get("SSAH_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"ssah: SSAH_CUDA is {wanted!r}; it must be 0 or 1")
+    if wanted == "0":
+        return None
+    home, why = find_cuda(torch_cuda, torch_hip)
+    if wanted == "1" and home is None:
+        why = why or "nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
+        sys.exit(f"ssah: SSAH_CUDA=1, but {why}")
+    if why:
+        print(f"ssah: the CUDA kernels are left out: {why}", file=sys.stderr)
+    return home
+
+
+try:
     import torch
     from torch.utils import cpp_extension
 
-    built_with = f'-DSSAH_TORCH_VERSION="{torch.__version__}"'
-    result = [
-        cpp_extension.CppExtension(
-            "ssah_kernels._C",
-            ["csrc/register.cpp", *sorted(map(str, Path("csrc/cpu").rglob("*.cpp")))],
-            depends=sorted(map(str, Path("csrc/cpu").rglob("*.h"))),
-            extra_compile_args=[
-                *CXX_FLAGS,
-                "-Wno-psabi",
-                "-Wno-maybe-uninitialized",
-                STABLE_ABI,
-                built_with,
+    Base = cpp_extension.BuildExtension
+except ImportError:  # enough for a source distribution; `run` below says what is missing
+    torch, Base = None, build_ext  # type: ignore[assignment, misc]
+
+
+class Build(Base):  # type: ignore[misc, valid-type]
+    """Looks for torch and compilers only when it builds: a source distribution takes neither."""
+
+    def run(self) -> None:
+        if torch is None:
+            sys.exit("ssah: torch is not installed here: pip install 'torch>=2.10' first")
+        check_torch(torch.__version__)
+        check_compiler()
+        home = wanted_cuda(torch.version.cuda, torch.version.hip)
+        cpu, *cuda = self.extensions
+        cpu.extra_compile_args.append(f'-DSSAH_TORCH_VERSION="{torch.__version__}"')
+        if home is None:
+            self.extensions = [cpu]
+        else:
+            cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch does not look for it
+            cuda[0].include_dirs.append(str(home / "include"))
+            cuda[0].library_dirs.append(str(home / "lib64"))
+        for extension in self.extensions:
+            extension.include_dirs += cpp_extension.include_paths()
+            extension.library_dirs.append(str(Path(torch.__file__).parent / "lib"))
+        super().run()
+
+
+def extensions() -> list[Extension]:
+    """Both libraries; `Build.run` adds where torch and CUDA are, or leaves the second out."""
+    cpu = Extension(
+        "ssah_kernels._C",
+        sources("csrc/register.cpp", "csrc/cpu/*.cpp", "csrc/cpu/isa/*.cpp"),
+        depends=sources("csrc/cpu/*.h", "csrc/cpu/isa/*.h"),
+        libraries=["torch_cpu", "c10"],
+        extra_compile_args=[*CXX_FLAGS, "-Wno-psabi", "-Wno-maybe-uninitialized", STABLE_ABI],
+        language="c++",
+        py_limited_api=True,
+    )
+    if os.environ.get("SSAH_CUDA") == "0":
+        return [cpu]
+    cuda = Extension(
+        "ssah_kernels._C_cuda",
+        sources("csrc/cuda/*.cu"),
+        depends=sources("csrc/cuda/*.*h"),
+        libraries=["torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
+        extra_compile_args={
+            "cxx": CXX_FLAGS,
+            "nvcc": [
+                *("-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden"),
+                *("-DUSE_CUDA", STABLE_ABI, *CUDA_ARCHS),
             ],
-            py_limited_api=True,  # no Python symbol is used: one build for every Python
-        )
-    ]
-    if want_cuda():
-        home = cuda_home()
-        cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch does not look for it
-        result.append(
-            Extension(
-                "ssah_kernels._C_cuda",
-                sorted(map(str, Path("csrc/cuda").glob("*.cu"))),
-                depends=sorted(map(str, Path("csrc/cuda").glob("*.*h"))),
-                include_dirs=[*cpp_extension.include_paths(), str(home / "include")],
-                library_dirs=[str(home / "lib64"), str(Path(torch.__file__).parent / "lib")],
-                libraries=["torch", "torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
-                extra_compile_args={
-                    "cxx": CXX_FLAGS,
-                    "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", STABLE_ABI, *CUDA_ARCHS],
-                },
-                # libtorch is named by a weak symbol alone: the linker must not drop it.
-                extra_link_args=["-Wl,--no-as-needed"],
-                language="c++",
-            )
-        )
-    return {"ext_modules": result, "cmdclass": {"build_ext": cpp_extension.BuildExtension}}
+        },
+        extra_link_args=[KEEP_LIBTORCH],
+        language="c++",
+        py_limited_api=True,
+    )
+    return [cpu, cuda]
 
 
-setup(**({} if os.environ.get("SSAH_NO_EXTENSION") == "1" else options()))
+if __name__ == "__main__":
+    check_python()
+    if os.environ.get("SSAH_NO_EXTENSION") == "1":
+        setup()
+    else:
+        setup(
+            ext_modules=extensions(),
+            cmdclass={"build_ext": Build},
+            options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        )

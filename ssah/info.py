@@ -6,25 +6,20 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import struct
 from collections import Counter
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import ssah
 from ssah_kernels import backends
-from ssah_kernels.backends import cpu, cuda
+from ssah_kernels.backends import cpu, cuda, fatbin
 from ssah_kernels.schema import KERNELS
 
 if TYPE_CHECKING:
     from torch import nn
 
-__all__ = ["cuda_architectures", "describe", "describe_model"]
-
-_FATBIN_MAGIC = struct.pack("<I", 0xBA55ED50)
-_PTX, _ELF = 1, 2
+__all__ = ["describe", "describe_model"]
 
 
 def describe() -> dict[str, Any]:
@@ -51,7 +46,7 @@ def describe() -> dict[str, Any]:
         "compiler": extension.get("compiler"),
         "torch_built_with": extension.get("torch_built_with"),
         "cuda_built": library is not None,
-        "cuda_archs": cuda_architectures(library) if library is not None else [],
+        "cuda_archs": fatbin.architectures(library) if library is not None else [],
         "gpu": _gpu(),
         "triton": _version("triton"),
         "chosen": {device: backends.choose(torch.device(device)) for device in devices},
@@ -115,29 +110,6 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
             for part, layers in find_not_covered(model).items()
         ],
     }
-
-
-def cuda_architectures(library: Path) -> list[str]:
-    """What a CUDA library was compiled for, e.g. ``["sm_80", "sm_90", "ptx_90"]``.
-
-    Read from the headers of its fat binaries, which needs no GPU and no CUDA tool: a container
-    (magic, version, size of header, size) of entries (kind, version, size of header, size, ...,
-    architecture at byte 28).
-    """
-    content = library.read_bytes()
-    found: set[tuple[bool, int]] = set()
-    at = content.find(_FATBIN_MAGIC)
-    while at >= 0:
-        _, _, header, size = struct.unpack_from("<IHHQ", content, at)
-        entry, end = at + header, at + header + size
-        while entry + 32 <= end:
-            kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, entry)
-            (architecture,) = struct.unpack_from("<I", content, entry + 28)
-            if kind in (_PTX, _ELF):
-                found.add((kind == _PTX, architecture))
-            entry += entry_header + entry_size
-        at = content.find(_FATBIN_MAGIC, end)
-    return [f"{'ptx' if ptx else 'sm'}_{architecture}" for ptx, architecture in sorted(found)]
 
 
 def _version(package: str) -> str | None:

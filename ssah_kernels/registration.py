@@ -21,7 +21,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
         ready = check(*args, **kwargs)
         first = ready[0] if isinstance(ready[0], Tensor) else ready[0][0]
         with torch.no_grad():
-            return backends.kernel(backends.choose(first.device), op)(*ready, **kwargs)
+            backend = backends.choose(first.device)
+            return backends.kernel(backend, op, first.device)(*ready, **kwargs)
 
     return run
 

@@ -21,11 +21,11 @@ from ssah.bench import CASES
 from ssah.cli import support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
-from ssah.info import cuda_architectures, describe
+from ssah.info import describe
 from ssah.models import DTYPES, ModelError, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
 from ssah.units import KINDS, UnitSet
-from ssah_kernels.backends import BACKENDS, cuda
+from ssah_kernels.backends import BACKENDS
 from ssah_kernels.schema import KERNELS
 
 COMMANDS = ("attribute", "classify", "ablate", "info", "demo", "bench")
@@ -150,13 +150,6 @@ def test_info_tells_the_backends_of_every_operator(runs):
     assert found["model"]["units"] == 2 * (64 + 32)
     assert "channel_moments_" in call("info").stdout
     assert describe()["chosen"]["cpu"] in BACKENDS
-
-
-def test_cuda_architectures_are_read_from_the_library():
-    library = cuda.built()
-    if library is None:
-        pytest.skip("the CUDA library is not built")
-    assert {"sm_80", "sm_90", "ptx_90"} <= set(cuda_architectures(library))
 
 
 # ----------------------------------------------------------------------------------------- errors

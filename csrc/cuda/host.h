@@ -18,7 +18,9 @@
 #include "operators.h"
 #include "types.cuh"
 
-// Defined by CUDA builds of torch alone. Weak, so that the library also loads where it cannot run.
+// Defined by libtorch_cuda, which CUDA builds of torch alone have. Weak, so that the library also
+// loads where it cannot run. It is found through libtorch, which setup.py therefore makes a
+// dependency: torch loads libtorch_cuda with RTLD_LOCAL, where no other search looks.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**);
 
 namespace ssah {
@@ -28,8 +30,8 @@ using torch::headeronly::ScalarType;
 inline cudaStream_t current_stream(const Tensor& tensor) {
   STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // Not the macro with STABLE_ in front, which is new in torch 2.13.
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -1,6 +1,7 @@
 // Registers the kernels as torch.ops.ssah_cuda.* for CUDA tensors; Python defines the schemas.
 #include <torch/csrc/stable/library.h>
 
+#include "host.h"
 #include "operators.h"
 
 STABLE_TORCH_LIBRARY_IMPL(ssah_cuda, CUDA, m) {
@@ -12,4 +13,21 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cuda, CUDA, m) {
   m.impl("masked_adamw_", TORCH_BOX(&ssah::masked_adamw_cuda));
   m.impl("masked_sgd_", TORCH_BOX(&ssah::masked_sgd_cuda));
   m.impl("masked_grad_norm", TORCH_BOX(&ssah::masked_grad_norm_cuda));
+}
+
+// What ssah_kernels/backends/cuda.py asks before it chooses these kernels, through ctypes.
+#define SSAH_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Whether the library found torch's current stream, without which no kernel can be launched.
+SSAH_EXPORT int ssah_cuda_finds_stream() { return aoti_torch_get_current_cuda_stream != nullptr; }
+
+// Versions of CUDA as 1000 major + 10 minor: of the runtime inside this library, and the newest
+// that the driver serves (0 without a driver).
+SSAH_EXPORT int ssah_cuda_runtime_version() {
+  int version = 0;
+  return cudaRuntimeGetVersion(&version) == cudaSuccess ? version : 0;
+}
+SSAH_EXPORT int ssah_cuda_driver_version() {
+  int version = 0;
+  return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
 }

@@ -5,9 +5,10 @@
 ``triton``     Triton, any GPU (and CPU tensors under TRITON_INTERPRET=1)
 ``cuda``       CUDA C++, NVIDIA GPUs
 
-On a CPU tensor ``cpu`` runs; on a CUDA tensor ``cuda`` if it was built, else ``triton``.
-The environment variable SSAH_BACKEND (read at import) or ``use`` overrides the choice. There is
-no silent fall back: a missing kernel is an error that says how to get it.
+On a CPU tensor ``cpu`` runs; on a CUDA tensor ``cuda`` if it was built for that GPU and loads,
+else ``triton``; ``missing("cuda")`` says why not. The environment variable SSAH_BACKEND (read at
+import) or ``use`` overrides the choice. There is no silent fall back to ``reference``: where no
+kernel is there, an error says how to get one.
 """
 
 from __future__ import annotations
@@ -46,21 +47,24 @@ _override: str | None = (
 )
 
 
-def missing(backend: str) -> str | None:
-    """Why the backend cannot be used here and how to get it; None if it can."""
+def missing(backend: str, device: torch.device | None = None) -> str | None:
+    """Why the backend cannot be used here and how to get it; None if it can.
+
+    Of several GPUs ``device`` names the one that is asked about (None: the current one).
+    """
     if _checked(backend) == "reference":
         return None
     module = importlib.import_module(f"ssah_kernels.backends.{backend}")
-    return module.missing()
+    return module.missing(device) if backend == "cuda" else module.missing()
 
 
-def kernel(backend: str, op: str) -> Callable[..., Any]:
-    """The function that computes ``op`` on ``backend``.
+def kernel(backend: str, op: str, device: torch.device | None = None) -> Callable[..., Any]:
+    """The function that computes ``op`` on ``backend``, for tensors on ``device``.
 
     Raises:
-        MissingBackendError: the backend is not built or not installed.
+        MissingBackendError: the backend is not built, not installed, or not for this device.
     """
-    why = missing(backend)
+    why = missing(backend, device)
     if why is not None:
         raise MissingBackendError(f"ssah::{op}: backend {backend!r} is not available: {why}")
     if backend == "reference":
@@ -74,7 +78,7 @@ def choose(device: torch.device) -> str:
         return _override
     if device.type == "cpu":
         return "cpu"
-    if device.type == "cuda" and missing("cuda") is None:
+    if device.type == "cuda" and missing("cuda", device) is None:
         return "cuda"
     return "triton"
 

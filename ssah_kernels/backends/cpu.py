@@ -4,34 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ssah_kernels.backends import native
 
-LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+LIBRARY = native.FOLDER / "_C.abi3.so"
 HOW_TO_BUILD = (
     "this installation has no compiled extension. Install a C++17 compiler (Debian: apt-get "
     "install g++) and run `pip install --no-build-isolation -e .` without SSAH_NO_EXTENSION; or "
     "set SSAH_BACKEND=reference for the slow float64 implementation"
 )
 
-# Defined at import, which happens once: several threads may use the backend for the first time.
-_schemas = torch.library.Library("ssah_cpu", "DEF")
-for _op in KERNELS:
-    _schemas.define(_op + SCHEMAS[_op])
+_schemas = native.define("ssah_cpu")
 _schemas.define("read_bytes(Tensor data) -> int")
 _schemas.define("facts() -> str")
 
 
 @cache
 def missing() -> str | None:
+    """Why the kernels cannot run here and how to get them; None if they can."""
     if not LIBRARY.exists():
         return HOW_TO_BUILD
-    torch.ops.load_library(str(LIBRARY))
-    return None
+    loaded = native.load(LIBRARY)
+    return loaded if isinstance(loaded, str) else None
 
 
 def facts() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,33 +10,74 @@ from typing import Any
 
 import torch
 
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ssah_kernels.backends import fatbin, native
+
+LIBRARY = native.FOLDER / "_C_cuda.abi3.so"
+OR_TRITON = "Triton serves this GPU where it is installed (`pip install triton`)"
+
+_schemas = native.define("ssah_cuda")
 
 
 def built() -> Path | None:
     """The CUDA library of this installation, whether or not a GPU is present."""
-    return next(iter(sorted(Path(__file__).parents[1].glob("_C_cuda*.so"))), None)
+    return LIBRARY if LIBRARY.exists() else None
 
 
 @cache
-def _load() -> tuple[str | None, torch.library.Library | None]:
+def _library() -> ctypes.CDLL | str:
+    """The library, ready to launch kernels on a GPU that it was built for; or why it is not."""
     path = built()
     if path is None:
         return (
             "this installation has no CUDA kernels. Install the CUDA toolkit (nvcc) and run "
             "`SSAH_CUDA=1 pip install --no-build-isolation -e .`, or install triton"
-        ), None
+        )
     if not torch.cuda.is_available():
-        return "torch sees no CUDA device (torch.cuda.is_available() is False)", None
-    library = torch.library.Library("ssah_cuda", "DEF")
-    for op in KERNELS:
-        library.define(op + SCHEMAS[op])
-    torch.ops.load_library(str(path))
-    return None, library
+        return "torch sees no CUDA device (torch.cuda.is_available() is False)"
+    if torch.version.cuda is None:  # torch.cuda is also the name under which ROCm's GPUs go
+        return f"this torch is built for ROCm, not for CUDA. {OR_TRITON}"
+    library = native.load(path)
+    return library if isinstance(library, str) else _unready(library) or library
 
 
-def missing() -> str | None:
-    return _load()[0]
+def _unready(library: ctypes.CDLL) -> str | None:
+    """Why a library that loaded cannot launch kernels, if it cannot."""
+    if not library.ssah_cuda_finds_stream():
+        return (
+            "the CUDA kernels do not find the current stream of this torch "
+            f"(aoti_torch_get_current_cuda_stream), although it is {torch.__version__}: build "
+            f"them again beside it, and report this. {OR_TRITON}"
+        )
+    driver, runtime = library.ssah_cuda_driver_version(), library.ssah_cuda_runtime_version()
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"the CUDA kernels were built with CUDA {runtime // 1000} and the driver of this "
+            f"machine serves CUDA {driver // 1000}: update the driver, or build them with CUDA "
+            f"{driver // 1000}. {OR_TRITON}"
+        )
+    return None
+
+
+@cache
+def _unserved(gpu: int) -> str | None:
+    """Why a GPU cannot run the machine code of the library, if it cannot."""
+    architectures = fatbin.architectures(LIBRARY)
+    major, minor = torch.cuda.get_device_capability(gpu)
+    if fatbin.serves(architectures, (major, minor)):
+        return None
+    return (
+        f"the CUDA kernels were built for {', '.join(architectures)}, and cuda:{gpu} is "
+        f"sm_{major}{minor}. {OR_TRITON}"
+    )
+
+
+def missing(device: torch.device | None = None) -> str | None:
+    """Why the kernels cannot run on ``device`` (None: the current GPU); None if they can."""
+    library = _library()
+    if isinstance(library, str):
+        return library
+    gpu = None if device is None else device.index
+    return _unserved(torch.cuda.current_device() if gpu is None else gpu)
 
 
 def kernel(op: str) -> Callable[..., Any]:
