@@ -18,14 +18,14 @@ SSAH_INLINE vfloat log_scaled_erfc(vfloat t) {
                                 0.0943214269f, -0.0902556585f, 0.0652326508f, 0.380354122f,
                                 0.999348078f,  -1.26548227f};
   vfloat sum = {};
-  for (float coefficient : coefficients) sum = sum * t + coefficient;
+  for (float coefficient : coefficients) sum = mul_add(sum, t, coefficient);
   return sum;
 }
 
 // The normal distribution function Phi(z) and its density phi(z).
 SSAH_INLINE void normal(vfloat z, vfloat& cdf, vfloat& density) {
   vfloat half_square = z * z * 0.5f;
-  vfloat t = 1 / (1 + (z < 0 ? -z : z) * 0.35355339f);
+  vfloat t = 1 / mul_add(z < 0 ? -z : z, 0.35355339f, 1.0f);
   vfloat tail = 0.5f * t * exp(log_scaled_erfc(t) - half_square);
   cdf = z < 0 ? tail : 1 - tail;
   density = exp(-half_square) * 0.39894228f;
@@ -41,9 +41,9 @@ template <class V, class S>
 SSAH_INLINE void gelu_tanh(V z, V& value, V& slope) {
   const S scale = S(2 * 0.79788456080286535588);  // 2 sqrt(2 / pi): 1 + tanh(u) = 2 sigmoid(2 u)
   V square = z * z;
-  V s = sigmoid(scale * z * (1 + S(0.044715) * square));
+  V s = sigmoid(scale * z * mul_add(square, S(0.044715), S(1)));
   value = z * s;
-  slope = s + z * s * (1 - s) * scale * (1 + S(3 * 0.044715) * square);
+  slope = mul_add(value * (1 - s) * scale, mul_add(square, S(3 * 0.044715), S(1)), s);
 }
 
 // value = act(z) and slope = act'(z). A caller that drops the slope pays nothing for it.
@@ -55,12 +55,12 @@ SSAH_INLINE void activate(vec<T> z, vec<T>& value, vec<T>& slope) {
   if constexpr (act == kSilu) {
     V s = sigmoid(z);
     value = z * s;
-    slope = s + value * (1 - s);
+    slope = mul_add(value, 1 - s, s);
   } else if constexpr (act == kGelu) {
     V cdf, density;
     normal(z, cdf, density);
     value = z * cdf;
-    slope = cdf + z * density;
+    slope = mul_add(z, density, cdf);
   } else if constexpr (act == kGeluTanh) {
     gelu_tanh<V, S>(z, value, slope);
   } else {

@@ -5,10 +5,20 @@
 
 #include "host.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace ssah {
+#if defined(__aarch64__)
+namespace neon {
+extern const Kernels kernels;
+}
+#else
 namespace baseline {
 extern const Kernels kernels;
 }
+#endif
 #if defined(__x86_64__)
 namespace avx2 {
 extern const Kernels kernels;
@@ -19,7 +29,9 @@ extern const Kernels kernels;
 #endif
 
 std::vector<const Kernels*> built_kernels() {
-#if defined(__x86_64__)
+#if defined(__aarch64__)
+  return {&neon::kernels};
+#elif defined(__x86_64__)
   return {&baseline::kernels, &avx2::kernels, &avx512::kernels};
 #else
   return {&baseline::kernels};
@@ -28,14 +40,23 @@ std::vector<const Kernels*> built_kernels() {
 
 namespace {
 
+#if defined(__x86_64__)
+// Not every compiler's __builtin_cpu_supports knows the name.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+#endif
+
+// Whether this processor (and its operating system) has all that isa/<isa>.cpp is compiled for.
 bool processor_has(const Kernels& table) {
 #if defined(__x86_64__)
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+  if (&table == &avx2::kernels) return has_avx2;
   if (&table == &avx512::kernels) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+    return has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  }
-  if (&table == &avx2::kernels) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   }
 #endif
   return true;

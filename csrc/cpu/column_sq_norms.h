@@ -14,7 +14,7 @@ struct SquareTerm {
   long row_stride;
   SSAH_METHOD void add(long row, long c, long n, vec<T> (&sums)[1]) {
     vec<T> w = load_up_to(weight + row * row_stride + c, n);
-    sums[0] += w * w;
+    sums[0] = mul_add(w, w, sums[0]);
   }
 };
 

@@ -32,13 +32,13 @@ struct AdamWRule {
   SSAH_METHOD void update(vec<T> grad, vec<T>& w, vec<T>& m, vec<T>& v) const {
     if constexpr (kAsTorch) {
       const vec<T> g = grad * scale;
-      m = m + grad_to_m * (g - m);
-      v = rounded_product(v, beta2) + grad_to_v * g * g;
-      w = rounded_product(w, decay) - step_size * m / (square_root(v) / bias + eps);
+      m = mul_add(g - m, grad_to_m, m);
+      v = mul_add(grad_to_v * g, g, v * beta2);
+      w = w * decay - step_size * m / (square_root(v) / bias + eps);
     } else {
-      m = beta1 * m + grad_to_m * grad;
-      v = beta2 * v + grad_to_v * grad * grad;
-      w = w * decay - step_size * m / (square_root(v) * bias + eps);
+      m = mul_add(m, beta1, grad_to_m * grad);
+      v = mul_add(v, beta2, grad_to_v * grad * grad);
+      w = mul_add(w, decay, -step_size * m / mul_add(square_root(v), bias, eps));
     }
   }
 };

@@ -9,14 +9,14 @@
 namespace ssah {
 namespace SSAH_ISA {
 
-SSAH_INLINE void add_squares(vdouble x, vdouble (&sums)[2]) { sums[0] += x * x; }
+SSAH_INLINE void add_squares(vdouble x, vdouble (&sums)[2]) { sums[0] = mul_add(x, x, sums[0]); }
 SSAH_INLINE void add_squares(vfloat x, vdouble (&sums)[2]) {
   typedef vector_of<float, SSAH_LANES / 2>::type vhalf;
   vhalf halves[2];
   __builtin_memcpy(halves, &x, sizeof(x));
   for (int i = 0; i < 2; ++i) {
     const vdouble wide = __builtin_convertvector(halves[i], vdouble);
-    sums[i] += wide * wide;
+    sums[i] = mul_add(wide, wide, sums[i]);
   }
 }
 

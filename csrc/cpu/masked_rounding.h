@@ -34,11 +34,11 @@ SSAH_INLINE vuint noise_of(vuint bits) {
 
 // The upper halves of `words`, as the first n values at p.
 SSAH_INLINE void store_upper(bf16* p, vuint words, long n) {
-  const vushort upper = narrow(words >> 16);
+  const vushort halves = narrow_upper(words);
   if (n >= SSAH_LANES) {
-    store_raw(p, upper);
+    store_raw(p, halves);
   } else {
-    __builtin_memcpy(p, &upper, n * sizeof(bf16));
+    __builtin_memcpy(p, &halves, n * sizeof(bf16));
   }
 }
 

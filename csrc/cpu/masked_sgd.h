@@ -25,12 +25,12 @@ struct SgdRule {
         nesterov(a.nesterov) {}
 
   SSAH_METHOD void update(vec<T> grad, vec<T>& w, vec<T>& b, vec<T>&) const {
-    vec<T> g = grad * scale + weight_decay * w;
+    vec<T> g = mul_add(w, weight_decay, grad * scale);
     if constexpr (kMomentum) {
-      b = first ? g : momentum * b + one_minus_dampening * g;
-      g = nesterov ? g + momentum * b : b;
+      b = first ? g : mul_add(b, momentum, one_minus_dampening * g);
+      g = nesterov ? mul_add(b, momentum, g) : b;
     }
-    w = w - lr * g;
+    w = neg_mul_add(g, lr, w);
   }
 };
 

@@ -17,34 +17,6 @@ constexpr long kRowsPerSum = 64;  // rows between merges of column units' sums i
 // Whose sums of p * g and its square are kept: nobody's, one unit's (a row), one per element.
 enum Units { kNoUnits, kRowUnit, kColumnUnits };
 
-SSAH_INLINE vfloat square_root(vfloat x) {
-#if SSAH_LANES == 16
-  return (vfloat)_mm512_maskz_sqrt_ps(0xffff, (__m512)x);
-#elif SSAH_LANES == 8
-  return (vfloat)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < SSAH_LANES; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-SSAH_INLINE vdouble square_root(vdouble x) {
-  for (int i = 0; i < SSAH_LANES / 2; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-}
-
-// a * b, never contracted with what follows: these round as torch does, so that
-// one step differs from torch's by less than the parameters' own spacing.
-template <class V, class S>
-SSAH_INLINE V rounded_product(V a, S b) {
-  V product = a * b;
-#if defined(__x86_64__)
-  __asm__("" : "+v"(product));
-#elif defined(__aarch64__)
-  __asm__("" : "+w"(product));
-#endif
-  return product;
-}
-
 // One run of elements that are contiguous in every tensor. `sums` are of p * g and of its square:
 // a vector each for a row unit, an element each for column units.
 template <class T, class S>
@@ -70,7 +42,7 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
     }
     const vec<T> product = p * grad;
     signed_sum += product;
-    squared_sum += product * product;
+    squared_sum = mul_add(product, product, squared_sum);
     if constexpr (kUnits == kColumnUnits) {
       store(r.signed_sums + i, signed_sum);
       store(r.squared_sums + i, squared_sum);
@@ -107,7 +79,7 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
     if constexpr (kUnits == kRowUnit) {
       const vfloat product = w[half] * grad[half];
       signed_sum += product;
-      squared_sum += product * product;
+      squared_sum = mul_add(product, product, squared_sum);
     }
     if constexpr (kKahan) w[half] += rest[half];
     rule.update(grad[half], w[half], state0[half], state1[half]);

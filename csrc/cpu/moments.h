@@ -36,12 +36,12 @@ SSAH_INLINE void join_group(const vec<T> (&d)[R], MomentsTile<T>& tile, long c, 
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
       vec<T> deviation = d[i] - group_mean;
-      group_m2 += deviation * deviation;
+      group_m2 = mul_add(deviation, deviation, group_m2);
     }
   }
   vec<T> mean = load(tile.mean + c), delta = group_mean - mean;
-  store(tile.mean + c, mean + delta * to_mean);
-  store(tile.m2 + c, load(tile.m2 + c) + group_m2 + delta * delta * to_m2);
+  store(tile.mean + c, mul_add(delta, to_mean, mean));
+  store(tile.m2 + c, mul_add(delta * delta, to_m2, load(tile.m2 + c) + group_m2));
 }
 
 // `Source` gives a row's values: load(row, channel, n) with n channels left, prefetch(row,

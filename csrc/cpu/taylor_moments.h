@@ -15,7 +15,7 @@ struct TaylorTerm {
   SSAH_METHOD void add(long row, long c, long n, vec<T> (&sums)[2]) {
     vec<T> product = load_up_to(x + x_rows[row] + c, n) * load_up_to(grad + grad_rows[row] + c, n);
     sums[0] += product;
-    sums[1] += product * product;
+    sums[1] = mul_add(product, product, sums[1]);
   }
 };
 

@@ -6,6 +6,7 @@
 #endif
 #define SSAH_ISA avx2
 #define SSAH_LANES 8
+#define SSAH_INSTRUCTIONS "isa/avx2.h"
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -8,6 +8,7 @@
 #endif
 #define SSAH_ISA avx512
 #define SSAH_LANES 16
+#define SSAH_INSTRUCTIONS "isa/avx512.h"
 #include "kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,0 +1,48 @@
+// AVX2 with FMA and F16C: what the vector extension has no operator for. See baseline.h for what
+// each function must do.
+#pragma once
+
+#include <immintrin.h>  // intrinsics carry their own target; they are always inlined
+
+#include "../vectors.h"
+
+namespace ssah {
+namespace SSAH_ISA {
+
+constexpr bool kFused = true;
+
+SSAH_INLINE vfloat mul_add(vfloat a, vfloat b, vfloat c) {
+  return (vfloat)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+}
+SSAH_INLINE vdouble mul_add(vdouble a, vdouble b, vdouble c) {
+  return (vdouble)_mm256_fmadd_pd((__m256d)a, (__m256d)b, (__m256d)c);
+}
+
+SSAH_INLINE vuint widen_to_upper(vushort v) {
+  return (vuint)_mm256_cvtepu16_epi32((__m128i)v) << 16;
+}
+SSAH_INLINE vushort narrow_upper(vuint v) {
+  const __m256i halves = (__m256i)(v >> 16);
+  const __m256i packed = _mm256_packus_epi32(halves, halves);  // within each half of the register
+  return (vushort)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+}
+
+SSAH_INLINE vfloat from_f16(vushort v) { return (vfloat)_mm256_cvtph_ps((__m128i)v); }
+SSAH_INLINE vushort to_f16(vfloat v) {
+  return (vushort)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+
+SSAH_INLINE vfloat min(float a, vfloat b) {
+  return (vfloat)_mm256_min_ps(_mm256_set1_ps(a), (__m256)b);
+}
+SSAH_INLINE vfloat max(float a, vfloat b) {
+  return (vfloat)_mm256_max_ps(_mm256_set1_ps(a), (__m256)b);
+}
+
+SSAH_INLINE vfloat square_root(vfloat x) { return (vfloat)_mm256_sqrt_ps((__m256)x); }
+SSAH_INLINE vdouble square_root(vdouble x) { return (vdouble)_mm256_sqrt_pd((__m256d)x); }
+
+SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
+
+}  // namespace SSAH_ISA
+}  // namespace ssah
