@@ -133,7 +133,8 @@ def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]
         momentum = 0.9 * (number % 4 != 3)
         names = ("params", "grads", "first", "indices", "dims")
         options = {"momentum": momentum, "weight_decay": 0.1 * (number % 2)}
-        options |= {"maximize": number % 6 == 5, "nesterov": number % 4 == 2, "dampening": 0.0}
+        options |= {"maximize": number % 6 == 5, "nesterov": number % 4 == 2}
+        options |= {"dampening": 0.2 * (number % 4 == 1)}
         args = [lists[n] for n in names]
         args[2] = args[2] if momentum else None
         yield Sample(name, (*args, *_rate_and_step(number), *rest), options)

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, on every instruction set
+# that this machine has: the operator tests, and some thousand drawn calls against the reference.
+#
+#   runs/sanitizers.sh [DIR]     DIR: where the instrumented copies are built and kept
+#                                (default: build/sanitizers)
+#
+# Ends with 1 at the first report. Leaks are not looked for: Python keeps much until it ends.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=$PWD/.venv/bin/python
+folder=$(realpath -m "${1:-build/sanitizers}")
+
+library() { "${CXX:-g++}" -print-file-name="lib$1.so"; }
+
+for sanitizer in address undefined; do
+  tree=$folder/$sanitizer
+  mkdir -p "$tree"
+  # A copy: the checkout's own library stays what it is. Unchanged files keep their time, so that
+  # only what has changed is compiled again.
+  git ls-files -z --cached --others --exclude-standard | tar -c --null -T - | tar -x -C "$tree"
+  flags="-fsanitize=$sanitizer -fno-omit-frame-pointer -g1"
+  [ $sanitizer = undefined ] && flags="$flags -fno-sanitize=alignment -fno-sanitize-recover=all"
+  echo "== $sanitizer: building in $tree"
+  (cd "$tree" && CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="-fsanitize=$sanitizer" SSAH_CUDA=0 \
+    "$python" setup.py --quiet build_ext --inplace)
+
+  # The interpreter is not instrumented: the runtime has to be there before it.
+  preload=$(library "$([ $sanitizer = address ] && echo asan || echo ubsan)"):$(library stdc++)
+  export ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=2
+  isas=$(cd "$tree" && LD_PRELOAD=$preload "$python" -c \
+    'from ssah_kernels.backends import cpu; print(cpu.facts()["isa_built"].replace(",", ""))')
+  for isa in $isas; do
+    export SSAH_CPU_CAPABILITY=$isa
+    if ! (cd "$tree" && LD_PRELOAD=$preload "$python" -c \
+      'from ssah_kernels.backends import cpu; cpu.facts()' 2>/dev/null); then
+      echo "== $sanitizer, $isa: this processor does not have it"
+      continue
+    fi
+    echo "== $sanitizer, $isa"
+    # Left out: tests that compile or trace, and the one that compares bits with torch's own update
+    # (another compilation contracts other products).
+    (cd "$tree" && LD_PRELOAD=$preload "$python" -m pytest -q -p no:cacheprovider \
+      -m "exhaustive or not exhaustive" \
+      tests/test_ops.py tests/test_cpu_kernels.py tests/test_masked_update.py tests/test_drawn_ops.py \
+      -k "not opcheck and not compiles and not every_instruction_set and not example and not fused")
+  done
+done
+echo "no report"
