@@ -1,147 +1,116 @@
-"""Faults of one line that the tests must catch: where, what becomes what, and what must fail."""
+"""Faults of one line that the tests must catch."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Mutation:
-    """``old`` stands once in ``file``; with ``new`` in its place, ``check`` fails.
-
-    A check is what follows ``python`` in the root of the checkout.
-    """
-
-    file: str
-    old: str
-    new: str
-    check: str
-
-    @property
-    def rebuilds(self) -> bool:
-        """Whether the extension has to be built again for the check to see it."""
-        return self.file.startswith("csrc/cpu/") and "32_bits" not in self.check
-
-
-def _pytest(file: str, tests: str) -> str:
-    return f"-m pytest -q -x -m 'not exhaustive' tests/{file} -k '{tests}'"
-
-
-def _cuda(tests: str) -> str:
-    return _pytest("test_cuda_emulated.py", tests)
-
-
-def _near(op: str) -> str:
-    return _cuda(f"test_equals_reference and {op} and not beyond")
-
-
-def _far(op: str) -> str:
-    return _cuda(f"beyond_the_first_tile and {op}")
-
-
-def _triton(op: str) -> str:
-    return f"tests/helpers/triton_interpret.py {op}"
-
-
-CPU, UPDATE, OPS = "test_cpu_kernels.py", "test_masked_update.py", "test_ops.py"
-OPTIM = "test_optim.py"
-_BEYOND = "not baseline and beyond_the_first_tile and"
-_NOISE = "noise_of_elements_beyond_32_bits"
+from mutation import (
+    BEYOND,
+    CPU,
+    NOISE,
+    OPS,
+    OPTIM,
+    UPDATE,
+    Mutation,
+    cuda,
+    far,
+    near,
+    pytest,
+    triton,
+)
 
 # What survived before there were tests that leave the first tile, compare the bits of noise, and
 # know streams and devices.
 _ONCE_SURVIVED = (
-    Mutation("csrc/cuda/launch.cuh", "config.stream = stream;", "", _near("column_sq_norms")),
+    Mutation("csrc/cuda/launch.cuh", "config.stream = stream;", "", near("column_sq_norms")),
     Mutation(
         "csrc/cuda/taylor_moments.cu",
         "const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());",
         "",
-        _near("taylor_moments_"),
+        near("taylor_moments_"),
     ),
     Mutation(
         "csrc/cuda/masked_grad_norm.cu",
         "const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());",
         "",
-        _near("masked_grad_norm"),
+        near("masked_grad_norm"),
     ),
     Mutation(
-        "csrc/cuda/tiles.cuh", "[row(lane) * mask.stride]", "[row(lane)]", _near("taylor_moments_")
+        "csrc/cuda/tiles.cuh", "[row(lane) * mask.stride]", "[row(lane)]", near("taylor_moments_")
     ),
     Mutation(
         "ssah_kernels/backends/triton/device.py",
         "mask_ptr + rows * mask_stride",
         "mask_ptr + rows",
-        _triton("taylor_moments_"),
+        triton("taylor_moments_"),
     ),
-    Mutation("csrc/cuda/sums.cuh", "flushed ? slot : 0.0", "0.0", _far("taylor_moments_")),
+    Mutation("csrc/cuda/sums.cuh", "flushed ? slot : 0.0", "0.0", far("taylor_moments_")),
     Mutation(
         "csrc/cuda/masked_tiles.cuh",
         "start = block_row * kRowsPerWarp * row_step;",
         "start = 0;",
-        _far("masked_grad_norm"),
+        far("masked_grad_norm"),
     ),
     Mutation(
         "csrc/cuda/masked_grad_norm.cu",
         "for (int64_t i = threadIdx.x; i < blocks; i += kThreads)",
         "if (const int64_t i = threadIdx.x; i < blocks)",
-        _far("masked_grad_norm"),
+        far("masked_grad_norm"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_grad_norm.py",
         "for start in range(0, parts, BLOCK):",
         "for start in range(0, BLOCK, BLOCK):",
-        _triton("masked_grad_norm"),
+        triton("masked_grad_norm"),
     ),
     Mutation(
         "csrc/cuda/masked_rounding.cuh",
         "static_cast<uint32_t>(element >> 32)",
         "0u",
-        _cuda(_NOISE),
+        pytest("test_cuda_faults.py", NOISE),
     ),
     Mutation(
         "csrc/cpu/masked_update.h",
         "if ((unsigned long)n > to_wrap) n = (long)to_wrap;",
         "",
-        _pytest(CPU, _NOISE),
+        pytest(CPU, NOISE),
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_rounding.py",
         "(word(element, 32) + key_1)",
         "key_1",
-        _triton("masked_adamw_"),
+        triton("masked_adamw_"),
     ),
     Mutation(
         "csrc/cpu/moments.h",
         "- mean[begin + c];",
         "- mean[range.begin + c];",
-        _pytest(CPU, f"{_BEYOND} channel_moments_"),
+        pytest(CPU, f"{BEYOND} channel_moments_"),
     ),
     Mutation(
         "csrc/cpu/channel_sums.h",
         "totals[s][begin + c] +=",
         "totals[s][range.begin + c] +=",
-        _pytest(CPU, f"{_BEYOND} taylor_moments_"),
+        pytest(CPU, f"{BEYOND} taylor_moments_"),
     ),
     Mutation(
         "csrc/cpu/masked_update.h",
         "(signed_sums, t.signed_sum + block.column_begin,",
         "(signed_sums, t.signed_sum,",
-        _pytest(CPU, f"{_BEYOND} masked_sgd_"),
+        pytest(CPU, f"{BEYOND} masked_sgd_"),
     ),
     Mutation(
-        "csrc/cuda/masked_rounding.cuh", "if (!noise || ", "if (true || ", _near("masked_adamw_")
+        "csrc/cuda/masked_rounding.cuh", "if (!noise || ", "if (true || ", near("masked_adamw_")
     ),
     Mutation(
         "csrc/cuda/masked_host.cu",
         "part.first_element = begin;",
         "part.first_element = 0;",
-        _near("masked_adamw_"),
+        near("masked_adamw_"),
     ),
     Mutation(
         "csrc/cuda/taylor_moments.cu",
         "  for (Segment segment(plan); segment.any(); segment.next()) {\n    sums.clear();",
         "  sums.clear();\n  for (Segment segment(plan); segment.any(); segment.next()) {",
-        _far("taylor_moments_"),
+        far("taylor_moments_"),
     ),
 )
 
@@ -150,33 +119,33 @@ _CUDA = (
         "csrc/cuda/moments.cuh",
         "there = flushed == 0 ? here : slot_mean;",
         "there = here;",
-        _far("channel_moments_"),
+        far("channel_moments_"),
     ),
     Mutation(
         "csrc/cuda/masked_update.cuh",
         "rounded<T>(w, noise.on && !kahan,",
         "rounded<T>(w, noise.on,",
-        _near("masked_adamw_"),
+        near("masked_adamw_"),
     ),
     Mutation(
         "csrc/cuda/masked_importance.cuh",
         "parts[(target.n_parts + part) * units]",
         "parts[part * units]",
-        _near("masked_sgd_"),
+        near("masked_sgd_"),
     ),
-    Mutation("csrc/cuda/gated_moments.cu", "if (counts) ", "", _near("gated_moments")),
+    Mutation("csrc/cuda/gated_moments.cu", "if (counts) ", "", near("gated_moments")),
     Mutation(
         "csrc/cuda/masked_tiles.cuh",
         "if (selected < 0 || selected >= limit) __trap();",
         "",
-        _cuda("an_index_beyond"),
+        cuda("an_index_beyond"),
     ),
-    Mutation("csrc/cuda/masked_sgd.cu", "1 - settings.dampening", "1", _near("masked_sgd_")),
+    Mutation("csrc/cuda/masked_sgd.cu", "1 - settings.dampening", "1", near("masked_sgd_")),
     Mutation(
         "csrc/cuda/tiles.cuh",
         "mask.data[row(lane) * mask.stride] != 0",
         "mask.data[row(lane) * mask.stride] == 1",
-        _cuda("every_byte"),
+        cuda("every_byte"),
     ),
 )
 
@@ -185,49 +154,49 @@ _CPU = (
         "csrc/cpu/host.cpp",
         "(flags[positions[i]] != 0) == keep",
         "flags[positions[i]] == (keep ? 1 : 0)",
-        _pytest(CPU, "every_byte"),
+        pytest(CPU, "every_byte"),
     ),
     Mutation(
         "csrc/cpu/masked_update_host.cpp",
         "t.unscale = unscale;",
         "t.unscale = 1;",
-        _pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
+        pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
     ),
     Mutation(
         "csrc/cpu/masked_update_host.cpp",
         "entries[i] > entries[i - 1]",
         "entries[i] >= entries[i - 1]",
-        _pytest(UPDATE, "names_the_wrong_argument"),
+        pytest(UPDATE, "names_the_wrong_argument"),
     ),
     Mutation(
         "csrc/cpu/masked_adamw.cpp",
         "rate / (1 - std::pow(beta1, t))",
         "rate / (1 - std::pow(beta1, t + 1))",
-        _pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
+        pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
     ),
     Mutation(
         "csrc/cpu/gated_moments.cpp",
         "rows.insert(rows.end(), masked.begin(), masked.end());",
         "rows.insert(rows.end(), masked.size(), 0);",
-        _pytest(CPU, "test_equals_reference and gated_moments and not beyond"),
+        pytest(CPU, "test_equals_reference and gated_moments and not beyond"),
     ),
     Mutation(
         "csrc/cpu/masked_sgd.cpp",
         "maximize ? -scale : scale",
         "scale",
-        _pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
+        pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
     ),
     Mutation(
         "csrc/cpu/masked_rounding.h",
         "const vuint noise = noise_of<kWhich>(bits);",
         "const vuint noise = noise_of<0>(bits);",
-        _pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
+        pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
     ),
     Mutation(
         "csrc/cpu/masked_grad_norm.h",
         "total += sums[0][i] + sums[1][i];",
         "total += 2 * sums[0][i];",
-        _pytest(CPU, "test_equals_reference and masked_grad_norm and not beyond"),
+        pytest(CPU, "test_equals_reference and masked_grad_norm and not beyond"),
     ),
 )
 
@@ -236,37 +205,37 @@ _TRITON = (
         "ssah_kernels/backends/triton/moments.py",
         "hi = tl.where(n > 0, hi, centre)",
         "hi = centre",
-        _triton("channel_moments_"),
+        triton("channel_moments_"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_rules.py",
         "tl.where(step == 1, g,",
         "tl.where(step == 2, g,",
-        _triton("masked_sgd_"),
+        triton("masked_sgd_"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_list.py",
         "parts = tiles[1] if units == 0 else tiles[0]",
         "parts = tiles[0]",
-        _triton("masked_sgd_"),
+        triton("masked_sgd_"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_update.py",
         "rounded(w, bits, 0, NOISE, P)",
         "rounded(w, bits, 1, NOISE, P)",
-        _triton("masked_adamw_"),
+        triton("masked_adamw_"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/device.py",
         "for start in range(0, chunks, CHUNKS):",
         "for start in range(0, CHUNKS, CHUNKS):",
-        _triton("taylor_moments_"),
+        triton("taylor_moments_"),
     ),
     Mutation(
         "ssah_kernels/backends/triton/activations.py",
         "step = tl.where(z > 0, 1.0, 0.0)",
         "step = tl.where(z > -1, 1.0, 0.0)",
-        _triton("gated_moments_backward"),
+        triton("gated_moments_backward"),
     ),
 )
 
@@ -275,62 +244,62 @@ _PYTHON = (
         "ssah_kernels/checks.py",
         "if mask.shape != x.shape[:-1]:",
         "if mask.dim() != x.dim() - 1:",
-        _pytest(OPS, "wrong_arguments"),
+        pytest(OPS, "wrong_arguments"),
     ),
     Mutation(
         "ssah_kernels/checks.py",
         'if (importance["signed"] is None) != (importance["squared"] is None):',
         "if False:",
-        _pytest(UPDATE, "names_the_wrong_argument"),
+        pytest(UPDATE, "names_the_wrong_argument"),
     ),
     Mutation(
         "ssah_kernels/fake.py",
         "weight.new_empty(weight.shape[1], dtype=torch.float64)",
         "weight.new_empty(weight.shape[0], dtype=torch.float64)",
-        _pytest(OPS, "opcheck and column_sq_norms"),
+        pytest(OPS, "opcheck and column_sq_norms"),
     ),
     Mutation(
         "ssah_kernels/optim.py",
         " + _SEED_STRIDE * call.number",
         "",
-        _pytest(OPTIM, "share_noise"),
+        pytest(OPTIM, "share_noise"),
     ),
-    Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", _pytest(OPTIM, "max_norm")),
+    Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
     Mutation(
         "ssah_kernels/optim.py",
         "total.to(norm.device).hypot(norm)",
         "norm",
-        _pytest(OPTIM, "max_norm"),
+        pytest(OPTIM, "max_norm"),
     ),
     Mutation(
         "ssah/ranking.py",
         "math.floor(share * n + 0.5)",
         "round(share * n)",
-        _pytest("test_groups.py", "equals_loops"),
+        pytest("test_groups.py", "equals_loops"),
     ),
     Mutation(
         "ssah/ranking.py",
         "chosen[ties[: count - int(chosen.sum())]] = True",
         "chosen[ties[int(chosen.sum()) - count :]] = True",
-        _pytest("test_groups.py", "equals_loops or ties"),
+        pytest("test_groups.py", "equals_loops or ties"),
     ),
     Mutation(
         "ssah/attribution.py",
         "sums.m2 / (sums.count - 1)",
         "sums.m2 / sums.count",
-        _pytest("test_attribution.py", "mean_and_variance"),
+        pytest("test_attribution.py", "mean_and_variance"),
     ),
     Mutation(
         "ssah/ablation.py",
         "each.weight.index_copy_(each.dim, each.index, values)",
         "each.weight.index_copy_(each.dim, each.index, values + 1e-8)",
-        _pytest("test_ablation.py", "undone or special_values"),
+        pytest("test_ablation.py", "undone or special_values"),
     ),
     Mutation(
         "ssah/transfer.py",
         "counts.double().view(side, side) / counts.sum()",
         "counts.double().view(side, side).T / counts.sum()",
-        _pytest("test_transfer.py", "not real"),
+        pytest("test_transfer.py", "not real"),
     ),
 )
 

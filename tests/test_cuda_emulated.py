@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import ctypes
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, check_backend, copied, results
-from emulation import build
-from emulation.build import Emulated, Emulation
+from cases import CASES, DTYPES, copied, results
+from emulation.build import Emulation
+from emulation.compare import checked, equals_reference, kept_in
 from torch import Tensor
 
-from ssah_kernels import backends, checks
+from ssah_kernels import backends
 from ssah_kernels.autograd import new_moments
-from ssah_kernels.reference.masked_update import noise, noise_keys
 from ssah_kernels.schema import KERNELS
 
 pytestmark = [
@@ -28,30 +24,9 @@ pytestmark = [
 ]
 
 
-def checked(library: Emulated) -> Callable[..., Any]:
-    """The operator behind its argument checks, as the dispatcher calls it."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return library(*getattr(checks, library.op)(*args, **kwargs), **kwargs)
-
-    return call
-
-
-def equals_reference(library: Emulated, **options: Any) -> int:
-    reference = backends.kernel("reference", library.op)
-    return check_backend(CASES[library.op], checked(library), reference, **options)
-
-
 @pytest.fixture(scope="module")
-def folder(pytestconfig: pytest.Config) -> Path:
-    """Where compiled files are kept, from one run to the next."""
-    assert pytestconfig.cache is not None
-    return pytestconfig.cache.mkdir("emulation")
-
-
-@pytest.fixture(scope="module")
-def emulated(folder: Path) -> Emulation:
-    return Emulation(folder)
+def emulated(pytestconfig: pytest.Config) -> Emulation:
+    return Emulation(kept_in(pytestconfig))
 
 
 @pytest.fixture(autouse=True)
@@ -230,103 +205,3 @@ def test_an_index_beyond_the_parameter_stops_the_launch(emulated: Emulation) -> 
 def test_large_gradients_do_not_overflow(emulated: Emulation) -> None:
     norm = checked(emulated["masked_grad_norm"])([torch.full((3, 50), 1e38)], [None], [0])
     assert norm.item() == pytest.approx(150**0.5 * 1e38, rel=1e-6)
-
-
-# A barrier in a header is tried with the operator named here; one in an operator's file, with it.
-USER_OF_HEADER = {
-    "moments.cuh": "channel_moments_",
-    "merge_moments.cuh": "channel_moments_",
-    "sums.cuh": "taylor_moments_",
-    "masked_update.cuh": "masked_sgd_",
-}
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
-
-
-def barriers() -> list[tuple[str, int]]:
-    """(file, position) of every barrier in the kernels."""
-    return [
-        (file.name, match.start())
-        for file in sorted(build.SOURCES.glob("*.cu*"))
-        for match in BARRIER.finditer(file.read_text())
-    ]
-
-
-def altered(
-    folder: Path, sources: Path, tag: str, file: str, change: Callable[[str], str]
-) -> Emulation:
-    """The emulation of a copy of the kernels in which ``change`` was made to ``file``."""
-    shutil.copytree(build.SOURCES, sources)
-    before = (sources / file).read_text()
-    after = change(before)
-    assert after != before
-    (sources / file).write_text(after)
-    return Emulation(folder, sources, tag, "-O0")
-
-
-@pytest.mark.parametrize(
-    ("file", "position"),
-    [
-        pytest.param(*barrier, id=f"{barrier[0]}-{barrier[1]}", marks=pytest.mark.exhaustive)
-        if number
-        else barrier
-        for number, barrier in enumerate(barriers())
-    ],
-)
-def test_no_barrier_is_idle(file: str, position: int, folder: Path, tmp_path: Path) -> None:
-    """Without any one barrier every order of the threads gives a wrong result."""
-
-    def without(text: str) -> str:
-        return text[:position] + BARRIER.sub("", text[position:], count=1)
-
-    op = USER_OF_HEADER.get(file) or next(op for op in KERNELS if build.source_of(op) == file)
-    tag = f"without_{file.split('.')[0]}_{position}"
-    library = altered(folder, tmp_path / tag, tag, file, without)[op]
-    for seed in range(3):
-        library.seed(seed)
-        with pytest.raises(AssertionError):
-            equals_reference(library)
-
-
-@pytest.mark.parametrize(
-    ("file", "line", "message"),
-    [
-        ("launch.cuh", r"config\.stream = stream;", "not on the current stream"),
-        ("column_sq_norms.cu", r"const \S+DeviceGuard guard\(.*\);", "not on the device"),
-    ],
-)
-def test_a_launch_astray_is_seen(
-    file: str, line: str, message: str, folder: Path, tmp_path: Path
-) -> None:
-    """The emulation knows on which stream and device the kernels of a call must run."""
-    tag = file.split(".")[0]
-    library = altered(folder, tmp_path / tag, tag, file, lambda text: re.sub(line, "", text))
-    with pytest.raises(RuntimeError, match=message):
-        library["column_sq_norms"](torch.ones(3, 4))
-
-
-def test_noise_of_elements_beyond_32_bits(emulated: Emulation) -> None:
-    """Kernels that reach such an element need 34 GB: their noise is asked for by itself."""
-    text = """
-        #include "masked_rounding.cuh"
-        uint3 threadIdx, blockIdx;
-        extern "C" __attribute__((visibility("default"))) uint32_t noise_bits(
-            int64_t seed, double step, unsigned number, int64_t element) {
-          ssah::UpdateScalars scalars{};
-          scalars.seed = &seed;
-          scalars.step = &step;
-          return ssah::Noise(scalars, number).bits(element);
-        }
-    """
-    built = emulated.compiled("noise", text)
-
-    def link(target: Path) -> None:
-        build.run("g++", "-shared", built, "-o", target)
-
-    bits = ctypes.CDLL(str(build.once(emulated.folder, "noise.so", [built.name], link))).noise_bits
-    bits.restype = ctypes.c_uint32
-    elements = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 3 * 2**32 + 1]
-    seed, step, number = -(7**20), 41, 3
-    low, high, _ = noise(noise_keys(seed, step, number), torch.tensor(elements))
-    for element, expected in zip(elements, (high << 16 | low).tolist(), strict=True):
-        arguments = ctypes.c_int64(seed), ctypes.c_double(step), number, ctypes.c_int64(element)
-        assert bits(*arguments) == expected, element

@@ -138,7 +138,7 @@ class Draw:
 
 
 @pytest.mark.parametrize(
-    "seed", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, 10))]
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in range(1, 5))]
 )
 @pytest.mark.parametrize("op", CASES)
 def test_drawn_calls(op: str, seed: int) -> None:

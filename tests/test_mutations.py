@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 
 
-def test_every_text_stands_once() -> None:
-    path = ROOT / "runs" / "mutation_table.py"
-    spec = importlib.util.spec_from_file_location("mutation_table", path)
-    assert spec is not None
-    assert spec.loader is not None
-    table = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = table  # where its dataclass looks for types
-    spec.loader.exec_module(table)
-    assert len(table.MUTATIONS) >= 40
-    for mutation in table.MUTATIONS:
+def test_every_text_stands_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "runs")
+    mutations = importlib.import_module("mutation_table").MUTATIONS
+    assert len(mutations) >= 40
+    for mutation in mutations:
         found = (ROOT / mutation.file).read_text().count(mutation.old)
         assert found == 1, f"{mutation.file} has {found} times: {mutation.old}"
         assert mutation.new != mutation.old

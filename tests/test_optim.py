@@ -1,4 +1,4 @@
-"""MaskedAdamW and MaskedSGD: as torch's own, with importance and clipping, and resumed bit for bit."""
+"""MaskedAdamW and MaskedSGD: as torch's own, with importance and clipping, resumed bit for bit."""
 
 from __future__ import annotations
 
