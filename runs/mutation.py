@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+CPU, UPDATE, OPS = "test_cpu_kernels.py", "test_masked_update.py", "test_ops.py"
+OPTIM = "test_optim.py"
+NOISE = "noise_of_elements_beyond_32_bits"
+
 
 @dataclass(frozen=True)
 class Mutation:
@@ -27,6 +31,14 @@ def pytest(file: str, tests: str) -> str:
     return f"-m pytest -q -x -m 'not exhaustive' tests/{file} -k '{tests}'"
 
 
+def cpu_near(op: str) -> str:
+    return pytest(CPU, f"test_equals_reference and {op} and not beyond")
+
+
+def cpu_far(op: str) -> str:
+    return pytest(CPU, f"beyond_the_first_tile and {op}")
+
+
 def cuda(tests: str) -> str:
     return pytest("test_cuda_emulated.py", tests)
 
@@ -41,9 +53,3 @@ def far(op: str) -> str:
 
 def triton(op: str) -> str:
     return f"tests/helpers/triton_interpret.py {op}"
-
-
-CPU, UPDATE, OPS = "test_cpu_kernels.py", "test_masked_update.py", "test_ops.py"
-OPTIM = "test_optim.py"
-BEYOND = "not baseline and beyond_the_first_tile and"
-NOISE = "noise_of_elements_beyond_32_bits"

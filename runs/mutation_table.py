@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from mutation import (
-    BEYOND,
     CPU,
     NOISE,
     OPS,
     OPTIM,
     UPDATE,
     Mutation,
+    cpu_far,
+    cpu_near,
     cuda,
     far,
     near,
@@ -83,19 +84,19 @@ _ONCE_SURVIVED = (
         "csrc/cpu/moments.h",
         "- mean[begin + c];",
         "- mean[range.begin + c];",
-        pytest(CPU, f"{BEYOND} channel_moments_"),
+        cpu_far("channel_moments_"),
     ),
     Mutation(
         "csrc/cpu/channel_sums.h",
         "totals[s][begin + c] +=",
         "totals[s][range.begin + c] +=",
-        pytest(CPU, f"{BEYOND} taylor_moments_"),
+        cpu_far("taylor_moments_"),
     ),
     Mutation(
         "csrc/cpu/masked_update.h",
         "(signed_sums, t.signed_sum + block.column_begin,",
         "(signed_sums, t.signed_sum,",
-        pytest(CPU, f"{BEYOND} masked_sgd_"),
+        cpu_far("masked_sgd_"),
     ),
     Mutation(
         "csrc/cuda/masked_rounding.cuh", "if (!noise || ", "if (true || ", near("masked_adamw_")
@@ -160,7 +161,7 @@ _CPU = (
         "csrc/cpu/masked_update_host.cpp",
         "t.unscale = unscale;",
         "t.unscale = 1;",
-        pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
+        cpu_near("masked_sgd_"),
     ),
     Mutation(
         "csrc/cpu/masked_update_host.cpp",
@@ -172,31 +173,28 @@ _CPU = (
         "csrc/cpu/masked_adamw.cpp",
         "rate / (1 - std::pow(beta1, t))",
         "rate / (1 - std::pow(beta1, t + 1))",
-        pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
+        cpu_near("masked_adamw_"),
     ),
     Mutation(
         "csrc/cpu/gated_moments.cpp",
         "rows.insert(rows.end(), masked.begin(), masked.end());",
         "rows.insert(rows.end(), masked.size(), 0);",
-        pytest(CPU, "test_equals_reference and gated_moments and not beyond"),
+        cpu_near("gated_moments"),
     ),
     Mutation(
-        "csrc/cpu/masked_sgd.cpp",
-        "maximize ? -scale : scale",
-        "scale",
-        pytest(CPU, "test_equals_reference and masked_sgd_ and not beyond"),
+        "csrc/cpu/masked_sgd.cpp", "maximize ? -scale : scale", "scale", cpu_near("masked_sgd_")
     ),
     Mutation(
         "csrc/cpu/masked_rounding.h",
         "const vuint noise = noise_of<kWhich>(bits);",
         "const vuint noise = noise_of<0>(bits);",
-        pytest(CPU, "test_equals_reference and masked_adamw_ and not beyond"),
+        cpu_near("masked_adamw_"),
     ),
     Mutation(
         "csrc/cpu/masked_grad_norm.h",
         "total += sums[0][i] + sums[1][i];",
         "total += 2 * sums[0][i];",
-        pytest(CPU, "test_equals_reference and masked_grad_norm and not beyond"),
+        cpu_near("masked_grad_norm"),
     ),
 )
 
@@ -259,10 +257,7 @@ _PYTHON = (
         pytest(OPS, "opcheck and column_sq_norms"),
     ),
     Mutation(
-        "ssah_kernels/optim.py",
-        " + _SEED_STRIDE * call.number",
-        "",
-        pytest(OPTIM, "share_noise"),
+        "ssah_kernels/optim.py", " + _SEED_STRIDE * call.number", "", pytest(OPTIM, "share_noise")
     ),
     Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
     Mutation(

@@ -38,7 +38,8 @@ std::vector<long> leading_offsets(const Tensor& x, long dims) {
 
 std::vector<long> row_offsets(const Tensor& x) {
   const long last = x.dim() - 1;
-  STD_TORCH_CHECK(x.size(last) < 2 || x.stride(last) == 1 || x.numel() == 0, "the last dimension must be contiguous");
+  STD_TORCH_CHECK(x.size(last) < 2 || x.stride(last) == 1 || x.numel() == 0,
+                  "the last dimension must be contiguous");
   return leading_offsets(x, last);
 }
 
