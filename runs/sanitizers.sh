@@ -32,7 +32,7 @@ for sanitizer in address undefined; do
   [ $sanitizer = undefined ] && checks=undefined,float-cast-overflow
   flags="-fsanitize=$checks -fno-sanitize-recover=all -fno-omit-frame-pointer"
   echo "== $sanitizer: building in $tree"
-  (cd "$tree" && CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="-fsanitize=$sanitizer" SSAH_CUDA=0 \
+  (cd "$tree" && CFLAGS="$flags" CXXFLAGS="$flags" LDFLAGS="-fsanitize=$sanitizer" SSAH_CUDA=0 MAX_JOBS="${MAX_JOBS:-2}" \
     "$python" setup.py --quiet build_ext --inplace)
 
   # The interpreter is not instrumented: the runtime has to be there before it.

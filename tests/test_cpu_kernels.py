@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -109,13 +110,21 @@ def test_a_step_that_is_no_number_is_refused_with_a_seed(step: float, backend: s
     assert torch.equal(p, torch.ones(3))
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
-@pytest.mark.parametrize("before", [0, 16, 29, 32])
-def test_noise_of_elements_beyond_32_bits(before: int, tmp_path: Path) -> None:
-    """A run of elements that crosses 2^32 after ``before`` of them."""
-    library = tmp_path / "far_update.so"
+@pytest.fixture(scope="module")
+def far_update(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """AdamW of elements that lie far into a tensor: tests/helpers/far_update.cpp."""
+    if shutil.which("g++") is None:
+        pytest.skip("g++ is not installed")
+    library = tmp_path_factory.mktemp("far") / "far_update.so"
     flags = ["-O1", "-std=c++17", "-shared", "-fPIC", "-Wno-psabi", f"-I{ROOT / 'csrc' / 'cpu'}"]
     subprocess.run(["g++", *flags, HELPERS / "far_update.cpp", "-o", library], check=True)
+    return ctypes.CDLL(str(library)).far_update
+
+
+@pytest.mark.xdist_group("far_update")
+@pytest.mark.parametrize("before", [0, 16, 29, 32])
+def test_noise_of_elements_beyond_32_bits(before: int, far_update: Any) -> None:
+    """A run of elements that crosses 2^32 after ``before`` of them."""
     n, first = 3000, 2**32 - before
     gen = torch.Generator().manual_seed(before)
     p, g, m = (torch.randn(n, generator=gen).bfloat16() for _ in range(3))
@@ -135,7 +144,7 @@ def test_noise_of_elements_beyond_32_bits(before: int, tmp_path: Path) -> None:
         round_stochastically(t[0], bits)
         for t, bits in zip((exact[0], *exact[2:]), noise(keys, element), strict=True)
     ]
-    ctypes.CDLL(str(library)).far_update(
+    far_update(
         *(ctypes.c_void_p(t.data_ptr()) for t in (p, g, m, v)),
         ctypes.c_long(first),
         ctypes.c_long(n),
