@@ -1,38 +1,17 @@
-"""Every operator: CPU kernels of each instruction set against the float64 reference, and the rules
-that hold for all of them (catalogue, opcheck, compilation, determinism, numerics, errors)."""
+"""The rules that hold for every operator: catalogue, opcheck, compilation, determinism, numerics,
+errors."""
 
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from cases import ACTIVATIONS, CASES, check_backend, copied, moments_state, results
+from cases import ACTIVATIONS, CASES, copied, moments_state, results
 
 import ssah_kernels
 from ssah_kernels import backends, checks, fake, ops
-from ssah_kernels.backends import cpu
 from ssah_kernels.schema import KERNELS, SCHEMAS
-
-ROOT = Path(__file__).parents[1]
-
-
-def on(backend: str, op: str):
-    def call(*args, **kwargs):
-        with ssah_kernels.use(backend):
-            return getattr(torch.ops.ssah, op)(*args, **kwargs)
-
-    return call
-
-
-def compare_all_with_reference() -> int:
-    return sum(
-        check_backend(case, on("cpu", op), on("reference", op)) for op, case in CASES.items()
-    )
 
 
 @pytest.mark.parametrize("op", SCHEMAS)
@@ -49,44 +28,9 @@ def test_catalogue_is_complete(op):
 
 
 @pytest.mark.parametrize("op", CASES)
-def test_cpu_equals_reference(op):
-    assert check_backend(CASES[op], on("cpu", op), on("reference", op)) > 0
-
-
-@pytest.mark.parametrize("isa", cpu.facts()["isa_built"].split(", "))
-def test_every_instruction_set_equals_reference(isa):
-    if isa == cpu.facts()["isa"]:
-        pytest.skip("compared in this process already")
-    run = subprocess.run(
-        [sys.executable, "-c", "import test_ops; print(test_ops.compare_all_with_reference())"],
-        cwd=ROOT / "tests",
-        env={**os.environ, "SSAH_CPU_CAPABILITY": isa, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if "must be one of" in run.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 0
-
-
-def test_unknown_capability_is_named():
-    run = subprocess.run(
-        [sys.executable, "-c", "from ssah_kernels.backends import cpu; cpu.facts()"],
-        env={**os.environ, "SSAH_CPU_CAPABILITY": "avx9", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.returncode != 0
-    assert "SSAH_CPU_CAPABILITY is 'avx9'" in run.stderr
-
-
-@pytest.mark.parametrize("op", CASES)
 def test_opcheck(op):
     samples = [s for s in CASES[op].samples(torch.float32) if "expanded" not in s.name]
-    for sample in samples[:6:2]:
+    for sample in samples[1:2] if op.startswith("masked") else samples[:6:2]:
         args = tuple(copied(a) for a in sample.args)
         torch.library.opcheck(getattr(torch.ops.ssah, op).default, args, sample.kwargs)
 

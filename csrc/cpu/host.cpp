@@ -38,7 +38,8 @@ std::vector<long> leading_offsets(const Tensor& x, long dims) {
 
 std::vector<long> row_offsets(const Tensor& x) {
   const long last = x.dim() - 1;
-  STD_TORCH_CHECK(x.size(last) < 2 || x.stride(last) == 1, "the last dimension must be contiguous");
+  STD_TORCH_CHECK(x.size(last) < 2 || x.stride(last) == 1 || x.numel() == 0,
+                  "the last dimension must be contiguous");
   return leading_offsets(x, last);
 }
 
@@ -47,11 +48,12 @@ std::vector<long> select(const std::vector<long>& offsets, const std::optional<T
   if (!mask.has_value()) return keep ? offsets : std::vector<long>{};
   const std::vector<long> positions = leading_offsets(*mask, mask->dim());
   STD_TORCH_CHECK(positions.size() == offsets.size(), "token_mask does not fit the input");
-  const bool* flags = static_cast<const bool*>(mask->const_data_ptr());
+  // Bytes: a mask that was viewed as bool may hold others than 0 and 1, which no C++ bool may.
+  const auto* flags = static_cast<const unsigned char*>(mask->const_data_ptr());
   std::vector<long> kept;
   kept.reserve(offsets.size());
   for (size_t i = 0; i < offsets.size(); ++i) {
-    if (flags[positions[i]] == keep) kept.push_back(offsets[i]);
+    if ((flags[positions[i]] != 0) == keep) kept.push_back(offsets[i]);
   }
   return kept;
 }

@@ -1,5 +1,7 @@
 #include "masked_update_host.h"
 
+#include <cmath>
+
 namespace ssah {
 namespace {
 
@@ -52,7 +54,9 @@ UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index
 std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
   std::vector<UpdateTensor> tensors;
   tensors.reserve(lists.params.size());
-  const auto step = static_cast<int64_t>(scalar_of(lists.step, 0));
+  const double step = scalar_of(lists.step, 0);
+  STD_TORCH_CHECK(!lists.seed.has_value() || std::fabs(step) < 0x1p63, "step is ", step,
+                  "; with a seed it must be a whole number below 2^63, which the noise follows");
   const double unscale = 1 / scalar_of(lists.grad_scale, 1);
   for (size_t i = 0; i < lists.params.size(); ++i) {
     UpdateTensor t = selected_matrix(lists.params[i], lists.indices[i], lists.axes[i]);
@@ -75,8 +79,9 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
     if (lists.seed.has_value()) {
       const auto seed = *static_cast<const uint64_t*>(lists.seed->const_data_ptr());
       t.stochastic = true;
-      t.key0 = noise_key(0x243f6a88u, seed, step, static_cast<unsigned>(i));
-      t.key1 = noise_key(0x85a308d3u, seed, step, static_cast<unsigned>(i));
+      const auto whole = static_cast<int64_t>(step);
+      t.key0 = noise_key(0x243f6a88u, seed, whole, static_cast<unsigned>(i));
+      t.key1 = noise_key(0x85a308d3u, seed, whole, static_cast<unsigned>(i));
     }
     tensors.push_back(t);
   }

@@ -51,7 +51,7 @@ inline void check_like(const Tensor& tensor, const Tensor& like, const char* nam
 inline void check_rows(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.dim() >= 1, name, " must have at least one dimension");
   const int64_t last = tensor.dim() - 1;
-  STD_TORCH_CHECK(tensor.stride(last) == 1 || tensor.size(last) <= 1, name,
+  STD_TORCH_CHECK(tensor.stride(last) == 1 || tensor.size(last) <= 1 || tensor.numel() == 0, name,
                   " must be contiguous in its last dimension");
 }
 

@@ -80,7 +80,7 @@ Matrix<T> slice_rows(const Tensor& tensor, const Leading::Slice& slice, size_t o
 inline Mask slice_mask(const std::optional<Tensor>& mask, const Leading::Slice& slice,
                        size_t operand) {
   if (!mask) return {nullptr, 0};
-  return {pointer<const bool>(*mask) + slice.offset[operand], slice.stride[operand]};
+  return {pointer<const uint8_t>(*mask) + slice.offset[operand], slice.stride[operand]};
 }
 
 // Whether every row consists of whole, aligned 16-byte vectors.

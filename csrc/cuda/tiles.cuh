@@ -66,9 +66,9 @@ struct Matrix {
   __device__ __forceinline__ T* row(int64_t index) const { return data + index * stride; }
 };
 
-// One bool a row; data is null where every row counts.
+// One byte a row, 0 where it does not count; data is null where every row counts.
 struct Mask {
-  const bool* data;
+  const uint8_t* data;
   int64_t stride;
 };
 
@@ -151,7 +151,7 @@ struct Segment {
     const uint32_t rows_there = rows();
     if (mask.data == nullptr) return rows_there;
     const int lane = threadIdx.x % kLanes;
-    const bool keep = (rows_there >> lane & 1u) != 0 && mask.data[row(lane) * mask.stride];
+    const bool keep = (rows_there >> lane & 1u) != 0 && mask.data[row(lane) * mask.stride] != 0;
     return __ballot_sync(0xffffffffu, keep);
   }
 };

@@ -1,6 +1,7 @@
 // Fibers and their scheduler: see include/cuda_runtime.h.
 #include <cuda_runtime.h>
 #include <setjmp.h>
+#include <torch/csrc/stable/accelerator.h>
 #include <ucontext.h>
 
 #include <memory>
@@ -20,6 +21,20 @@ constexpr size_t kStackBytes = 128 * 1024;
 std::mt19937_64 random_bits(0);
 std::string failure;
 uint64_t bytes_read = 0;
+
+// Tensors are on the CPU, whose index is -1. Without a guard another device is current, and a stream
+// that was not asked for is null.
+constexpr int32_t kTensorDevice = -1;
+int32_t current_device = 3;
+char streams[8];
+
+cudaStream_t stream_of(int32_t device) { return &streams[device + 1]; }
+
+bool astray(cudaStream_t stream) {
+  if (stream != stream_of(kTensorDevice)) failure = "not on the current stream of the tensors";
+  if (current_device != kTensorDevice) failure = "not on the device of the tensors";
+  return !failure.empty();
+}
 
 enum class State { kReady, kAtBlockBarrier, kAtWarpOperation, kDone };
 
@@ -156,6 +171,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   }
   if (fibers.size() < threads) fibers.resize(threads);
   failure.clear();
+  if (astray(config.stream)) return cudaErrorLaunchFailure;
   thread_body = &thread;
   blockDim = config.blockDim;
   gridDim = config.gridDim;
@@ -180,10 +196,23 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid configuration" : failure.c_str();
 }
 
-// Every tensor is on the one device, and launches do not queue.
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind,
+                            cudaStream_t stream) {
+  failure.clear();
+  if (astray(stream)) return cudaErrorLaunchFailure;
+  std::memcpy(target, source, bytes);
+  return cudaSuccess;
+}
+
+namespace torch::stable::accelerator {
+DeviceGuard::DeviceGuard(DeviceIndex index) : before(std::exchange(current_device, index)) {}
+DeviceGuard::~DeviceGuard() { current_device = before; }
+}  // namespace torch::stable::accelerator
+
+// Launches do not queue.
 extern "C" __attribute__((visibility("default"))) int aoti_torch_get_current_cuda_stream(
-    int32_t, void** stream) {
-  *stream = nullptr;
+    int32_t device, void** stream) {
+  *stream = stream_of(device);
   return 0;
 }
 

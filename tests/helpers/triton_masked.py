@@ -8,7 +8,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from cases import compare
+from cases import check_bits, compare
+from samples import copied
 from torch import Tensor
 
 from ssah_kernels import backends
@@ -60,21 +61,14 @@ class MaskedSample:
         return mine.moved("cpu")
 
     def moved(self, device: str) -> MaskedSample:
-        def move(x: Any) -> Any:
-            if isinstance(x, list):
-                return [move(y) for y in x]
-            if not isinstance(x, Tensor):
-                return x
-            whole = flat(x).to(device, copy=True)
-            return whole.as_strided(x.shape, x.stride(), x.storage_offset())
-
         lists = ("params", "grads", "states", "indices", "scalars")
         lists = (*lists, "compensations", "signed", "squared")
-        return replace(self, **{name: move(getattr(self, name)) for name in lists})
+        return replace(self, **{name: copied(getattr(self, name), device) for name in lists})
 
 
 def tensors(dtype: torch.dtype, g: torch.Generator) -> tuple[list[Tensor], list, list[int]]:
-    """Rows, gathered columns, packed columns, a bias, a transposed view, nothing, odd columns."""
+    """Rows, gathered columns, packed columns, a bias, a transposed view, nothing, odd columns, and
+    more rows than a tile of column units has."""
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(shape, generator=g).to(dtype)
@@ -90,16 +84,19 @@ def tensors(dtype: torch.dtype, g: torch.Generator) -> tuple[list[Tensor], list,
         (randn(5, 40), few[:0], 0),
         (randn(35, 7), None, 1),
         (randn(33, 2, 4), few, 0),
+        (randn(140, 40), None, 1),
     )
     return [t[0] for t in listed], [t[1] for t in listed], [t[2] for t in listed]
 
 
-def samples() -> Iterator[MaskedSample]:
-    """Every rule with every pair of types; the other choices vary with them."""
+def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
+    """Every rule with two pairs of types, or with every pair; the other choices vary with them."""
     for i, ((op, buffers, options), (dtype, state)) in enumerate(product(RULES, TYPES)):
+        if not exhaustive and (i // len(TYPES) + i) % 3:
+            continue
         g = torch.Generator().manual_seed(i)
         kahan = i // len(TYPES) % 2 == 0 and dtype in (BF16, F16)
-        units, noisy, step = i % 2 == 0, i % 5 < 3, 1 + i % 4
+        units, noisy, step = i % 2 == 0, i % 3 != 1, 1 + i % 4
         params, indices, dims = tensors(dtype, g)
         compact = [
             p if index is None else p.index_select(dim, index)
@@ -134,7 +131,9 @@ def samples() -> Iterator[MaskedSample]:
 
 
 def check_update(sample: MaskedSample, device: str = "cpu") -> None:
-    """Compare every tensor that the update writes; what is not trained has the same bits."""
+    """Compare every tensor that the update writes; what is not trained has the same bits, and so
+    has what is rounded with noise, but for one value in a thousand."""
+    noisy = sample.scalars[4] is not None
     mine, expected = sample.run("triton", device), sample.run("reference", "cpu")
     dtype = sample.params[0].dtype
     for i, (index, dim) in enumerate(zip(sample.indices, sample.dims, strict=True)):
@@ -154,10 +153,12 @@ def check_update(sample: MaskedSample, device: str = "cpu") -> None:
             torch.testing.assert_close(*pair, rtol=bits, atol=bits)
         else:
             compare(actual, wanted, dtype)
+            if noisy:
+                check_bits(actual, wanted)
         for kind, state in enumerate(mine.states):
             compare(state[i], expected.states[kind][i], dtype)
-            if sample.scalars[4] is not None and state[i].dtype == BF16 and state[i].numel():
-                assert (state[i] != expected.states[kind][i]).double().mean() < 0.01
+            if noisy:
+                check_bits(state[i], expected.states[kind][i])
         for name in ("signed", "squared"):
             if getattr(mine, name) is not None:
                 compare(getattr(mine, name)[i], getattr(expected, name)[i], dtype)

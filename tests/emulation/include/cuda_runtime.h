@@ -3,7 +3,8 @@
 // This header stands in for CUDA's own, so that a .cu file compiles unchanged as C++. A launch runs
 // at once, block after block in random order; a block's threads are fibers that run one at a time,
 // in random order, from one barrier or warp-wide operation to the next (runtime.cpp). Shared memory
-// is dynamic alone (`extern __shared__`), and is filled with 0xff (NaN) before every block.
+// is dynamic alone (`extern __shared__`), and is filled with 0xff (NaN) before every block. A launch
+// or copy fails unless it is on the current stream of the tensors' device, with that device current.
 #pragma once
 
 #include <algorithm>
@@ -51,11 +52,8 @@ struct cudaLaunchConfig_t {
 const char* cudaGetErrorString(cudaError_t error);
 
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
-inline cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind,
-                                   cudaStream_t) {
-  std::memcpy(target, source, bytes);
-  return cudaSuccess;
-}
+cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind,
+                            cudaStream_t stream);
 
 // Of the fiber that runs.
 extern uint3 threadIdx, blockIdx;

@@ -1,4 +1,4 @@
-// Stands in for torch's header: on the CPU there is one device and nothing to guard.
+// Stands in for torch's header: remembers which device is current (runtime.cpp).
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -12,7 +12,9 @@ namespace torch::stable::accelerator {
 using DeviceIndex = int32_t;
 
 struct DeviceGuard {
-  explicit DeviceGuard(DeviceIndex) {}
+  explicit DeviceGuard(DeviceIndex index);
+  ~DeviceGuard();
+  DeviceIndex before;
 };
 
 }  // namespace torch::stable::accelerator

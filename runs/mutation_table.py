@@ -1,0 +1,301 @@
+"""Faults of one line that the tests must catch."""
+
+from __future__ import annotations
+
+from mutation import (
+    CPU,
+    NOISE,
+    OPS,
+    OPTIM,
+    UPDATE,
+    Mutation,
+    cpu_far,
+    cpu_near,
+    cuda,
+    far,
+    near,
+    pytest,
+    triton,
+)
+
+# What survived before there were tests that leave the first tile, compare the bits of noise, and
+# know streams and devices.
+_ONCE_SURVIVED = (
+    Mutation("csrc/cuda/launch.cuh", "config.stream = stream;", "", near("column_sq_norms")),
+    Mutation(
+        "csrc/cuda/taylor_moments.cu",
+        "const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());",
+        "",
+        near("taylor_moments_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_grad_norm.cu",
+        "const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());",
+        "",
+        near("masked_grad_norm"),
+    ),
+    Mutation(
+        "csrc/cuda/tiles.cuh", "[row(lane) * mask.stride]", "[row(lane)]", near("taylor_moments_")
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/device.py",
+        "mask_ptr + rows * mask_stride",
+        "mask_ptr + rows",
+        triton("taylor_moments_"),
+    ),
+    Mutation("csrc/cuda/sums.cuh", "flushed ? slot : 0.0", "0.0", far("taylor_moments_")),
+    Mutation(
+        "csrc/cuda/masked_tiles.cuh",
+        "start = block_row * kRowsPerWarp * row_step;",
+        "start = 0;",
+        far("masked_grad_norm"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_grad_norm.cu",
+        "for (int64_t i = threadIdx.x; i < blocks; i += kThreads)",
+        "if (const int64_t i = threadIdx.x; i < blocks)",
+        far("masked_grad_norm"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_grad_norm.py",
+        "for start in range(0, parts, BLOCK):",
+        "for start in range(0, BLOCK, BLOCK):",
+        triton("masked_grad_norm"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_rounding.cuh",
+        "static_cast<uint32_t>(element >> 32)",
+        "0u",
+        pytest("test_cuda_faults.py", NOISE),
+    ),
+    Mutation(
+        "csrc/cpu/masked_update.h",
+        "if ((unsigned long)n > to_wrap) n = (long)to_wrap;",
+        "",
+        pytest(CPU, NOISE),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_rounding.py",
+        "(word(element, 32) + key_1)",
+        "key_1",
+        triton("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cpu/moments.h",
+        "- mean[begin + c];",
+        "- mean[range.begin + c];",
+        cpu_far("channel_moments_"),
+    ),
+    Mutation(
+        "csrc/cpu/channel_sums.h",
+        "totals[s][begin + c] +=",
+        "totals[s][range.begin + c] +=",
+        cpu_far("taylor_moments_"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_update.h",
+        "(signed_sums, t.signed_sum + block.column_begin,",
+        "(signed_sums, t.signed_sum,",
+        cpu_far("masked_sgd_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_rounding.cuh", "if (!noise || ", "if (true || ", near("masked_adamw_")
+    ),
+    Mutation(
+        "csrc/cuda/masked_host.cu",
+        "part.first_element = begin;",
+        "part.first_element = 0;",
+        near("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cuda/taylor_moments.cu",
+        "  for (Segment segment(plan); segment.any(); segment.next()) {\n    sums.clear();",
+        "  sums.clear();\n  for (Segment segment(plan); segment.any(); segment.next()) {",
+        far("taylor_moments_"),
+    ),
+)
+
+_CUDA = (
+    Mutation(
+        "csrc/cuda/moments.cuh",
+        "there = flushed == 0 ? here : slot_mean;",
+        "there = here;",
+        far("channel_moments_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_update.cuh",
+        "rounded<T>(w, noise.on && !kahan,",
+        "rounded<T>(w, noise.on,",
+        near("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_importance.cuh",
+        "parts[(target.n_parts + part) * units]",
+        "parts[part * units]",
+        near("masked_sgd_"),
+    ),
+    Mutation("csrc/cuda/gated_moments.cu", "if (counts) ", "", near("gated_moments")),
+    Mutation(
+        "csrc/cuda/masked_tiles.cuh",
+        "if (selected < 0 || selected >= limit) __trap();",
+        "",
+        cuda("an_index_beyond"),
+    ),
+    Mutation("csrc/cuda/masked_sgd.cu", "1 - settings.dampening", "1", near("masked_sgd_")),
+    Mutation(
+        "csrc/cuda/tiles.cuh",
+        "mask.data[row(lane) * mask.stride] != 0",
+        "mask.data[row(lane) * mask.stride] == 1",
+        cuda("every_byte"),
+    ),
+)
+
+_CPU = (
+    Mutation(
+        "csrc/cpu/host.cpp",
+        "(flags[positions[i]] != 0) == keep",
+        "flags[positions[i]] == (keep ? 1 : 0)",
+        pytest(CPU, "every_byte"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_update_host.cpp",
+        "t.unscale = unscale;",
+        "t.unscale = 1;",
+        cpu_near("masked_sgd_"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_update_host.cpp",
+        "entries[i] > entries[i - 1]",
+        "entries[i] >= entries[i - 1]",
+        pytest(UPDATE, "names_the_wrong_argument"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_adamw.cpp",
+        "rate / (1 - std::pow(beta1, t))",
+        "rate / (1 - std::pow(beta1, t + 1))",
+        cpu_near("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cpu/gated_moments.cpp",
+        "rows.insert(rows.end(), masked.begin(), masked.end());",
+        "rows.insert(rows.end(), masked.size(), 0);",
+        cpu_near("gated_moments"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_sgd.cpp", "maximize ? -scale : scale", "scale", cpu_near("masked_sgd_")
+    ),
+    Mutation(
+        "csrc/cpu/masked_rounding.h",
+        "const vuint noise = noise_of<kWhich>(bits);",
+        "const vuint noise = noise_of<0>(bits);",
+        cpu_near("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_grad_norm.h",
+        "total += sums[0][i] + sums[1][i];",
+        "total += 2 * sums[0][i];",
+        cpu_near("masked_grad_norm"),
+    ),
+)
+
+_TRITON = (
+    Mutation(
+        "ssah_kernels/backends/triton/moments.py",
+        "hi = tl.where(n > 0, hi, centre)",
+        "hi = centre",
+        triton("channel_moments_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_rules.py",
+        "tl.where(step == 1, g,",
+        "tl.where(step == 2, g,",
+        triton("masked_sgd_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_list.py",
+        "parts = tiles[1] if units == 0 else tiles[0]",
+        "parts = tiles[0]",
+        triton("masked_sgd_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_update.py",
+        "rounded(w, bits, 0, NOISE, P)",
+        "rounded(w, bits, 1, NOISE, P)",
+        triton("masked_adamw_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/device.py",
+        "for start in range(0, chunks, CHUNKS):",
+        "for start in range(0, CHUNKS, CHUNKS):",
+        triton("taylor_moments_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/activations.py",
+        "step = tl.where(z > 0, 1.0, 0.0)",
+        "step = tl.where(z > -1, 1.0, 0.0)",
+        triton("gated_moments_backward"),
+    ),
+)
+
+_PYTHON = (
+    Mutation(
+        "ssah_kernels/checks.py",
+        "if mask.shape != x.shape[:-1]:",
+        "if mask.dim() != x.dim() - 1:",
+        pytest(OPS, "wrong_arguments"),
+    ),
+    Mutation(
+        "ssah_kernels/checks.py",
+        'if (importance["signed"] is None) != (importance["squared"] is None):',
+        "if False:",
+        pytest(UPDATE, "names_the_wrong_argument"),
+    ),
+    Mutation(
+        "ssah_kernels/fake.py",
+        "weight.new_empty(weight.shape[1], dtype=torch.float64)",
+        "weight.new_empty(weight.shape[0], dtype=torch.float64)",
+        pytest(OPS, "opcheck and column_sq_norms"),
+    ),
+    Mutation(
+        "ssah_kernels/optim.py", " + _SEED_STRIDE * call.number", "", pytest(OPTIM, "share_noise")
+    ),
+    Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
+    Mutation(
+        "ssah_kernels/optim.py",
+        "total.to(norm.device).hypot(norm)",
+        "norm",
+        pytest(OPTIM, "max_norm"),
+    ),
+    Mutation(
+        "ssah/ranking.py",
+        "math.floor(share * n + 0.5)",
+        "round(share * n)",
+        pytest("test_groups.py", "equals_loops"),
+    ),
+    Mutation(
+        "ssah/ranking.py",
+        "chosen[ties[: count - int(chosen.sum())]] = True",
+        "chosen[ties[int(chosen.sum()) - count :]] = True",
+        pytest("test_groups.py", "equals_loops or ties"),
+    ),
+    Mutation(
+        "ssah/attribution.py",
+        "sums.m2 / (sums.count - 1)",
+        "sums.m2 / sums.count",
+        pytest("test_attribution.py", "mean_and_variance"),
+    ),
+    Mutation(
+        "ssah/ablation.py",
+        "each.weight.index_copy_(each.dim, each.index, values)",
+        "each.weight.index_copy_(each.dim, each.index, values + 1e-8)",
+        pytest("test_ablation.py", "undone or special_values"),
+    ),
+    Mutation(
+        "ssah/transfer.py",
+        "counts.double().view(side, side) / counts.sum()",
+        "counts.double().view(side, side).T / counts.sum()",
+        pytest("test_transfer.py", "not real"),
+    ),
+)
+
+MUTATIONS = (*_ONCE_SURVIVED, *_CUDA, *_CPU, *_TRITON, *_PYTHON)

@@ -1,0 +1,32 @@
+"""Compare the CPU kernels with the reference; `cpu_compare.py` prints how many calls it compared.
+
+A process of its own, because the instruction set is chosen once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from cases import CASES, check_backend
+
+from ssah_kernels import backends
+
+
+def on(backend: str, op: str) -> Callable[..., Any]:
+    """``torch.ops.ssah.<op>`` on one backend."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with backends.use(backend):
+            return getattr(torch.ops.ssah, op)(*args, **kwargs)
+
+    return call
+
+
+def compare(op: str, *, far: bool = False) -> int:
+    return check_backend(CASES[op], on("cpu", op), on("reference", op), far=far)
+
+
+if __name__ == "__main__":
+    print(sum(compare(op) for op in CASES))

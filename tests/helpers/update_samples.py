@@ -1,0 +1,152 @@
+"""Calls of the operators that take lists of parameters or of gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from samples import Sample, generator, normal
+from torch import Tensor
+
+# Parameters of one call: shape, dim that runs over units, share of it that is selected (1: no
+# index), and how the parameter lies in memory.
+UPDATED = (
+    ((5,), 0, 0.6, "dense"),
+    ((33, 40), 0, 1.0, "dense"),
+    ((33, 40), 0, 0.5, "dense"),
+    ((40, 131), 1, 0.7, "dense"),
+    ((17, 31), 0, 0.5, "slice"),
+    ((31, 17), 1, 0.5, "transposed"),
+    ((3, 1), 1, 1.0, "dense"),
+    ((2, 1100), 0, 1.0, "dense"),
+    ((67, 530), 1, 1.0, "slice"),
+    ((0, 4), 0, 1.0, "dense"),
+    ((6, 4, 3), 2, 0.5, "dense"),
+    ((6, 4, 3), 0, 0.5, "dense"),
+    ((), 0, 1.0, "dense"),
+)
+
+
+Shapes = tuple[tuple[tuple[int, ...], int, float, str], ...]
+
+# More than the 128 rows and the columns of a block of the CUDA kernels, than the 256 units of a
+# block that adds importance, than the 1024 columns of a stripe and the 1024 elements that are
+# gathered at once on the CPU, and than the 65,536 elements of a block there.
+FAR_UPDATED = (
+    ((300, 40), 1, 0.7, "dense"),
+    ((300, 264), 0, 0.6, "dense"),
+    ((140, 1100), 1, 1.0, "dense"),
+    ((3, 1300), 1, 0.9, "dense"),
+    ((66_000,), 0, 1.0, "dense"),
+    ((1, 2100), 0, 1.0, "slice"),
+)
+
+
+def _parameter(
+    shape: tuple[int, ...], layout: str, dtype: torch.dtype, g: torch.Generator
+) -> Tensor:
+    if layout == "transposed":
+        return normal(shape[::-1], dtype, g).t()
+    if layout == "slice":
+        return normal((shape[0], shape[1] + 7), dtype, g)[:, 3 : 3 + shape[1]]
+    return normal(shape, dtype, g)
+
+
+def _selection(size: int, share: float, g: torch.Generator) -> Tensor | None:
+    if share == 1:
+        return None
+    return torch.randperm(size, generator=g)[: max(1, int(share * size))].sort().values
+
+
+def update_lists(
+    dtype: torch.dtype,
+    state: torch.dtype,
+    g: torch.Generator,
+    *,
+    kahan: bool,
+    shapes: Shapes = UPDATED,
+) -> dict[str, list[Any]]:
+    """The lists of one masked update: parameters, and everything compact with them."""
+    lists: dict[str, list[Any]] = {
+        name: []
+        for name in ("params", "grads", "first", "second", "indices", "dims", "compensations")
+    }
+    lists |= {"signed": [], "squared": []}
+    for shape, dim, share, layout in shapes:
+        index = _selection(shape[dim], share, g) if shape else None
+        compact = list(shape)
+        if index is not None:
+            compact[dim] = len(index)
+        size = tuple(compact)
+        units = compact[dim] if compact else 1
+        parameter = _parameter(shape, layout, dtype, g)
+        trained = parameter if index is None else parameter.index_select(dim, index)
+        lists["params"].append(parameter)
+        lists["grads"].append(normal(size, dtype, g))
+        lists["first"].append(normal(size, state, g))
+        lists["second"].append(normal(size, torch.float64, g).square().to(state) + 0.01)
+        lists["indices"].append(index)
+        lists["dims"].append(dim)
+        lists["compensations"].append((trained * 2**-10).contiguous() if kahan else None)
+        lists["signed"].append(torch.randn(units, generator=g, dtype=torch.float64))
+        lists["squared"].append(torch.rand(units, generator=g, dtype=torch.float64))
+    return lists
+
+
+FAR_NUMBERS = (1, 2, 4)  # all options in three calls
+
+
+def _update_samples(
+    dtype: torch.dtype, tag: str, shapes: Shapes
+) -> Iterator[tuple[str, dict[str, list[Any]], tuple[Any, ...], int]]:
+    """Name, lists, the arguments from grad_scale on, and a number that varies the options."""
+    states = (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    for number in range(12) if shapes is UPDATED else FAR_NUMBERS:
+        state = states[number % len(states)]
+        kahan = dtype == torch.bfloat16 and number % 3 == 2
+        g = generator(tag, number)
+        lists = update_lists(dtype, state, g, kahan=kahan, shapes=shapes)
+        scale = torch.tensor(4.0) if number % 2 else None
+        clip = torch.tensor(0.3, dtype=torch.float64) if number % 4 == 1 else None
+        seed = torch.tensor(-(7**20) * number) if number % 3 else None
+        sums = (lists["signed"], lists["squared"]) if number % 5 < 3 else (None, None)
+        compensations = lists["compensations"] if kahan else None
+        name = f"131-{number}-{str(state).removeprefix('torch.')}"
+        yield name, lists, (scale, clip, seed, compensations, *sums), number
+
+
+def _rate_and_step(number: int) -> tuple[Tensor, Tensor]:
+    return torch.tensor(0.01), torch.tensor(float(1 + number % 4 * 40), dtype=torch.float64)
+
+
+def masked_adamw(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:
+    for name, lists, rest, number in _update_samples(dtype, "adamw", shapes):
+        names = ("params", "grads", "first", "second", "indices", "dims")
+        options = {"weight_decay": 0.1 * (number % 2), "maximize": number % 6 == 5, "beta2": 0.99}
+        args = (*(lists[n] for n in names), *_rate_and_step(number), *rest)
+        yield Sample(name, args, options)
+
+
+def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:
+    for name, lists, rest, number in _update_samples(dtype, "sgd", shapes):
+        momentum = 0.9 * (number % 4 != 3)
+        names = ("params", "grads", "first", "indices", "dims")
+        options = {"momentum": momentum, "weight_decay": 0.1 * (number % 2)}
+        options |= {"maximize": number % 6 == 5, "nesterov": number % 4 == 2}
+        options |= {"dampening": 0.2 * (number % 4 == 1)}
+        args = [lists[n] for n in names]
+        args[2] = args[2] if momentum else None
+        yield Sample(name, (*args, *_rate_and_step(number), *rest), options)
+
+
+def masked_grad_norm(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:
+    for number in range(12) if shapes is UPDATED else FAR_NUMBERS:
+        g = generator("norm", number)
+        lists = update_lists(dtype, torch.float32, g, kahan=False, shapes=shapes)
+        gradients = [p * 10.0 ** (number - 6) for p in lists["params"]]
+        scale = torch.tensor(8.0) if number % 2 else None
+        yield Sample(f"131-{number}", (gradients, lists["indices"], lists["dims"], scale))
+    if shapes is not UPDATED:  # more than the 256 partial sums that are added at once
+        column = normal((257 * 128, 1), dtype, generator("norm"))
+        yield Sample("many blocks", ([column], [None], [0], None))

@@ -1,0 +1,129 @@
+"""What the emulation of the CUDA kernels must notice, and what kernels do beyond its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from emulation import build
+from emulation.build import Emulation
+from emulation.compare import equals_reference, kept_in
+
+from ssah_kernels.reference.masked_update import noise, noise_keys
+from ssah_kernels.schema import KERNELS
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed"),
+    pytest.mark.xdist_group("emulation"),
+]
+
+
+@pytest.fixture
+def folder(pytestconfig: pytest.Config) -> Path:
+    return kept_in(pytestconfig)
+
+
+# A barrier in a header is tried with the operator named here; one in an operator's file, with it.
+USER_OF_HEADER = {
+    "moments.cuh": "channel_moments_",
+    "merge_moments.cuh": "channel_moments_",
+    "sums.cuh": "taylor_moments_",
+    "masked_update.cuh": "masked_sgd_",
+}
+BARRIER = re.compile(r"__sync(?:threads|warp)\(\);")
+
+
+def barriers() -> list[tuple[str, int]]:
+    """(file, position) of every barrier in the kernels."""
+    return [
+        (file.name, match.start())
+        for file in sorted(build.SOURCES.glob("*.cu*"))
+        for match in BARRIER.finditer(file.read_text())
+    ]
+
+
+def altered(
+    folder: Path, sources: Path, tag: str, file: str, change: Callable[[str], str]
+) -> Emulation:
+    """The emulation of a copy of the kernels in which ``change`` was made to ``file``."""
+    shutil.copytree(build.SOURCES, sources)
+    before = (sources / file).read_text()
+    after = change(before)
+    assert after != before
+    (sources / file).write_text(after)
+    return Emulation(folder, sources, tag, "-O0")
+
+
+@pytest.mark.parametrize(
+    ("file", "position"),
+    [
+        pytest.param(*barrier, id=f"{barrier[0]}-{barrier[1]}", marks=pytest.mark.exhaustive)
+        if number
+        else barrier
+        for number, barrier in enumerate(barriers())
+    ],
+)
+def test_no_barrier_is_idle(file: str, position: int, folder: Path, tmp_path: Path) -> None:
+    """Without any one barrier every order of the threads gives a wrong result."""
+
+    def without(text: str) -> str:
+        return text[:position] + BARRIER.sub("", text[position:], count=1)
+
+    op = USER_OF_HEADER.get(file) or next(op for op in KERNELS if build.source_of(op) == file)
+    tag = f"without_{file.split('.')[0]}_{position}"
+    library = altered(folder, tmp_path / tag, tag, file, without)[op]
+    for seed in range(3):
+        library.seed(seed)
+        with pytest.raises(AssertionError):
+            equals_reference(library)
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "message"),
+    [
+        ("launch.cuh", r"config\.stream = stream;", "not on the current stream"),
+        ("column_sq_norms.cu", r"const \S+DeviceGuard guard\(.*\);", "not on the device"),
+    ],
+)
+def test_a_launch_astray_is_seen(
+    file: str, line: str, message: str, folder: Path, tmp_path: Path
+) -> None:
+    """The emulation knows on which stream and device the kernels of a call must run."""
+    tag = file.split(".")[0]
+    library = altered(folder, tmp_path / tag, tag, file, lambda text: re.sub(line, "", text))
+    with pytest.raises(RuntimeError, match=message):
+        library["column_sq_norms"](torch.ones(3, 4))
+
+
+def test_noise_of_elements_beyond_32_bits(folder: Path) -> None:
+    """Kernels that reach such an element need 34 GB: their noise is asked for by itself."""
+    emulated = Emulation(folder)
+    text = """
+        #include "masked_rounding.cuh"
+        uint3 threadIdx, blockIdx;
+        extern "C" __attribute__((visibility("default"))) uint32_t noise_bits(
+            int64_t seed, double step, unsigned number, int64_t element) {
+          ssah::UpdateScalars scalars{};
+          scalars.seed = &seed;
+          scalars.step = &step;
+          return ssah::Noise(scalars, number).bits(element);
+        }
+    """
+    built = emulated.compiled("noise", text)
+
+    def link(target: Path) -> None:
+        build.run("g++", "-shared", built, "-o", target)
+
+    bits = ctypes.CDLL(str(build.once(emulated.folder, "noise.so", [built.name], link))).noise_bits
+    bits.restype = ctypes.c_uint32
+    elements = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 3 * 2**32 + 1]
+    seed, step, number = -(7**20), 41, 3
+    low, high, _ = noise(noise_keys(seed, step, number), torch.tensor(elements))
+    for element, expected in zip(elements, (high << 16 | low).tolist(), strict=True):
+        arguments = ctypes.c_int64(seed), ctypes.c_double(step), number, ctypes.c_int64(element)
+        assert bits(*arguments) == expected, element
