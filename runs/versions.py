@@ -30,7 +30,7 @@ PACKAGES = (
 
 def facts() -> dict[str, Any]:
     """The versions installed here, and what the libraries built here say of themselves."""
-    from ssah_kernels.backends import cpu, cuda
+    from try_kernels import cpu_row, cuda_row
 
     versions = {}
     for package in PACKAGES:
@@ -42,8 +42,8 @@ def facts() -> dict[str, Any]:
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
         "versions": versions,
-        "cpu": cpu.facts(),
-        "cuda": cuda.facts(),
+        "cpu": cpu_row(),
+        "cuda": cuda_row(),
     }
 
 
@@ -52,7 +52,10 @@ def outcome(report: Path) -> dict[str, Any]:
     if not report.is_file():
         return {"passed": 0, "failed": 0, "skipped": 0, "seconds": 0, "ended": False}
     suites = ElementTree.parse(report).getroot().findall("testsuite")
-    count = {key: sum(int(s.get(key, 0)) for s in suites) for key in ("tests", "failures", "errors", "skipped")}
+    count = {
+        key: sum(int(s.get(key, 0)) for s in suites)
+        for key in ("tests", "failures", "errors", "skipped")
+    }
     failed = count["failures"] + count["errors"]
     return {
         "passed": count["tests"] - failed - count["skipped"],
@@ -66,13 +69,11 @@ def outcome(report: Path) -> dict[str, Any]:
 def row(leg: str, record: dict[str, Any]) -> str:
     """One line of the table."""
     have, tests = record["versions"], record["tests"]
-    others = ", ".join(
-        f"{name} {have[name]}" for name in PACKAGES[3:] if have[name] is not None
-    )
+    others = ", ".join(f"{name} {have[name]}" for name in PACKAGES[3:] if have[name] is not None)
     came_out = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
     return (
         f"| {leg} | {record['python']} | {have['torch']} | {have['transformers']} | {have['triton']} "
-        f"| {others} | {record['cuda']['stream']} | {came_out} | {record['date']} |"
+        f"| {others} | {record['cuda']} | {came_out} | {record['date']} |"
     )
 
 
@@ -88,7 +89,7 @@ def table(folder: Path) -> None:
             }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     lines = [
-        "| set | Python | torch | transformers | triton | also | CUDA stream of torch | tests | date |",
+        "| set | Python | torch | transformers | triton | also | CUDA library | tests | date |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row(leg, record[leg]) for leg in LEGS if leg in record),
     ]

