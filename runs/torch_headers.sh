@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every C++ and CUDA source against the headers of a release of torch, without installing
+# Compiles every source that includes torch against the headers of a release, without installing
 # it: does the oldest torch that is declared still build the libraries?
 #
 #     runs/torch_headers.sh [VERSION [FOLDER]]     default: 2.10.0, build/torch-VERSION
