@@ -142,13 +142,13 @@ def test_a_gguf_file_needs_what_no_other_model_needs(
     monkeypatch.delitem(theirs._class_to_module, "GgufConfig")
     monkeypatch.delitem(vars(theirs), "GgufConfig", raising=False)
     monkeypatch.delattr(dequant, "dequantize")
-    monkeypatch.delattr(dequant, "GGML_BLOCK")
     model, _ = load_model(str(tmp_path / "plain"))
     attribute(model, ragged())
     with pytest.raises(ValueError, match=r"has no transformers\.GgufConfig, which ssah needs to l"):
         load_model(str(tmp_path / "tiny.gguf"))
     with pytest.raises(LibraryError, match=r"dequant\.dequantize, which ssah needs to unpack"):
         attribute(packed, ragged())
+    monkeypatch.delattr(dequant, "GGML_BLOCK")
     with pytest.raises(LibraryError, match=r"dequant\.GGML_BLOCK"):
         gguf.unpacks(2)
     monkeypatch.delattr(kernels, "_gguf_kernel")
