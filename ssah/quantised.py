@@ -169,7 +169,8 @@ def passing_gradients(model: nn.Module) -> Iterator[None]:
 
         return hook
 
-    with ExitStack() as stack:
+    # What is laid out again must not be inference tensors.
+    with torch.inference_mode(False), ExitStack() as stack:
         for name, scheme in packed_modules(model).items():
             module = model.get_submodule(name)
             stack.enter_context(scheme.differentiable(module))

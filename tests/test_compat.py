@@ -125,6 +125,16 @@ def test_streaming_says_what_is_gone(
             ssah.stream(tmp_path / "model", test_streaming.batches())
 
 
+def test_weights_that_are_tied_in_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("llama")
+    transformers.tie_weights(model, set())
+    monkeypatch.setattr(type(model), "tie_weights", lambda self, missing_keys: None)
+    with pytest.raises(LibraryError, match=r"LlamaForCausalLM\.tie_weights\(missing_keys, recom"):
+        transformers.tie_weights(model, set())
+    with pytest.raises(LibraryError, match=r"Linear\.all_tied_weights_keys"):
+        transformers.tied_weights(torch.nn.Linear(2, 2))
+
+
 def test_a_gguf_file_needs_what_no_other_model_needs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,13 +152,13 @@ def test_a_gguf_file_needs_what_no_other_model_needs(
     monkeypatch.delitem(theirs._class_to_module, "GgufConfig")
     monkeypatch.delitem(vars(theirs), "GgufConfig", raising=False)
     monkeypatch.delattr(dequant, "dequantize")
-    monkeypatch.delattr(dequant, "GGML_BLOCK")
     model, _ = load_model(str(tmp_path / "plain"))
     attribute(model, ragged())
     with pytest.raises(ValueError, match=r"has no transformers\.GgufConfig, which ssah needs to l"):
         load_model(str(tmp_path / "tiny.gguf"))
     with pytest.raises(LibraryError, match=r"dequant\.dequantize, which ssah needs to unpack"):
         attribute(packed, ragged())
+    monkeypatch.delattr(dequant, "GGML_BLOCK")
     with pytest.raises(LibraryError, match=r"dequant\.GGML_BLOCK"):
         gguf.unpacks(2)
     monkeypatch.delattr(kernels, "_gguf_kernel")
@@ -220,8 +230,9 @@ def test_hooks_of_accelerate(moved: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
     accelerate._check.cache_clear()
     accelerate._check()
-    model = build("llama")
-    module = model.model.layers[0]
+    module = torch.nn.Linear(2, 2)
+    assert accelerate.hook_of(module) is None
+    module.forward = module.forward
     if moved == "AlignDevicesHook":
         monkeypatch.delattr(hooks, moved)
     elif moved == "hooks":

@@ -1,4 +1,4 @@
-"""What this library uses of others although they may move it: one file a library, nowhere else.
+"""What this library uses of others although they may move it: here and nowhere else.
 
 A name is looked up when it is first needed, so that a release without it takes away no more than
 what needs it. :func:`find` then says what is gone, and which releases have it.
@@ -24,7 +24,7 @@ def find(library: str, place: str, *, purpose: str, works: str) -> Any:
         library: name of its distribution, e.g. ``"transformers"``.
         place: module and name, e.g. ``"transformers.utils:logging"``.
         purpose: what ssah needs it for, e.g. ``"to load a GGUF file"``.
-        works: the releases that have it, as pip takes them, e.g. ``">=5.20,<=5.24"``.
+        works: the releases that have it, as pip takes them, e.g. ``">=5.20,<5.25"``.
 
     Raises:
         LibraryError: it is not there, or cannot be imported.

@@ -14,7 +14,7 @@ __all__ = ["OWN_FORWARD", "hook_of", "offloading_hook"]
 
 OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
 _HOOK = "_hf_hook"
-_WORKS = ">=1.10,<=1.15"
+_WORKS = ">=1.10,<1.16"
 _PURPOSE = "to know which weights are offloaded"
 
 
@@ -24,10 +24,11 @@ def hook_of(module: nn.Module) -> Any:
     Raises:
         LibraryError: accelerate keeps its hooks elsewhere.
     """
-    # Where nobody has imported it there are no hooks.
-    if "accelerate" in sys.modules:
+    own = vars(module)
+    # A hook gives the module a forward of its own, wherever it may be kept.
+    if "forward" in own and "accelerate" in sys.modules:
         _check()
-    return vars(module).get(_HOOK)
+    return own.get(_HOOK)
 
 
 def offloading_hook(module: nn.Module) -> Any:

@@ -23,7 +23,7 @@ from ssah.compat import find
 
 __all__ = ["differentiable", "identity_4bit", "weight_4bit", "weight_8bit"]
 
-_WORKS = ">=0.50,<=0.50.2"
+_WORKS = ">=0.50,<0.51"
 
 
 def _functional(name: str) -> Any:
@@ -89,11 +89,11 @@ def identity_4bit(module: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @contextmanager
 def differentiable(module: Any) -> Iterator[None]:
-    """A ``Linear4bit`` passes gradients inside the block; after it, its layout is what it was.
+    """A ``Linear4bit`` passes gradients inside the block: its weight is in the canonical layout.
 
-    Only its own weight is laid out again, twice: there is never a second copy of a model. Where
-    bitsandbytes would lay a weight out anew as it runs, that is done first, so that it makes no
-    difference whether the model has run before.
+    The weight itself is laid out again, here and at the end: there is no second copy of it. Where
+    bitsandbytes would lay it out anew as the module runs, that is done first, so that it makes no
+    difference whether the module has run before.
     """
     if not _rounds(module):
         yield

@@ -12,7 +12,9 @@ from ssah.compat import find
 __all__ = ["architectures", "config", "dequantize", "install_kernel", "unpacks", "weight_of"]
 
 _ROOM = "transformers.integrations.gguf"
-_WORKS = ">=5.17,<=5.24"
+_WORKS = ">=5.17,<5.25"
+
+_PACKED = "to keep GGUF weights packed"
 
 
 def _in_gguf(place: str, purpose: str) -> Any:
@@ -53,7 +55,7 @@ def weight_of(module: Any) -> Tensor:
 
 def architectures() -> list[str]:
     """The ``general.architecture`` of the files whose blocks transformers can keep."""
-    return sorted(_in_gguf("gguf_conversion_mapping:GGUF_ARCHS", "to keep GGUF weights packed"))
+    return sorted(_in_gguf("gguf_conversion_mapping:GGUF_ARCHS", _PACKED))
 
 
 def install_kernel(kernel: Any) -> None:
@@ -61,9 +63,8 @@ def install_kernel(kernel: Any) -> None:
 
     Without one it unpacks the whole model as it loads it.
     """
-    purpose = "to keep GGUF weights packed"
-    if not _in_gguf("kernels:get_gguf_kernel", purpose)():
-        _in_gguf("kernels:_gguf_kernel", purpose)  # it must be there, or nothing would read it
+    if not _in_gguf("kernels:get_gguf_kernel", _PACKED)():
+        _in_gguf("kernels:_gguf_kernel", _PACKED)  # it must be there, or nothing would read it
         from transformers.integrations.gguf import kernels
 
         kernels._gguf_kernel = kernel

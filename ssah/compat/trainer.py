@@ -1,8 +1,8 @@
 """transformers' Trainer, and what of it has had other names or is private.
 
-To import it imports peft, which imports bitsandbytes; on a CPU with AVX512-BF16 that one warns of a
-kernel for 4-bit weights that is not there. Nothing that is trained here is packed: that one note is
-left out. Whoever uses 4-bit weights without having trained before gets it.
+Importing it imports peft, which imports bitsandbytes. On a CPU with AVX512-BF16, bitsandbytes then
+warns that it has no fast kernel for 4-bit weights. Nothing that is trained here has 4-bit weights,
+so this one note is left out. A process that loads 4-bit weights and does not train still shows it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from ssah.compat.transformers import gone
+from ssah.compat import lacking
+from ssah.compat.transformers import WORKS, gone
 
 __all__ = [
     "PrinterCallback",
@@ -41,16 +42,19 @@ def _without_the_note_on_4_bit_weights() -> Iterator[None]:
         logger.removeFilter(keep)
 
 
-with _without_the_note_on_4_bit_weights():
-    from transformers import (
-        PrinterCallback,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-        set_seed,
-    )
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.trainer_utils import SchedulerType
+try:
+    with _without_the_note_on_4_bit_weights():
+        from transformers import (
+            PrinterCallback,
+            Trainer,
+            TrainerCallback,
+            TrainingArguments,
+            set_seed,
+        )
+        from transformers.integrations import get_available_reporting_integrations
+        from transformers.trainer_utils import SchedulerType
+except ImportError as error:
+    raise lacking("transformers", "Trainer that fits", "to train", WORKS, str(error)) from error
 
 
 def training_arguments(

@@ -5,6 +5,7 @@ Its GGUF files are in :mod:`ssah.compat.gguf`, its Trainer in :mod:`ssah.compat.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ __all__ = [
     "tied_weights",
 ]
 
-WORKS = ">=5.20,<=5.24"
+WORKS = ">=5.20,<5.25"
 
 # What `use_experts_implementation` says of a class of experts.
 _EXPERT_FLAGS = (
@@ -132,7 +133,10 @@ def tied_weights(model: Any) -> dict[str, str]:
 
 def tie_weights(model: Any, missing: set[str]) -> None:
     """Tie the weights of ``model`` of which those called ``missing`` were in no file."""
-    model.tie_weights(missing_keys=missing, recompute_mapping=False)
+    options = {"missing_keys": missing, "recompute_mapping": False}
+    if not options.keys() <= inspect.signature(model.tie_weights).parameters.keys():
+        raise gone(f"{type(model).__name__}.tie_weights({', '.join(options)})", _READING)
+    model.tie_weights(**options)
 
 
 _READING = "to read the weights of a checkpoint layer by layer"

@@ -58,10 +58,10 @@ def check_ablation(family: str) -> None:
     model = tiny_models.build(family, dtype=torch.float64)
     dense, before, units = copy.deepcopy(model), snapshot(model), draw(model)
     keep_out(dense, units)
-    with torch.no_grad():
+    with torch.no_grad(), InFloat64():
         whole, without = model(**batch()).logits, dense(**batch()).logits
         with ablate(model, units):
-            torch.testing.assert_close(model(**batch()).logits, without, rtol=1e-6, atol=1e-6)
+            torch.testing.assert_close(model(**batch()).logits, without, rtol=1e-9, atol=1e-9)
     assert not torch.allclose(whole, without, rtol=1e-3)
     assert_equal(snapshot(model), before)
 
@@ -75,11 +75,12 @@ def check_training(family: str, mode: str) -> None:
     trains = masks(model, units, mode)
     plan = make(model, mode, units)
     assert_equal(snapshot(model), before)
-    torch.testing.assert_close(
-        model(**batch()).logits, dense(**batch()).logits, rtol=1e-6, atol=1e-6
-    )
-    loss_of(model).backward()
-    loss_of(dense).backward()
+    with InFloat64():
+        torch.testing.assert_close(
+            model(**batch()).logits, dense(**batch()).logits, rtol=1e-9, atol=1e-9
+        )
+        loss_of(model).backward()
+        loss_of(dense).backward()
     own = dict(dense.named_parameters())
     trained = 0
     for name, parameter, entries, _ in plan.trained_slices():
@@ -92,7 +93,7 @@ def check_training(family: str, mode: str) -> None:
             dims = plan.entries[name].dims
             rows = gradient.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
             gradient = rows[entries]
-        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(parameter.grad, gradient, rtol=1e-9, atol=1e-12)
     assert trained == sum(int(mask.sum()) for mask in trains.values())
     assert trained == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
