@@ -72,8 +72,8 @@ def row(leg: str, record: dict[str, Any]) -> str:
     others = ", ".join(f"{name} {have[name]}" for name in PACKAGES[3:] if have[name] is not None)
     came_out = f"{tests['passed']} passed, {tests['failed']} failed, {tests['skipped']} skipped"
     return (
-        f"| {leg} | {record['python']} | {have['torch']} | {have['transformers']} | {have['triton']} "
-        f"| {others} | {record['cuda']} | {came_out} | {record['date']} |"
+        f"| {leg} | {record['python']} | {have['torch']} | {have['transformers']} "
+        f"| {have['triton']} | {others} | {record['cuda']} | {came_out} | {record['date']} |"
     )
 
 

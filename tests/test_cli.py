@@ -348,7 +348,7 @@ def test_smollm2_is_scored_and_its_utility_critical_units_matter(smollm2):
     assert sum(p.numel() for p in model.parameters()) == 134_515_008
     move(model, faster_dtype(model.device))
     loaders = [
-        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=6, max_length=96)
+        ssah.data.make_loader(f"builtin:{name}", tokenizer, limit=4, max_length=64)
         for name in ("safety", "utility")
     ]
     safety, utility = (ssah.attribute(model, loader) for loader in loaders)

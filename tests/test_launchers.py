@@ -23,6 +23,7 @@ try:
 except SystemExit as end:
     assert end.code == 0
 
+import os
 import accelerate, torch
 import ssah
 from ssah.data import make_loader
@@ -30,7 +31,10 @@ from ssah.distributed import deal
 from ssah.models import load_model
 
 assert not torch.distributed.is_initialized()
-accelerator = accelerate.Accelerator(cpu=True)
+# The launcher's store still has the addresses of the command's group: this one meets in a file.
+rank = f"rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}"
+meeting = accelerate.InitProcessGroupKwargs(init_method=f"file://{folder}/store?{rank}")
+accelerator = accelerate.Accelerator(cpu=True, kwargs_handlers=[meeting])
 model, tokenizer = load_model(model, device="cpu")
 loader = make_loader("builtin:safety[0:12]", tokenizer, batch_size=4)
 scores = ssah.attribute(model, deal(loader))

@@ -282,5 +282,5 @@ def test_real_model_under_sft_trainer(smollm2: Path, tmp_path: Path) -> None:
     trainer.train()
     plan.verify()
     first, second = logged_losses(trainer)
-    assert first == pytest.approx(total / n, rel=1e-4)
+    assert first == pytest.approx(total / n, rel=1e-5)  # in float32, in another order
     assert second < first
