@@ -260,12 +260,7 @@ _PYTHON = (
         "ssah_kernels/optim.py", " + _SEED_STRIDE * call.number", "", pytest(OPTIM, "share_noise")
     ),
     Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
-    Mutation(
-        "ssah_kernels/optim.py",
-        "total.to(norm.device).hypot(norm)",
-        "norm",
-        pytest(OPTIM, "max_norm"),
-    ),
+    Mutation("ssah_kernels/optim.py", ".hypot(norm)", "", pytest(OPTIM, "max_norm")),
     Mutation(
         "ssah/ranking.py",
         "math.floor(share * n + 0.5)",

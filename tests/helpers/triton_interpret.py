@@ -26,7 +26,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton_masked import check_norms, check_update, samples
 
 from ssah_kernels import backends
-from ssah_kernels.backends.triton import launch, masked_list, masked_rounding
+from ssah_kernels.backends.triton import launch, masked_grad_norm, masked_rounding
 from ssah_kernels.reference import masked_update as specification
 
 
@@ -123,12 +123,10 @@ def check_noise_of_far_elements() -> None:
 
 
 def check_many_parts_of_a_norm() -> None:
-    """More than the 1,024 partial sums that are added at once: a program a row."""
-    rows, masked_list.TILE_ROWS = masked_list.TILE_ROWS, 1
-    g = torch.arange(1, 1301, dtype=torch.float64)[:, None]
-    norm = torch.ops.ssah.masked_grad_norm([g], [None], [0])
-    assert torch.allclose(norm, g.norm(), rtol=1e-12, atol=0)
-    masked_list.TILE_ROWS = rows
+    """More than the 1,024 partial sums that are added at once."""
+    parts, norm = torch.arange(1300, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    masked_grad_norm.norm_kernel[(1,)](parts, norm, None, len(parts), BLOCK=1024)
+    assert torch.allclose(norm, parts.sum().sqrt(), rtol=1e-12, atol=0)
 
 
 # Nothing, one element, a mask over several chunks, every kind of stride; every activation.
