@@ -23,9 +23,14 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
-CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fno-math-errno"]
-CXX_FLAGS += ["-ffp-contract=off"]  # a kernel says where a product and a sum are fused
-CXX_FLAGS += ["-fvisibility=hidden"]  # another library's symbols may have the same names
+CXX_FLAGS = [
+    "-O3",
+    "-g0",
+    "-std=c++17",
+    "-ffp-contract=off",  # a kernel says where a product and a sum are fused
+    "-fno-math-errno",
+    "-fvisibility=hidden",  # another library's symbols may have the same names
+]
 # The last is for clang, which does not know the second.
 QUIET = ["-Wno-psabi", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
 CUDA_ARCHS = [

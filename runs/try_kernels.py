@@ -53,6 +53,9 @@ def cuda_row() -> str:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(
+        1
+    )  # the tensors are tiny, and threads wait for each other on a busy machine
     print("python        ", platform.python_version())
     print("torch         ", torch.__version__)
     print("ssah_kernels  ", Path(ssah_kernels.__file__).parent)

