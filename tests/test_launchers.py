@@ -23,7 +23,6 @@ try:
 except SystemExit as end:
     assert end.code == 0
 
-import os
 import accelerate, torch
 import ssah
 from ssah.data import make_loader
@@ -32,8 +31,7 @@ from ssah.models import load_model
 
 assert not torch.distributed.is_initialized()
 # The launcher's store still has the addresses of the command's group: this one meets in a file.
-rank = f"rank={os.environ['RANK']}&world_size={os.environ['WORLD_SIZE']}"
-meeting = accelerate.InitProcessGroupKwargs(init_method=f"file://{folder}/store?{rank}")
+meeting = accelerate.InitProcessGroupKwargs(init_method=f"file://{folder}/store")
 accelerator = accelerate.Accelerator(cpu=True, kwargs_handlers=[meeting])
 model, tokenizer = load_model(model, device="cpu")
 loader = make_loader("builtin:safety[0:12]", tokenizer, batch_size=4)
