@@ -12,8 +12,8 @@
 namespace ssah {
 namespace SSAH_ISA {
 
-constexpr int kGroup = 4;  // rows in registers, a power of two: more would share the ways of a
-                           // cache set where rows are a multiple of a page apart
+constexpr int kGroup = 4;      // rows in registers, a power of two: more would share the ways of a
+                               // cache set where rows are a multiple of a page apart
 constexpr int kShiftRows = 4;  // rows that the shift is chosen from
 constexpr long kChunk = 256;   // rows between merges into the float64 state
 constexpr long kTile = 1024;   // channels whose accumulators stay in the first-level cache
