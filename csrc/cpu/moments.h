@@ -12,8 +12,8 @@
 namespace ssah {
 namespace SSAH_ISA {
 
-constexpr int kGroup = 4;  // rows in registers: more would share the ways of a cache set where rows
-                           // are a multiple of a page apart
+constexpr int kGroup = 4;      // rows in registers, a power of two: more would share the ways of a
+                               // cache set where rows are a multiple of a page apart
 constexpr int kShiftRows = 4;  // rows that the shift is chosen from
 constexpr long kChunk = 256;   // rows between merges into the float64 state
 constexpr long kTile = 1024;   // channels whose accumulators stay in the first-level cache
@@ -28,18 +28,18 @@ struct MomentsTile {
 template <int R, class T>
 SSAH_INLINE void join_group(const vec<T> (&d)[R], MomentsTile<T>& tile, long c, scalar<T> to_mean,
                             scalar<T> to_m2) {
-  vec<T> group_mean = d[0], group_m2 = {};
+  vec<T> sum = d[0], group_m2 = {};
+  const scalar<T> share = scalar<T>(1) / R;  // a power of two: to fuse with it changes no bit
   if (R > 1) {
 #pragma GCC unroll 4
-    for (int i = 1; i < R; ++i) group_mean += d[i];
-    group_mean *= scalar<T>(1) / R;
+    for (int i = 1; i < R; ++i) sum += d[i];
 #pragma GCC unroll 4
     for (int i = 0; i < R; ++i) {
-      vec<T> deviation = d[i] - group_mean;
+      vec<T> deviation = neg_mul_add(sum, share, d[i]);
       group_m2 = mul_add(deviation, deviation, group_m2);
     }
   }
-  vec<T> mean = load(tile.mean + c), delta = group_mean - mean;
+  vec<T> mean = load(tile.mean + c), delta = mul_add(sum, share, -mean);
   store(tile.mean + c, mul_add(delta, to_mean, mean));
   store(tile.m2 + c, mul_add(delta * delta, to_m2, load(tile.m2 + c) + group_m2));
 }
