@@ -103,6 +103,15 @@ def _moments_of_functional(sample: Sample, output: Tensor) -> list[Tensor]:
     return [*state]
 
 
+def _adjusted_m2(sample: Sample, expected: list[Tensor], actual: list[Tensor]) -> list[Tensor]:
+    """Rows that are all alike have an M2 of 0, but for what rounding the mean leaves of them."""
+    count, mean, m2 = expected[-3:]
+    double = flat(sample.args[0])[0].dtype == torch.float64
+    eps = torch.finfo(torch.float64 if double else torch.float32).eps
+    lost = count * (4 * eps * mean).square()
+    return [*expected[:-1], torch.where((actual[-1] - m2).abs() <= lost, actual[-1], m2)]
+
+
 def _adjusted_compensation(
     sample: Sample, expected: list[Tensor], actual: list[Tensor]
 ) -> list[Tensor]:
@@ -142,17 +151,21 @@ def _of_lists(op: str, **options: Any) -> OpCase:
 CASES: dict[str, OpCase] = {
     case.op: case
     for case in (
-        _of_activations("channel_moments_", "channel_moments", outputs=(1, 2, 3)),
+        _of_activations(
+            "channel_moments_", "channel_moments", outputs=(1, 2, 3), adjusted=_adjusted_m2
+        ),
         _of_activations(
             "gated_moments",
             "gated_moments",
             outputs=(2, 3, 4),
             state_of_output=_moments_of_gated,
+            adjusted=_adjusted_m2,
         ),
         _of_activations(
             "gated_moments_functional",
             "gated_moments_functional",
             state_of_output=_moments_of_functional,
+            adjusted=_adjusted_m2,
         ),
         _of_activations("gated_moments_backward", "gated_moments_backward"),
         _of_activations("taylor_moments_", "taylor_moments", outputs=(2, 3)),
