@@ -118,7 +118,8 @@ def _adjusted_compensation(
     """What an update leaves to its compensations, as far as float32 can say.
 
     A parameter that was rounded to the other neighbour leaves that much more or less; and the sum
-    of the two is computed in float32, where a few roundings of the parameter's size are lost.
+    of the two is computed in float32, where a few roundings of the parameter's size are lost, and
+    rounded once more: below the normal numbers of its type to one side or the other.
     """
     sgd = isinstance(sample.args[5], Tensor)
     case = CASES["masked_sgd_" if sgd else "masked_adamw_"]
@@ -132,7 +133,9 @@ def _adjusted_compensation(
         ]
         moved = pair[0].double() - pair[1].double()
         rest, mine = expected[first + i].double() + moved, actual[first + i].double()
+        narrow = torch.finfo(expected[first + i].dtype)
         lost = 4 * torch.finfo(torch.float32).eps * pair[1].double().abs()
+        lost += narrow.smallest_normal * narrow.eps
         rest = torch.where((mine - rest).abs() <= lost, mine, rest)
         expected[first + i] = rest.to(expected[first + i].dtype)
     return expected
