@@ -63,7 +63,7 @@ def interpreted() -> dict[str, int | str]:
 @pytest.mark.parametrize("op", OPS)
 def test_interpreted(op: str, interpreted: dict[str, int | str]) -> None:
     assert isinstance(interpreted[op], int), interpreted[op]
-    assert interpreted[op] >= (4 if op.startswith("masked") else 10)
+    assert interpreted[op] >= 4
 
 
 @needs_triton
