@@ -192,8 +192,8 @@ _CPU = (
     ),
     Mutation(
         "csrc/cpu/masked_grad_norm.h",
-        "total += sums[0][i] + sums[1][i];",
-        "total += 2 * sums[0][i];",
+        "total += low[i] + high[i];",
+        "total += 2 * low[i];",
         cpu_near("masked_grad_norm"),
     ),
 )
@@ -281,8 +281,8 @@ _PYTHON = (
     ),
     Mutation(
         "ssah/ablation.py",
-        "each.weight.index_copy_(each.dim, each.index, values)",
-        "each.weight.index_copy_(each.dim, each.index, values + 1e-8)",
+        "weight.index_copy_(each.dim, each.index.to(weight.device), values)",
+        "weight.index_copy_(each.dim, each.index.to(weight.device), values + 1e-8)",
         pytest("test_ablation.py", "undone or special_values"),
     ),
     Mutation(

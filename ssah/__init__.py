@@ -9,9 +9,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ssah.compat.torchao import leave_out_notes
 from ssah.transfer import Transfer, transfer
 
 __version__ = "0.1.0"
+
+leave_out_notes()  # before anything imports transformers
 
 if TYPE_CHECKING:
     from ssah import data

@@ -90,7 +90,7 @@ def test_experts_that_saw_too_few_tokens_are_reported(tmp_path: Path) -> None:
     assert set(result.scarce(least=1000)) == set(result.count)
     result.save(tmp_path)
     assert Attribution.load(tmp_path, model).scarce() == {unseen: 0}
-    classify(result, result, scu=0.1, ucu=0.1, ru=0.1, scope="model")
+    classify(result.scores, result.scores, scu=0.1, ucu=0.1, ru=0.1, scope="model")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attribute(model, ragged(), all_experts=True)

@@ -175,8 +175,8 @@ def test_bfloat16_weights_move_by_unbiased_rounding(place: Path, tmp_path: Path)
 # ------------------------------------------------------------------------------------ resuming
 
 
-class Interrupted(Exception):
-    """Stands for the machine that goes down."""
+class Interrupted(BaseException):
+    """Stands for the machine that goes down: no command may catch it."""
 
 
 @pytest.mark.parametrize(

@@ -511,7 +511,11 @@ def test_gguf_commands(build: Build, folder: Path, tmp_path: Path) -> None:
     for name, score in plain.scores.items():
         torch.testing.assert_close(packed.scores[name], score, rtol=1e-4, atol=0)
     shares = ("--scu", 0.1, "--ucu", 0.1, "--ru", 0.2)
-    call("classify", tmp_path / "packed", tmp_path / "plain", *shares, "--out", tmp_path / "groups")
+    other = ("--data", "builtin:utility", "--limit", 4, "--out", tmp_path / "utility")
+    call("attribute", file, *other)
+    call(
+        "classify", tmp_path / "packed", tmp_path / "utility", *shares, "--out", tmp_path / "groups"
+    )
     groups = ("--groups", tmp_path / "groups", "--group", "ru", "--limit", 2)
     rows = [
         json.loads(call("ablate", file, *groups, *options, "--json").stdout)["rows"]

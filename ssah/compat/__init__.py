@@ -7,7 +7,6 @@ what needs it. :func:`find` then says what is gone, and which releases have it.
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 __all__ = ["LibraryError", "find", "lacking"]
@@ -43,6 +42,8 @@ def lacking(
 
     Arguments as of :func:`find`; ``reason`` is what Python said.
     """
+    from importlib.metadata import PackageNotFoundError, version  # 10 ms, and hardly ever needed
+
     try:
         release = version(library)
     except PackageNotFoundError:

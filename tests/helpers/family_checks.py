@@ -55,7 +55,7 @@ def check_scores(family: str) -> None:
 
 def check_ablation(family: str) -> None:
     """Ablated units are the channels that are kept from entering B."""
-    model = tiny_models.build(family, dtype=torch.float64)
+    model = tiny(family)
     dense, before, units = copy.deepcopy(model), snapshot(model), draw(model)
     keep_out(dense, units)
     with torch.no_grad(), InFloat64():
@@ -68,7 +68,7 @@ def check_ablation(family: str) -> None:
 
 def check_training(family: str, mode: str) -> None:
     """Same function, same gradients, and what is frozen does not move by a bit."""
-    model = tiny_models.build(family, dtype=torch.float64)
+    model = tiny(family)
     dense = copy.deepcopy(model)
     classes = [type(module) for module in model.modules()]
     before, units = snapshot(model), draw(model)

@@ -2,6 +2,7 @@
 // pointers are moved back by as much. A real tensor of that size would need 34 GB.
 #define SSAH_ISA baseline
 #define SSAH_LANES 4
+#define SSAH_INSTRUCTIONS "isa/baseline.h"
 #include "masked_adamw.h"
 
 template <class T>
