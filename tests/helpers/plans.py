@@ -61,3 +61,21 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
     assert list(a) == list(b)
     for name in a:
         assert torch.equal(a[name], b[name]), name
+
+
+def in_plan_order(
+    plan: UpdatePlan, tensors: dict[str, Tensor], *, back: bool = False
+) -> dict[str, Tensor]:
+    """``tensors`` by the names of a model's parameters, entries in the order that ``plan`` packs.
+
+    Args:
+        back: from that order to the model's own.
+    """
+    result = dict(tensors)
+    for owner, module in plan.masked.items():
+        for leaf, slot in module.slots.items():
+            name = f"{owner}.{leaf}"
+            if slot.order is not None and name in result and result[name].dim():
+                order = slot.order.argsort() if back else slot.order
+                result[name] = result[name].index_select(slot.dims[0], order)
+    return result
