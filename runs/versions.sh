@@ -8,7 +8,8 @@
 #   newest   Python 3.11 and the newest of everything; a torch with CUDA, which needs no GPU to be loaded
 #   python   Python 3.13 and the newest of everything
 #
-# What is tested is the last commit. Environment:
+# What is tested is the last commit. Interpreters are python3.10 and so on, from the PATH or pyenv.
+# Environment:
 #   VERSIONS_DIR   where the environments are made; 3 to 8 GB each (default: build/versions)
 #   PYTEST_ARGS    what pytest is given (default: as `make test`)
 set -euo pipefail
@@ -22,16 +23,30 @@ declare -A python=([floor]=3.10 [pinned]=3.11 [newest]=3.11 [python]=3.13)
 declare -A torch=([floor]="torch==2.10.0" [pinned]="torch==2.13.0" [newest]="torch" [python]="torch")
 declare -A oldest=([floor]="--resolution lowest-direct")
 
-# uv works out which releases are the oldest that pyproject.toml admits, and finds interpreters.
+interpreter() { # interpreter VERSION: prints one that starts
+  local each
+  for each in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python; do
+    if "$each" -c 'import sys; sys.exit(sys.version.split(".")[1] != sys.argv[1])' "${1#3.}" 2>/dev/null; then
+      command -v "$each"
+      return
+    fi
+  done
+  echo "There is no Python $1: install it" >&2
+  return 1
+}
+
+# uv works out which releases are the oldest that pyproject.toml admits.
 mkdir -p "$dir"
 [ -x "$dir/tools/bin/uv" ] || { python3 -m venv "$dir/tools" && "$dir/tools/bin/pip" install -q uv; }
 uv=$dir/tools/bin/uv
 
 run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.json}
-  local at=$dir/$1 venv=$dir/$1/venv extras=(--extra dev --extra eval --extra quantized)
+  local at=$dir/$1 venv=$dir/$1/venv extras=(--extra dev --extra eval --extra quantized) own
   rm -rf "$at" && mkdir -p "$at/source"
   git archive HEAD | tar -x -C "$at/source"
-  "$uv" venv -q --seed --python "$("$uv" python find "${python[$1]}")" "$venv"
+  own=$(interpreter "${python[$1]}")
+  "$own" -m venv "$venv"
+  "$venv/bin/pip" install -q --upgrade pip
   cd "$at/source"
   # shellcheck disable=SC2086
   "$uv" pip compile -q ${oldest[$1]:-} --python "$venv/bin/python" pyproject.toml "${extras[@]}" |
@@ -48,6 +63,8 @@ run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.jso
 for leg in "${legs[@]}"; do
   [ -n "${python[$leg]:-}" ] || { echo "There is no $leg: name floor, pinned, newest or python" >&2; exit 2; }
   echo "$leg: Python ${python[$leg]}, ${torch[$leg]}; see $dir/$leg.log"
-  run "$leg" > "$dir/$leg.log" 2>&1 || echo "$leg: failed; the end of $dir/$leg.log says why" >&2
+  # In the background, since a command that may fail would not stop at its first error.
+  run "$leg" > "$dir/$leg.log" 2>&1 &
+  wait $! || echo "$leg: failed; the end of $dir/$leg.log says why" >&2
 done
 python3 runs/versions.py table "$dir"
