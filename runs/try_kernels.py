@@ -23,7 +23,8 @@ def cpu_row() -> str:
     """Compares the CPU kernels with the reference; raises where they differ."""
     if cpu.missing() is not None:
         sys.exit(cpu.missing())
-    sys.path.append(str(Path(__file__).parents[1] / "tests"))
+    tests = Path(__file__).parents[1] / "tests"
+    sys.path += [str(tests), str(tests / "helpers")]
     from cases import CASES, check_backend
 
     compared = 0
