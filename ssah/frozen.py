@@ -39,6 +39,9 @@ def digests(
 ) -> dict[str, str]:
     """:func:`digest` of every weight by name; several at a time, since hashing holds no lock."""
     workers = min(at_once, os.cpu_count() or 1)
+    # In a forked process torch makes its pool of threads anew when it first needs it, which two
+    # threads must not do at once: this one does it now.
+    torch.set_num_threads(torch.get_num_threads())
     with ThreadPoolExecutor(workers) as pool:
         return dict(zip(pieces, pool.map(lambda name: digest(pieces[name]()), pieces), strict=True))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,6 +22,11 @@ TESTS = Path(__file__).parent
 ARCHS = (80, 90, 100)
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")
+# What an older compiler makes of the same kernels is right (`test_interpreted`), and slower.
+of_this_triton = pytest.mark.skipif(
+    TRITON and tuple(map(int, importlib.metadata.version("triton").split(".")[:2])) < (3, 9),
+    reason="the machine code of Triton before 3.9 spills and waits more (docs/gpu.md)",
+)
 
 OPS = (
     "gated_moments",
@@ -200,6 +206,7 @@ def faults(op: str, dtype: torch.dtype, arch: int) -> list[str]:
 
 
 @needs_triton
+@of_this_triton
 @pytest.mark.parametrize(
     "arch",
     [pytest.param(arch, marks=[] if arch == 90 else pytest.mark.exhaustive) for arch in ARCHS],
@@ -220,6 +227,7 @@ def test_compiled(op: str, dtype: torch.dtype, arch: int) -> None:
 
 
 @needs_triton
+@of_this_triton
 @pytest.mark.parametrize("op", package.FILES)
 def test_compiles_for_small_shapes(op: str) -> None:
     """Sizes and strides of 1 become constants when a kernel is compiled."""
