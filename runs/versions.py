@@ -85,7 +85,11 @@ def table(folder: Path) -> None:
             record[leg] = {
                 **json.loads(found.read_text()),
                 "tests": outcome(folder / leg / "tests.xml"),
-                "pins": (folder / leg / "pins.txt").read_text().split(),
+                "pins": [
+                    line
+                    for line in (folder / leg / "pins.txt").read_text().splitlines()
+                    if "==" in line and "#" not in line
+                ],
             }
     RECORD.write_text(json.dumps(record, indent=1) + "\n")
     lines = [

