@@ -78,7 +78,10 @@ def _check_own_plan(optimizer: Optimizer) -> None:
     marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
     if not marks or not isinstance(optimizer, PlanAdamW):
         return
-    of_plans = {id(p) for plan in ACTIVE if plan.fingerprint in marks for p in plan.parameters()}
+    # Of the model, not of the plan alone: what is frozen is in no optimiser of a plan, and asking
+    # each parameter whether it trains would take milliseconds a step.
+    models = [plan.model for plan in ACTIVE if plan.fingerprint in marks]
+    of_plans = {id(p) for model in models for p in model.parameters()}
     params = [p for group in optimizer.param_groups for p in group["params"]]
     lost = sum(id(p) not in of_plans for p in params)
     if lost:

@@ -187,7 +187,7 @@ def classifier(what: str) -> Judge:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     local = Path(source).is_dir()
-    with loading(source, f"judge {name!r} cannot be loaded: {{reason}}"):
+    with loading(source, "judge 'hf:{name}' cannot be loaded: {reason}"):
         config = AutoConfig.from_pretrained(source, local_files_only=local)
         kinds = " ".join(config.architectures or [])
         if "ForSequenceClassification" in kinds:
