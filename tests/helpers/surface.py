@@ -1,0 +1,101 @@
+"""What a user can name: public modules and names with their parameters, commands with their options.
+
+``python tests/helpers/surface.py > tests/helpers/surface.txt`` writes the list anew, after a change that was meant.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import typer
+
+# Import paths that documentation shows: they go on working when files move.
+PUBLIC = (
+    "ssah",
+    "ssah.ablation",
+    "ssah.attribution",
+    "ssah.data",
+    "ssah.distributed",
+    "ssah.evaluation",
+    "ssah.evaluation.tasks",
+    "ssah.families",
+    "ssah.finetune",
+    "ssah.groups",
+    "ssah.info",
+    "ssah.memory",
+    "ssah.models",
+    "ssah.probing",
+    "ssah.streaming",
+    "ssah.training",
+    "ssah.units",
+    "ssah_kernels",
+    "ssah_kernels.ops",
+    "ssah_kernels.optim",
+)
+
+
+def _parameters(value: Any) -> str:
+    """Names and defaults; annotations are checked elsewhere. Empty where nothing can be called."""
+    if inspect.isclass(value) and not {"__init__", "__new__"} & vars(value).keys():
+        return ""  # an inherited signature belongs to another library and its version
+    if not callable(value):
+        return ""
+    try:
+        found = inspect.signature(value).parameters.values()
+    except (TypeError, ValueError):  # a type alias
+        return ""
+    return str(
+        inspect.Signature([parameter.replace(annotation=parameter.empty) for parameter in found])
+    )
+
+
+def _members(owner: str, value: Any) -> Iterator[str]:
+    """Public methods and fields of a class of ours; what it inherits from others is theirs."""
+    for member in sorted(vars(value)):
+        if not member.startswith("_"):
+            yield f"{owner}.{member}{_parameters(getattr(value, member))}"
+
+
+def _defined(module: ModuleType) -> list[str]:
+    """Public names of a module that lists none."""
+    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_"))
+    return [name for name, value in own if getattr(value, "__module__", None) == module.__name__]
+
+
+def _names() -> Iterator[str]:
+    for module in PUBLIC:
+        imported = importlib.import_module(module)
+        for name in sorted(getattr(imported, "__all__", None) or _defined(imported)):
+            value = getattr(imported, name)
+            yield f"{module}.{name}{_parameters(value)}"
+            # ssah.UnitSet and ssah.units.UnitSet are one class: its members stand once.
+            if inspect.isclass(value) and module != "ssah" and value.__module__.startswith("ssah"):
+                yield from _members(f"{module}.{name}", value)
+
+
+def _commands() -> Iterator[str]:
+    from ssah.cli import app
+
+    root: Any = typer.main.get_command(app)
+    for name, command in sorted(root.commands.items()):
+        leaves = getattr(command, "commands", None) or {"": command}
+        for leaf, called in sorted(leaves.items()):
+            for parameter in called.params:
+                spelled = "/".join([*parameter.opts, *parameter.secondary_opts])
+                default = getattr(parameter.default, "value", parameter.default)  # of an Enum
+                shown = "required" if parameter.required else f"= {default!r}"
+                several = " ..." if getattr(parameter, "multiple", False) else ""
+                yield " ".join(f"ssah {name} {leaf} {spelled}{several} {shown}".split())
+
+
+def surface() -> list[str]:
+    """One line for each thing that a user can name."""
+    return [*_names(), *_commands()]
+
+
+if __name__ == "__main__":
+    print("\n".join(surface()))
