@@ -1,6 +1,7 @@
-"""What a user can name: public modules and names with their parameters, commands with their options.
+"""What a user can name: public modules, their names with parameters, commands with their options.
 
-``python tests/helpers/surface.py > tests/helpers/surface.txt`` writes the list anew, after a change that was meant.
+After a change that was meant, write the list anew:
+``python tests/helpers/surface.py > tests/helpers/surface.txt``.
 """
 
 from __future__ import annotations
@@ -87,6 +88,8 @@ def _commands() -> Iterator[str]:
             for parameter in called.params:
                 spelled = "/".join([*parameter.opts, *parameter.secondary_opts])
                 default = getattr(parameter.default, "value", parameter.default)  # of an Enum
+                if default in ((), []):
+                    default = None  # releases of typer differ
                 shown = "required" if parameter.required else f"= {default!r}"
                 several = " ..." if getattr(parameter, "multiple", False) else ""
                 yield " ".join(f"ssah {name} {leaf} {spelled}{several} {shown}".split())
