@@ -1,10 +1,11 @@
-"""attribute() on a Llama of 0.3 B random parameters, beside its backbone's own forward.
+"""attribute() on a Llama of random parameters, beside its backbone's own forward.
 
 Wall time is the median ratio of interleaved pairs; peak memory is that of a process of its own.
 Baselines are the scoring rules of FLAP (arXiv 2312.11983, running fluctuation) and Wanda
 (arXiv 2306.11695, running row norm), written afresh as eager hooks on the same backbone forward.
 
     python benchmarks/bench_attribute.py --out bench_out/attribute.json
+    python benchmarks/bench_attribute.py --dtype float32 --layers 4    # no bfloat16 arithmetic here
 """
 
 from __future__ import annotations
@@ -38,19 +39,19 @@ Batch = dict[str, Tensor]
 Call = Callable[[int], Any]
 
 
-def build_model() -> PreTrainedModel:
-    """0.3 B random parameters in bfloat16: 20 layers, 16 heads of 64, 8 key/value heads."""
+def build_model(dtype: str, layers: int) -> PreTrainedModel:
+    """A Llama with 16 heads of 64 and 8 key/value heads; 20 layers are 0.3 B parameters."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=20,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=8,
         max_position_embeddings=2048,
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
 
 
 def build_batches(n: int, ragged: bool) -> list[Batch]:
@@ -157,11 +158,11 @@ def kibibytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure_memory(name: str, threads: int, ragged: bool) -> None:
+def measure_memory(options: argparse.Namespace) -> None:
     """Print the resident memory before a call and its peak during it, in KiB, as JSON."""
-    torch.set_num_threads(threads)
-    model = build_model()
-    call = calls(model, build_batches(1, ragged))[name]
+    torch.set_num_threads(options.threads)
+    model = build_model(options.dtype, options.layers)
+    call = calls(model, build_batches(1, options.batches == "ragged"))[options.memory]
     call(0)
     before = kibibytes("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
@@ -169,32 +170,34 @@ def measure_memory(name: str, threads: int, ragged: bool) -> None:
     print(json.dumps({"before": before, "peak": kibibytes("VmHWM")}))
 
 
-def peak_memory(name: str, threads: int, ragged: bool) -> dict[str, int]:
+def peak_memory(name: str, options: argparse.Namespace, ragged: bool) -> dict[str, int]:
     """:func:`measure_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--memory", name, "--threads", str(threads)]
+    command = [sys.executable, __file__, "--memory", name, "--threads", str(options.threads)]
+    command += ["--dtype", options.dtype, "--layers", str(options.layers)]
     command += ["--batches", "ragged" if ragged else "full"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return dict(json.loads(output.splitlines()[-1]))
 
 
-def measure(threads: int, repeats: int, ragged: bool, names: list[str]) -> list[dict[str, Any]]:
+def measure(options: argparse.Namespace, ragged: bool) -> list[dict[str, Any]]:
     """One row per call: wall-time ratio to the backbone's forward, and peak memory.
 
     Every call is timed in pairs with the backbone, with nothing else between them: what a third
     call leaves behind in the allocator would favour one of the two.
     """
-    model = build_model()
+    model = build_model(options.dtype, options.layers)
     n_parameters = sum(p.numel() for p in model.parameters())
     compared = calls(model, build_batches(3, ragged))
-    memory = {name: peak_memory(name, threads, ragged) for name in ("backbone", *names)}
+    memory = {name: peak_memory(name, options, ragged) for name in ("backbone", *options.only)}
     rows = []
-    for name in names:
+    for name in options.only:
         pair = {each: compared[each] for each in ("backbone", name)}
-        times = common.interleave(pair, repeats=repeats, warmup=1)
+        times = common.interleave(pair, repeats=options.repeats, warmup=1)
         rows.append(
             {
                 "call": name,
                 "ragged": ragged,
+                "dtype": options.dtype,
                 "parameters": n_parameters,
                 "seconds": common.percentiles(times[name]),
                 "backbone_seconds": common.percentiles(times["backbone"]),
@@ -233,20 +236,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench_out/attribute.json"))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--only", nargs="*", default=[*METRICS, "flap", "wanda"])
     parser.add_argument("--batches", choices=[*KINDS, "both"], default="both")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.memory:
-        measure_memory(options.memory, options.threads, options.batches == "ragged")
+        measure_memory(options)
         return
     torch.set_num_threads(options.threads)
     kinds = KINDS if options.batches == "both" else (options.batches,)
-    rows = [
-        row
-        for kind in kinds
-        for row in measure(options.threads, options.repeats, kind == "ragged", options.only)
-    ]
+    rows = [row for kind in kinds for row in measure(options, kind == "ragged")]
     common.write(options.out, "attribute", rows)
     show(rows)
 

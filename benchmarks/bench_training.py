@@ -1,4 +1,4 @@
-"""A whole training step of a 0.3 B Llama of which 20 % of the units train, beside dense training.
+"""A whole training step of a Llama of which 20 % of the units train, beside dense training.
 
 Forward, backward and update of 4 x 256 tokens in float32, units drawn at random. Every variant
 runs in a process of its own, which gives its peak memory; the steps of all are interleaved, and
@@ -16,6 +16,7 @@ that peak memory is what is live and not what the allocator keeps.
 
     python benchmarks/bench_training.py --out bench_out/training.json
     python benchmarks/bench_training.py --variants "whole tensors off" "mask only" plan
+    python benchmarks/bench_training.py --layers 4    # quicker; the 20 of the default are 0.3 B
 """
 
 from __future__ import annotations
@@ -53,14 +54,14 @@ WARMUP = 1
 Step = Callable[[], None]
 
 
-def build_model() -> PreTrainedModel:
-    """0.3 B random parameters in float32: 20 layers, 16 heads of 64, 8 key/value heads."""
+def build_model(layers: int) -> PreTrainedModel:
+    """A Llama in float32 with 16 heads of 64 and 8 key/value heads."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=20,
+        num_hidden_layers=layers,
         num_attention_heads=16,
         num_key_value_heads=8,
         max_position_embeddings=2048,
@@ -93,9 +94,9 @@ def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tens
     return masks
 
 
-def build_step(variant: str) -> tuple[Step, dict[str, int | float]]:
+def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]:
     """One training step of a variant, and the sizes of what it trains."""
-    model = build_model()
+    model = build_model(layers)
     masks: dict[Tensor, Tensor] = {}
     frozen: dict[Tensor, Tensor] = {}
     facts: dict[str, int | float] = {}
@@ -149,11 +150,11 @@ def peak_bytes() -> int:
     return int(status.split("VmHWM:")[1].split()[0]) * 1024
 
 
-def serve(variant: str, threads: int) -> None:
+def serve(options: argparse.Namespace) -> None:
     """Worker: one step per line read, one JSON line back."""
-    torch.set_num_threads(threads)
+    torch.set_num_threads(options.threads)
     imported = peak_bytes()
-    step, facts = build_step(variant)
+    step, facts = build_step(options.serve, options.layers)
     print(json.dumps({}), flush=True)
     for _ in sys.stdin:
         start = time.process_time()
@@ -165,10 +166,11 @@ def serve(variant: str, threads: int) -> None:
 class Worker:
     """A variant in a process of its own."""
 
-    def __init__(self, variant: str, threads: int) -> None:
+    def __init__(self, variant: str, options: argparse.Namespace) -> None:
         self.facts: dict[str, Any] = {}
         self.cpu_seconds: list[float] = []
-        command = [sys.executable, __file__, "--serve", variant, "--threads", str(threads)]
+        command = [sys.executable, __file__, "--serve", variant]
+        command += ["--threads", str(options.threads), "--layers", str(options.layers)]
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -205,13 +207,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=20)
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=DEFAULT)
     parser.add_argument("--serve", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
-        serve(args.serve, args.threads)
+        serve(args)
         return
-    workers = {variant: Worker(variant, args.threads) for variant in args.variants}
+    workers = {variant: Worker(variant, args) for variant in args.variants}
     times = common.interleave(dict(workers), repeats=args.repeats, warmup=WARMUP)
     # Of the process alone: another measure of the same ratio where the machine is shared.
     cpu_times = {variant: worker.cpu_seconds[WARMUP:] for variant, worker in workers.items()}
@@ -219,7 +222,8 @@ def main() -> None:
         worker.close()
         del worker.facts["cpu_seconds"]
     base = args.variants[0]
-    table = Table(title=f"training step, 0.3 B Llama, {ROWS} x {LENGTH} tokens, ratios to {base}")
+    title = f"training step, {args.layers} layers, {ROWS} x {LENGTH} tokens, ratios to {base}"
+    table = Table(title=title)
     for column in (
         "variant",
         "time",
@@ -231,7 +235,8 @@ def main() -> None:
         "seconds",
     ):
         table.add_column(column)
-    record: dict[str, Any] = {"facts": common.facts(), "threads": args.threads, "variants": {}}
+    record: dict[str, Any] = {"facts": common.facts(), "threads": args.threads}
+    record.update(layers=args.layers, variants={})
     for variant, worker in workers.items():
         facts = worker.facts
         row = {
