@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
@@ -26,6 +27,15 @@ def _floating(name: str, x: Tensor, min_dim: int = 1) -> None:
         )
     if x.dim() < min_dim:
         raise ValueError(f"{name} has {x.dim()} dimensions; it must have at least {min_dim}")
+
+
+def _primal(name: str, x: Tensor) -> None:
+    """Raise where a tangent would be lost without a word."""
+    if forward_ad.unpack_dual(x).tangent is not None:
+        raise NotImplementedError(
+            f"{name} carries a tangent of forward-mode differentiation, which no operator of ssah "
+            "passes on; take the derivative in reverse mode, with torch.autograd.grad"
+        )
 
 
 def _like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
@@ -74,6 +84,7 @@ def channel_moments_(
     x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None = None
 ) -> tuple[Any, ...]:
     _floating("x", x)
+    _primal("x", x)
     channels = (x.shape[-1],)
     for name, state, shape in (
         ("count", count, ()),
@@ -97,19 +108,11 @@ def gated_moments(
 ) -> tuple[Any, ...]:
     _floating("gate", gate)
     _like("up", up, "gate", gate)
+    _primal("gate", gate)
+    _primal("up", up)
     _act(act)
     channel_moments_(gate, count, mean, m2, token_mask)
     return _rows(gate), _rows(up), count, mean, m2, token_mask
-
-
-def gated_moments_functional(
-    gate: Tensor, up: Tensor, token_mask: Tensor | None = None, *, act: str = "silu"
-) -> tuple[Any, ...]:
-    _floating("gate", gate)
-    _like("up", up, "gate", gate)
-    _act(act)
-    _mask(token_mask, gate)
-    return gate, up, token_mask
 
 
 def gated_moments_backward(
@@ -117,6 +120,8 @@ def gated_moments_backward(
 ) -> tuple[Any, ...]:
     _floating("gate", gate)
     _like("up", up, "gate", gate)
+    _primal("gate", gate)
+    _primal("up", up)
     _like("grad", grad, "gate", gate)
     _act(act)
     return _rows(grad), _rows(gate), _rows(up)
@@ -126,6 +131,7 @@ def taylor_moments_(
     x: Tensor, grad: Tensor, signed: Tensor, squared: Tensor, token_mask: Tensor | None = None
 ) -> tuple[Any, ...]:
     _floating("x", x)
+    _primal("x", x)
     _like("grad", grad, "x", x)
     channels = (x.shape[-1],)
     _state("signed", signed, channels, x.device)
@@ -136,6 +142,7 @@ def taylor_moments_(
 
 def column_sq_norms(weight: Tensor) -> tuple[Any, ...]:
     _floating("weight", weight, 2)
+    _primal("weight", weight)
     if weight.dim() != 2:
         raise ValueError(f"weight has {weight.dim()} dimensions; it must have 2")
     return (_rows(weight),)

@@ -14,7 +14,7 @@ from moment_samples import ACTIVATIONS, moments_state
 from samples import Sample, copied, flat
 from torch import Tensor
 
-from ssah_kernels.autograd import new_moments
+from ssah_kernels.ops import new_moments
 from ssah_kernels.reference.channel_moments import channel_moments_ as reference_moments_
 
 __all__ = ["ACTIVATIONS", "CASES", "DTYPES", "OpCase", "Sample", "check_backend", "compare"]
@@ -97,12 +97,6 @@ def _moments_of_gated(sample: Sample, output: Tensor) -> list[Tensor]:
     return [count, mean, m2]
 
 
-def _moments_of_functional(sample: Sample, output: Tensor) -> list[Tensor]:
-    state = new_moments(output)
-    reference_moments_(output, *state, sample.args[2])
-    return [*state]
-
-
 def _adjusted_m2(sample: Sample, expected: list[Tensor], actual: list[Tensor]) -> list[Tensor]:
     """Rows that are all alike have an M2 of 0, but for what rounding the mean leaves of them."""
     count, mean, m2 = expected[-3:]
@@ -162,12 +156,6 @@ CASES: dict[str, OpCase] = {
             "gated_moments",
             outputs=(2, 3, 4),
             state_of_output=_moments_of_gated,
-            adjusted=_adjusted_m2,
-        ),
-        _of_activations(
-            "gated_moments_functional",
-            "gated_moments_functional",
-            state_of_output=_moments_of_functional,
             adjusted=_adjusted_m2,
         ),
         _of_activations("gated_moments_backward", "gated_moments_backward"),

@@ -15,7 +15,7 @@ from emulation.compare import checked, equals_reference, kept_in
 from torch import Tensor
 
 from ssah_kernels import backends
-from ssah_kernels.autograd import new_moments
+from ssah_kernels.ops import new_moments
 from ssah_kernels.schema import KERNELS
 
 pytestmark = [
