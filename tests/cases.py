@@ -14,7 +14,6 @@ from moment_samples import ACTIVATIONS, moments_state
 from samples import Sample, copied, flat
 from torch import Tensor
 
-from ssah_kernels.ops import new_moments
 from ssah_kernels.reference.channel_moments import channel_moments_ as reference_moments_
 
 __all__ = ["ACTIVATIONS", "CASES", "DTYPES", "OpCase", "Sample", "check_backend", "compare"]
