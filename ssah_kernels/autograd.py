@@ -79,7 +79,7 @@ def _kernel(op: str, function: type[torch.autograd.Function]) -> Callable[..., A
         # The highest key is the one that runs now.
         below = keyset.remove(keyset.highestPriorityTypeId())
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in inputs):
-            memory.check(op, args, tensors_of(args)[0])  # below, no gradients are recorded
+            memory.check_grad(op, args, tensors_of(args)[0])  # below, no gradients are recorded
             return function.apply(below, act, *args, *[None] * (optional - len(args)))
         return getattr(torch.ops.ssah, op).default.redispatch(below, *args, act=act)
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ssah_kernels import autograd, backends, checks, fake, memory
-from ssah_kernels.schema import SCHEMAS
+from ssah_kernels import autograd, backends, checks, fake, indices, memory
+from ssah_kernels.checks import matrices
+from ssah_kernels.schema import SCHEMAS, arguments
 
 _lib = torch.library.Library("ssah", "DEF")
 
@@ -18,20 +19,33 @@ _lib = torch.library.Library("ssah", "DEF")
 def _dispatch(op: str) -> Callable[..., Any]:
     check = getattr(checks, op)
     tensors_of = memory.reader(op)
+    names = [name for _, name in arguments(op)]
+    at = names.index("indices") if "indices" in names else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
-        written, _ = tensors_of(args)
-        memory.check(op, args, written)
-        first = ready[0] if isinstance(ready[0], Tensor) else ready[0][0]
+        written, read = tensors_of(args)
+        memory.check(op, args, written, read)
+        if at is not None:
+            indices.check(args[at], args[0], args[at + 1])
+        first = args[0] if at is None else args[0][0]
+        backend = backends.choose(first.device)
+        kernel = backends.kernel(backend, op, first.device)
         with torch.no_grad():
-            backend = backends.choose(first.device)
-            result = backends.kernel(backend, op, first.device)(*ready, **kwargs)
-        # Autograd then knows that what it kept of these tensors is gone.
-        increment_version(written)
-        return result
+            if at is None or not written:
+                return _counted(kernel(*ready, **kwargs), written)
+            copies = matrices.Copies(ready, at)
+            kernel(*copies.ready, **kwargs)
+            copies.write_back()
+            return _counted(None, written)
 
     return run
+
+
+def _counted(result: Any, written: list[Tensor]) -> Any:
+    """``result``, after autograd was told that what it kept of ``written`` is gone."""
+    increment_version(written)
+    return result
 
 
 def register() -> None:
