@@ -20,32 +20,36 @@ def bounds(name: str, index: Tensor) -> tuple[int, int]:
     Raises:
         ValueError: it does not increase strictly.
     """
-    number = id(index)
-    known = _known.get(number)
-    version = -1 if index.is_inference() else index._version
-    if known is not None and known[0]() is index and known[1] == version >= 0:
-        return known[2], known[3]
     if index.numel() == 0:
         return 0, -1
     falls = (index[1:] <= index[:-1]).nonzero()
     if len(falls):
         at = int(falls[0])
+        before, value = int(index[at]), int(index[at + 1])
         raise ValueError(
-            f"{name} has {int(index[at + 1])} after {int(index[at])} at position {at + 1}; it must "
-            "be strictly increasing"
+            f"{name} has {value} after {before} at position {at + 1}; it must be strictly "
+            "increasing"
         )
-    ends = int(index[0]), int(index[-1])
-    _known[number] = (weakref.ref(index, lambda _: _known.pop(number, None)), version, *ends)
-    return ends
+    low, high = int(index[0]), int(index[-1])
+    if not index.is_inference():  # one that was made in inference mode has no version
+        number = id(index)
+        forget = weakref.ref(index, lambda _: _known.pop(number, None))
+        _known[number] = (forget, index._version, low, high)
+    return low, high
 
 
 def check(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dims: Sequence[int]) -> None:
     """Raise ValueError, with the position in the list, unless every index fits its tensor."""
-    for i, (index, tensor, dim) in enumerate(zip(indices, tensors, dims, strict=True)):
-        if index is not None:
+    for i, index in enumerate(indices):
+        if index is None:
+            continue
+        known = _known.get(id(index))
+        if known is None or known[0]() is not index or known[1] != index._version:
             low, high = bounds(f"indices[{i}]", index)
-            if low < 0 or high >= tensor.shape[dim]:
-                raise ValueError(
-                    f"indices[{i}] goes from {low} to {high}; it must stay within 0 to "
-                    f"{tensor.shape[dim] - 1}"
-                )
+        else:
+            _, _, low, high = known
+        size = tensors[i].size(dims[i])
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"indices[{i}] goes from {low} to {high}; it must stay within 0 to {size - 1}"
+            )

@@ -30,16 +30,14 @@ def _split(op: str) -> tuple[list[int], list[int]]:
 
 def reader(op: str) -> Callable[[Sequence[Any]], Split]:
     """A function from the arguments of ``op`` to the tensors that it writes and those it reads."""
-    written, read = _split(op)
+    lists = ["[]" in kind for kind, _ in arguments(op)]
+    written, read = ([(i, lists[i]) for i in which] for which in _split(op))
 
-    def tensors(args: Sequence[Any], which: list[int]) -> list[Tensor]:
+    def tensors(args: Sequence[Any], which: list[tuple[int, bool]]) -> list[Tensor]:
         found: list[Tensor] = []
-        for i in which:
-            value = args[i] if i < len(args) else None
-            if isinstance(value, Tensor):
-                found.append(value)
-            elif value is not None:
-                found += value
+        for i, is_list in which:
+            if i < len(args) and args[i] is not None:
+                found.extend(args[i] if is_list else (args[i],))
         return found
 
     return lambda args: (tensors(args, written), tensors(args, read))

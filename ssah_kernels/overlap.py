@@ -92,19 +92,24 @@ def first(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] 
 
     A written one that lies on itself is returned twice. None: there is none.
     """
-    tensors = [*written, *read]
-    starts = [x.data_ptr() for x in tensors]
-    whole = [x.is_contiguous() for x in tensors]
-    ends = [
-        start + (x.nbytes if is_whole else _span(x))
-        for x, start, is_whole in zip(tensors, starts, whole, strict=True)
-    ]
-    for i in range(len(written)):
-        if not whole[i] and within(tensors[i]):
+    starts, ends = [], []
+    for i, x in enumerate(written):
+        start = x.data_ptr()
+        starts.append(start)
+        if x.is_contiguous():
+            ends.append(start + x.nbytes)
+        elif within(x):
             return i, i
+        else:
+            ends.append(start + _span(x))
+    for x in read:
+        start = x.data_ptr()
+        starts.append(start)
+        ends.append(start + (x.nbytes if x.is_contiguous() else _span(x)))
     # Stretches lie apart if and only if each has ended where the next one begins.
     if all(map(le, sorted(ends), islice(sorted(starts), 1, None))):
         return None
+    tensors = [*written, *read]
     reached: list[int] = []
     for i in sorted(range(len(tensors)), key=starts.__getitem__):
         reached = [j for j in reached if ends[j] > starts[i]]

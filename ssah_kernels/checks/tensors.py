@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -43,11 +45,11 @@ def rows(name: str, x: Tensor) -> None:
             f"{name} carries a tangent of forward-mode differentiation, which no operator of ssah "
             "passes on; take the derivative in reverse mode, with torch.autograd.grad"
         )
-    n = 1
-    for size in x.shape[:-1]:
-        n *= size
-    # What is being traced may have a size that nobody knows yet.
-    if isinstance(n, int) and n > MOST_ROWS:
+    n = x.numel()
+    if not isinstance(n, int) or n <= MOST_ROWS:  # what is traced may have any size
+        return
+    n = math.prod(x.shape[:-1])
+    if n > MOST_ROWS:
         raise ValueError(
             f"{name} has {n} rows; it must have at most 2^28 = {MOST_ROWS}: call the operator on "
             "parts of it, whose sums add up"

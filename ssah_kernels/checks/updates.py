@@ -41,8 +41,9 @@ def _compact_shape(name: str, i: int, x: Tensor, index: Tensor | None, dim: int)
         )
     if index is None:
         return shape
-    dense(f"indices[{i}]", index)
-    if index.dtype != torch.int64 or index.dim() != 1 or not shape:
+    if index.layout is not torch.strided:
+        dense(f"indices[{i}]", index)
+    if index.dtype is not torch.int64 or index.dim() != 1 or not shape:
         raise ValueError(
             f"indices[{i}] is {index.dtype} with {index.dim()} dimensions for {name}[{i}] of "
             f"{len(shape)}; it must be int64 with 1, strictly increasing"
@@ -139,6 +140,7 @@ def _update(
     if (importance["signed"] is None) != (importance["squared"] is None):
         raise ValueError("signed and squared must be given together")
 
+    per_unit = [(name, sums) for name, sums in importance.items() if sums is not None]
     matrices: list[Tensor] = []
     axes: list[int] = []
     for i, (param, index, dim) in enumerate(zip(params, indices, dims, strict=True)):
@@ -154,16 +156,22 @@ def _update(
             x = compact.tensors[i]
             if x.layout is not strided or x.dtype not in compact.dtypes or x.shape != shape:
                 _refuse(compact, i, shape, device)
-            if x.device != device or (not x.is_contiguous() and compact.stored):
+            if x.device != device:
                 _refuse(compact, i, shape, device)
-            x = x.contiguous()
+            if not x.is_contiguous():
+                if compact.stored:
+                    _refuse(compact, i, shape, device)
+                x = x.contiguous()
             compact.ready.append(x if is_matrix else as_matrix(x, dim))
-        for name, values in importance.items():
-            if values is not None:
-                units = tuple(shape[dim : dim + 1 or None]) or (1,)
-                state_of(f"{name}[{i}]", values[i], units, device)
-        matrices.append(as_matrix(param, dim) if can_be_matrix(param, dim) else param)
-        axes.append(axis_of(param, dim))
+        for name, sums in per_unit:
+            units = tuple(shape[dim : dim + 1 or None]) or (1,)
+            state_of(f"{name}[{i}]", sums[i], units, device)
+        if is_matrix:
+            matrices.append(param)
+            axes.append(dim % 2)
+        else:
+            matrices.append(as_matrix(param, dim) if can_be_matrix(param, dim) else param)
+            axes.append(axis_of(param, dim))
     return matrices, axes, *(compact.ready for compact in lists)
 
 
