@@ -51,6 +51,10 @@ def within(x: Tensor) -> bool:
     return int(marks.sum()) < x.numel()
 
 
+def _is_one_stretch(x: Tensor, span: int) -> bool:
+    return span == x.numel() * x.element_size() and not within(x)
+
+
 def _other_columns(a: Tensor, b: Tensor) -> bool:
     """Whether two matrices with one distance between rows lie in different columns of it."""
     if a.dim() != 2 or b.dim() != 2 or a.element_size() != b.element_size():
@@ -73,9 +77,7 @@ def between(a: Tensor, b: Tensor) -> bool:
     span_a, span_b = _span(a), _span(b)
     if start_a + span_a <= start_b or start_b + span_b <= start_a:
         return False
-    if start_a == start_b or (
-        span_a == a.numel() * a.element_size() and span_b == b.numel() * b.element_size()
-    ):
+    if start_a == start_b or (_is_one_stretch(a, span_a) and _is_one_stretch(b, span_b)):
         return True
     if _other_columns(a, b):
         return False

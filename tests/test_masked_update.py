@@ -287,7 +287,11 @@ def test_float32_equals_torch_fused() -> None:
         ({"exp_avgs": [torch.zeros(2, 3).half()]}, TypeError, r"exp_avgs\[0\] has dtype"),
         ({"exp_avgs": [torch.zeros(3, 2).t()]}, ValueError, "must be contiguous"),
         ({"indices": [torch.tensor([0.0, 1.0])]}, ValueError, r"indices\[0\] is torch.float32"),
-        ({"indices": [torch.tensor([0, 4])]}, ValueError, r"indices\[0\] goes from 0 to 4; it must stay within 0 to 3"),
+        (
+            {"indices": [torch.tensor([0, 4])]},
+            ValueError,
+            r"indices\[0\] goes from 0 to 4; it must stay within 0 to 3",
+        ),
         ({"indices": [torch.tensor([1, 0])]}, ValueError, r"indices\[0\] has 0 after 1"),
         ({"indices": [torch.tensor([1, 1])]}, ValueError, r"indices\[0\] has 1 after 1"),
         ({"dims": [2]}, ValueError, "dims has 2"),
