@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -73,8 +74,9 @@ class OpCase:
     """How one operator is checked.
 
     samples(dtype) yields calls, far(dtype) those that leave the first tile, segment and chunk of
-    every kernel, and extreme(dtype) those at the ends of the types; ``outputs`` names the positional arguments that the operator mutates (they are
-    compared too). ``state_of_output`` gives the state that a returned tensor implies: an element
+    every kernel, extreme(dtype) those at the ends of the types, and extreme_of_float32(dtype) those
+    for backends whose sums of squares are of float32. ``outputs`` names the positional arguments
+    that the operator mutates (they are compared too). ``state_of_output`` gives the state that a returned tensor implies: an element
     that float32 and float64 round to different neighbours must not fail the moments that are taken
     over it. For the same reason ``adjusted`` gives the expected results that an actual one implies.
     ``rounded`` of the mutated lists, the first ones, hold values that are rounded once; where the
@@ -85,6 +87,7 @@ class OpCase:
     samples: Callable[[torch.dtype], Iterator[Sample]]
     far: Callable[[torch.dtype], Iterator[Sample]]
     extreme: Callable[[torch.dtype], Iterator[Sample]]
+    extreme_of_float32: Callable[[torch.dtype], Iterator[Sample]]
     outputs: tuple[int, ...] = ()
     rounded: int = 0
     seed: int | None = None
@@ -152,15 +155,18 @@ def no_samples(_: torch.dtype) -> Iterator[Sample]:
 
 def _of_activations(op: str, name: str, **options: Any) -> OpCase:
     samples = getattr(moment_samples, name)
-    extreme = getattr(range_samples, name, no_samples)
-    return OpCase(op, samples, partial(samples, shapes=moment_samples.far), extreme, **options)
+    far = partial(samples, shapes=moment_samples.far)
+    extreme = narrow = getattr(range_samples, name, no_samples)
+    if "sizes" in inspect.signature(extreme).parameters:
+        narrow = partial(extreme, sizes=range_samples.SIZES_OF_FLOAT32)
+    return OpCase(op, samples, far, extreme, narrow, **options)
 
 
 def _of_lists(op: str, **options: Any) -> OpCase:
     name = op.removesuffix("_")
     samples, extreme = getattr(update_samples, name), getattr(range_samples, name)
     far = partial(samples, shapes=update_samples.FAR_UPDATED)
-    return OpCase(op, samples, far, extreme, **options)
+    return OpCase(op, samples, far, extreme, extreme, **options)
 
 
 CASES: dict[str, OpCase] = {

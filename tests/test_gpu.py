@@ -61,6 +61,14 @@ def test_equals_reference_beyond_the_first_tile(op: str, dtype: torch.dtype, bac
 
 
 @pytest.mark.parametrize("op", KERNELS)
+def test_equals_reference_at_the_ends_of_the_range(op: str, backend: str) -> None:
+    reference = backends.kernel("reference", op)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    options = {"dtypes": dtypes, "which": "extreme_of_float32"}
+    assert check_backend(CASES[op], moved(op, backend), reference, **options) > 0
+
+
+@pytest.mark.parametrize("op", KERNELS)
 def test_opcheck(op: str, backend: str) -> None:
     sample = next(s for s in CASES[op].samples(torch.float32) if "131" in s.name)
     args = tuple(copied(a, "cuda") for a in sample.args)

@@ -62,7 +62,7 @@ __device__ __forceinline__ R activation_slope(R z) {
     // From there on s is 0 or 1, and a slope of infinity times 0 would be NaN.
     const R square = z * z < R(1e4) ? z * z : R(1e4);
     const R slope = R(kTwoSqrtTwoOverPi) * (R(1) + R(3 * kCubic) * square);
-    return s * (R(1) + z * (R(1) - s) * slope);
+    return s + z * s * (R(1) - s) * slope;
   } else if constexpr (kAct == Act::kRelu) {
     return z <= R(0) ? R(0) : R(1);  // of NaN 1, as in torch
   } else {

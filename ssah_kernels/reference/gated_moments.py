@@ -4,7 +4,7 @@
     (count, mean, m2) <- merged with the moments of the unmasked rows of h (channel_moments_)
 
     silu       z / (1 + exp(-z))
-    gelu       z / 2 erfc(-z / sqrt 2), which is z / 2 (1 + erf(z / sqrt 2)) to the last digit of its tail
+    gelu       z / 2 erfc(-z / sqrt 2)           (1 + erf would lose the digits of the tail)
     gelu_tanh  z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
     relu       max(z, 0)
     relu2      max(z, 0)^2

@@ -14,8 +14,10 @@ from torch import Tensor
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
-# Of float32's squares (1e50, 1e-50), and of nothing; float16 has neither.
-SIZES = (1e25, 1e-25, 1.0)
+# Of values whose squares float32 does not hold, or hardly; float16 has neither.
+SIZES = (1e25, 1e-20, 1e-25, 1.0)
+# Of values whose squares it holds, which is what is promised where sums are of float32 (on GPUs).
+SIZES_OF_FLOAT32 = (1e17, 1e-17, 1.0)
 # At which an activation is constant, linear, or between; of GELU also far in its tail.
 GATES = (-1e38, -1e30, -1e20, -200.0, -3.0, 200.0, 1e20, 1e38, float("inf"), -float("inf"))
 NAN = float("nan")
@@ -25,13 +27,13 @@ def sized(shape: tuple[int, ...], dtype: torch.dtype, size: float, g: torch.Gene
     return (normal(shape, F64, g) * size).to(dtype)
 
 
-def _sizes(dtype: torch.dtype) -> tuple[float, ...]:
-    return (1.0,) if dtype == F16 else SIZES
+def _held(dtype: torch.dtype, sizes: tuple[float, ...]) -> tuple[float, ...]:
+    return (1.0,) if dtype == F16 else sizes
 
 
-def channel_moments(dtype: torch.dtype) -> Iterator[Sample]:
+def channel_moments(dtype: torch.dtype, sizes: tuple[float, ...] = SIZES) -> Iterator[Sample]:
     """Rows of more than a chunk, of which one channel is 0 and one constant; and a single row."""
-    for size in _sizes(dtype):
+    for size in _held(dtype, sizes):
         for rows in (1, 300):
             g = generator("range", rows)
             x = sized((rows, 21), dtype, size, g)
@@ -39,10 +41,10 @@ def channel_moments(dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(f"{size} x {rows}", (x, *moments_state(21, g, fresh=True), None))
 
 
-def taylor_moments(dtype: torch.dtype) -> Iterator[Sample]:
-    for size in _sizes(dtype):
-        # Not 1e-50 itself: a product is of float32.
-        for other in {1.0, max(size, 1e-10)}:
+def taylor_moments(dtype: torch.dtype, sizes: tuple[float, ...] = SIZES) -> Iterator[Sample]:
+    for size in _held(dtype, sizes):
+        # Products are of float32 everywhere: not 1e-50 itself, and on GPUs its square neither.
+        for other in {1.0, max(size, 1e-10)} if sizes is SIZES else {1.0}:
             g = generator("range", size)
             x, grad = sized((300, 21), dtype, size, g), sized((300, 21), dtype, other, g)
             x[:, 3] = 0
@@ -50,15 +52,15 @@ def taylor_moments(dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(f"{size} {other}", (x, grad, *sums, None))
 
 
-def column_sq_norms(dtype: torch.dtype) -> Iterator[Sample]:
-    for size in (*_sizes(dtype), 1e-20):
+def column_sq_norms(dtype: torch.dtype, sizes: tuple[float, ...] = SIZES) -> Iterator[Sample]:
+    for size in _held(dtype, sizes):
         weight = sized((300, 21), dtype, size, generator("range", size))
         weight[:, 3] = 0
         yield Sample(f"{size}", (weight,))
 
 
 def masked_grad_norm(dtype: torch.dtype) -> Iterator[Sample]:
-    for size in _sizes(dtype):
+    for size in _held(dtype, SIZES):
         grads = [sized((40, 33), dtype, size, generator("range", size)) for _ in range(2)]
         yield Sample(f"{size}", (grads, [None, torch.tensor([1, 7])], [0, 1], None))
 
@@ -67,7 +69,7 @@ def _gates(act: str) -> tuple[float, ...]:
     return (*GATES, NAN, -5.0) if act == "gelu" else (*GATES, NAN)
 
 
-def gated_moments(dtype: torch.dtype) -> Iterator[Sample]:
+def gated_moments(dtype: torch.dtype, sizes: tuple[float, ...] = SIZES) -> Iterator[Sample]:
     """Nothing counts, since a mean of infinities has no one value; and products of every size."""
     for act in ACTIVATIONS:
         for value in _gates(act):
@@ -75,7 +77,7 @@ def gated_moments(dtype: torch.dtype) -> Iterator[Sample]:
             up, mask = torch.full_like(gate, 0.5), torch.zeros(2, dtype=torch.bool)
             state = moments_state(17, generator("range"), fresh=True)
             yield Sample(f"{act} {value}", (gate, up, *state, mask), {"act": act})
-    for size in _sizes(dtype):
+    for size in _held(dtype, sizes):
         g = generator("range", size)
         up = sized((300, 21), dtype, size, g)
         state = moments_state(21, g, fresh=True)

@@ -1,7 +1,8 @@
 """The activations of gated_moments and their derivatives, in the type of their argument.
 
 s = 1 / (1 + exp(-t))                      tanh(t) = 2 / (1 + exp(-2 t)) - 1
-silu z s(z); gelu z Phi(z), Phi(z) = erfc(-z / sqrt 2) / 2; gelu_tanh z s(2 y) with y = sqrt(2 / pi) (z + 0.044715 z^3);
+silu z s(z); gelu z Phi(z), Phi(z) = erfc(-z / sqrt 2) / 2;
+gelu_tanh z s(2 y) with y = sqrt(2 / pi) (z + 0.044715 z^3);
 relu max(z, 0); relu2 max(z, 0)^2
 """
 

@@ -11,7 +11,7 @@ from ssah_kernels.backends.triton.masked_table import hyper
 
 @triton.jit
 def adamw(w, g, m, v, table_ptr, lr, step, X: tl.constexpr):
-    """The table's head: ln beta1, ln beta2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1."""
+    """Table's head: ln beta1, ln beta2, 1 - beta1, beta2, 1 - beta2, eps, weight decay, beta1."""
     decay = (1 - lr * hyper(table_ptr, 6)).to(X)
     step_size = (lr / (1 - tl.exp(step * hyper(table_ptr, 0)))).to(X)
     inverse_bias = (1 / tl.sqrt(1 - tl.exp(step * hyper(table_ptr, 1)))).to(X)
