@@ -239,13 +239,13 @@ _TRITON = (
 
 _PYTHON = (
     Mutation(
-        "ssah_kernels/checks.py",
+        "ssah_kernels/checks/tensors.py",
         "if mask.shape != x.shape[:-1]:",
         "if mask.dim() != x.dim() - 1:",
         pytest(OPS, "wrong_arguments"),
     ),
     Mutation(
-        "ssah_kernels/checks.py",
+        "ssah_kernels/checks/updates.py",
         'if (importance["signed"] is None) != (importance["squared"] is None):',
         "if False:",
         pytest(UPDATE, "names_the_wrong_argument"),

@@ -333,9 +333,9 @@ def attribute(
             batch = batch or nothing(device)
             watch.read(batch)
             if over is not None:
-                n_targets += run_sharded(model, batch, gradient)
+                n_targets += run_sharded(model, batch, watch)
             elif gradient:
-                n_targets += forward_backward(model, batch)
+                n_targets += forward_backward(model, batch, watch)
             else:
                 # What packed modules lay out anew as they first run must not be inference tensors.
                 with torch.no_grad() if packed else torch.inference_mode():

@@ -13,13 +13,14 @@ from transformers.utils import ModelOutput
 
 from ssah.batches import IGNORED, Batch
 from ssah.causal_attention import FastCausalBackward
+from ssah.watch import Watch
 
 __all__ = ["forward_backward"]
 
 _LOGITS_AT_ONCE = 2**23  # elements: 32 MiB in float32
 
 
-def forward_backward(model: PreTrainedModel, batch: Batch) -> int:
+def forward_backward(model: PreTrainedModel, batch: Batch, watch: Watch) -> int:
     """Run one batch through backbone, loss and back; the number of tokens predicted."""
     with torch.inference_mode(False), torch.enable_grad(), FastCausalBackward():
         output = model.base_model(**batch.inputs, use_cache=False, return_dict=True)
@@ -27,7 +28,9 @@ def forward_backward(model: PreTrainedModel, batch: Batch) -> int:
         targets = batch.targets().to(hidden.device)
         n_targets = int((targets != IGNORED).sum())
         if n_targets:
-            torch.autograd.backward(hidden, _loss_gradient(model, output, targets))
+            slope = _loss_gradient(model, output, targets)
+            with watch.backward():
+                torch.autograd.backward(hidden, slope)
     return n_targets
 
 

@@ -17,6 +17,7 @@ from ssah.batches import IGNORED, Batch
 from ssah.causal_attention import FastCausalBackward
 from ssah.distributed import Ranks
 from ssah.units import DepthTwoModule
+from ssah.watch import Watch
 
 __all__ = ["check_sharded", "nothing", "run_sharded"]
 
@@ -58,15 +59,16 @@ def nothing(device: torch.device) -> Batch:
     return Batch({"input_ids": ids}, ids, None, none, none, False)
 
 
-def run_sharded(model: PreTrainedModel, batch: Batch, gradient: bool) -> int:
-    """Run one batch, with ``gradient`` through the loss and back; the number of tokens predicted.
+def run_sharded(model: PreTrainedModel, batch: Batch, watch: Watch) -> int:
+    """Run one batch, where gradients are watched through the loss and back; the number of tokens
+    predicted.
 
     The vocabulary projection runs on all positions at once where the loss is needed, and on the
     last one alone where it is not.
     """
     from torch.distributed.fsdp import FSDPModule
 
-    if not gradient:
+    if not watch.gradient:
         # Weights gathered in inference mode could not be trained later.
         with torch.no_grad():
             if not isinstance(model, FSDPModule):
@@ -82,7 +84,9 @@ def run_sharded(model: PreTrainedModel, batch: Batch, gradient: bool) -> int:
         logits: Tensor = model(**batch.inputs, use_cache=False, return_dict=True).logits
         targets = batch.targets().to(logits.device)
         # Backward on every rank, whether it has a token to predict or not: it gathers weights too.
-        nn.functional.cross_entropy(
+        loss = nn.functional.cross_entropy(
             logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction="sum"
-        ).backward()
+        )
+        with watch.backward():
+            loss.backward()
     return int((targets != IGNORED).sum())

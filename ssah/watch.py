@@ -63,12 +63,25 @@ class Watch:
         all_experts: whether an expert's moments are over all tokens, not those routed to it alone.
         token_mask: bool ``[rows, length]``, or None where every position counts.
         needed: int64 ``[n]``, the positions among rows * length that are not padding, or None: all.
+        again: whether the pass goes back: what runs then was counted when it ran first.
     """
 
     gradient: bool
     all_experts: bool = False
     token_mask: Tensor | None = None
     needed: Tensor | None = None
+    again: bool = False
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """The block is the batch's backward pass."""
+        self.again = True
+        yield
+        self.again = False
+
+    def moments(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and M2 that take what runs now; nobody reads what comes a second time."""
+        return ops.new_moments(sums.mean) if self.again else (sums.count, sums.mean, sums.m2)
 
     def read(self, batch: Batch) -> None:
         """Set the masks for ``batch``, which runs next."""
@@ -119,8 +132,12 @@ class Watch:
         """``x``, such that its gradient is added to ``sums`` when it arrives."""
         if not self.gradient:
             return x
-        if not x.requires_grad:
-            # The first watched module: nothing before it needs a gradient.
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a scored module runs under torch.no_grad(), as checkpointing with use_reentrant="
+                "True has it: use use_reentrant=False, or metric='variance' or 'norm'"
+            )
+        if not x.requires_grad:  # the first watched module: nothing before it needs a gradient
             x = x.detach().requires_grad_()
         return _Tap.apply(x, sums, mask)
 
@@ -181,7 +198,7 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
 
     def product(x: Tensor, mask: Tensor | None) -> Tensor:
         gate, up = gated.project(x)
-        return ops.gated_moments(gate, up, sums.count, sums.mean, sums.m2, mask, act=gated.act)
+        return ops.gated_moments(gate, up, *watch.moments(sums), mask, act=gated.act)
 
     def rest(x: Tensor, mask: Tensor | None) -> Tensor:
         a = product(x, mask)
@@ -207,9 +224,9 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
         own, projected = sums[expert], routed.project(x, expert)
         if act is not None:
             gate, up = projected.chunk(2, dim=-1)
-            return ops.gated_moments(gate, up, own.count, own.mean, own.m2, mask, act=act)
+            return ops.gated_moments(gate, up, *watch.moments(own), mask, act=act)
         a = routed.gate(projected)
-        ops.channel_moments_(a.detach(), own.count, own.mean, own.m2, mask)
+        ops.channel_moments_(a.detach(), *watch.moments(own), mask)
         return a
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -237,7 +254,7 @@ def _hook(sums: Sums, watch: Watch) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         x = args[0]
         mask = watch.mask(x)
-        ops.channel_moments_(x.detach(), sums.count, sums.mean, sums.m2, mask)
+        ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
         return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook

@@ -1,63 +1,149 @@
-"""Derivatives. A schema that mutates cannot carry a formula, so a differentiable operator has a
-functional companion, composed here of the kernels, and the public function calls that one when a
-gradient is wanted."""
+"""Derivatives: of ``gated_moments``, and of the operators that write nothing.
+
+Each is a kernel for the Autograd key of the operator itself, so that ``ops.X`` and
+``torch.ops.ssah.X`` are the same thing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ssah_kernels.reference.channel_moments import merge_moments_
+from ssah_kernels import memory
+from ssah_kernels.reference.gated_moments import activation
+from ssah_kernels.schema import SCHEMAS, arguments
 
 
-def new_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Zero state (count [], mean [C], m2 [C]) in float64 for ``x`` [..., C]."""
-    mean = x.new_zeros(x.shape[-1], dtype=torch.float64)
-    return x.new_zeros((), dtype=torch.float64), mean, torch.zeros_like(mean)
+class _GatedMoments(torch.autograd.Function):
+    """gated_moments below autograd; its backward reads gate and up once."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Any, act: str, *args: Tensor | None) -> Tensor:
+        ctx.save_for_backward(*args[:2])
+        ctx.act = act
+        return torch.ops.ssah.gated_moments.default.redispatch(below, *args, act=act)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        product = torch.ops.ssah.gated_moments_backward(grads[0], gate, up, act=ctx.act)
+        return None, None, *product, None, None, None, None
 
 
-def gated_moments_functional(
-    gate: Tensor, up: Tensor, token_mask: Tensor | None = None, *, act: str = "silu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    state = new_moments(gate)
-    return torch.ops.ssah.gated_moments(gate, up, *state, token_mask, act=act), *state
+class _GatedMomentsTwice(torch.autograd.Function):
+    """gated_moments_backward below autograd; its own gradient is rare, and composed of torch's."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Any, act: str, *args: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(*args)
+        ctx.act = act
+        return torch.ops.ssah.gated_moments_backward.default.redispatch(below, *args, act=act)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """In float64, as the reference; autograd rounds each to the dtype of its input."""
+        again = torch.is_grad_enabled()  # a third derivative is wanted
+
+        def own(t: Tensor) -> Tensor:
+            t = t.double()
+            return t if again and t.requires_grad else t.detach().requires_grad_()
+
+        grad, gate, up = (own(t) for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            output = activation(gate, ctx.act) * up
+            first = torch.autograd.grad(output, (gate, up), grad, create_graph=True)
+        product = torch.autograd.grad(
+            first,
+            (grad, gate, up),
+            tuple(g.double() for g in grads),
+            create_graph=again,
+            allow_unused=True,  # relu has no curvature
+        )
+        return None, None, *product
 
 
-def _setup_context(
-    ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: Any
-) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.act = keyword_only_inputs["act"]
-    ctx.mark_non_differentiable(*output[1:])
+def _kernel(op: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The kernel of ``op`` for the Autograd key.
+
+    ``torch.library.register_autograd`` takes no schema that mutates, and its kernels must not use
+    autograd themselves, as the reference does.
+    """
+    optional = len([name for kind, name in arguments(op) if kind.startswith("Tensor")])
+    inputs = [i for i, (kind, _) in enumerate(arguments(op)) if kind == "Tensor"]
+    tensors_of = memory.reader(op)
+
+    def kernel(keyset: Any, *args: Any, act: str = "silu") -> Any:
+        # The highest key is the one that runs now.
+        below = keyset.remove(keyset.highestPriorityTypeId())
+        if torch.is_grad_enabled() and any(args[i].requires_grad for i in inputs):
+            memory.check_grad(op, args, tensors_of(args)[0])  # below, no gradients are recorded
+            return function.apply(below, act, *args, *[None] * (optional - len(args)))
+        return getattr(torch.ops.ssah, op).default.redispatch(below, *args, act=act)
+
+    return kernel
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None]:
-    grad_gate, grad_up = torch.ops.ssah.gated_moments_backward(
-        grad, *ctx.saved_tensors, act=ctx.act
-    )
-    return grad_gate, grad_up, None
+def _keep_weight(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _column_sq_norms(ctx: Any, grad: Tensor) -> Tensor:
+    (weight,) = ctx.saved_tensors  # [out_features, in_features]
+    return (2 * weight.double() * grad).to(weight.dtype)
+
+
+def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grads, indices, dims, grad_scale = inputs
+    ctx.indices, ctx.dims, ctx.n = indices, dims, len(grads)
+    ctx.save_for_backward(*grads, output, grad_scale)
+
+
+def _masked_grad_norm(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
+    """d norm / d g = g / (norm grad_scale^2) where it was selected; 0 where all of it is 0."""
+    *grads, norm, grad_scale = ctx.saved_tensors
+    scale = 1.0 if grad_scale is None else grad_scale.double().reshape(())
+    factor = torch.where(norm == 0, 0, slope / (norm * scale**2))
+    results = []
+    for grad, index, dim in zip(grads, ctx.indices, ctx.dims, strict=True):
+        whole = (grad.double() * factor).to(grad.dtype)
+        if index is not None:
+            chosen = whole.index_select(dim, index)
+            whole = torch.zeros_like(whole).index_copy(dim, index, chosen)
+        results.append(whole)
+    if grad_scale is None:  # the dispatcher leaves out what is the default
+        return results, None, None
+    to_scale = (-slope * norm / scale).to(grad_scale.dtype).reshape(grad_scale.shape)
+    return results, None, None, to_scale
+
+
+def _no_vmap(op: str) -> Callable[..., Any]:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"ssah::{op} changes tensors in place, which torch.vmap would have to do once a sample;"
+            " it is not supported: call it once, with the samples as a leading dimension of the"
+            " input, or in a loop"
+        )
+
+    return refuse
 
 
 def register(lib: torch.library.Library) -> None:
-    """Register every derivative on ``lib``."""
-    torch.library.register_autograd(
-        "ssah::gated_moments_functional", _backward, setup_context=_setup_context, lib=lib
-    )
-
-
-def gated_moments(
-    gate: Tensor,
-    up: Tensor,
-    count: Tensor,
-    mean: Tensor,
-    m2: Tensor,
-    token_mask: Tensor | None = None,
-    *,
-    act: str = "silu",
-) -> Tensor:
-    """``torch.ops.ssah.gated_moments`` with a gradient through the output."""
-    output, *batch = torch.ops.ssah.gated_moments_functional(gate, up, token_mask, act=act)
-    merge_moments_(count, mean, m2, *batch)
-    return output
+    """Register every derivative on ``lib``, and what torch.func cannot do."""
+    for op, schema in SCHEMAS.items():
+        if "!" in schema:
+            torch.library.register_vmap(f"ssah::{op}", _no_vmap(op), lib=lib)
+        if op.endswith("_"):  # returns nothing to differentiate; its state must not join the graph
+            lib.impl(op, torch.library.fallthrough_kernel, "Autograd")
+    for op, function in (
+        ("gated_moments", _GatedMoments),
+        ("gated_moments_backward", _GatedMomentsTwice),
+    ):
+        lib.impl(op, _kernel(op, function), "Autograd", with_keyset=True)
+    for op, backward, keep in (
+        ("column_sq_norms", _column_sq_norms, _keep_weight),
+        ("masked_grad_norm", _masked_grad_norm, _keep_grads),
+    ):
+        torch.library.register_autograd(f"ssah::{op}", backward, setup_context=keep, lib=lib)

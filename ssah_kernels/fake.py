@@ -36,15 +36,6 @@ def gated_moments(
     return _contiguous_like(gate)
 
 
-def gated_moments_functional(
-    gate: Tensor, up: Tensor, token_mask: Tensor | None = None, *, act: str = "silu"
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    checks.gated_moments_functional(gate, up, token_mask, act=act)
-    channels = gate.new_empty(gate.shape[-1], dtype=torch.float64)
-    count = gate.new_empty((), dtype=torch.float64)
-    return _contiguous_like(gate), count, channels, torch.empty_like(channels)
-
-
 def gated_moments_backward(
     grad: Tensor, gate: Tensor, up: Tensor, *, act: str = "silu"
 ) -> tuple[Tensor, Tensor]:

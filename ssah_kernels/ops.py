@@ -7,9 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssah_kernels import autograd
-from ssah_kernels.autograd import new_moments
-
 __all__ = [
     "channel_moments_",
     "column_sq_norms",
@@ -20,6 +17,12 @@ __all__ = [
     "new_moments",
     "taylor_moments_",
 ]
+
+
+def new_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero state (count [], mean [C], m2 [C]) in float64 for ``x`` [..., C]."""
+    mean = x.new_zeros(x.shape[-1], dtype=torch.float64)
+    return x.new_zeros((), dtype=torch.float64), mean, torch.zeros_like(mean)
 
 
 def channel_moments_(
@@ -69,8 +72,6 @@ def gated_moments(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device.
     """
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        return autograd.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
     return torch.ops.ssah.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssah_kernels import ops
+from ssah_kernels import ops, options
 from ssah_kernels.sharded import (
     Dim,
     Part,
-    check_layout,
     compact,
     cut,
     expand,
@@ -26,9 +24,7 @@ from ssah_kernels.sharded import (
     parts,
 )
 
-ROUNDINGS = ("nearest", "stochastic", "kahan")
 COMPENSATED = (torch.bfloat16, torch.float16)
-STATE_DTYPES = (torch.float32, torch.bfloat16)
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
 
@@ -48,41 +44,12 @@ class _Call:
         return [s[name] for s in self.states] if name in self.states[0] else None
 
 
-def _strictly_increasing(index: Tensor) -> bool:
-    return bool((index[1:] > index[:-1]).all()) if index.numel() > 1 else True
-
-
-def _as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:
-    if value is None:
-        return [default] * n
-    if isinstance(value, int):
-        return [value] * n
-    if len(value) != n:
-        raise ValueError(f"{name} has {len(value)} entries; it must have {n}, one a parameter")
-    return list(value)
-
-
 class _MaskedOptimizer(Optimizer):
     """What MaskedAdamW and MaskedSGD share: groups, state, clipping, importance, checkpoints."""
 
     state_names: tuple[str, ...] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        for name in ("lr", "weight_decay"):
-            if not float(defaults[name]) >= 0:
-                raise ValueError(f"{name} is {defaults[name]}; it must be at least 0")
-        if defaults["rounding"] not in ROUNDINGS:
-            raise ValueError(
-                f"rounding is {defaults['rounding']!r}; it must be one of {', '.join(ROUNDINGS)}"
-            )
-        if defaults["state_dtype"] not in (None, *STATE_DTYPES):
-            raise ValueError(
-                f"state_dtype is {defaults['state_dtype']}; it must be torch.float32, "
-                "torch.bfloat16 or None (float32, and float64 for float64 parameters)"
-            )
-        max_norm = defaults["max_norm"]
-        if max_norm is not None and not max_norm > 0:
-            raise ValueError(f"max_norm is {max_norm}; it must be None or greater than 0")
         super().__init__(params, {**defaults, "indices": None, "dims": None})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -92,39 +59,32 @@ class _MaskedOptimizer(Optimizer):
         :mod:`ssah_kernels.sharded`.
 
         Raises:
-            ValueError: indices or dims do not fit, or a parameter has nothing to train.
+            TypeError, ValueError: an option is wrong, a parameter is given twice, indices or dims
+                do not fit, or a parameter has nothing to train. The group is not added then.
         """
-        super().add_param_group(param_group)
+        before = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+            self._check_last_group()
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    def _check_last_group(self) -> None:
         group = self.param_groups[-1]
-        group["indices"] = _as_list("indices", group["indices"], len(group["params"]), None)
-        group["dims"] = _as_list("dims", group["dims"], len(group["params"]), 0)
-        for i, (p, index, dim) in enumerate(
-            zip(group["params"], group["indices"], group["dims"], strict=True)
-        ):
-            if is_sharded(p):
-                check_layout(f"params[{i}]", p)
-                if group["max_norm"] is not None or group["track_importance"]:
-                    raise ValueError(
-                        f"params[{i}] is sharded: max_norm must be None (clip with "
-                        "torch.nn.utils.clip_grad_norm_) and track_importance False"
-                    )
-            elif not isinstance(dim, int):
+        options.check(group)
+        options.check_parameters(self.param_groups)
+        params = group["params"]
+        group["indices"] = options.as_list("indices", group["indices"], len(params), None)
+        group["dims"] = options.as_list("dims", group["dims"], len(params), 0)
+        for i, p in enumerate(params):
+            if is_sharded(p) and (group["max_norm"] is not None or group["track_importance"]):
                 raise ValueError(
-                    f"dims[{i}] is {dim}; it must be one dimension, as the parameter is not sharded"
+                    f"params[{i}] is sharded: max_norm must be None (clip with "
+                    "torch.nn.utils.clip_grad_norm_) and track_importance False"
                 )
-            if index is None:
-                continue
-            size = p.shape[dim] if isinstance(dim, int) else math.prod(p.shape[d] for d in dim)
-            if index.dtype != torch.int64 or index.dim() != 1 or not _strictly_increasing(index):
-                raise ValueError(f"indices[{i}] must be int64 [n], strictly increasing")
-            if index.numel() == 0:
-                raise ValueError(f"indices[{i}] is empty; a parameter must have entries to train")
-            if int(index[0]) < 0 or int(index[-1]) >= size:
-                raise ValueError(
-                    f"indices[{i}] goes from {int(index[0])} to {int(index[-1])}; it must stay "
-                    f"within 0 to {size - 1}"
-                )
-            group["indices"][i] = index.to(p.device)
+            index, dim = group["indices"][i], group["dims"][i]
+            group["indices"][i] = options.entries(f"[{i}]", p, index, dim)
 
     def _entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]]:
         number = 0
@@ -216,6 +176,8 @@ class _MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for group in self.param_groups:
+            options.check_lr(group["lr"])
         calls = self._calls()
         for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
             device = call.params[0].device
@@ -362,10 +324,6 @@ class MaskedAdamW(_MaskedOptimizer):
         max_norm: float | None = None,
         track_importance: bool = False,
     ) -> None:
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas is {betas}; each must be at least 0 and less than 1")
-        if not eps >= 0:
-            raise ValueError(f"eps is {eps}; it must be at least 0")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -439,10 +397,6 @@ class MaskedSGD(_MaskedOptimizer):
         max_norm: float | None = None,
         track_importance: bool = False,
     ) -> None:
-        if not momentum >= 0:
-            raise ValueError(f"momentum is {momentum}; it must be at least 0")
-        if nesterov and (momentum <= 0 or dampening != 0):
-            raise ValueError("nesterov needs a momentum greater than 0 and no dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,

@@ -7,33 +7,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-from ssah_kernels import autograd, backends, checks, fake
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ssah_kernels import autograd, backends, checks, fake, indices, memory
+from ssah_kernels.checks import matrices
+from ssah_kernels.schema import SCHEMAS, arguments
 
 _lib = torch.library.Library("ssah", "DEF")
 
 
 def _dispatch(op: str) -> Callable[..., Any]:
     check = getattr(checks, op)
+    tensors_of = memory.reader(op)
+    names = [name for _, name in arguments(op)]
+    at = names.index("indices") if "indices" in names else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
-        first = ready[0] if isinstance(ready[0], Tensor) else ready[0][0]
+        written, read = tensors_of(args)
+        memory.check(op, args, written, read)
+        if at is not None:
+            indices.check(args[at], args[0], args[at + 1])
+        first = args[0] if at is None else args[0][0]
+        backend = backends.choose(first.device)
+        kernel = backends.kernel(backend, op, first.device)
         with torch.no_grad():
-            backend = backends.choose(first.device)
-            return backends.kernel(backend, op, first.device)(*ready, **kwargs)
+            if at is None or not written:
+                return _counted(kernel(*ready, **kwargs), written)
+            copies = matrices.Copies(ready, at)
+            kernel(*copies.ready, **kwargs)
+            copies.write_back()
+            return _counted(None, written)
 
     return run
 
 
+def _counted(result: Any, written: list[Tensor]) -> Any:
+    """``result``, after autograd was told that what it kept of ``written`` is gone."""
+    increment_version(written)
+    return result
+
+
 def register() -> None:
     for op, schema in SCHEMAS.items():
-        _lib.define(op + schema)
-        function = _dispatch(op) if op in KERNELS else getattr(autograd, op)
-        _lib.impl(op, function, "CompositeExplicitAutograd")
-        if op.endswith("_"):  # returns nothing to differentiate; its state must not join the graph
-            _lib.impl(op, torch.library.fallthrough_kernel, "Autograd")
+        # A graph of CUDA would keep the addresses of an update's lists, which are gone by then.
+        unsafe = [torch.Tag.cudagraph_unsafe] if op.startswith("masked") else []
+        _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
+        _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)
     autograd.register(_lib)
 

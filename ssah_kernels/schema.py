@@ -9,10 +9,6 @@ SCHEMAS: dict[str, str] = {
         "(Tensor gate, Tensor up, Tensor(a!) count, Tensor(b!) mean, Tensor(c!) m2,"
         " Tensor? token_mask=None, *, str act='silu') -> Tensor"
     ),
-    "gated_moments_functional": (
-        "(Tensor gate, Tensor up, Tensor? token_mask=None, *, str act='silu')"
-        " -> (Tensor output, Tensor count, Tensor mean, Tensor m2)"
-    ),
     "gated_moments_backward": (
         "(Tensor grad, Tensor gate, Tensor up, *, str act='silu')"
         " -> (Tensor grad_gate, Tensor grad_up)"
@@ -42,5 +38,11 @@ SCHEMAS: dict[str, str] = {
     ),
 }
 
-# What a backend implements; a *_functional operator is composed of these (see autograd.py).
-KERNELS: tuple[str, ...] = tuple(op for op in SCHEMAS if not op.endswith("_functional"))
+KERNELS: tuple[str, ...] = tuple(SCHEMAS)
+
+
+def arguments(op: str) -> list[tuple[str, str]]:
+    """(type, name) of every argument of ``op``, in order, as its schema has them."""
+    listed = SCHEMAS[op].partition(" -> ")[0].strip("()").split(", ")
+    typed = (argument.partition("=")[0].split(" ") for argument in listed if argument != "*")
+    return [(kind, name) for kind, name in typed]

@@ -20,6 +20,7 @@ import ssah_kernels
 from ssah_kernels import ops
 from ssah_kernels.backends import cpu
 from ssah_kernels.reference.masked_update import noise, noise_keys, round_stochastically
+from ssah_kernels.schema import KERNELS
 
 ROOT = Path(__file__).parents[1]
 HELPERS = ROOT / "tests" / "helpers"
@@ -41,7 +42,12 @@ def test_equals_reference(op: str) -> None:
 
 @pytest.mark.parametrize("op", CASES)
 def test_equals_reference_beyond_the_first_tile(op: str) -> None:
-    assert compare(op, far=True) > 0
+    assert compare(op, "far") > 0
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_equals_reference_at_the_ends_of_the_range(op: str) -> None:
+    assert compare(op, "extreme") > 0
 
 
 def python(isa: str, *args: str) -> subprocess.CompletedProcess[str]:

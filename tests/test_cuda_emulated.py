@@ -15,7 +15,7 @@ from emulation.compare import checked, equals_reference, kept_in
 from torch import Tensor
 
 from ssah_kernels import backends
-from ssah_kernels.autograd import new_moments
+from ssah_kernels.ops import new_moments
 from ssah_kernels.schema import KERNELS
 
 pytestmark = [
@@ -58,7 +58,12 @@ def test_equals_reference_beyond_the_first_tile(
     op: str, dtype: torch.dtype, emulated: Emulation
 ) -> None:
     emulated[op].seed(2)
-    assert equals_reference(emulated[op], dtypes=(dtype,), far=True) > 1
+    assert equals_reference(emulated[op], dtypes=(dtype,), which="far") > 1
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_equals_reference_at_the_ends_of_the_range(op: str, emulated: Emulation) -> None:
+    assert equals_reference(emulated[op], which="extreme_of_float32") > 0
 
 
 def moments(emulated: Emulation, x: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:

@@ -132,8 +132,6 @@ class Draw:
             return Sample("drawn", (self.values(shape), self.values(shape), *state[1:], mask))
         if op == "gated_moments":
             return Sample("drawn", (self.values(shape), self.values(shape), *state, mask), act)
-        if op == "gated_moments_functional":
-            return Sample("drawn", (self.values(shape), self.values(shape), mask), act)
         return Sample("drawn", tuple(self.values(shape) for _ in range(3)), act)
 
 

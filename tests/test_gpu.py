@@ -57,7 +57,15 @@ def test_equals_reference(op: str, backend: str) -> None:
 @pytest.mark.parametrize("op", KERNELS)
 def test_equals_reference_beyond_the_first_tile(op: str, dtype: torch.dtype, backend: str) -> None:
     reference = backends.kernel("reference", op)
-    assert check_backend(CASES[op], moved(op, backend), reference, dtypes=(dtype,), far=True) > 1
+    assert check_backend(CASES[op], moved(op, backend), reference, dtypes=(dtype,), which="far") > 1
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_equals_reference_at_the_ends_of_the_range(op: str, backend: str) -> None:
+    reference = backends.kernel("reference", op)
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    options = {"dtypes": dtypes, "which": "extreme_of_float32"}
+    assert check_backend(CASES[op], moved(op, backend), reference, **options) > 0
 
 
 @pytest.mark.parametrize("op", KERNELS)

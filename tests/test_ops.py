@@ -23,7 +23,7 @@ def test_catalogue_is_complete(op):
         assert callable(backends.kernel("reference", op))
         module = importlib.import_module(f"ssah_kernels.reference.{backends.stem(op)}")
         assert module.__doc__
-    public = op.removesuffix("_functional").removesuffix("_backward")
+    public = op.removesuffix("_backward")
     assert getattr(ops, public).__doc__
 
 
@@ -127,8 +127,6 @@ def test_same_bits_with_one_and_two_threads():
     threads = torch.get_num_threads()
     try:
         for op, case in CASES.items():
-            if case.op.endswith("_functional"):
-                continue
             sample = next(s for s in case.samples(torch.bfloat16) if "131" in s.name)
             written = []
             for n in (1, 2):

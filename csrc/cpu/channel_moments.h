@@ -15,6 +15,7 @@ struct RowSource {
   const long* rows;
   SSAH_METHOD vec<T> peek(long row, long c, long n) { return load_up_to(x + rows[row] + c, n); }
   SSAH_METHOD vec<T> load(long row, long c, long n) { return peek(row, c, n); }
+  SSAH_METHOD vec<T> again(long row, long c, long n) { return peek(row, c, n); }
   SSAH_METHOD void prefetch(long row, long c) { __builtin_prefetch(x + rows[row] + c, 0, 2); }
 };
 

@@ -16,6 +16,11 @@ struct SquareTerm {
     vec<T> w = load_up_to(weight + row * row_stride + c, n);
     sums[0] = mul_add(w, w, sums[0]);
   }
+  SSAH_METHOD void add_wide(long row, long c, long n, vdouble (&sums)[1][kDoubles<T>]) {
+    vdouble w[kDoubles<T>];
+    widen(load_up_to(weight + row * row_stride + c, n), w);
+    for (int d = 0; d < kDoubles<T>; ++d) sums[0][d] = mul_add(w[d], w[d], sums[0][d]);
+  }
 };
 
 template <class T>

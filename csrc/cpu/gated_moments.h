@@ -33,6 +33,9 @@ struct GatedSource {
     __builtin_memcpy(to, buffer, n * sizeof(T));
     return h;
   }
+  SSAH_METHOD vec<T> again(long row, long c, long n) {
+    return load_up_to(output + output_rows[row] + c, n);
+  }
   SSAH_METHOD void prefetch(long row, long c) {
     __builtin_prefetch(gate + gate_rows[row] + c, 0, 2);
     __builtin_prefetch(up + up_rows[row] + c, 0, 2);

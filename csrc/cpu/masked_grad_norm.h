@@ -12,13 +12,10 @@ namespace SSAH_ISA {
 // Two sums by name, not an array: GCC keeps an element of one in memory within the loop.
 SSAH_INLINE void add_squares(vdouble x, vdouble& low, vdouble&) { low = mul_add(x, x, low); }
 SSAH_INLINE void add_squares(vfloat x, vdouble& low, vdouble& high) {
-  typedef vector_of<float, SSAH_LANES / 2>::type vhalf;
-  vhalf halves[2];
-  __builtin_memcpy(halves, &x, sizeof(x));
-  const vdouble first = __builtin_convertvector(halves[0], vdouble);
-  const vdouble second = __builtin_convertvector(halves[1], vdouble);
-  low = mul_add(first, first, low);
-  high = mul_add(second, second, high);
+  vdouble wide[2];
+  widen(x, wide);
+  low = mul_add(wide[0], wide[0], low);
+  high = mul_add(wide[1], wide[1], high);
 }
 
 template <class T>

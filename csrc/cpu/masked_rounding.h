@@ -8,6 +8,13 @@
 namespace ssah {
 namespace SSAH_ISA {
 
+// A scalar of an update in the compute type. A NaN loses its payload: with the low bits of that of
+// NVIDIA's GPUs set (0x7fffffff), noise would carry a NaN of bfloat16 over to -0.
+template <class S>
+SSAH_INLINE S factor(double x) {
+  return x == x ? S(x) : S(__builtin_nan(""));
+}
+
 // The keys of a tensor's noise, and where in the tensor a vector lies.
 struct Noise {
   unsigned key0, key1;
@@ -74,7 +81,8 @@ SSAH_INLINE void write_compensated(bf16* p, bf16* compensation, vfloat x, long n
 
 // 2 * SSAH_LANES bfloat16 values at a time: a word holds an even one below and an odd one above, so
 // that neither way needs more than a shift and a mask. Values that are kept with noise come from
-// bfloat16 ones alone: a NaN among them has an empty lower half, out of which nothing is carried.
+// bfloat16 ones and from factors that `factor` made: a NaN among them has an empty lower half, out
+// of which nothing is carried.
 SSAH_INLINE void read_pair(const bf16* p, vfloat (&values)[2]) {
   const vuint words = load_raw<vuint>(p);
   values[0] = (vfloat)(words << 16);

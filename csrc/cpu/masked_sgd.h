@@ -1,7 +1,7 @@
 // masked_sgd_: one SGD step, with momentum, of the trained elements; see masked_update.h.
 //
-//   g += weight_decay p;  b = momentum b + (1 - dampening) g  (b = g at the first step)
-//   p = p - lr (g + momentum b, with Nesterov, else b; g without momentum)
+//   g += weight_decay p (unless it is 0);  b = momentum b + (1 - dampening) g  (b = g at the first
+//   step) p = p - lr (g + momentum b, with Nesterov, else b; g without momentum)
 #pragma once
 
 #include "masked_update.h"
@@ -16,16 +16,17 @@ struct SgdRule {
   bool first, nesterov;
 
   explicit SgdRule(const SgdArgs& a)
-      : scale(scalar<T>(a.scale)),
-        lr(scalar<T>(a.lr)),
-        weight_decay(scalar<T>(a.weight_decay)),
-        momentum(scalar<T>(a.momentum)),
-        one_minus_dampening(scalar<T>(a.one_minus_dampening)),
+      : scale(factor<scalar<T>>(a.scale)),
+        lr(factor<scalar<T>>(a.lr)),
+        weight_decay(factor<scalar<T>>(a.weight_decay)),
+        momentum(factor<scalar<T>>(a.momentum)),
+        one_minus_dampening(factor<scalar<T>>(a.one_minus_dampening)),
         first(a.first),
         nesterov(a.nesterov) {}
 
   SSAH_METHOD void update(vec<T> grad, vec<T>& w, vec<T>& b, vec<T>&) const {
-    vec<T> g = mul_add(w, weight_decay, grad * scale);
+    vec<T> g = grad * scale;
+    if (weight_decay != 0) g = mul_add(w, weight_decay, g);  // an infinite weight times 0 is NaN
     if constexpr (kMomentum) {
       b = first ? g : mul_add(b, momentum, one_minus_dampening * g);
       g = nesterov ? mul_add(b, momentum, g) : b;

@@ -17,6 +17,16 @@ struct TaylorTerm {
     sums[0] += product;
     sums[1] = mul_add(product, product, sums[1]);
   }
+  SSAH_METHOD void add_wide(long row, long c, long n, vdouble (&sums)[2][kDoubles<T>]) {
+    vdouble a[kDoubles<T>], g[kDoubles<T>];
+    widen(load_up_to(x + x_rows[row] + c, n), a);
+    widen(load_up_to(grad + grad_rows[row] + c, n), g);
+    for (int d = 0; d < kDoubles<T>; ++d) {
+      const vdouble product = a[d] * g[d];
+      sums[0][d] += product;
+      sums[1][d] = mul_add(product, product, sums[1][d]);
+    }
+  }
 };
 
 template <class T>

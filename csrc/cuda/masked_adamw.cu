@@ -22,10 +22,11 @@ template <typename R>
 struct AdamwRule {
   using Settings = AdamwSettings;
   static constexpr int kStates = 2;
-  R decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias, eps;
+  R decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias, eps;
 
   __device__ __forceinline__ AdamwRule(const Settings& settings, const UpdateScalars& scalars)
       : decay(static_cast<R>(1 - *scalars.lr * settings.weight_decay)),
+        beta1(static_cast<R>(settings.beta1)),
         one_minus_beta1(static_cast<R>(1 - settings.beta1)),
         beta2(static_cast<R>(settings.beta2)),
         one_minus_beta2(static_cast<R>(1 - settings.beta2)),
@@ -34,7 +35,7 @@ struct AdamwRule {
         eps(static_cast<R>(settings.eps)) {}
 
   __device__ __forceinline__ void update(R g, R& w, R& m, R& v) const {
-    m += one_minus_beta1 * (g - m);
+    m = beta1 * m + one_minus_beta1 * g;  // where beta1 is 0, exactly g
     v = beta2 * v + one_minus_beta2 * g * g;
     w = w * decay - step_size * divide(m, square_root(v) * inverse_bias + eps);
   }

@@ -1,6 +1,6 @@
 // masked_sgd_: one SGD step of the trained elements alone, for a list of tensors in one launch.
 //
-//   g <- g + weight_decay p
+//   g <- g + weight_decay p                                            (unless it is 0)
 //   b <- g at the first step, else momentum b + (1 - dampening) g      (with momentum_buffers)
 //   p <- p - lr (g + momentum b with Nesterov, else b; g without momentum_buffers)
 //
@@ -32,7 +32,7 @@ struct SgdRule {
         nesterov(settings.nesterov) {}
 
   __device__ __forceinline__ void update(R g, R& w, R& b, R&) const {
-    g += weight_decay * w;
+    if (weight_decay != R(0)) g += weight_decay * w;  // an infinite weight times 0 is NaN
     if constexpr (kMomentumBuffers > 0) {
       b = first ? g : momentum * b + one_minus_dampening * g;
       g = nesterov ? g + momentum * b : b;

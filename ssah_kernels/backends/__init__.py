@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ssah_kernels.checks import shown
 from ssah_kernels.schema import KERNELS
 
 BACKENDS = ("reference", "cpu", "triton", "cuda")
@@ -38,7 +39,7 @@ class MissingBackendError(RuntimeError):
 
 def _checked(name: str) -> str:
     if name not in BACKENDS:
-        raise ValueError(f"backend is {name!r}; it must be one of {', '.join(BACKENDS)}")
+        raise ValueError(f"backend is {shown(name)}; it must be one of {', '.join(BACKENDS)}")
     return name
 
 

@@ -4,7 +4,7 @@
     (count, mean, m2) <- merged with the moments of the unmasked rows of h (channel_moments_)
 
     silu       z / (1 + exp(-z))
-    gelu       z / 2 (1 + erf(z / sqrt 2))
+    gelu       z / 2 erfc(-z / sqrt 2)           (1 + erf would lose the digits of the tail)
     gelu_tanh  z / 2 (1 + tanh(sqrt(2 / pi) (z + 0.044715 z^3)))
     relu       max(z, 0)
     relu2      max(z, 0)^2
@@ -26,7 +26,7 @@ def activation(z: Tensor, act: str) -> Tensor:
     if act == "silu":
         return F.silu(z)
     if act == "gelu":
-        return F.gelu(z)
+        return 0.5 * z * torch.erfc(z * -(0.5**0.5))
     if act == "gelu_tanh":
         return F.gelu(z, approximate="tanh")
     return F.relu(z) if act == "relu" else F.relu(z).square()

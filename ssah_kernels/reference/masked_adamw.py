@@ -3,7 +3,7 @@
 With t = step (already incremented by the caller), and g, w, round as in ``masked_update``:
 
     w <- w (1 - lr weight_decay)
-    m <- m + (1 - beta1) (g - m)                 v <- beta2 v + (1 - beta2) g^2
+    m <- beta1 m + (1 - beta1) g                 v <- beta2 v + (1 - beta2) g^2
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 as ``torch.optim.AdamW`` does. w is computed from m and v before these are rounded.
@@ -50,7 +50,7 @@ def masked_adamw_(
         g = gradient(grad, grad_scale, clip_coef, maximize)
         m, v = exp_avgs[i].double(), exp_avg_sqs[i].double()
         w = w * (1 - rate * weight_decay)
-        m = m + (1 - beta1) * (g - m)
+        m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         w = w - rate / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
         rounded = Rounder(grad, step, seed, i)

@@ -2,7 +2,7 @@
 
 With t = step (already incremented by the caller), and g, w, round as in ``masked_update``:
 
-    g <- g + weight_decay w
+    g <- g + weight_decay w                                       (unless weight_decay is 0)
     b <- g if t = 1, else momentum b + (1 - dampening) g          (if momentum_buffers is given)
     w <- w - lr (g + momentum b  if nesterov,  else b)            (g without momentum_buffers)
 
@@ -47,7 +47,9 @@ def masked_sgd_(
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
         compensation = None if compensations is None else compensations[i]
         w = p if compensation is None else p + compensation.double()
-        g = gradient(grad, grad_scale, clip_coef, maximize) + weight_decay * w
+        g = gradient(grad, grad_scale, clip_coef, maximize)
+        if weight_decay != 0:  # an infinite weight times 0 is NaN
+            g = g + weight_decay * w
         rounded = Rounder(grad, step, seed, i)
         if momentum_buffers is not None:
             buffer = momentum_buffers[i]

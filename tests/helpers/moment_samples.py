@@ -96,11 +96,6 @@ def gated_moments(dtype: torch.dtype, shapes: Shapes = near) -> Iterator[Sample]
         yield Sample(f"ramp-{act}", (gate, torch.ones_like(gate), *state, None), {"act": act})
 
 
-def gated_moments_functional(dtype: torch.dtype, shapes: Shapes = near) -> Iterator[Sample]:
-    for i, (name, (gate, up), mask, _) in enumerate(shapes(dtype, 2, "functional")):
-        yield Sample(name, (gate, up, mask), {"act": ACTIVATIONS[i % len(ACTIVATIONS)]})
-
-
 def gated_moments_backward(dtype: torch.dtype, shapes: Shapes = near) -> Iterator[Sample]:
     for i, (name, xs, mask, _) in enumerate(shapes(dtype, 3, "backward")):
         if mask is None:

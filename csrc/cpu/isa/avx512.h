@@ -42,11 +42,13 @@ SSAH_INLINE vdouble square_root(vdouble x) {
   return (vdouble)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
 }
 
-// An estimate of 14 bits, exact for 1 (so that a sigmoid saturates), and a step of Newton's: a
-// division takes five times as long.
+// An estimate of 14 bits, exact for 1 (so that a sigmoid saturates), and a step of Newton's, which
+// would make a NaN of the 0 of infinity: a division takes five times as long.
 SSAH_INLINE vfloat reciprocal(vfloat v) {
-  const vfloat r = (vfloat)_mm512_rcp14_ps((__m512)v);
-  return mul_add(r, mul_add(-v, r, splat<vfloat>(1.0f)), r);
+  const __m512 r = _mm512_rcp14_ps((__m512)v);
+  const vfloat rest = mul_add(-v, (vfloat)r, splat<vfloat>(1.0f));
+  const __mmask16 finite = _mm512_cmp_ps_mask((__m512)v, _mm512_set1_ps(0x1p126f), _CMP_LT_OQ);
+  return (vfloat)_mm512_maskz_fmadd_ps(finite, r, (__m512)rest, r);
 }
 
 }  // namespace SSAH_ISA

@@ -51,7 +51,7 @@ SSAH_INLINE vdouble square_root(vdouble x) {
   return x;
 }
 
-// 1 / v for v in [1, 2^127), to a unit in the last place.
+// 1 / v for v from 1 on, to a unit in the last place; 0 for infinity, and perhaps from 2^126 on.
 SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
 
 }  // namespace SSAH_ISA

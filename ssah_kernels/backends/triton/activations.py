@@ -1,7 +1,8 @@
 """The activations of gated_moments and their derivatives, in the type of their argument.
 
 s = 1 / (1 + exp(-t))                      tanh(t) = 2 / (1 + exp(-2 t)) - 1
-silu z s(z); gelu z Phi(z); gelu_tanh z s(2 y) with y = sqrt(2 / pi) (z + 0.044715 z^3);
+silu z s(z); gelu z Phi(z), Phi(z) = erfc(-z / sqrt 2) / 2;
+gelu_tanh z s(2 y) with y = sqrt(2 / pi) (z + 0.044715 z^3);
 relu max(z, 0); relu2 max(z, 0)^2
 """
 
@@ -23,17 +24,38 @@ def sigmoid(t):
 
 
 @triton.jit
+def normal_cdf(z):
+    """Phi(z). In float32 1 + erf would lose the digits of the tail, and Triton has no erfc: it is
+    t exp(polynomial(t) - z^2 / 2) with t = 1 / (1 + |z| / sqrt 8), as on the CPU."""
+    if z.dtype == tl.float64:
+        return 0.5 * (1 + tl.erf(z * SQRT_HALF))
+    else:
+        t = 1 / (1 + tl.abs(z) * 0.35355339)
+        p = 0.157751014 * t - 0.750181577
+        p = p * t + 1.31865295
+        p = p * t - 0.909740673
+        p = p * t + 0.0943214269
+        p = p * t - 0.0902556585
+        p = p * t + 0.0652326508
+        p = p * t + 0.380354122
+        p = p * t + 0.999348078
+        p = p * t - 1.26548227
+        tail = 0.5 * t * tl.exp(p - 0.5 * z * z)
+        return tl.where(z < 0, tail, 1 - tail)
+
+
+@triton.jit
 def activation(z, ACT: tl.constexpr):
     """act(z)."""
     if ACT == "silu":
         return z / (1 + tl.exp(-z))
     elif ACT == "gelu":
-        return 0.5 * z * (1 + tl.erf(z * SQRT_HALF))
+        return z * normal_cdf(z)
     elif ACT == "gelu_tanh":
         return z * sigmoid((z + z * z * z * CUBIC) * TWO_SQRT_2_OVER_PI)
     else:
         tl.static_assert(ACT == "relu" or ACT == "relu2")
-        positive = tl.where(z > 0, z, z * 0)  # not maximum, which drops a NaN
+        positive = tl.where(z < 0, 0.0, z)  # not maximum, which drops a NaN
         return positive if ACT == "relu" else positive * positive
 
 
@@ -44,15 +66,17 @@ def activation_and_slope(z, ACT: tl.constexpr):
         s = sigmoid(z)
         return z * s, s * (1 + z * (1 - s))
     elif ACT == "gelu":
-        phi = 0.5 * (1 + tl.erf(z * SQRT_HALF))
+        phi = normal_cdf(z)
         return z * phi, phi + z * tl.exp(-0.5 * z * z) * INV_SQRT_2PI
     elif ACT == "gelu_tanh":
         s = sigmoid((z + z * z * z * CUBIC) * TWO_SQRT_2_OVER_PI)
-        return z * s, s + z * s * (1 - s) * ((1 + z * z * (3 * CUBIC)) * TWO_SQRT_2_OVER_PI)
+        # From there on s is 0 or 1, and a slope of infinity times 0 would be NaN.
+        square = tl.minimum(z * z, 1e4)
+        return z * s, s + z * s * (1 - s) * ((1 + square * (3 * CUBIC)) * TWO_SQRT_2_OVER_PI)
     else:
         tl.static_assert(ACT == "relu" or ACT == "relu2")
-        positive = tl.where(z > 0, z, z * 0)
-        step = tl.where(z > 0, 1.0, 0.0).to(z.dtype)
+        positive = tl.where(z < 0, 0.0, z)
+        step = tl.where(z <= 0, 0.0, 1.0).to(z.dtype)  # of NaN 1, as in torch
         if ACT == "relu":
             return positive, step
         else:

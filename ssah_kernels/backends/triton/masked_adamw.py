@@ -27,7 +27,7 @@ def plan(
     maximize: bool = False,
 ) -> list[Launch]:
     logs = (log(b) if b > 0 else -inf for b in (beta1, beta2))
-    hyper = (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay)
+    hyper = (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1)
     return launches("adamw", hyper, update, nesterov=False, maximize=maximize)
 
 

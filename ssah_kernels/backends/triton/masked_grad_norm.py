@@ -4,7 +4,7 @@
 
 grads: matrices of any strides, in one dtype; norm: float64 []. Two launches for each way of access
 (vectors, gathered columns, single elements).
-Accumulation: float32 (float64 for float64) over the STEPS rows that a thread sees, then float64.
+Accumulation: squares and sums in float64, so that nothing overflows.
 Bytes per trained element: itemsize read (2 for bf16).
 """
 
@@ -38,7 +38,6 @@ def masked_grad_norm_kernel(
     G: tl.constexpr, VECTOR: tl.constexpr, GATHER: tl.constexpr, FIELDS: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    X: tl.constexpr = tl.float64 if tl.float64 == G else tl.float32
     row_ptr = find_row(table_ptr, n_tensors, 0, FIELDS)
     g_ptr = pointer(row_ptr, 1, G, VECTOR)
     index_ptr = pointer(row_ptr, 2, tl.int64, 1)
@@ -53,7 +52,7 @@ def masked_grad_norm_kernel(
         cols = tl.load(index_ptr + cols, mask=inside_cols, other=0)
     if VECTOR == 1:
         cols *= tl.load(row_ptr + 7)
-    squares = tl.zeros((HEIGHT, BLOCK), X)
+    squares = tl.zeros((HEIGHT, BLOCK), tl.float64)
     tile_row = tile // blocks
     steps = tl.minimum(tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT), STEPS)
     for i in range(0, steps):
@@ -62,9 +61,9 @@ def masked_grad_norm_kernel(
         if not GATHER:
             indexed = rows < tl.load(row_ptr + 3)  # all of them or none
             rows = tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
-        g = tl.load(g_ptr + rows * row_stride + cols, mask=inside, other=0).to(X)
+        g = tl.load(g_ptr + rows * row_stride + cols, mask=inside, other=0).to(tl.float64)
         squares += g * g
-    total = tl.sum(tl.sum(squares.to(tl.float64), 1), 0)
+    total = tl.sum(tl.sum(squares, 1), 0)
     tl.store(partial_ptr + first_part + tl.program_id(0), total)
 
 

@@ -11,11 +11,11 @@ from ssah_kernels.backends.triton.masked_table import hyper
 
 @triton.jit
 def adamw(w, g, m, v, table_ptr, lr, step, X: tl.constexpr):
-    """The table's head: ln beta1, ln beta2, 1 - beta1, beta2, 1 - beta2, eps, weight_decay."""
+    """Table's head: ln beta1, ln beta2, 1 - beta1, beta2, 1 - beta2, eps, weight decay, beta1."""
     decay = (1 - lr * hyper(table_ptr, 6)).to(X)
     step_size = (lr / (1 - tl.exp(step * hyper(table_ptr, 0)))).to(X)
     inverse_bias = (1 / tl.sqrt(1 - tl.exp(step * hyper(table_ptr, 1)))).to(X)
-    m = m + hyper(table_ptr, 2).to(X) * (g - m)
+    m = hyper(table_ptr, 7).to(X) * m + hyper(table_ptr, 2).to(X) * g  # beta1 0: exactly g
     v = hyper(table_ptr, 3).to(X) * v + hyper(table_ptr, 4).to(X) * g * g
     denominator = tl.sqrt(v) * inverse_bias + hyper(table_ptr, 5).to(X)
     return w * decay - step_size * m / denominator, m, v
@@ -27,7 +27,8 @@ def sgd(
 ):
     """The table's head: momentum, 1 - dampening, weight_decay."""
     momentum = hyper(table_ptr, 0).to(X)
-    g = g + hyper(table_ptr, 2).to(X) * w
+    weight_decay = hyper(table_ptr, 2).to(X)
+    g += tl.where(weight_decay == 0, 0, weight_decay * w)  # an infinite weight times 0 is NaN
     if STATES > 0:
         b = tl.where(step == 1, g, momentum * b + hyper(table_ptr, 1).to(X) * g)
         g = g + momentum * b if NESTEROV else b

@@ -1,0 +1,77 @@
+"""Tensors of any number of dimensions as matrices: what the kernels of updates take.
+
+    parameter               dims    matrix
+    [a], or of no dimension 0       [1, a]                   units are columns
+    [a, b, c]               0       [a, b c]                 units are rows
+    [a, b, c]               -1      [a b, c]                 units are columns
+
+Where the strides of a parameter allow no such view (``channels_last`` weights, transposed stacks of
+experts), its trained elements are copied, updated and written back. Nothing else of it is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def as_matrix(x: Tensor, dim: int) -> Tensor:
+    """``x`` as a view [rows, columns] that keeps ``dim``, its first or last dimension."""
+    shape = x.shape
+    if len(shape) == 2:
+        return x
+    if len(shape) < 2:
+        return x.view(1, x.numel())
+    if dim % len(shape) == 0:
+        return x.view(shape[0], math.prod(shape[1:]))
+    return x.view(math.prod(shape[:-1]), shape[-1])
+
+
+def axis_of(x: Tensor, dim: int) -> int:
+    """Which of the matrix's two dimensions ``dim`` became."""
+    n = x.dim()
+    return int(n < 2 or dim % n > 0)
+
+
+def can_be_matrix(x: Tensor, dim: int) -> bool:
+    """Whether the dimensions that become one lie one within the other."""
+    n = x.dim()
+    if n < 3:
+        return True
+    shape, strides = x.shape, x.stride()
+    merged = range(1, n) if dim % n == 0 else range(n - 1)
+    outer = [d for d in merged if shape[d] != 1]
+    return 0 in shape or all(
+        strides[a] == strides[b] * shape[b] for a, b in itertools.pairwise(outer)
+    )
+
+
+class Copies:
+    """The trained elements of those parameters of an update that are no matrices."""
+
+    def __init__(self, ready: Sequence[Any], indices_at: int) -> None:
+        params, indices, axes = ready[0], ready[indices_at], ready[indices_at + 1]
+        self.copies: list[tuple[Tensor, Tensor | None, int, Tensor]] = []
+        odd = [i for i, p in enumerate(params) if p.dim() != 2]
+        self.ready = list(ready)
+        if not odd:
+            return
+        params, indices = list(params), list(indices)
+        for i in odd:
+            param, index = params[i], indices[i]
+            dim = 0 if axes[i] == 0 else param.dim() - 1
+            copy = (param if index is None else param.index_select(dim, index)).contiguous()
+            self.copies.append((param, index, dim, copy))
+            params[i], indices[i] = as_matrix(copy, dim), None
+        self.ready[0], self.ready[indices_at] = params, indices
+
+    def write_back(self) -> None:
+        for param, index, dim, copy in self.copies:
+            if index is None:
+                param.copy_(copy)
+            else:
+                param.index_copy_(dim, index, copy)

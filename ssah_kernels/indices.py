@@ -1,0 +1,55 @@
+"""The values of ``indices``: read once a tensor, and again only after it was changed.
+
+Reading them waits for a GPU. An optimiser's are read when it is made, so that its steps do not.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+from torch import Tensor
+
+# id of a tensor -> the tensor, its version, its smallest and its largest value
+_known: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+
+
+def bounds(name: str, index: Tensor) -> tuple[int, int]:
+    """The smallest and the largest of ``index``, int64 [n]; of an empty one 0 and -1.
+
+    Raises:
+        ValueError: it does not increase strictly.
+    """
+    if index.numel() == 0:
+        return 0, -1
+    falls = (index[1:] <= index[:-1]).nonzero()
+    if len(falls):
+        at = int(falls[0])
+        before, value = int(index[at]), int(index[at + 1])
+        raise ValueError(
+            f"{name} has {value} after {before} at position {at + 1}; it must be strictly "
+            "increasing"
+        )
+    low, high = int(index[0]), int(index[-1])
+    if not index.is_inference():  # one that was made in inference mode has no version
+        number = id(index)
+        forget = weakref.ref(index, lambda _: _known.pop(number, None))
+        _known[number] = (forget, index._version, low, high)
+    return low, high
+
+
+def check(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dims: Sequence[int]) -> None:
+    """Raise ValueError, with the position in the list, unless every index fits its tensor."""
+    for i, index in enumerate(indices):
+        if index is None:
+            continue
+        known = _known.get(id(index))
+        if known is None or known[0]() is not index or known[1] != index._version:
+            low, high = bounds(f"indices[{i}]", index)
+        else:
+            _, _, low, high = known
+        size = tensors[i].size(dims[i])
+        if low < 0 or high >= size:
+            raise ValueError(
+                f"indices[{i}] goes from {low} to {high}; it must stay within 0 to {size - 1}"
+            )
