@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.projections import check_parameters, is_computed
 from ssah.quantised import check_plain, scheme_of
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
@@ -81,21 +82,30 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Inside, what is trained or loaded into these columns is lost, and what would make the zeros
     permanent is refused: `freeze`, `train_only`, `prune` and `load_update`.
 
-    A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and is not touched:
-    there a hook sets the units' channels to zero before they enter B, which is the same function
-    (where B rounds its input by the largest channel, of the input without these).
+    A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and one that is
+    computed anew as the model runs (``torch.nn.utils.prune``, ``parametrize``, ``weight_norm``)
+    would not keep them. Neither is touched: there a hook sets the units' channels to zero before
+    they enter B, which is the same function (where B rounds its input by the largest channel, of
+    the input without these).
 
     Args:
         model: a model that `find_modules` knows.
         units: what to ablate, for instance `groups["scu"]`. Yields the model.
 
     Raises:
-        ValueError: where units belong to another model, or a weight is not in memory.
+        ValueError: where units belong to another model, a weight is not in memory, or experts'
+            weights are computed anew.
 
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
     modules = _checked_modules(model, units)
-    packed = {name for name, module in modules.items() if scheme_of(module.down) is not None}
+    experts = {module.output.param for module in modules.values() if module.routed is not None}
+    check_parameters(model, experts, "to be ablated")  # no hook sees what enters an expert's B
+    packed = {
+        name
+        for name, module in modules.items()
+        if scheme_of(module.down) is not None or is_computed(model, module.output.param)
+    }
     plain = {name: module for name, module in modules.items() if name not in packed}
     muted = [(modules[name].down, units[name]) for name in packed if len(units[name])]
     return _ablated(model, _columns(model, units, plain), muted)
@@ -206,6 +216,8 @@ def prune(
     modules = _checked_modules(model, units)
     check_not_ablated(model, "to be pruned")
     check_plain(model, "to be pruned (ablate works)")
+    params = (param for module in modules.values() for param in module.params)
+    check_parameters(model, params, "to be pruned")
     columns = _columns(model, units, modules)
     if compensate != (means is not None):
         raise ValueError(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from ssah.compat.transformers import expert_gate
 from ssah.experts import DOWN, run_routed, up_name
-from ssah.masked_linear import MaskedProjection, Unreadable
+from ssah.masked_linear import MaskedProjection
 from ssah.slots import Slot, restored
 
 __all__ = ["MaskedExperts", "install"]
@@ -86,8 +86,7 @@ def install(
             counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
             slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
     plain = type(module)
-    unreadable = {leaf: Unreadable() for leaf in trains}
-    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), unreadable)
+    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), {})
     MaskedProjection.install(module, slots, masked, is_output=False)
     assert isinstance(module, MaskedExperts)
     module.trained = counts

@@ -24,7 +24,9 @@ def device_of(module: nn.Module) -> torch.device:
     Raises:
         ValueError: the weights are on the meta device and nothing fetches them.
     """
-    weight = next(module.parameters())
+    weight = next(module.parameters(), None)
+    if weight is None:  # a weight that is a tensor and no parameter
+        weight = module.weight
     if not weight.is_meta:
         return weight.device
     hook = offloading_hook(module)

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah import masked_experts
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
+from ssah.projections import check_parameters
 from ssah.quantised import check_plain
 from ssah.slots import Slot, restored
 from ssah.units import DepthTwoModule
@@ -28,10 +29,6 @@ __all__ = [
     "select_entries",
     "split",
 ]
-
-# Subclasses of nn.Linear that compute what it computes.
-_LINEAR_TOO = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
-
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -232,11 +229,13 @@ def split(
 def check_projections(
     model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
 ) -> None:
-    """Refuse projections that cannot be split: subclasses, shared ones, those with hooks of others.
+    """Refuse projections that cannot be split: computed, shared or offloaded ones.
 
     Raises:
         ValueError: with the name of the module.
     """
+    params = (param for module in modules.values() for param in module.params)
+    check_parameters(model, params, "for units to train or to stay")
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
@@ -245,13 +244,6 @@ def check_projections(
         for owned in (*module.inputs, module.output):
             owner = owned.param.rpartition(".")[0]
             projection = model.get_submodule(owner)
-            kind = type(projection)
-            known = module.expert is not None or kind in (nn.Linear, Conv1D)
-            if not known and f"{kind.__module__}.{kind.__qualname__}" not in _LINEAR_TOO:
-                raise ValueError(
-                    f"module {owner!r} is a {kind.__name__}, must be exactly nn.Linear "
-                    "or Conv1D (dequantise the model, merge adapters)"
-                )
             if "forward" in vars(projection):
                 raise ValueError(
                     f"module {owner!r} has its forward replaced (offloading?), must be a plain "
