@@ -42,9 +42,10 @@ from ssah.provenance import (
     units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
+from ssah.running import as_it_was, check_backbone
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
-from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
+from ssah.watch import Sums, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -182,8 +183,9 @@ def attribute(
     of 0 and are named in a warning; :meth:`Attribution.scarce` finds them, and others with few.
 
     The first two run the backbone alone, forward; the others need gradients of activations, never
-    of weights. The model runs in evaluation mode and in its own dtype, and is left as it was. Hooks
-    inside a gated FFN see the tokens of a batch in pieces, ``[tokens, hidden]``, without padding.
+    of weights. The model runs in evaluation mode and in its own dtype (also where a Trainer has
+    left autocast on it), and is left as it was. Hooks of others count: what enters B is what B's
+    own pre-hooks made of it. One thread at a time may run a model.
 
     A quantised model of a scheme of :mod:`ssah.quantised` runs packed, exactly as it would; norms
     are those of B's dequantised weight, and gradients those that its modules pass on.
@@ -243,7 +245,9 @@ def attribute(
                 f"for the metric {metric!r}" if gradient else "for a model without routed experts"
             )
             raise ValueError(f"all_experts is True, must be False {where}")
-        if over is not None:
+        if over is None:
+            check_backbone(model)
+        else:
             check_sharded(model, found, ranks, over)
         batches = iter(loader)
         begun = list(islice(batches, 1))
@@ -321,7 +325,6 @@ def attribute(
         done = 0 if kept is None else kept.done
         advance = stack.enter_context(_progress(loader, done)) if shown else None
         stack.enter_context(as_it_was(model))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
         )

@@ -175,6 +175,40 @@ class MaskedProjection(nn.Module):
             )
         return super().__getattr__(name)
 
+    @property
+    def packed(self) -> bool:
+        """Whether its channels lie in the order of the plan, not in that of the model."""
+        return any(slot.order is not None for slot in self.slots.values())
+
+    def check_order(self) -> None:
+        """Raise RuntimeError where a hook among the channels would take one for another."""
+        if self.packed:
+            raise RuntimeError(
+                f"a hook hangs on this {type(self).__name__} or on the activation beside it, whose "
+                "channels a plan has put into another order: register it before the plan is made, "
+                "so that they stay where they are, or after plan.close()"
+            )
+
+    def register_forward_pre_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_forward_pre_hook(*args, **options)
+
+    def register_forward_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_forward_hook(*args, **options)
+
+    def register_full_backward_pre_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_full_backward_pre_hook(*args, **options)
+
+    def register_full_backward_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_full_backward_hook(*args, **options)
+
     def _replicate_for_data_parallel(self) -> MaskedProjection:
         raise RuntimeError(
             "the model is under a plan, whose trained slices torch.nn.DataParallel cannot copy: "

@@ -23,7 +23,7 @@ from ssah.evaluation.generation import greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.provenance import load_tensors, model_name, save_tensors, units_hash
-from ssah.watch import as_it_was
+from ssah.running import as_it_was
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

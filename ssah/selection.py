@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,9 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah import masked_experts
+from ssah.compat.modules import has_hooks
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
+from ssah.offload import runs_own_forward
 from ssah.projections import check_parameters
 from ssah.quantised import check_plain
 from ssah.slots import Slot, restored
@@ -29,6 +32,7 @@ __all__ = [
     "select_entries",
     "split",
 ]
+
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -171,8 +175,8 @@ def split(
 ) -> None:
     """Split every projection of which some entries train and some do not, in place.
 
-    FFN channels are packed, so that what trains lies side by side; attention gathers. Experts of a
-    layer are split together.
+    FFN channels are packed, so that what trains lies side by side, unless hooks hang among them;
+    attention gathers. Experts of a layer are split together.
 
     Args:
         masked: name -> the module, now masked; added to as they are made, so that the caller can
@@ -202,9 +206,14 @@ def split(
             orders[owned.param] = (
                 torch.cat([orders[owned.param], rows]) if (owned.param in orders) else rows
             )
-        pack = module.kind == "mlp" and all(
-            torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
-            for param, order in orders.items()
+        # A hook among the channels must find them where they were.
+        pack = (
+            module.kind == "mlp"
+            and not _has_hooks_inside(model, orders)
+            and all(
+                torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
+                for param, order in orders.items()
+            )
         )
         owners = {param.rpartition(".")[0] for param in (orders if pack else touched)}
         for owner in sorted(owners):
@@ -226,6 +235,18 @@ def split(
             masked[owner] = target
 
 
+def _has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:
+    """Whether hooks hang on something inside the module that holds all of ``params``.
+
+    An activation whose forward was replaced counts as one with a hook.
+    """
+    holders = [param.split(".")[:-2] for param in params]
+    alike = takewhile(lambda steps: len(set(steps)) == 1, zip(*holders, strict=False))
+    common = [steps[0] for steps in alike]
+    inside = list(model.get_submodule(".".join(common)).modules())[1:]
+    return any(has_hooks(part) or not runs_own_forward(part) for part in inside)
+
+
 def check_projections(
     model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
 ) -> None:
@@ -233,12 +254,15 @@ def check_projections(
 
     Raises:
         ValueError: with the name of the module.
+        RuntimeError: a hook hangs inside experts.
     """
     params = (param for module in modules.values() for param in module.params)
     check_parameters(model, params, "for units to train or to stay")
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for experts in dict.fromkeys(modules[name].down for name in names if modules[name].routed):
+        masked_experts.check_no_hooks(type(experts).__name__, experts)
     for name in names:
         module = modules[name]
         for owned in (*module.inputs, module.output):

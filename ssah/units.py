@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah.bare import check_bare, check_whole
+from ssah.compat.modules import has_hooks
 from ssah.experts import DOWN, RoutedExperts
 from ssah.families import (
     FAMILIES,
@@ -28,6 +29,7 @@ from ssah.families import (
     NotCovered,
     register_family,
 )
+from ssah.offload import runs_own_forward
 from ssah.projections import check_unsplit, check_weight, features, projection
 from ssah.quantised import scheme_of
 from ssah.unit_set import UnitSet
@@ -125,6 +127,17 @@ class GatedFFN:
     activation: nn.Module
     act: str
     final: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its forward may be replaced by a fused one, now: nobody has hung anything on it.
+
+        Hooks inside see what the model's own forward gives them, and what they return counts. The
+        fused operator goes around the activation, and B's hooks would come after the moments.
+        """
+        inside = list(self.module.modules())[1:]
+        replaced = not all(runs_own_forward(part) for part in (self.module, self.activation))
+        return not replaced and not any(has_hooks(part) for part in inside)
 
 
 @dataclass(frozen=True, eq=False)

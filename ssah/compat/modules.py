@@ -5,12 +5,23 @@ All of it is private to torch, or to the library whose class is named.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = ["has_hooks", "how_computed", "is_fsdp1", "partitioned", "wrapper_of"]
+__all__ = [
+    "has_hooks",
+    "has_pre_hooks",
+    "how_computed",
+    "is_fsdp1",
+    "partitioned",
+    "without_hooks",
+    "wrapper_of",
+]
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -41,9 +52,25 @@ _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataPar
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether something is called as ``module`` runs or is differentiated, or as every module is."""
+    """Whether something is called as ``module`` runs, forward or backward, or as every one does."""
     own = any(getattr(module, name) for name in _HOOKS)
     return own or any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
+
+
+def has_pre_hooks(module: nn.Module) -> bool:
+    """Whether something may change what ``module`` is given."""
+    return bool(module._forward_pre_hooks)
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """Inside the block none of the hooks on ``module`` is called."""
+    kept = {name: getattr(module, name) for name in _HOOKS}
+    vars(module).update({name: OrderedDict() for name in _HOOKS})
+    try:
+        yield
+    finally:
+        vars(module).update(kept)
 
 
 def how_computed(module: nn.Module, leaf: str) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssah.data.encoding import Encoder
 from ssah.evaluation.prompts import Request, longest_first, prompts
-from ssah.watch import as_it_was
+from ssah.running import as_it_was
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
 from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
-from ssah.watch import as_it_was
+from ssah.running import as_it_was
 
 __all__ = ["response_log_probs", "utility_loss"]
 
