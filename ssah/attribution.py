@@ -31,6 +31,7 @@ from ssah.batches import (
 )
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
+from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
 from ssah.provenance import (
     FORMAT,
@@ -44,7 +45,7 @@ from ssah.provenance import (
 from ssah.quantised import dequantised, packed_modules, passing_gradients
 from ssah.running import as_it_was, check_backbone
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
-from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
+from ssah.units import KINDS, DepthTwoModule, find_modules
 from ssah.watch import Sums, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
@@ -442,9 +443,10 @@ def check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def may_drop_mask(model: PreTrainedModel) -> bool:
     """Whether a right-padded batch may run without its attention mask."""
     config = model.config.get_text_config(decoder=True)
+    family = FAMILIES.get(config.model_type)  # of an unknown one nothing is known
     causal = getattr(config, "is_causal", True)
     both_ways = getattr(config, "use_bidirectional_attention", False)
-    return family_of(model).maskless and causal and not both_ways
+    return family is not None and family.maskless and causal and not both_ways
 
 
 def _variance(sums: Sums) -> Tensor:

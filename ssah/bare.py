@@ -25,13 +25,14 @@ def check_bare(model: nn.Module) -> PreTrainedModel:
     )
 
 
-def check_whole(model: nn.Module) -> None:
-    """Refuse a model whose weights are elsewhere: held by FSDP1, or by DeepSpeed's ZeRO stage 3.
+def check_whole(model: nn.Module) -> PreTrainedModel:
+    """``model``, once it is known to be a transformers model that holds its own weights.
 
     Raises:
-        ValueError: they are.
+        TypeError: as of :func:`check_bare`.
+        ValueError: FSDP1 or DeepSpeed's ZeRO stage 3 holds them.
     """
-    check_bare(model)
+    bare = check_bare(model)
     if is_fsdp1(model):
         raise ValueError(
             f"model {type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which "
@@ -45,3 +46,4 @@ def check_whole(model: nn.Module) -> None:
                 "whole (ZeRO stage 2 or less, without zero.Init), or sharded with "
                 "torch.distributed.fsdp.fully_shard"
             )
+    return bare

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ssah.bare import check_bare
+from ssah.bare import check_whole
 from ssah.compat.modules import has_pre_hooks
 from ssah.offload import device_of, runs_own_forward, unconverted
 
@@ -32,9 +32,10 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
     Raises:
         TypeError: ``model`` is not a transformers model, or wraps one.
+        ValueError: FSDP1 or ZeRO stage 3 holds its weights.
         RuntimeError: another thread is inside such a block with this model.
     """
-    device = device_of(check_bare(model).get_input_embeddings())
+    device = device_of(check_whole(model).get_input_embeddings())
     with _alone(model), unconverted(model), torch.autocast(device.type, enabled=False):
         modes = [(module, module.training) for module in model.modules()]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
+from ssah.bare import check_whole
 from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
 from ssah.running import as_it_was
 
@@ -57,10 +58,11 @@ def response_log_probs(
         float64 ``[rows]`` in nats, and int64 ``[rows]``, on the CPU.
 
     Raises:
-        TypeError, ValueError: a batch is not of this form.
+        TypeError, ValueError: a batch is not of this form; the model wraps another one, or does
+            not hold its weights.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    maskless = may_drop_mask(model)
+    maskless = may_drop_mask(check_whole(model))
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
     vocab_size = n_embeddings(model)
