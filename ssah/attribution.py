@@ -33,6 +33,7 @@ from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
 from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
+from ssah.positions import with_positions
 from ssah.provenance import (
     FORMAT,
     check_same_model,
@@ -308,6 +309,7 @@ def attribute(
                 device=device,
                 vocab_size=vocab_size,
             )
+            batch = with_positions(model, batch)
             n_batches += 1
             counted += int(batch.token_mask.sum())
             if own_fingerprint is None:

@@ -29,6 +29,7 @@ from ssah.attribution import (
 )
 from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, n_embeddings, read_batch
 from ssah.layered import LayeredModel, alone, moved
+from ssah.positions import with_positions
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
@@ -239,6 +240,7 @@ def _read_loader(
             device=layered.device,
             vocab_size=vocab_size,
         )
+        batch = with_positions(layered.model, batch)
         if own_fingerprint is None:
             fingerprint.update(batch)
         trail.update(raw)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from ssah.attribution import may_drop_mask
 from ssah.bare import check_whole
 from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
+from ssah.positions import with_positions
 from ssah.running import as_it_was
 
 __all__ = ["response_log_probs", "utility_loss"]
@@ -71,6 +72,7 @@ def response_log_probs(
         batch = read_batch(
             raw, number, tokens="labels", maskless=maskless, device=device, vocab_size=vocab_size
         )
+        batch = with_positions(model, batch)
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
         if not bool(log_probs.isfinite().all()):
