@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.finite import nonfinite
 from ssah.projections import check_parameters, is_computed
 from ssah.quantised import check_plain, scheme_of
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
@@ -95,6 +96,7 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Raises:
         ValueError: where units belong to another model, a weight is not in memory, or experts'
             weights are computed anew.
+        FloatingPointError: as the block is entered, where a column to be zeroed is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
@@ -144,6 +146,8 @@ def _ablated(
         with torch.inference_mode():
             for each in columns.values():
                 saved.append((each, each.weight.index_select(each.dim, each.index)))
+            _check_finite(saved)
+            for each in columns.values():
                 each.weight.index_fill_(each.dim, each.index, 0)
         yield model
     finally:
@@ -153,6 +157,16 @@ def _ablated(
             if not _ABLATED[down]:
                 del _ABLATED[down]
         _put_back(saved)
+
+
+def _check_finite(saved: Iterable[tuple[_Columns, Tensor]]) -> None:
+    """Refuse columns that are no numbers: without them the model would only look whole."""
+    name = nonfinite((each.module.output.param, values) for each, values in saved)
+    if name is not None:
+        raise FloatingPointError(
+            f"{name} is NaN or infinite in columns that are to be zero: the checkpoint is damaged, "
+            "or was written by a run that diverged; load another one"
+        )
 
 
 @torch.inference_mode()
@@ -212,6 +226,7 @@ def prune(
             `ablate`; where `compensate` and `means` are not given together, or a mean is missing,
             of another length or not finite; where B has no bias and the configuration can express
             none (names the module).
+        FloatingPointError: with `compensate`, where a column to be pruned is NaN or infinite.
     """
     modules = _checked_modules(model, units)
     check_not_ablated(model, "to be pruned")
@@ -289,6 +304,7 @@ def _mean_outputs(
             raise ValueError(f"means of {name} are NaN or infinite at pruned units; must be finite")
         with torch.inference_mode():
             chosen = each.weight.index_select(each.dim, each.index).to("cpu", torch.float64)
+        _check_finite([(each, chosen)])
         outputs[name] = torch.tensordot(chosen, mean, dims=([each.dim], [0]))
     return outputs
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ssah.bare import check_whole
 from ssah.compat.modules import has_pre_hooks
+from ssah.finite import naming_weights
 from ssah.offload import device_of, runs_own_forward, unconverted
 
 __all__ = ["as_it_was", "check_backbone", "check_idle"]
@@ -28,7 +29,8 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
 
     Inside, it is in evaluation mode, no parameter takes a gradient, and it computes in its own
     dtype: neither the caller's autocast nor what accelerate has left on its forward counts. Any
-    other forward that was put in place of the model's is used as it is.
+    other forward that was put in place of the model's is used as it is. A FloatingPointError of the
+    block names the weight that is NaN or infinite.
 
     Raises:
         TypeError: ``model`` is not a transformers model, or wraps one.
@@ -36,7 +38,12 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         RuntimeError: another thread is inside such a block with this model.
     """
     device = device_of(check_whole(model).get_input_embeddings())
-    with _alone(model), unconverted(model), torch.autocast(device.type, enabled=False):
+    with (
+        _alone(model),
+        naming_weights(model),
+        unconverted(model),
+        torch.autocast(device.type, enabled=False),
+    ):
         modes = [(module, module.training) for module in model.modules()]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:

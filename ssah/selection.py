@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah import masked_experts
 from ssah.compat.modules import has_hooks
+from ssah.finite import nonfinite
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
 from ssah.offload import runs_own_forward
 from ssah.projections import check_parameters
@@ -26,6 +27,7 @@ from ssah_kernels.sharded import Dim, check_layout, is_sharded
 __all__ = [
     "Entries",
     "canonical_names",
+    "check_finite_weights",
     "check_projections",
     "check_trainable",
     "fingerprint",
@@ -278,6 +280,21 @@ def check_projections(
                     f"parameter {owned.param!r} is tied to another one, so that its units cannot "
                     "train apart from it"
                 )
+
+
+def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
+    """Refuse units of weights that are NaN or infinite: kept or trained, they stay so.
+
+    Raises:
+        FloatingPointError: the parameter is named.
+    """
+    params = dict.fromkeys(param for module in modules.values() for param in module.params)
+    name = nonfinite((param, model.get_parameter(param)) for param in params)
+    if name is not None:
+        raise FloatingPointError(
+            f"parameter {name!r} is NaN or infinite, must be finite before a plan is made: the "
+            "checkpoint is damaged, or was written by a run that diverged; load another one"
+        )
 
 
 def fingerprint(config: str, entries: Mapping[str, Entries]) -> str:

@@ -75,8 +75,8 @@ def response_log_probs(
         batch = with_positions(model, batch)
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
-        if not bool(log_probs.isfinite().all()):
-            raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
+            if not bool(log_probs.isfinite().all()):
+                raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
         yield log_probs, count
 
 
