@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.finite import nonfinite
+from ssah.projections import check_parameters, is_computed
 from ssah.quantised import check_plain, scheme_of
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
@@ -81,21 +83,31 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Inside, what is trained or loaded into these columns is lost, and what would make the zeros
     permanent is refused: `freeze`, `train_only`, `prune` and `load_update`.
 
-    A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and is not touched:
-    there a hook sets the units' channels to zero before they enter B, which is the same function
-    (where B rounds its input by the largest channel, of the input without these).
+    A packed weight (:mod:`ssah.quantised`) cannot hold every column of zeros, and one that is
+    computed anew as the model runs (``torch.nn.utils.prune``, ``parametrize``, ``weight_norm``)
+    would not keep them. Neither is touched: there a hook sets the units' channels to zero before
+    they enter B, which is the same function (where B rounds its input by the largest channel, of
+    the input without these).
 
     Args:
         model: a model that `find_modules` knows.
         units: what to ablate, for instance `groups["scu"]`. Yields the model.
 
     Raises:
-        ValueError: where units belong to another model, or a weight is not in memory.
+        ValueError: where units belong to another model, a weight is not in memory, or experts'
+            weights are computed anew.
+        FloatingPointError: as the block is entered, where a column to be zeroed is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
     modules = _checked_modules(model, units)
-    packed = {name for name, module in modules.items() if scheme_of(module.down) is not None}
+    experts = {module.output.param for module in modules.values() if module.routed is not None}
+    check_parameters(model, experts, "to be ablated")  # no hook sees what enters an expert's B
+    packed = {
+        name
+        for name, module in modules.items()
+        if scheme_of(module.down) is not None or is_computed(model, module.output.param)
+    }
     plain = {name: module for name, module in modules.items() if name not in packed}
     muted = [(modules[name].down, units[name]) for name in packed if len(units[name])]
     return _ablated(model, _columns(model, units, plain), muted)
@@ -134,6 +146,8 @@ def _ablated(
         with torch.inference_mode():
             for each in columns.values():
                 saved.append((each, each.weight.index_select(each.dim, each.index)))
+            _check_finite(saved)
+            for each in columns.values():
                 each.weight.index_fill_(each.dim, each.index, 0)
         yield model
     finally:
@@ -143,6 +157,16 @@ def _ablated(
             if not _ABLATED[down]:
                 del _ABLATED[down]
         _put_back(saved)
+
+
+def _check_finite(saved: Iterable[tuple[_Columns, Tensor]]) -> None:
+    """Refuse columns that are no numbers: without them the model would only look whole."""
+    name = nonfinite((each.module.output.param, values) for each, values in saved)
+    if name is not None:
+        raise FloatingPointError(
+            f"{name} is NaN or infinite in columns that are to be zero: the checkpoint is damaged, "
+            "or was written by a run that diverged; load another one"
+        )
 
 
 @torch.inference_mode()
@@ -202,10 +226,13 @@ def prune(
             `ablate`; where `compensate` and `means` are not given together, or a mean is missing,
             of another length or not finite; where B has no bias and the configuration can express
             none (names the module).
+        FloatingPointError: with `compensate`, where a column to be pruned is NaN or infinite.
     """
     modules = _checked_modules(model, units)
     check_not_ablated(model, "to be pruned")
     check_plain(model, "to be pruned (ablate works)")
+    params = (param for module in modules.values() for param in module.params)
+    check_parameters(model, params, "to be pruned")
     columns = _columns(model, units, modules)
     if compensate != (means is not None):
         raise ValueError(
@@ -277,6 +304,7 @@ def _mean_outputs(
             raise ValueError(f"means of {name} are NaN or infinite at pruned units; must be finite")
         with torch.inference_mode():
             chosen = each.weight.index_select(each.dim, each.index).to("cpu", torch.float64)
+        _check_finite([(each, chosen)])
         outputs[name] = torch.tensordot(chosen, mean, dims=([each.dim], [0]))
     return outputs
 

@@ -31,7 +31,9 @@ from ssah.batches import (
 )
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
+from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
+from ssah.positions import with_positions
 from ssah.provenance import (
     FORMAT,
     check_same_model,
@@ -42,9 +44,10 @@ from ssah.provenance import (
     units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
+from ssah.running import as_it_was, check_backbone
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
-from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
-from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
+from ssah.units import KINDS, DepthTwoModule, find_modules
+from ssah.watch import Sums, check_finite, check_ran, watching
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -182,8 +185,9 @@ def attribute(
     of 0 and are named in a warning; :meth:`Attribution.scarce` finds them, and others with few.
 
     The first two run the backbone alone, forward; the others need gradients of activations, never
-    of weights. The model runs in evaluation mode and in its own dtype, and is left as it was. Hooks
-    inside a gated FFN see the tokens of a batch in pieces, ``[tokens, hidden]``, without padding.
+    of weights. The model runs in evaluation mode and in its own dtype (also where a Trainer has
+    left autocast on it), and is left as it was. Hooks of others count: what enters B is what B's
+    own pre-hooks made of it. One thread at a time may run a model.
 
     A quantised model of a scheme of :mod:`ssah.quantised` runs packed, exactly as it would; norms
     are those of B's dequantised weight, and gradients those that its modules pass on.
@@ -243,7 +247,9 @@ def attribute(
                 f"for the metric {metric!r}" if gradient else "for a model without routed experts"
             )
             raise ValueError(f"all_experts is True, must be False {where}")
-        if over is not None:
+        if over is None:
+            check_backbone(model)
+        else:
             check_sharded(model, found, ranks, over)
         batches = iter(loader)
         begun = list(islice(batches, 1))
@@ -303,6 +309,7 @@ def attribute(
                 device=device,
                 vocab_size=vocab_size,
             )
+            batch = with_positions(model, batch)
             n_batches += 1
             counted += int(batch.token_mask.sum())
             if own_fingerprint is None:
@@ -321,7 +328,6 @@ def attribute(
         done = 0 if kept is None else kept.done
         advance = stack.enter_context(_progress(loader, done)) if shown else None
         stack.enter_context(as_it_was(model))
-        stack.enter_context(torch.autocast(device.type, enabled=False))
         watch = stack.enter_context(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
         )
@@ -439,9 +445,10 @@ def check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
 def may_drop_mask(model: PreTrainedModel) -> bool:
     """Whether a right-padded batch may run without its attention mask."""
     config = model.config.get_text_config(decoder=True)
+    family = FAMILIES.get(config.model_type)  # of an unknown one nothing is known
     causal = getattr(config, "is_causal", True)
     both_ways = getattr(config, "use_bidirectional_attention", False)
-    return family_of(model).maskless and causal and not both_ways
+    return family is not None and family.maskless and causal and not both_ways
 
 
 def _variance(sums: Sums) -> Tensor:

@@ -7,12 +7,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from ssah.batches import IGNORED, Batch
 from ssah.causal_attention import FastCausalBackward
+from ssah.compat.modules import without_hooks
+from ssah.offload import swapped
 from ssah.watch import Watch
 
 __all__ = ["forward_backward"]
@@ -74,13 +76,7 @@ def _head(model: PreTrainedModel, output: ModelOutput) -> Iterator[Any]:
 
     with ExitStack() as stack:
         for module in {model.base_model, model.get_decoder()}:
-            stack.callback(_restore_forward, module, vars(module).get("forward"))
-            module.forward = backbone
+            # What they return has been through the hooks on the backbone already.
+            stack.enter_context(without_hooks(module))
+            stack.enter_context(swapped(module, "forward", backbone))
         yield head
-
-
-def _restore_forward(module: nn.Module, forward: Any) -> None:
-    if forward is None:
-        del module.forward
-    else:
-        module.forward = forward

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssah.compat.transformers import expert_gate, has_expert_layout, has_usual_gate
+from ssah.compat.transformers import (
+    dispatches,
+    expert_gate,
+    has_expert_layout,
+    has_usual_gate,
+)
+from ssah.offload import runs_own_forward
 
 __all__ = ["DOWN", "RoutedExperts", "route", "run_routed", "up_name"]
 
@@ -54,6 +60,12 @@ class RoutedExperts:
                 f"module {name!r} is a {type(module).__name__}, must be a class of experts that "
                 "transformers.integrations.use_experts_implementation decorates (dequantise the "
                 "model first)"
+            )
+        if not dispatches(module) or not runs_own_forward(module):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has a forward of its own, in its class "
+                "or put in its place, which is not known here: it must be that of the class that "
+                "transformers.integrations.use_experts_implementation decorates"
             )
         if module.has_post_expert_norm:
             raise ValueError(

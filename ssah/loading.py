@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from ssah.finite import nonfinite_weight
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -49,7 +51,8 @@ def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:
     Raises:
         ModelError: weights are missing or have another shape; they are named.
 
-    A tensor that the model has no place for is a warning: it does no harm by itself.
+    A tensor that the model has no place for is a warning: it does no harm by itself. So is a weight
+    that is NaN or infinite, which may be a row that nothing reads.
     """
     model: PreTrainedModel
     # Another shape is let pass so that it is named below, with the model.
@@ -70,6 +73,14 @@ def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:
             f"model {source!r} has {len(unexpected)} tensors that {type(model).__name__} has no "
             f"place for and that were not loaded, {unexpected[0]!r} for one (adapters, or layers "
             "beyond those that the configuration names)",
+            stacklevel=3,
+        )
+    name = nonfinite_weight(model)
+    if name is not None:
+        warnings.warn(
+            f"model {source!r} has weights that are NaN or infinite, in {name!r} for one: what "
+            "needs them cannot be measured or trained. The checkpoint is damaged, or was written "
+            "by a run that diverged",
             stacklevel=3,
         )
     return model

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ssah.compat.modules import has_hooks
 from ssah.compat.transformers import expert_gate
 from ssah.experts import DOWN, run_routed, up_name
-from ssah.masked_linear import MaskedProjection, Unreadable
+from ssah.masked_linear import MaskedProjection
 from ssah.slots import Slot, restored
 
-__all__ = ["MaskedExperts", "install"]
+__all__ = ["MaskedExperts", "check_no_hooks", "install"]
 
 
 class MaskedExperts(MaskedProjection):
@@ -32,6 +33,7 @@ class MaskedExperts(MaskedProjection):
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
         """As the class that this is mixed into: ``[tokens, hidden]``."""
+        check_no_hooks(type(self).__name__, self)
         self.sync()
         up = up_name(self)
         matrices, outputs = self._halves(up), self._halves(DOWN)
@@ -67,6 +69,25 @@ class MaskedExperts(MaskedProjection):
         return list(zip(parameter.split(counts), frozen, strict=True))
 
 
+def check_no_hooks(name: str, module: nn.Module) -> None:
+    """Refuse hooks inside experts: each is run in two halves, so that channels have other numbers.
+
+    Args:
+        name: of the experts, for the message.
+        module: the experts of one layer.
+
+    Raises:
+        RuntimeError: something hangs inside.
+    """
+    for part in list(module.modules())[1:]:
+        if has_hooks(part):
+            raise RuntimeError(
+                f"a hook hangs on the {type(part).__name__} inside the experts {name}, of which "
+                "only some units train: a plan runs each expert in two halves, so that the hook "
+                "would take one channel for another. Remove it while there is a plan"
+            )
+
+
 def install(
     module: nn.Module, dims: Mapping[str, tuple[int, ...]], trains: Mapping[str, Tensor]
 ) -> MaskedExperts:
@@ -86,8 +107,7 @@ def install(
             counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
             slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
     plain = type(module)
-    unreadable = {leaf: Unreadable() for leaf in trains}
-    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), unreadable)
+    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), {})
     MaskedProjection.install(module, slots, masked, is_output=False)
     assert isinstance(module, MaskedExperts)
     module.trained = counts

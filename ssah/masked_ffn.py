@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.compat.modules import has_hooks
+from ssah.masked_linear import MaskedProjection
+from ssah.offload import runs_own_forward
 from ssah.units import DepthTwoModule
 
 __all__ = ["install", "uninstall"]
@@ -43,7 +46,12 @@ def _forward(
         first, second = up(x).chunk(2, dim=-1)
     else:
         first, second = gate(x), up(x)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    compiling = torch.compiler.is_compiling()
+    hooked = not compiling and (has_hooks(act) or not runs_own_forward(act))
+    if hooked and isinstance(up, MaskedProjection):
+        up.check_order()
+    # The derivative below is that of the function alone, not of what a hook makes of it.
+    if compiling or hooked or not torch.is_grad_enabled():
         return down(act(first) * second)
     return down(_GatedProduct.apply(first, second, act, name))
 

@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah.slots import Part, Slot, width
 
-__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection", "Unreadable"]
+__all__ = ["MaskedConv1D", "MaskedLinear", "MaskedProjection", "SplitWeightError"]
 
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept.
 _COPIED_SHARE = 0.5
@@ -98,23 +98,11 @@ class _MaskedLinear(torch.autograd.Function):
         return tuple(result)
 
 
-class Unreadable:
-    """A weight that is split up: reading it would give a copy, writing it would change nothing."""
+class SplitWeightError(AttributeError, RuntimeError):
+    """The tensor is split up: reading it would give a copy, writing it would change nothing.
 
-    def __set_name__(self, owner: type, name: str) -> None:
-        self.name = name
-
-    def __get__(self, module: nn.Module | None, owner: type) -> Any:
-        if module is None:
-            return self
-        if self.name in module._parameters:
-            return module._parameters[self.name]
-        if self.name not in module.slots:  # type: ignore[operator]
-            return None
-        raise RuntimeError(
-            f"the {self.name} of this {owner.__name__} is split into trained and frozen units by "
-            "an active plan: close it first (plan.close()), or read model.state_dict()"
-        )
+    An AttributeError, so that ``hasattr(module, "weight")`` is an answer and not an error.
+    """
 
 
 class MaskedProjection(nn.Module):
@@ -176,6 +164,55 @@ class MaskedProjection(nn.Module):
             weight.parts,
             () if bias is None else bias.parts,
             *(self._parameters[name] for slot in self.slots.values() for name in slot.names),
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        slots = vars(self).get("slots")
+        if slots is not None and name in slots:
+            raise SplitWeightError(
+                f"the {name} of this {type(self).__name__} is split into trained and frozen units "
+                "by an active plan: close it first (plan.close()), or read model.state_dict()"
+            )
+        return super().__getattr__(name)
+
+    @property
+    def packed(self) -> bool:
+        """Whether its channels lie in the order of the plan, not in that of the model."""
+        return any(slot.order is not None for slot in self.slots.values())
+
+    def check_order(self) -> None:
+        """Raise RuntimeError where a hook among the channels would take one for another."""
+        if self.packed:
+            raise RuntimeError(
+                f"a hook hangs on this {type(self).__name__} or on the activation beside it, whose "
+                "channels a plan has put into another order: register it before the plan is made, "
+                "so that they stay where they are, or after plan.close()"
+            )
+
+    def register_forward_pre_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_forward_pre_hook(*args, **options)
+
+    def register_forward_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_forward_hook(*args, **options)
+
+    def register_full_backward_pre_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_full_backward_pre_hook(*args, **options)
+
+    def register_full_backward_hook(self, *args: Any, **options: Any) -> Any:
+        """As of ``nn.Module``; refused among channels that the plan has moved."""
+        self.check_order()
+        return super().register_full_backward_hook(*args, **options)
+
+    def _replicate_for_data_parallel(self) -> MaskedProjection:
+        raise RuntimeError(
+            "the model is under a plan, whose trained slices torch.nn.DataParallel cannot copy: "
+            "let one GPU be visible (CUDA_VISIBLE_DEVICES=0), or run one process a GPU (torchrun)"
         )
 
     def sync(self) -> None:
@@ -242,12 +279,6 @@ class MaskedProjection(nn.Module):
 class MaskedLinear(MaskedProjection, nn.Linear):
     """An ``nn.Linear`` of which some units train."""
 
-    weight = Unreadable()
-    bias = Unreadable()
-
 
 class MaskedConv1D(MaskedProjection, Conv1D):
     """A transformers ``Conv1D`` of which some units train."""
-
-    weight = Unreadable()
-    bias = Unreadable()

@@ -1,7 +1,7 @@
-"""Models that accelerate has dispatched: weights that are elsewhere until their module runs.
+"""Models that accelerate has changed: weights that are elsewhere until their module runs.
 
 An offloaded weight lies on the meta device; the hook on its module fetches it before each forward
-and lets it go afterwards.
+and lets it go afterwards. What is replaced on a module here takes account of that.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ssah.compat.accelerate import OWN_FORWARD, hook_of, offloading_hook
+from ssah.compat.accelerate import OWN_FORWARD, hook_of, offloading_hook, unconverted_forward
 
-__all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward"]
+__all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward", "swapped", "unconverted"]
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -24,9 +24,12 @@ def device_of(module: nn.Module) -> torch.device:
     Raises:
         ValueError: the weights are on the meta device and nothing fetches them.
     """
-    weight = next(module.parameters())
+    # A weight may be a tensor and no parameter.
+    weight: Any = next(module.parameters(), None)
+    weight = module.weight if weight is None else weight
     if not weight.is_meta:
-        return weight.device
+        device: torch.device = weight.device
+        return device
     hook = offloading_hook(module)
     if hook is None:
         raise ValueError(
@@ -45,27 +48,39 @@ def at_hand(*modules: nn.Module) -> Iterator[None]:
                 hook = hook_of(part)
                 hook.pre_forward(part)
                 stack.callback(hook.post_forward, part, None)
-                stack.enter_context(_set(part, "forward", getattr(part, OWN_FORWARD)))
+                stack.enter_context(swapped(part, "forward", getattr(part, OWN_FORWARD)))
         yield
 
 
 def runs_own_forward(module: nn.Module) -> bool:
     """Whether ``module`` computes what its class says: nobody but accelerate has replaced it."""
-    if hook_of(module) is not None:
-        own = getattr(module, OWN_FORWARD)
-        return getattr(own, "__func__", None) is type(module).forward
-    return "forward" not in vars(module)
+    if "forward" not in vars(module):
+        return True
+    own = module.forward if hook_of(module) is None else getattr(module, OWN_FORWARD)
+    return getattr(own, "__func__", None) is type(module).forward
+
+
+@contextmanager
+def unconverted(model: nn.Module) -> Iterator[None]:
+    """``model`` runs in its own dtype inside the block: without accelerate's autocast."""
+    forward = unconverted_forward(model)
+    if forward is None:
+        yield
+        return
+    with swapped(model, "forward", forward):
+        yield
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """``module`` computes ``forward`` inside the block; accelerate's hook still runs around it."""
-    with _set(module, "forward" if hook_of(module) is None else OWN_FORWARD, forward):
+    with swapped(module, "forward" if hook_of(module) is None else OWN_FORWARD, forward):
         yield
 
 
 @contextmanager
-def _set(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+def swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """``module`` has ``value`` as its attribute ``name`` inside the block."""
     before = vars(module).get(name)
     setattr(module, name, value)
     try:

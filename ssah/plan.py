@@ -28,6 +28,7 @@ from ssah.plan_optimizer import (
 from ssah.provenance import model_name, units_hash
 from ssah.selection import (
     canonical_names,
+    check_finite_weights,
     check_projections,
     check_trainable,
     fingerprint,
@@ -76,6 +77,8 @@ class UpdatePlan:
         check_not_ablated(model, "before a plan is made")
         check_trainable(model)
         check_projections(model, self.modules, units.keys())
+        with (self.ranks or Ranks()).agreeing():
+            check_finite_weights(model, self.modules)
         self.model, self.units, self.keep = model, units, keep
         masks = {name: ~units.mask(name) if keep else units.mask(name) for name in units}
         self.trained_units = UnitSet(

@@ -18,12 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah import __version__
+from ssah.bare import check_whole
 from ssah.data import IGNORE_INDEX
 from ssah.evaluation.generation import greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.provenance import load_tensors, model_name, save_tensors, units_hash
-from ssah.watch import as_it_was
+from ssah.running import as_it_was
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -160,6 +161,7 @@ def probe(
 
     Source: Li & Kim, arXiv 2410.10862, figures 2 to 4.
     """
+    check_whole(model)
     for name, value in (("tokens", tokens), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name} is {value}, must be at least 1")

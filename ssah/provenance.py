@@ -94,8 +94,8 @@ def units_hash(model: nn.Module) -> str:
     Raises:
         TypeError, ValueError: `find_modules` does not know the model.
     """
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     found = find_modules(model)
+    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     parts = [[name, module.kind, module.n_units] for name, module in found.items()]
     text = json.dumps([config.model_type, config.hidden_size, parts])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah import masked_experts
+from ssah.compat.modules import has_hooks
+from ssah.finite import nonfinite
 from ssah.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
+from ssah.offload import runs_own_forward
+from ssah.projections import check_parameters
 from ssah.quantised import check_plain
 from ssah.slots import Slot, restored
 from ssah.units import DepthTwoModule
@@ -22,15 +27,13 @@ from ssah_kernels.sharded import Dim, check_layout, is_sharded
 __all__ = [
     "Entries",
     "canonical_names",
+    "check_finite_weights",
     "check_projections",
     "check_trainable",
     "fingerprint",
     "select_entries",
     "split",
 ]
-
-# Subclasses of nn.Linear that compute what it computes.
-_LINEAR_TOO = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,8 +177,8 @@ def split(
 ) -> None:
     """Split every projection of which some entries train and some do not, in place.
 
-    FFN channels are packed, so that what trains lies side by side; attention gathers. Experts of a
-    layer are split together.
+    FFN channels are packed, so that what trains lies side by side, unless hooks hang among them;
+    attention gathers. Experts of a layer are split together.
 
     Args:
         masked: name -> the module, now masked; added to as they are made, so that the caller can
@@ -205,9 +208,14 @@ def split(
             orders[owned.param] = (
                 torch.cat([orders[owned.param], rows]) if (owned.param in orders) else rows
             )
-        pack = module.kind == "mlp" and all(
-            torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
-            for param, order in orders.items()
+        # A hook among the channels must find them where they were.
+        pack = (
+            module.kind == "mlp"
+            and not _has_hooks_inside(model, orders)
+            and all(
+                torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
+                for param, order in orders.items()
+            )
         )
         owners = {param.rpartition(".")[0] for param in (orders if pack else touched)}
         for owner in sorted(owners):
@@ -229,29 +237,39 @@ def split(
             masked[owner] = target
 
 
+def _has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:
+    """Whether hooks hang on something inside the module that holds all of ``params``.
+
+    An activation whose forward was replaced counts as one with a hook.
+    """
+    holders = [param.split(".")[:-2] for param in params]
+    alike = takewhile(lambda steps: len(set(steps)) == 1, zip(*holders, strict=False))
+    common = [steps[0] for steps in alike]
+    inside = list(model.get_submodule(".".join(common)).modules())[1:]
+    return any(has_hooks(part) or not runs_own_forward(part) for part in inside)
+
+
 def check_projections(
     model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
 ) -> None:
-    """Refuse projections that cannot be split: subclasses, shared ones, those with hooks of others.
+    """Refuse projections that cannot be split: computed, shared or offloaded ones.
 
     Raises:
         ValueError: with the name of the module.
+        RuntimeError: a hook hangs inside experts.
     """
+    params = (param for module in modules.values() for param in module.params)
+    check_parameters(model, params, "for units to train or to stay")
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for experts in dict.fromkeys(modules[name].down for name in names if modules[name].routed):
+        masked_experts.check_no_hooks(type(experts).__name__, experts)
     for name in names:
         module = modules[name]
         for owned in (*module.inputs, module.output):
             owner = owned.param.rpartition(".")[0]
             projection = model.get_submodule(owner)
-            kind = type(projection)
-            known = module.expert is not None or kind in (nn.Linear, Conv1D)
-            if not known and f"{kind.__module__}.{kind.__qualname__}" not in _LINEAR_TOO:
-                raise ValueError(
-                    f"module {owner!r} is a {kind.__name__}, must be exactly nn.Linear "
-                    "or Conv1D (dequantise the model, merge adapters)"
-                )
             if "forward" in vars(projection):
                 raise ValueError(
                     f"module {owner!r} has its forward replaced (offloading?), must be a plain "
@@ -262,6 +280,21 @@ def check_projections(
                     f"parameter {owned.param!r} is tied to another one, so that its units cannot "
                     "train apart from it"
                 )
+
+
+def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
+    """Refuse units of weights that are NaN or infinite: kept or trained, they stay so.
+
+    Raises:
+        FloatingPointError: the parameter is named.
+    """
+    params = dict.fromkeys(param for module in modules.values() for param in module.params)
+    name = nonfinite((param, model.get_parameter(param)) for param in params)
+    if name is not None:
+        raise FloatingPointError(
+            f"parameter {name!r} is NaN or infinite, must be finite before a plan is made: the "
+            "checkpoint is damaged, or was written by a run that diverged; load another one"
+        )
 
 
 def fingerprint(config: str, entries: Mapping[str, Entries]) -> str:

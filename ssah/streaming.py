@@ -28,7 +28,9 @@ from ssah.attribution import (
     scoring_bar,
 )
 from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, n_embeddings, read_batch
+from ssah.finite import naming_weights
 from ssah.layered import LayeredModel, alone, moved
+from ssah.positions import with_positions
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
@@ -168,9 +170,10 @@ def _run(
             prefix = f"{layered.path}.{index}."
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
             sums = {name: Sums.zeros(module) for name, module in own.items()}
-            _run_layer(layered, index, own, sums, batches, done)
-            check_ran(own, sums)
-            check_finite(sums, gradient=False)
+            with naming_weights(layered.model):
+                _run_layer(layered, index, own, sums, batches, done)
+                check_ran(own, sums)
+                check_finite(sums, gradient=False)
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
@@ -239,6 +242,7 @@ def _read_loader(
             device=layered.device,
             vocab_size=vocab_size,
         )
+        batch = with_positions(layered.model, batch)
         if own_fingerprint is None:
             fingerprint.update(batch)
         trail.update(raw)

@@ -41,6 +41,7 @@ def freeze(model: PreTrainedModel, units: UnitSet) -> UpdatePlan:
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, or
             nothing left to train.
+        FloatingPointError: a weight of a unit is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (freezing safety-critical components).
     """
@@ -60,6 +61,7 @@ def train_only(model: PreTrainedModel, units: UnitSet, also: Collection[str] = (
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, an
             unknown name in ``also``, or nothing to train.
+        FloatingPointError: a weight of a unit is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (redundant units as an alignment budget).
     """

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from ssah.bare import check_bare, check_whole
+from ssah.compat.modules import has_hooks
 from ssah.experts import DOWN, RoutedExperts
 from ssah.families import (
     FAMILIES,
@@ -27,6 +29,8 @@ from ssah.families import (
     NotCovered,
     register_family,
 )
+from ssah.offload import runs_own_forward
+from ssah.projections import check_unsplit, check_weight, features, projection
 from ssah.quantised import scheme_of
 from ssah.unit_set import UnitSet
 
@@ -100,7 +104,7 @@ class UnitSlice:
         """How many weights one entry has, those that a packed one stands for."""
         owner = model.get_submodule(self.param.rpartition(".")[0])
         if self.param.endswith(".weight") and scheme_of(owner) is not None:
-            return _features(owner)[self.dim]  # a row has the inputs, a column the outputs
+            return features(owner)[self.dim]  # a row has the inputs, a column the outputs
         shape = self.tensor(model).shape
         return shape.numel() // shape[self.dim]
 
@@ -123,6 +127,17 @@ class GatedFFN:
     activation: nn.Module
     act: str
     final: bool
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its forward may be replaced by a fused one, now: nobody has hung anything on it.
+
+        Hooks inside see what the model's own forward gives them, and what they return counts. The
+        fused operator goes around the activation, and B's hooks would come after the moments.
+        """
+        inside = list(self.module.modules())[1:]
+        replaced = not all(runs_own_forward(part) for part in (self.module, self.activation))
+        return not replaced and not any(has_hooks(part) for part in inside)
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +173,11 @@ class DepthTwoModule:
         return self.output.expert
 
     @property
+    def params(self) -> list[str]:
+        """Names in the model of the tensors that its units own entries of."""
+        return list(dict.fromkeys(owned.param for owned in (*self.inputs, self.output)))
+
+    @property
     def weight(self) -> Tensor:
         """B's weight, with units along ``output.dim`` unless packed; of an expert, a view."""
         if self.routed is None:
@@ -178,15 +198,10 @@ def family_of(model: nn.Module) -> Family:
     """The declarative entry of ``model``'s architecture.
 
     Raises:
-        TypeError: ``model`` is not a transformers model.
+        TypeError: ``model`` is not a transformers model, or wraps one.
         ValueError: its architecture is unknown; the message says how to register it.
     """
-    if not isinstance(model, PreTrainedModel):
-        raise TypeError(
-            f"model is a {type(model).__name__}, must be a transformers.PreTrainedModel "
-            "(merge or unload adapters first, e.g. peft's merge_and_unload())"
-        )
-    return family_of_config(model.config)
+    return family_of_config(check_bare(model).config)
 
 
 def family_of_config(config: PreTrainedConfig) -> Family:
@@ -231,15 +246,16 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
         modules: which kinds, of ``"mlp"`` and ``"attention"``.
 
     Raises:
-        TypeError: ``model`` is not a transformers model.
-        ValueError: unknown architecture or kind, no such modules, or a projection that is neither a
-            plain ``nn.Linear`` or ``Conv1D`` nor packed in a way that :mod:`ssah.quantised` knows
-            (wrapped by an adapter, say).
+        TypeError: ``model`` is not a transformers model, or wraps one.
+        ValueError: unknown architecture or kind, no such modules, an active plan, weights that
+            FSDP1 or ZeRO stage 3 holds, or a projection that computes something else than
+            ``nn.Linear`` or ``Conv1D`` does (see :mod:`ssah.projections`).
     """
     kinds = (modules,) if isinstance(modules, str) else tuple(modules)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"modules is {kinds!r}, must be one or more of {KINDS}")
+    check_whole(model)
     family, path = family_of(model), layers_path(model)
     layers = dict(model.get_submodule(path).named_children())
     last = next(reversed(layers), None)
@@ -302,40 +318,6 @@ def _left_out(model: nn.Module, name: str) -> bool:
     return getattr(model.get_submodule(holder), leaf, name) is None
 
 
-def _projection(model: nn.Module, name: str) -> nn.Module:
-    try:
-        module = model.get_submodule(name)
-    except AttributeError as error:
-        raise ValueError(
-            f"model {type(model).__name__} has no module {name!r}, which the entry of its family "
-            "names; register a family that fits it"
-        ) from error
-    if scheme_of(module) is not None:
-        return module  # what its weight looks like is the scheme's affair
-    if isinstance(module, nn.Linear):
-        shape = (module.out_features, module.in_features)
-    elif isinstance(module, Conv1D):
-        shape = (module.nx, module.nf)
-    else:
-        raise ValueError(
-            f"module {name!r} is a {type(module).__name__}, must be nn.Linear or Conv1D (merge "
-            "adapters first; of quantised ones, see ssah.quantised.SCHEMES, dequantise others)"
-        )
-    if tuple(module.weight.shape) != shape:
-        raise ValueError(
-            f"module {name!r} has a weight of shape {tuple(module.weight.shape)}, must be {shape} "
-            "(dequantise the model first)"
-        )
-    return module
-
-
-def _features(module: nn.Module) -> tuple[int, int]:
-    """Input and output width of a projection."""
-    if isinstance(module, Conv1D):
-        return module.nx, module.nf
-    return module.in_features, module.out_features  # type: ignore[return-value]
-
-
 def _rows(name: str, module: nn.Module, index: Tensor) -> list[UnitSlice]:
     """Outputs ``index`` of a projection: rows of its weight, entries of its bias."""
     slices = [UnitSlice(f"{name}.weight", 1 if isinstance(module, Conv1D) else 0, index)]
@@ -347,7 +329,7 @@ def _rows(name: str, module: nn.Module, index: Tensor) -> list[UnitSlice]:
 def _columns(name: str, module: nn.Module) -> UnitSlice:
     """All inputs of a projection: columns of its weight."""
     dim = 0 if isinstance(module, Conv1D) else 1
-    return UnitSlice(f"{name}.weight", dim, torch.arange(_features(module)[0]))
+    return UnitSlice(f"{name}.weight", dim, torch.arange(features(module)[0]))
 
 
 def _mlp_modules(
@@ -365,10 +347,13 @@ def _mlp_modules(
 
 def _expert_modules(model: nn.Module, name: str, *, final: bool) -> Iterator[DepthTwoModule]:
     module = model.get_submodule(name)
+    check_unsplit(name, module)
     routed = RoutedExperts.of(name, module, final=final)
     leaves = {f"{name}.{routed.up}": 1 if module.is_transposed else 0}
     if module.has_bias:
         leaves[f"{name}.{routed.up}_bias"] = 0
+    for leaf in (routed.up, DOWN):
+        check_weight(f"{name}.{leaf}", getattr(module, leaf))
     dim = 0 if module.is_transposed else 1
     rows, units = routed.rows(), torch.arange(routed.n_units)
     for expert in range(routed.n_experts):
@@ -392,10 +377,10 @@ def _expert_modules(model: nn.Module, name: str, *, final: bool) -> Iterator[Dep
 
 def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> DepthTwoModule:
     name = f"{layer}.{ffn.down}"
-    down = _projection(model, name)
-    n_units = _features(down)[0]
+    down = projection(model, name)
+    n_units = features(down)[0]
     up_name = f"{layer}.{ffn.up}"
-    up = _projection(model, up_name)
+    up = projection(model, up_name)
     _check_width(up_name, up, (2 if ffn.fused else 1) * n_units, name)
     units = torch.arange(n_units)
     inputs: list[UnitSlice] = []
@@ -405,7 +390,7 @@ def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> Depth
     else:
         if ffn.gate is not None:
             gate_name = f"{layer}.{ffn.gate}"
-            gate = _projection(model, gate_name)
+            gate = projection(model, gate_name)
             _check_width(gate_name, gate, n_units, name)
             inputs += _rows(gate_name, gate, units)
         inputs += _rows(up_name, up, units)
@@ -436,7 +421,8 @@ def _gated(
         return None
     activation = model.get_submodule(f"{layer}.{ffn.act}")
     act = act_name(activation)
-    if act is None:
+    module = model.get_submodule(f"{layer}.{ffn.module}")
+    if act is None or not _is_of(model, module):
         return None
 
     def project(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -445,15 +431,21 @@ def _gated(
         first, second = up(x).chunk(2, dim=-1)
         return first, second
 
-    return GatedFFN(model.get_submodule(f"{layer}.{ffn.module}"), project, activation, act, final)
+    return GatedFFN(module, project, activation, act, final)
+
+
+def _is_of(model: nn.Module, module: nn.Module) -> bool:
+    """Whether ``module`` is of a class that came with the model's, not one that replaced it."""
+    place = type(module).__module__
+    return place.startswith("transformers.") or place in {k.__module__ for k in type(model).__mro__}
 
 
 def _attention_module(model: nn.Module, layer: str, attention: Attention) -> DepthTwoModule:
     name = f"{layer}.{attention.down}"
-    down = _projection(model, name)
-    n_units = _features(down)[0]
+    down = projection(model, name)
+    n_units = features(down)[0]
     value_name = f"{layer}.{attention.value}"
-    value = _projection(model, value_name)
+    value = projection(model, value_name)
     config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
     n_heads = config.num_attention_heads
     head_dim = n_units // n_heads
@@ -464,12 +456,12 @@ def _attention_module(model: nn.Module, layer: str, attention: Attention) -> Dep
         _check_width(value_name, value, n_heads * own, name)
         inputs = _rows(value_name, value, (head + 1) * own - head_dim + channel)
         return DepthTwoModule(name, "attention", n_units, down, tuple(inputs), _columns(name, down))
-    n_kv_heads = _features(value)[1] // head_dim
+    n_kv_heads = features(value)[1] // head_dim
     if attention.layout != "separate":
         n_kv_heads = (n_kv_heads - n_heads) // 2
     if n_kv_heads < 1 or n_heads % n_kv_heads:
         raise ValueError(
-            f"module {value_name!r} has {_features(value)[1]} outputs, which are no values of "
+            f"module {value_name!r} has {features(value)[1]} outputs, which are no values of "
             f"{n_heads} heads of {head_dim} for {name!r}; register a family that fits the model"
         )
     queries = n_heads // n_kv_heads  # that share a key/value head
@@ -483,16 +475,16 @@ def _attention_module(model: nn.Module, layer: str, attention: Attention) -> Dep
     inputs = _rows(value_name, value, at * head_dim + channel)
     if attention.gate is not None:
         gate_name = f"{layer}.{attention.gate}"
-        gate = _projection(model, gate_name)
+        gate = projection(model, gate_name)
         _check_width(gate_name, gate, 2 * n_units, name)
         inputs += _rows(gate_name, gate, (2 * head + 1) * head_dim + channel)
     return DepthTwoModule(name, "attention", n_units, down, tuple(inputs), _columns(name, down))
 
 
 def _check_width(name: str, module: nn.Module, width: int, down: str) -> None:
-    if _features(module)[1] != width:
+    if features(module)[1] != width:
         raise ValueError(
-            f"module {name!r} has {_features(module)[1]} outputs, must have {width} to feed "
+            f"module {name!r} has {features(module)[1]} outputs, must have {width} to feed "
             f"{down!r}; register a family that fits the model"
         )
 

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ssah import __version__
 from ssah.ablation import check_not_ablated
 from ssah.frozen import complement_rows, digests
+from ssah.projections import check_parameters
 from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
 from ssah.quantised import check_plain
+from ssah.units import find_modules
 
 if TYPE_CHECKING:
     from ssah.plan import UpdatePlan
@@ -124,8 +126,10 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     if plan_of(model) is not None:
         raise ValueError("model has an active plan: close it first (plan.close())")
+    params = [param for module in find_modules(model).values() for param in module.params]
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
+    check_parameters(model, params, "to be given an update")
     if not Path(directory).exists() and str(directory).count("/") == 1:
         directory = snapshot_download(str(directory))
     tensors, meta = load_tensors(directory)

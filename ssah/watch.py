@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ssah.batches import Batch
+from ssah.compat.modules import has_hooks
 from ssah.experts import RoutedExperts, run_routed
 from ssah.offload import at_hand, device_of, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, act_name
 from ssah_kernels import ops
 
-__all__ = ["Sums", "Watch", "as_it_was", "check_finite", "check_ran", "watching"]
+__all__ = ["Sums", "Watch", "check_finite", "check_ran", "watching"]
 
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
 
@@ -170,7 +171,8 @@ def watching(
 
     A gated FFN's own forward is replaced by one that takes product and moments in one operator,
     that of a layer's experts by one that runs them one by one; everywhere else a hook reads B's
-    input. All are gone after the block, whatever happens in it.
+    input, after all hooks that others have put there. All are gone after the block, whatever
+    happens in it.
     """
     watch = Watch(gradient, all_experts)
     experts: dict[nn.Module, dict[int, Sums]] = {}
@@ -183,7 +185,7 @@ def watching(
                     forward = _experts_forward(routed, experts[module.down], watch)
                     stack.enter_context(replaced_forward(routed.module, forward))
                 experts[module.down][module.expert] = sums[name]
-            elif gated is not None and runs_own_forward(gated.module):
+            elif gated is not None and gated.is_plain:
                 forward = _gated_forward(module, sums[name], watch)
                 stack.enter_context(replaced_forward(gated.module, forward))
             else:
@@ -217,7 +219,10 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
 
 
 def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Watch) -> Any:
-    act = None if routed.activation is None else act_name(routed.activation)
+    activation = routed.activation
+    # Where hooks hang on the activation it is called; the fused operator would go around it.
+    fused = activation is not None and runs_own_forward(activation) and not has_hooks(activation)
+    act = act_name(activation) if activation is not None and fused else None
 
     def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
         """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
@@ -258,23 +263,6 @@ def _hook(sums: Sums, watch: Watch) -> Any:
         return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook
-
-
-@contextmanager
-def as_it_was(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and no parameter takes a gradient, inside the block; then as before."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        model.eval()
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for module, training in modes:
-            module.training = training
 
 
 def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:

@@ -1,19 +1,25 @@
-"""accelerate: the hooks that fetch a module's weights before it runs and let them go afterwards."""
+"""accelerate: what it hangs on modules.
+
+Hooks fetch a module's weights before it runs and let them go afterwards. Mixed precision puts
+autocast around a model's forward, and leaves it there after training.
+"""
 
 from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from ssah.compat import find, lacking
 
-__all__ = ["OWN_FORWARD", "hook_of", "offloading_hook"]
+__all__ = ["OWN_FORWARD", "hook_of", "offloading_hook", "unconverted_forward"]
 
 OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
 _HOOK = "_hf_hook"
+_UNCONVERTED = "_original_forward"
 _WORKS = ">=1.10,<1.16"
 _PURPOSE = "to know which weights are offloaded"
 
@@ -36,6 +42,27 @@ def offloading_hook(module: nn.Module) -> Any:
     hook = hook_of(module)
     hooks = getattr(hook, "hooks", [hook])
     return next((each for each in hooks if getattr(each, "offload", False)), None)
+
+
+def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
+    """The forward of ``model`` that accelerate has put autocast around; None where it has not.
+
+    Raises:
+        LibraryError: it has, and keeps that forward elsewhere.
+    """
+    own = vars(model)
+    if "forward" not in own:
+        return None
+    unconverted: Callable[..., Any] | None = own.get(_UNCONVERTED)
+    made_by = getattr(getattr(own["forward"], "__func__", None), "__module__", "")
+    if unconverted is None and made_by == "accelerate.utils.operations":
+        raise lacking(
+            "accelerate",
+            f"{_UNCONVERTED} on a model that it trains in mixed precision",
+            "to run the model in its own dtype",
+            _WORKS,
+        )
+    return unconverted
 
 
 @functools.cache

@@ -18,6 +18,7 @@ __all__ = [
     "WORKS",
     "WeightReader",
     "attention_implementation",
+    "dispatches",
     "expert_gate",
     "gone",
     "has_expert_layout",
@@ -49,6 +50,14 @@ def has_expert_layout(module: nn.Module) -> bool:
     if missing and len(missing) < len(_EXPERT_FLAGS):
         raise gone(f"{type(module).__name__}.{missing[0]}", "to read the layout of experts")
     return not missing
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether the forward of experts is the one that transformers' decorator has put around them.
+
+    A subclass with a forward of its own inherits the layout, and may compute anything.
+    """
+    return hasattr(type(module).forward, "__wrapped__")
 
 
 def expert_gate(module: Any) -> Callable[[Tensor], Tensor]:

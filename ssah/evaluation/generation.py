@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ssah.bare import check_whole
 from ssah.data.encoding import Encoder
 from ssah.evaluation.prompts import Request, longest_first, prompts
-from ssah.watch import as_it_was
+from ssah.running import as_it_was
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +131,7 @@ def answer_tokens(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1")
     chunks = longest_first(encoded, batch_size)
-    if not model.can_generate():
+    if not check_whole(model).can_generate():
         raise TypeError(
             f"model is a {type(model).__name__}, must be a causal language model that generates"
         )

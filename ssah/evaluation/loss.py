@@ -12,8 +12,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
+from ssah.bare import check_whole
 from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
-from ssah.watch import as_it_was
+from ssah.positions import with_positions
+from ssah.running import as_it_was
 
 __all__ = ["response_log_probs", "utility_loss"]
 
@@ -57,10 +59,11 @@ def response_log_probs(
         float64 ``[rows]`` in nats, and int64 ``[rows]``, on the CPU.
 
     Raises:
-        TypeError, ValueError: a batch is not of this form.
+        TypeError, ValueError: a batch is not of this form; the model wraps another one, or does
+            not hold its weights.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    maskless = may_drop_mask(model)
+    maskless = may_drop_mask(check_whole(model))
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
     vocab_size = n_embeddings(model)
@@ -69,10 +72,11 @@ def response_log_probs(
         batch = read_batch(
             raw, number, tokens="labels", maskless=maskless, device=device, vocab_size=vocab_size
         )
+        batch = with_positions(model, batch)
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
-        if not bool(log_probs.isfinite().all()):
-            raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
+            if not bool(log_probs.isfinite().all()):
+                raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
         yield log_probs, count
 
 

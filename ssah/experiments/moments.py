@@ -14,8 +14,9 @@ from ssah.attribution import column_sq_norms, may_drop_mask
 from ssah.batches import n_embeddings, read_batch
 from ssah.data import Collator, Encoded
 from ssah.provenance import load_tensors, save_tensors
+from ssah.running import as_it_was
 from ssah.units import find_modules
-from ssah.watch import Sums, as_it_was, watching
+from ssah.watch import Sums, watching
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -112,7 +113,6 @@ def row_moments(
     collator, maskless = Collator(tokenizer), may_drop_mask(model)
     with (
         as_it_was(model),
-        torch.autocast(model.device.type, enabled=False),
         watching(modules, sums, gradient=False) as watch,
     ):
         for row, example in enumerate(examples):

@@ -39,6 +39,8 @@ def capture(
     found = find_modules(model)
     hooks = [m.down.register_forward_pre_hook(hook(name)) for name, m in found.items()]
     inputs = {key: value for key, value in batch.items() if key != "labels"}
+    if hasattr(model.base_model, "wpe"):  # learned positions: those of the row, not of the batch
+        inputs["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp_min(0)
     with torch.set_grad_enabled(gradient):
         logits = model(**inputs, use_cache=False).logits
         if gradient:

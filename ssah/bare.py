@@ -1,0 +1,49 @@
+"""Which model is taken: a transformers model itself, not what wraps it or holds its weights."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ssah.compat.modules import is_fsdp1, partitioned, wrapper_of
+
+__all__ = ["check_bare", "check_whole"]
+
+
+def check_bare(model: nn.Module) -> PreTrainedModel:
+    """``model``, once it is known to be a transformers model.
+
+    Raises:
+        TypeError: it is not, or it wraps one (torch.compile, DataParallel, DDP, FSDP1, DeepSpeed,
+            PEFT, a value head): the message says what to pass.
+    """
+    if isinstance(model, PreTrainedModel):
+        return model
+    wrapped = wrapper_of(model, PreTrainedModel) if isinstance(model, nn.Module) else None
+    raise TypeError(
+        wrapped or f"model is a {type(model).__name__}, must be a transformers.PreTrainedModel"
+    )
+
+
+def check_whole(model: nn.Module) -> PreTrainedModel:
+    """``model``, once it is known to be a transformers model that holds its own weights.
+
+    Raises:
+        TypeError: as of :func:`check_bare`.
+        ValueError: FSDP1 or DeepSpeed's ZeRO stage 3 holds them.
+    """
+    bare = check_bare(model)
+    if is_fsdp1(model):
+        raise ValueError(
+            f"model {type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which "
+            "holds its weights in flat pieces: it must be whole, or sharded with "
+            "torch.distributed.fsdp.fully_shard"
+        )
+    for name, parameter in model.named_parameters():
+        if partitioned(parameter):
+            raise ValueError(
+                f"parameter {name!r} is partitioned by DeepSpeed's ZeRO stage 3: the model must be "
+                "whole (ZeRO stage 2 or less, without zero.Init), or sharded with "
+                "torch.distributed.fsdp.fully_shard"
+            )
+    return bare
