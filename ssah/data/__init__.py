@@ -12,6 +12,7 @@ from ssah.data.encoding import IGNORE_INDEX, Encoded, encode
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests
 from ssah.data.rows import BUILTIN, DataError, Row, RowStream, load_rows
+from ssah.data.templates import template_record, use_template
 
 __all__ = [
     "BUILTIN",
@@ -27,4 +28,6 @@ __all__ = [
     "load_requests",
     "load_rows",
     "make_loader",
+    "template_record",
+    "use_template",
 ]

@@ -137,6 +137,8 @@ def check_row(row: Mapping[str, Any], where: str) -> Row:
         checked = _from_messages(row["messages"], where)
     else:
         checked = _from_columns(row, where)
+    for what, text in (("the prompt", checked["prompt"]), ("the response", checked["completion"])):
+        check_text(text, where, what)
     if not checked["prompt"].strip():
         raise DataError(f"{where}: the prompt is empty")
     if not checked["completion"].strip():
@@ -197,6 +199,17 @@ def _first_field(
     if not isinstance(row[key], str):
         raise DataError(f"{where}: {key!r} must be a string, was {_kind(row[key])}")
     return key, row[key]
+
+
+def check_text(text: str, where: str, what: str) -> None:
+    """Refuse, with DataError, half of a surrogate pair: JSON can write it, no tokenizer reads it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {what} has {text[error.start]!a} at character {error.start}, half of a "
+            "character (a lone surrogate), which is no text: mend the row"
+        ) from error
 
 
 def _kind(value: Any) -> str:

@@ -174,7 +174,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     encoder = Encoder(tokenizer)
-    if encoder.has_template:
+    if encoder.template is not None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, response = encoder.render_turns(turns, "the chat template")
         last = encoder.tokenize(response)[-1]

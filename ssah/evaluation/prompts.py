@@ -44,12 +44,7 @@ def prompts(
     for index, request in enumerate(requests):
         where = f"{name}[{index}]"
         turns = [*system, *_turns(request, where)]
-        if encoder.has_template:
-            text = encoder.render(turns, where, add_generation_prompt=True)
-            result.append(encoder.tokenize(text))
-        else:
-            text = "".join(turn["content"] + "\n\n" for turn in turns)
-            result.append(encoder.bos(text) + encoder.tokenize(text))
+        result.append(encoder.prompt(turns, where))
     return result
 
 

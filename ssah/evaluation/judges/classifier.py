@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ssah.data.encoding import Encoder
 from ssah.evaluation.judges.base import Judge
 from ssah.loading import ModelError, loading, whole
 from ssah.models import load_model, quiet
@@ -127,21 +128,18 @@ class GenerativeClassifier(Judge):
         """See :class:`ssah.evaluation.judges.Judge`.
 
         Raises:
+            DataError: its chat template leaves request or answer out, or changes them.
             ValueError: the model said neither of what it may say.
         """
         from ssah.evaluation.generation import answer_tokens
 
-        prompts = []
+        encoder, prompts = Encoder(self.tokenizer), []
         for request, answer in zip(requests, answers, strict=True):
             turns = [
                 {"role": "user", "content": request},
                 {"role": "assistant", "content": answer or "(no answer)"},
             ]
-            text = self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
-            )
-            ids = self.tokenizer(str(text), add_special_tokens=False)["input_ids"]
-            prompts.append(list(ids))
+            prompts.append(encoder.prompt(turns, f"judge {self.name!r}"))
         said = answer_tokens(
             self.model,
             self.tokenizer,
