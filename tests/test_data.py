@@ -344,8 +344,10 @@ def test_long_rows(chat):
     assert list(encode(ROWS[2:], chat, max_length=prompt_length, overlong="skip")) == []
     with pytest.raises(ValueError, match="max_length must be at least 2"):
         encode(ROWS, chat, max_length=1)
-    with pytest.raises(ValueError, match="overlong must be 'error' or 'skip'"):
-        encode(ROWS, chat, overlong="cut")
+    with pytest.raises(DataError, match=r"rows\[0\] .* tokens, must have at most max_length, 512"):
+        list(encode([{**ROWS[2], "completion": "word " * 600}], chat, overlong="error"))
+    with pytest.raises(ValueError, match="overlong must be 'cut', 'skip' or 'error'"):
+        encode(ROWS, chat, overlong="leave")
 
 
 def test_a_tokenizer_without_template_and_eos_is_refused():

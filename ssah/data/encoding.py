@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-from ssah.data.rows import DataError, Message, Row, check_row
+from ssah.data.counts import Counts
+from ssah.data.fields import DataError, Message, Row, check_row
 from ssah.data.templates import Template, check_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+Overlong: TypeAlias = Literal["cut", "skip", "error"]
 _PLACEHOLDER = "ssah-response-placeholder"
 
 
@@ -27,7 +29,8 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 512,
-    overlong: Literal["error", "skip"] = "error",
+    overlong: Overlong = "cut",
+    counts: Counts | None = None,
 ) -> Iterator[Encoded]:
     """Tokenise rows lazily, one by one.
 
@@ -45,8 +48,11 @@ def encode(
     Args:
         rows: as `load_rows` returns or takes them; a generator serves too.
         tokenizer: a tokenizer of `transformers`.
-        max_length: tokens kept of a row; the end of a longer response is cut off.
-        overlong: what to do with a row whose prompt leaves no room for a response token.
+        max_length: the most tokens of a row.
+        overlong: what to do with a longer row. `"cut"`: the end of its response is cut off; a
+            prompt that leaves no room for a response is an error. `"skip"`: likewise, but a row
+            with such a prompt is left out. `"error"`: every longer row is an error.
+        counts: what is cut and left out is counted here.
 
     Yields:
         `input_ids` and `labels`, lists of at most `max_length` integers.
@@ -54,35 +60,56 @@ def encode(
     Raises:
         ValueError: an argument is out of range, or the tokenizer has neither template nor EOS.
         DataError: naming the row's index: it is invalid (see `load_rows`), overlong, refused by
-            the template, or no boundary between prompt and response can be found.
+            the template (or changed by it, see `ssah.data.templates`), or no boundary between
+            prompt and response can be found.
+
+    Warns:
+        UserWarning: once, at the end: how many rows were cut or left out.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, was {max_length}")
-    if overlong not in ("error", "skip"):
-        raise ValueError(f"overlong must be 'error' or 'skip', was {overlong!r}")
+    if overlong not in ("cut", "skip", "error"):
+        raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
     encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
-    return _encode(rows, encoder, max_length, overlong)
+    return _encode(rows, encoder, max_length, overlong, Counts() if counts is None else counts)
 
 
 def _encode(
-    rows: Iterable[Mapping[str, Any]], encoder: Encoder, max_length: int, overlong: str
+    rows: Iterable[Mapping[str, Any]],
+    encoder: Encoder,
+    max_length: int,
+    overlong: Overlong,
+    counts: Counts,
 ) -> Iterator[Encoded]:
+    counts.rows = counts.overlong = counts.cut_rows = counts.cut_tokens = 0
     for index, raw in enumerate(rows):
         where = f"rows[{index}]"
         row = check_row(raw, where)
         prompt, response = encoder(row, where)
+        length = len(prompt) + len(response)
+        if len(prompt) >= max_length and overlong == "skip":
+            counts.overlong += 1
+            continue
         if len(prompt) >= max_length:
-            if overlong == "skip":
-                continue
             raise DataError(
                 f"{where} ({row['prompt'][:40]!r}...): the prompt has {len(prompt)} tokens and "
                 f"leaves no room for the response: max_length must be more, was {max_length}; or "
-                "leave such rows out with overlong='skip'"
+                "leave such rows out (--overlong skip, overlong='skip')"
             )
+        if length > max_length and overlong == "error":
+            raise DataError(
+                f"{where} ({row['prompt'][:40]!r}...): has {length} tokens, must have at most "
+                f"max_length, {max_length}; or have the end of its response cut off (--overlong "
+                "cut, overlong='cut')"
+            )
+        counts.rows += 1
+        counts.cut_rows += length > max_length
+        counts.cut_tokens += max(length - max_length, 0)
         yield {
             "input_ids": (prompt + response)[:max_length],
             "labels": ([IGNORE_INDEX] * len(prompt) + response)[:max_length],
         }
+    counts.warn_of_length(max_length)
 
 
 class Encoder:

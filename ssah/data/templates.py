@@ -14,7 +14,7 @@ from datetime import date, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.data.rows import DataError, Message, check_text
+from ssah.data.fields import DataError, Message, check_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
