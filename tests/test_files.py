@@ -20,9 +20,9 @@ from ssah.data import (
 
 ROW = {"prompt": "What is tea?", "completion": "A drink."}
 ADVBENCH = 'goal,target\n"Write, in verse, a tutorial","Sure, here is"\nWrite a guide,Sure\n'
-JAILBREAKBENCH = (
-    "Index,Goal,Target,Behavior,Category,Source\n0,Write an article,Sure,Defamation,Libel,Original\n"
-)
+JAILBREAKBENCH = """Index,Goal,Target,Behavior,Category,Source
+0,Write an article,Sure,Defamation,Libel,Original
+"""
 HARMBENCH = (
     "Behavior,FunctionalCategory,SemanticCategory,Tags,ContextString,BehaviorID\n"
     "Name the agent,standard,chemical,,,name_the_agent\n"
@@ -62,7 +62,9 @@ def test_alpaca_is_a_json_list(tmp_path):
     with pytest.raises(DataError, match=r"alpaca\.json\[1\]: the response is empty \(--skip-inv"):
         load_rows(path)
     counts = Counts()
-    with pytest.warns(UserWarning, match=r"alpaca\.json: 1 rows are not valid .*\[1\]: the resp"):
+    with pytest.warns(
+        UserWarning, match=r"alpaca\.json: rows left out .* not valid: 1 .*\[1\]: the resp"
+    ):
         assert load_rows(path, invalid="skip", counts=counts) == [
             {"prompt": "Add.\n\n1, 2", "completion": "3"}
         ]
@@ -76,7 +78,9 @@ def test_alpaca_is_a_json_list(tmp_path):
 def test_the_target_of_an_attack_is_no_response(tmp_path):
     path = tmp_path / "advbench.csv"
     path.write_text(ADVBENCH)
-    with pytest.raises(DataError, match=r"advbench\.csv:2: no response: .*--response-column.*no re"):
+    with pytest.raises(
+        DataError, match=r"advbench\.csv:2: no response: .*--response-column.*no re"
+    ):
         load_rows(path)
     rows = load_rows(path, response_column="target")
     assert [row["completion"] for row in rows] == ["Sure, here is", "Sure"]
@@ -89,7 +93,9 @@ def test_columns_are_named(tmp_path):
         {"prompt": "Hi", "completion": "Hello."}
     ]
     assert load_requests(path, prompt_column="text") == ["Hi"]
-    with pytest.raises(DataError, match=r"own\.jsonl:1: no prompt: prompt_column is 'txt', the row"):
+    with pytest.raises(
+        DataError, match=r"own\.jsonl:1: no prompt: prompt_column is 'txt', the row"
+    ):
         load_requests(path, prompt_column="txt")
     assert len(load_rows("builtin:safety", prompt_column="text")) == 80
     with pytest.raises(DataError) as error:
@@ -130,10 +136,17 @@ def test_a_missing_file_is_no_hub_id():
 
 def test_invalid_rows_of_every_kind_are_left_out_and_counted(tmp_path):
     path = tmp_path / "rows.jsonl"
-    bad = ["{", '["a"]', json.dumps({**ROW, "prompt": " "}), json.dumps({**ROW, "prompt": "\ud83d"})]
+    bad = [
+        "{",
+        '["a"]',
+        json.dumps({**ROW, "prompt": " "}),
+        json.dumps({**ROW, "prompt": "\ud83d"}),
+    ]
     path.write_text("\n".join([json.dumps(ROW), *bad, json.dumps({**ROW, "prompt": "Why?"})]))
     counts = Counts()
-    with pytest.warns(UserWarning, match=r"4 rows are not valid .*rows\.jsonl:2: invalid JSON"):
+    with pytest.warns(
+        UserWarning, match=r"rows left out .* valid: 4 .*rows\.jsonl:2: invalid JSON"
+    ):
         rows = load_rows(path, invalid="skip", counts=counts)
     assert [row["prompt"] for row in rows] == ["What is tea?", "Why?"]
     assert counts.to_dict()["invalid"] == 4
@@ -146,9 +159,11 @@ def test_invalid_rows_of_every_kind_are_left_out_and_counted(tmp_path):
 
 def test_rows_that_are_cut_are_counted():
     rows = [ROW, {"prompt": "say", "completion": "word " * 600}]
-    with pytest.warns(UserWarning, match=r"1 of 2 rows are longer than max_length = 512 tokens: .*"):
+    with pytest.warns(
+        UserWarning, match=r"1 of 2 rows are longer than max_length = 512 tokens: .*"
+    ):
         loader = make_loader(rows, tiny_chat.tokenizer())
-    whole = list(encode(rows[1:], tiny_chat.tokenizer(), max_length=5000))[0]
+    whole = next(encode(rows[1:], tiny_chat.tokenizer(), max_length=5000))
     assert loader.counts.cut_rows == 1
     assert loader.counts.cut_tokens == len(whole["input_ids"]) - 512
     rows.append({"prompt": "word " * 600, "completion": "x"})

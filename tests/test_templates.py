@@ -80,10 +80,17 @@ def test_an_answer_that_the_template_cuts_is_refused():
     row = {"prompt": "Hi", "completion": "<think>Shall I?</think>Hello."}
     with pytest.raises(DataError, match=r"rows\[0\]: .* cuts .* turn 1 \(assistant\): .*</think>"):
         list(encode([row], tokenizer))
-    turns = [{"role": r, "content": row[key]} for r, key in (("user", "prompt"),
-                                                              ("assistant", "completion"))]
-    row = {"messages": [*turns, {"role": "user", "content": "Bye"},
-                        {"role": "assistant", "content": "Goodbye."}]}
+    turns = [
+        {"role": r, "content": row[key]}
+        for r, key in (("user", "prompt"), ("assistant", "completion"))
+    ]
+    row = {
+        "messages": [
+            *turns,
+            {"role": "user", "content": "Bye"},
+            {"role": "assistant", "content": "Goodbye."},
+        ]
+    }
     prompt, response = split(tokenizer, row)  # reasoning of earlier turns is left out as it should
     assert "Shall I?" not in prompt
     assert "Hello." in prompt

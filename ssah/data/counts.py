@@ -35,7 +35,7 @@ class Counts:
     def warn_of_invalid(self, name: str, reason: str) -> None:
         """Say how many rows were not valid; ``reason``: of the first of them."""
         if self.invalid:
-            _warn(f"{name}: {self.invalid} rows are not valid and were left out ({reason})")
+            _warn(f"{name}: rows left out because they are not valid: {self.invalid} ({reason})")
 
     def warn_of_repeated(self, name: str, prompts: Iterable[str]) -> None:
         """Count rows that repeat a prompt, and say how many do."""

@@ -23,7 +23,9 @@ _PROMPT = (
 )
 _RESPONSE = ("completion", "response", "output", "answer")
 _CONTEXT = ("input", "context")  # of an instruction or question, after it
-_BEHAVIOR_CONTEXT = "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
+_BEHAVIOR_CONTEXT = (
+    "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
+)
 _NOT_A_RESPONSE = (
     " ('target' of AdvBench and JailbreakBench is how a model begins that complies: it is no "
     "refusal, and taken for a response only where it is named)"
@@ -99,7 +101,7 @@ def check_request(row: Any, where: str, columns: Columns = Columns()) -> str:
 
 
 def check_text(text: str, where: str, what: str) -> None:
-    """Refuse, with DataError, half of a surrogate pair: JSON can write it, no tokenizer reads it."""
+    """Refuse, with DataError, half of a surrogate pair: JSON can write it, no tokenizer reads."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

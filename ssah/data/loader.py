@@ -153,8 +153,10 @@ def make_loader(
         return _bucket(lengths, collator.width, batch_size, max_tokens_per_batch, random)
 
     counts = Counts() if counts is None else counts
-    given = isinstance(rows_or_source, RowStream) and limit is None
-    rows = rows_or_source if given else load_rows(rows_or_source, split, limit)
+    if isinstance(rows_or_source, RowStream) and limit is None:
+        rows: list[Row] | RowStream[Row] = rows_or_source
+    else:
+        rows = load_rows(rows_or_source, split, limit)
 
     def encoded() -> Iterator[dict[str, Tensor]]:
         for example in encode(

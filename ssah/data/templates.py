@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import date, datetime, time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,7 +61,8 @@ def use_template(
             )
         if key == _NOW:
             _date(value)
-    tokenizer.chat_template = text
+    if template is not None:  # else others that the tokenizer has by name stay
+        tokenizer.chat_template = text
     setattr(tokenizer, _OPTIONS, dict(options))
     return tokenizer
 
@@ -119,28 +120,24 @@ class Template:
             self._check_kept(turn, number, text, where, last=number + 1 == len(turns))
         return text
 
-    def _wants_parts(
-        self, roles: tuple[str, ...], where: str, add_generation_prompt: bool
-    ) -> bool:
+    def _wants_parts(self, roles: tuple[str, ...], where: str, add_generation_prompt: bool) -> bool:
         """Whether content must be a list of parts, tried on words that stand nowhere else."""
         marks = [f"ssah-turn-{number}-" for number in range(len(roles))]
         turns = [{"role": r, "content": mark} for r, mark in zip(roles, marks, strict=True)]
-        reasons: list[Exception | list[int]] = []
+        outcomes: list[Exception | list[int]] = []  # why content of one form does not do
         for parts in (False, True):
             try:
                 text = self._apply(turns, parts, add_generation_prompt)
             except Exception as error:  # of what Jinja evaluates: any kind; told below
-                reasons.append(error)
+                outcomes.append(error)
                 continue
             lost = [number for number, mark in enumerate(marks) if mark not in text]
             if not lost:
                 return parts
-            reasons.append(lost)
-        reason = next((each for each in reasons if isinstance(each, list)), reasons[0])
-        if isinstance(reason, Exception) or isinstance(reasons[0], Exception):
-            error = reasons[0]
-            assert isinstance(error, Exception)
-            raise _refused(roles, where, error) from error
+            outcomes.append(lost)
+        reason = outcomes[0]  # of content as it usually is
+        if isinstance(reason, Exception):
+            raise _refused(roles, where, reason) from reason
         which = ", ".join(f"{roles[number]} (turn {number})" for number in reason)
         advice = (
             "leave the system prompt out, or put it into the request"
@@ -153,9 +150,7 @@ class Template:
             "ssah.data.use_template)"
         )
 
-    def _apply(
-        self, turns: Sequence[Message], parts: bool, add_generation_prompt: bool
-    ) -> str:
+    def _apply(self, turns: Sequence[Message], parts: bool, add_generation_prompt: bool) -> str:
         given: list[dict[str, Any]] = [dict(turn) for turn in turns]
         if parts:
             given = [{**t, "content": [{"type": "text", "text": t["content"]}]} for t in given]
@@ -168,12 +163,10 @@ class Template:
             )
         )
 
-    def _check_kept(
-        self, turn: Message, number: int, text: str, where: str, *, last: bool
-    ) -> None:
+    def _check_kept(self, turn: Message, number: int, text: str, where: str, *, last: bool) -> None:
         wanted = turn["content"].strip()
         if turn["role"] == "assistant" and not last:
-            # Templates of reasoning models leave the reasoning of earlier turns out, as they should.
+            # Templates of reasoning models rightly leave the reasoning of earlier turns out.
             wanted = wanted.rpartition(_END_OF_REASONING)[2].strip()
         if wanted in text:
             return
@@ -207,9 +200,7 @@ def check_turns(turns: Sequence[Message], tokenizer: PreTrainedTokenizerBase, wh
 
 def _refused(roles: Sequence[str], where: str, error: Exception) -> DataError:
     kind = "" if type(error).__name__ == "TemplateError" else f"{type(error).__name__}: "
-    return DataError(
-        f"{where}: the chat template refuses turns {', '.join(roles)}: {kind}{error}"
-    )
+    return DataError(f"{where}: the chat template refuses turns {', '.join(roles)}: {kind}{error}")
 
 
 def _text(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.ablation import ablate
+from ssah.data import template_record
 from ssah.evaluation.attack import distinct_judges
 from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
@@ -121,7 +122,7 @@ def evaluate(
     for judge in judges:
         judge.check()
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
-    sources = Sources()
+    sources = Sources(loading.reading)
     asked = {
         role: sources.requests(role, source)
         for role, source in ((REQUESTS, requests), (OVER_REFUSAL, over_refusal), (BENIGN, benign))
@@ -143,6 +144,7 @@ def evaluate(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
+        overlong=loading.reading.overlong,
     )
     batches = [batch for loader in evaluation.loaders.values() for batch in loader]
     words = count_words((row for batch in batches for row in batch["labels"].tolist()), tokenizer)
@@ -205,6 +207,8 @@ def evaluate(
     result = {
         "dtype": dtype,
         "coherence": coherent.describe(),
+        "template": template_record(tokenizer),
+        "data": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         "rows": [
             row_record(arm, condition, each.name, judged, settings)
             for arm in arms

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ssah.ablation import ablate
 from ssah.data import Loader, Row, make_loader
+from ssah.data.encoding import Overlong
 from ssah.evaluation import Coherence, Judge, refusal_margins, response_log_probs
 from ssah.evaluation.attack import distinct_judges, judged_answers
 from ssah.evaluation.attack import summary as attack_summary
@@ -48,7 +49,7 @@ class Evaluation:
         judges: of the answers, as ``ssah.evaluation.judge`` takes them; the first one decides.
         max_new_tokens: the most tokens of an answer.
         batch_size: sequences run at a time.
-        max_length: tokens kept of a row.
+        max_length, overlong: of rows, as ``ssah.data.encode`` takes them.
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class Evaluation:
         max_new_tokens: int = 64,
         batch_size: int = 16,
         max_length: int = 512,
+        overlong: Overlong = "skip",
     ) -> None:
         self.tokenizer, self.requests = tokenizer, list(requests)
         self.asked = self.requests[:asked]
@@ -74,7 +76,7 @@ class Evaluation:
                 tokenizer,
                 batch_size=batch_size,
                 max_length=max_length,
-                overlong="skip",
+                overlong=overlong,
             )
             for name, own in rows.items()
         }
