@@ -51,7 +51,7 @@ from ssah_kernels.sharded import is_sharded
 __all__ = ["METRICS", "TOKENS", "Attribution", "attribute"]
 
 METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
-TOKENS: tuple[str, ...] = ("auto", "all", "labels")
+TOKENS: tuple[str, ...] = ("auto", "all", "after_first", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
 _CONTENT = "attribution"
 
@@ -67,7 +67,7 @@ class Attribution:
         variance: B's name -> ``[n_units]``, its unbiased variance (NaN for a single token).
         count: B's name -> number of tokens counted; of an expert, those routed to it.
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
-        tokens: ``"all"`` or ``"labels"``: which positions counted.
+        tokens: ``"all"``, ``"after_first"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
         units_hash: of its units, see `ssah.provenance.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
@@ -203,7 +203,8 @@ def attribute(
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         modules: which kinds of depth-2 module, of ``"mlp"`` and ``"attention"``.
         tokens: which positions count. ``"labels"``: those whose own label is not -100;
-            ``"all"``: every attended one; ``"auto"``: labels if the first batch has them.
+            ``"all"``: every attended one; ``"after_first"``: all but the first of each text (BOS,
+            whose activations dwarf others); ``"auto"``: labels if the first batch has them.
         all_experts: run every expert on every token and count it for all of them; what the model
             computes stays what it is. Not for gradient metrics: there is no gradient at an expert
             that did not contribute.

@@ -53,7 +53,11 @@ def attribute(
     reading: Any,
     metric: Annotated[Metric, typer.Option(help="Importance of a unit.")] = Metric.variance,
     tokens: Annotated[
-        Tokens, typer.Option(help="Positions that count; `auto` and `labels`: the response.")
+        Tokens,
+        typer.Option(
+            help="Positions that count; `auto`, `labels`: the response; `after_first`: all but "
+            "the first of a text (BOS)."
+        ),
     ] = Tokens.auto,
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")

@@ -40,6 +40,7 @@ class Tokens(str, Enum):
 
     auto = "auto"
     all = "all"
+    after_first = "after_first"
     labels = "labels"
 
 

@@ -9,9 +9,9 @@ from ssah.data import DataError
 from ssah.data.encoding import Encoder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Request", "longest_first", "prompts"]
+__all__ = ["Request", "check_room", "longest_first", "prompts", "room_of"]
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
@@ -76,3 +76,28 @@ def longest_first(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def room_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model can be given, its answer included; None: no limit is known."""
+    config = model.config.get_text_config(decoder=True)
+    room: int | None = getattr(config, "max_position_embeddings", None)
+    return room
+
+
+def check_room(
+    model: PreTrainedModel,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: str = "requests",
+) -> None:
+    """Refuse, with ValueError, prompts that leave the model too few positions for an answer."""
+    room = room_of(model)
+    if room is None:
+        return
+    for index, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > room:
+            raise ValueError(
+                f"{name}[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
+                f"{max_new_tokens} that is more than the {room} positions of the model"
+            )

@@ -14,10 +14,9 @@ import torch
 from ssah.ablation import ablate
 from ssah.data import template_record
 from ssah.evaluation.attack import distinct_judges
-from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
 from ssah.evaluation.perplexity import count_words
-from ssah.evaluation.prompts import prompts
+from ssah.evaluation.prompts import check_room, prompts
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.experiments.ablations import Ablation, Arm
 from ssah.experiments.evaluated import (
