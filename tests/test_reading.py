@@ -139,7 +139,7 @@ def test_a_run_goes_on_after_midnight(model, tmp_path, monkeypatch):
     assert prints[0] == prints[1]
 
 
-def test_evaluate_refuses_a_system_prompt_that_is_ignored(model, tmp_path):
+def test_evaluate_refuses_what_it_cannot_ask(model, tmp_path):
     quiet = rendering(model, tmp_path, NO_SYSTEM)
     (tmp_path / "harmful.csv").write_text('goal,target\n"How, then?",Sure\nWhy?,Sure\n')
     rest = ("--over-refusal", "none", "--benign", "none", "--utility", "none")
@@ -152,6 +152,14 @@ def test_evaluate_refuses_a_system_prompt_that_is_ignored(model, tmp_path):
     record = as_json("evaluate", quiet, *options)
     assert record["data"]["requests"]["rows"] == 2
     assert record["result"]["template"]["sha256"]
+    (tmp_path / "harmful.csv").write_text(f"goal\n{'word ' * 3000}\nWhy?\n")
+    error = fails("evaluate", quiet, *options[:-1], tmp_path / "long")
+    assert "requests[0] has" in error
+    options = (*options[:-1], tmp_path / "long", "--overlong", "skip")
+    with pytest.warns(UserWarning, match="requests: 1 of 2 requests were left out"):
+        record = as_json("evaluate", quiet, *options)
+    assert record["data"]["requests"]["overlong"] == 1
+    assert record["result"]["rows"][0]["asr"]["n"] == 1
 
 
 def test_a_study_says_what_repeats_and_what_was_seen_before(model, tmp_path):

@@ -265,7 +265,7 @@ def test_an_answer_that_is_too_long_for_its_judge_is_cut_and_said(folder, told):
         found(["word " * 100], ["So."])
 
 
-# ----------------------------------------------------------------------- numbers that are not finite
+# ------------------------------------------------------------------------- numbers not finite
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ _DATA, _MEASURING, _NONE = "Data", "Measuring", "none"
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command("evaluate")(reporting(reading_rows(evaluate, overlong="skip")))
+    app.command("evaluate")(reporting(reading_rows(evaluate)))
 
 
 def evaluate(

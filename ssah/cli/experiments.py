@@ -259,6 +259,6 @@ def stability(
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     shares = many_values("--shares", "--ru-shares", "--compare-shares")
-    app.command("scan", cls=shares)(reporting(reading_rows(scan, overlong="skip")))
+    app.command("scan", cls=shares)(reporting(reading_rows(scan)))
     command = app.command("stability", cls=many_values("--sizes"))
-    command(reporting(reading_rows(stability, overlong="skip")))
+    command(reporting(reading_rows(stability)))

@@ -106,7 +106,7 @@ def _flows(found: Mapping[str, Any]) -> Table:
 
 
 @reporting
-@reading_rows(overlong="skip")
+@reading_rows
 def probe(
     model: Model,
     out: Out,

@@ -76,19 +76,11 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 }
 
 
-def reading_rows(
-    function: Callable[..., Any] | None = None, *, overlong: str = "cut"
-) -> Callable[..., Any]:
+def reading_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of how it reads and renders rows.
 
     Its argument ``reading`` becomes the `ssah.data.reading.Reading` that they make.
-
-    Args:
-        function: the command.
-        overlong: what it does with overlong rows by default.
     """
-    if function is None:
-        return functools.partial(reading_rows, overlong=overlong)
 
     @functools.wraps(function)
     def run(**given: Any) -> Any:
@@ -107,12 +99,11 @@ def reading_rows(
 
     signature = inspect.signature(function, eval_str=True)
     parameters = [p for p in signature.parameters.values() if p.name != "reading"]
-    defaults = {"overlong": Overlong(overlong)}
     parameters += [
         inspect.Parameter(
             name,
             inspect.Parameter.KEYWORD_ONLY,
-            default=defaults.get(name, default),
+            default=default,
             annotation=annotation,
         )
         for name, (annotation, default) in _OPTIONS.items()

@@ -283,10 +283,6 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
     )
     arms = [arm.value for arm in FreezeArm]
-    study.command("budget", cls=many_values("--seeds"))(
-        reporting(reading_rows(budget, overlong="skip"))
-    )
-    study.command("freeze", cls=many_values("--seeds", arms=arms))(
-        reporting(reading_rows(freeze, overlong="skip"))
-    )
+    study.command("budget", cls=many_values("--seeds"))(reporting(reading_rows(budget)))
+    study.command("freeze", cls=many_values("--seeds", arms=arms))(reporting(reading_rows(freeze)))
     app.add_typer(study, name="study")

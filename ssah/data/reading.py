@@ -75,9 +75,9 @@ class Reading:
         """``tokenizer``, which renders as was chosen, see `ssah.data.use_template`."""
         return use_template(tokenizer, self.template, **self.template_options)
 
-    def settings(self, usual: Reading) -> dict[str, Any]:
-        """What was chosen, for the identity of a run: fields that differ from ``usual``."""
-        default = asdict(usual)
+    def settings(self) -> dict[str, Any]:
+        """What was chosen, for the identity of a run: fields that differ from the default."""
+        default = asdict(Reading())
         return {key: value for key, value in asdict(self).items() if value != default[key]}
 
     def record(self, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> dict[str, Any]:

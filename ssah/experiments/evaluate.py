@@ -16,7 +16,7 @@ from ssah.data import template_record
 from ssah.evaluation.attack import distinct_judges
 from ssah.evaluation.intervals import check_level
 from ssah.evaluation.perplexity import count_words
-from ssah.evaluation.prompts import check_room, prompts
+from ssah.evaluation.prompts import check_room, fitting, prompts, room_of
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.experiments.ablations import Ablation, Arm
 from ssah.experiments.evaluated import (
@@ -131,10 +131,17 @@ def evaluate(
     model, tokenizer = loading("auto")
     family_of(model)  # an unknown architecture is refused before anything is written
     scorer = (model, tokenizer) if intact is None else loading("auto", intact)
+    room = room_of(model)
+    most = None if room is None else room - settings.max_new_tokens
     for system_prompt in settings.system_prompts:
         for role, own in asked.items():
             encoded = prompts(tokenizer, own, system_prompt=system_prompt, name=role)
-            check_room(model, encoded, settings.max_new_tokens, role)
+            kept = fitting(own, encoded, most, overlong=loading.reading.overlong, name=role)
+            if len(kept) == len(own):
+                check_room(model, encoded, settings.max_new_tokens, role)
+                continue
+            left_out = sources.record[role].get("overlong", 0) + len(own) - len(kept)
+            asked[role], sources.record[role]["overlong"] = kept, left_out
     evaluation = Evaluation(
         tokenizer,
         asked[REQUESTS],

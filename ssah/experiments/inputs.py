@@ -35,8 +35,7 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-# A study of many rows leaves out the few whose prompt is too long, and says how many they are.
-READING = Reading(overlong="skip")
+READING = Reading()
 # Roles whose rows a model was calibrated or trained on; others measure it.
 _SEEN = ("safety", "utility", "finetune")
 SCORES = "scores"  # folder of a run
@@ -81,7 +80,7 @@ class Loading:
         """For the record of a run."""
         fields = asdict(self)
         del fields["reading"]
-        return {"model": fields.pop("name"), **fields, **self.reading.settings(READING)}
+        return {"model": fields.pop("name"), **fields, **self.reading.settings()}
 
     def precision(
         self, steps: Steps, device: torch.device, bf16: bool | None = None
