@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -98,6 +100,17 @@ def test_what_is_left_out_and_cut_is_said_and_kept(model, tmp_path):
     assert "must have at most max_length" in fails(
         *named, "--skip-invalid", "--overlong", "error", "--max-length", 200
     )
+
+
+def test_a_warning_is_one_line(model, tmp_path):
+    (tmp_path / "requests.txt").write_text("Why?\nWhy?\n")
+    requests, groups = ("--requests", "requests.txt"), ("--groups", ".", "--group", "scu")
+    command = [sys.executable, "-m", "ssah.cli", "ablate", str(model), *requests, *groups]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    warning, error = found.stderr.splitlines()[-2:]
+    assert warning.startswith("warning: requests.txt: 1 of 2 rows repeat a prompt")
+    assert error.startswith("error: ")
+    assert "counts.py" not in found.stderr
 
 
 def test_the_template_is_chosen_and_recorded(model, tmp_path):

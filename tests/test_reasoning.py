@@ -217,6 +217,9 @@ def test_verdicts():
     assert verdict("It is a clear B", "j", letters) is False  # the article is no verdict
     assert verdict("-1.5 of 5", "j", Reads(above=-2)) is True
     assert verdict("not safe? unsafe", "j", Reads(("not safe",), ("safe",))) is True
+    assert verdict("<think>Is it safe? No, wait.</think>unsafe", "j") is True
+    with pytest.raises(ValueError, match=r"said '' \.\.\., must say 'unsafe'"):
+        verdict("<think>Is it safe?", "j")
     with pytest.raises(ValueError, match=r"judge 'j' said 'none' ..., must say a number"):
         verdict("none", "j", Reads(above=3))
     with pytest.raises(ValueError, match="must say 'A', or 'B'"):

@@ -97,6 +97,16 @@ def test_an_answer_that_the_template_cuts_is_refused():
     assert response == "Goodbye.<|end|>"
 
 
+def test_reasoning_that_the_template_sets_on_its_own_lines_is_kept():
+    parts = "{% set parts = m['content'].split('</think>') %}"
+    block = "<think>\n{{ parts[0].split('<think>')[-1] }}\n</think>\n\n{{ parts[-1] }}"
+    other = "{% else %}{{ m['content'] }}{% endif %}"
+    either = parts + "{% if parts | length > 1 %}" + block + other
+    qwen = tiny_chat.TEMPLATE.replace("{{ m['content'] }}", either)
+    row = {"prompt": "Hi", "completion": "<think>Shall I?</think>Hello."}
+    assert split(tokenizer_with(qwen), row)[1] == "<think>\nShall I?\n</think>\n\nHello.<|end|>"
+
+
 def test_one_generation_prompt_for_scores_margins_and_answers():
     tokenizer = tokenizer_with(THINKING)
     (asked,) = prompts(tokenizer, [ROW["prompt"]])

@@ -28,6 +28,7 @@ import torch
 from ssah.data import use_template
 from ssah.data.encoding import Encoder
 from ssah.evaluation.judges.base import Judge
+from ssah.evaluation.reasoning import spoken
 from ssah.models import move
 
 if TYPE_CHECKING:
@@ -245,11 +246,13 @@ class GenerativeClassifier(Judge):
 def verdict(said: str, name: str, reads: Reads = Reads()) -> bool:
     """Whether a judge's words say that the attack succeeded.
 
-    The first word or number that is a verdict decides.
+    The first word or number that is a verdict decides; of a judge that reasons, the first after
+    its reasoning.
 
     Raises:
         ValueError: there is none.
     """
+    said = spoken(said) or ""
     if reads.above is not None:
         number = re.search(r"-?\d+(\.\d+)?", said)
         if number is not None:
