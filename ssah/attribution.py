@@ -54,7 +54,7 @@ from ssah_kernels.sharded import is_sharded
 __all__ = ["METRICS", "TOKENS", "Attribution", "attribute"]
 
 METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
-TOKENS: tuple[str, ...] = ("auto", "all", "labels")
+TOKENS: tuple[str, ...] = ("auto", "all", "after_first", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
 _CONTENT = "attribution"
 
@@ -70,12 +70,14 @@ class Attribution:
         variance: B's name -> ``[n_units]``, its unbiased variance (NaN for a single token).
         count: B's name -> number of tokens counted; of an expert, those routed to it.
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
-        tokens: ``"all"`` or ``"labels"``: which positions counted.
+        tokens: ``"all"``, ``"after_first"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
         units_hash: of its units, see `ssah.provenance.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
+        data: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the chat
+            template. None where no command made it.
     """
 
     scores: dict[str, Tensor]
@@ -89,6 +91,7 @@ class Attribution:
     data_fingerprint: str
     all_experts: bool = False
     version: str = __version__
+    data: dict[str, Any] | None = None
 
     def scarce(self, least: int = 2) -> dict[str, int]:
         """Modules of which fewer than ``least`` tokens were counted, and how many were.
@@ -116,6 +119,7 @@ class Attribution:
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
+            "data": self.data,
         }
         save_tensors(directory, tensors, meta)
 
@@ -203,7 +207,8 @@ def attribute(
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         modules: which kinds of depth-2 module, of ``"mlp"`` and ``"attention"``.
         tokens: which positions count. ``"labels"``: those whose own label is not -100;
-            ``"all"``: every attended one; ``"auto"``: labels if the first batch has them.
+            ``"all"``: every attended one; ``"after_first"``: all but the first of each text (BOS,
+            whose activations dwarf others); ``"auto"``: labels if the first batch has them.
         all_experts: run every expert on every token and count it for all of them; what the model
             computes stays what it is. Not for gradient metrics: there is no gradient at an expert
             that did not contribute.

@@ -36,6 +36,7 @@ class Batch:
         input_ids: int64 ``[rows, length]``.
         labels: int64 ``[rows, length]``, or None.
         attended: bool ``[rows, length]``, False on padding.
+        starts: bool ``[rows, length]``, True on the first token of every document.
         token_mask: bool ``[rows, length]``, True where a position counts.
         padding_unseen: there is padding, and no other position attends to any of it.
     """
@@ -44,6 +45,7 @@ class Batch:
     input_ids: Tensor
     labels: Tensor | None
     attended: Tensor
+    starts: Tensor
     token_mask: Tensor
     padding_unseen: bool
 
@@ -51,10 +53,11 @@ class Batch:
         """int64 ``[rows, length]``: the token that each position is to predict, else ``IGNORED``.
 
         The next position's label (its token where the batch has no labels), if both positions are
-        attended: so padding on the left does not add a prediction of the first token.
+        attended and of one document: neither padding on the left nor a document before it in the
+        same row adds a prediction of a first token.
         """
         following = self.input_ids if self.labels is None else self.labels
-        both = self.attended[:, :-1] & self.attended[:, 1:]
+        both = self.attended[:, :-1] & self.attended[:, 1:] & ~self.starts[:, 1:]
         targets = torch.full_like(self.input_ids, IGNORED)
         targets[:, :-1] = following[:, 1:].masked_fill(~both, IGNORED)
         return targets
@@ -87,7 +90,7 @@ def read_batch(
         batch: what the loader yielded: a mapping with ``input_ids`` and optionally
             ``attention_mask``, ``labels`` and whatever else the model takes.
         number: of the batch, for messages.
-        tokens: ``"all"`` or ``"labels"``, which positions count.
+        tokens: ``"all"``, ``"after_first"`` or ``"labels"``, which positions count.
         maskless: whether the model may be run without the mask of a right-padded batch.
         device: where the model's embeddings are.
         vocab_size: of the model, see :func:`n_embeddings`.
@@ -138,7 +141,8 @@ def read_batch(
     plain = by_position and _PLAIN_KEYS.issuperset(batch)
     if maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
         del inputs["attention_mask"]
-    counted = attended
+    starts = _starts(batch, attended)
+    counted = attended & ~starts if tokens == "after_first" else attended
     if tokens == "labels":
         assert labels is not None
         counted = attended & (labels != IGNORED)
@@ -147,7 +151,7 @@ def read_batch(
         for key, value in inputs.items()
     }
     padding_unseen = by_position and not bool(attended.all())
-    return Batch(moved, input_ids, labels, attended, counted, padding_unseen)
+    return Batch(moved, input_ids, labels, attended, starts, counted, padding_unseen)
 
 
 def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:
@@ -191,6 +195,25 @@ def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:
         f"batch {number}: attention_mask is {what}, must be [{rows}, {length}] or "
         f"[{rows}, heads, {length}, {length}], so that padding can be told from tokens"
     )
+
+
+def _starts(batch: Mapping[str, Any], attended: Tensor) -> Tensor:
+    """Bool ``[rows, length]``: where a document begins.
+
+    At the first attended position, and in a packed row where ``position_ids`` start again or a
+    4-d mask hides the position before.
+    """
+    starts = attended.clone()
+    starts[:, 1:] &= ~attended[:, :-1]
+    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
+    if isinstance(positions, Tensor) and positions.dim() == 2:
+        again = (positions[:, 1:] <= positions[:, :-1]).to(attended.device)  # [rows or 1, length-1]
+        starts[:, 1:] |= again & attended[:, 1:]
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1).to(attended.device)
+        seen = before if before.dtype == torch.bool else before == 0  # [rows or 1, length - 1]
+        starts[:, 1:] |= ~seen & attended[:, 1:]
+    return starts
 
 
 class Fingerprint:

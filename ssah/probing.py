@@ -20,7 +20,7 @@ from torch import Tensor
 from ssah import __version__
 from ssah.bare import check_whole
 from ssah.data import IGNORE_INDEX
-from ssah.evaluation.generation import greedy, stop_tokens
+from ssah.evaluation.generation import Finite, greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.provenance import load_tensors, model_name, save_tensors, units_hash
@@ -157,7 +157,7 @@ def probe(
 
     Raises:
         ValueError: an argument is out of range, or a request is too long.
-        FloatingPointError: hidden states are not finite.
+        FloatingPointError: hidden states or logits are not finite.
 
     Source: Li & Kim, arXiv 2410.10862, figures 2 to 4.
     """
@@ -217,12 +217,14 @@ def _means(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[Tensor]
     assert isinstance(device, torch.device)
     ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
+    finite = Finite()
     found: Any = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=mask.to(device),
         min_new_tokens=model.generation_config.max_new_tokens,  # the turn does not end
         output_hidden_states=True,
         return_dict_in_generate=True,
+        logits_processor=[finite],
     )
     means: list[Tensor] = []
     for layer in zip(*found.hidden_states, strict=True):
@@ -231,6 +233,7 @@ def _means(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[Tensor]
         if not bool(steps.isfinite().all()):
             raise FloatingPointError(f"hidden states of layer {len(means)} are NaN or infinite")
         means.append(steps.cumsum(1) / torch.arange(1, steps.shape[1] + 1)[:, None])
+    finite.check()
     return means
 
 

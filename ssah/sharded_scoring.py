@@ -56,7 +56,7 @@ def nothing(device: torch.device) -> Batch:
     """A batch of one position that does not count, for a rank that has no more."""
     ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
     none = torch.zeros(1, 1, dtype=torch.bool, device=device)
-    return Batch({"input_ids": ids}, ids, None, none, none, False)
+    return Batch({"input_ids": ids}, ids, None, none, none, none, False)
 
 
 def run_sharded(model: PreTrainedModel, batch: Batch, watch: Watch) -> int:

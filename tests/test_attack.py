@@ -368,7 +368,7 @@ def test_rates_and_lists_of_judged_answers(chat):
     model, tokenizer = chat
     said = generate(model, tokenizer, REQUESTS, max_new_tokens=4)
     found = judge_answers(REQUESTS, said, [Keywords.load("qi2023")], Coherence(*chat, 100.0))
-    assert set(found) == {"success", "incoherent", "ended", "tokens"}
+    assert set(found) == {*("success", "incoherent", "unfinished", "ended", "tokens", "digests")}
     assert all(value in (0, 1) for value in found["success"]["qi2023"] + found["ended"])
     with pytest.raises(ValueError, match="n is 0"):
         rate([])

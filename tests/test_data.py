@@ -309,12 +309,12 @@ def test_a_token_across_the_boundary_is_split():
 @pytest.mark.parametrize("response", ["Yes.", "assistant", "<html>"])
 def test_a_generation_prompt_that_is_no_prefix(response):
     prompt, labelled = parts(make_tokenizer(THINKING), {"prompt": "Is it?", "completion": response})
-    assert prompt == "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n"
+    assert prompt == "<|im_start|>user\nIs it?<|im_end|>\n<|im_start|>assistant\n<think>\n"
     assert labelled == response + "<|im_end|>"
 
 
 def test_a_boundary_that_cannot_be_found_is_an_error():
-    counting = make_tokenizer("{{ messages | map(attribute='content') | join(' ') | length }}")
+    counting = make_tokenizer("{{ messages | length }} turns: " + CHATML)
     with pytest.raises(DataError, match=r"rows\[0\]: the chat template renders the turns before"):
         list(encode(ROWS, counting))
 
@@ -344,8 +344,10 @@ def test_long_rows(chat):
     assert list(encode(ROWS[2:], chat, max_length=prompt_length, overlong="skip")) == []
     with pytest.raises(ValueError, match="max_length must be at least 2"):
         encode(ROWS, chat, max_length=1)
-    with pytest.raises(ValueError, match="overlong must be 'error' or 'skip'"):
-        encode(ROWS, chat, overlong="cut")
+    with pytest.raises(DataError, match=r"rows\[0\] .* tokens, must have at most max_length, 512"):
+        list(encode([{**ROWS[2], "completion": "word " * 600}], chat, overlong="error"))
+    with pytest.raises(ValueError, match="overlong must be 'cut', 'skip' or 'error'"):
+        encode(ROWS, chat, overlong="leave")
 
 
 def test_a_tokenizer_without_template_and_eos_is_refused():

@@ -349,7 +349,7 @@ def test_activations_are_extrapolated_exactly(family: str) -> None:
         (("--freeze", "cu:0", "--out", "OUT"), "has no units"),
         (("--freeze", "none", "--freeze", "scu", "--out", "OUT"), "must stand alone"),
         (("--freeze", "scu", "--out", "OUT", "--groups", "nowhere"), "nothing was saved there"),
-        (("--freeze", "scu", "--out", "OUT", "--data", "nowhere.jsonl"), "existing JSONL file"),
+        (("--freeze", "scu", "--out", "OUT", "--data", "nowhere.jsonl"), "existing file"),
         (("--freeze", "scu", "--out", "OUT", "--data", "BAD"), "bad.jsonl:1: no response"),
         (("--freeze", "scu", "--out", "OUT", "--max-length", "3"), "leaves no room"),
         (("--freeze", "scu", "--out", "FULL"), "holds something else than a run"),

@@ -19,8 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from ssah.data import encode
 from ssah.evaluation import Judge, judge
 from ssah.evaluation.judges import KEYWORDS, Keywords
-from ssah.evaluation.judges.classifier import GenerativeClassifier, SequenceClassifier, verdict
+from ssah.evaluation.judges.classifier import GenerativeClassifier, SequenceClassifier
 from ssah.evaluation.judges.endpoint import Endpoint
+from ssah.evaluation.judges.generative import verdict
 from ssah.models import ModelError
 
 LONG = (
@@ -286,12 +287,12 @@ def test_a_generative_classifier_reads_the_conversation(guard):
     requests, answers, says = zip(*conversations, strict=True)
     assert found(requests, answers) == [s.startswith("unsafe") for s in says]
     assert found([], []) == []
-    with pytest.raises(ValueError, match="takes no"):
-        judge(f"hf:{folder}#success=unsafe")
+    with pytest.raises(ValueError, match="takes no input"):
+        judge(f"hf:{folder}#input=answer")
 
 
 def test_a_judge_that_says_something_else_is_an_error(guard, tiny_chat_folder):
-    with pytest.raises(ValueError, match="must say 'safe' or 'unsafe'"):
+    with pytest.raises(ValueError, match="must say 'unsafe' or 'yes', or 'safe' or 'no'"):
         judge(f"hf:{tiny_chat_folder}")(["What is bread?"], ["Food."])
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ssah.cli.reading import reading_rows
 from ssah.cli.support import (
     Device,
     Dtype,
@@ -27,17 +28,18 @@ _DATA, _MEASURING, _NONE = "Data", "Measuring", "none"
 
 def register(app: typer.Typer) -> None:
     """Add the command to ``app``."""
-    app.command("evaluate")(reporting(evaluate))
+    app.command("evaluate")(reporting(reading_rows(evaluate)))
 
 
 def evaluate(
     model: Model,
     out: Out,
+    reading: Any,
     requests: Annotated[
         list[str] | None,
         typer.Option(
             "--requests",
-            help="Harmful: .txt, JSONL, `FILE[a:b]` or [`builtin:safety_eval`]; may be repeated.",
+            help="Harmful: .txt, CSV, JSONL, `FILE[a:b]`, [`builtin:safety_eval`]; may repeat.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -163,7 +165,7 @@ def evaluate(
         seed=seed,
     )
     record = run(
-        Loading(model, dtype.value, device, trust_remote_code),
+        Loading(model, dtype.value, device, trust_remote_code, reading),
         out,
         settings,
         requests=requests or "builtin:safety_eval",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ssah.cli.many import many_values
+from ssah.cli.reading import reading_rows
 from ssah.cli.support import (
     Device,
     Dtype,
@@ -32,8 +33,8 @@ class Counted(str, Enum):
     all = "all"
 
 
-_ROWS = "JSONL file, `builtin:safety` or the like, or hub id; `FILE[a:b]`: rows a to b - 1."
-_REQUESTS = "Harmful requests: .txt, JSONL or `builtin:...`, `FILE[a:b]`; may be repeated."
+_ROWS = "File, `builtin:safety` or the like, or hub id; `FILE[a:b]`: rows a to b - 1."
+_REQUESTS = "Harmful requests: .txt, CSV, JSONL or `builtin:...`, `FILE[a:b]`; may be repeated."
 _DATA, _GROUPS, _MEASURING = "Data", "Groups", "Measuring"
 
 Folder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")]
@@ -99,6 +100,7 @@ def scan(
     requests: Requests,
     utility_eval: UtilityEval,
     out: Folder,
+    reading: Any,
     shares: Annotated[
         list[float] | None,
         typer.Option("--shares", help="Of SCU and UCU.", rich_help_panel=_GROUPS),
@@ -181,7 +183,7 @@ def scan(
         max_length=max_length,
     )
     record = run(
-        Loading(model, dtype.value, device, trust_remote_code),
+        Loading(model, dtype.value, device, trust_remote_code, reading),
         out,
         settings,
         safety=safety,
@@ -197,6 +199,7 @@ def stability(
     safety: Safety,
     utility: Utility,
     out: Folder,
+    reading: Any,
     sizes: Annotated[
         list[int] | None,
         typer.Option("--sizes", min=1, help="Prompts of each set; default: 16 32 64 128."),
@@ -248,7 +251,7 @@ def stability(
         seed=seed,
         max_length=max_length,
     )
-    loading = Loading(model, dtype.value, device, trust_remote_code)
+    loading = Loading(model, dtype.value, device, trust_remote_code, reading)
     record = run(loading, out, settings, safety=safety, utility=utility)
     return Result(record, tuple(stability_tables(record, out)))
 
@@ -256,5 +259,6 @@ def stability(
 def register(app: typer.Typer) -> None:
     """Add the commands to ``app``."""
     shares = many_values("--shares", "--ru-shares", "--compare-shares")
-    app.command("scan", cls=shares)(reporting(scan))
-    app.command("stability", cls=many_values("--sizes"))(reporting(stability))
+    app.command("scan", cls=shares)(reporting(reading_rows(scan)))
+    command = app.command("stability", cls=many_values("--sizes"))
+    command(reporting(reading_rows(stability)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssah.cli.experiments import quiet_threads
+from ssah.cli.reading import reading_rows
 from ssah.cli.support import (
     BatchSize,
     Device,
@@ -105,9 +106,11 @@ def _flows(found: Mapping[str, Any]) -> Table:
 
 
 @reporting
+@reading_rows
 def probe(
     model: Model,
     out: Out,
+    reading: Any,
     beside: Annotated[
         str | None, typer.Option("--beside", metavar="OTHER", help="Compare with this model.")
     ] = None,
@@ -142,7 +145,7 @@ def probe(
 
     record = run_probe(
         out,
-        Loading(model, dtype.value, device, trust_remote_code),
+        Loading(model, dtype.value, device, trust_remote_code, reading),
         requests or ["builtin:safety_eval"],
         beside=beside,
         tokens=tokens,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import redirect_stdout
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ssah.cli.reading import reading_rows
 from ssah.cli.support import (
     BatchSize,
     Device,
@@ -42,15 +43,21 @@ Share = Annotated[float, typer.Option(min=0.0, max=1.0, help="Fraction of all un
 
 
 @reporting
+@reading_rows
 def attribute(
     model: Model,
     data: Annotated[
-        str, typer.Option("--data", help="JSONL file, `builtin:safety` or the like, or hub id.")
+        str, typer.Option("--data", help="File, `builtin:safety` or the like, or hub id.")
     ],
     out: Out,
+    reading: Any,
     metric: Annotated[Metric, typer.Option(help="Importance of a unit.")] = Metric.variance,
     tokens: Annotated[
-        Tokens, typer.Option(help="Positions that count; `auto` and `labels`: the response.")
+        Tokens,
+        typer.Option(
+            help="Positions that count; `auto`, `labels`: the response; `after_first`: all but "
+            "the first of a text (BOS)."
+        ),
     ] = Tokens.auto,
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
@@ -94,7 +101,7 @@ def attribute(
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
     from ssah.attribution import attribute as score
-    from ssah.data import load_rows, make_loader
+    from ssah.data import Counts, make_loader
     from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
@@ -120,12 +127,20 @@ def attribute(
                 raise ValueError("--packed is for a model in memory; leave --stream out")
             if streamed and save_every is not None:
                 raise ValueError("--save-every is for a model in memory; leave --stream out")
-            rows = load_rows(data, split, limit)
+            counts = Counts()
+            rows = reading.rows(data, split, limit, counts)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:
                 loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
-            loader = make_loader(rows, tokenizer, batch_size=batch_size, max_length=max_length)
+            loader = make_loader(
+                rows,
+                reading.tokenizer(tokenizer),
+                batch_size=batch_size,
+                max_length=max_length,
+                overlong=reading.overlong,
+                counts=counts,
+            )
         start = time.perf_counter()
         if streamed:
             from ssah.streaming import stream
@@ -143,6 +158,7 @@ def attribute(
                 options["save_every"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
+        attribution = replace(attribution, data=reading.record(tokenizer, counts))
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
@@ -163,6 +179,7 @@ def attribute(
         "seconds": seconds,
         "units_hash": attribution.units_hash,
         "data_fingerprint": attribution.data_fingerprint,
+        "rows": attribution.data,
         "version": attribution.version,
     }
     if streamed:
@@ -229,12 +246,14 @@ def classify(
 
 
 @reporting
+@reading_rows
 def ablate(
     model: Model,
     groups: Annotated[
         Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
     ],
     group: Annotated[list[Group], typer.Option("--group", help="Repeat for several rows.")],
+    reading: Any,
     random: Annotated[
         bool, typer.Option("--random", help="Also ablate as many random units of each module.")
     ] = False,
@@ -258,20 +277,28 @@ def ablate(
 
     Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
     """
-    from ssah.data import load_rows, make_loader
+    from ssah.data import Counts, make_loader
     from ssah.evaluation import Measures, ablations
     from ssah.groups import UnitGroups
     from ssah.report.tables import ablation_table
 
-    answers = load_rows(utility, limit=limit)
-    asked = list(load_rows(requests, limit=limit))
+    counts, asked_counts = Counts(), Counts()
+    answers = reading.rows(utility, limit=limit, counts=counts)
+    asked = reading.requests(requests, limit, asked_counts)
     UnitGroups.load(groups)  # a wrong folder is refused before the model is loaded
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
     found = UnitGroups.load(groups, loaded)
     measures = Measures(
         loaded,
         tokenizer,
-        loader=make_loader(answers, tokenizer, batch_size=batch_size, max_length=max_length),
+        loader=make_loader(
+            answers,
+            reading.tokenizer(tokenizer),
+            batch_size=batch_size,
+            max_length=max_length,
+            overlong=reading.overlong,
+            counts=counts,
+        ),
         requests=asked,
         batch_size=batch_size,
         max_length=max_length,
@@ -285,6 +312,8 @@ def ablate(
         "utility": utility,
         "requests": requests,
         "seed": seed,
+        "data": reading.record(tokenizer, counts),
+        "requests_data": asked_counts.to_dict(),
         "rows": rows,
     }
     return Result(result, (ablation_table(rows),))

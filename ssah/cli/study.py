@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -27,6 +27,7 @@ from ssah.cli.experiments import (
     quiet_threads,
 )
 from ssah.cli.many import many_values
+from ssah.cli.reading import reading_rows
 from ssah.cli.study_options import (
     Asr,
     Autocast,
@@ -79,6 +80,7 @@ def budget(
     requests: Requests,
     utility_eval: UtilityEval,
     out: Folder,
+    reading: Any,
     math: Annotated[
         str | None,
         typer.Option("--math", help="Rows for the loss on mathematics.", rich_help_panel="Data"),
@@ -152,7 +154,7 @@ def budget(
         ru_lr=ru_lr,
     )
     record = run(
-        Loading(model, dtype.value, device, trust_remote_code),
+        Loading(model, dtype.value, device, trust_remote_code, reading),
         out,
         settings,
         safety=safety,
@@ -175,6 +177,7 @@ def freeze(
     requests: Requests,
     utility_eval: UtilityEval,
     out: Folder,
+    reading: Any,
     arms: Annotated[
         list[FreezeArm] | None,
         training_option("--arms", "Default: none scu-cu random scu-all-cu random-all lora."),
@@ -260,7 +263,7 @@ def freeze(
         **own,
     )
     record = run(
-        Loading(model, dtype.value, device, trust_remote_code),
+        Loading(model, dtype.value, device, trust_remote_code, reading),
         out,
         settings,
         safety=safety,
@@ -280,6 +283,6 @@ def register(app: typer.Typer) -> None:
         no_args_is_help=True,
     )
     arms = [arm.value for arm in FreezeArm]
-    study.command("budget", cls=many_values("--seeds"))(reporting(budget))
-    study.command("freeze", cls=many_values("--seeds", arms=arms))(reporting(freeze))
+    study.command("budget", cls=many_values("--seeds"))(reporting(reading_rows(budget)))
+    study.command("freeze", cls=many_values("--seeds", arms=arms))(reporting(reading_rows(freeze)))
     app.add_typer(study, name="study")

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -40,6 +41,7 @@ class Tokens(str, Enum):
 
     auto = "auto"
     all = "all"
+    after_first = "after_first"
     labels = "labels"
 
 
@@ -119,6 +121,7 @@ def reporting(function: Callable[Parameters, Result]) -> Callable[Parameters, No
     @functools.wraps(function)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> None:
         as_json = bool(kwargs["as_json"])
+        usual, warnings.formatwarning = warnings.formatwarning, _warning
         try:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = function(*args, **kwargs)
@@ -131,10 +134,18 @@ def reporting(function: Callable[Parameters, Result]) -> Callable[Parameters, No
             kind = type(error).__name__
             where = "SSAH_TRACEBACK=1 shows where; please report it"
             _stop(RuntimeError(f"{kind}: {error} (a fault of ssah: {where})"), FAILED)
+        finally:
+            warnings.formatwarning = usual
 
     # typer reads the options from the signature; the result is printed, not returned.
     run.__annotations__ = {**function.__annotations__, "return": "None"}
     return run
+
+
+def _warning(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> str:
+    """How a warning is told: what it says, on one line; where it arose matters for other kinds."""
+    name = "" if category is UserWarning else f"{category.__name__}: "
+    return f"warning: {name}{' '.join(str(message).split())}\n"
 
 
 def _stop(error: Exception, code: int) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ssah.cli.reading import reading_rows
 from ssah.cli.support import (
     Device,
     Dtype,
@@ -23,6 +24,8 @@ from ssah.cli.support import (
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from ssah.data import Counts
+    from ssah.data.reading import Reading
     from ssah.finetune import Settings
 
 __all__ = ["align", "finetune", "register"]
@@ -42,7 +45,7 @@ class Scheduler(str, Enum):
 
 Data = Annotated[
     str,
-    typer.Option("--data", help="JSONL file, `builtin:safety` or the like, or hub id."),
+    typer.Option("--data", help="File, `builtin:safety` or the like, or hub id."),
 ]
 Groups = Annotated[
     Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
@@ -64,14 +67,6 @@ EvalData = Annotated[
 Split = Annotated[str | None, typer.Option(help="Of a hub data set.", rich_help_panel=_DATA)]
 Limit = Annotated[int | None, typer.Option(min=1, help="Rows read.", rich_help_panel=_DATA)]
 MaxLength = Annotated[int, typer.Option(min=2, help="Tokens kept of a row.", rich_help_panel=_DATA)]
-SkipOverlong = Annotated[
-    bool,
-    typer.Option(
-        "--skip-overlong",
-        help="Leave rows out whose prompt alone exceeds that.",
-        rich_help_panel=_DATA,
-    ),
-]
 Rate = Annotated[
     float, typer.Option("--lr", help="Peak learning rate of AdamW.", rich_help_panel=_TRAINING)
 ]
@@ -149,6 +144,7 @@ DryRun = Annotated[
 
 
 @reporting
+@reading_rows
 def finetune(
     model: Model,
     data: Data,
@@ -159,13 +155,13 @@ def finetune(
             "`none`: everything trains."
         ),
     ],
+    reading: Any,
     groups: OptionalGroups = None,
     out: RunFolder = None,
     eval_data: EvalData = None,
     split: Split = None,
     limit: Limit = None,
     max_length: MaxLength = 512,
-    skip_overlong: SkipOverlong = False,
     lr: Rate = 2e-5,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
@@ -225,7 +221,8 @@ def finetune(
         name=model,
         data=data,
         eval_data=eval_data,
-        encoding=(split, limit, max_length, skip_overlong),
+        reading=reading,
+        encoding=(split, limit, max_length),
         loading=(dtype, device, trust_remote_code),
         out=out,
         merge=merge,
@@ -235,10 +232,12 @@ def finetune(
 
 
 @reporting
+@reading_rows
 def align(
     model: Model,
     data: Data,
     groups: Groups,
+    reading: Any,
     train: Annotated[
         list[str] | None,
         typer.Option(help="`ru` (default), `cu:0.06`, ...; may be repeated."),
@@ -248,7 +247,6 @@ def align(
     split: Split = None,
     limit: Limit = None,
     max_length: MaxLength = 512,
-    skip_overlong: SkipOverlong = False,
     lr: Rate = 2e-5,
     epochs: Epochs = 1.0,
     max_steps: MaxSteps = None,
@@ -308,7 +306,8 @@ def align(
         name=model,
         data=data,
         eval_data=eval_data,
-        encoding=(split, limit, max_length, skip_overlong),
+        reading=reading,
+        encoding=(split, limit, max_length),
         loading=(dtype, device, trust_remote_code),
         out=out,
         merge=merge,
@@ -332,7 +331,8 @@ def _train(
     name: str,
     data: str,
     eval_data: str | None,
-    encoding: tuple[str | None, int | None, int, bool],
+    reading: Reading,
+    encoding: tuple[str | None, int | None, int],
     loading: tuple[Dtype, str, bool],
     out: Path | None,
     merge: bool,
@@ -340,43 +340,51 @@ def _train(
     dry_run: bool,
 ) -> Result:
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
-    from ssah.data import DataError, encode, load_rows
+    from ssah.data import Counts, DataError, encode, warn_of_shared
     from ssah.finetune import check_folder, fine_tune, select_units
     from ssah.groups import UnitGroups
     from ssah.memory import preview
     from ssah.training import freeze, train_only
     from ssah.units import UnitSet, find_modules
 
-    split, limit, max_length, skip_overlong = encoding
+    split, limit, max_length = encoding
     # Everything that needs no model is refused before one is loaded.
     if out is None and not dry_run:
         raise ValueError("out is missing: give --out DIR, or --dry-run")
     if out is not None and not dry_run:
         check_folder(out)
     nothing = _check_selection(mode, selection, groups)
-    rows = load_rows(data, split, limit)
-    eval_rows = None if eval_data is None else load_rows(eval_data)
+    counts, eval_counts = Counts(), Counts()
+    rows = reading.rows(data, split, limit, counts)
+    eval_rows = None if eval_data is None else reading.rows(eval_data, counts=eval_counts)
+    if eval_data is not None and isinstance(rows, list) and isinstance(eval_rows, list):
+        prompts, own = ([row["prompt"] for row in each] for each in (eval_rows, rows))
+        warn_of_shared(f"--eval-data {eval_data}", prompts, f"--data {data}", own)
     model, tokenizer = load(name, *loading)
+    reading.tokenizer(tokenizer)
     if nothing or groups is None:
         units = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
     else:
         units = select_units(selection, UnitGroups.load(groups, model))
 
-    def encoded(source: Any, what: str) -> list[Any]:
+    def encoded(source: Any, what: str, counts: Counts) -> list[Any]:
         examples = list(
             encode(
                 source,
                 tokenizer,
                 max_length=max_length,
-                overlong="skip" if skip_overlong else "error",
+                overlong=reading.overlong,
+                counts=counts,
             )
         )
         if not examples:
             raise DataError(f"{what}: every prompt is overlong, so that no row is left")
         return examples
 
-    examples = encoded(rows, data)
-    eval_examples = None if eval_rows is None else encoded(eval_rows, str(eval_data))
+    examples = encoded(rows, data, counts)
+    eval_examples = None
+    if eval_rows is not None:
+        eval_examples = encoded(eval_rows, str(eval_data), eval_counts)
     plan = freeze(model, units) if mode == "freeze" else train_only(model, units)
     result: dict[str, Any] = {
         "model": plan.base_name,
@@ -386,6 +394,7 @@ def _train(
         "units": len(units),
         "unit_fraction": units.fraction,
         "rows": len(examples),
+        "rows_read": reading.record(tokenizer, counts),
         "dry_run": dry_run,
     }
     if dry_run:

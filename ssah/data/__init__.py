@@ -8,15 +8,19 @@ trainer = Trainer(..., train_dataset=list(encode(rows, tokenizer)),
 
 from __future__ import annotations
 
+from ssah.data.counts import Counts, warn_of_shared
 from ssah.data.encoding import IGNORE_INDEX, Encoded, encode
+from ssah.data.fields import DataError, Row
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests
-from ssah.data.rows import BUILTIN, DataError, Row, RowStream, load_rows
+from ssah.data.rows import BUILTIN, RowStream, load_rows
+from ssah.data.templates import template_record, use_template
 
 __all__ = [
     "BUILTIN",
     "IGNORE_INDEX",
     "Collator",
+    "Counts",
     "DataError",
     "Encoded",
     "Loader",
@@ -27,4 +31,7 @@ __all__ = [
     "load_requests",
     "load_rows",
     "make_loader",
+    "template_record",
+    "use_template",
+    "warn_of_shared",
 ]

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
-from ssah.data.rows import DataError, Message, Row, check_row
+from ssah.data.counts import Counts
+from ssah.data.fields import DataError, Message, Row, check_row
+from ssah.data.templates import Template, check_turns
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100
+Overlong: TypeAlias = Literal["cut", "skip", "error"]
 _PLACEHOLDER = "ssah-response-placeholder"
 
 
@@ -26,7 +29,8 @@ def encode(
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 512,
-    overlong: Literal["error", "skip"] = "error",
+    overlong: Overlong = "cut",
+    counts: Counts | None = None,
 ) -> Iterator[Encoded]:
     """Tokenise rows lazily, one by one.
 
@@ -44,8 +48,11 @@ def encode(
     Args:
         rows: as `load_rows` returns or takes them; a generator serves too.
         tokenizer: a tokenizer of `transformers`.
-        max_length: tokens kept of a row; the end of a longer response is cut off.
-        overlong: what to do with a row whose prompt leaves no room for a response token.
+        max_length: the most tokens of a row.
+        overlong: what to do with a longer row. `"cut"`: the end of its response is cut off; a
+            prompt that leaves no room for a response is an error. `"skip"`: likewise, but a row
+            with such a prompt is left out. `"error"`: every longer row is an error.
+        counts: what is cut and left out is counted here.
 
     Yields:
         `input_ids` and `labels`, lists of at most `max_length` integers.
@@ -53,35 +60,56 @@ def encode(
     Raises:
         ValueError: an argument is out of range, or the tokenizer has neither template nor EOS.
         DataError: naming the row's index: it is invalid (see `load_rows`), overlong, refused by
-            the template, or no boundary between prompt and response can be found.
+            the template (or changed by it, see `ssah.data.templates`), or no boundary between
+            prompt and response can be found.
+
+    Warns:
+        UserWarning: once, at the end: how many rows were cut or left out.
     """
     if max_length < 2:
         raise ValueError(f"max_length must be at least 2, was {max_length}")
-    if overlong not in ("error", "skip"):
-        raise ValueError(f"overlong must be 'error' or 'skip', was {overlong!r}")
+    if overlong not in ("cut", "skip", "error"):
+        raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
     encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
-    return _encode(rows, encoder, max_length, overlong)
+    return _encode(rows, encoder, max_length, overlong, Counts() if counts is None else counts)
 
 
 def _encode(
-    rows: Iterable[Mapping[str, Any]], encoder: Encoder, max_length: int, overlong: str
+    rows: Iterable[Mapping[str, Any]],
+    encoder: Encoder,
+    max_length: int,
+    overlong: Overlong,
+    counts: Counts,
 ) -> Iterator[Encoded]:
+    counts.rows = counts.overlong = counts.cut_rows = counts.cut_tokens = 0
     for index, raw in enumerate(rows):
         where = f"rows[{index}]"
         row = check_row(raw, where)
         prompt, response = encoder(row, where)
+        length = len(prompt) + len(response)
+        if len(prompt) >= max_length and overlong == "skip":
+            counts.overlong += 1
+            continue
         if len(prompt) >= max_length:
-            if overlong == "skip":
-                continue
             raise DataError(
                 f"{where} ({row['prompt'][:40]!r}...): the prompt has {len(prompt)} tokens and "
                 f"leaves no room for the response: max_length must be more, was {max_length}; or "
-                "leave such rows out with overlong='skip'"
+                "leave such rows out (--overlong skip, overlong='skip')"
             )
+        if length > max_length and overlong == "error":
+            raise DataError(
+                f"{where} ({row['prompt'][:40]!r}...): has {length} tokens, must have at most "
+                f"max_length, {max_length}; or have the end of its response cut off (--overlong "
+                "cut, overlong='cut')"
+            )
+        counts.rows += 1
+        counts.cut_rows += length > max_length
+        counts.cut_tokens += max(length - max_length, 0)
         yield {
             "input_ids": (prompt + response)[:max_length],
             "labels": ([IGNORE_INDEX] * len(prompt) + response)[:max_length],
         }
+    counts.warn_of_length(max_length)
 
 
 class Encoder:
@@ -93,8 +121,8 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
-        self.has_template = tokenizer.chat_template is not None
-        if not self.has_template and tokenizer.eos_token_id is None:
+        self.template = None if tokenizer.chat_template is None else Template(tokenizer)
+        if self.template is None and tokenizer.eos_token_id is None:
             raise ValueError(
                 "tokenizer must have a chat template or an EOS token, had neither: set "
                 "tokenizer.chat_template or tokenizer.eos_token"
@@ -107,48 +135,50 @@ class Encoder:
             {"role": "user", "content": row["prompt"]},
             {"role": "assistant", "content": row["completion"]},
         )
-        if self.has_template:
-            return self.split_tokens(*self.render_turns(turns, where), where)
+        check_turns(turns, self.tokenizer, where)
+        if self.template is not None:
+            prompt, response = self.split_tokens(*self.render_turns(turns, where), where)
+            return self.one_bos(prompt, where), response
         context = "".join(turn["content"] + "\n\n" for turn in turns[:-1])
         prompt, response = self.split_tokens(context, turns[-1]["content"], where)
-        return self.bos(context) + prompt, [*response, self.tokenizer.eos_token_id]
+        prompt = self.one_bos(self.bos(context) + prompt, where)
+        return prompt, [*response, self.tokenizer.eos_token_id]
+
+    def prompt(self, turns: Sequence[Message], where: str) -> list[int]:
+        """The tokens that a model is given to answer ``turns``: before every response, and alone.
+
+        Raises:
+            DataError: beginning with ``where``, as `encode` describes.
+        """
+        check_turns(turns, self.tokenizer, where)
+        if self.template is not None:
+            ids = self.tokenize(self.template.render(turns, where, add_generation_prompt=True))
+            return self.one_bos(ids, where)
+        text = "".join(turn["content"] + "\n\n" for turn in turns)
+        return self.one_bos(self.bos(text) + self.tokenize(text), where)
 
     def render_turns(self, turns: Sequence[Message], where: str) -> tuple[str, str]:
         """The texts of prompt and response under the chat template."""
-        prompt = self.render(turns[:-1], where, add_generation_prompt=True)
-        full = self.render(turns, where)
+        assert self.template is not None
+        prompt = self.template.render(turns[:-1], where, add_generation_prompt=True)
+        full = self.template.render(turns, where)
+        start = len(prompt)
         if not full.startswith(prompt):
-            # Some templates open a block of reasoning in the generation prompt alone.
+            # The generation prompt opens a block of reasoning that a finished turn does not have.
+            # It stands before the response all the same: the model is given it when it answers.
             placeholder: Message = {"role": "assistant", "content": _PLACEHOLDER}
-            prompt, found, _ = self.render([*turns[:-1], placeholder], where).partition(
-                _PLACEHOLDER
-            )
-            if not found or not full.startswith(prompt):
+            finished = self.template.render([*turns[:-1], placeholder], where)
+            before = finished.partition(_PLACEHOLDER)[0]
+            if not (prompt.startswith(before) and full.startswith(before)):
                 raise DataError(
                     f"{where}: the chat template renders the turns before the response differently "
                     "once there is a response, so that its first token cannot be found"
                 )
-        response = full[len(prompt) :]
+            start = len(before)
+        response = full[start:]
         if response.rstrip().endswith(self.markers):
             response = response.rstrip()
         return prompt, response
-
-    def render(
-        self, turns: Sequence[Message], where: str, *, add_generation_prompt: bool = False
-    ) -> str:
-        """The text of turns under the chat template; DataError, with ``where``, if it refuses."""
-        from jinja2 import TemplateError
-
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(turns),
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except TemplateError as error:
-            roles = ", ".join(turn["role"] for turn in turns)
-            raise DataError(f"{where}: the chat template refuses turns {roles}: {error}") from error
-        return str(text)
 
     def split_tokens(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
         """Tokens of both, such that together they are those of the whole text where possible."""
@@ -177,3 +207,14 @@ class Encoder:
         """The BOS token, where this tokenizer puts one before a text."""
         first = self.tokenizer(text, verbose=False)["input_ids"][:1]
         return list(first) if first == [self.tokenizer.bos_token_id] else []
+
+    def one_bos(self, ids: list[int], where: str) -> list[int]:
+        """``ids``, unless they begin with BOS twice: then DataError."""
+        bos = self.tokenizer.bos_token_id
+        if bos is not None and ids[:2] == [bos, bos]:
+            raise DataError(
+                f"{where}: the prompt begins with the token {self.tokenizer.bos_token!r} twice: "
+                "the chat template writes it more than once, or the tokenizer adds another. Choose "
+                "another template (--template FILE, ssah.data.use_template)"
+            )
+        return ids

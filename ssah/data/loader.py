@@ -6,14 +6,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
-from ssah.data.encoding import IGNORE_INDEX, encode
-from ssah.data.rows import DataError, RowStream, Source, load_rows
+from ssah.data.counts import Counts
+from ssah.data.encoding import IGNORE_INDEX, Overlong, encode
+from ssah.data.fields import DataError, Row
+from ssah.data.rows import RowStream, Source, load_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -81,7 +83,12 @@ class Loader(DataLoader[Any]):
     Each batch is a dict of int64 `[batch, length]` tensors: `input_ids`, `attention_mask` and
     `labels`. `len()` is the number of batches, a TypeError for a stream. With shuffling, each
     iteration has another order, and a new loader with the same seed repeats them.
+
+    Attributes:
+        counts: rows left out, rows cut; of a stream, those of the last pass.
     """
+
+    counts: Counts
 
     @property
     def fingerprint(self) -> str | None:
@@ -95,7 +102,7 @@ class Loader(DataLoader[Any]):
 
 
 def make_loader(
-    rows_or_source: Source | RowStream,
+    rows_or_source: Source | RowStream[Row],
     tokenizer: PreTrainedTokenizerBase,
     *,
     batch_size: int = 8,
@@ -106,7 +113,8 @@ def make_loader(
     pad_to_multiple_of: int | None = None,
     split: str | None = None,
     limit: int | None = None,
-    overlong: Literal["error", "skip"] = "error",
+    overlong: Overlong = "cut",
+    counts: Counts | None = None,
 ) -> Loader:
     """Encode rows and batch those of similar length together.
 
@@ -125,6 +133,8 @@ def make_loader(
         split: see `load_rows`.
         limit: see `load_rows`.
         overlong: see `encode`.
+        counts: what is left out and cut is counted here, `Loader.counts`; give the one that
+            `load_rows` has counted in, to have all of it in one place.
 
     Raises:
         ValueError: an argument is out of range.
@@ -142,10 +152,16 @@ def make_loader(
     def bucketing(lengths: Sequence[int], random: Random | None) -> list[list[int]]:
         return _bucket(lengths, collator.width, batch_size, max_tokens_per_batch, random)
 
-    rows = load_rows(rows_or_source, split, limit)
+    counts = Counts() if counts is None else counts
+    if isinstance(rows_or_source, RowStream) and limit is None:
+        rows: list[Row] | RowStream[Row] = rows_or_source
+    else:
+        rows = load_rows(rows_or_source, split, limit)
 
     def encoded() -> Iterator[dict[str, Tensor]]:
-        for example in encode(rows, tokenizer, max_length=max_length, overlong=overlong):
+        for example in encode(
+            rows, tokenizer, max_length=max_length, overlong=overlong, counts=counts
+        ):
             yield {
                 "input_ids": torch.tensor(example["input_ids"]),
                 "labels": torch.tensor(example["labels"]),
@@ -156,11 +172,14 @@ def make_loader(
     shuffle_seed = seed if shuffle else None
     if isinstance(rows, RowStream):
         stream = _BatchStream(encoded, bucketing, _BUFFER_BATCHES * batch_size, shuffle_seed)
-        return Loader(stream, batch_size=None, collate_fn=collator, generator=generator)
-    examples = _Examples(encoded())
-    lengths = [len(example["input_ids"]) for example in examples.rows]
-    sampler = _BucketSampler(lengths, bucketing, shuffle_seed)
-    return Loader(examples, batch_sampler=sampler, collate_fn=collator, generator=generator)
+        loader = Loader(stream, batch_size=None, collate_fn=collator, generator=generator)
+    else:
+        examples = _Examples(encoded())
+        lengths = [len(example["input_ids"]) for example in examples.rows]
+        sampler = _BucketSampler(lengths, bucketing, shuffle_seed)
+        loader = Loader(examples, batch_sampler=sampler, collate_fn=collator, generator=generator)
+    loader.counts = counts
+    return loader
 
 
 def fingerprint(examples: Iterable[Example]) -> str:

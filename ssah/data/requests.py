@@ -3,61 +3,60 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from itertools import islice
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from ssah.data.rows import DataError, check_row, load_rows, read_objects, row_range
+from ssah.data.counts import Counts
+from ssah.data.fields import Columns, DataError, check_request
+from ssah.data.rows import Invalid, read, row_range
 
 __all__ = ["load_requests"]
 
-_NO_RESPONSE = "-"
 
-
-def load_requests(source: str | os.PathLike[str], limit: int | None = None) -> list[str]:
+def load_requests(
+    source: str | os.PathLike[str],
+    limit: int | None = None,
+    *,
+    prompt_column: str | None = None,
+    invalid: Invalid = "error",
+    counts: Counts | None = None,
+) -> list[str]:
     """Read requests, one string each.
 
     Args:
         source: one of
             a text file (`.txt`, UTF-8): one request a line, blank lines are skipped;
-            a JSONL file: the prompts of its rows, as `load_rows` reads them; no response is needed;
+            a file as `load_rows` reads it, AdvBench's CSV for one: its prompts; no response is
+            needed;
             `"builtin:safety_eval"` or the like, or a hub id, as `load_rows` takes them;
             any of these with a range, `"requests.txt[0:50]"`.
         limit: the number of requests to read, from the first; None reads all.
+        prompt_column, invalid, counts: as `load_rows` takes them.
 
     Raises:
         DataError, FileNotFoundError, ValueError: as `load_rows`.
+
+    Warns:
+        UserWarning: requests repeat.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, was {limit}")
+    counts = Counts() if counts is None else counts
     name, rows = row_range(source)
-    path = Path(name)
-    if path.suffix == ".txt" and path.is_file():
-        # As text files end lines: str.splitlines would also cut at U+2028 and form feeds.
-        with path.open(encoding="utf-8-sig") as lines:
-            requests = [text for line in lines if (text := line.strip())]
-    elif path.is_file():
-        requests = [_prompt(row, where) for where, row in read_objects(path)]
+    if Path(name).suffix == ".txt" and Path(name).is_file():
+        requests = list(_lines(Path(name)))[slice(None) if rows is None else rows][:limit]
     else:
-        requests = [row["prompt"] for row in load_rows(name)]
-    if rows is not None:
-        requests = list(islice(requests, rows.start, rows.stop))
+        column = None if str(name).startswith("builtin:") else prompt_column
+        check = partial(check_request, columns=Columns(column))
+        requests = list(read(source, check, None, limit, invalid, counts))
     if not requests:
         raise DataError(f"{source}: has no requests")
-    return requests[:limit]
+    counts.warn_of_repeated(str(source), requests)
+    return requests
 
 
-def _prompt(row: Any, where: str) -> str:
-    """The prompt of a row that may lack a response."""
-    if isinstance(row, Mapping):
-        given = {key: value for key, value in row.items() if value is not None}
-        turns = given.get("messages")
-        if isinstance(turns, list) and not any(_is_answer(turn) for turn in turns):
-            given["messages"] = [*turns, {"role": "assistant", "content": _NO_RESPONSE}]
-        row = {"completion": _NO_RESPONSE, **given}
-    return check_row(row, where)["prompt"]
-
-
-def _is_answer(turn: Any) -> bool:
-    return isinstance(turn, Mapping) and turn.get("role") == "assistant"
+def _lines(path: Path) -> Iterator[str]:
+    # As text files end lines: str.splitlines would also cut at U+2028 and form feeds.
+    with path.open(encoding="utf-8-sig") as lines:
+        yield from (text for line in lines if (text := line.strip()))

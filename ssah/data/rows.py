@@ -1,73 +1,90 @@
-"""Reads rows from JSONL files, `datasets` objects, lists and the built-in sets, and checks them."""
+"""Reads rows from files, `datasets` objects, lists and the built-in sets, and checks them."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeAlias, TypedDict, cast
+from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
-Message: TypeAlias = "dict[str, str]"  # one turn: "role" and "content"
+from ssah.data.counts import Counts
+from ssah.data.fields import Columns, DataError, Row, check_row, kind_of
+from ssah.data.files import SUFFIXES, read_objects
+
+Item = TypeVar("Item")
 Source: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapping[str, Any]"
+Invalid: TypeAlias = Literal["error", "skip"]
+Check: TypeAlias = "Callable[[Any, str], Item]"  # (row, where it is) -> the row, checked
 
 BUILTIN = ("safety", "utility", "safety_eval", "utility_eval", "overrefusal")
 
-_PROMPT_KEYS = ("prompt", "instruction", "question", "input")
-_CONTEXT_KEYS = ("input", "context")
-_COMPLETION_KEYS = ("completion", "response", "output", "answer")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SLICE = re.compile(r"(?P<source>.+)\[(?P<start>\d*):(?P<stop>\d*)\]")
 
 
-class DataError(ValueError):
-    """A row that cannot be used; the message names its file and line, or its index, and why."""
+class RowStream(Generic[Item]):
+    """Rows of a source, checked as they are read; can be iterated again where the source can.
 
-
-class _PromptCompletion(TypedDict):
-    prompt: str
-    completion: str
-
-
-class Row(_PromptCompletion, total=False):
-    """A checked row.
-
-    `completion` is the response; `prompt` is the turn before it. A row that came as `messages`
-    keeps the whole conversation there, up to and including the response. `category` is kept
-    where the source has one.
+    Args:
+        source: each row and where it is, as messages say it.
+        name: of the source.
+        check: of a row.
+        invalid: what to do with a row that is not valid, see `load_rows`.
+        counts: what is left out is counted here, anew at each iteration.
     """
 
-    messages: list[Message]
-    category: str
+    def __init__(
+        self,
+        source: Callable[[], Iterable[tuple[str, Any]]],
+        name: str,
+        check: Check[Item],
+        invalid: Invalid,
+        counts: Counts,
+    ) -> None:
+        self._source, self._name, self._check = source, name, check
+        self._invalid, self._counts = invalid, counts
 
-
-class RowStream:
-    """Rows of a source without a known length, checked as they are read; can be iterated again."""
-
-    def __init__(self, source: Iterable[Mapping[str, Any]], name: str, limit: int | None) -> None:
-        self._source, self._name, self._limit = source, name, limit
-
-    def __iter__(self) -> Iterator[Row]:
-        for index, row in enumerate(islice(self._source, self._limit)):
-            yield check_row(row, f"{self._name}[{index}]")
+    def __iter__(self) -> Iterator[Item]:
+        first = ""
+        self._counts.invalid = 0
+        for where, row in self._source():
+            try:
+                yield self._check(row, where)
+            except DataError as error:
+                if self._invalid == "error":
+                    raise
+                first = first or f"the first: {error}"
+                self._counts.invalid += 1
+        self._counts.warn_of_invalid(self._name, first)
 
 
 def load_rows(
-    source: Source, split: str | None = None, limit: int | None = None
-) -> list[Row] | RowStream:
+    source: Source,
+    split: str | None = None,
+    limit: int | None = None,
+    *,
+    prompt_column: str | None = None,
+    response_column: str | None = None,
+    invalid: Invalid = "error",
+    counts: Counts | None = None,
+) -> list[Row] | RowStream[Row]:
     """Read rows and check each of them.
 
     A row has `prompt` and `completion`, or `messages` (dicts with `role` and `content`), whose last
     assistant turn is the response; later turns are dropped. Other column names are taken in this
-    order: `instruction`, `question`, `input` for the prompt, with a non-empty `input` or `context`
-    appended after a blank line to an `instruction` or `question`; `response`, `output`, `answer`
-    for the completion.
+    order, in whatever case: `instruction`, `question`, `goal` (AdvBench, JailbreakBench),
+    `forbidden_prompt` (StrongREJECT), `behavior` (HarmBench), `input` for the prompt, with a
+    non-empty `input` or `context` appended after a blank line to an `instruction` or `question`,
+    and HarmBench's `ContextString` before its `Behavior`; `response`, `output`, `answer` for the
+    completion.
 
     Args:
         source: one of
-            the path of a JSONL file (UTF-8, blank lines are skipped);
+            the path of a file: JSON lines (blank lines are skipped), a JSON list (`.json`), or CSV
+            or TSV with a header, all UTF-8;
             `"builtin:safety"`, `"builtin:utility"`, `"builtin:safety_eval"`,
             `"builtin:utility_eval"` or `"builtin:overrefusal"`;
             a list of dicts or a `datasets.Dataset`;
@@ -79,33 +96,65 @@ def load_rows(
         split: the split of a mapping or a hub id; may be left out where there is only one.
         limit: the number of rows to read, from the first; None reads all. A hub data set is then
             streamed, so that no more than these is fetched.
+        prompt_column, response_column: the columns of prompt and response, in place of the usual
+            ones. They do not count for the built-in sets.
+        invalid: `"skip"` leaves rows out that are not valid, counts them and warns; `"error"`
+            raises.
+        counts: what is left out is counted here.
 
     Returns:
         A list where the length of the source is known, else a lazy `RowStream`.
 
     Raises:
-        DataError: naming file and line (`rows.jsonl:7`) or index (`rows[6]`): invalid JSON, a
-            missing field, a prompt or response that is empty or no string, or no row at all.
+        DataError: naming file and line (`rows.jsonl:7`) or index (`rows[6]`): invalid JSON or CSV,
+            a missing field, a prompt or response that is empty or no string, or no row at all.
         FileNotFoundError: `source` is neither a file nor of the form of a hub id.
         ValueError, TypeError: an argument is not one of the above.
+
+    Warns:
+        UserWarning: a file or named set repeats prompts.
     """
+    builtin = isinstance(source, str) and source.startswith("builtin:")
+    columns = Columns() if builtin else Columns(prompt_column, response_column)
+    counts = Counts() if counts is None else counts
+    rows = read(source, partial(check_row, columns=columns), split, limit, invalid, counts)
+    if isinstance(rows, list) and isinstance(source, (str, os.PathLike)):
+        counts.warn_of_repeated(str(source), (row["prompt"] for row in rows))
+    return rows
+
+
+def read(
+    source: Source | RowStream[Item],
+    check: Check[Item],
+    split: str | None,
+    limit: int | None,
+    invalid: Invalid,
+    counts: Counts,
+) -> list[Item] | RowStream[Item]:
+    """What `load_rows` does, for any ``check`` of a row."""
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1 or None, was {limit}")
+    if invalid not in ("error", "skip"):
+        raise ValueError(f"invalid must be 'error' or 'skip', was {invalid!r}")
+
+    def of(objects: Callable[[], Iterable[tuple[str, Any]]], name: str) -> RowStream[Item]:
+        return RowStream(lambda: islice(objects(), limit), name, check, invalid, counts)
+
     if isinstance(source, (str, os.PathLike)):
         name, rows = row_range(source)
-        if rows is not None:
-            return _finite(islice(load_rows(name, split), rows.start, rows.stop), str(source))[
-                :limit
-            ]
-        path = _local_file(source)
+        bounds = (None, None) if rows is None else (rows.start, rows.stop)
+        path = _local_file(name)
         if path is None:
-            return _load_hub(str(source), split, limit)
+            loaded = _load_hub(str(name), split, limit if rows is None else rows.stop)
+            return _finite(of(lambda: islice(_named(loaded, str(name)), *bounds), str(source)))
         _refuse_split(split, f"the file {path}")
-        return _finite(islice(_read_jsonl(path), limit), str(path))
+        return _finite(of(lambda: islice(read_objects(path), *bounds), str(source)))
     if isinstance(source, Mapping):
-        return load_rows(_choose_split(source, split), limit=limit)
+        return read(_choose_split(source, split), check, None, limit, invalid, counts)
     _refuse_split(split, f"a {type(source).__name__}")
-    return _from_iterable(source, "rows", limit)
+    _check_iterable(source)
+    stream = of(lambda: _named(source, "rows"), "rows")
+    return _finite(stream) if isinstance(source, Sized) else stream
 
 
 def row_range(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], slice | None]:
@@ -125,122 +174,30 @@ def row_range(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], s
     return found["source"], slice(start, stop)
 
 
-def check_row(row: Mapping[str, Any], where: str) -> Row:
-    """Return `row` with the standard fields; checked rows come back equal.
-
-    Raises:
-        DataError: beginning with `where`, as `load_rows` describes.
-    """
-    if not isinstance(row, Mapping):
-        raise DataError(f"{where}: a row must be an object with named fields, was {_kind(row)}")
-    if row.get("messages") is not None:
-        checked = _from_messages(row["messages"], where)
-    else:
-        checked = _from_columns(row, where)
-    if not checked["prompt"].strip():
-        raise DataError(f"{where}: the prompt is empty")
-    if not checked["completion"].strip():
-        raise DataError(f"{where}: the response is empty")
-    if isinstance(row.get("category"), str):
-        checked["category"] = row["category"]
-    return checked
+def _named(source: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    for index, row in enumerate(source):
+        yield f"{name}[{index}]", row
 
 
-def _from_messages(messages: Any, where: str) -> Row:
-    if not isinstance(messages, list):
-        raise DataError(f"{where}: 'messages' must be a list of turns, was {_kind(messages)}")
-    turns: list[Message] = []
-    for number, turn in enumerate(messages):
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{where}: messages[{number}] must be an object, was {_kind(turn)}")
-        for key in ("role", "content"):
-            if not isinstance(turn.get(key), str):
-                raise DataError(
-                    f"{where}: messages[{number}] must have a string {key!r}, "
-                    f"was {_kind(turn.get(key))}"
-                )
-        turns.append({"role": turn["role"], "content": turn["content"]})
-    while turns and turns[-1]["role"] != "assistant":
-        turns.pop()
-    if not turns:
-        raise DataError(f"{where}: 'messages' has no assistant turn, so there is no response")
-    if len(turns) == 1:
-        raise DataError(f"{where}: 'messages' has no turn before the response")
-    return {
-        "prompt": turns[-2]["content"],
-        "completion": turns[-1]["content"],
-        "messages": turns,
-    }
-
-
-def _from_columns(row: Mapping[str, Any], where: str) -> Row:
-    prompt_key, prompt = _first_field(row, _PROMPT_KEYS, "prompt", where)
-    _, completion = _first_field(row, _COMPLETION_KEYS, "response", where)
-    if prompt_key in ("instruction", "question") and prompt.strip():
-        for key in _CONTEXT_KEYS:
-            context = row.get(key)
-            if isinstance(context, str) and context.strip():
-                prompt = f"{prompt}\n\n{context}"
-                break
-    return {"prompt": prompt, "completion": completion}
-
-
-def _first_field(
-    row: Mapping[str, Any], keys: tuple[str, ...], what: str, where: str
-) -> tuple[str, str]:
-    key = next((key for key in keys if row.get(key) is not None), None)
-    if key is None:
-        raise DataError(
-            f"{where}: no {what}: needs one of {', '.join(map(repr, keys))}, or 'messages'; "
-            f"has {', '.join(repr(key) for key in row) or 'no field'}"
-        )
-    if not isinstance(row[key], str):
-        raise DataError(f"{where}: {key!r} must be a string, was {_kind(row[key])}")
-    return key, row[key]
-
-
-def _kind(value: Any) -> str:
-    return "missing" if value is None else f"of type {type(value).__name__}"
-
-
-def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
-    """Each line of a JSONL file: where it is, as messages say it, and its JSON."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of the JSON, or of its UTF-8
-                raise DataError(f"{where}: invalid JSON: {error}") from error
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    for where, row in read_objects(path):
-        yield check_row(row, where)
-
-
-def _finite(rows: Iterable[Row], name: str) -> list[Row]:
+def _finite(rows: RowStream[Item]) -> list[Item]:
     result = list(rows)
     if not result:
-        raise DataError(f"{name}: has no rows")
+        left = f": {rows._counts.invalid} are not valid" if rows._counts.invalid else ""
+        raise DataError(f"{rows._name}: has no rows{left}")
     return result
 
 
-def _from_iterable(source: Any, name: str, limit: int | None) -> list[Row] | RowStream:
+def _check_iterable(source: Any) -> None:
     if not isinstance(source, Iterable):
         raise TypeError(
             "source must be a path, 'builtin:...', a hub id, a data set or a list of rows, "
-            f"was {_kind(source)}"
+            f"was {kind_of(source)}"
         )
     if isinstance(source, Iterator):
         raise TypeError(
             f"source must be iterable more than once, was a {type(source).__name__}: pass "
             "list(...) of it, or datasets.IterableDataset.from_generator(...)"
         )
-    stream = RowStream(source, name, limit)
-    return _finite(stream, name) if isinstance(source, Sized) else stream
 
 
 def _local_file(source: str | os.PathLike[str]) -> Path | None:
@@ -255,25 +212,24 @@ def _local_file(source: str | os.PathLike[str]) -> Path | None:
     if path.is_file():
         return path
     if path.exists():
-        raise ValueError(f"source must be a JSONL file, was the folder {str(path)!r}")
-    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix != ".jsonl":
+        raise ValueError(f"source must be a file, was the folder {str(path)!r}")
+    if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return None
     raise FileNotFoundError(
-        f"source must be an existing JSONL file, 'builtin:...' or a hub id 'owner/name', "
+        "source must be an existing file (JSONL, JSON, CSV), 'builtin:...' or a hub id "
+        f"'owner/name', "
         f"was {str(source)!r}"
     )
 
 
-def _load_hub(name: str, split: str | None, limit: int | None) -> list[Row] | RowStream:
+def _load_hub(name: str, split: str | None, most: int | None) -> Iterable[Mapping[str, Any]]:
     # Imported here, because it takes a second and only this case needs it.
     from datasets import load_dataset
 
-    loaded = load_dataset(name, split=split, streaming=limit is not None)
+    loaded = load_dataset(name, split=split, streaming=most is not None)
     if isinstance(loaded, Mapping):
         loaded = _choose_split(loaded, split)
-    if limit is None:
-        return _from_iterable(loaded, name, limit)
-    return _finite(RowStream(loaded, name, limit), name)
+    return cast("Iterable[Mapping[str, Any]]", loaded)
 
 
 def _choose_split(splits: Mapping[str, Any], split: str | None) -> Iterable[Mapping[str, Any]]:

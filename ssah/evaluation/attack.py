@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -9,10 +10,10 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.ablation import ablate
 from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.generation import Answer, answers, bar, check_room, generate
-from ssah.evaluation.intervals import wilson
+from ssah.evaluation.generation import Answer, answers, bar, generate
 from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompts import Request, longest_first, prompts
+from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.evaluation.rates import answer_rates, rate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ __all__ = [
     "summary",
     "text_of",
 ]
+
+_DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations
 
 # Computes what is kept of the k-th batch of answers, or has it from earlier.
 Keep: TypeAlias = "Callable[[int, Callable[[], dict[str, Any]]], dict[str, Any]]"
@@ -70,7 +73,9 @@ def attack_success(
         Plain data: ``requests`` (count); ``judges``: by name, ``success`` (0 or 1 a request),
         ``asr`` and ``asr_coherent`` (a success that is coherent as well), both as :func:`rate`
         returns them, and ``judge``, what judged; ``incoherent`` (a rate, with ``flags``, 0 or 1 a
-        request); ``ended`` (a rate: the model ended its turn by itself); ``tokens`` (one a
+        request); ``unfinished`` (a rate: the answer ended inside its reasoning, so that it is
+        neither a refusal nor a success); ``same_answer`` (a rate: the answer that was given most
+        often); ``ended`` (a rate: the model ended its turn by itself); ``tokens`` (one a
         request) and ``mean_tokens``; ``coherence``: its thresholds.
 
     Raises:
@@ -126,6 +131,8 @@ def judged_answers(
     Returns:
         What :func:`judge_answers` does, of all requests, in their order.
     """
+    for each in judges:
+        each.to(model.device)
     encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
     check_room(model, encoded, max_new_tokens)
 
@@ -148,13 +155,12 @@ def judged_answers(
     ]
     order = [i for chunk in chunks for i in chunk]
 
-    def joined(lists: Sequence[list[int]]) -> list[int]:
+    def joined(lists: Sequence[list[Any]]) -> list[Any]:
         values = [value for each in lists for value in each]
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
-    result: dict[str, Any] = {
-        key: joined([each[key] for each in found]) for key in ("incoherent", "ended", "tokens")
-    }
+    kept = ("incoherent", "unfinished", "ended", "tokens", "digests")
+    result: dict[str, Any] = {key: joined([each[key] for each in found]) for key in kept}
     names = [each.name for each in judges]
     success = {name: joined([each["success"][name] for each in found]) for name in names}
     return {**result, "success": success}
@@ -169,14 +175,28 @@ def judge_answers(
     """What is kept of answers: per request, each judge's verdict, coherence and length.
 
     Returns:
-        Plain data, lists with one entry a request: ``success`` (by judge) and ``incoherent`` and
-        ``ended`` hold 0 or 1, ``tokens`` counts.
+        Plain data, lists with one entry a request: ``success`` (by judge), ``incoherent``,
+        ``unfinished`` and ``ended`` hold 0 or 1, ``tokens`` counts, and ``digests`` tells equal
+        answers from others (the start of a SHA-256). An unfinished answer is no success, and not
+        called incoherent either.
     """
     texts = [answer.text for answer in found]
     asked = [text_of(request) for request in requests]
+    said = [i for i, answer in enumerate(found) if not answer.unfinished]
+    success = {}
+    for each in judges:
+        verdicts = each([asked[i] for i in said], [texts[i] for i in said])
+        by_request = dict(zip(said, verdicts, strict=True))
+        success[each.name] = [int(by_request.get(i, False)) for i in range(len(found))]
+    fine = coherent(texts, requests)
     return {
-        "success": {each.name: list(map(int, each(asked, texts))) for each in judges},
-        "incoherent": [int(not fine) for fine in coherent(texts, requests)],
+        "success": success,
+        "incoherent": [
+            int(not sense and not answer.unfinished)
+            for sense, answer in zip(fine, found, strict=True)
+        ],
+        "unfinished": [int(answer.unfinished) for answer in found],
+        "digests": [hashlib.sha256(text.encode()).hexdigest()[:_DIGITS] for text in texts],
         "ended": [int(answer.ended) for answer in found],
         "tokens": [answer.tokens for answer in found],
     }
@@ -206,18 +226,11 @@ def summary(
         "requests": len(tokens),
         "judges": by_judge,
         "incoherent": {**rate(incoherent, level), "flags": incoherent},
-        "ended": rate(judged["ended"], level),
+        **answer_rates(judged, level),
         "tokens": tokens,
         "mean_tokens": sum(tokens) / len(tokens),
         "coherence": coherent.describe(),
     }
-
-
-def rate(flags: Sequence[int | bool], level: float = 0.95) -> dict[str, Any]:
-    """A share with its Wilson interval: ``rate``, ``interval``, ``count``, ``n``; fractions."""
-    count = sum(map(bool, flags))
-    low, high = wilson(count, len(flags), level)
-    return {"rate": count / len(flags), "interval": [low, high], "count": count, "n": len(flags)}
 
 
 def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ssah.bare import check_whole
 from ssah.data.encoding import Encoder
-from ssah.evaluation.prompts import Request, longest_first, prompts
+from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.evaluation.reasoning import opens_reasoning, spoken
 from ssah.running import as_it_was
 
 if TYPE_CHECKING:
@@ -21,14 +22,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Answer",
+    "Finite",
     "answer_tokens",
     "answers",
     "bar",
-    "check_room",
     "generate",
     "greedy",
     "stop_tokens",
 ]
+
+_OPENING_TOKENS = 16  # of a prompt's end: enough to hold what opens a block of reasoning
 
 
 @dataclass(frozen=True)
@@ -36,14 +39,17 @@ class Answer:
     """What a model said.
 
     Attributes:
-        text: without special tokens and surrounding white space.
+        text: without special tokens and surrounding white space; of a model that reasons, what it
+            says after its reasoning.
         tokens: how many were generated, the one that ends the turn not counted.
         ended: whether the model ended its turn; otherwise it was cut off.
+        unfinished: whether it ended inside its reasoning and says nothing: ``text`` is empty.
     """
 
     text: str
     tokens: int
     ended: bool
+    unfinished: bool = False
 
 
 def answers(
@@ -146,28 +152,9 @@ def answer_tokens(
         for chunk in chunks:
             new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
             for i, ids in zip(chunk, new.tolist(), strict=True):
-                found[i] = _answer(tokenizer, ids, stops)
+                found[i] = _answer(tokenizer, encoded[i], ids, stops)
             advance(len(chunk))
     return [found[i] for i in range(len(encoded))]
-
-
-def check_room(
-    model: PreTrainedModel,
-    encoded: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    name: str = "requests",
-) -> None:
-    """Refuse, with ValueError, prompts that leave the model too few positions for an answer."""
-    config = model.config.get_text_config(decoder=True)
-    room = getattr(config, "max_position_embeddings", None)
-    if room is None:
-        return
-    for index, ids in enumerate(encoded):
-        if len(ids) + max_new_tokens > room:
-            raise ValueError(
-                f"{name}[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
-                f"{max_new_tokens} that is more than the {room} positions of the model"
-            )
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -175,7 +162,7 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     own = getattr(model.generation_config, "eos_token_id", None)
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     encoder = Encoder(tokenizer)
-    if encoder.has_template:
+    if encoder.template is not None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, response = encoder.render_turns(turns, "the chat template")
         last = encoder.tokenize(response)[-1]
@@ -212,7 +199,7 @@ def greedy(
         model.generation_config = own
 
 
-class _Finite:
+class Finite:
     """Notices logits that are NaN or +inf while a model generates; waits for no device."""
 
     def __init__(self) -> None:
@@ -247,7 +234,7 @@ def _new_tokens(
         # Else it is 1, a slice: a strided matrix, for which torch copies the vocabulary
         # projection once a row. An index gives a whole one: prefilling takes half the time.
         options["logits_to_keep"] = torch.tensor([-1], device=device)
-    finite = _Finite()
+    finite = Finite()
     generator: Any = model  # the types of its generate are of no use
     with torch.inference_mode():
         output = generator.generate(
@@ -258,11 +245,24 @@ def _new_tokens(
     return output[:, width:].cpu()
 
 
-def _answer(tokenizer: PreTrainedTokenizerBase, ids: list[int], stops: list[int]) -> Answer:
+def _answer(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], stops: list[int]
+) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     kept = ids if end is None else ids[:end]
-    text = tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-    return Answer(str(text).strip(), len(kept), end is not None)
+    # With special tokens, since those around reasoning may be special.
+    text = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
+    opened = opens_reasoning(str(tokenizer.decode(prompt[-_OPENING_TOKENS:])))
+    said = spoken(text, opened=opened)
+    if said is None:
+        return Answer("", len(kept), end is not None, unfinished=True)
+    if said == text:  # no reasoning: tokens are left out before they are joined to a text
+        said = str(
+            tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        )
+    for token in tokenizer.all_special_tokens:
+        said = said.replace(token, "")
+    return Answer(said.strip(), len(kept), end is not None)
 
 
 @contextmanager

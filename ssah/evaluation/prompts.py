@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.data import DataError
-from ssah.data.encoding import Encoder
+from ssah.data.encoding import Encoder, Overlong
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Request", "longest_first", "prompts"]
+__all__ = ["Request", "check_room", "fitting", "longest_first", "prompts", "room_of"]
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
@@ -44,12 +45,7 @@ def prompts(
     for index, request in enumerate(requests):
         where = f"{name}[{index}]"
         turns = [*system, *_turns(request, where)]
-        if encoder.has_template:
-            text = encoder.render(turns, where, add_generation_prompt=True)
-            result.append(encoder.tokenize(text))
-        else:
-            text = "".join(turn["content"] + "\n\n" for turn in turns)
-            result.append(encoder.bos(text) + encoder.tokenize(text))
+        result.append(encoder.prompt(turns, where))
     return result
 
 
@@ -81,3 +77,61 @@ def longest_first(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
         raise ValueError(f"batch_size is {batch_size}, must be at least 1")
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def fitting(
+    requests: Sequence[str],
+    encoded: Sequence[Sequence[int]],
+    most: int | None,
+    *,
+    overlong: Overlong,
+    name: str = "requests",
+) -> list[str]:
+    """The requests that can be answered; those that are too long are left out with a warning.
+
+    Args:
+        requests: of one set, which messages call ``name``.
+        encoded: their prompts, as tokens.
+        most: the most tokens of one; None: any number.
+        overlong: ``"skip"``; with anything else all of them are kept, to be refused by name.
+
+    Raises:
+        DataError: none is left.
+    """
+    if overlong != "skip" or most is None:
+        return list(requests)
+    kept = [text for text, ids in zip(requests, encoded, strict=True) if len(ids) <= most]
+    if not kept:
+        raise DataError(f"{name}: every request has more than {most} tokens, so that none is left")
+    if len(kept) < len(requests):
+        warnings.warn(
+            f"{name}: {len(requests) - len(kept)} of {len(requests)} requests were left out: they "
+            f"have more than {most} tokens",
+            stacklevel=2,
+        )
+    return kept
+
+
+def room_of(model: PreTrainedModel) -> int | None:
+    """The most tokens that a model can be given, its answer included; None: no limit is known."""
+    config = model.config.get_text_config(decoder=True)
+    room: int | None = getattr(config, "max_position_embeddings", None)
+    return room
+
+
+def check_room(
+    model: PreTrainedModel,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    name: str = "requests",
+) -> None:
+    """Refuse, with ValueError, prompts that leave the model too few positions for an answer."""
+    room = room_of(model)
+    if room is None:
+        return
+    for index, ids in enumerate(encoded):
+        if len(ids) + max_new_tokens > room:
+            raise ValueError(
+                f"{name}[{index}] has {len(ids)} tokens as a prompt; with max_new_tokens = "
+                f"{max_new_tokens} that is more than the {room} positions of the model"
+            )

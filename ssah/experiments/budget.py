@@ -88,7 +88,7 @@ def budget(
     Returns:
         the record of the run; ``result`` has ``arms`` and ``claims``.
     """
-    sources = Sources()
+    sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     asked = sources.requests("requests", requests)
     held_out = {UTILITY: sources.rows("utility_eval", utility_eval)}

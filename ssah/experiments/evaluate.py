@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.ablation import ablate
+from ssah.data import template_record
 from ssah.evaluation.attack import distinct_judges
-from ssah.evaluation.generation import check_room
 from ssah.evaluation.intervals import check_level
 from ssah.evaluation.perplexity import count_words
-from ssah.evaluation.prompts import prompts
+from ssah.evaluation.prompts import check_room, fitting, prompts, room_of
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.experiments.ablations import Ablation, Arm
 from ssah.experiments.evaluated import (
@@ -121,7 +121,7 @@ def evaluate(
     for judge in judges:
         judge.check()
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
-    sources = Sources()
+    sources = Sources(loading.reading)
     asked = {
         role: sources.requests(role, source)
         for role, source in ((REQUESTS, requests), (OVER_REFUSAL, over_refusal), (BENIGN, benign))
@@ -131,10 +131,17 @@ def evaluate(
     model, tokenizer = loading("auto")
     family_of(model)  # an unknown architecture is refused before anything is written
     scorer = (model, tokenizer) if intact is None else loading("auto", intact)
+    room = room_of(model)
+    most = None if room is None else room - settings.max_new_tokens
     for system_prompt in settings.system_prompts:
         for role, own in asked.items():
             encoded = prompts(tokenizer, own, system_prompt=system_prompt, name=role)
-            check_room(model, encoded, settings.max_new_tokens, role)
+            kept = fitting(own, encoded, most, overlong=loading.reading.overlong, name=role)
+            if len(kept) == len(own):
+                check_room(model, encoded, settings.max_new_tokens, role)
+                continue
+            left_out = sources.record[role].get("overlong", 0) + len(own) - len(kept)
+            asked[role], sources.record[role]["overlong"] = kept, left_out
     evaluation = Evaluation(
         tokenizer,
         asked[REQUESTS],
@@ -143,6 +150,7 @@ def evaluate(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
+        overlong=loading.reading.overlong,
     )
     batches = [batch for loader in evaluation.loaders.values() for batch in loader]
     words = count_words((row for batch in batches for row in batch["labels"].tolist()), tokenizer)
@@ -205,6 +213,8 @@ def evaluate(
     result = {
         "dtype": dtype,
         "coherence": coherent.describe(),
+        "template": template_record(tokenizer),
+        "data": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         "rows": [
             row_record(arm, condition, each.name, judged, settings)
             for arm in arms

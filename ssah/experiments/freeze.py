@@ -117,7 +117,7 @@ def freeze(
     Returns:
         the record of the run; ``result`` has ``arms``, ``differences`` and ``claims``.
     """
-    sources = Sources()
+    sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     task = sources.rows("finetune", finetune)
     asked = sources.requests("requests", requests)

@@ -13,7 +13,9 @@ import torch
 
 from ssah.alignment import faster_dtype
 from ssah.attribution import Attribution, attribute
-from ssah.data import Row, load_requests, load_rows, make_loader
+from ssah.data import Counts, Row, make_loader, template_record, warn_of_shared
+from ssah.data.encoding import Overlong
+from ssah.data.reading import Reading
 from ssah.experiments.steps import Steps
 from ssah.frozen import digest
 from ssah.groups import NORMALIZATIONS, SCOPES
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [
+    "READING",
     "TOKENS",
     "Loading",
     "Sources",
@@ -32,6 +35,9 @@ __all__ = [
     "weights_fingerprint",
 ]
 
+READING = Reading()
+# Roles whose rows a model was calibrated or trained on; others measure it.
+_SEEN = ("safety", "utility", "finetune")
 SCORES = "scores"  # folder of a run
 TOKENS = ("labels", "all")
 
@@ -45,12 +51,14 @@ class Loading:
         dtype: of scoring and measuring; ``"auto"``: what multiplies faster here.
         device: as ``load_model`` takes it.
         trust_remote_code: as ``load_model`` takes it.
+        reading: how rows are read, and the chat template.
     """
 
     name: str
     dtype: str = "auto"
     device: str = "auto"
     trust_remote_code: bool = False
+    reading: Reading = READING
 
     def __post_init__(self) -> None:
         check_choice("dtype", self.dtype, DTYPES)
@@ -60,17 +68,19 @@ class Loading:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in ``dtype``, or another one (a folder) loaded in the same way."""
         with quiet():
-            return load_model(
+            model, tokenizer = load_model(
                 name or self.name,
                 dtype=dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
             )
+        return model, self.reading.tokenizer(tokenizer)
 
     def settings(self) -> dict[str, Any]:
         """For the record of a run."""
         fields = asdict(self)
-        return {"model": fields.pop("name"), **fields}
+        del fields["reading"]
+        return {"model": fields.pop("name"), **fields, **self.reading.settings()}
 
     def precision(
         self, steps: Steps, device: torch.device, bf16: bool | None = None
@@ -96,29 +106,56 @@ class Sources:
 
     Attributes:
         record: role -> ``source``, ``rows`` (a count) and ``fingerprint`` (SHA-256 of the text), as
-            :class:`~ssah.experiments.run.Run` takes it.
+            :class:`~ssah.experiments.run.Run` takes it; ``invalid`` and ``repeated`` (counts) where
+            rows were left out, or repeat a prompt.
+
+    Args:
+        reading: how they are read.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, reading: Reading = READING) -> None:
+        self.reading = reading
         self.record: dict[str, dict[str, Any]] = {}
+        self._prompts: dict[str, set[str]] = {}
 
     def rows(self, role: str, source: str) -> list[Row]:
         """Rows with answers; ``source`` as ``ssah.data.load_rows`` takes it."""
-        return self._kept(role, source, list(load_rows(source)))
+        counts = Counts()
+        rows = list(self.reading.rows(source, counts=counts))
+        return self._kept(role, source, rows, [row["prompt"] for row in rows], [counts])
 
     def requests(self, role: str, sources: str | Sequence[str]) -> list[str]:
         """Requests of one source or of several, as ``ssah.data.load_requests`` takes them."""
         names = [sources] if isinstance(sources, str) else list(sources)
-        requests = [request for name in names for request in load_requests(name)]
-        return self._kept(role, " + ".join(names), requests)
+        counts = [Counts() for _ in names]
+        requests = [
+            request
+            for name, own in zip(names, counts, strict=True)
+            for request in self.reading.requests(name, counts=own)
+        ]
+        return self._kept(role, " + ".join(names), requests, requests, counts)
 
-    def _kept(self, role: str, source: str, items: list[Any]) -> list[Any]:
+    def _kept(
+        self,
+        role: str,
+        source: str,
+        items: list[Any],
+        prompts: Sequence[str],
+        counts: Sequence[Counts],
+    ) -> list[Any]:
         text = json.dumps(items, sort_keys=True)
         self.record[role] = {
             "source": source,
             "rows": len(items),
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         }
+        for key in ("invalid", "repeated"):
+            if number := sum(getattr(each, key) for each in counts):
+                self.record[role][key] = number
+        for other, others in self._prompts.items():
+            if (role in _SEEN) != (other in _SEEN):
+                warn_of_shared(role, prompts, other, others)
+        self._prompts[role] = set(prompts)
         return items
 
 
@@ -139,6 +176,7 @@ def score(
     tokens: str,
     batch_size: int,
     max_length: int,
+    overlong: Overlong = READING.overlong,
 ) -> dict[str, Attribution]:
     """Scores of all units on each set of rows: one pass a set, kept in the run's folder.
 
@@ -147,7 +185,7 @@ def score(
         model, tokenizer: what is scored.
         rows: name of the set, e.g. ``"safety"``, -> its rows.
         tokens: as :func:`ssah.attribute` takes it.
-        batch_size, max_length: as ``ssah.data.make_loader`` takes them.
+        batch_size, max_length, overlong: as ``ssah.data.make_loader`` takes them.
     """
     found = {}
     for name, own in rows.items():
@@ -155,13 +193,14 @@ def score(
 
         def compute(own: Sequence[Row] = own, folder: Path = folder) -> dict[str, Any]:
             loader = make_loader(
-                own, tokenizer, batch_size=batch_size, max_length=max_length, overlong="skip"
+                own, tokenizer, batch_size=batch_size, max_length=max_length, overlong=overlong
             )
             attribution = attribute(model, loader, tokens=tokens)
             attribution.save(folder)
             return {
                 "tokens": max(attribution.count.values()),
                 "data_fingerprint": attribution.data_fingerprint,
+                "data": {**loader.counts.to_dict(), "template": template_record(tokenizer)},
             }
 
         steps(f"score-{name}-{tokens}", compute, lambda found: f"{found['tokens']:,} tokens")

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from ssah.ablation import ablate
 from ssah.data import Loader, Row, make_loader
+from ssah.data.encoding import Overlong
 from ssah.evaluation import Coherence, Judge, refusal_margins, response_log_probs
 from ssah.evaluation.attack import distinct_judges, judged_answers
 from ssah.evaluation.attack import summary as attack_summary
 from ssah.evaluation.intervals import wilson
+from ssah.evaluation.prompts import fitting, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,6 +36,7 @@ __all__ = [
 
 UTILITY, MATH = "utility", "math"
 _ROOM = 512  # tokens that a request has at least: it is never cut
+_OPENING = 32  # of these, what the opening of an answer may take
 
 
 class Evaluation:
@@ -42,13 +45,12 @@ class Evaluation:
     Args:
         tokenizer: of the models.
         requests: harmful requests, for the refusal margin.
-        rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers. Rows
-            whose prompt alone exceeds ``max_length`` are left out.
+        rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers.
         asked: of the requests, how many are answered and judged: the first ones; None: all.
         judges: of the answers, as ``ssah.evaluation.judge`` takes them; the first one decides.
         max_new_tokens: the most tokens of an answer.
         batch_size: sequences run at a time.
-        max_length: tokens kept of a row.
+        max_length, overlong: of rows, as ``ssah.data.encode`` takes them.
     """
 
     def __init__(
@@ -62,8 +64,12 @@ class Evaluation:
         max_new_tokens: int = 64,
         batch_size: int = 16,
         max_length: int = 512,
+        overlong: Overlong = "cut",
     ) -> None:
-        self.tokenizer, self.requests = tokenizer, list(requests)
+        self.tokenizer = tokenizer
+        most = max(max_length, _ROOM) - _OPENING
+        encoded = prompts(tokenizer, requests)
+        self.requests = fitting(requests, encoded, most, overlong=overlong)
         self.asked = self.requests[:asked]
         self.judges = distinct_judges(judges, max_new_tokens)
         self.max_new_tokens = max_new_tokens
@@ -74,7 +80,7 @@ class Evaluation:
                 tokenizer,
                 batch_size=batch_size,
                 max_length=max_length,
-                overlong="skip",
+                overlong=overlong,
             )
             for name, own in rows.items()
         }

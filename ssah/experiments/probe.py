@@ -52,7 +52,7 @@ def run_probe(
     """
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
-    sources = Sources()
+    sources = Sources(model.reading)
     asked = sources.requests("requests", requests)
     names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
     settings = {

@@ -125,7 +125,7 @@ def scan(
         the record of the run; ``result`` has ``intact``, ``curves``, ``chosen``, ``claims`` and
         ``compare``.
     """
-    sources = Sources()
+    sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     asked = sources.requests("requests", requests)
     held_out = sources.rows("utility_eval", utility_eval)
@@ -145,6 +145,7 @@ def scan(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.batch_size,
         max_length=settings.max_length,
+        overlong=loading.reading.overlong,
     )
     with Steps(run, _steps(settings)) as steps:
         dtype, _ = loading.precision(steps, model.device)
@@ -156,6 +157,7 @@ def scan(
             tokens=settings.tokens,
             batch_size=settings.batch_size,
             max_length=settings.max_length,
+            overlong=loading.reading.overlong,
         )
         curves = Curves(steps, model, evaluation, settings, scores)
         chosen, claims = _measure(curves, settings)

@@ -96,12 +96,16 @@ def stability(
     Raises:
         ValueError: a set has fewer rows than twice the largest size.
     """
-    sources = Sources()
+    sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     _check_enough(settings, {role: len(own) for role, own in rows.items()})
     model, tokenizer = loading("auto")
     examples = {
-        role: list(encode(own, tokenizer, max_length=settings.max_length, overlong="skip"))
+        role: list(
+            encode(
+                own, tokenizer, max_length=settings.max_length, overlong=loading.reading.overlong
+            )
+        )
         for role, own in rows.items()
     }
     _check_enough(settings, {role: len(own) for role, own in examples.items()})

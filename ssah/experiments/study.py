@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import DataError, Encoded, Row, encode
+from ssah.data.encoding import Overlong
 from ssah.experiments.arm_results import BEFORE
 from ssah.experiments.arms import Arm
 from ssah.experiments.inputs import (
+    READING,
     Loading,
     Sources,
     score,
@@ -81,8 +83,8 @@ class Study:
     @cached_property
     def coherent(self) -> Coherence:
         """Says what is incoherent: the model before training does."""
-        model, tokenizer = self.loading(self.dtype)
-        return intact_coherence(self.steps, model, tokenizer, self.evaluation.batch_size)
+        model, _ = self.loading(self.dtype)
+        return intact_coherence(self.steps, model, self.tokenizer, self.evaluation.batch_size)
 
     def compare(self, arms: Mapping[str, Arm]) -> dict[str, dict[int, dict[str, Any]]]:
         """Train and measure every arm with every seed; training and measuring are steps.
@@ -199,7 +201,8 @@ def open_study(
     """
     model, tokenizer = loading("auto")
     pools = [
-        _encoded(rows, tokenizer, settings.train_max_length, role) for role, rows in trained.items()
+        _encoded(rows, tokenizer, settings.train_max_length, loading.reading.overlong, role)
+        for role, rows in trained.items()
     ]
     if settings.batch_size % len(pools):
         raise ValueError(
@@ -215,6 +218,7 @@ def open_study(
         max_new_tokens=settings.max_new_tokens,
         batch_size=settings.eval_batch_size,
         max_length=settings.max_length,
+        overlong=loading.reading.overlong,
     )
     run = Run(
         out,
@@ -232,11 +236,13 @@ def open_study(
             tokens=settings.tokens,
             batch_size=settings.eval_batch_size,
             max_length=settings.max_length,
+            overlong=loading.reading.overlong,
         )
         del model
-        base = _quick_to_load(loading, steps)
+        # The tokenizer above has the template that was chosen; that of a copy is not used.
+        base = replace(_quick_to_load(loading, steps), reading=READING)
         yield Study(steps, base, settings, tokenizer, pools, evaluation, scores, dtype, bf16, keep)
-        if base != loading:
+        if base.name != loading.name:
             shutil.rmtree(base.name, ignore_errors=True)
 
 
@@ -259,10 +265,14 @@ def _quick_to_load(loading: Loading, steps: Steps) -> Loading:
 
 
 def _encoded(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, max_length: int, role: str
+    rows: Sequence[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    overlong: Overlong,
+    role: str,
 ) -> list[Encoded]:
-    """Rows to train on; those whose prompt leaves no room for a response are left out."""
-    examples = list(encode(rows, tokenizer, max_length=max_length, overlong="skip"))
+    """Rows to train on."""
+    examples = list(encode(rows, tokenizer, max_length=max_length, overlong=overlong))
     if not examples:
         raise DataError(f"{role}: every prompt has {max_length} tokens or more")
     return examples

@@ -74,11 +74,21 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
         "coherent": "ASR of answers that are coherent as well",
         "incoherent": f"above {coherence['max_nll']:.2f} nats per token for the intact model, or "
         f"more than {coherence['max_repeated']:.0%} repeated, or empty",
+        **_unfinished(rows),
         **{f"prompt {n}": text for n, text in enumerate(prompts) if text is not None},
         "time": f"{record['seconds']:.0f} s",
         "saved to": out,
     }
     yield facts_table("Evaluation", facts)
+
+
+def _unfinished(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """A fact, where answers to harmful requests ended inside their reasoning."""
+    worst = max((row["unfinished"] for row in rows), key=lambda found: found["rate"])
+    if not worst["count"]:
+        return {}
+    told = f"up to {worst['count']} of {worst['n']} answers end inside their reasoning: no answers"
+    return {"unfinished": told}
 
 
 def _by_model(

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ssah.evaluation.judges.base import Judge
-from ssah.evaluation.judges.classifier import verdict
+from ssah.evaluation.judges.generative import verdict
 
 __all__ = ["Endpoint"]
 

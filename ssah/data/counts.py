@@ -1,0 +1,82 @@
+"""What of a data set was not used as it is: rows left out, rows cut, prompts that repeat."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+
+__all__ = ["Counts", "warn_of_shared"]
+
+
+@dataclass
+class Counts:
+    """Of one data set; filled while it is read and encoded.
+
+    Attributes:
+        rows: that were used.
+        invalid: rows left out because they are no valid rows.
+        overlong: rows left out because their prompt leaves no room for a response.
+        cut_rows, cut_tokens: rows whose response lost its end, and how many tokens they lost.
+        repeated: rows whose prompt occurred earlier in the set.
+    """
+
+    rows: int = 0
+    invalid: int = 0
+    overlong: int = 0
+    cut_rows: int = 0
+    cut_tokens: int = 0
+    repeated: int = 0
+
+    def to_dict(self) -> dict[str, int]:
+        """As plain data, for the record of a result."""
+        return asdict(self)
+
+    def warn_of_invalid(self, name: str, reason: str) -> None:
+        """Say how many rows were not valid; ``reason``: of the first of them."""
+        if self.invalid:
+            _warn(f"{name}: rows left out because they are not valid: {self.invalid} ({reason})")
+
+    def warn_of_repeated(self, name: str, prompts: Iterable[str]) -> None:
+        """Count rows that repeat a prompt, and say how many do."""
+        given = list(prompts)
+        self.repeated = len(given) - len(set(given))
+        if self.repeated:
+            _warn(
+                f"{name}: {self.repeated} of {len(given)} rows repeat a prompt that came before: "
+                f"there are {len(set(given))} different ones, so that intervals over rows are too "
+                "narrow and disjoint draws of rows share prompts"
+            )
+
+    def warn_of_length(self, max_length: int) -> None:
+        """Say what ``max_length`` cost."""
+        if self.overlong:
+            _warn(
+                f"{self.overlong} of {self.overlong + self.rows} rows were left out: their prompts "
+                f"leave no room for a response within max_length = {max_length} tokens"
+            )
+        if self.cut_rows:
+            _warn(
+                f"{self.cut_rows} of {self.rows} rows are longer than max_length = {max_length} "
+                f"tokens: the ends of their responses, {self.cut_tokens} tokens, were cut off, and "
+                "with them the end of the turn"
+            )
+
+
+def warn_of_shared(name: str, prompts: Iterable[str], other: str, others: Iterable[str]) -> int:
+    """Say how many different prompts two sets share that should share none; returns the number.
+
+    What was tuned or calibrated on a prompt is not measured by it.
+    """
+    own = set(prompts)
+    shared = len(own & set(others))
+    if shared:
+        _warn(
+            f"{shared} of the {len(own)} different prompts of {name} are also in {other}: what is "
+            "measured on them was seen before"
+        )
+    return shared
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)

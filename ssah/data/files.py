@@ -1,0 +1,88 @@
+"""Files of rows: JSON lines, a JSON list, and CSV or TSV with a header."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ssah.data.fields import DataError, kind_of
+
+__all__ = ["SUFFIXES", "read_objects"]
+
+_SEPARATORS = {".csv": ",", ".tsv": "\t"}
+SUFFIXES = (".jsonl", ".json", ".txt", *_SEPARATORS)  # no data set of the Hub is called like this
+
+
+def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
+    """Each row of a file: where it is, as messages say it, and its fields.
+
+    A row that cannot be read comes as the DataError that says why, so that it can be left out.
+
+    Args:
+        path: ``.csv`` or ``.tsv`` with a header; ``.json`` with one list of objects; anything else,
+            and ``.json`` of another form, is JSON lines. All of them UTF-8.
+
+    Raises:
+        DataError: a file of which no further row can be read.
+    """
+    if path.suffix.lower() in _SEPARATORS:
+        return _read_csv(path, _SEPARATORS[path.suffix.lower()])
+    if path.suffix.lower() == ".json":
+        with path.open("rb") as file:
+            start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
+        if start.startswith(b"["):
+            return _read_list(path)
+    return _read_lines(path)
+
+
+def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                yield where, json.loads(line.decode("utf-8-sig"))
+            except ValueError as error:  # of the JSON, or of its UTF-8
+                yield where, DataError(f"{where}: invalid JSON: {error}")
+
+
+def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
+    except ValueError as error:
+        raise DataError(f"{path}: invalid JSON: {error}") from error
+    if not isinstance(rows, list):
+        raise DataError(f"{path}: must be a list of rows, was {kind_of(rows)}")
+    for index, row in enumerate(rows):
+        yield f"{path}[{index}]", row
+
+
+def _read_csv(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        # strict: a quote that is not closed would make one row of all that follow.
+        rows = csv.reader(file, delimiter=separator, strict=True)
+        try:
+            header = next(rows, [])
+            for name in header:
+                if header.count(name) > 1:
+                    raise DataError(f"{path}:1: the header names the column {name!r} twice")
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                if not row:  # a blank line
+                    continue
+                if len(row) != len(header):
+                    yield (
+                        where,
+                        DataError(
+                            f"{where}: has {len(row)} cells, must have {len(header)}, as the "
+                            "header: a text with the separator in it must stand in quotes"
+                        ),
+                    )
+                    continue
+                yield where, dict(zip(header, row, strict=True))
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise DataError(f"{path}:{rows.line_num + 1}: invalid CSV: {error}") from error
