@@ -53,7 +53,7 @@ __all__ = ["METRICS", "TOKENS", "Attribution", "attribute"]
 METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
 TOKENS: tuple[str, ...] = ("auto", "all", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
-_CONTENT = "attribution"
+CONTENT = "attribution"  # of a folder with scores
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +103,7 @@ class Attribution:
             for name, tensor in getattr(self, kind).items()
         }
         meta = {
-            "content": _CONTENT,
+            "content": CONTENT,
             "format": FORMAT,
             "version": self.version,
             "metric": self.metric,
@@ -129,7 +129,7 @@ class Attribution:
             ValueError: the folder holds something else, or belongs to another model.
         """
         tensors, meta = load_tensors(directory)
-        if meta.pop("content", None) != _CONTENT:
+        if meta.pop("content", None) != CONTENT:
             raise ValueError(f"directory {str(directory)!r} does not hold an attribution")
         names = list(meta["count"])
         kinds = {
@@ -216,8 +216,8 @@ def attribute(
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
             a single token (no variance), labels missing, ``all_experts`` without experts; packed
             weights that pass no gradient or cannot be dequantised; ranks that differ in model or
-            options, or that were all given the same batches; a ``state`` that is damaged or of
-            another run, or a loader that does not yield its batches again.
+            options, or that were all given the same batches; a ``state`` that is damaged, of
+            another run or in use by one, or a loader that does not yield its batches again.
         OSError: ``state`` cannot be written; what it was before is still there.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran; a rank has died.
@@ -317,6 +317,8 @@ def attribute(
             kept.end()
 
     with ranks.agreeing(), ExitStack() as stack:
+        if kept is not None:
+            stack.callback(kept.close)
         shown = progress and ranks.rank == 0
         done = 0 if kept is None else kept.done
         advance = stack.enter_context(_progress(loader, done)) if shown else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ssah import unfinished
 from ssah.batches import Trail
 from ssah.distributed import Ranks
+from ssah.folder_lock import one_run
 from ssah.frozen import digests
 from ssah.offload import at_hand
 from ssah.provenance import META
@@ -42,7 +44,7 @@ class BatchState:
         done: number of batches that the sums are of.
 
     Raises:
-        ValueError: the folder is of another run, or was damaged.
+        ValueError: the folder is of another run, was damaged, or a run is under way in it.
     """
 
     def __init__(
@@ -59,6 +61,15 @@ class BatchState:
         self.gradient, self.every = gradient, every
         self.done = self._seen = 0
         self._trail, self._expected = Trail(), ""
+        with ExitStack() as stack:
+            if ranks.rank == 0:  # the other ranks are of the same run
+                stack.enter_context(one_run(folder))
+            self._load(ranks)
+            self._lock = stack.pop_all()
+
+    def _load(self, ranks: Ranks) -> None:
+        """Take over what the folder has."""
+        folder = self.folder
         # Of another number of ranks each has run other batches. Their number is in the name, so
         # that ranks which had written nothing yet see it too.
         for other in folder.glob(f"rank-*-of-*/{META}"):
@@ -69,11 +80,15 @@ class BatchState:
         if found is not None:
             before, _, reached = found
             self.done, self._expected = reached["batches"], reached["trail"]
-            for name, own in sums.items():
+            for name, own in self.sums.items():
                 for field in fields(Sums):
                     getattr(own, field.name).copy_(getattr(before[name], field.name))
         self.part.mkdir(parents=True, exist_ok=True)
         self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Another run may use the folder now."""
+        self._lock.close()
 
     def has(self, batch: Mapping[str, Any]) -> bool:
         """Whether the sums have the loader's next batch already.

@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ssah import unfinished
-from ssah.provenance import naming
+from ssah.records import naming
 from ssah.watch import Sums
 
 __all__ = ["FileState", "Hidden", "MemoryState"]

@@ -249,7 +249,7 @@ def test_an_edited_result_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"'{meta}' is damaged: it is not as it was written"):
         Attribution.load(tmp_path)
     meta.write_text("[]")
-    with pytest.raises(ValueError, match=f"'{meta}' is damaged: it names no tensors"):
+    with pytest.raises(ValueError, match=f"'{meta}' is damaged: it holds a list, not an object"):
         Attribution.load(tmp_path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -93,10 +93,13 @@ def attribute(
 
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
+    from ssah.attribution import CONTENT
     from ssah.attribution import attribute as score
     from ssah.data import load_rows, make_loader
     from ssah.distributed import deal, launched
+    from ssah.folder_lock import one_run
     from ssah.models import load_tokenizer
+    from ssah.provenance import check_kind
     from ssah.report.tables import facts_table
     from ssah.unfinished import discard
     from ssah.units import KINDS
@@ -108,7 +111,8 @@ def attribute(
         "progress": True,
         "state": out / _UNFINISHED,
     }
-    with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
+    # The bar goes to standard error; the folder is this command's until the scores are saved.
+    with launched() as ranks, redirect_stdout(sys.stderr), ExitStack() as stack:
         with ranks.agreeing():
             if streamed and ranks.size > 1:
                 raise ValueError(
@@ -121,6 +125,9 @@ def attribute(
             if streamed and save_every is not None:
                 raise ValueError("--save-every is for a model in memory; leave --stream out")
             rows = load_rows(data, split, limit)
+            if ranks.rank == 0:
+                stack.enter_context(one_run(out))
+                check_kind(out, CONTENT)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:

@@ -341,10 +341,11 @@ def _train(
 ) -> Result:
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
     from ssah.data import DataError, encode, load_rows
-    from ssah.finetune import check_folder, fine_tune, select_units
+    from ssah.finetune import fine_tune, select_units
     from ssah.groups import UnitGroups
     from ssah.memory import preview
     from ssah.training import freeze, train_only
+    from ssah.training_run import check_folder
     from ssah.units import UnitSet, find_modules
 
     split, limit, max_length, skip_overlong = encoding
