@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ssah import __version__
 from ssah.backward import forward_backward
-from ssah.batch_state import BatchState, weights_hash
+from ssah.batch_state import BatchState
 from ssah.batches import (
     IGNORED,
     Batch,
@@ -32,19 +32,22 @@ from ssah.batches import (
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
 from ssah.offload import at_hand, device_of
+from ssah.progress import scoring_bar
 from ssah.provenance import (
     FORMAT,
     check_same_model,
     config_hash,
-    load_tensors,
     model_name,
     save_tensors,
     units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
+from ssah.records import Fields, check_fields
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
+from ssah.stored import Stored
 from ssah.units import KINDS, DepthTwoModule, family_of, find_modules
 from ssah.watch import Sums, as_it_was, check_finite, check_ran, watching
+from ssah.weights import cheap_weights_hash, weights_hash
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -54,6 +57,17 @@ METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
 TOKENS: tuple[str, ...] = ("auto", "all", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
 CONTENT = "attribution"  # of a folder with scores
+_FIELDS: Fields = {
+    "metric": str,
+    "tokens": str,
+    "model_name": str,
+    "units_hash": (str, type(None)),
+    "weights_hash": (str, type(None)),
+    "data_fingerprint": str,
+    "all_experts": bool,
+    "version": str,
+    "count": dict,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +86,8 @@ class Attribution:
         units_hash: of its units, see `ssah.provenance.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
+        weights_hash: of the weights, see `ssah.weights`; None in results of before, and of models
+            that are sharded, offloaded or streamed.
         version: of this library.
     """
 
@@ -85,6 +101,7 @@ class Attribution:
     units_hash: str | None
     data_fingerprint: str
     all_experts: bool = False
+    weights_hash: str | None = None
     version: str = __version__
 
     def scarce(self, least: int = 2) -> dict[str, int]:
@@ -110,6 +127,7 @@ class Attribution:
             "tokens": self.tokens,
             "model_name": self.model_name,
             "units_hash": self.units_hash,
+            "weights_hash": self.weights_hash,
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
@@ -126,19 +144,26 @@ class Attribution:
 
         Raises:
             FileNotFoundError: nothing was saved there.
-            ValueError: the folder holds something else, or belongs to another model.
+            ValueError: the folder holds something else, is damaged (the file and the field are
+                named), or belongs to another model.
         """
-        tensors, meta = load_tensors(directory)
-        if meta.pop("content", None) != CONTENT:
-            raise ValueError(f"directory {str(directory)!r} does not hold an attribution")
-        names = list(meta["count"])
-        kinds = {
-            kind: {name: tensors[f"{kind}/{name}"] for name in names}
-            for kind in ("scores", "mean", "variance")
-        }
+        stored = Stored(directory, CONTENT, _FIELDS, {"units_hash": None, "weights_hash": None})
+        stored.choice("metric", METRICS)
+        stored.choice("tokens", TOKENS)
+        meta, names = stored.meta, stored.names("count")
+        check_fields(stored.path, meta["count"], dict.fromkeys(names, int))
+        kinds: dict[str, dict[str, Tensor]] = {"scores": {}, "mean": {}, "variance": {}}
+        for name in names:
+            score = stored.tensor(f"scores/{name}")
+            kinds["scores"][name] = score
+            kinds["mean"][name] = stored.tensor(f"mean/{name}", shape=(len(score),))
+            # Of a single token there is no variance: it is NaN.
+            kinds["variance"][name] = stored.tensor(
+                f"variance/{name}", shape=(len(score),), finite=meta["count"][name] > 1
+            )
         known = {field.name for field in fields(cls)}
         told = {key: value for key, value in meta.items() if key in known}
-        attribution = cls(**{"units_hash": None, **told, **kinds})
+        attribution = cls(**{**told, **kinds})
         if model is not None:
             attribution.check_model(model)
         return attribution
@@ -256,6 +281,8 @@ def attribute(
         all_experts=all_experts,
         config_hash=config_hash(model),
         state=state is not None,
+        # Ranks that hold different weights would score no model at all.
+        weights_hash=cheap_weights_hash(model),
     )
     tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
@@ -276,7 +303,7 @@ def attribute(
                 "version": __version__,
                 "torch": torch.__version__,
                 "model": facts["config_hash"],
-                "weights": weights_hash(model),
+                "weights": facts["weights_hash"] or weights_hash(model),
                 "attention": attention_implementation(model),
                 "dtype": str(model.dtype),
                 "device": device.type,
@@ -365,6 +392,7 @@ def attribute(
         tokens=tokens,
         fingerprint=str(own_fingerprint or Fingerprint.total(each[3] for each in seen)),
         all_experts=all_experts,
+        weights_hash=facts["weights_hash"],
     )
 
 
@@ -399,6 +427,7 @@ def finish(
     tokens: str,
     fingerprint: str,
     all_experts: bool = False,
+    weights_hash: str | None = None,
 ) -> Attribution:
     """The result on ``model``, of the sums over all batches; warns of experts hardly reached.
 
@@ -409,6 +438,7 @@ def finish(
         norms: B's name -> `column_sq_norms`; not needed for gradient metrics.
         metric, tokens, all_experts: as `attribute` takes them, ``tokens`` resolved.
         fingerprint: of the data.
+        weights_hash: of the weights that were scored, if anybody knows it.
     """
     attribution = Attribution(
         scores={name: _score(metric, sums[name], norms.get(name)).cpu() for name in modules},
@@ -421,6 +451,7 @@ def finish(
         units_hash=units_hash(model),
         data_fingerprint=fingerprint,
         all_experts=all_experts,
+        weights_hash=weights_hash,
     )
     scarce = [name for name in attribution.scarce() if modules[name].routed]
     if scarce:
@@ -482,30 +513,6 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
-
-
-@contextmanager
-def scoring_bar(
-    label: str, figure: str, total: int | None, completed: int = 0
-) -> Iterator[Callable[[float], None]]:
-    """A progress bar; yields a function that moves it on by one and shows a number.
-
-    Args:
-        label: before the bar.
-        figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
-        total: steps, or None if nobody knows.
-        completed: steps that were done earlier, which is said.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    shown = TextColumn("{task.fields[figure]}")
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
-    with Progress(*columns) as bar:
-        if completed:
-            of = "" if total is None else f" of {total}"
-            bar.console.print(f"{label}: {completed}{of} are done, going on after them")
-        task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
-        yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
 
 
 @contextmanager

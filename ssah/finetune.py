@@ -10,9 +10,7 @@ it is finished how it ended), ``checkpoints`` while it is under way, and ``merge
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -41,7 +39,7 @@ from ssah.compat.trainer import (
 from ssah.data import Collator, fingerprint
 from ssah.folder_lock import one_run
 from ssah.groups import GROUPS, UnitGroups
-from ssah.run_checkpoints import CHECKPOINTS, UNITS, WEIGHTS, last_sound, seal, step_of
+from ssah.run_checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training import UpdatePlan
 from ssah.training_run import check_folder, open_run, write_run
 from ssah.unit_set import UnitSet
@@ -440,12 +438,11 @@ def _identity(
     plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings
 ) -> dict[str, str | int | float | bool | None]:
     """Everything that decides with which weights a run ends: argument -> value."""
-    frozen = json.dumps(plan.digests, sort_keys=True)
     decisive = {name: v for name, v in asdict(settings).items() if name not in _FREE}
     return {
         "units of the model": plan.units_hash[:12],
-        UNITS: plan.fingerprint[:12],
-        WEIGHTS: hashlib.sha256(frozen.encode()).hexdigest()[:12],
+        "trained units (groups and selection)": plan.fingerprint[:12],
+        "model weights": str(plan.weights_hash)[:12],
         "data": fingerprint(examples)[:12],
         "dtype": str(plan.model.dtype).removeprefix("torch."),
         **decisive,

@@ -20,8 +20,6 @@ from ssah.records import file_hash, naming, read_sealed, sealed, sync, write_who
 __all__ = [
     "CHECKPOINTS",
     "SEAL",
-    "UNITS",
-    "WEIGHTS",
     "differences",
     "last_sound",
     "seal",
@@ -30,7 +28,6 @@ __all__ = [
 ]
 
 CHECKPOINTS, SEAL = "checkpoints", "seal.json"
-UNITS, WEIGHTS = "trained units (groups and selection)", "model weights"
 _NAME = re.compile(r"checkpoint-\d+")
 _FIELDS = {"identity": dict, "files": dict}
 
@@ -166,7 +163,8 @@ def _damage(checkpoint: Path, identity: Mapping[str, Any]) -> str | None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the identities of two runs, in words."""
-    other = [name for name in now if saved.get(name) != now[name]]
-    if UNITS in other and WEIGHTS in other:
-        other.remove(WEIGHTS)  # other units are frozen: their hashes say nothing
-    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in other]
+    return [
+        f"{name} was {saved.get(name)}, is {value}"
+        for name, value in now.items()
+        if saved.get(name) != value
+    ]

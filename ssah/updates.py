@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from ssah import __version__
 from ssah.ablation import check_not_ablated
 from ssah.frozen import complement_rows, digests
-from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
+from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.quantised import check_plain
+from ssah.records import Fields, check_fields
+from ssah.stored import Stored
 
 if TYPE_CHECKING:
     from ssah.plan import UpdatePlan
@@ -26,6 +28,14 @@ __all__ = ["load_update", "plan_of", "push_update", "save_update"]
 
 PLAN = "_ssah_plan"
 _CONTENT = "update"
+_FIELDS: Fields = {
+    "base_model": str,
+    "units_hash": (str, type(None)),
+    "keep": bool,
+    "dims": dict,
+    "experts": list,
+    "frozen": dict,
+}
 
 
 def plan_of(model: nn.Module) -> UpdatePlan | None:
@@ -66,6 +76,7 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         "version": __version__,
         "base_model": plan.base_name,
         "units_hash": plan.units_hash,
+        "weights_hash": plan.weights_hash,
         "fingerprint": plan.fingerprint,
         "keep": plan.keep,
         "dims": {name: each[-1] for name, each in dims.items()},
@@ -128,19 +139,16 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     check_plain(model, "to be given an update")
     if not Path(directory).exists() and str(directory).count("/") == 1:
         directory = snapshot_download(str(directory))
-    tensors, meta = load_tensors(directory)
-    if meta.get("content") != _CONTENT:
-        raise ValueError(f"directory {str(directory)!r} does not hold an update")
-    check_same_model(
-        model, meta.get("units_hash"), expected_name=meta["base_model"], what="the update"
-    )
+    stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
+    tensors, meta = stored.tensors, stored.meta
+    check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
+    check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
+    check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
     own = dict(model.named_parameters())
-    # An update without experts says nothing of them.
     dims: dict[str, tuple[int, ...]] = {
-        name: (0, dim) if name in meta.get("experts", ()) else (dim,)
-        for name, dim in meta["dims"].items()
+        name: (0, dim) if name in meta["experts"] else (dim,) for name, dim in meta["dims"].items()
     }
-    values = _checked_values(own, tensors, dims)
+    values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:
         raise ValueError(
@@ -160,17 +168,22 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _checked_values(
-    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]
+    own: dict[str, nn.Parameter], stored: Stored, dims: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Trained values by parameter, once they are known to fit the model."""
-    prefix = "values/"
+    prefix, tensors = "values/", stored.tensors
     values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name, own_dims in dims.items():
+        if name not in values:
+            raise stored.damaged(f"it has no values of {name!r}, which it trains in part")
+        if name in own and not all(0 <= dim < own[name].dim() for dim in own_dims):
+            raise stored.damaged(f"the field 'dims' has {own_dims[-1]} for {name!r}")
     for name, value in values.items():
         if name not in own:
             raise ValueError(f"the update trains {name!r}, which the model lacks")
         shape = list(own[name].shape)
         if name in dims:
-            index = tensors[f"index/{name}"]
+            index = stored.tensor(f"index/{name}", dtype=torch.int64)
             n_entries = math.prod(shape[dim] for dim in dims[name])
             if len(index) and (index[0] < 0 or index[-1] >= n_entries or (index.diff() <= 0).any()):
                 raise ValueError(

@@ -474,7 +474,7 @@ def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 3})
     assert load_tensors(tmp_path)[1] == {"n": 3}
     assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match="does not hold an attribution"):
+    with pytest.raises(ValueError, match="it must hold 'attribution'"):
         Attribution.load(tmp_path)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"no")
     with pytest.raises(ValueError, match="not those"):

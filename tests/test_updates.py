@@ -74,7 +74,7 @@ def test_refuses_a_folder_with_something_else(tmp_path: Path) -> None:
     from ssah.provenance import save_tensors
 
     save_tensors(tmp_path, {"a": torch.zeros(1)}, {"content": "attribution"})
-    with pytest.raises(ValueError, match="does not hold an update"):
+    with pytest.raises(ValueError, match="it must hold 'update'"):
         load_update(tiny_models.build("llama"), tmp_path)
 
 

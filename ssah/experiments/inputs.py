@@ -15,7 +15,6 @@ from ssah.alignment import faster_dtype
 from ssah.attribution import Attribution, attribute
 from ssah.data import Row, load_requests, load_rows, make_loader
 from ssah.experiments.steps import Steps
-from ssah.frozen import digest
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import DTYPES, load_model, quiet
 
@@ -29,7 +28,6 @@ __all__ = [
     "check_grouping",
     "check_shares",
     "score",
-    "weights_fingerprint",
 ]
 
 SCORES = "scores"  # folder of a run
@@ -120,14 +118,6 @@ class Sources:
             "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         }
         return items
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (hex) of all weights: another model in the same folder is another one."""
-    state = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        state.update(f"{name} {tuple(parameter.shape)} {digest([parameter])}\n".encode())
-    return state.hexdigest()
 
 
 def score(

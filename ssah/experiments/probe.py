@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL
 from ssah.experiments.claims import claim
-from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
+from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.probing import Probe, probe
 from ssah.report.probe_plot import plot_probe
+from ssah.weights import weights_hash
 
 __all__ = ["run_probe"]
 
@@ -69,7 +70,7 @@ def run_probe(
     with Steps(run, len(names)) as steps:
         for role, name in names.items():
             loaded, tokenizer = model(model.dtype, name)
-            weights[role] = weights_fingerprint(loaded)
+            weights[role] = weights_hash(loaded)
 
             def compute(role: str = role, loaded: Any = loaded, tokenizer: Any = tokenizer) -> Any:
                 with steps.part("requests", len(asked)) as advance:

@@ -22,7 +22,6 @@ from ssah.experiments.inputs import (
     check_grouping,
     check_shares,
     score,
-    weights_fingerprint,
 )
 from ssah.experiments.measuring import UTILITY, Evaluation
 from ssah.experiments.run import Run
@@ -30,6 +29,7 @@ from ssah.experiments.steps import Steps
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import move
 from ssah.report.scan_plot import plot_compare, plot_scan
+from ssah.weights import weights_hash
 
 __all__ = ["RULE", "ScanSettings", "scan"]
 
@@ -133,7 +133,7 @@ def scan(
     run = Run(
         out,
         KIND,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     evaluation = Evaluation(

@@ -23,7 +23,6 @@ from ssah.experiments.inputs import (
     Sources,
     check_grouping,
     check_shares,
-    weights_fingerprint,
 )
 from ssah.experiments.moments import RowMoments, row_moments
 from ssah.experiments.run import Run
@@ -32,6 +31,7 @@ from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import move
 from ssah.report.stability_plot import plot_stability
 from ssah.units import UnitSet
+from ssah.weights import weights_hash
 
 __all__ = ["StabilitySettings", "chance_overlap", "jaccard", "spearman", "stability"]
 
@@ -108,7 +108,7 @@ def stability(
     run = Run(
         out,
         KIND,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     with Steps(run, 4 + len(settings.sizes)) as steps:

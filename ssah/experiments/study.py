@@ -20,7 +20,6 @@ from ssah.experiments.inputs import (
     Loading,
     Sources,
     score,
-    weights_fingerprint,
 )
 from ssah.experiments.measuring import (
     Evaluation,
@@ -33,6 +32,7 @@ from ssah.experiments.steps import Steps
 from ssah.experiments.study_settings import StudySettings
 from ssah.experiments.training import Recipe, spread, train, training_loss
 from ssah.models import SMOLLM2, move, quiet
+from ssah.weights import weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -219,7 +219,7 @@ def open_study(
     run = Run(
         out,
         kind,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     with Steps(run, 8 + 3 * arms * len(settings.seeds)) as steps:
