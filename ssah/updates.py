@@ -143,6 +143,8 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors, meta = stored.tensors, stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
     check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
+    if any(name not in list(meta["dims"]) for name in meta["experts"]):
+        raise stored.damaged("the field 'experts' has more than parameters that train in part")
     check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
     own = dict(model.named_parameters())
     dims: dict[str, tuple[int, ...]] = {
