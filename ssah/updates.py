@@ -192,6 +192,11 @@ def _checked_values(
                     f"the update trains entries of {name!r} that are not ascending numbers from 0 "
                     f"to {n_entries - 1}: it is damaged"
                 )
+            if len(index) < n_entries and name not in stored.meta["frozen"]:
+                raise stored.damaged(
+                    f"it trains {len(index)} of {n_entries} entries of {name!r}, and the field "
+                    "'frozen' says nothing of the rest"
+                )
             rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
             shape = [len(index), *rest]
         if value.dtype != own[name].dtype or list(value.shape) != shape:
