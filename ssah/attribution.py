@@ -270,6 +270,10 @@ def attribute(
             raise ValueError(f"all_experts is True, must be False {where}")
         if over is not None:
             check_sharded(model, found, ranks, over)
+        if not isinstance(loader, Iterable):
+            raise TypeError(
+                f"loader is {type(loader).__name__}, must yield batches, as a DataLoader does"
+            )
         batches = iter(loader)
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:

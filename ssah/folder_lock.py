@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["LOCK", "one_run", "one_writer"]
+__all__ = ["LOCK", "check_free", "one_run", "one_writer"]
 
 LOCK = ".lock"  # in the folder of a run that is under way; its content is for people
 
@@ -50,6 +50,17 @@ def one_run(folder: Path) -> Iterator[None]:
         if _same(descriptor, path):
             path.unlink()
         os.close(descriptor)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that a run could not work in, before the run does anything that takes long.
+
+    Raises:
+        ValueError: a run is under way there.
+        OSError: it is a file, or cannot be written to.
+    """
+    with one_run(folder):
+        pass
 
 
 def _locked(folder: Path, path: Path) -> int:

@@ -88,7 +88,15 @@ def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor
     checked = {}
     for name, value in scores.items():
         # a copy: scores of the caller may share memory, or change later
-        x = torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True)
+        try:
+            given = torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{role}: the scores of {name} are {type(value).__name__}; they must be numbers"
+            ) from error
+        if given.is_complex():
+            raise TypeError(f"{role}: the scores of {name} are complex; they must be real")
+        x = given.detach().to("cpu", torch.float64, copy=True)
         if x.dim() != 1 or len(x) == 0:
             raise ValueError(
                 f"{role}: the scores of {name} have shape {list(x.shape)}; "
@@ -135,11 +143,14 @@ def _shared_metadata(
     """Where both attributions come from; refuses two that cannot be compared."""
     if isinstance(safety, Mapping) and isinstance(utility, Mapping):
         return None
-    if isinstance(safety, Mapping) or isinstance(utility, Mapping):
+    kinds = [type(each).__name__ for each in (safety, utility)]
+    if kinds != ["Attribution", "Attribution"]:
         raise TypeError(
-            f"safety is {type(safety).__name__} and utility is {type(utility).__name__}; "
-            "both must be Attribution, or both mappings of module name to scores"
+            f"safety is {kinds[0]} and utility is {kinds[1]}; both must be Attribution, or both "
+            "mappings of module name to scores"
         )
+    assert not isinstance(safety, Mapping)
+    assert not isinstance(utility, Mapping)
     for field, meaning in (
         ("metric", "metric"),
         ("tokens", "token selection"),

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["load_update", "plan_of", "push_update", "save_update"]
 
 PLAN = "_ssah_plan"
+HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
 _FIELDS: Fields = {
     "base_model": str,
@@ -125,20 +126,27 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: the base model, in the dtype that it was trained in; changed in place.
-        directory: a folder, or the id of a repository on the Hugging Face Hub.
+        directory: a folder, or ``"hf:user/name"`` for a repository on the Hugging Face Hub. A
+            folder's name that was mistyped must not fetch what somebody put there.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
-        ValueError: the folder holds something else; the model is inside `ablate`, has an active
-            plan, another configuration or dtype, packed weights, or other weights where the update
-            kept them frozen. Nothing is changed then.
+        FileNotFoundError: there is no such folder, or nothing was saved there.
+        ValueError: the folder holds something else or is damaged; the model is inside `ablate`, has
+            an active plan, other units or another dtype, packed weights, or other weights where
+            the update kept them frozen. Nothing is changed then.
     """
     if plan_of(model) is not None:
         raise ValueError("model has an active plan: close it first (plan.close())")
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
-    if not Path(directory).exists() and str(directory).count("/") == 1:
-        directory = snapshot_download(str(directory))
+    name = os.fspath(directory)
+    if name.startswith(HUB):
+        directory = snapshot_download(name.removeprefix(HUB))
+    elif not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
+            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
+        )
     stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
     tensors, meta = stored.tensors, stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))

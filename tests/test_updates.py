@@ -131,7 +131,7 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         plan.push_to_hub("me/update", private=True, token="t") == "https://example.test/me/update"
     )
     assert calls == {"token": "t", "create": ("me/update", {"private": True, "exist_ok": True})}
-    load_update(base, "me/update")
+    load_update(base, "hf:me/update")
     assert_equal(snapshot(base), snapshot(model))
     plan.close()
     with pytest.raises(RuntimeError, match="plan is closed"):

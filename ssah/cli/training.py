@@ -342,6 +342,7 @@ def _train(
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
     from ssah.data import DataError, encode, load_rows
     from ssah.finetune import fine_tune, select_units
+    from ssah.folder_lock import check_free
     from ssah.groups import UnitGroups
     from ssah.memory import preview
     from ssah.training import freeze, train_only
@@ -354,6 +355,7 @@ def _train(
         raise ValueError("out is missing: give --out DIR, or --dry-run")
     if out is not None and not dry_run:
         check_folder(out)
+        check_free(out)
     nothing = _check_selection(mode, selection, groups)
     rows = load_rows(data, split, limit)
     eval_rows = None if eval_data is None else load_rows(eval_data)

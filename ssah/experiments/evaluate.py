@@ -32,6 +32,7 @@ from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.measuring import UTILITY, Evaluation, intact_coherence, measured_line
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.frozen import digest
 from ssah.models import move
 from ssah.units import family_of
@@ -117,6 +118,7 @@ def evaluate(
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
     """
+    check_free(out)
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -13,6 +14,7 @@ from ssah.experiments.claims import claim
 from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.probing import Probe, probe
 from ssah.report.probe_plot import plot_probe
 from ssah.weights import weights_hash
@@ -51,6 +53,7 @@ def run_probe(
         ValueError: ``beside`` is the model itself, or the folder has another run, or one with
             other weights.
     """
+    check_free(Path(out))
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
     sources = Sources()

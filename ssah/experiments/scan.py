@@ -26,6 +26,7 @@ from ssah.experiments.inputs import (
 from ssah.experiments.measuring import UTILITY, Evaluation
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import move
 from ssah.report.scan_plot import plot_compare, plot_scan
@@ -125,6 +126,7 @@ def scan(
         the record of the run; ``result`` has ``intact``, ``curves``, ``chosen``, ``claims`` and
         ``compare``.
     """
+    check_free(out)
     sources = Sources()
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     asked = sources.requests("requests", requests)

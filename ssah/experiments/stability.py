@@ -27,6 +27,7 @@ from ssah.experiments.inputs import (
 from ssah.experiments.moments import RowMoments, row_moments
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import move
 from ssah.report.stability_plot import plot_stability
@@ -96,6 +97,7 @@ def stability(
     Raises:
         ValueError: a set has fewer rows than twice the largest size.
     """
+    check_free(out)
     sources = Sources()
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     _check_enough(settings, {role: len(own) for role, own in rows.items()})

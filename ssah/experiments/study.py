@@ -31,6 +31,7 @@ from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.experiments.study_settings import StudySettings
 from ssah.experiments.training import Recipe, spread, train, training_loss
+from ssah.folder_lock import check_free
 from ssah.models import SMOLLM2, move, quiet
 from ssah.weights import weights_hash
 
@@ -197,6 +198,7 @@ def open_study(
         arms: how many there are.
         keep: whether trained models stay.
     """
+    check_free(out)
     model, tokenizer = loading("auto")
     pools = [
         _encoded(rows, tokenizer, settings.train_max_length, role) for role, rows in trained.items()
