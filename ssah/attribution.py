@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from ssah import __version__
 from ssah.backward import forward_backward
-from ssah.batch_state import BatchState, weights_hash
+from ssah.batch_state import BatchState
 from ssah.batches import (
     IGNORED,
     Batch,
@@ -34,20 +34,23 @@ from ssah.distributed import Group, Ranks, reshard
 from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
 from ssah.positions import with_positions
+from ssah.progress import scoring_bar
 from ssah.provenance import (
     FORMAT,
     check_same_model,
     config_hash,
-    load_tensors,
     model_name,
     save_tensors,
     units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
+from ssah.records import Fields, check_fields
 from ssah.running import as_it_was, check_backbone
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
+from ssah.stored import Stored
 from ssah.units import KINDS, DepthTwoModule, find_modules
 from ssah.watch import Sums, check_finite, check_ran, watching
+from ssah.weights import cheap_weights_hash, weights_hash
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
@@ -56,7 +59,18 @@ __all__ = ["METRICS", "TOKENS", "Attribution", "attribute"]
 METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
 TOKENS: tuple[str, ...] = ("auto", "all", "after_first", "labels")
 _GRADIENT_METRICS = ("taylor", "fisher")
-_CONTENT = "attribution"
+CONTENT = "attribution"  # of a folder with scores
+_FIELDS: Fields = {
+    "metric": str,
+    "tokens": str,
+    "model_name": str,
+    "units_hash": (str, type(None)),
+    "weights_hash": (str, type(None)),
+    "data_fingerprint": str,
+    "all_experts": bool,
+    "version": str,
+    "count": dict,
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,6 +89,8 @@ class Attribution:
         units_hash: of its units, see `ssah.provenance.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
+        weights_hash: of the weights, see `ssah.weights`; None in results of before, and of models
+            that are sharded, offloaded or streamed.
         version: of this library.
         data: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the chat
             template. None where no command made it.
@@ -90,6 +106,7 @@ class Attribution:
     units_hash: str | None
     data_fingerprint: str
     all_experts: bool = False
+    weights_hash: str | None = None
     version: str = __version__
     data: dict[str, Any] | None = None
 
@@ -109,13 +126,14 @@ class Attribution:
             for name, tensor in getattr(self, kind).items()
         }
         meta = {
-            "content": _CONTENT,
+            "content": CONTENT,
             "format": FORMAT,
             "version": self.version,
             "metric": self.metric,
             "tokens": self.tokens,
             "model_name": self.model_name,
             "units_hash": self.units_hash,
+            "weights_hash": self.weights_hash,
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
@@ -133,19 +151,26 @@ class Attribution:
 
         Raises:
             FileNotFoundError: nothing was saved there.
-            ValueError: the folder holds something else, or belongs to another model.
+            ValueError: the folder holds something else, is damaged (the file and the field are
+                named), or belongs to another model.
         """
-        tensors, meta = load_tensors(directory)
-        if meta.pop("content", None) != _CONTENT:
-            raise ValueError(f"directory {str(directory)!r} does not hold an attribution")
-        names = list(meta["count"])
-        kinds = {
-            kind: {name: tensors[f"{kind}/{name}"] for name in names}
-            for kind in ("scores", "mean", "variance")
-        }
+        stored = Stored(directory, CONTENT, _FIELDS, {"units_hash": None, "weights_hash": None})
+        stored.choice("metric", METRICS)
+        stored.choice("tokens", TOKENS)
+        meta, names = stored.meta, stored.names("count")
+        check_fields(stored.path, meta["count"], dict.fromkeys(names, int))
+        kinds: dict[str, dict[str, Tensor]] = {"scores": {}, "mean": {}, "variance": {}}
+        for name in names:
+            score = stored.tensor(f"scores/{name}")
+            kinds["scores"][name] = score
+            kinds["mean"][name] = stored.tensor(f"mean/{name}", shape=(len(score),))
+            # Of a single token there is no variance: it is NaN.
+            kinds["variance"][name] = stored.tensor(
+                f"variance/{name}", shape=(len(score),), finite=meta["count"][name] > 1
+            )
         known = {field.name for field in fields(cls)}
         told = {key: value for key, value in meta.items() if key in known}
-        attribution = cls(**{"units_hash": None, **told, **kinds})
+        attribution = cls(**{**told, **kinds})
         if model is not None:
             attribution.check_model(model)
         return attribution
@@ -225,8 +250,8 @@ def attribute(
         ValueError: an unknown option or architecture, an empty loader, no position that counts,
             a single token (no variance), labels missing, ``all_experts`` without experts; packed
             weights that pass no gradient or cannot be dequantised; ranks that differ in model or
-            options, or that were all given the same batches; a ``state`` that is damaged or of
-            another run, or a loader that does not yield its batches again.
+            options, or that were all given the same batches; a ``state`` that is damaged, of
+            another run or in use by one, or a loader that does not yield its batches again.
         OSError: ``state`` cannot be written; what it was before is still there.
         FloatingPointError: NaN or infinite activations, gradients or weights; the module is named.
         RuntimeError: a module never ran; a rank has died.
@@ -256,6 +281,10 @@ def attribute(
             check_backbone(model)
         else:
             check_sharded(model, found, ranks, over)
+        if not isinstance(loader, Iterable):
+            raise TypeError(
+                f"loader is {type(loader).__name__}, must yield batches, as a DataLoader does"
+            )
         batches = iter(loader)
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
@@ -267,6 +296,8 @@ def attribute(
         all_experts=all_experts,
         config_hash=config_hash(model),
         state=state is not None,
+        # Ranks that hold different weights would score no model at all.
+        weights_hash=cheap_weights_hash(model),
     )
     tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):
@@ -287,7 +318,7 @@ def attribute(
                 "version": __version__,
                 "torch": torch.__version__,
                 "model": facts["config_hash"],
-                "weights": weights_hash(model),
+                "weights": facts["weights_hash"] or weights_hash(model),
                 "attention": attention_implementation(model),
                 "dtype": str(model.dtype),
                 "device": device.type,
@@ -329,6 +360,8 @@ def attribute(
             kept.end()
 
     with ranks.agreeing(), ExitStack() as stack:
+        if kept is not None:
+            stack.callback(kept.close)
         shown = progress and ranks.rank == 0
         done = 0 if kept is None else kept.done
         advance = stack.enter_context(_progress(loader, done)) if shown else None
@@ -374,6 +407,7 @@ def attribute(
         tokens=tokens,
         fingerprint=str(own_fingerprint or Fingerprint.total(each[3] for each in seen)),
         all_experts=all_experts,
+        weights_hash=facts["weights_hash"],
     )
 
 
@@ -408,6 +442,7 @@ def finish(
     tokens: str,
     fingerprint: str,
     all_experts: bool = False,
+    weights_hash: str | None = None,
 ) -> Attribution:
     """The result on ``model``, of the sums over all batches; warns of experts hardly reached.
 
@@ -418,6 +453,7 @@ def finish(
         norms: B's name -> `column_sq_norms`; not needed for gradient metrics.
         metric, tokens, all_experts: as `attribute` takes them, ``tokens`` resolved.
         fingerprint: of the data.
+        weights_hash: of the weights that were scored, if anybody knows it.
     """
     attribution = Attribution(
         scores={name: _score(metric, sums[name], norms.get(name)).cpu() for name in modules},
@@ -430,6 +466,7 @@ def finish(
         units_hash=units_hash(model),
         data_fingerprint=fingerprint,
         all_experts=all_experts,
+        weights_hash=weights_hash,
     )
     scarce = [name for name in attribution.scarce() if modules[name].routed]
     if scarce:
@@ -492,30 +529,6 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
-
-
-@contextmanager
-def scoring_bar(
-    label: str, figure: str, total: int | None, completed: int = 0
-) -> Iterator[Callable[[float], None]]:
-    """A progress bar; yields a function that moves it on by one and shows a number.
-
-    Args:
-        label: before the bar.
-        figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
-        total: steps, or None if nobody knows.
-        completed: steps that were done earlier, which is said.
-    """
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    shown = TextColumn("{task.fields[figure]}")
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
-    with Progress(*columns) as bar:
-        if completed:
-            of = "" if total is None else f" of {total}"
-            bar.console.print(f"{label}: {completed}{of} are done, going on after them")
-        task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
-        yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
 
 
 @contextmanager

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor, nn
 
 from ssah import unfinished
 from ssah.batches import Trail
 from ssah.distributed import Ranks
-from ssah.frozen import digests
-from ssah.offload import at_hand
+from ssah.folder_lock import one_run
 from ssah.provenance import META
-from ssah.quantised import identity
+from ssah.records import check_fields
 from ssah.watch import Sums, check_finite
-from ssah_kernels.sharded import local
 
-__all__ = ["BatchState", "weights_hash"]
+__all__ = ["BatchState"]
 
 
 class BatchState:
@@ -42,7 +37,7 @@ class BatchState:
         done: number of batches that the sums are of.
 
     Raises:
-        ValueError: the folder is of another run, or was damaged.
+        ValueError: the folder is of another run, was damaged, or a run is under way in it.
     """
 
     def __init__(
@@ -59,6 +54,15 @@ class BatchState:
         self.gradient, self.every = gradient, every
         self.done = self._seen = 0
         self._trail, self._expected = Trail(), ""
+        with ExitStack() as stack:
+            if ranks.rank == 0:  # the other ranks are of the same run
+                stack.enter_context(one_run(folder))
+            self._load(ranks)
+            self._lock = stack.pop_all()
+
+    def _load(self, ranks: Ranks) -> None:
+        """Take over what the folder has."""
+        folder = self.folder
         # Of another number of ranks each has run other batches. Their number is in the name, so
         # that ranks which had written nothing yet see it too.
         for other in folder.glob(f"rank-*-of-*/{META}"):
@@ -68,12 +72,19 @@ class BatchState:
         found = unfinished.load(self.part, self.identity)
         if found is not None:
             before, _, reached = found
+            check_fields(self.part / META, reached, {"batches": int, "trail": str})
+            if before.keys() != self.sums.keys():
+                raise unfinished.damaged(folder, f"{str(self.part)!r} has sums of other modules")
             self.done, self._expected = reached["batches"], reached["trail"]
-            for name, own in sums.items():
+            for name, own in self.sums.items():
                 for field in fields(Sums):
                     getattr(own, field.name).copy_(getattr(before[name], field.name))
         self.part.mkdir(parents=True, exist_ok=True)
         self._written = time.monotonic()
+
+    def close(self) -> None:
+        """Another run may use the folder now."""
+        self._lock.close()
 
     def has(self, batch: Mapping[str, Any]) -> bool:
         """Whether the sums have the loader's next batch already.
@@ -119,31 +130,3 @@ class BatchState:
                 f"loader yielded {self._seen} batches, the unfinished run in {str(self.folder)!r} "
                 f"has done {self.done}: take another folder, or remove this one"
             )
-
-
-def weights_hash(model: nn.Module) -> str:
-    """SHA-256 (hex) of all weights, of a sharded model those of this rank.
-
-    At about 1.4 GB/s and core, on up to 8 cores. Offloaded weights are fetched for it. Of packed
-    ones :func:`ssah.quantised.identity` is hashed: their layout may change as they first run.
-    """
-    offloaded = any(parameter.is_meta for parameter in model.parameters())
-    pieces = {name: partial(_weights, module) for name, module in model.named_modules()}
-    found = digests(pieces, at_once=1 if offloaded else 8)
-    return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
-
-
-def _weights(module: nn.Module) -> Iterator[Tensor]:
-    """What ``module`` itself has of the model's state, not what the modules in it have."""
-    own = {*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)}
-    packed = identity(module)
-    if packed is not None:
-        yield from packed
-        own.discard("weight")
-    if not own:
-        return
-    with at_hand(module):
-        for name in sorted(own):
-            tensor = getattr(module, name)
-            if tensor is not None:
-                yield local(tensor)

@@ -269,7 +269,7 @@ def launched() -> Iterator[Ranks]:
     Their process group is initialised, unless it is already, and destroyed at the end. With an
     accelerator, each takes the one of its number on this machine. Without a launcher: this process.
     """
-    launches = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    launches = int(os.environ.get("WORLD_SIZE") or "1") > 1 and "MASTER_ADDR" in os.environ
     if not launches or dist.is_initialized():
         yield Ranks.of()
         return

@@ -10,28 +10,26 @@ it is finished how it ended), ``checkpoints`` while it is under way, and ``merge
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
-import json
 import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
 
-from ssah import __version__
 from ssah.compat.trainer import (
     PrinterCallback,
     SchedulerType,
-    Trainer,
+    SealingTrainer,
     TrainerCallback,
     TrainingArguments,
     get_available_reporting_integrations,
@@ -39,9 +37,11 @@ from ssah.compat.trainer import (
     training_arguments,
 )
 from ssah.data import Collator, fingerprint
+from ssah.folder_lock import one_run
 from ssah.groups import GROUPS, UnitGroups
-from ssah.provenance import write_whole
+from ssah.run_checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training import UpdatePlan
+from ssah.training_run import check_folder, open_run, write_run
 from ssah.unit_set import UnitSet
 from ssah.updates import load_update
 
@@ -53,18 +53,16 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Settings",
-    "check_folder",
     "count_parameters",
     "fine_tune",
     "optimizer_options",
     "select_units",
 ]
 
-RUN, CHECKPOINTS, MERGED = "run.json", "checkpoints", "merged"
+MERGED = "merged"
 SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
-_UNITS, _WEIGHTS = "trained units (groups and selection)", "model weights"
 # What does not change the weights that a run ends with: may be another when it is resumed.
 _FREE = ("gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 
@@ -186,22 +184,6 @@ def _fraction(part: str, share: str) -> float:
 # ------------------------------------------------------------------------------------ training
 
 
-def check_folder(out: str | os.PathLike[str]) -> None:
-    """Refuse a folder that holds anything but a run.
-
-    Raises:
-        ValueError: it is a file, or has files but no ``run.json``.
-    """
-    folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"out is the file {str(out)!r}; it must be a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / RUN).is_file():
-        raise ValueError(
-            f"out is {str(out)!r}, which holds something else than a run; it must be a new or "
-            "empty folder, or that of a run to go on with"
-        )
-
-
 def fine_tune(
     plan: UpdatePlan,
     examples: Sequence[Encoded],
@@ -237,8 +219,10 @@ def fine_tune(
         ``already_finished``, ``merged`` (the folder or None).
 
     Raises:
-        ValueError: ``out`` holds another run (what differs is named) or something else, or the
-            weights are float16.
+        ValueError: ``out`` holds another run (what differs is named) or something else, or a run
+            is under way there, or its record or all of its checkpoints are damaged (the file is
+            named); the weights are float16.
+        OSError: the disk is full, or the like; what the last checkpoint has is kept.
         RuntimeError: the loss is not a number any more, or a frozen weight moved; nothing is
             saved then.
     """
@@ -246,27 +230,29 @@ def fine_tune(
     folder, start = Path(out), time.perf_counter()
     parameters = count_parameters(plan)
     identity = _identity(plan, examples, settings)
-    record = _open_run(folder, identity)
-    if "result" in record:
-        plan.close()
-        load_update(plan.model, folder)
-        result = {**record["result"], "already_finished": True}
-    else:
-        result = _train(plan, examples, folder, settings, tokenizer, eval_examples, record)
-        plan.verify()
-        plan.save_pretrained(folder)
-        _write_run(folder, {**record, "result": result})
-        plan.close()
-        result = {**result, "already_finished": False}
-    merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
-    if merge:
-        tokenizer.save_pretrained(merged)
-        plan.model.save_pretrained(merged)
-    if checkpoints.is_dir() and not keep_checkpoints:
-        shutil.rmtree(checkpoints)
+    with one_run(folder):
+        record = open_run(folder, identity)
+        finished = "result" in record
+        if finished:
+            plan.close()
+            load_update(plan.model, folder)
+        else:
+            trained = _train(plan, examples, folder, settings, tokenizer, eval_examples, record)
+            plan.verify()
+            plan.save_pretrained(folder)
+            record["result"] = trained
+            write_run(folder, record)
+            plan.close()
+        merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
+        if merge:
+            tokenizer.save_pretrained(merged)
+            plan.model.save_pretrained(merged)
+        if checkpoints.is_dir() and not keep_checkpoints:
+            shutil.rmtree(checkpoints)
     return {
         "parameters": parameters,
-        **result,
+        **record["result"],
+        "already_finished": finished,
         "seconds": time.perf_counter() - start,
         "merged": str(merged) if merged.is_dir() else None,
     }
@@ -282,7 +268,8 @@ def _train(
     record: dict[str, Any],
 ) -> dict[str, Any]:
     args = _arguments(plan.model, settings, folder)
-    trainer = Trainer(
+    trainer = SealingTrainer(
+        partial(seal, identity=record["identity"]),
         plan.model,
         args,
         data_collator=Collator(tokenizer),
@@ -295,8 +282,8 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     if eval_examples is not None and "eval_loss_before" not in record:
         record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        _write_run(folder, record)
-    checkpoint = _last_checkpoint(folder / CHECKPOINTS)
+        write_run(folder, record)
+    checkpoint = last_sound(folder / CHECKPOINTS, record["identity"], _tell)
     # Measuring draws from the generator: training must begin with the same state either way.
     set_seed(settings.seed)
     with _progress() as progress:
@@ -306,7 +293,7 @@ def _train(
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "resumed_from": 0 if checkpoint is None else _step_of(checkpoint),
+        "resumed_from": 0 if checkpoint is None else step_of(checkpoint),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": record.get("eval_loss_before"),
@@ -409,6 +396,11 @@ class _Monitor(TrainerCallback):
         )
 
 
+def _tell(line: str) -> None:
+    """A line for people, on standard error."""
+    print(line, file=sys.stderr)
+
+
 @contextmanager
 def _progress() -> Iterator[Progress]:
     """A bar on standard error."""
@@ -446,52 +438,12 @@ def _identity(
     plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings
 ) -> dict[str, str | int | float | bool | None]:
     """Everything that decides with which weights a run ends: argument -> value."""
-    frozen = json.dumps(plan.digests, sort_keys=True)
     decisive = {name: v for name, v in asdict(settings).items() if name not in _FREE}
     return {
         "units of the model": plan.units_hash[:12],
-        _UNITS: plan.fingerprint[:12],
-        _WEIGHTS: hashlib.sha256(frozen.encode()).hexdigest()[:12],
+        "trained units (groups and selection)": plan.fingerprint[:12],
+        "model weights": str(plan.weights_hash)[:12],
         "data": fingerprint(examples)[:12],
         "dtype": str(plan.model.dtype).removeprefix("torch."),
         **decisive,
     }
-
-
-def _open_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The record of the run in ``folder``, begun if there is none; refuses another run."""
-    record: dict[str, Any] = {"version": __version__, "identity": dict(identity)}
-    if (folder / RUN).is_file():
-        earlier = json.loads((folder / RUN).read_text())
-        other = _differences(earlier["identity"], identity)
-        if not other:
-            return dict(earlier)
-        if "result" in earlier or _last_checkpoint(folder / CHECKPOINTS) is not None:
-            raise ValueError(
-                f"out is {str(folder)!r}, the folder of a run that differs: {'; '.join(other)}. "
-                "Give what it began with to go on, or another folder to start anew"
-            )
-    _write_run(folder, record)
-    return record
-
-
-def _differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    other = [name for name in now if saved.get(name) != now[name]]
-    if _UNITS in other and _WEIGHTS in other:
-        other.remove(_WEIGHTS)  # other units are frozen: their hashes say nothing
-    return [f"{name} was {saved.get(name)}, is {now[name]}" for name in other]
-
-
-def _write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
-
-
-def _step_of(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _last_checkpoint(folder: Path) -> Path | None:
-    """The latest checkpoint that is whole: its trainer_state.json is written last."""
-    found = (p.parent for p in folder.glob("checkpoint-*/trainer_state.json"))
-    return max(found, key=_step_of, default=None)

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from ssah import __version__
-from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
+from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.ranking import blocks, lowest, normalized, order_key, share_count, split, without
+from ssah.records import Fields, check_fields
+from ssah.stored import Stored
 from ssah.units import UnitSet, check_units
+from ssah.weights import check_same_weights
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,9 +41,23 @@ _OWN: dict[str, tuple[str, int]] = {
     "ru": ("sum", -1),
     "cu": ("safety", 1),
 }
-METADATA = ("metric", "tokens", "model_name", "units_hash", "data_fingerprint")
+METADATA = ("metric", "tokens", "model_name", "units_hash", "weights_hash", "data_fingerprint")
 
 _CONTENT = "ssah unit groups"
+_TEXT = (str, type(None))
+_FIELDS: Fields = {
+    "modules": list,
+    "groups": list,
+    "shares": dict,
+    "scope": str,
+    "normalize": str,
+    "metric": _TEXT,
+    "tokens": _TEXT,
+    "model_name": _TEXT,
+    "units_hash": _TEXT,
+    "weights_hash": _TEXT,
+    "data_fingerprint": (dict, type(None)),
+}
 _SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
 
 Scope = Literal["module", "model"]
@@ -71,7 +88,15 @@ def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor
     checked = {}
     for name, value in scores.items():
         # a copy: scores of the caller may share memory, or change later
-        x = torch.as_tensor(value).detach().to("cpu", torch.float64, copy=True)
+        try:
+            given = torch.as_tensor(value)
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(
+                f"{role}: the scores of {name} are {type(value).__name__}; they must be numbers"
+            ) from error
+        if given.is_complex():
+            raise TypeError(f"{role}: the scores of {name} are complex; they must be real")
+        x = given.detach().to("cpu", torch.float64, copy=True)
         if x.dim() != 1 or len(x) == 0:
             raise ValueError(
                 f"{role}: the scores of {name} have shape {list(x.shape)}; "
@@ -118,11 +143,14 @@ def _shared_metadata(
     """Where both attributions come from; refuses two that cannot be compared."""
     if isinstance(safety, Mapping) and isinstance(utility, Mapping):
         return None
-    if isinstance(safety, Mapping) or isinstance(utility, Mapping):
+    kinds = [type(each).__name__ for each in (safety, utility)]
+    if kinds != ["Attribution", "Attribution"]:
         raise TypeError(
-            f"safety is {type(safety).__name__} and utility is {type(utility).__name__}; "
-            "both must be Attribution, or both mappings of module name to scores"
+            f"safety is {kinds[0]} and utility is {kinds[1]}; both must be Attribution, or both "
+            "mappings of module name to scores"
         )
+    assert not isinstance(safety, Mapping)
+    assert not isinstance(utility, Mapping)
     for field, meaning in (
         ("metric", "metric"),
         ("tokens", "token selection"),
@@ -136,6 +164,13 @@ def _shared_metadata(
                 f"safety and utility differ in {meaning}: {field} is {a!r} in safety and {b!r} in "
                 "utility; both must be measured in the same way on the same model"
             )
+    check_same_weights(
+        safety.weights_hash,
+        utility.weights_hash,
+        "safety and utility",
+        "score both sets on the same model (classify(safety.scores, utility.scores, ...) compares "
+        "them all the same)",
+    )
     if safety.data_fingerprint == utility.data_fingerprint:
         raise ValueError(
             "safety and utility were measured on the same data (fingerprint "
@@ -147,6 +182,7 @@ def _shared_metadata(
         "tokens": safety.tokens,
         "model_name": safety.model_name,
         "units_hash": safety.units_hash,
+        "weights_hash": safety.weights_hash or utility.weights_hash,
         "data_fingerprint": {
             "safety": safety.data_fingerprint,
             "utility": utility.data_fingerprint,
@@ -168,9 +204,9 @@ class UnitGroups(Mapping[str, UnitSet]):
         shares: what was asked for, `{"scu": ..., "ucu": ..., "ru": ...}`, fractions of all units.
         scope: `"module"` or `"model"`, what was ranked together.
         normalize: `"none"`, `"zscore"` or `"rank"`.
-        metadata: where the scores come from: `metric`, `tokens`, `model_name`, `units_hash` and
-            `data_fingerprint` (one each for safety and utility); values are None where plain
-            mappings of scores were classified.
+        metadata: where the scores come from: `metric`, `tokens`, `model_name`, `units_hash`,
+            `weights_hash` and `data_fingerprint` (one each for safety and utility); values are None
+            where plain mappings of scores were classified.
     """
 
     def __init__(
@@ -338,31 +374,40 @@ class UnitGroups(Mapping[str, UnitSet]):
 
         Raises:
             FileNotFoundError: nothing was saved there.
-            ValueError: the directory holds something else, or `model` has another configuration
-                (where scores came from plain mappings: other modules or numbers of units).
+            ValueError: the directory holds something else, is damaged (the file and the field are
+                named), or `model` has other units (where scores came from plain mappings: other
+                modules or numbers of units).
         """
-        tensors, meta = load_tensors(directory)
-        if meta.get("content") != _CONTENT:
-            raise ValueError(
-                f"directory {str(directory)!r} holds {meta.get('content')!r}; "
-                f"it must hold {_CONTENT!r}, written by UnitGroups.save"
-            )
-        names = meta["modules"]
-        labels = {name: tensors[f"group/{name}"] for name in names}
-        sizes = {name: len(x) for name, x in labels.items()}
+        stored = Stored(directory, _CONTENT, _FIELDS, dict.fromkeys(METADATA))
+        stored.choice("scope", SCOPES)
+        stored.choice("normalize", NORMALIZATIONS)
+        meta, names = stored.meta, stored.names("modules")
+        if sorted(stored.names("groups")) != sorted(GROUPS):
+            raise stored.damaged(f"the field 'groups' must have {', '.join(GROUPS)}")
+        check_fields(stored.path, meta["shares"], {"scu": float, "ucu": float, "ru": float})
+        safety = {name: stored.tensor(f"safety/{name}") for name in names}
+        sizes = {name: len(x) for name, x in safety.items()}
+        utility = {name: stored.tensor(f"utility/{name}", shape=(n,)) for name, n in sizes.items()}
+        labels = {
+            name: stored.tensor(f"group/{name}", dtype=torch.uint8, shape=(n,))
+            for name, n in sizes.items()
+        }
         members = {
             group: {name: (x == i).nonzero().flatten() for name, x in labels.items()}
             for i, group in enumerate(meta["groups"])
         }
-        groups = cls(
-            {group: UnitSet(indices, sizes) for group, indices in members.items()},
-            safety={name: tensors[f"safety/{name}"] for name in names},
-            utility={name: tensors[f"utility/{name}"] for name in names},
-            shares=meta["shares"],
-            scope=meta["scope"],
-            normalize=meta["normalize"],
-            metadata={key: meta.get(key) for key in METADATA},
-        )
+        try:
+            groups = cls(
+                {group: UnitSet(indices, sizes) for group, indices in members.items()},
+                safety=safety,
+                utility=utility,
+                shares=meta["shares"],
+                scope=meta["scope"],
+                normalize=meta["normalize"],
+                metadata={key: meta[key] for key in METADATA},
+            )
+        except ValueError as error:  # a unit in no group
+            raise stored.damaged(str(error)) from error
         if model is not None:
             check_same_model(
                 model,
@@ -422,7 +467,7 @@ def classify(
 
     Raises:
         ValueError: for shares outside [0, 1] or above 1 together; scores that are NaN or infinite;
-            attributions of different modules, models, metrics or token selections; attributions of
+            attributions of different modules, models, weights, metrics or token selections; or of
             the same data, where no unit matters more for one than for the other.
 
     Source: Li & Kim, arXiv 2410.10862.

@@ -37,6 +37,7 @@ from ssah.selection import (
 )
 from ssah.units import DepthTwoModule, UnitSet, check_units, find_modules
 from ssah.updates import PLAN, plan_of
+from ssah.weights import cheap_weights_hash
 
 __all__ = ["UpdatePlan"]
 
@@ -58,6 +59,7 @@ class UpdatePlan:
         units: the units given, frozen or trained.
         trained_units: the units that train, over every module of the model.
         modules: its depth-2 modules by B's name.
+        weights_hash: of the model as it was given, see `ssah.weights`; None if it is sharded.
         fingerprint: SHA-256 (hex) of configuration and trained entries, equal for equal plans.
         ranks: those that the model is sharded over, or None.
     """
@@ -99,6 +101,7 @@ class UpdatePlan:
                 "units that own something, or name parameters in also="
             )
         self.units_hash, self.base_name = units_hash(model), model_name(model)
+        self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.required_grad = {name: p.requires_grad for name, p in model.named_parameters()}

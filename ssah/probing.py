@@ -23,8 +23,11 @@ from ssah.data import IGNORE_INDEX
 from ssah.evaluation.generation import Finite, greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
-from ssah.provenance import load_tensors, model_name, save_tensors, units_hash
+from ssah.provenance import FORMAT, model_name, save_tensors, units_hash
+from ssah.records import Fields
 from ssah.running import as_it_was
+from ssah.stored import Stored
+from ssah.weights import cheap_weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +35,14 @@ if TYPE_CHECKING:
 __all__ = ["Probe", "probe"]
 
 _CONTENT = "ssah probe"
+_FIELDS: Fields = {
+    "model_name": str,
+    "units_hash": (str, type(None)),
+    "weights_hash": (str, type(None)),
+    "refusal_opening": str,
+    "compliance_opening": str,
+    "version": str,
+}
 _TENSORS = ("refusal_distances", "compliance_distances", "baselines")
 
 
@@ -46,8 +57,8 @@ class Probe:
         refusal_distances, compliance_distances: float64 ``[requests, tokens, layers + 1]``, cosine
             distances in [0, 2] over the first 1, 2, ... generated tokens.
         baselines: float64 ``[tokens, layers + 1]``, the mean distance of two plain requests.
-        metadata: ``model_name``, ``units_hash``, the openings ``refusal_opening`` and
-            ``compliance_opening``, and ``version`` of this package.
+        metadata: ``model_name``, ``units_hash``, ``weights_hash``, the openings ``refusal_opening``
+            and ``compliance_opening``, and ``version`` of this package.
     """
 
     refusal_distances: Tensor
@@ -105,7 +116,8 @@ class Probe:
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write to a folder: safetensors and JSON, no pickle. No text is in them."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        save_tensors(directory, tensors, {"content": _CONTENT, **self.metadata})
+        meta = {"content": _CONTENT, "format": FORMAT, **self.metadata}
+        save_tensors(directory, tensors, meta)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str]) -> Probe:
@@ -113,13 +125,14 @@ class Probe:
 
         Raises:
             FileNotFoundError: nothing was saved there.
-            ValueError: something else was.
+            ValueError: something else was, or it is damaged; the file and the field are named.
         """
-        tensors, metadata = load_tensors(directory)
-        content = metadata.pop("content", None)
-        if content != _CONTENT:
-            raise ValueError(f"directory {str(directory)!r} has {content!r}, must have {_CONTENT}")
-        return cls(**tensors, metadata=metadata)
+        stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "weights_hash": None})
+        refusal = stored.tensor("refusal_distances", shape=(None, None, None))
+        shape = tuple(refusal.shape)
+        compliance = stored.tensor("compliance_distances", shape=shape)
+        baselines = stored.tensor("baselines", shape=shape[1:])
+        return cls(refusal, compliance, baselines, {key: stored.meta[key] for key in _FIELDS})
 
 
 def probe(
@@ -199,6 +212,7 @@ def probe(
         metadata={
             "model_name": model_name(model),
             "units_hash": units_hash(model),
+            "weights_hash": cheap_weights_hash(model),
             "refusal_opening": refusal,
             "compliance_opening": compliance,
             "version": __version__,

@@ -7,29 +7,28 @@ one, whatever happens in between.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
+from ssah.folder_lock import one_writer
+from ssah.records import read_sealed, sealed, write_whole
 from ssah.units import find_modules
 
 __all__ = [
+    "check_kind",
     "check_same_model",
     "config_hash",
     "load_tensors",
     "model_name",
-    "naming",
     "save_tensors",
     "units_hash",
-    "write_whole",
 ]
 
 META = "meta.json"
@@ -129,55 +128,6 @@ def check_same_model(
         )
 
 
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """An OSError of the block names ``path`` if it names nothing, as that of a full disk."""
-    try:
-        yield
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        raise
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file in one step: whatever happens, it is the old one or the new one, never half.
-
-    It is on the disk when this returns, so that a power cut cannot take both.
-
-    Raises:
-        OSError: it cannot be written, e.g. since the disk is full; the file is named.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            temporary.write_bytes(content)
-            _sync(temporary)
-            os.replace(temporary, path)
-            _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Returns once a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """One process at a time writes to a folder; another one waits until it has."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)  # which gives the lock back
-
-
 def save_tensors(
     directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
@@ -200,25 +150,28 @@ def save_tensors(
     digest = hashlib.sha256(content).hexdigest()
     name = f"tensors-{digest[:12]}.safetensors"
     record = {**meta, "tensors": name, "sha256": digest}
-    text = json.dumps({**record, _OWN: _checksum(record)}, indent=2) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    with _one_writer(folder):
-        _check_kind(folder, meta.get("content"))
+    with one_writer(folder):
+        check_kind(folder, meta.get("content"))
         for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
             half.unlink()
         write_whole(folder / name, content)
-        write_whole(folder / META, text.encode())
+        write_whole(folder / META, sealed(record, _OWN))
         for old in folder.glob("tensors-*.safetensors"):
             if old.name != name:
                 old.unlink()
 
 
-def _check_kind(folder: Path, content: object) -> None:
-    """Refuse to replace scores by groups, groups by an update, and so on."""
+def check_kind(folder: Path, content: object) -> None:
+    """Refuse to replace scores by groups, groups by an update, and so on.
+
+    Raises:
+        ValueError: the folder holds a result of another kind; what cannot be read back may go.
+    """
     try:
-        there = json.loads((folder / META).read_text())["content"]
-    except (OSError, ValueError, LookupError, TypeError):
-        return  # nothing that could be read back
+        there = json.loads((folder / META).read_bytes())["content"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return
     if there != content:
         raise ValueError(
             f"directory {str(folder)!r} holds {there!r}, which {content!r} must not replace: "
@@ -247,25 +200,17 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
     digest = hashlib.sha256(content).hexdigest()
     if digest != meta.pop("sha256"):
         raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
-    return safetensors.torch.load(content), meta
+    try:
+        return safetensors.torch.load(content), meta
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"file {str(file)!r} is damaged: {error}") from error
 
 
 def _read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
-    try:
-        meta = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f"file {str(path)!r} is damaged: {error}") from error
-    if not isinstance(meta, dict) or not {"tensors", "sha256"} <= set(meta):
-        raise ValueError(f"file {str(path)!r} is damaged: it names no tensors")
-    if meta.pop(_OWN, None) not in (None, _checksum(meta)):  # folders of before have none
-        raise ValueError(f"file {str(path)!r} is damaged: it is not as it was written")
-    if Path(str(meta["tensors"])).name != meta["tensors"]:
+    meta = read_sealed(path, {"tensors": str, "sha256": str}, _OWN)
+    if Path(meta["tensors"]).name != meta["tensors"]:
         raise ValueError(f"file {str(path)!r} is damaged: it names tensors outside its folder")
     return meta
-
-
-def _checksum(record: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()

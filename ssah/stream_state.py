@@ -11,7 +11,8 @@ import safetensors.torch
 from torch import Tensor
 
 from ssah import unfinished
-from ssah.provenance import naming
+from ssah.provenance import META
+from ssah.records import check_fields, naming
 from ssah.watch import Sums
 
 __all__ = ["FileState", "Hidden", "MemoryState"]
@@ -73,6 +74,7 @@ class FileState(MemoryState):
         self._written: list[str] = []  # of those after this one
         while (found := unfinished.load(self._of(self.layer), self.identity)) is not None:
             sums, norms, reached = found
+            check_fields(self._of(self.layer) / META, reached, {"hidden": list})
             super().finish_layer(sums, norms)
             self._digests = reached["hidden"]
         self._of(self.layer).mkdir(parents=True, exist_ok=True)

@@ -25,12 +25,13 @@ from ssah.attribution import (
     column_sq_norms,
     finish,
     may_drop_mask,
-    scoring_bar,
 )
 from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, n_embeddings, read_batch
 from ssah.finite import naming_weights
+from ssah.folder_lock import one_run
 from ssah.layered import LayeredModel, alone, moved
 from ssah.positions import with_positions
+from ssah.progress import scoring_bar
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
@@ -98,7 +99,7 @@ def stream(
     Raises:
         ModelError: the model cannot be found, has no safetensors, or is quantised.
         ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
-            gradient metric, or a ``state`` that is damaged or of another run.
+            gradient metric, or a ``state`` that is damaged, of another run or in use by one.
     """
     check_option("metric", metric, METRICS)
     check_option("tokens", tokens, TOKENS)
@@ -128,6 +129,8 @@ def stream(
         folder = state
         if state is None and _hidden_bytes(layered, batches) > hidden_memory:
             folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
+        if folder is not None:
+            stack.enter_context(one_run(Path(folder)))
         done = MemoryState() if folder is None else FileState(Path(folder), identity)
         advance = stack.enter_context(_progress(layered, done)) if progress else None
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))

@@ -44,6 +44,7 @@ def transfer(groups_before: UnitGroups, groups_after: UnitGroups) -> Transfer:
             after fine-tuning, made by `classify` with the same `scope`.
 
     Raises:
+        TypeError: either is something else.
         ValueError: where the two cover different modules or numbers of units, or were ranked with
             a different `scope`.
 
@@ -51,6 +52,11 @@ def transfer(groups_before: UnitGroups, groups_after: UnitGroups) -> Transfer:
     """
     import torch
 
+    from ssah.groups import UnitGroups
+
+    for name, groups in (("groups_before", groups_before), ("groups_after", groups_after)):
+        if not isinstance(groups, UnitGroups):
+            raise TypeError(f"{name} is {type(groups).__name__}; it must be UnitGroups")
     if groups_before.scope != groups_after.scope:
         raise ValueError(
             f"groups_before has scope {groups_before.scope!r} and groups_after has scope "
@@ -64,11 +70,11 @@ def transfer(groups_before: UnitGroups, groups_after: UnitGroups) -> Transfer:
             f"{groups_before.sizes.get(name, 'no')} units before and "
             f"{groups_after.sizes.get(name, 'no')} after; both must be of the same modules"
         )
-    groups = tuple(groups_before)
-    side = len(groups)
+    names = tuple(groups_before)
+    side = len(names)
     counts = torch.zeros(side * side, dtype=torch.int64)
     for name in groups_before.sizes:
         moves = groups_before.labels(name).long() * side + groups_after.labels(name)
         counts += torch.bincount(moves, minlength=side * side)
     matrix = counts.double().view(side, side) / counts.sum()
-    return Transfer(groups=groups, matrix=matrix)
+    return Transfer(groups=names, matrix=matrix)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ssah.provenance import META, load_tensors, save_tensors
+from ssah.records import check_fields
 from ssah.watch import Sums
 
 __all__ = ["damaged", "discard", "keep", "load", "refuse_other"]
@@ -65,15 +66,20 @@ def load(
         return None
     try:
         tensors, meta = load_tensors(part)
+        check_fields(part / META, meta, {"identity": dict, "reached": dict})
     except ValueError as error:
         raise damaged(part.parent, f"{error}") from error
     for key in sorted({*meta["identity"], *identity}):
         refuse_other(part.parent, key, meta["identity"].get(key), identity.get(key))
     own: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        kind, name = key.split("/", 1)
+        kind, _, name = key.partition("/")
         own.setdefault(kind, {})[name] = tensor
-    sums = {name: Sums(*(own[kind][name] for kind in _SUMS)) for name in own.get(_SUMS[0], {})}
+    names = own.get(_SUMS[0], {})
+    for kind in _SUMS:
+        if own.get(kind, {}).keys() != names.keys():
+            raise damaged(part.parent, f"{str(part)!r} lacks {kind} of a module")
+    sums = {name: Sums(*(own[kind][name] for kind in _SUMS)) for name in names}
     return sums, own.get("norms", {}), meta["reached"]
 
 

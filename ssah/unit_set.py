@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence
 
 import torch
@@ -31,7 +32,7 @@ class UnitSet:
         outside = [name for name in indices if name not in sizes]
         if outside:
             raise ValueError(f"indices has modules that sizes lacks: {', '.join(outside)}")
-        self._sizes = {name: int(size) for name, size in sizes.items()}
+        self._sizes = {name: _checked_size(name, size) for name, size in sizes.items()}
         self._indices = {
             name: _checked_index(name, indices.get(name, ()), size)
             for name, size in self._sizes.items()
@@ -159,6 +160,13 @@ class UnitSet:
             f"UnitSet({len(self)} of {sum(self._sizes.values())} units ({self.fraction:.2%}) "
             f"in {len(self._sizes)} modules)"
         )
+
+
+def _checked_size(name: str, size: int) -> int:
+    number = operator.index(size)  # TypeError: it is no integer
+    if number < 0:
+        raise ValueError(f"sizes has {number} units for {name!r}, must have 0 or more")
+    return number
 
 
 def _checked_index(name: str, index: Tensor | Sequence[int], size: int) -> Tensor:

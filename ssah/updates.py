@@ -17,8 +17,10 @@ from ssah import __version__
 from ssah.ablation import check_not_ablated
 from ssah.frozen import complement_rows, digests
 from ssah.projections import check_parameters
-from ssah.provenance import FORMAT, check_same_model, load_tensors, save_tensors
+from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.quantised import check_plain
+from ssah.records import Fields, check_fields
+from ssah.stored import Stored
 from ssah.units import find_modules
 
 if TYPE_CHECKING:
@@ -27,7 +29,16 @@ if TYPE_CHECKING:
 __all__ = ["load_update", "plan_of", "push_update", "save_update"]
 
 PLAN = "_ssah_plan"
+HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
+_FIELDS: Fields = {
+    "base_model": str,
+    "units_hash": (str, type(None)),
+    "keep": bool,
+    "dims": dict,
+    "experts": list,
+    "frozen": dict,
+}
 
 
 def plan_of(model: nn.Module) -> UpdatePlan | None:
@@ -68,6 +79,7 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         "version": __version__,
         "base_model": plan.base_name,
         "units_hash": plan.units_hash,
+        "weights_hash": plan.weights_hash,
         "fingerprint": plan.fingerprint,
         "keep": plan.keep,
         "dims": {name: each[-1] for name, each in dims.items()},
@@ -116,13 +128,14 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
     Args:
         model: the base model, in the dtype that it was trained in; changed in place.
-        directory: a folder, or the id of a repository on the Hugging Face Hub.
+        directory: a folder, or ``"hf:user/name"`` for a repository on the Hugging Face Hub. A
+            folder's name that was mistyped must not fetch what somebody put there.
 
     Raises:
-        FileNotFoundError: nothing was saved there.
-        ValueError: the folder holds something else; the model is inside `ablate`, has an active
-            plan, another configuration or dtype, packed weights, or other weights where the update
-            kept them frozen. Nothing is changed then.
+        FileNotFoundError: there is no such folder, or nothing was saved there.
+        ValueError: the folder holds something else or is damaged; the model is inside `ablate`, has
+            an active plan, other units or another dtype, packed weights, or other weights where
+            the update kept them frozen. Nothing is changed then.
     """
     if plan_of(model) is not None:
         raise ValueError("model has an active plan: close it first (plan.close())")
@@ -130,21 +143,26 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
     check_parameters(model, params, "to be given an update")
-    if not Path(directory).exists() and str(directory).count("/") == 1:
-        directory = snapshot_download(str(directory))
-    tensors, meta = load_tensors(directory)
-    if meta.get("content") != _CONTENT:
-        raise ValueError(f"directory {str(directory)!r} does not hold an update")
-    check_same_model(
-        model, meta.get("units_hash"), expected_name=meta["base_model"], what="the update"
-    )
+    name = os.fspath(directory)
+    if name.startswith(HUB):
+        directory = snapshot_download(name.removeprefix(HUB))
+    elif not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
+            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
+        )
+    stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
+    tensors, meta = stored.tensors, stored.meta
+    check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
+    check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
+    if any(name not in list(meta["dims"]) for name in meta["experts"]):
+        raise stored.damaged("the field 'experts' has more than parameters that train in part")
+    check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
     own = dict(model.named_parameters())
-    # An update without experts says nothing of them.
     dims: dict[str, tuple[int, ...]] = {
-        name: (0, dim) if name in meta.get("experts", ()) else (dim,)
-        for name, dim in meta["dims"].items()
+        name: (0, dim) if name in meta["experts"] else (dim,) for name, dim in meta["dims"].items()
     }
-    values = _checked_values(own, tensors, dims)
+    values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:
         raise ValueError(
@@ -164,22 +182,32 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 
 def _checked_values(
-    own: dict[str, nn.Parameter], tensors: dict[str, Tensor], dims: dict[str, tuple[int, ...]]
+    own: dict[str, nn.Parameter], stored: Stored, dims: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
     """Trained values by parameter, once they are known to fit the model."""
-    prefix = "values/"
+    prefix, tensors = "values/", stored.tensors
     values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name, own_dims in dims.items():
+        if name not in values:
+            raise stored.damaged(f"it has no values of {name!r}, which it trains in part")
+        if name in own and not all(0 <= dim < own[name].dim() for dim in own_dims):
+            raise stored.damaged(f"the field 'dims' has {own_dims[-1]} for {name!r}")
     for name, value in values.items():
         if name not in own:
             raise ValueError(f"the update trains {name!r}, which the model lacks")
         shape = list(own[name].shape)
         if name in dims:
-            index = tensors[f"index/{name}"]
+            index = stored.tensor(f"index/{name}", dtype=torch.int64)
             n_entries = math.prod(shape[dim] for dim in dims[name])
             if len(index) and (index[0] < 0 or index[-1] >= n_entries or (index.diff() <= 0).any()):
                 raise ValueError(
                     f"the update trains entries of {name!r} that are not ascending numbers from 0 "
                     f"to {n_entries - 1}: it is damaged"
+                )
+            if len(index) < n_entries and name not in stored.meta["frozen"]:
+                raise stored.damaged(
+                    f"it trains {len(index)} of {n_entries} entries of {name!r}, and the field "
+                    "'frozen' says nothing of the rest"
                 )
             rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
             shape = [len(index), *rest]

@@ -17,7 +17,7 @@ from tiny_models import IGNORED, LENGTHS, build, collate, rows
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ssah import backward, provenance
+from ssah import backward, records
 from ssah.attribution import METRICS, Attribution, attribute
 from ssah.provenance import load_tensors, save_tensors
 from ssah.units import find_modules
@@ -462,18 +462,18 @@ def test_a_result_of_one_kind_does_not_replace_another(tmp_path: Path) -> None:
 
 def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tensors(tmp_path, {"x": torch.ones(3)}, {"n": 1})
-    monkeypatch.setattr("ssah.provenance.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ssah.records.json.dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
     monkeypatch.undo()
-    replace = provenance.os.replace
+    replace = records.os.replace
 
     def fail(source: Path, target: Path) -> None:
         if Path(target).name == "meta.json":
             raise Boom
         replace(source, target)
 
-    monkeypatch.setattr("ssah.provenance.os.replace", fail)
+    monkeypatch.setattr("ssah.records.os.replace", fail)
     with pytest.raises(Boom):
         save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
     monkeypatch.undo()
@@ -483,7 +483,7 @@ def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
     save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 3})
     assert load_tensors(tmp_path)[1] == {"n": 3}
     assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match="does not hold an attribution"):
+    with pytest.raises(ValueError, match="it must hold 'attribution'"):
         Attribution.load(tmp_path)
     next(tmp_path.glob("*.safetensors")).write_bytes(b"no")
     with pytest.raises(ValueError, match="not those"):

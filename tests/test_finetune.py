@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.finetune import Settings, check_folder, fine_tune, select_units
+from ssah.finetune import Settings, fine_tune, select_units
 from ssah.groups import UnitGroups, classify
 from ssah.memory import preview
 from ssah.training import freeze, train_only
+from ssah.training_run import check_folder
 from ssah.units import UnitSet, find_modules
 from ssah.updates import load_update
 

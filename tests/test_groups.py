@@ -323,6 +323,7 @@ def test_metadata_of_attributions_is_kept() -> None:
         "tokens": "labels",
         "model_name": "tiny",
         "units_hash": "c0ffee",
+        "weights_hash": None,
         "data_fingerprint": {"safety": "s", "utility": "u"},
     }
 

@@ -194,7 +194,7 @@ def test_saved_and_read(tmp_path: Path) -> None:
     assert again.metadata["refusal_opening"] == REFUSAL
     tensors, meta = load_tensors(tmp_path)
     save_tensors(tmp_path / "other", tensors, {**meta, "content": "something"})
-    with pytest.raises(ValueError, match="has 'something', must have ssah probe"):
+    with pytest.raises(ValueError, match="holds 'something'; it must hold 'ssah probe'"):
         Probe.load(tmp_path / "other")
 
 

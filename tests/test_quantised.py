@@ -28,10 +28,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 import ssah
 from ssah import quantised
 from ssah.attribution import METRICS, attribute, column_sq_norms
-from ssah.batch_state import weights_hash
 from ssah.models import ModelError, load_model, locate
 from ssah.quantised import dequantised, packed_modules
 from ssah.units import find_modules
+from ssah.weights import weights_hash
 
 Build = Callable[..., PreTrainedModel]
 

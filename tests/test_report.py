@@ -97,11 +97,12 @@ def add(folder: Path, kind: str, result: Mapping[str, Any] | None, *, wide: bool
     """A run in ``folder``; without a result it is not finished."""
     run = Run(folder, kind, {"model": HOSTILE, "seeds": [0, 1, 2], "seed": 7}, DATA)
     run.record["command"] = "ssah " + kind + (" --option value" * 30 if wide else "")
-    run.step("first", lambda: 1)
-    if result is not None:
-        with picture(folder / f"{kind}.png", kind, (12, 5)) as figure:
-            figure.subplots().plot([1, 2])
-        run.finish(result, [folder / f"{kind}.png"])
+    with run.begin():
+        run.step("first", lambda: 1)
+        if result is not None:
+            with picture(folder / f"{kind}.png", kind, (12, 5)) as figure:
+                figure.subplots().plot([1, 2])
+            run.finish(result, [folder / f"{kind}.png"])
     return folder
 
 

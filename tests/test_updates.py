@@ -74,7 +74,7 @@ def test_refuses_a_folder_with_something_else(tmp_path: Path) -> None:
     from ssah.provenance import save_tensors
 
     save_tensors(tmp_path, {"a": torch.zeros(1)}, {"content": "attribution"})
-    with pytest.raises(ValueError, match="does not hold an update"):
+    with pytest.raises(ValueError, match="it must hold 'update'"):
         load_update(tiny_models.build("llama"), tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         plan.push_to_hub("me/update", private=True, token="t") == "https://example.test/me/update"
     )
     assert calls == {"token": "t", "create": ("me/update", {"private": True, "exist_ok": True})}
-    load_update(base, "me/update")
+    load_update(base, "hf:me/update")
     assert_equal(snapshot(base), snapshot(model))
     plan.close()
     with pytest.raises(RuntimeError, match="plan is closed"):

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ssah.provenance import META, load_tensors, save_tensors
+from ssah.records import sealed
 
 TIMES = 100
 
@@ -65,8 +66,8 @@ def test_a_result_cannot_name_tensors_outside_its_folder(tmp_path: Path) -> None
     save_tensors(tmp_path / "a", {"x": torch.zeros(2)}, {})
     save_tensors(tmp_path / "b", {"x": torch.ones(2)}, {})
     meta = json.loads((tmp_path / "b" / META).read_text())
-    del meta["meta_sha256"]  # as of a release before
+    del meta["meta_sha256"]
     meta["tensors"] = f"../b/{meta['tensors']}"
-    (tmp_path / "a" / META).write_text(json.dumps(meta))
+    (tmp_path / "a" / META).write_bytes(sealed(meta, "meta_sha256"))
     with pytest.raises(ValueError, match="outside its folder"):
         load_tensors(tmp_path / "a")

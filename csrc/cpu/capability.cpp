@@ -64,6 +64,7 @@ bool processor_has(const Kernels& table) {
 
 const Kernels& choose() {
   const char* wanted = std::getenv("SSAH_CPU_CAPABILITY");
+  if (wanted != nullptr && *wanted == '\0') wanted = nullptr;  // set to nothing: not set
   const Kernels* best = nullptr;
   std::string usable;
   for (const Kernels* table : built_kernels()) {

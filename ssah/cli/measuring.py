@@ -153,9 +153,10 @@ def demo(
     # it must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ssah import demo, full_demo
+    from ssah.folder_lock import one_run
 
-    return Result(
-        (full_demo if full else demo).run(
+    with one_run(out):
+        found = (full_demo if full else demo).run(
             model,
             out,
             seconds=seconds,
@@ -165,7 +166,7 @@ def demo(
             device=device,
             trust_remote_code=trust_remote_code,
         )
-    )
+    return Result(found)
 
 
 @reporting

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -100,10 +100,13 @@ def attribute(
 
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
+    from ssah.attribution import CONTENT
     from ssah.attribution import attribute as score
     from ssah.data import Counts, make_loader
     from ssah.distributed import deal, launched
+    from ssah.folder_lock import one_run
     from ssah.models import load_tokenizer
+    from ssah.provenance import check_kind
     from ssah.report.tables import facts_table
     from ssah.unfinished import discard
     from ssah.units import KINDS
@@ -115,7 +118,8 @@ def attribute(
         "progress": True,
         "state": out / _UNFINISHED,
     }
-    with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
+    # The bar goes to standard error; the folder is this command's until the scores are saved.
+    with launched() as ranks, redirect_stdout(sys.stderr), ExitStack() as stack:
         with ranks.agreeing():
             if streamed and ranks.size > 1:
                 raise ValueError(
@@ -129,6 +133,9 @@ def attribute(
                 raise ValueError("--save-every is for a model in memory; leave --stream out")
             counts = Counts()
             rows = reading.rows(data, split, limit, counts)
+            if ranks.rank == 0:
+                stack.enter_context(one_run(out))
+                check_kind(out, CONTENT)
             if streamed:
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:

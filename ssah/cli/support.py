@@ -123,6 +123,7 @@ def reporting(function: Callable[Parameters, Result]) -> Callable[Parameters, No
         as_json = bool(kwargs["as_json"])
         usual, warnings.formatwarning = warnings.formatwarning, _warning
         try:
+            check_launcher()
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = function(*args, **kwargs)
             _print(result, as_json)
@@ -156,10 +157,32 @@ def _stop(error: Exception, code: int) -> None:
     raise typer.Exit(code)
 
 
+def check_launcher() -> None:
+    """Refuse the environment of a launcher that says half of what it must.
+
+    Raises:
+        ValueError: a variable is no number, or RANK is there without WORLD_SIZE: then this process
+            would neither find the others nor print.
+    """
+    rank, size = _number("RANK", 0), _number("WORLD_SIZE", 1)
+    if rank >= size:
+        raise ValueError(
+            f"RANK is {rank} and WORLD_SIZE is {os.environ.get('WORLD_SIZE') or 'not set'}, must "
+            "be more than RANK: start the command with torchrun, or unset RANK"
+        )
+
+
+def _number(variable: str, otherwise: int) -> int:
+    text = os.environ.get(variable) or str(otherwise)
+    if not text.isascii() or not text.isdigit():
+        raise ValueError(f"{variable} is {text!r}, must be a number of processes: unset it")
+    return int(text)
+
+
 def _print(result: Result, as_json: bool) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):  # of a narrow encoding, what it lacks is replaced
         sys.stdout.reconfigure(errors="replace")
-    if os.environ.get("RANK", "0") != "0":
+    if _number("RANK", 0) != 0:
         return  # of the processes that a launcher started, the first one prints
     if as_json:
         typer.echo(json.dumps(result.data, indent=2, allow_nan=False))

@@ -341,10 +341,12 @@ def _train(
 ) -> Result:
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
     from ssah.data import Counts, DataError, encode, warn_of_shared
-    from ssah.finetune import check_folder, fine_tune, select_units
+    from ssah.finetune import fine_tune, select_units
+    from ssah.folder_lock import check_free
     from ssah.groups import UnitGroups
     from ssah.memory import preview
     from ssah.training import freeze, train_only
+    from ssah.training_run import check_folder
     from ssah.units import UnitSet, find_modules
 
     split, limit, max_length = encoding
@@ -353,6 +355,7 @@ def _train(
         raise ValueError("out is missing: give --out DIR, or --dry-run")
     if out is not None and not dry_run:
         check_folder(out)
+        check_free(out)
     nothing = _check_selection(mode, selection, groups)
     counts, eval_counts = Counts(), Counts()
     rows = reading.rows(data, split, limit, counts)

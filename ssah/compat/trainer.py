@@ -8,10 +8,14 @@ so this one note is left out. A process that loads 4-bit weights and does not tr
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from ssah.compat import lacking
 from ssah.compat.transformers import WORKS, gone
@@ -19,6 +23,7 @@ from ssah.compat.transformers import WORKS, gone
 __all__ = [
     "PrinterCallback",
     "SchedulerType",
+    "SealingTrainer",
     "Trainer",
     "TrainerCallback",
     "TrainingArguments",
@@ -55,6 +60,43 @@ try:
         from transformers.trainer_utils import SchedulerType
 except ImportError as error:
     raise lacking("transformers", "Trainer that fits", "to train", WORKS, str(error)) from error
+
+
+# What a run cannot be resumed without to the same bits; the weights may be in several files.
+_PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+
+
+class SealingTrainer(Trainer):
+    """A Trainer that hands each checkpoint on once all of it is written.
+
+    Args:
+        seal: called with the folder of the checkpoint and the names of files that it must have.
+        **options: of ``Trainer``.
+    """
+
+    def __init__(
+        self, seal: Callable[[Path, tuple[str, ...]], None], model: Any, args: Any, **options: Any
+    ) -> None:
+        super().__init__(model, args, **options)
+        self._seal = seal
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        output = Path(str(self.args.output_dir))
+        folder = output / f"checkpoint-{self.state.global_step}"
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            # Of a full disk torch says "enforce fail", safetensors its own kind of error.
+            written = [path for path in folder.glob("*") if path.is_file()]
+            path = max(written, key=lambda file: file.stat().st_mtime_ns, default=folder)
+            named = isinstance(error, OSError) and error.filename
+            about = str(error) if named else f"{str(path)!r}: {str(error).splitlines()[0]}"
+            raise OSError(
+                f"the checkpoint of step {self.state.global_step} cannot be written ({about}); "
+                f"{shutil.disk_usage(output).free:,} bytes are free there: with more of them the "
+                "same command goes on from the checkpoint before"
+            ) from error
+        self._seal(folder, _PARTS)
 
 
 def training_arguments(

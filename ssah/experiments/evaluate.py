@@ -28,13 +28,15 @@ from ssah.experiments.evaluated import (
     model_record,
     row_record,
 )
-from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
+from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.measuring import UTILITY, Evaluation, intact_coherence, measured_line
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.frozen import digest
 from ssah.models import move
 from ssah.units import family_of
+from ssah.weights import weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -116,6 +118,7 @@ def evaluate(
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
     """
+    check_free(out)
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
@@ -164,11 +167,12 @@ def evaluate(
             "rows": len(units),
             "fingerprint": digest(units[module] for module in units),
         }
+    weights = weights_hash(model)
     identity = {
         **loading.settings(),
-        "weights": weights_fingerprint(model),
+        "weights": weights,
         "intact": intact,
-        "intact_weights": weights_fingerprint(scorer[0]),
+        "intact_weights": weights if scorer[0] is model else weights_hash(scorer[0]),
         **asdict(settings),
         "judges": [each.describe() for each in judges],
     }

@@ -17,7 +17,6 @@ from ssah.data import Counts, Row, make_loader, template_record, warn_of_shared
 from ssah.data.encoding import Overlong
 from ssah.data.reading import Reading
 from ssah.experiments.steps import Steps
-from ssah.frozen import digest
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import DTYPES, load_model, quiet
 
@@ -32,7 +31,6 @@ __all__ = [
     "check_grouping",
     "check_shares",
     "score",
-    "weights_fingerprint",
 ]
 
 READING = Reading()
@@ -157,14 +155,6 @@ class Sources:
                 warn_of_shared(role, prompts, other, others)
         self._prompts[role] = set(prompts)
         return items
-
-
-def weights_fingerprint(model: PreTrainedModel) -> str:
-    """SHA-256 (hex) of all weights: another model in the same folder is another one."""
-    state = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        state.update(f"{name} {tuple(parameter.shape)} {digest([parameter])}\n".encode())
-    return state.hexdigest()
 
 
 def score(

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL
 from ssah.experiments.claims import claim
-from ssah.experiments.inputs import Loading, Sources, weights_fingerprint
+from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.probing import Probe, probe
 from ssah.report.probe_plot import plot_probe
+from ssah.weights import weights_hash
 
 __all__ = ["run_probe"]
 
@@ -50,6 +53,7 @@ def run_probe(
         ValueError: ``beside`` is the model itself, or the folder has another run, or one with
             other weights.
     """
+    check_free(Path(out))
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
     sources = Sources(model.reading)
@@ -69,7 +73,7 @@ def run_probe(
     with Steps(run, len(names)) as steps:
         for role, name in names.items():
             loaded, tokenizer = model(model.dtype, name)
-            weights[role] = weights_fingerprint(loaded)
+            weights[role] = weights_hash(loaded)
 
             def compute(role: str = role, loaded: Any = loaded, tokenizer: Any = tokenizer) -> Any:
                 with steps.part("requests", len(asked)) as advance:

@@ -14,7 +14,8 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,22 @@ import torch
 import transformers
 
 from ssah import __version__
-from ssah.provenance import write_whole
+from ssah.folder_lock import one_run
+from ssah.records import Fields, read_record, read_sealed, sealed, write_whole
 
 __all__ = ["RECORD", "Run", "read_run"]
 
 RECORD = "experiment.json"
 _STEPS = "steps"
+_FIELDS: Fields = {
+    "kind": str,
+    "settings": dict,
+    "data": dict,
+    "command": str,
+    "started": str,
+    "seconds": float,
+    "finished": bool,
+}
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -40,6 +51,9 @@ class Run:
         kind: what the experiment is, e.g. ``"scan"``.
         settings: plain data: everything that changes the result (model, shares, seeds, sizes).
         data: what was read: role, e.g. ``"safety"``, -> ``{"source", "rows", "fingerprint"}``.
+
+    One run at a time is under way in a folder: from `begin`, which takes the folder, to the end of
+    the block. A finished experiment stays finished, whatever becomes of the call that looks at it.
 
     Raises:
         ValueError: the folder has another experiment, or one with other settings or data.
@@ -69,12 +83,29 @@ class Run:
             "seconds": 0.0,
             "finished": False,
         }
-        if (self.out / RECORD).is_file():
-            self._go_on(read_run(self.out))
+        self._go_on()
         self._start = time.perf_counter() - self.record["seconds"]
-        self._write()
 
-    def _go_on(self, earlier: dict[str, Any]) -> None:
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """The folder is this run's inside the block, and the record is in it.
+
+        Raises:
+            ValueError: another run is under way there, or has begun something else meanwhile.
+            OSError: the folder cannot be written to.
+        """
+        with one_run(self.out):
+            self._go_on()
+            self._start = time.perf_counter() - self.record["seconds"]
+            if not self.record["finished"]:
+                self._write()
+            yield
+
+    def _go_on(self) -> None:
+        """Take over what the folder has of this experiment; refuse another one."""
+        if not (self.out / RECORD).is_file():
+            return
+        earlier = read_run(self.out)
         advice = "take another folder, or remove this one"
         if earlier["kind"] != self.record["kind"]:
             raise ValueError(
@@ -89,6 +120,9 @@ class Run:
                         f"{str(self.out)!r} has this experiment with {key} {before!r}, not "
                         f"{now!r}: {advice}"
                     )
+        if earlier["finished"]:
+            self.record = earlier
+            return
         for key in ("command", "started", "seconds"):
             self.record[key] = earlier[key]
 
@@ -98,16 +132,22 @@ class Run:
         Args:
             name: of the step: letters, digits, ``.``, ``_`` and ``-``.
             compute: called when the step was not done yet. Must not return generated text.
+
+        Raises:
+            ValueError: what the folder has of the step was damaged; its file is named.
         """
         if not _STEP_NAME.fullmatch(name):
             raise ValueError(f"step is {name!r}; it must match {_STEP_NAME.pattern}")
         path = self.out / _STEPS / f"{name}.json"
         if not path.is_file():
-            result = compute()
+            result = json.loads(json.dumps(compute(), allow_nan=False))
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, (json.dumps(result, allow_nan=False) + "\n").encode())
+            write_whole(path, sealed({"step": name, "result": result}))
             self._write()
-        return json.loads(path.read_text())
+        try:
+            return read_sealed(path, {"step": str})["result"]
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and the step is done again") from error
 
     def done(self, name: str) -> bool:
         """Whether the step is in the folder."""
@@ -138,12 +178,12 @@ def read_run(out: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the folder has none.
+        ValueError: it was cut off or is no such record; the file is named.
     """
     path = Path(out) / RECORD
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(out)!r} has no {RECORD}: no experiment is there")
-    record: dict[str, Any] = json.loads(path.read_text())
-    return record
+    return read_record(path, _FIELDS)
 
 
 def _command() -> str:

@@ -22,14 +22,15 @@ from ssah.experiments.inputs import (
     check_grouping,
     check_shares,
     score,
-    weights_fingerprint,
 )
 from ssah.experiments.measuring import UTILITY, Evaluation
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import move
 from ssah.report.scan_plot import plot_compare, plot_scan
+from ssah.weights import weights_hash
 
 __all__ = ["RULE", "ScanSettings", "scan"]
 
@@ -125,6 +126,7 @@ def scan(
         the record of the run; ``result`` has ``intact``, ``curves``, ``chosen``, ``claims`` and
         ``compare``.
     """
+    check_free(out)
     sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     asked = sources.requests("requests", requests)
@@ -133,7 +135,7 @@ def scan(
     run = Run(
         out,
         KIND,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     evaluation = Evaluation(

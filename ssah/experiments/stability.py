@@ -23,15 +23,16 @@ from ssah.experiments.inputs import (
     Sources,
     check_grouping,
     check_shares,
-    weights_fingerprint,
 )
 from ssah.experiments.moments import RowMoments, row_moments
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
+from ssah.folder_lock import check_free
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import move
 from ssah.report.stability_plot import plot_stability
 from ssah.units import UnitSet
+from ssah.weights import weights_hash
 
 __all__ = ["StabilitySettings", "chance_overlap", "jaccard", "spearman", "stability"]
 
@@ -96,6 +97,7 @@ def stability(
     Raises:
         ValueError: a set has fewer rows than twice the largest size.
     """
+    check_free(out)
     sources = Sources(loading.reading)
     rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
     _check_enough(settings, {role: len(own) for role, own in rows.items()})
@@ -112,7 +114,7 @@ def stability(
     run = Run(
         out,
         KIND,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     with Steps(run, 4 + len(settings.sizes)) as steps:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,8 @@ __all__ = ["Steps"]
 class Steps:
     """Takes the steps of a run, with a bar and a line for each on standard error.
 
+    Inside its block the folder is the run's (`Run.begin`).
+
     Args:
         run: the experiment.
         total: steps that it has.
@@ -33,7 +35,10 @@ class Steps:
         self.task = self.bar.add_task(run.record["kind"], total=total)
 
     def __enter__(self) -> Steps:
-        self.bar.start()
+        with ExitStack() as stack:
+            stack.enter_context(self.run.begin())
+            self.bar.start()
+            self._end = stack.pop_all()
         return self
 
     def __exit__(
@@ -43,6 +48,7 @@ class Steps:
         traceback: TracebackType | None,
     ) -> None:
         self.bar.stop()
+        self._end.close()
 
     def __call__(
         self, name: str, compute: Callable[[], Any], line: Callable[[Any], str] | None = None

@@ -22,7 +22,6 @@ from ssah.experiments.inputs import (
     Loading,
     Sources,
     score,
-    weights_fingerprint,
 )
 from ssah.experiments.measuring import (
     Evaluation,
@@ -34,7 +33,9 @@ from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.experiments.study_settings import StudySettings
 from ssah.experiments.training import Recipe, spread, train, training_loss
+from ssah.folder_lock import check_free
 from ssah.models import SMOLLM2, move, quiet
+from ssah.weights import weights_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -199,6 +200,7 @@ def open_study(
         arms: how many there are.
         keep: whether trained models stay.
     """
+    check_free(out)
     model, tokenizer = loading("auto")
     pools = [
         _encoded(rows, tokenizer, settings.train_max_length, loading.reading.overlong, role)
@@ -223,7 +225,7 @@ def open_study(
     run = Run(
         out,
         kind,
-        {**loading.settings(), "weights": weights_fingerprint(model), **asdict(settings)},
+        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
         sources.record,
     )
     with Steps(run, 8 + 3 * arms * len(settings.seeds)) as steps:

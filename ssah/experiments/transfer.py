@@ -49,8 +49,9 @@ def run_transfer(
     }
     run = Run(out, KIND, {"before": str(before), "after": str(after), "title": title}, data)
     names = {role: f"{role}: {Path(found['models'][role] or role).name}" for role in groups}
-    picture = plot_transfer(moved, run.out / "transfer.png", title, **names)
-    return run.finish(found, [picture])
+    with run.begin():
+        picture = plot_transfer(moved, run.out / "transfer.png", title, **names)
+        return run.finish(found, [picture])
 
 
 def summary(moved: Transfer, before: UnitGroups, after: UnitGroups) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ssah import __version__
 from ssah.experiments.run import RECORD
-from ssah.provenance import write_whole
+from ssah.records import write_whole
 from ssah.report.kinds import KINDS, Kind, claims_table, kind_of
 from ssah.report.plain import MISSING, Table, number, tables
 

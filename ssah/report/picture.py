@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.provenance import write_whole
+from ssah.records import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

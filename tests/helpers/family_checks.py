@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ssah import families
 from ssah.ablation import ablate
 from ssah.attribution import METRICS, attribute
-from ssah.provenance import write_whole
+from ssah.records import write_whole
 from ssah.streaming import STREAMED_METRICS, stream
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"

@@ -1,0 +1,102 @@
+"""One process at a time in a folder: short writes wait for each other, long runs do not.
+
+Both hold a lock of the operating system, which goes with the process however it ends: a process
+that was killed blocks nobody.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["LOCK", "check_free", "one_run", "one_writer"]
+
+LOCK = ".lock"  # in the folder of a run that is under way; its content is for people
+
+
+@contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """One process at a time writes to ``folder``; another one waits until it has."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)  # which gives the lock back
+
+
+@contextmanager
+def one_run(folder: Path) -> Iterator[None]:
+    """One run at a time works in ``folder``, which is made; another one is refused at once.
+
+    Raises:
+        ValueError: a run is under way there; its process and machine are named.
+        OSError: the folder cannot be written to; it is named.
+    """
+    path = folder / LOCK
+    descriptor = _locked(folder, path)
+    try:
+        holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
+        os.ftruncate(descriptor, 0)
+        os.write(descriptor, holder.encode())
+        yield
+    finally:
+        # Removed while it is still held: whoever opened it meanwhile sees that it is gone.
+        if _same(descriptor, path):
+            path.unlink()
+        os.close(descriptor)
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that a run could not work in, before the run does anything that takes long.
+
+    Raises:
+        ValueError: a run is under way there.
+        OSError: it is a file, or cannot be written to.
+    """
+    with one_run(folder):
+        pass
+
+
+def _locked(folder: Path, path: Path) -> int:
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:
+            continue  # a run that is finished has just removed the folder
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            message = _refusal(folder, os.read(descriptor, 4096))
+            os.close(descriptor)
+            raise ValueError(message) from None
+        if _same(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # the run that made this file has ended and removed it
+
+
+def _same(descriptor: int, path: Path) -> bool:
+    """Whether the file that is open is the one that the folder has under this name."""
+    try:
+        there = path.stat()
+    except FileNotFoundError:
+        return False
+    return os.path.samestat(os.fstat(descriptor), there)
+
+
+def _refusal(folder: Path, content: bytes) -> str:
+    try:
+        holder = json.loads(content)
+        who = f"process {holder['pid']} on {holder['host']}"
+    except (ValueError, LookupError, TypeError):  # it has just begun, and not written it yet
+        who = "another process"
+    return (
+        f"{who} is running in {str(folder)!r}: wait until it has ended, or take another folder "
+        "(its lock goes with the process, and needs no removing)"
+    )
