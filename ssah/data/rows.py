@@ -212,7 +212,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{number}"
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of the JSON, or of its UTF-8
+            except (ValueError, RecursionError) as error:  # of the JSON, or of its UTF-8
                 raise DataError(f"{where}: invalid JSON: {error}") from error
 
 
