@@ -29,13 +29,19 @@ def loading(
     """Whatever transformers cannot load inside the block becomes a `ModelError` about ``name``."""
     try:
         yield
-    except ModelError:
+    except (ModelError, MemoryError):
         raise
     except SafetensorError as error:
         reason = f"{_damaged(name) or 'a file of weights'} is damaged or was cut off ({error})"
         raise ModelError(message.format(name=name, reason=reason)) from error
-    except (OSError, ValueError, ImportError, LookupError, AttributeError) as error:
+    except Exception as error:
+        # What a configuration says reaches any line of a model's code: a size of 0 divides by zero,
+        # JSON nested too deeply is a RecursionError. A GPU without room is another thing.
+        if type(error).__name__ == "OutOfMemoryError":
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
+        if not isinstance(error, OSError | ValueError | ImportError):
+            reason = f"{type(error).__name__}: {reason}"
         raise ModelError(message.format(name=name, reason=reason)) from error
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,7 +119,7 @@ def evaluate(
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
     """
-    check_free(out)
+    check_free(Path(out))
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
