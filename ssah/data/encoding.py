@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from ssah.data.counts import Counts
-from ssah.data.fields import DataError, Message, Row, check_row
+from ssah.data.fields import DataError, Message, Row, check_count, check_row
 from ssah.data.templates import Template, check_turns
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def encode(
     Warns:
         UserWarning: once, at the end: how many rows were cut or left out.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, was {max_length}")
+    check_count("max_length", max_length, least=2)
     if overlong not in ("cut", "skip", "error"):
         raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
     encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row

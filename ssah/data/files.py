@@ -46,14 +46,14 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{number}"
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
-            except ValueError as error:  # of the JSON, or of its UTF-8
+            except (ValueError, RecursionError) as error:  # of the JSON, of its UTF-8, or too deep
                 yield where, DataError(f"{where}: invalid JSON: {error}")
 
 
 def _read_list(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: invalid JSON: {error}") from error
     if not isinstance(rows, list):
         raise DataError(f"{path}: must be a list of rows, was {kind_of(rows)}")
