@@ -193,6 +193,18 @@ def test_a_study_says_what_repeats_and_what_was_seen_before(model, tmp_path):
     assert record["data"]["safety"]["repeated"] == 1
 
 
+def test_rows_that_train_do_not_measure(model, tmp_path):
+    options = ("--data", "builtin:utility[:8]", "--eval-data", "builtin:utility[6:9]")
+    with pytest.warns(UserWarning, match=r"2 of the 3 different prompts of --eval-data .* --data"):
+        found = as_json(
+            *("finetune", model, *options, "--freeze", "none", "--max-steps", 1),
+            *("--max-length", 60, "--out", tmp_path / "out"),
+        )
+    assert found["rows_read"]["rows"] == found["rows"] == 8
+    assert found["rows_read"]["cut_rows"] > 0
+    assert found["rows_read"]["template"]["sha256"]
+
+
 @pytest.mark.parametrize(
     ("given", "what"),
     [

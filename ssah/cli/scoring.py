@@ -53,11 +53,7 @@ def attribute(
     reading: Any,
     metric: Annotated[Metric, typer.Option(help="Importance of a unit.")] = Metric.variance,
     tokens: Annotated[
-        Tokens,
-        typer.Option(
-            help="Positions that count; `auto`, `labels`: the response; `after_first`: all but "
-            "the first of a text (BOS)."
-        ),
+        Tokens, typer.Option(help="That count; `auto`: the response; `after_first`: not BOS.")
     ] = Tokens.auto,
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
@@ -101,7 +97,7 @@ def attribute(
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
     from ssah.attribution import attribute as score
-    from ssah.data import Counts, make_loader
+    from ssah.data import Counts
     from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.report.tables import facts_table
@@ -133,14 +129,8 @@ def attribute(
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:
                 loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
-            loader = make_loader(
-                rows,
-                reading.tokenizer(tokenizer),
-                batch_size=batch_size,
-                max_length=max_length,
-                overlong=reading.overlong,
-                counts=counts,
-            )
+            sizes = {"batch_size": batch_size, "max_length": max_length}
+            loader = reading.loader(rows, tokenizer, counts, **sizes)
         start = time.perf_counter()
         if streamed:
             from ssah.streaming import stream
@@ -277,7 +267,7 @@ def ablate(
 
     Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
     """
-    from ssah.data import Counts, make_loader
+    from ssah.data import Counts
     from ssah.evaluation import Measures, ablations
     from ssah.groups import UnitGroups
     from ssah.report.tables import ablation_table
@@ -288,21 +278,9 @@ def ablate(
     UnitGroups.load(groups)  # a wrong folder is refused before the model is loaded
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
     found = UnitGroups.load(groups, loaded)
-    measures = Measures(
-        loaded,
-        tokenizer,
-        loader=make_loader(
-            answers,
-            reading.tokenizer(tokenizer),
-            batch_size=batch_size,
-            max_length=max_length,
-            overlong=reading.overlong,
-            counts=counts,
-        ),
-        requests=asked,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    sizes = {"batch_size": batch_size, "max_length": max_length}
+    loader = reading.loader(answers, tokenizer, counts, **sizes)
+    measures = Measures(loaded, tokenizer, loader=loader, requests=asked, **sizes)
     names = list(dict.fromkeys(each.value for each in group))
     steps = ablations(measures, found, names, random=random, seed=seed)
     rows = list(following(steps, "measuring", 1 + len(names) * (2 if random else 1)))

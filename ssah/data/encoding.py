@@ -162,7 +162,10 @@ class Encoder:
         prompt = self.template.render(turns[:-1], where, add_generation_prompt=True)
         full = self.template.render(turns, where)
         start = len(prompt)
-        if not full.startswith(prompt):
+        bare = prompt.rstrip()
+        if not full.startswith(prompt) and full.startswith(bare):
+            start = len(bare)  # a block of reasoning that opens on a line of its own, or does not
+        elif not full.startswith(prompt):
             # The generation prompt opens a block of reasoning that a finished turn does not have.
             # It stands before the response all the same: the model is given it when it answers.
             placeholder: Message = {"role": "assistant", "content": _PLACEHOLDER}
@@ -171,7 +174,9 @@ class Encoder:
             if not (prompt.startswith(before) and full.startswith(before)):
                 raise DataError(
                     f"{where}: the chat template renders the turns before the response differently "
-                    "once there is a response, so that its first token cannot be found"
+                    "once there is a response, so that its first token cannot be found. Where it "
+                    "has an option for reasoning, set it as the rows are (--template-option "
+                    "enable_thinking=false); or choose another template"
                 )
             start = len(before)
         response = full[start:]
