@@ -73,8 +73,8 @@ class Attribution:
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
-        data: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the chat
-            template. None where no command made it.
+        rows_read: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the
+            chat template. None where no command made it.
     """
 
     scores: dict[str, Tensor]
@@ -88,7 +88,7 @@ class Attribution:
     data_fingerprint: str
     all_experts: bool = False
     version: str = __version__
-    data: dict[str, Any] | None = None
+    rows_read: dict[str, Any] | None = None
 
     def scarce(self, least: int = 2) -> dict[str, int]:
         """Modules of which fewer than ``least`` tokens were counted, and how many were.
@@ -116,7 +116,7 @@ class Attribution:
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
-            "data": self.data,
+            "rows_read": self.rows_read,
         }
         save_tensors(directory, tensors, meta)
 

@@ -148,7 +148,7 @@ def attribute(
                 options["save_every"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
-        attribution = replace(attribution, data=reading.record(tokenizer, counts))
+        attribution = replace(attribution, rows_read=reading.record(tokenizer, counts))
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
@@ -169,7 +169,7 @@ def attribute(
         "seconds": seconds,
         "units_hash": attribution.units_hash,
         "data_fingerprint": attribution.data_fingerprint,
-        "rows": attribution.data,
+        "rows_read": attribution.rows_read,
         "version": attribution.version,
     }
     if streamed:
@@ -269,6 +269,7 @@ def ablate(
     """
     from ssah.data import Counts
     from ssah.evaluation import Measures, ablations
+    from ssah.evaluation.prompts import OPENING, fitting, prompts
     from ssah.groups import UnitGroups
     from ssah.report.tables import ablation_table
 
@@ -280,6 +281,8 @@ def ablate(
     found = UnitGroups.load(groups, loaded)
     sizes = {"batch_size": batch_size, "max_length": max_length}
     loader = reading.loader(answers, tokenizer, counts, **sizes)
+    encoded = prompts(tokenizer, asked)
+    asked = fitting(asked, encoded, max_length - OPENING, overlong=reading.overlong)
     measures = Measures(loaded, tokenizer, loader=loader, requests=asked, **sizes)
     names = list(dict.fromkeys(each.value for each in group))
     steps = ablations(measures, found, names, random=random, seed=seed)
@@ -290,8 +293,8 @@ def ablate(
         "utility": utility,
         "requests": requests,
         "seed": seed,
-        "data": reading.record(tokenizer, counts),
-        "requests_data": asked_counts.to_dict(),
+        "rows_read": reading.record(tokenizer, counts),
+        "requests_read": asked_counts.to_dict(),
         "rows": rows,
     }
     return Result(result, (ablation_table(rows),))

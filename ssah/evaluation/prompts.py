@@ -13,7 +13,18 @@ from ssah.data.fields import check_count, kind_of, turns_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Request", "check_list", "check_room", "fitting", "longest_first", "prompts", "room_of"]
+__all__ = [
+    "OPENING",
+    "Request",
+    "check_list",
+    "check_room",
+    "fitting",
+    "longest_first",
+    "prompts",
+    "room_of",
+]
+
+OPENING = 32  # tokens that the opening of an answer may take after a request
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
