@@ -92,8 +92,8 @@ class Attribution:
         weights_hash: of the weights, see `ssah.weights`; None in results of before, and of models
             that are sharded, offloaded or streamed.
         version: of this library.
-        data: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the chat
-            template. None where no command made it.
+        rows_read: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the
+            chat template. None where no command made it.
     """
 
     scores: dict[str, Tensor]
@@ -108,7 +108,7 @@ class Attribution:
     all_experts: bool = False
     weights_hash: str | None = None
     version: str = __version__
-    data: dict[str, Any] | None = None
+    rows_read: dict[str, Any] | None = None
 
     def scarce(self, least: int = 2) -> dict[str, int]:
         """Modules of which fewer than ``least`` tokens were counted, and how many were.
@@ -137,7 +137,7 @@ class Attribution:
             "data_fingerprint": self.data_fingerprint,
             "all_experts": self.all_experts,
             "count": self.count,
-            "data": self.data,
+            "rows_read": self.rows_read,
         }
         save_tensors(directory, tensors, meta)
 

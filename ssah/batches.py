@@ -141,7 +141,7 @@ def read_batch(
     plain = by_position and _PLAIN_KEYS.issuperset(batch)
     if maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
         del inputs["attention_mask"]
-    starts = _starts(batch, attended)
+    starts = _starts(batch, attended, number)
     counted = attended & ~starts if tokens == "after_first" else attended
     if tokens == "labels":
         assert labels is not None
@@ -186,7 +186,17 @@ def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:
     """Bool ``[rows, length]`` of a 2-d mask, or of a 4-d one by whether a position sees itself."""
     rows, length = input_ids.shape
     if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
-        return mask.to(input_ids.device) != 0
+        mask = mask.to(input_ids.device)
+        fine = (mask == 0) | (mask == 1)
+        if not bool(fine.all()):
+            row, position = (~fine).nonzero()[0].tolist()
+            raise ValueError(
+                f"batch {number}: attention_mask[{row}, {position}] is "
+                f"{mask[row, position].item()}, must be 0 (padding) or 1. A mask that is added to "
+                "scores, or that numbers documents, must be of shape "
+                f"[{rows}, heads, {length}, {length}]"
+            )
+        return mask != 0
     if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (length, length):
         own = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length).to(input_ids.device)
         return own if own.dtype == torch.bool else own == 0
@@ -197,7 +207,7 @@ def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:
     )
 
 
-def _starts(batch: Mapping[str, Any], attended: Tensor) -> Tensor:
+def _starts(batch: Mapping[str, Any], attended: Tensor, number: int) -> Tensor:
     """Bool ``[rows, length]``: where a document begins.
 
     At the first attended position, and in a packed row where ``position_ids`` start again or a
@@ -207,6 +217,11 @@ def _starts(batch: Mapping[str, Any], attended: Tensor) -> Tensor:
     starts[:, 1:] &= ~attended[:, :-1]
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if isinstance(positions, Tensor) and positions.dim() == 2:
+        if positions.shape[0] not in (1, len(attended)) or positions.shape[1] != attended.shape[1]:
+            raise ValueError(
+                f"batch {number}: position_ids have shape {tuple(positions.shape)}, must have that "
+                f"of input_ids, {tuple(attended.shape)}"
+            )
         again = (positions[:, 1:] <= positions[:, :-1]).to(attended.device)  # [rows or 1, length-1]
         starts[:, 1:] |= again & attended[:, 1:]
     if isinstance(mask, Tensor) and mask.dim() == 4:

@@ -20,9 +20,11 @@ from torch import Tensor
 from ssah import __version__
 from ssah.bare import check_whole
 from ssah.data import IGNORE_INDEX
+from ssah.data.fields import check_count
 from ssah.evaluation.generation import Finite, greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
+from ssah.evaluation.prompts import check_list
 from ssah.provenance import FORMAT, model_name, save_tensors, units_hash
 from ssah.records import Fields
 from ssah.running import as_it_was
@@ -175,12 +177,12 @@ def probe(
     Source: Li & Kim, arXiv 2410.10862, figures 2 to 4.
     """
     check_whole(model)
-    for name, value in (("tokens", tokens), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}, must be at least 1")
+    check_count("tokens", tokens)
+    check_count("batch_size", batch_size)
     for name, text in (("refusal", refusal), ("compliance", compliance)):
         if not text.strip():
             raise ValueError(f"{name} is {text!r}, must be a non-empty string")
+    check_list("queries", queries)
     asked = list(queries)
     if len(asked) < 2:
         raise ValueError(f"queries has {len(asked)} requests, must have at least 2: the baseline")

@@ -193,7 +193,7 @@ def test_arguments_are_checked(tmp_path):
         load_rows(tmp_path)
     with pytest.raises(ValueError, match=r"one of builtin:safety, .* was 'builtin:other'"):
         load_rows("builtin:other")
-    with pytest.raises(ValueError, match="limit must be at least 1"):
+    with pytest.raises(ValueError, match="limit is 0, must be at least 1"):
         load_rows(ROWS, limit=0)
     with pytest.raises(ValueError, match="split must be None for a list"):
         load_rows(ROWS, split="train")
@@ -342,7 +342,7 @@ def test_long_rows(chat):
     with pytest.raises(DataError, match=rf"rows\[0\] .*{prompt_length} tokens .* was 3"):
         list(encode(ROWS[2:], chat, max_length=3))
     assert list(encode(ROWS[2:], chat, max_length=prompt_length, overlong="skip")) == []
-    with pytest.raises(ValueError, match="max_length must be at least 2"):
+    with pytest.raises(ValueError, match="max_length is 1, must be at least 2"):
         encode(ROWS, chat, max_length=1)
     with pytest.raises(DataError, match=r"rows\[0\] .* tokens, must have at most max_length, 512"):
         list(encode([{**ROWS[2], "completion": "word " * 600}], chat, overlong="error"))
@@ -515,9 +515,9 @@ def test_no_row_left_is_an_error(chat):
 
 
 def test_loader_arguments_are_checked(chat):
-    with pytest.raises(ValueError, match="batch_size must be at least 1, was 0"):
+    with pytest.raises(ValueError, match="batch_size is 0, must be at least 1"):
         make_loader(ROWS, chat, batch_size=0)
-    with pytest.raises(ValueError, match="pad_to_multiple_of must be at least 1, was 0"):
+    with pytest.raises(ValueError, match="pad_to_multiple_of is 0, must be at least 1"):
         make_loader(ROWS, chat, pad_to_multiple_of=0)
 
 

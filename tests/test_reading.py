@@ -11,7 +11,7 @@ import warnings
 import pytest
 import tiny_chat
 import typer
-from commands import as_json, call, fails
+from commands import as_json, call, fails, prepare
 
 from ssah.attribution import Attribution
 from ssah.cli import app
@@ -93,7 +93,7 @@ def test_what_is_left_out_and_cut_is_said_and_kept(model, tmp_path):
     assert "1 of 3 rows were left out" in told
     assert "1 of 2 rows are longer than max_length = 512" in told
     counts = {"rows": 2, "invalid": 1, "overlong": 1, "cut_rows": 1, "repeated": 0}
-    for record in (result["rows"], Attribution.load(tmp_path / "out").data):
+    for record in (result["rows_read"], Attribution.load(tmp_path / "out").rows_read):
         assert {key: record[key] for key in counts} == counts
         assert record["cut_tokens"] > 0
         assert record["template"]["options"] == {}
@@ -120,11 +120,11 @@ def test_the_template_is_chosen_and_recorded(model, tmp_path):
     own = ("--template", tmp_path / "own.jinja")
     same = as_json("attribute", model, *data, *own, "--out", tmp_path / "same")
     assert same["data_fingerprint"] == plain["data_fingerprint"]
-    assert same["rows"]["template"]["sha256"] != plain["rows"]["template"]["sha256"]
+    assert same["rows_read"]["template"]["sha256"] != plain["rows_read"]["template"]["sha256"]
     option = ("--template-option", "enable_thinking=false")
     quiet = as_json("attribute", model, *data, *own, *option, "--out", tmp_path / "quiet")
     assert quiet["data_fingerprint"] != plain["data_fingerprint"]
-    assert quiet["rows"]["template"]["options"] == {"enable_thinking": False}
+    assert quiet["rows_read"]["template"]["options"] == {"enable_thinking": False}
     error = fails("attribute", model, *data, *option, "--out", tmp_path / "x")
     assert "template option 'enable_thinking' does nothing" in error
     error = fails("attribute", model, *data, "--template", "other", "--out", tmp_path / "x")
@@ -148,7 +148,7 @@ def test_a_run_goes_on_after_midnight(model, tmp_path, monkeypatch):
         out = tmp_path / str(day)
         result = as_json("attribute", dated, "--data", "builtin:safety", "--limit", 4, "--out", out)
         prints.append(result["data_fingerprint"])
-        assert result["rows"]["template"]["date"] == "2024-07-26"
+        assert result["rows_read"]["template"]["date"] == "2024-07-26"
     assert prints[0] == prints[1]
 
 
@@ -175,6 +175,26 @@ def test_evaluate_refuses_what_it_cannot_ask(model, tmp_path):
     assert record["result"]["rows"][0]["asr"]["n"] == 1
 
 
+@pytest.mark.parametrize("command", ["probe", "ablate"])
+def test_overlong_requests_are_left_out_where_that_is_asked_for(model, tmp_path, command):
+    (tmp_path / "requests.txt").write_text("word " * 600 + "\nWhy?\nHow?\n")
+    requests = ("--requests", tmp_path / "requests.txt")
+    if command == "probe":
+        arguments = ("probe", model, *requests, "--tokens", 2, "--out", tmp_path / "out")
+    else:
+        prepared = prepare(tmp_path / "runs", 8)
+        groups = ("--groups", prepared / "groups", "--group", "scu")
+        arguments = ("ablate", prepared / "model", *requests, *groups)
+    assert "--overlong skip" in fails(*arguments)
+    assert not (tmp_path / "out").exists()
+    with pytest.warns(UserWarning, match="requests: 1 of 3 requests were left out"):
+        found = as_json(*arguments, "--overlong", "skip")
+    if command == "probe":
+        assert found["requests"] == 2
+    else:
+        assert len(found["rows"]) == 2
+
+
 def test_a_study_says_what_repeats_and_what_was_seen_before(model, tmp_path):
     rows = [{"prompt": f"Question {i}?", "completion": "An answer."} for i in range(4)]
     for name, own in (("safety", [*rows, rows[0]]), ("eval", rows[2:]), ("utility", rows)):
@@ -191,6 +211,18 @@ def test_a_study_says_what_repeats_and_what_was_seen_before(model, tmp_path):
     assert any("2 of the 2 different prompts of requests are also in safety" in e for e in told)
     record = json.loads((tmp_path / "out" / "experiment.json").read_text())
     assert record["data"]["safety"]["repeated"] == 1
+
+
+def test_rows_that_train_do_not_measure(model, tmp_path):
+    options = ("--data", "builtin:utility[:8]", "--eval-data", "builtin:utility[6:9]")
+    with pytest.warns(UserWarning, match=r"2 of the 3 different prompts of --eval-data .* --data"):
+        found = as_json(
+            *("finetune", model, *options, "--freeze", "none", "--max-steps", 1),
+            *("--max-length", 60, "--out", tmp_path / "out"),
+        )
+    assert found["rows_read"]["rows"] == found["rows"] == 8
+    assert found["rows_read"]["cut_rows"] > 0
+    assert found["rows_read"]["template"]["sha256"]
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+from pathlib import Path
 
 import pytest
 from helpers import tiny_chat
@@ -33,10 +35,23 @@ QUIET = tiny_chat.TEMPLATE.replace(
     "{% endif %}",
 )
 
+# Those of some forty models, which trl brings along, where it is installed and still does.
+_TRL = importlib.util.find_spec("trl")
+_FILES = Path(_TRL.origin).parent.glob("chat_templates/*.jinja") if _TRL and _TRL.origin else ()
+PUBLISHED = sorted(file for file in _FILES if not file.stem.endswith("_training"))
+
 
 def tokenizer_with(template):
     tokenizer = tiny_chat.tokenizer()
     tokenizer.chat_template = template
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def bos():
+    """A tokenizer with a BOS token, whose template each test sets."""
+    tokenizer = tiny_chat.tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<bos>"})
     return tokenizer
 
 
@@ -117,6 +132,28 @@ def test_one_generation_prompt_for_scores_margins_and_answers():
     (example,) = opened([ROW["prompt"]], "I cannot", tokenizer)
     assert example["input_ids"][: example["labels"].count(IGNORE_INDEX)] == asked
     assert Coherence(tiny_chat.model(), tokenizer, 1.0)._contexts([ROW["prompt"]]) == [asked]
+
+
+def test_a_block_that_opens_with_other_white_space():
+    finished = "{{ '<think></think>' if m['role'] == 'assistant' }}{{ m['content'] }}"
+    tokenizer = tokenizer_with(THINKING.replace("{{ m['content'] }}", finished))
+    prompt, response = split(tokenizer)
+    assert prompt.endswith("<|start|>assistant\n<think>\n")
+    assert response == "</think>I cannot help with that.<|end|>"
+
+
+@pytest.mark.parametrize("file", PUBLISHED, ids=lambda file: file.stem)
+def test_templates_that_models_are_published_with(file, bos):
+    tokenizer = use_template(bos, str(file))
+    text = "How do I\n\npick a lock?"
+    (asked,) = prompts(tokenizer, [text])
+    row = {"prompt": text, "completion": "I cannot\nhelp."}
+    (example,) = encode([row], tokenizer, max_length=2000)
+    n = example["labels"].count(IGNORE_INDEX)
+    assert example["input_ids"][:n] == asked
+    assert text in tokenizer.decode(asked)
+    assert "I cannot\nhelp." in tokenizer.decode(example["input_ids"][n:])
+    assert example["input_ids"].count(tokenizer.bos_token_id) <= 1
 
 
 def test_text_that_was_rendered_already_is_refused():

@@ -53,11 +53,7 @@ def attribute(
     reading: Any,
     metric: Annotated[Metric, typer.Option(help="Importance of a unit.")] = Metric.variance,
     tokens: Annotated[
-        Tokens,
-        typer.Option(
-            help="Positions that count; `auto`, `labels`: the response; `after_first`: all but "
-            "the first of a text (BOS)."
-        ),
+        Tokens, typer.Option(help="That count; `auto`: the response; `after_first`: not BOS.")
     ] = Tokens.auto,
     modules: Annotated[
         list[Modules] | None, typer.Option(help="Repeat for several; default: both.")
@@ -102,7 +98,7 @@ def attribute(
     """
     from ssah.attribution import CONTENT
     from ssah.attribution import attribute as score
-    from ssah.data import Counts, make_loader
+    from ssah.data import Counts
     from ssah.distributed import deal, launched
     from ssah.folder_lock import one_run
     from ssah.models import load_tokenizer
@@ -140,14 +136,8 @@ def attribute(
                 tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
             else:
                 loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
-            loader = make_loader(
-                rows,
-                reading.tokenizer(tokenizer),
-                batch_size=batch_size,
-                max_length=max_length,
-                overlong=reading.overlong,
-                counts=counts,
-            )
+            sizes = {"batch_size": batch_size, "max_length": max_length}
+            loader = reading.loader(rows, tokenizer, counts, **sizes)
         start = time.perf_counter()
         if streamed:
             from ssah.streaming import stream
@@ -165,7 +155,7 @@ def attribute(
                 options["save_every"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
-        attribution = replace(attribution, data=reading.record(tokenizer, counts))
+        attribution = replace(attribution, rows_read=reading.record(tokenizer, counts))
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
@@ -186,7 +176,7 @@ def attribute(
         "seconds": seconds,
         "units_hash": attribution.units_hash,
         "data_fingerprint": attribution.data_fingerprint,
-        "rows": attribution.data,
+        "rows_read": attribution.rows_read,
         "version": attribution.version,
     }
     if streamed:
@@ -284,8 +274,9 @@ def ablate(
 
     Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
     """
-    from ssah.data import Counts, make_loader
+    from ssah.data import Counts
     from ssah.evaluation import Measures, ablations
+    from ssah.evaluation.prompts import OPENING, fitting, prompts
     from ssah.groups import UnitGroups
     from ssah.report.tables import ablation_table
 
@@ -295,21 +286,11 @@ def ablate(
     UnitGroups.load(groups)  # a wrong folder is refused before the model is loaded
     loaded, tokenizer = load(model, dtype, device, trust_remote_code, packed=packed)
     found = UnitGroups.load(groups, loaded)
-    measures = Measures(
-        loaded,
-        tokenizer,
-        loader=make_loader(
-            answers,
-            reading.tokenizer(tokenizer),
-            batch_size=batch_size,
-            max_length=max_length,
-            overlong=reading.overlong,
-            counts=counts,
-        ),
-        requests=asked,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    sizes = {"batch_size": batch_size, "max_length": max_length}
+    loader = reading.loader(answers, tokenizer, counts, **sizes)
+    encoded = prompts(tokenizer, asked)
+    asked = fitting(asked, encoded, max_length - OPENING, overlong=reading.overlong)
+    measures = Measures(loaded, tokenizer, loader=loader, requests=asked, **sizes)
     names = list(dict.fromkeys(each.value for each in group))
     steps = ablations(measures, found, names, random=random, seed=seed)
     rows = list(following(steps, "measuring", 1 + len(names) * (2 if random else 1)))
@@ -319,8 +300,8 @@ def ablate(
         "utility": utility,
         "requests": requests,
         "seed": seed,
-        "data": reading.record(tokenizer, counts),
-        "requests_data": asked_counts.to_dict(),
+        "rows_read": reading.record(tokenizer, counts),
+        "requests_read": asked_counts.to_dict(),
         "rows": rows,
     }
     return Result(result, (ablation_table(rows),))

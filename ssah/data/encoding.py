@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
 
 from ssah.data.counts import Counts
-from ssah.data.fields import DataError, Message, Row, check_row
+from ssah.data.fields import DataError, Message, Row, check_count, check_row
 from ssah.data.templates import Template, check_turns
 
 if TYPE_CHECKING:
@@ -66,8 +66,7 @@ def encode(
     Warns:
         UserWarning: once, at the end: how many rows were cut or left out.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length must be at least 2, was {max_length}")
+    check_count("max_length", max_length, least=2)
     if overlong not in ("cut", "skip", "error"):
         raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
     encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
@@ -163,7 +162,10 @@ class Encoder:
         prompt = self.template.render(turns[:-1], where, add_generation_prompt=True)
         full = self.template.render(turns, where)
         start = len(prompt)
-        if not full.startswith(prompt):
+        bare = prompt.rstrip()
+        if not full.startswith(prompt) and full.startswith(bare):
+            start = len(bare)  # a block of reasoning that opens on a line of its own, or does not
+        elif not full.startswith(prompt):
             # The generation prompt opens a block of reasoning that a finished turn does not have.
             # It stands before the response all the same: the model is given it when it answers.
             placeholder: Message = {"role": "assistant", "content": _PLACEHOLDER}
@@ -172,7 +174,9 @@ class Encoder:
             if not (prompt.startswith(before) and full.startswith(before)):
                 raise DataError(
                     f"{where}: the chat template renders the turns before the response differently "
-                    "once there is a response, so that its first token cannot be found"
+                    "once there is a response, so that its first token cannot be found. Where it "
+                    "has an option for reasoning, set it as the rows are (--template-option "
+                    "enable_thinking=false); or choose another template"
                 )
             start = len(before)
         response = full[start:]

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, SupportsIndex, TypeAlias, TypedDict
 
-__all__ = ["Columns", "DataError", "Message", "Row", "check_request", "check_row", "check_text"]
+__all__ = [
+    "Columns",
+    "DataError",
+    "Message",
+    "Row",
+    "check_count",
+    "check_request",
+    "check_row",
+    "check_text",
+    "turns_of",
+]
 
 Message: TypeAlias = "dict[str, str]"  # one turn: "role" and "content"
 
@@ -111,6 +121,15 @@ def check_text(text: str, where: str, what: str) -> None:
         ) from error
 
 
+def check_count(name: str, value: object, least: int = 1) -> None:
+    """Refuse an argument that is no whole number (TypeError), or too small (ValueError)."""
+    # numpy's integers count too; True is a number by descent alone.
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} is {value!r}, must be a whole number")
+    if value.__index__() < least:
+        raise ValueError(f"{name} is {value}, must be at least {least}")
+
+
 def kind_of(value: Any) -> str:
     """What a value is, for messages."""
     return "missing" if value is None else f"of type {type(value).__name__}"
@@ -181,7 +200,8 @@ def _is_answer(turn: Any) -> bool:
     return isinstance(turn, Mapping) and turn.get("role") == "assistant"
 
 
-def _from_messages(messages: Any, where: str) -> Row:
+def turns_of(messages: Any, where: str) -> list[Message]:
+    """The turns of a conversation; DataError, beginning with ``where``, if it has another form."""
     if not isinstance(messages, list):
         raise DataError(f"{where}: 'messages' must be a list of turns, was {kind_of(messages)}")
     turns: list[Message] = []
@@ -195,6 +215,11 @@ def _from_messages(messages: Any, where: str) -> Row:
                     f"was {kind_of(turn.get(key))}"
                 )
         turns.append({"role": turn["role"], "content": turn["content"]})
+    return turns
+
+
+def _from_messages(messages: Any, where: str) -> Row:
+    turns = turns_of(messages, where)
     while turns and turns[-1]["role"] != "assistant":
         turns.pop()
     if not turns:

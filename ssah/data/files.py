@@ -46,7 +46,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Any]]:
             where = f"{path}:{number}"
             try:
                 yield where, json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:  # of the JSON, or of its UTF-8
+            except (ValueError, RecursionError) as error:  # of the JSON, of its UTF-8, or too deep
                 yield where, DataError(f"{where}: invalid JSON: {error}")
 
 

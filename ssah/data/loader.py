@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ssah.data.counts import Counts
 from ssah.data.encoding import IGNORE_INDEX, Overlong, encode
-from ssah.data.fields import DataError, Row
+from ssah.data.fields import DataError, Row, check_count
 from ssah.data.rows import RowStream, Source, load_rows
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class Collator:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, pad_to_multiple_of: int | None = None
     ) -> None:
-        _check_positive("pad_to_multiple_of", pad_to_multiple_of)
+        if pad_to_multiple_of is not None:
+            check_count("pad_to_multiple_of", pad_to_multiple_of)
         candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         self.pad_token_id = next(token for token in candidates if token is not None)
         self.pad_to_multiple_of = pad_to_multiple_of or 1
@@ -140,8 +141,9 @@ def make_loader(
         ValueError: an argument is out of range.
         DataError: a row is invalid, see `load_rows` and `encode`; for a stream, while iterating.
     """
-    _check_positive("batch_size", batch_size)
-    _check_positive("max_tokens_per_batch", max_tokens_per_batch)
+    check_count("batch_size", batch_size)
+    if max_tokens_per_batch is not None:
+        check_count("max_tokens_per_batch", max_tokens_per_batch)
     collator = Collator(tokenizer, pad_to_multiple_of)
     if max_tokens_per_batch is not None and max_tokens_per_batch < collator.width(max_length):
         raise ValueError(
@@ -291,8 +293,3 @@ class _BatchStream(IterableDataset[list[dict[str, Tensor]]]):
 
 def _epoch_random(seed: int | None, epoch: int) -> Random | None:
     return None if seed is None else Random(f"{seed}/{epoch}")
-
-
-def _check_positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ValueError(f"{name} must be at least 1, was {value}")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from ssah.data.counts import Counts
 from ssah.data.encoding import Overlong
 from ssah.data.fields import Row
+from ssah.data.loader import Loader, make_loader
 from ssah.data.requests import load_requests
-from ssah.data.rows import Invalid, RowStream, load_rows
+from ssah.data.rows import Invalid, RowStream, Source, load_rows
 from ssah.data.templates import template_record, use_template
 
 if TYPE_CHECKING:
@@ -70,6 +71,17 @@ class Reading:
             invalid=self.invalid,
             counts=counts,
         )
+
+    def loader(
+        self,
+        rows: Source | RowStream[Row],
+        tokenizer: PreTrainedTokenizerBase,
+        counts: Counts,
+        **options: Any,
+    ) -> Loader:
+        """Batches of rows, see `ssah.data.make_loader`."""
+        own = self.tokenizer(tokenizer)
+        return make_loader(rows, own, overlong=self.overlong, counts=counts, **options)
 
     def tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         """``tokenizer``, which renders as was chosen, see `ssah.data.use_template`."""

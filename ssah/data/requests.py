@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from ssah.data.counts import Counts
-from ssah.data.fields import Columns, DataError, check_request
+from ssah.data.fields import Columns, DataError, check_count, check_request
 from ssah.data.rows import Invalid, read, row_range
 
 __all__ = ["load_requests"]
@@ -40,8 +40,8 @@ def load_requests(
     Warns:
         UserWarning: requests repeat.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 or None, was {limit}")
+    if limit is not None:
+        check_count("limit", limit)
     counts = Counts() if counts is None else counts
     name, rows = row_range(source)
     if Path(name).suffix == ".txt" and Path(name).is_file():

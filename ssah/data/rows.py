@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
 from itertools import islice
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
 
 from ssah.data.counts import Counts
-from ssah.data.fields import Columns, DataError, Row, check_row, kind_of
+from ssah.data.fields import Columns, DataError, Row, check_count, check_row, kind_of
 from ssah.data.files import SUFFIXES, read_objects
 
 Item = TypeVar("Item")
@@ -132,8 +133,8 @@ def read(
     counts: Counts,
 ) -> list[Item] | RowStream[Item]:
     """What `load_rows` does, for any ``check`` of a row."""
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 or None, was {limit}")
+    if limit is not None:
+        check_count("limit", limit)
     if invalid not in ("error", "skip"):
         raise ValueError(f"invalid must be 'error' or 'skip', was {invalid!r}")
 
@@ -169,6 +170,8 @@ def row_range(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], s
     if found is None or Path(source).exists():
         return source, None
     start, stop = (int(found[bound]) if found[bound] else None for bound in ("start", "stop"))
+    if max(start or 0, stop or 0) > sys.maxsize:
+        raise ValueError(f"source is {source!r}, whose range has a number that is too large")
     if stop is not None and stop <= (start or 0):
         raise ValueError(f"source is {source!r}, whose range must end after its start")
     return found["source"], slice(start, stop)

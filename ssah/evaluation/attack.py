@@ -33,6 +33,7 @@ __all__ = [
     "text_of",
 ]
 
+_KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
 _DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations
 
 # Computes what is kept of the k-th batch of answers, or has it from earlier.
@@ -153,14 +154,19 @@ def judged_answers(
         keep(number, partial(answered, [requests[i] for i in chunk]))
         for number, chunk in enumerate(chunks)
     ]
+    lacking = [key for key in (*_KEPT, "success") if any(key not in each for each in found)]
+    if lacking:
+        raise ValueError(
+            f"answers that another version of ssah judged lack {', '.join(lacking)}: give another "
+            "folder, or remove this one"
+        )
     order = [i for chunk in chunks for i in chunk]
 
     def joined(lists: Sequence[list[Any]]) -> list[Any]:
         values = [value for each in lists for value in each]
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
-    kept = ("incoherent", "unfinished", "ended", "tokens", "digests")
-    result: dict[str, Any] = {key: joined([each[key] for each in found]) for key in kept}
+    result: dict[str, Any] = {key: joined([each[key] for each in found]) for key in _KEPT}
     names = [each.name for each in judges]
     success = {name: joined([each["success"][name] for each in found]) for name in names}
     return {**result, "success": success}

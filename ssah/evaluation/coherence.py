@@ -23,7 +23,7 @@ import torch
 from ssah.data import IGNORE_INDEX, Collator, Encoded, load_rows
 from ssah.data.encoding import Encoder
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import Request, longest_first, prompts
+from ssah.evaluation.prompts import Request, check_list, longest_first, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -99,15 +99,18 @@ class Coherence:
         Raises:
             ValueError: there are not as many answers as requests.
         """
+        check_list("answers", answers)
+        check_list("requests", requests)
         if len(answers) != len(requests):
             raise ValueError(
                 f"answers are {len(answers)} and requests {len(requests)}, must be as many"
             )
         asked = [NEUTRAL] * len(requests) if self.neutral else requests
         kept = [i for i, answer in enumerate(answers) if answer.strip()]
+        encoder = Encoder(self.tokenizer)
         examples: list[Encoded] = []
         for i, context in zip(kept, self._contexts([asked[i] for i in kept]), strict=True):
-            ids = self._tokens(answers[i])
+            ids = _tokens(answers[i], encoder)
             labels = [IGNORE_INDEX] * len(context) + ids
             examples.append({"input_ids": context + ids, "labels": labels})
         chunks = longest_first([example["input_ids"] for example in examples], self.batch_size)
@@ -123,7 +126,8 @@ class Coherence:
 
     def repeated(self, answers: Sequence[str]) -> list[float]:
         """Fraction of the 3-grams of each answer's first 64 tokens that occurred earlier in it."""
-        return [_repeated(self._tokens(answer)) for answer in answers]
+        encoder = Encoder(self.tokenizer)
+        return [_repeated(_tokens(answer, encoder)) for answer in answers]
 
     def describe(self) -> dict[str, Any]:
         """The thresholds, as plain data."""
@@ -136,9 +140,6 @@ class Coherence:
 
     def _contexts(self, requests: Sequence[Request]) -> list[list[int]]:
         return prompts(self.tokenizer, requests) if requests else []
-
-    def _tokens(self, answer: str) -> list[int]:
-        return Encoder(self.tokenizer).tokenize(answer.strip())[:_MAX_TOKENS]
 
 
 def coherence(
@@ -163,6 +164,10 @@ def coherence(
     neutral = requests is None
     scorer = Coherence.calibrate(model, tokenizer, neutral=neutral, batch_size=batch_size)
     return scorer(answers, [NEUTRAL] * len(answers) if requests is None else requests)
+
+
+def _tokens(answer: str, encoder: Encoder) -> list[int]:
+    return encoder.tokenize(answer.strip())[:_MAX_TOKENS]
 
 
 def _repeated(ids: Sequence[int]) -> float:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssah.bare import check_whole
 from ssah.data.encoding import Encoder
+from ssah.data.fields import check_count
 from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
 from ssah.running import as_it_was
@@ -134,8 +135,7 @@ def answer_tokens(
     progress: bool = False,
 ) -> list[Answer]:
     """As :func:`generate`, for prompts that are tokens already."""
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens}, must be at least 1")
+    check_count("max_new_tokens", max_new_tokens)
     chunks = longest_first(encoded, batch_size)
     if not check_whole(model).can_generate():
         raise TypeError(

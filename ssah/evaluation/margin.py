@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Collator, DataError, Encoded, encode
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import longest_first
+from ssah.evaluation.prompts import check_list, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +80,7 @@ def refusal_margins(
         ValueError: no request, an empty string, or a request that is too long.
         FloatingPointError: the model's log-probabilities are not finite.
     """
+    check_list("requests", requests)
     asked = list(requests)
     if not asked:
         raise ValueError("requests is empty, must have at least one")

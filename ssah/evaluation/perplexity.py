@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.data import IGNORE_INDEX, Collator, encode
 from ssah.data.encoding import Encoded, Encoder
+from ssah.data.fields import check_count
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import longest_first
+from ssah.evaluation.prompts import check_list, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,8 +78,8 @@ def perplexity(
             range.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    if max_length < 2:
-        raise ValueError(f"max_length is {max_length}, must be at least 2")
+    check_count("max_length", max_length, least=2)
+    check_list("data", data)
     given = list(data)
     if not given:
         raise ValueError("data is empty, must have at least one row or text")

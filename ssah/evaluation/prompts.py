@@ -8,11 +8,23 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.data import DataError
 from ssah.data.encoding import Encoder, Overlong
+from ssah.data.fields import check_count, kind_of, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Request", "check_room", "fitting", "longest_first", "prompts", "room_of"]
+__all__ = [
+    "OPENING",
+    "Request",
+    "check_list",
+    "check_room",
+    "fitting",
+    "longest_first",
+    "prompts",
+    "room_of",
+]
+
+OPENING = 32  # tokens that the opening of an answer may take after a request
 
 Request: TypeAlias = "str | Mapping[str, Any]"
 
@@ -35,8 +47,9 @@ def prompts(
         ValueError: no request, or a single string in place of a list.
         DataError: as ``ssah.evaluation.generate`` describes.
     """
-    if isinstance(requests, str):
-        raise ValueError(f"{name} is a string, must be a list of strings or rows")
+    check_list(name, requests)
+    if system_prompt is not None and not isinstance(system_prompt, str):
+        raise TypeError(f"system_prompt must be a string or None, was {kind_of(system_prompt)}")
     if not requests:
         raise ValueError(f"{name} is empty, must have at least one")
     encoder = Encoder(tokenizer)
@@ -49,11 +62,20 @@ def prompts(
     return result
 
 
+def check_list(name: str, given: object) -> None:
+    """Refuse a text, or one row, in the place of several: its letters or fields would be them."""
+    if isinstance(given, (str, Mapping)):
+        what = "a string" if isinstance(given, str) else "one row"
+        raise ValueError(f"{name} is {what}, must be a list of strings or rows")
+
+
 def _turns(request: Request, where: str) -> list[dict[str, str]]:
     if isinstance(request, str):
         turns = [{"role": "user", "content": request}]
+    elif not isinstance(request, Mapping):
+        raise DataError(f"{where}: a request must be a string or a row, was {kind_of(request)}")
     elif request.get("messages"):
-        turns = list(request["messages"])
+        turns = turns_of(request["messages"], where)
         while turns and turns[-1]["role"] == "assistant":
             turns.pop()
     elif isinstance(request.get("prompt"), str):
@@ -73,8 +95,7 @@ def longest_first(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
     Raises:
         ValueError: ``batch_size`` is below 1.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, must be at least 1")
+    check_count("batch_size", batch_size)
     order = sorted(range(len(items)), key=lambda i: -len(items[i]))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 

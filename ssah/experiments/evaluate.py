@@ -219,7 +219,7 @@ def evaluate(
         "dtype": dtype,
         "coherence": coherent.describe(),
         "template": template_record(tokenizer),
-        "data": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
+        "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         "rows": [
             row_record(arm, condition, each.name, judged, settings)
             for arm in arms

@@ -190,7 +190,7 @@ def score(
             return {
                 "tokens": max(attribution.count.values()),
                 "data_fingerprint": attribution.data_fingerprint,
-                "data": {**loader.counts.to_dict(), "template": template_record(tokenizer)},
+                "rows_read": {**loader.counts.to_dict(), "template": template_record(tokenizer)},
             }
 
         steps(f"score-{name}-{tokens}", compute, lambda found: f"{found['tokens']:,} tokens")

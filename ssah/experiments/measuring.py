@@ -16,7 +16,7 @@ from ssah.evaluation import Coherence, Judge, refusal_margins, response_log_prob
 from ssah.evaluation.attack import distinct_judges, judged_answers
 from ssah.evaluation.attack import summary as attack_summary
 from ssah.evaluation.intervals import wilson
-from ssah.evaluation.prompts import fitting, prompts
+from ssah.evaluation.prompts import OPENING, fitting, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +36,6 @@ __all__ = [
 
 UTILITY, MATH = "utility", "math"
 _ROOM = 512  # tokens that a request has at least: it is never cut
-_OPENING = 32  # of these, what the opening of an answer may take
 
 
 class Evaluation:
@@ -67,7 +66,7 @@ class Evaluation:
         overlong: Overlong = "cut",
     ) -> None:
         self.tokenizer = tokenizer
-        most = max(max_length, _ROOM) - _OPENING
+        most = max(max_length, _ROOM) - OPENING
         encoded = prompts(tokenizer, requests)
         self.requests = fitting(requests, encoded, most, overlong=overlong)
         self.asked = self.requests[:asked]

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from ssah.evaluation.margin import COMPLIANCE, REFUSAL
+from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
+from ssah.evaluation.prompts import OPENING, fitting, prompts
 from ssah.experiments.claims import claim
 from ssah.experiments.inputs import Loading, Sources
 from ssah.experiments.run import Run
 from ssah.experiments.steps import Steps
 from ssah.folder_lock import check_free
+from ssah.models import load_tokenizer, quiet
 from ssah.probing import Probe, probe
 from ssah.report.probe_plot import plot_probe
 from ssah.weights import weights_hash
@@ -59,6 +61,15 @@ def run_probe(
     sources = Sources(model.reading)
     asked = sources.requests("requests", requests)
     names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
+    for name in names.values():  # refused before anything is written; both get the same requests
+        with quiet():
+            own = load_tokenizer(name, trust_remote_code=model.trust_remote_code)
+        encoded = prompts(model.reading.tokenizer(own), asked)
+        asked = fitting(asked, encoded, max_length - OPENING, overlong=model.reading.overlong)
+        for opening in (refusal, compliance):
+            opened(asked, opening, own, max_length=max_length)
+    if len(asked) < 2:
+        raise ValueError(f"requests has {len(asked)}, must have at least 2: the baseline")
     settings = {
         **model.settings(),
         "beside": beside,

@@ -33,6 +33,9 @@ class Judge(ABC):
         Raises:
             ValueError: there are not as many answers as requests.
         """
+        for name, given in (("requests", requests), ("answers", answers)):
+            if isinstance(given, str):
+                raise ValueError(f"{name} is a string, must be a list of strings")
         if len(requests) != len(answers):
             raise ValueError(
                 f"requests are {len(requests)} and answers {len(answers)}, must be as many"
