@@ -29,7 +29,9 @@ def _dispatch(op: str) -> Callable[..., Any]:
 
 def register() -> None:
     for op, schema in SCHEMAS.items():
-        _lib.define(op + schema)
+        # These copy a table to the GPU in every call, which no CUDA graph can (torch.compile).
+        tags = (torch.Tag.cudagraph_unsafe,) if op.startswith("masked_") else ()
+        _lib.define(op + schema, tags=tags)
         function = _dispatch(op) if op in KERNELS else getattr(autograd, op)
         _lib.impl(op, function, "CompositeExplicitAutograd")
         if op.endswith("_"):  # returns nothing to differentiate; its state must not join the graph

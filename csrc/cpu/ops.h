@@ -17,9 +17,9 @@ void channel_moments_cpu(const Tensor& x, const Tensor& count, const Tensor& mea
                          const std::optional<Tensor>& token_mask);
 Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& count,
                          const Tensor& mean, const Tensor& m2,
-                         const std::optional<Tensor>& token_mask, const std::string& act);
+                         const std::optional<Tensor>& token_mask, int64_t act);
 std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const Tensor& gate,
-                                                      const Tensor& up, const std::string& act);
+                                                      const Tensor& up, int64_t act);
 void taylor_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
                         const Tensor& squared_sum, const std::optional<Tensor>& token_mask);
 Tensor column_sq_norms_cpu(const Tensor& weight);
