@@ -82,8 +82,8 @@ _ONCE_SURVIVED = (
     ),
     Mutation(
         "csrc/cpu/moments.h",
-        "- mean[begin + c];",
-        "- mean[range.begin + c];",
+        "mean[begin + c], m2[begin + c]);\n      }",
+        "mean[range.begin + c], m2[begin + c]);\n      }",
         cpu_far("channel_moments_"),
     ),
     Mutation(
@@ -196,6 +196,24 @@ _CPU = (
         "total += 2 * low[i];",
         cpu_near("masked_grad_norm"),
     ),
+    Mutation(
+        "csrc/cpu/masked_rounding.h",
+        'return x == x ? S(x) : S(__builtin_nan(""));',
+        "return S(x);",
+        pytest(CPU, "ends_of_the_range and masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cpu/moments.h",
+        "widen(source.again(row, begin + c, width - c), x);\n        for (int d = 0; d < kDoubles<T>; ++d) sum[d] += x[d];",
+        "widen(source.again(first, begin + c, width - c), x);\n        for (int d = 0; d < kDoubles<T>; ++d) sum[d] += x[d];",
+        pytest(CPU, "ends_of_the_range and moments"),
+    ),
+    Mutation(
+        "csrc/cpu/masked_update_host.cpp",
+        "x.scalar_type() == dtype && x.is_contiguous() && x.numel() == t.n_rows * t.n_columns, name,",
+        "x.scalar_type() == dtype && x.is_contiguous(), name,",
+        pytest("test_native_ops.py", "harm and adamw"),
+    ),
 )
 
 _TRITON = (
@@ -231,8 +249,8 @@ _TRITON = (
     ),
     Mutation(
         "ssah_kernels/backends/triton/activations.py",
-        "step = tl.where(z > 0, 1.0, 0.0)",
-        "step = tl.where(z > -1, 1.0, 0.0)",
+        "step = tl.where(z <= 0, 0.0, 1.0)",
+        "step = tl.where(z <= -1, 0.0, 1.0)",
         triton("gated_moments_backward"),
     ),
 )

@@ -160,8 +160,8 @@ def masked_adamw_(
             start: Kahan's remainder of the parameters, which are then rounded to nearest. Updated
             in place.
         signed, squared: float64, the compact size along ``dims[i]``: every unit's sum of p * g and
-            of (p * g)^2 is added, with p as before the update and g without ``clip_coef``. Squares are
-            of float32: of p * g beyond 1.8e19 infinite, below 1e-19 they count as 0.
+            of (p * g)^2 is added, with p as before the update and g without ``clip_coef``. Squares
+            are of float32: of p * g beyond 1.8e19 infinite, and 0 below 1e-22.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape or device.

@@ -1,4 +1,4 @@
-"""The operators of the CPU library, called directly: ``torch.ops.ssah_cpu.*`` is there for everybody."""
+"""The operators of the CPU library, called directly: anybody may call ``torch.ops.ssah_cpu.*``."""
 
 from __future__ import annotations
 

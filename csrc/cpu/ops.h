@@ -1,5 +1,5 @@
-// The host functions: one an operator, as in ssah_kernels/schema.py. Arguments were checked in
-// Python (ssah_kernels/checks.py); the last dimension of every input is contiguous.
+// The host functions, one an operator: as in ssah_kernels/schema.py, with the act as a number.
+// What would harm memory is refused (checks.h); the rest was checked in Python.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

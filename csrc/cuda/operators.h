@@ -1,4 +1,5 @@
-// The host functions of the CUDA library, one an operator; arguments as in ssah_kernels/schema.py.
+// The host functions of the CUDA library, one an operator; arguments as in ssah_kernels/schema.py,
+// with the activation as a number.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
