@@ -196,24 +196,6 @@ _CPU = (
         "total += 2 * low[i];",
         cpu_near("masked_grad_norm"),
     ),
-    Mutation(
-        "csrc/cpu/masked_rounding.h",
-        'return x == x ? S(x) : S(__builtin_nan(""));',
-        "return S(x);",
-        pytest(CPU, "ends_of_the_range and masked_adamw_"),
-    ),
-    Mutation(
-        "csrc/cpu/moments.h",
-        "widen(source.again(row, begin + c, width - c), x);\n        for (int d = 0; d < kDoubles<T>; ++d) sum[d] += x[d];",
-        "widen(source.again(first, begin + c, width - c), x);\n        for (int d = 0; d < kDoubles<T>; ++d) sum[d] += x[d];",
-        pytest(CPU, "ends_of_the_range and moments"),
-    ),
-    Mutation(
-        "csrc/cpu/masked_update_host.cpp",
-        "x.scalar_type() == dtype && x.is_contiguous() && x.numel() == t.n_rows * t.n_columns, name,",
-        "x.scalar_type() == dtype && x.is_contiguous(), name,",
-        pytest("test_native_ops.py", "harm and adamw"),
-    ),
 )
 
 _TRITON = (
