@@ -275,16 +275,6 @@ def test_cpu_tensor_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_triton
-def test_capture_into_a_graph_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from ssah_kernels.backends.triton.masked_list import device_table
-
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert device_table([1, 2], torch.device("cpu")).tolist() == [1, 2]
-    with pytest.raises(RuntimeError, match=r"outside torch\.cuda\.graph"):
-        device_table([1, 2], torch.device("cuda"))
-
-
-@needs_triton
 def test_rows_are_merged_without_copies() -> None:
     from ssah_kernels.backends.triton.launch import row_slices
 
