@@ -8,7 +8,7 @@
 #       the operator tests, wrong calls of the bare operators, and DRAWS drawn calls against the
 #       reference (default: 10000)
 #   ThreadSanitizer: DRAWS / 10 drawn calls from one thread and from three, the kernels' own work
-#       shared out to 2, 3 and 5 threads (threaded_parallel_for.cpp); before that, a race that is
+#       shared out to 2, 3 and 5 threads (tests/helpers/threaded_parallel_for.cpp); before that, a race that is
 #       planted must be reported
 #   the heap in use, over 1000 calls of each operator (without a sanitizer)
 #
@@ -101,7 +101,7 @@ for name in $only; do
 print(*('-I' + path for path in include_paths()))")
     # shellcheck disable=SC2086
     "${CXX:-g++}" -std=c++17 -O1 -g1 -fPIC -shared -fsanitize=thread $include \
-      runs/threaded_parallel_for.cpp -o threads.so
+      tests/helpers/threaded_parallel_for.cpp -o threads.so
     preload=$(library tsan):$(library stdc++):$PWD/threads.so
     export TSAN_OPTIONS="halt_on_error=1 exitcode=66" OMP_NUM_THREADS=1
     each of_threads
