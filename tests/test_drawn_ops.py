@@ -15,7 +15,7 @@ import pytest
 import torch
 from cases import ACTIVATIONS, CASES, DTYPES, OpCase, check_sample
 from cpu_compare import on
-from samples import Sample, copied, normal
+from samples import Sample, copied, flat, normal
 from torch import Tensor
 
 DRAWS = 50  # of an operator and kind in one test
@@ -80,6 +80,11 @@ class Draw:
             return self.numbers((1, *shape[1:]), dtype, size).expand(shape)
         return self.numbers(shape, dtype, size)
 
+    def spread(self, x: Tensor) -> Tensor:
+        """``x`` in another layout."""
+        order = self.random.sample(range(x.dim()), x.dim())
+        return x.permute(order).contiguous().permute([order.index(d) for d in range(x.dim())])
+
     def mask(self, shape: tuple[int, ...]) -> Tensor:
         """Of any bytes, as a mask that was viewed as bool has them."""
         share = self.random.choice([0.0, 0.5, 1.0])
@@ -93,7 +98,7 @@ class Draw:
     def moments(self) -> tuple[tuple[int, ...], tuple[Tensor, ...], Tensor | None]:
         """A shape [..., channels], a state of it and a mask of its rows."""
         lead = tuple(self.size(300 if d == 0 else 3) for d in range(self.random.randrange(4)))
-        channels = self.size(1100)
+        channels = self.size(1100 if math.prod(lead) < 60 else 65)
         state = [normal((channels,), torch.float64, self.g) for _ in range(2)]
         count = torch.tensor(float(self.random.choice([0, 7])), dtype=torch.float64)
         state = [s * (count > 0) for s in state]
@@ -132,11 +137,12 @@ class Draw:
                 grad = lists["grads"][-1]  # what is only read may be given twice
             else:
                 grad = self.values(tuple(compact), size=size)
-            second = self.numbers(tuple(compact), torch.float64, size).square()
+            # An infinite state stays infinite or becomes NaN, by the order of a sum.
+            first, second = (normal(tuple(compact), torch.float64, self.g) * size for _ in "mv")
             lists["params"].append(param)
             lists["grads"].append(grad)
-            lists["first"].append(self.numbers(tuple(compact), state, size))
-            lists["second"].append(second.to(state))
+            lists["first"].append(first.to(state))
+            lists["second"].append(second.square().to(state))
             lists["indices"].append(index)
             lists["dims"].append(dim)
             lists["kahan"].append(trained.mul(2**-10).contiguous())
@@ -185,11 +191,18 @@ class Draw:
         act = self.random.choice(ACTIVATIONS)
         if op == "gated_moments_backward":
             gate = self.values(shape, size=self.large(1.0, 1e-10, 1e15))
-            others = [self.values(shape, size=self.large(*MODEST)) for _ in "ab"]
+            # Without infinities: 0 * inf is NaN or left out, by which factors are multiplied first.
+            others = [normal(shape, torch.float64, self.g) * self.large(*MODEST) for _ in "ab"]
+            others = [self.spread(other.to(self.dtype)) for other in others]
             return Sample("drawn", (others[0], gate, others[1]), {"act": act})
         first = self.values(shape, size=self.large(*MODEST))
-        second = self.values(shape, size=self.large(*MODEST))
-        if self.random.random() < 0.1:
+        if op == "gated_moments":  # as above: act(gate) may be 0
+            second = self.spread(
+                (normal(shape, torch.float64, self.g) * self.large(*MODEST)).to(self.dtype)
+            )
+        else:
+            second = self.values(shape, size=self.large(*MODEST))
+        if self.random.random() < 0.1 and not self.extreme:
             second = first
         if op == "taylor_moments_":
             return Sample("drawn", (first, second, *state[1:], mask))
@@ -210,6 +223,63 @@ def moments_without_a_value(case: OpCase) -> OpCase:
         return [*expected[:-2], *(torch.where(lost, a, e) for a, e in pairs)]
 
     return replace(case, adjusted=adjusted)
+
+
+def largest(*lists: list[Tensor] | Tensor | None) -> float:
+    """The largest finite magnitude in all of them."""
+    every = [t.double() for each in lists for t in flat(each)]
+    return max((float(t[t.isfinite()].abs().max()) for t in every if t.isfinite().any()), default=0)
+
+
+def scales(case: OpCase, sample: Sample, results: list[Tensor]) -> list[float]:
+    """How large the terms are of which each result is the sum."""
+    if case.op == "taylor_moments_":
+        x, grad, signed, squared = sample.args[:4]
+        product, n = largest(x) * largest(grad), x.numel()
+        return [n * product + largest(signed), n * product**2 + largest(squared)]
+    if case.op not in UPDATES:
+        return [0.0] * len(results)
+    p, g = (largest(each) for each in sample.args[:2])
+    n = max((t.numel() for t in sample.args[1]), default=0)
+    of_states = [p + g + largest(sample.args[i]) for i in case.outputs[1 : case.rounded]]
+    of_sums = [
+        n * (p * g) ** power + largest(sample.args[i])
+        for power, i in enumerate(case.outputs[-2:], 1)
+    ]
+    return [
+        scale
+        for i, scale in zip(case.outputs, [p, *of_states, p, *of_sums], strict=True)
+        for _ in flat(sample.args[i])
+    ]
+
+
+def up_to_rounding(case: OpCase) -> OpCase:
+    """``case``, compared with what the terms of each sum are, which may cancel.
+
+    A tensor of one element has no larger neighbour whose size tells what a rounding is; and next to
+    zero a type of 16 bits has a coarser grid than its relative precision says.
+    """
+
+    def adjusted(sample: Sample, expected: list[Tensor], actual: list[Tensor]) -> list[Tensor]:
+        if case.adjusted is not None:
+            expected = case.adjusted(sample, expected, actual)
+        narrow = flat(sample.args[0])[0].dtype != torch.float64
+        rounding = 16 * torch.finfo(torch.float32 if narrow else torch.float64).eps
+        close = []
+        for a, e, scale in zip(actual, expected, scales(case, sample, expected), strict=True):
+            kind = torch.finfo(e.dtype)
+            own = kind.eps * e.double().abs() + kind.eps * kind.smallest_normal
+            near = (a.double() - e.double()).abs() <= rounding * scale + own
+            close.append(torch.where(near, a, e))
+        rounded = case.n_rounded(sample) if case.op in UPDATES else 0
+        for a, e in zip(actual[:rounded], expected[:rounded], strict=True):
+            # Float32 and float64 fall on two sides of a cut once in 2000 values of float16.
+            if sample.args[case.seed or 0] is not None and e.element_size() == 2:
+                unequal = int(((a != e) & ~(a.isnan() & e.isnan())).sum())
+                assert unequal <= 4 + e.numel() // 250, f"{unequal} of {e.numel()} bits"
+        return close
+
+    return replace(case, adjusted=adjusted, seed=None)
 
 
 def check_frozen(function: Any, sample: Sample) -> None:
@@ -235,6 +305,7 @@ def check(op: str, number: int, extreme: bool) -> None:
     case = CASES[op]
     if extreme and op in ("channel_moments_", "gated_moments"):
         case = moments_without_a_value(case)
+    case = up_to_rounding(case)
     try:
         check_sample(case, on("cpu", op), on("reference", op), sample)
         if op in UPDATES:
