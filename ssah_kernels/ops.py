@@ -1,4 +1,15 @@
-"""The operators as typed functions. Each equals ``torch.ops.ssah.<name>``."""
+"""The operators as typed functions. Each equals ``torch.ops.ssah.<name>``, gradients included.
+
+An operator that changes tensors in place changes nothing where it raises, and refuses what torch's
+own refuse: tensors that share memory (``ValueError``), tensors that require grad where gradients
+are recorded, and outside inference mode those that were made in it (``RuntimeError``). What it
+changes counts as changed for autograd.
+
+Shapes, dtypes and devices are checked, and the values of ``indices``. The values of other tensors
+are not, since that would wait for a GPU: a step of 0, a negative count or second moment, or a
+learning rate of NaN give what the formula gives. Nor are betas, eps, momentum and the like, which
+the optimisers of :mod:`ssah_kernels.optim` check.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +56,7 @@ def channel_moments_(
     NaN, and ``mean`` infinite or NaN.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
 
     Source: Chan, Golub and LeVeque (1979), merge of (n, mean, M2); SSAH (arXiv 2410.10862) eq. 1.
     """
@@ -72,13 +83,14 @@ def gated_moments(
 
     Returns:
         act(gate) * up, ``[..., C]`` contiguous, in gate's dtype: computed in float32 (float64 for
-        float64 input) and rounded once. Differentiable with respect to gate and up.
+        float64 input) and rounded once. Differentiable with respect to gate and up, as often
+        as wanted: a second derivative is composed of torch's operators.
 
     Range: of values below 1e-37 float32 leaves 0. At -infinity the activations other than ReLU are
     NaN, as in torch; the square of ``"relu2"`` is infinite beyond 1.8e19.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
     return torch.ops.ssah.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
 
@@ -97,7 +109,7 @@ def taylor_moments_(
     always right on the CPU, on GPUs from products of 1e-17 to products of 1e17.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
 
     Source: first-order Taylor importance, Molchanov et al. (arXiv 1906.10771).
     """
@@ -108,8 +120,9 @@ def column_sq_norms(weight: Tensor) -> Tensor:
     """Squared Euclidean norm of every column of ``weight`` [out_features, in_features].
 
     Returns:
-        float64 ``[in_features]``. Right for every finite weight on the CPU, and for weights from
-        1e-17 to 1e17 (and 0) on GPUs, where squares are summed in float32 for 32 to 1,024 rows.
+        float64 ``[in_features]``; differentiable. Right for every finite weight on the CPU, and
+        for weights from 1e-17 to 1e17 (and 0) on GPUs, where squares are summed in float32 for 32
+        to 1,024 rows.
 
     Raises:
         TypeError, ValueError: weight is not a floating-point matrix.
@@ -145,11 +158,14 @@ def masked_adamw_(
 
     Args:
         params: float64, float32, bfloat16 or float16, all alike; any strides. Updated in place.
+            Where three or more dimensions are no matrix by their strides (``channels_last``), a
+            copy of what trains is updated and written back.
         grads: compact, in the parameters' dtype. A gradient or state is *compact* when it has its
             parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``.
         exp_avgs, exp_avg_sqs: compact and contiguous; float32 or bfloat16 (float64 for float64
             parameters). Updated in place.
-        indices: int64, strictly increasing, or None for all: what is trained along ``dims[i]``.
+        indices: int64, contiguous, strictly increasing, or None for all: what is trained along
+            ``dims[i]``. Their values are read once, and again after they were changed in place.
         dims: the first or the last dimension of the parameter, the one that runs over units.
         lr, step: floating-point tensors of one element; ``step`` counts from 1 and is incremented
             by the caller.
@@ -165,7 +181,7 @@ def masked_adamw_(
             are of float32: of p * g beyond 1.8e19 infinite, and 0 below 1e-22.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
 
     Source: Loshchilov and Hutter (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it; the
     rounding is specified in ``reference/masked_update.py``.
@@ -222,7 +238,7 @@ def masked_sgd_(
         The rest is as for ``masked_adamw_``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
     torch.ops.ssah.masked_sgd_(
         params,
@@ -259,9 +275,9 @@ def masked_grad_norm(
         indices, dims, grad_scale: as for ``masked_adamw_``.
 
     Returns:
-        float64 ``[]``, summed in float64; the same bits for any number of threads.
+        float64 ``[]``, summed in float64; the same bits for any number of threads. Differentiable.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong dtype, shape or device.
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
     return torch.ops.ssah.masked_grad_norm(grads, indices, dims, grad_scale)
