@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from ssah.finite import nonfinite
 from ssah.projections import check_parameters, is_computed
 from ssah.quantised import check_plain, scheme_of
+from ssah.running import check_idle
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
     modules = _checked_modules(model, units)
+    check_idle(model, "to be ablated")
     experts = {module.output.param for module in modules.values() if module.routed is not None}
     check_parameters(model, experts, "to be ablated")  # no hook sees what enters an expert's B
     packed = {
@@ -229,6 +231,7 @@ def prune(
         FloatingPointError: with `compensate`, where a column to be pruned is NaN or infinite.
     """
     modules = _checked_modules(model, units)
+    check_idle(model, "to be pruned")
     check_not_ablated(model, "to be pruned")
     check_plain(model, "to be pruned (ablate works)")
     params = (param for module in modules.values() for param in module.params)

@@ -76,6 +76,9 @@ class Attribution:
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
         version: of this library.
+        signed: B's name -> ``[n_units]``, the sum over tokens of a * dL/da: above 0 where the loss
+            (in nats) falls, to first order, as the unit is removed. None unless the metric is
+            ``"taylor"``, whose score is its absolute value, or ``"fisher"``.
     """
 
     scores: dict[str, Tensor]
@@ -89,6 +92,7 @@ class Attribution:
     data_fingerprint: str
     all_experts: bool = False
     version: str = __version__
+    signed: dict[str, Tensor] | None = None
 
     def scarce(self, least: int = 2) -> dict[str, int]:
         """Modules of which fewer than ``least`` tokens were counted, and how many were.
@@ -102,8 +106,8 @@ class Attribution:
         """Write to ``directory`` as safetensors and JSON: whole, or not at all."""
         tensors = {
             f"{kind}/{name}": tensor
-            for kind in ("scores", "mean", "variance")
-            for name, tensor in getattr(self, kind).items()
+            for kind in ("scores", "mean", "variance", "signed")
+            for name, tensor in (getattr(self, kind) or {}).items()
         }
         meta = {
             "content": _CONTENT,
@@ -139,6 +143,8 @@ class Attribution:
             kind: {name: tensors[f"{kind}/{name}"] for name in names}
             for kind in ("scores", "mean", "variance")
         }
+        if f"signed/{names[0]}" in tensors:  # not of every metric, nor in results of before
+            kinds["signed"] = {name: tensors[f"signed/{name}"] for name in names}
         known = {field.name for field in fields(cls)}
         told = {key: value for key, value in meta.items() if key in known}
         attribution = cls(**{"units_hash": None, **told, **kinds})
@@ -207,7 +213,8 @@ def attribute(
         all_experts: run every expert on every token and count it for all of them; what the model
             computes stays what it is. Not for gradient metrics: there is no gradient at an expert
             that did not contribute.
-        progress: show a bar with tokens per second; of several ranks, the first one.
+        progress: show a bar with tokens per second on standard error; of several ranks, the first
+            one.
         group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
             (the default group, if one is initialised) or None (this process alone).
         state: a folder that keeps the sums over the batches so far, each rank its own. The same
@@ -425,6 +432,9 @@ def finish(
         units_hash=units_hash(model),
         data_fingerprint=fingerprint,
         all_experts=all_experts,
+        signed={name: sums[name].signed.cpu() for name in modules}
+        if metric in _GRADIENT_METRICS
+        else None,
     )
     scarce = [name for name in attribution.scarce() if modules[name].routed]
     if scarce:
@@ -493,7 +503,7 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
 def scoring_bar(
     label: str, figure: str, total: int | None, completed: int = 0
 ) -> Iterator[Callable[[float], None]]:
-    """A progress bar; yields a function that moves it on by one and shows a number.
+    """A bar on standard error; yields a function that moves it on by one and shows a number.
 
     Args:
         label: before the bar.
@@ -501,11 +511,12 @@ def scoring_bar(
         total: steps, or None if nobody knows.
         completed: steps that were done earlier, which is said.
     """
+    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     shown = TextColumn("{task.fields[figure]}")
     columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
-    with Progress(*columns) as bar:
+    with Progress(*columns, console=Console(stderr=True)) as bar:
         if completed:
             of = "" if total is None else f" of {total}"
             bar.console.print(f"{label}: {completed}{of} are done, going on after them")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -108,7 +106,7 @@ def attribute(
         "progress": True,
         "state": out / _UNFINISHED,
     }
-    with launched() as ranks, redirect_stdout(sys.stderr):  # the bar
+    with launched() as ranks:
         with ranks.agreeing():
             if streamed and ranks.size > 1:
                 raise ValueError(

@@ -12,6 +12,7 @@ from ssah.data.encoding import IGNORE_INDEX, Encoded, encode
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests
 from ssah.data.rows import BUILTIN, DataError, Row, RowStream, load_rows
+from ssah.lazy import submodules_of
 
 __all__ = [
     "BUILTIN",
@@ -28,3 +29,5 @@ __all__ = [
     "load_rows",
     "make_loader",
 ]
+
+__getattr__ = submodules_of(__name__)
