@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -34,6 +33,7 @@ from ssah.distributed import Group, Ranks, reshard
 from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
 from ssah.positions import with_positions
+from ssah.progress import token_bar
 from ssah.provenance import (
     FORMAT,
     check_same_model,
@@ -143,7 +143,8 @@ class Attribution:
             kind: {name: tensors[f"{kind}/{name}"] for name in names}
             for kind in ("scores", "mean", "variance")
         }
-        if f"signed/{names[0]}" in tensors:  # not of every metric, nor in results of before
+        # Not of every metric, nor in results of before.
+        if any(key.startswith("signed/") for key in tensors):
             kinds["signed"] = {name: tensors[f"signed/{name}"] for name in names}
         known = {field.name for field in fields(cls)}
         told = {key: value for key, value in meta.items() if key in known}
@@ -258,6 +259,7 @@ def attribute(
             check_backbone(model)
         else:
             check_sharded(model, found, ranks, over)
+        n_expected = operator.length_hint(loader, 0) or None  # before the first is taken
         batches = iter(loader)
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
@@ -333,7 +335,7 @@ def attribute(
     with ranks.agreeing(), ExitStack() as stack:
         shown = progress and ranks.rank == 0
         done = 0 if kept is None else kept.done
-        advance = stack.enter_context(_progress(loader, done)) if shown else None
+        advance = stack.enter_context(token_bar(n_expected, done)) if shown else None
         stack.enter_context(as_it_was(model))
         watch = stack.enter_context(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
@@ -497,42 +499,3 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
-
-
-@contextmanager
-def scoring_bar(
-    label: str, figure: str, total: int | None, completed: int = 0
-) -> Iterator[Callable[[float], None]]:
-    """A bar on standard error; yields a function that moves it on by one and shows a number.
-
-    Args:
-        label: before the bar.
-        figure: how the number is shown, e.g. ``"{:,.0f} tokens/s"``.
-        total: steps, or None if nobody knows.
-        completed: steps that were done earlier, which is said.
-    """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    shown = TextColumn("{task.fields[figure]}")
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), shown, TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        if completed:
-            of = "" if total is None else f" of {total}"
-            bar.console.print(f"{label}: {completed}{of} are done, going on after them")
-        task = bar.add_task("", total=total, completed=completed, figure=figure.format(0.0))
-        yield lambda number: bar.update(task, advance=1, figure=figure.format(number))
-
-
-@contextmanager
-def _progress(loader: Iterable[Any], done: int) -> Iterator[Callable[[int], None]]:
-    start, seen = time.perf_counter(), 0
-    total = operator.length_hint(loader, 0) or None
-    with scoring_bar("scoring units", "{:,.0f} tokens/s", total, done) as show:
-
-        def advance(n_tokens: int) -> None:
-            nonlocal seen
-            seen += n_tokens
-            show(seen / (time.perf_counter() - start))
-
-        yield advance

@@ -30,13 +30,11 @@ from ssah.provenance import model_name, units_hash
 from ssah.running import check_idle
 from ssah.selection import (
     canonical_names,
-    check_finite_weights,
-    check_projections,
-    check_trainable,
     fingerprint,
     select_entries,
     split,
 )
+from ssah.splittable import check_finite_weights, check_projections, check_trainable
 from ssah.units import DepthTwoModule, UnitSet, check_units, find_modules
 from ssah.updates import PLAN, plan_of
 

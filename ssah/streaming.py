@@ -25,12 +25,12 @@ from ssah.attribution import (
     column_sq_norms,
     finish,
     may_drop_mask,
-    scoring_bar,
 )
 from ssah.batches import Batch, Fingerprint, Trail, counted_tokens, n_embeddings, read_batch
 from ssah.finite import naming_weights
 from ssah.layered import LayeredModel, alone, moved
 from ssah.positions import with_positions
+from ssah.progress import scoring_bar
 from ssah.provenance import config_hash
 from ssah.stream_state import FileState, MemoryState
 from ssah.units import KINDS, DepthTwoModule, find_modules
