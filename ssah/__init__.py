@@ -1,15 +1,17 @@
 """Safety-critical neurons of language models: find them, switch them off, keep them, transfer them.
 
 Follows the Superficial Safety Alignment Hypothesis (Li & Kim, arXiv 2410.10862). Public names are
-imported when they are first used, so that `import ssah` is cheap.
+imported when they are first used, and so is every submodule, so that `import ssah` is cheap.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
+from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
 from ssah.compat.torchao import leave_out_notes
+from ssah.lazy import submodules_of
 from ssah.transfer import Transfer, transfer
 
 __version__ = "0.1.0"
@@ -80,15 +82,17 @@ _HOME = {
 }
 
 
+_submodule = submodules_of(__name__)
+
+
 def __getattr__(name: str) -> Any:
-    if name == "data":
-        return import_module("ssah.data")
-    if name not in _HOME:
-        raise AttributeError(f"module 'ssah' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
+    if name in _HOME:
+        value = getattr(import_module(_HOME[name]), name)
+        globals()[name] = value
+        return value
+    return _submodule(name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    submodules = (module.name for module in iter_modules(__path__))
+    return sorted({*globals(), *__all__, *(name for name in submodules if name[0] != "_")})

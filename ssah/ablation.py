@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
+from ssah.biases import create_biases
 from ssah.finite import nonfinite
 from ssah.projections import check_parameters, is_computed
 from ssah.quantised import check_plain, scheme_of
+from ssah.running import check_idle
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_units
 
 if TYPE_CHECKING:
@@ -101,12 +101,14 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
     modules = _checked_modules(model, units)
+    check_idle(model, "to be ablated")
     experts = {module.output.param for module in modules.values() if module.routed is not None}
     check_parameters(model, experts, "to be ablated")  # no hook sees what enters an expert's B
     packed = {
         name
         for name, module in modules.items()
-        if scheme_of(module.down) is not None or is_computed(model, module.output.param)
+        if scheme_of(module.down) is not None
+        or (module.routed is None and is_computed(model, module.output.param))
     }
     plain = {name: module for name, module in modules.items() if name not in packed}
     muted = [(modules[name].down, units[name]) for name in packed if len(units[name])]
@@ -229,6 +231,7 @@ def prune(
         FloatingPointError: with `compensate`, where a column to be pruned is NaN or infinite.
     """
     modules = _checked_modules(model, units)
+    check_idle(model, "to be pruned")
     check_not_ablated(model, "to be pruned")
     check_plain(model, "to be pruned (ablate works)")
     params = (param for module in modules.values() for param in module.params)
@@ -244,7 +247,7 @@ def prune(
         shifts = _mean_outputs(columns, units, _mean_values(model, means))
         lacking = [name for name in columns if modules[name].bias is None]
         if lacking:
-            _create_biases(model, lacking)
+            create_biases(model, lacking)
     with torch.inference_mode():
         for name, each in columns.items():
             each.weight.index_fill_(each.dim, each.index, 0)
@@ -307,67 +310,3 @@ def _mean_outputs(
         _check_finite([(each, chosen)])
         outputs[name] = torch.tensordot(chosen, mean, dims=([each.dim], [0]))
     return outputs
-
-
-def _create_biases(model: nn.Module, lacking: list[str]) -> None:
-    """Give the B of these modules a zero bias that the model's configuration knows about.
-
-    Which flag adds which bias is found by building the model without memory from a changed
-    configuration, so that what is created is what `from_pretrained` will look for.
-    """
-    flags, created = _bias_flags(model, lacking)
-    for name, shape in created.items():
-        owner = name.removesuffix(".bias")
-        weight = model.get_parameter(f"{owner}.weight")
-        bias = torch.zeros(shape, dtype=weight.dtype, device=weight.device)
-        parameter = nn.Parameter(bias, requires_grad=weight.requires_grad)
-        model.get_submodule(owner).register_parameter("bias", parameter)
-    for config, flag in flags:
-        setattr(config, flag, True)
-
-
-def _bias_flags(
-    model: nn.Module, lacking: list[str]
-) -> tuple[list[tuple[Any, str]], dict[str, torch.Size]]:
-    """Configuration flags that give these modules a bias, and every parameter that they add."""
-    missing = {f"{name}.bias": name for name in lacking}
-    flags: list[tuple[Any, str]] = []
-    created: dict[str, torch.Size] = {}
-    if isinstance(model, PreTrainedModel):
-        present = _shapes(model)
-        for part in ("", *type(model.config).sub_configs):
-            config = getattr(model.config, part) if part else model.config
-            if config is None:  # a part that this model goes without
-                continue
-            off = [flag for flag, value in vars(config).items() if value is False]
-            for flag in (flag for flag in off if flag.endswith("bias")):
-                variant = copy.deepcopy(model.config)
-                setattr(getattr(variant, part) if part else variant, flag, True)
-                with torch.device("meta"):
-                    shapes = _shapes(type(model)(variant))
-                added = {name: shape for name, shape in shapes.items() if name not in present}
-                unchanged = present.items() <= shapes.items()
-                if unchanged and missing.keys() & added.keys() and _are_biases(model, added):
-                    flags.append((config, flag))
-                    created |= added
-    for parameter, name in missing.items():
-        if parameter not in created:
-            raise ValueError(
-                f"{name} has no bias, and the configuration of {type(model).__name__} can express "
-                "none, so that compensate=True has nowhere to put the units' mean output; "
-                "use compensate=False, or leave these units out"
-            )
-    return flags, created
-
-
-def _shapes(model: nn.Module) -> dict[str, torch.Size]:
-    return {name: p.shape for name, p in model.named_parameters(remove_duplicate=False)}
-
-
-def _are_biases(model: nn.Module, names: Mapping[str, torch.Size]) -> bool:
-    """Whether all are biases of linear layers, so that zero in each changes no output."""
-    modules = dict(model.named_modules())
-    return all(
-        name.endswith(".bias") and isinstance(modules.get(name.removesuffix(".bias")), nn.Linear)
-        for name in names
-    )

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 import operator
 import os
-import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from itertools import chain, islice
 from pathlib import Path
@@ -34,7 +33,7 @@ from ssah.distributed import Group, Ranks, reshard
 from ssah.families import FAMILIES
 from ssah.offload import at_hand, device_of
 from ssah.positions import with_positions
-from ssah.progress import scoring_bar
+from ssah.progress import token_bar
 from ssah.provenance import (
     FORMAT,
     check_same_model,
@@ -94,6 +93,9 @@ class Attribution:
         version: of this library.
         rows_read: what ``ssah attribute`` keeps of its rows: how many it left out and cut, and the
             chat template. None where no command made it.
+        signed: B's name -> ``[n_units]``, the sum over tokens of a * dL/da: above 0 where the loss
+            (in nats) falls, to first order, as the unit is removed. None unless the metric is
+            ``"taylor"``, whose score is its absolute value, or ``"fisher"``.
     """
 
     scores: dict[str, Tensor]
@@ -109,6 +111,7 @@ class Attribution:
     weights_hash: str | None = None
     version: str = __version__
     rows_read: dict[str, Any] | None = None
+    signed: dict[str, Tensor] | None = None
 
     def scarce(self, least: int = 2) -> dict[str, int]:
         """Modules of which fewer than ``least`` tokens were counted, and how many were.
@@ -122,8 +125,8 @@ class Attribution:
         """Write to ``directory`` as safetensors and JSON: whole, or not at all."""
         tensors = {
             f"{kind}/{name}": tensor
-            for kind in ("scores", "mean", "variance")
-            for name, tensor in getattr(self, kind).items()
+            for kind in ("scores", "mean", "variance", "signed")
+            for name, tensor in (getattr(self, kind) or {}).items()
         }
         meta = {
             "content": CONTENT,
@@ -168,6 +171,12 @@ class Attribution:
             kinds["variance"][name] = stored.tensor(
                 f"variance/{name}", shape=(len(score),), finite=meta["count"][name] > 1
             )
+        # Not of every metric, nor in results of before.
+        if any(key.startswith("signed/") for key in stored.tensors):
+            kinds["signed"] = {
+                name: stored.tensor(f"signed/{name}", shape=(len(score),))
+                for name, score in kinds["scores"].items()
+            }
         known = {field.name for field in fields(cls)}
         told = {key: value for key, value in meta.items() if key in known}
         attribution = cls(**{**told, **kinds})
@@ -237,7 +246,8 @@ def attribute(
         all_experts: run every expert on every token and count it for all of them; what the model
             computes stays what it is. Not for gradient metrics: there is no gradient at an expert
             that did not contribute.
-        progress: show a bar with tokens per second; of several ranks, the first one.
+        progress: show a bar with tokens per second on standard error; of several ranks, the first
+            one.
         group: the ranks that score together: a process group of ``torch.distributed``, ``"auto"``
             (the default group, if one is initialised) or None (this process alone).
         state: a folder that keeps the sums over the batches so far, each rank its own. The same
@@ -285,6 +295,7 @@ def attribute(
             raise TypeError(
                 f"loader is {type(loader).__name__}, must yield batches, as a DataLoader does"
             )
+        n_expected = operator.length_hint(loader, 0) or None  # before the first is taken
         batches = iter(loader)
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
@@ -364,7 +375,7 @@ def attribute(
             stack.callback(kept.close)
         shown = progress and ranks.rank == 0
         done = 0 if kept is None else kept.done
-        advance = stack.enter_context(_progress(loader, done)) if shown else None
+        advance = stack.enter_context(token_bar(n_expected, done)) if shown else None
         stack.enter_context(as_it_was(model))
         watch = stack.enter_context(
             watching(found, sums, gradient=gradient, all_experts=all_experts)
@@ -467,6 +478,9 @@ def finish(
         data_fingerprint=fingerprint,
         all_experts=all_experts,
         weights_hash=weights_hash,
+        signed={name: sums[name].signed.cpu() for name in modules}
+        if metric in _GRADIENT_METRICS
+        else None,
     )
     scarce = [name for name in attribution.scarce() if modules[name].routed]
     if scarce:
@@ -529,17 +543,3 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
-
-
-@contextmanager
-def _progress(loader: Iterable[Any], done: int) -> Iterator[Callable[[int], None]]:
-    start, seen = time.perf_counter(), 0
-    total = operator.length_hint(loader, 0) or None
-    with scoring_bar("scoring units", "{:,.0f} tokens/s", total, done) as show:
-
-        def advance(n_tokens: int) -> None:
-            nonlocal seen
-            seen += n_tokens
-            show(seen / (time.perf_counter() - start))
-
-        yield advance

@@ -28,7 +28,8 @@ def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     bounds: list[Tensor] = []
     for name, tensor in tensors:
         own = local(tensor.detach())
-        if own.dtype in _DTYPES and own.numel() and not own.is_meta:
+        plain = type(own) is Tensor and own.dtype in _DTYPES and not own.is_meta
+        if plain and own.numel():
             names.append(name)
             bounds.append(torch.stack(own.aminmax()).double())  # [2]
     # On a GPU all of them are waited for at once, and not one by one.

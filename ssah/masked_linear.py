@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from pickle import PicklingError
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -103,6 +104,15 @@ class SplitWeightError(AttributeError, RuntimeError):
 
     An AttributeError, so that ``hasattr(module, "weight")`` is an answer and not an error.
     """
+
+
+def pickling_error() -> PicklingError:
+    """The error of pickling what belongs to a plan: a slice would no longer alias its weight."""
+    return PicklingError(
+        "the model is under a plan, and cannot be pickled (torch.save of a whole model): save its "
+        "weights (model.save_pretrained, model.state_dict()) or what was trained "
+        "(plan.save_pretrained), or close the plan first (plan.close())"
+    )
 
 
 class MaskedProjection(nn.Module):
@@ -265,6 +275,9 @@ class MaskedProjection(nn.Module):
         for slot in self.slots.values():
             slot.convert(fn, self)
         return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise pickling_error()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MaskedProjection:
         self.sync()

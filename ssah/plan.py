@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from ssah import masked_ffn, sharded_plan, updates
 from ssah.ablation import check_not_ablated
 from ssah.distributed import Ranks, reshard
 from ssah.frozen import digests
-from ssah.masked_linear import MaskedProjection
+from ssah.masked_linear import MaskedProjection, pickling_error
 from ssah.plan_optimizer import (
     ACTIVE,
     PlanAdamW,
@@ -26,15 +27,14 @@ from ssah.plan_optimizer import (
     watch_optimizers,
 )
 from ssah.provenance import model_name, units_hash
+from ssah.running import check_idle
 from ssah.selection import (
     canonical_names,
-    check_finite_weights,
-    check_projections,
-    check_trainable,
     fingerprint,
     select_entries,
     split,
 )
+from ssah.splittable import check_finite_weights, check_projections, check_trainable
 from ssah.units import DepthTwoModule, UnitSet, check_units, find_modules
 from ssah.updates import PLAN, plan_of
 from ssah.weights import cheap_weights_hash
@@ -76,6 +76,7 @@ class UpdatePlan:
         self.modules: dict[str, DepthTwoModule] = find_modules(model)
         self.ranks = Ranks.over(model)
         check_units(model, units)
+        check_idle(model, "before a plan is made")
         check_not_ablated(model, "before a plan is made")
         check_trainable(model)
         check_projections(model, self.modules, units.keys())
@@ -158,6 +159,23 @@ class UpdatePlan:
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: for any optimiser of torch."""
         return (parameter for _, parameter in self.named_parameters())
+
+    def original_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of the whole model as they were before the plan, in their order.
+
+        For whoever reads weights by name: a weight sync to another engine, an average of weights.
+        What is split is put together anew, one parameter at a time: a copy, without a gradient,
+        that no write reaches. Everything else is the model's own parameter.
+        """
+        self._check_open()
+        for name in self.entries:
+            owner, _, leaf = name.rpartition(".")
+            module = self.masked.get(owner)
+            if module is not None and leaf in module.slots:
+                module.sync()
+                yield name, module.slots[leaf].read()
+            else:
+                yield name, self.model.get_parameter(name)
 
     def _trains(self, name: str) -> bool:
         return name not in self.entries or bool(self.entries[name].trains.any())
@@ -361,9 +379,12 @@ class UpdatePlan:
     ) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "last_optimizer": None}
+    def __deepcopy__(self, memo: dict[int, Any]) -> UpdatePlan:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy({**self.__dict__, "last_optimizer": None}, memo))
+        watch_optimizers(new)
+        return new
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        watch_optimizers(self)
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise pickling_error()

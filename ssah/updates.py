@@ -20,6 +20,7 @@ from ssah.projections import check_parameters
 from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.quantised import check_plain
 from ssah.records import Fields, check_fields
+from ssah.running import check_idle
 from ssah.stored import Stored
 from ssah.units import find_modules
 
@@ -140,6 +141,7 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     if plan_of(model) is not None:
         raise ValueError("model has an active plan: close it first (plan.close())")
     params = [param for module in find_modules(model).values() for param in module.params]
+    check_idle(model, "to be given an update")
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
     check_parameters(model, params, "to be given an update")

@@ -511,7 +511,9 @@ def test_the_fingerprint_is_of_the_data() -> None:
 
 def test_progress_shows_tokens_per_second(capsys: pytest.CaptureFixture[str]) -> None:
     attribute(build("llama"), iter(ragged()), progress=True)
-    assert "tokens/s" in capsys.readouterr().out
+    shown = capsys.readouterr().err
+    assert "tokens/s" in shown
+    assert "2/2" in shown
 
 
 @pytest.mark.parametrize("metric", METRICS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def score(rank: int, n: int, folder: Path) -> None:
     assert same_bits(result)
     result.save(folder / f"few-{rank}")
     bar = io.StringIO()
-    with redirect_stdout(bar):
+    with redirect_stderr(bar):
         attribute(model, deal(batches()), tokens="all", progress=True)
     assert ("scoring units" in bar.getvalue()) == (rank == 0)
     alone = attribute(model, batches(2), group=None)

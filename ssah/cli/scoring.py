@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from contextlib import ExitStack, redirect_stdout
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -114,8 +113,8 @@ def attribute(
         "progress": True,
         "state": out / _UNFINISHED,
     }
-    # The bar goes to standard error; the folder is this command's until the scores are saved.
-    with launched() as ranks, redirect_stdout(sys.stderr), ExitStack() as stack:
+    # The folder is this command's until the scores are saved.
+    with launched() as ranks, ExitStack() as stack:
         with ranks.agreeing():
             if streamed and ranks.size > 1:
                 raise ValueError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+from ssah.lazy import submodules_of
+
 __all__ = ["LibraryError", "find", "lacking"]
 
 
@@ -53,3 +55,6 @@ def lacking(
         f"{library} {release} has no {name}, which ssah needs {purpose}{why}; it must be a release "
         f"that has it: pip install '{library}{works}'"
     )
+
+
+__getattr__ = submodules_of(__name__)

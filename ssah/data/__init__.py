@@ -15,6 +15,7 @@ from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests
 from ssah.data.rows import BUILTIN, RowStream, load_rows
 from ssah.data.templates import template_record, use_template
+from ssah.lazy import submodules_of
 
 __all__ = [
     "BUILTIN",
@@ -35,3 +36,5 @@ __all__ = [
     "use_template",
     "warn_of_shared",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -10,6 +10,7 @@ from ssah.evaluation.judges import Judge, judge
 from ssah.evaluation.loss import response_log_probs, utility_loss
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, refusal_margin, refusal_margins
 from ssah.evaluation.measure import Measurement, Measures, ablations
+from ssah.lazy import submodules_of
 
 __all__ = [
     "COMPLIANCE",
@@ -35,3 +36,5 @@ __all__ = [
     "utility_loss",
     "wilson",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -1,0 +1,7 @@
+"""Measuring and training many models, each experiment one command."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+
+__getattr__ = submodules_of(__name__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ssah.lazy import submodules_of
+
 __all__ = ["COLOURS", "IMPLEMENTATIONS", "NAMES", "SCORING"]
 
 # Told apart by people with any kind of colour vision (after Okabe and Ito).
@@ -38,3 +40,5 @@ SCORING = {
     "eager": "forward of the backbone",
     "compile": "forward, torch.compile",
 }
+
+__getattr__ = submodules_of(__name__)

@@ -73,7 +73,11 @@ class Capture:
                 hooks.append(module.down.register_forward_hook(after))
         attended = batch["attention_mask"].bool()
         logits = model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            # Those of the row: relative ones are the same, but for float32 in their rotation.
+            position_ids=(attended.long().cumsum(1) - 1).clamp_min(0),
+            use_cache=False,
         ).logits
         targets = batch.get("labels", batch["input_ids"])[:, 1:]
         targets = targets.masked_fill(~(attended[:, 1:] & attended[:, :-1]), IGNORED)

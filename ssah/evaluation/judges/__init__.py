@@ -16,5 +16,8 @@ from __future__ import annotations
 from ssah.evaluation.judges.base import Function, Judge, Judged
 from ssah.evaluation.judges.choose import judge, judge_names
 from ssah.evaluation.judges.keywords import KEYWORDS, Keywords
+from ssah.lazy import submodules_of
 
 __all__ = ["KEYWORDS", "Function", "Judge", "Judged", "Keywords", "judge", "judge_names"]
+
+__getattr__ = submodules_of(__name__)
