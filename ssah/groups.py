@@ -81,11 +81,17 @@ def _fraction(argument: str, value: object) -> float:
     return float(value)
 
 
-def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+class _Checked(dict[str, Tensor]):
+    """Scores that were copied and looked at: 18 million of them need it once."""
+
+
+def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> _Checked:
     """Copies of scores, float64 [n_units] on the CPU; refuses unusable ones by name."""
+    if isinstance(scores, _Checked):
+        return scores
     if not scores:
         raise ValueError(f"{role} has no modules; it must have scores for at least one")
-    checked = {}
+    checked = _Checked()
     for name, value in scores.items():
         # a copy: scores of the caller may share memory, or change later
         try:
@@ -102,13 +108,17 @@ def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> dict[str, Tensor
                 f"{role}: the scores of {name} have shape {list(x.shape)}; "
                 "they must be one number per unit, [n_units]"
             )
+        checked[name] = x
+    # A sum that is finite has finite terms: one answer for all modules.
+    if bool(torch.stack([x.sum() for x in checked.values()]).isfinite().all()):
+        return checked
+    for name, x in checked.items():
         bad = int((~x.isfinite()).sum())
         if bad:
             raise ValueError(
                 f"{role}: {bad} of {len(x)} scores of {name} are NaN or infinite; "
                 "every score must be finite"
             )
-        checked[name] = x
     return checked
 
 
@@ -225,13 +235,13 @@ class UnitGroups(Mapping[str, UnitSet]):
         _choice("normalize", normalize, NORMALIZATIONS)
         if sorted(groups) != sorted(GROUPS):
             raise ValueError(f"groups are named {sorted(groups)}; they must be {list(GROUPS)}")
-        self.safety = _checked_scores("safety", safety)
-        self.utility = _checked_scores("utility", utility)
+        self.safety: Mapping[str, Tensor] = _checked_scores("safety", safety)
+        self.utility: Mapping[str, Tensor] = _checked_scores("utility", utility)
         self.sizes = {name: len(x) for name, x in self.safety.items()}
         _check_same_modules(
             "safety", self.sizes, "utility", {name: len(x) for name, x in self.utility.items()}
         )
-        self.utility = {name: self.utility[name] for name in self.sizes}
+        self.utility = _Checked({name: self.utility[name] for name in self.sizes})
         self.shares = dict(shares)
         self.scope = scope
         self.normalize = normalize
@@ -243,18 +253,24 @@ class UnitGroups(Mapping[str, UnitSet]):
 
     def _check_partition(self) -> dict[str, Tensor]:
         """The group of every unit: B's name to uint8 [n_units], positions in GROUPS."""
-        labels = {}
-        for name, n in self.sizes.items():
-            masks = torch.stack([self._groups[group].mask(name) for group in GROUPS])  # [4, n]
-            times = masks.sum(0)
-            if bool((times != 1).any()):
-                unit = int((times != 1).nonzero()[0])
-                raise ValueError(
-                    f"unit {unit} of {name} is in {int(times[unit])} groups; "
-                    f"each of its {n} units must be in exactly one"
-                )
-            labels[name] = masks.to(torch.uint8).argmax(0).to(torch.uint8)
-        return labels
+        masks = [self._groups[group].over(self.sizes) for group in GROUPS]
+        times = torch.zeros(sum(self.sizes.values()), dtype=torch.uint8)
+        labels = torch.zeros_like(times)
+        for number, mask in enumerate(masks):
+            times += mask
+            labels[mask] = number
+        wrong = (times != 1).nonzero()[:, 0]
+        if len(wrong):
+            ((name, own),) = (
+                (name, index)
+                for name, index in split(wrong[:1], [*self.sizes], self.sizes).items()
+                if len(index)
+            )
+            raise ValueError(
+                f"unit {int(own[0])} of {name} is in {int(times[wrong[0]])} groups; "
+                f"each of its {self.sizes[name]} units must be in exactly one"
+            )
+        return dict(zip(self.sizes, labels.split([*self.sizes.values()]), strict=True))
 
     def __getitem__(self, group: str) -> UnitSet:
         return self._groups[group]
@@ -491,7 +507,8 @@ def classify(
     ranked = normalized(safety_scores, normalize), normalized(utility_scores, normalize)
     indices: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
     for names in blocks(list(sizes), scope):
-        total, difference = (order_key(*ranked, names, by) for by in ("sum", "difference"))
+        s, u = (torch.cat([scores[name] for name in names]) for scores in ranked)
+        total, difference = s + u, s - u
         n = len(total)
         left = torch.arange(n)
         for group, key in (("ru", total), ("scu", -difference), ("ucu", difference)):
@@ -499,7 +516,7 @@ def classify(
             left = without(left, chosen, n)
             indices[group] |= split(chosen, names, sizes)
         indices["cu"] |= split(left, names, sizes)
-    return UnitGroups(
+    groups = UnitGroups(
         {group: UnitSet(indices[group], sizes) for group in GROUPS},
         safety=safety_scores,
         utility=utility_scores,
@@ -508,3 +525,5 @@ def classify(
         normalize=normalize,
         metadata=metadata,
     )
+    groups._ranked = ranked  # `top` ranks by the same
+    return groups

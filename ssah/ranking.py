@@ -25,7 +25,7 @@ def lowest(key: Tensor, candidates: Tensor, count: int) -> Tensor:
     count = min(count, len(candidates))
     if count == 0:
         return candidates[:0]
-    values = key[candidates]
+    values = key if len(candidates) == len(key) else key[candidates]
     threshold = values.kthvalue(count).values
     chosen = values < threshold
     ties = (values == threshold).nonzero().flatten()
@@ -41,37 +41,83 @@ def without(candidates: Tensor, taken: Tensor, n: int) -> Tensor:
     return left.nonzero().flatten()
 
 
-def _zscore(x: Tensor) -> Tensor:
-    """(x - mean) / standard deviation, ddof 0; all zero where x is constant.
+def _exact_sums(x: Tensor) -> Tensor:
+    """The sum of each row, exactly rounded: float64 [rows, n] -> [rows].
 
-    The sums are exactly rounded, so that the bits depend neither on threads nor on the machine,
-    and deviations are scaled first, so that squares of tiny scores do not underflow.
+    The bits depend neither on the order of the additions nor on threads nor on the machine. From
+    each row the leading bits of all values are taken, few enough that their sum is exact in
+    whatever order, then the next bits, until nothing is left (Rump, Ogita & Oishi, Accurate
+    floating-point summation, 2008: ExtractVector). The few partial sums are added by math.fsum.
     """
-    if bool(x.min() == x.max()):
-        return torch.zeros_like(x)
-    deviation = x - math.fsum(x.tolist()) / len(x)
-    deviation = deviation / deviation.abs().max()
-    variance = math.fsum((deviation * deviation).tolist()) / len(x)
-    return deviation / math.sqrt(variance)
+    rest, parts = x.clone(), []
+    room = (x.shape[1] + 2).bit_length()  # 2^room values of one magnitude do not carry too far
+    while bool((largest := rest.abs().amax(1)).any()):
+        exponent = torch.frexp(largest).exponent.to(torch.int64) + room
+        # 2^exponent by its bits, since pow may round; at least the smallest normal number.
+        unit = ((exponent + 1023).clamp(min=1) << 52).view(torch.float64)[:, None]
+        high = (rest + unit) - unit
+        parts.append(high.sum(1))
+        rest -= high
+    if not parts:
+        return torch.zeros(len(x), dtype=torch.float64)
+    rows = torch.stack(parts, 1).tolist()
+    return torch.tensor([math.fsum(row) for row in rows], dtype=torch.float64)
 
 
-def _rank(x: Tensor) -> Tensor:
-    """position / (n - 1) in ascending order; equal values: the lower index comes first.
+def _zscores(x: Tensor) -> Tensor:
+    """(x - mean) / standard deviation of each row, ddof 0; zero where a row is constant.
 
-    A single unit has position 0, and rank 0.
+    float64 [rows, n]. Deviations are scaled first, so that squares of tiny scores do not underflow.
     """
-    positions = torch.empty(len(x), dtype=torch.float64)
-    positions[x.argsort(stable=True)] = torch.arange(len(x), dtype=torch.float64)
-    return positions / max(len(x) - 1, 1)
+    n = x.shape[1]
+    constant = x.amin(1) == x.amax(1)
+    if bool(x.abs().max() > 2.0**900):  # else their sum might overflow
+        x = x * 2.0**-200
+    deviation = x - (_exact_sums(x) / n)[:, None]
+    deviation[constant] = 1.0  # to divide by something
+    deviation /= deviation.abs().amax(1, keepdim=True)
+    variance = (_exact_sums(deviation * deviation) / n).tolist()
+    # torch's own root may be of another library, and not exactly rounded.
+    roots = torch.tensor([math.sqrt(each) for each in variance], dtype=torch.float64)
+    deviation /= roots[:, None]
+    deviation[constant] = 0.0
+    return deviation
+
+
+def _ranks(x: Tensor) -> Tensor:
+    """position / (n - 1) of each row in ascending order; equal values: the lower index comes first.
+
+    [rows, n]. A single unit has position 0, and rank 0.
+    """
+    rows, n = x.shape
+    places = torch.arange(n, dtype=torch.float64).expand(rows, n)
+    positions = torch.empty(rows, n, dtype=torch.float64)
+    positions.scatter_(1, x.argsort(dim=1, stable=True), places)
+    return positions / max(n - 1, 1)
+
+
+_AT_ONCE = 1 << 17  # scores: what is computed of them stays in the cache
 
 
 def normalized(scores: Mapping[str, Tensor], normalize: str) -> dict[str, Tensor]:
-    """The scores of each module, normalised by themselves."""
-    if normalize == "zscore":
-        return {name: _zscore(x) for name, x in scores.items()}
-    if normalize == "rank":
-        return {name: _rank(x) for name, x in scores.items()}
-    return dict(scores)
+    """The scores of each module, normalised by themselves; modules of one size are taken together.
+
+    A mixture has thousands of modules, so that a call for each would take longer than the work.
+    """
+    if normalize == "none":
+        return dict(scores)
+    rule = _zscores if normalize == "zscore" else _ranks
+    of_size: dict[int, list[str]] = {}
+    for name, score in scores.items():
+        of_size.setdefault(len(score), []).append(name)
+    found: dict[str, Tensor] = {}
+    for size, names in of_size.items():
+        step = max(1, _AT_ONCE // size)
+        for start in range(0, len(names), step):
+            some = names[start : start + step]
+            rows = rule(torch.stack([scores[name] for name in some]))  # [modules, units]
+            found.update(zip(some, rows.unbind(0), strict=True))
+    return {name: found[name] for name in scores}
 
 
 def blocks(names: Sequence[str], scope: str) -> list[list[str]]:

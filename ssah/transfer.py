@@ -72,9 +72,10 @@ def transfer(groups_before: UnitGroups, groups_after: UnitGroups) -> Transfer:
         )
     names = tuple(groups_before)
     side = len(names)
-    counts = torch.zeros(side * side, dtype=torch.int64)
-    for name in groups_before.sizes:
-        moves = groups_before.labels(name).long() * side + groups_after.labels(name)
-        counts += torch.bincount(moves, minlength=side * side)
+    before, after = (
+        torch.cat([groups.labels(name) for name in groups_before.sizes]).long()
+        for groups in (groups_before, groups_after)
+    )
+    counts = torch.bincount(before * side + after, minlength=side * side)
     matrix = counts.double().view(side, side) / counts.sum()
     return Transfer(groups=names, matrix=matrix)

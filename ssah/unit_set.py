@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
+
+from ssah.ranking import split
 
 __all__ = ["UnitSet"]
 
@@ -33,10 +36,29 @@ class UnitSet:
         if outside:
             raise ValueError(f"indices has modules that sizes lacks: {', '.join(outside)}")
         self._sizes = {name: _checked_size(name, size) for name, size in sizes.items()}
-        self._indices = {
-            name: _checked_index(name, indices.get(name, ()), size)
-            for name, size in self._sizes.items()
-        }
+        self._flat = _flattened(indices, self._sizes)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, sizes: Mapping[str, int]) -> UnitSet:
+        """The units where ``mask`` is True: bool ``[units]``, the modules one after the other.
+
+        Raises:
+            ValueError: ``mask`` has another number of units than ``sizes`` together, or no bools.
+        """
+        units = cls({}, sizes)
+        total = sum(units._sizes.values())
+        if mask.dtype != torch.bool or tuple(mask.shape) != (total,):
+            raise ValueError(
+                f"mask is {mask.dtype} {list(mask.shape)}, must be torch.bool [{total}]"
+            )
+        units._flat = mask.nonzero()[:, 0]
+        return units
+
+    # Where a set is kept as one sorted tensor, algebra on thousands of modules is one operation.
+    @cached_property
+    def _indices(self) -> dict[str, Tensor]:
+        """B's name -> indices in that module, int64, sorted."""
+        return split(self._flat, list(self._sizes), self._sizes)
 
     @classmethod
     def random(
@@ -73,10 +95,7 @@ class UnitSet:
             raise ValueError(f"like is {like} units, must be between 0 and {total}")
         mask = torch.zeros(total, dtype=torch.bool)
         mask[torch.randperm(total, generator=generator)[:like]] = True
-        parts = mask.split(list(sizes.values()))
-        return cls(
-            {name: part.nonzero()[:, 0] for name, part in zip(sizes, parts, strict=True)}, sizes
-        )
+        return cls.of_mask(mask, sizes)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -97,34 +116,34 @@ class UnitSet:
 
     def complement(self) -> UnitSet:
         """All units of the scope that are not in the set."""
-        return UnitSet({name: (~self.mask(name)).nonzero()[:, 0] for name in self}, self._sizes)
+        return UnitSet.of_mask(~self.over(self._sizes), self._sizes)
 
     def __getitem__(self, name: str) -> Tensor:
         return self._indices[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._indices)
+        return iter(self._sizes)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._indices
+        return name in self._sizes
 
     def keys(self) -> KeysView[str]:
         """Names of B."""
-        return self._indices.keys()
+        return self._sizes.keys()
 
     def items(self) -> ItemsView[str, Tensor]:
         """Names of B with the indices of their units, int64, sorted."""
         return self._indices.items()
 
     def __len__(self) -> int:
-        return sum(len(index) for index in self._indices.values())
+        return len(self._flat)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, UnitSet):
             return NotImplemented
-        return self._sizes == other._sizes and all(
-            torch.equal(index, other._indices[name]) for name, index in self._indices.items()
-        )
+        if list(self._sizes.items()) == list(other._sizes.items()):
+            return torch.equal(self._flat, other._flat)
+        return self._sizes == other._sizes and torch.equal(self._flat, other._over(self._sizes))
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -147,13 +166,22 @@ class UnitSet:
                     f"and {size}; they must be of the same model"
                 )
         sizes = {**self._sizes, **other._sizes}
-        nothing = UnitSet({}, sizes)
-        indices = {}
-        for name in sizes:
-            left = self.mask(name) if name in self else nothing.mask(name)
-            right = other.mask(name) if name in other else nothing.mask(name)
-            indices[name] = rule(left, right).nonzero()[:, 0]
-        return UnitSet(indices, sizes)
+        return UnitSet.of_mask(rule(self.over(sizes), other.over(sizes)), sizes)
+
+    def over(self, sizes: Mapping[str, int]) -> Tensor:
+        """Bool ``[units]`` over a scope that has every module of this one: True in the set."""
+        mask = torch.zeros(sum(sizes.values()), dtype=torch.bool)
+        mask[self._over(sizes)] = True
+        return mask
+
+    def _over(self, sizes: Mapping[str, int]) -> Tensor:
+        """The units as positions among all units of another scope that has every module of this."""
+        if list(sizes) == list(self._sizes):
+            return self._flat
+        ends = torch.tensor([0, *sizes.values()]).cumsum(0).tolist()
+        starts = dict(zip(sizes, ends, strict=False))
+        moved = [index + starts[name] for name, index in self._indices.items()]
+        return torch.cat([*moved, torch.zeros(0, dtype=torch.int64)]).sort().values
 
     def __repr__(self) -> str:
         return (
@@ -169,17 +197,39 @@ def _checked_size(name: str, size: int) -> int:
     return number
 
 
-def _checked_index(name: str, index: Tensor | Sequence[int], size: int) -> Tensor:
+def _flattened(indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str, int]) -> Tensor:
+    """Indices in modules as sorted positions among all units: int64, each once.
+
+    Raises:
+        ValueError: an index is out of range, or no integer; its module is named.
+    """
+    given = [_integers(name, indices[name]) for name in sizes if name in indices]
+    if not given:
+        return torch.zeros(0, dtype=torch.int64)
+    names = [name for name in sizes if name in indices]
+    starts = torch.tensor([0, *sizes.values()]).cumsum(0)[:-1]
+    start_of = dict(zip(sizes, starts.tolist(), strict=True))
+    counts = torch.tensor([len(each) for each in given])
+    index = torch.cat(given)
+    bounds = torch.tensor([sizes[name] for name in names]).repeat_interleave(counts)
+    wrong = ((index < 0) | (index >= bounds)).nonzero()[:, 0]
+    if len(wrong):
+        at = int(torch.searchsorted(counts.cumsum(0), wrong[0], right=True))
+        own, name = given[at], names[at]
+        raise ValueError(
+            f"indices of {name!r} run from {int(own.min())} to {int(own.max())}, "
+            f"must be in [0, {sizes[name]})"
+        )
+    flat = index + torch.tensor([start_of[name] for name in names]).repeat_interleave(counts)
+    ascending = bool((flat.diff() > 0).all())
+    return flat if ascending else torch.unique(flat, sorted=True)
+
+
+def _integers(name: str, index: Tensor | Sequence[int]) -> Tensor:
     tensor = torch.as_tensor(index, dtype=None if len(index) else torch.int64, device="cpu")
     if tensor.dim() != 1 or tensor.dtype == torch.bool or tensor.is_floating_point():
         raise ValueError(
             f"indices of {name!r} have dtype {tensor.dtype} and {tensor.dim()} dimensions, must be "
             "one dimension of integers (for a mask: mask.nonzero()[:, 0])"
         )
-    tensor = torch.unique(tensor.to(torch.int64), sorted=True)
-    if len(tensor) and not 0 <= int(tensor[0]) <= int(tensor[-1]) < size:
-        raise ValueError(
-            f"indices of {name!r} run from {int(tensor[0])} to {int(tensor[-1])}, "
-            f"must be in [0, {size})"
-        )
-    return tensor
+    return tensor.to(torch.int64)

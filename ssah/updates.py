@@ -47,8 +47,16 @@ def plan_of(model: nn.Module) -> UpdatePlan | None:
     return vars(model).get(PLAN)
 
 
-def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
+def save_update(
+    plan: UpdatePlan, directory: str | os.PathLike[str], *, base_model: str | None = None
+) -> None:
     """Write the trained slices of ``plan`` to ``directory``: whole, or not at all.
+
+    Args:
+        plan: whose slices.
+        directory: the folder.
+        base_model: what the update says that it was trained from; default: the name under which
+            the model was loaded, which may be a path.
 
     Raises:
         ValueError: its model is sharded.
@@ -78,7 +86,7 @@ def save_update(plan: UpdatePlan, directory: str | os.PathLike[str]) -> None:
         "content": _CONTENT,
         "format": FORMAT,
         "version": __version__,
-        "base_model": plan.base_name,
+        "base_model": plan.base_name if base_model is None else base_model,
         "units_hash": plan.units_hash,
         "weights_hash": plan.weights_hash,
         "fingerprint": plan.fingerprint,
@@ -103,7 +111,7 @@ def push_update(
     token: str | None = None,
     commit_message: str = "Upload update",
 ) -> str:
-    """Upload the trained slices to the Hugging Face Hub.
+    """Upload the trained slices to the Hugging Face Hub. No path of this machine goes with them.
 
     Args:
         plan: what to save.
@@ -115,11 +123,17 @@ def push_update(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_update(plan, folder)
+        save_update(plan, folder, base_model=_public(plan.base_name))
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         )
+
+
+def _public(name: str) -> str:
+    """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
+    is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
+    return name if is_id and not Path(name).exists() else Path(name).name
 
 
 def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:

@@ -20,6 +20,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from ssah.attribution import Attribution
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.provenance import model_name, save_tensors, units_hash
+from ssah.ranking import normalized
+from ssah.transfer import transfer
 from ssah.units import UnitSet, find_modules
 
 Scores = dict[str, list[float]]
@@ -562,3 +564,71 @@ def test_what_is_no_group_is_refused(tmp_path: Any) -> None:
     save_tensors(tmp_path, {"scores/a": torch.zeros(3)}, {"metric": "variance"})
     with pytest.raises(ValueError, match="must hold 'ssah unit groups'"):
         UnitGroups.load(tmp_path)
+
+
+# ------------------------------------------------------------------------------ exactly rounded
+
+
+def one_by_one(x: torch.Tensor) -> torch.Tensor:
+    """z-scores of one module by math.fsum, which rounds the exact sum once."""
+    deviation = x - math.fsum(x.tolist()) / len(x)
+    deviation = deviation / deviation.abs().max()
+    return deviation / math.sqrt(math.fsum((deviation * deviation).tolist()) / len(x))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7, 100, 768, 1536])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 300.0])
+def test_z_scores_of_many_modules_have_the_bits_of_exactly_rounded_sums(
+    n: int, spread: float
+) -> None:
+    """Together or one by one, over magnitudes far apart, denormal numbers included."""
+    generator = torch.Generator().manual_seed(n)
+    draw = {"generator": generator, "dtype": torch.float64}
+    scores = {
+        str(i): torch.randn(n, **draw) * torch.exp(spread * torch.randn(n, **draw)).clamp(max=1e250)
+        for i in range(20)
+    }
+    scores["denormal"] = torch.randn(n, **draw) * 1e-310
+    scores["of another size"] = torch.randn(n + 1, **draw)
+    scores["constant"] = torch.full((n,), 0.1, dtype=torch.float64)
+    found = normalized(scores, "zscore")
+    assert list(found) == list(scores)
+    assert not found.pop("constant").any()
+    for name, values in found.items():
+        assert torch.equal(values, one_by_one(scores[name])), name
+
+
+def test_scores_near_the_largest_number_have_z_scores() -> None:
+    """Their sum is beyond float64, their mean is not."""
+    values = torch.tensor([1e308, 1.5e308, -1e308], dtype=torch.float64)
+    found = normalized({"a": values}, "zscore")["a"]
+    assert torch.allclose(found, one_by_one(values / 2.0**200), rtol=1e-15, atol=0)
+
+
+def test_the_algebra_of_sets_over_different_scopes() -> None:
+    one = UnitSet({"a": [0, 2], "b": [1]}, {"a": 3, "b": 2})
+    other = UnitSet({"c": [0], "b": [0, 1]}, {"c": 1, "b": 2})
+    assert {name: index.tolist() for name, index in (one | other).items()} == {
+        "a": [0, 2], "b": [0, 1], "c": [0]
+    }  # fmt: skip
+    assert {name: index.tolist() for name, index in (other - one).items()} == {
+        "c": [0], "b": [0], "a": []
+    }  # fmt: skip
+    assert one == UnitSet({"a": [2, 0], "b": [1]}, {"b": 2, "a": 3})
+    assert one != UnitSet({"a": [2, 1], "b": [1]}, {"b": 2, "a": 3})
+    assert one.complement() | one == UnitSet({"a": [0, 1, 2], "b": [0, 1]}, one.sizes)
+
+
+def test_sizes_of_a_set_are_numbers_of_units() -> None:
+    with pytest.raises(ValueError, match="sizes has -3 units for 'a', must have 0 or more"):
+        UnitSet({}, {"a": -3})
+    with pytest.raises(TypeError):
+        UnitSet({}, {"a": 2.5})
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], 3])
+def test_what_is_no_attribution_is_named(wrong: object) -> None:
+    with pytest.raises(TypeError, match="both must be Attribution, or both mappings"):
+        classify(wrong, wrong, scu=0.1, ucu=0.1, ru=0.1)
+    with pytest.raises(TypeError, match="groups_before is"):
+        transfer(wrong, wrong)

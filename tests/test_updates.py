@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -62,7 +63,7 @@ def test_refuses_what_it_does_not_belong_to(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_update(wrong, tmp_path)
         assert_equal(snapshot(wrong), before)
-    with pytest.raises(FileNotFoundError, match=r"meta\.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder"):
         load_update(other, tmp_path / "nothing" / "here")
     flipped = tiny_models.build("llama")
     flipped.model.norm.weight.data.view(torch.int32)[0] ^= 1
@@ -126,11 +127,14 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(updates, "HfApi", Api)
     monkeypatch.setattr(updates, "snapshot_download", lambda repo_id: str(tmp_path))
     model, base = (tiny_models.build("llama") for _ in range(2))
+    model.config.name_or_path = "/home/someone/secret-project"
     plan = trained(model)
     assert (
         plan.push_to_hub("me/update", private=True, token="t") == "https://example.test/me/update"
     )
     assert calls == {"token": "t", "create": ("me/update", {"private": True, "exist_ok": True})}
+    assert "/home" not in (tmp_path / "meta.json").read_text()
+    assert json.loads((tmp_path / "meta.json").read_text())["base_model"] == "secret-project"
     load_update(base, "hf:me/update")
     assert_equal(snapshot(base), snapshot(model))
     plan.close()
@@ -165,3 +169,13 @@ def test_digest_depends_on_content_alone() -> None:
     assert digest([weight]) != digest([flipped])
     rest = complement_rows(weight, (1,), torch.tensor([1, 3]))
     assert torch.equal(rest, weight[:, [0, 2]].t())
+
+
+def test_a_folder_that_is_not_there_is_not_fetched_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever owns a repository of that name could put any weights there."""
+    monkeypatch.setattr(updates, "snapshot_download", None)
+    for name in ("runs/typo", "/nowhere/at/all", "typo", Path("runs/typo")):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
+            load_update(tiny_models.build("llama"), name)

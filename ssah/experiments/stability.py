@@ -249,16 +249,29 @@ def chance_overlap(share: float) -> float:
     return share / (2 - share)
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Rank correlation of two sets of scores, in [-1, 1]; equal scores rank by index."""
-    ranks = torch.stack(
-        [first.argsort(stable=True).argsort(), second.argsort(stable=True).argsort()]
-    )
-    return float(torch.corrcoef(ranks.double())[0, 1])
+def spearman(first: Tensor, second: Tensor) -> float | None:
+    """Rank correlation of two sets of scores, in [-1, 1]; equal scores have their mean rank.
+
+    None where all scores of a set are equal, as of an expert that no token reached.
+    """
+    ranks = torch.stack([_mean_ranks(first), _mean_ranks(second)])
+    if bool((ranks.amin(1) == ranks.amax(1)).any()):
+        return None
+    return float(torch.corrcoef(ranks)[0, 1])
+
+
+def _mean_ranks(scores: Tensor) -> Tensor:
+    """The place of each score in ascending order, of equal ones the mean: float64 [units]."""
+    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts.double() - 1) / 2)[which]
 
 
 def _correlation(first: UnitGroups, second: UnitGroups, order: str) -> float:
-    """Mean over modules of the rank correlation: between modules, scores differ anyway."""
+    """Mean over modules of the rank correlation: between modules, scores differ anyway.
+
+    Modules whose scores are all equal count for nothing; 0 if there is no other.
+    """
     found = []
     for name in first.sizes:
         values = []
@@ -266,8 +279,10 @@ def _correlation(first: UnitGroups, second: UnitGroups, order: str) -> float:
             safety, utility = groups.safety[name], groups.utility[name]
             own = {"safety": safety, "utility": utility, "difference": safety - utility}
             values.append(own[order])
-        found.append(spearman(*values))
-    return _mean(found)
+        correlation = spearman(*values)
+        if correlation is not None:
+            found.append(correlation)
+    return _mean(found) if found else 0.0
 
 
 def _mean(values: Sequence[float]) -> float:
