@@ -97,7 +97,7 @@ def _column_sq_norms(ctx: Any, grad: Tensor) -> Tensor:
 
 def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     grads, indices, dims, grad_scale = inputs
-    ctx.indices, ctx.dims, ctx.n = indices, dims, len(grads)
+    ctx.indices, ctx.dims = indices, dims
     ctx.save_for_backward(*grads, output, grad_scale)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssah_kernels import autograd, backends, checks, fake, indices, memory
@@ -32,20 +31,14 @@ def _dispatch(op: str) -> Callable[..., Any]:
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         with torch.no_grad():
-            if at is None or not written:
-                return _counted(kernel(*ready, **kwargs), written)
-            copies = matrices.Copies(ready, at)
-            kernel(*copies.ready, **kwargs)
-            copies.write_back()
-            return _counted(None, written)
+            copies = matrices.Copies(ready, at) if at is not None and written else None
+            result = kernel(*(ready if copies is None else copies.ready), **kwargs)
+            if copies is not None:
+                copies.write_back()
+        increment_version(written)  # what autograd kept of these tensors is gone
+        return result
 
     return run
-
-
-def _counted(result: Any, written: list[Tensor]) -> Any:
-    """``result``, after autograd was told that what it kept of ``written`` is gone."""
-    increment_version(written)
-    return result
 
 
 def register() -> None:
