@@ -8,8 +8,8 @@
 #       the operator tests, wrong calls of the bare operators, and DRAWS drawn calls against the
 #       reference (default: 10000)
 #   ThreadSanitizer: DRAWS / 10 drawn calls from one thread and from three, the work of each shared
-#       out to 2, 3 and 5 threads (tests/helpers/threaded_parallel_for.cpp); before that, a race that is
-#       planted must be reported
+#       out to 2, 3 and 5 threads (tests/helpers/threaded_parallel_for.cpp); before that, a race that
+#       is planted must be reported
 #   the heap in use, over 1000 calls of each operator (without a sanitizer)
 #
 # Environment: DRAWS; ISAS, instruction sets by name (default: all that the processor has); ONLY,

@@ -17,8 +17,8 @@ const bool planted = std::getenv("PLANTED_RACE") != nullptr;
 long counted = 0;
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) AOTITorchError torch_parallel_for(
-    int64_t begin, int64_t end, int64_t, ParallelFunc run, void* context) {
+extern "C" __attribute__((visibility("default"))) AOTITorchError
+torch_parallel_for(int64_t begin, int64_t end, int64_t, ParallelFunc run, void* context) {
   constexpr int64_t kWorkers[] = {2, 3, 5};
   const int64_t workers = kWorkers[calls++ % 3];
   const int64_t share = (end - begin + workers - 1) / workers;
