@@ -7,6 +7,7 @@ that was killed blocks nobody.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -55,12 +56,20 @@ def one_run(folder: Path) -> Iterator[None]:
 def check_free(folder: Path) -> None:
     """Refuse a folder that a run could not work in, before the run does anything that takes long.
 
+    Nothing is left behind: what comes next may be refused, and then there is no folder.
+
     Raises:
         ValueError: a run is under way there.
         OSError: it is a file, or cannot be written to.
     """
+    made = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     with one_run(folder):
         pass
+    for each in made:
+        try:
+            each.rmdir()
+        except OSError:  # another run has begun there, and was not refused
+            return
 
 
 def _locked(folder: Path, path: Path) -> int:
