@@ -82,8 +82,8 @@ _ONCE_SURVIVED = (
     ),
     Mutation(
         "csrc/cpu/moments.h",
-        "- mean[begin + c];",
-        "- mean[range.begin + c];",
+        "mean[begin + c], m2[begin + c]);\n      }",
+        "mean[range.begin + c], m2[begin + c]);\n      }",
         cpu_far("channel_moments_"),
     ),
     Mutation(
@@ -231,8 +231,8 @@ _TRITON = (
     ),
     Mutation(
         "ssah_kernels/backends/triton/activations.py",
-        "step = tl.where(z > 0, 1.0, 0.0)",
-        "step = tl.where(z > -1, 1.0, 0.0)",
+        "step = tl.where(z <= 0, 0.0, 1.0)",
+        "step = tl.where(z <= -1, 0.0, 1.0)",
         triton("gated_moments_backward"),
     ),
 )

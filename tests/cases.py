@@ -75,11 +75,11 @@ class OpCase:
     samples(dtype) yields calls, far(dtype) those that leave the first tile, segment and chunk of
     every kernel, extreme(dtype) those at the ends of the types, and extreme_of_float32(dtype) those
     for backends whose sums of squares are of float32. ``outputs`` names the positional arguments
-    that the operator mutates (they are compared too). ``state_of_output`` gives the state that a returned tensor implies: an element
-    that float32 and float64 round to different neighbours must not fail the moments that are taken
-    over it. For the same reason ``adjusted`` gives the expected results that an actual one implies.
-    ``rounded`` of the mutated lists, the first ones, hold values that are rounded once; where the
-    argument at ``seed`` is given, their bits are compared.
+    that the operator mutates (they are compared too). ``state_of_output`` gives the state that a
+    returned tensor implies: an element that float32 and float64 round to different neighbours must
+    not fail the moments that are taken over it. For the same reason ``adjusted`` gives the expected
+    results that an actual one implies. ``rounded`` of the mutated lists, the first ones, hold
+    values that are rounded once; where the argument at ``seed`` is given, their bits are compared.
     """
 
     op: str

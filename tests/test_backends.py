@@ -252,3 +252,14 @@ def test_a_torch_that_is_too_old_is_refused_in_one_line() -> None:
     assert done.stderr.splitlines()[-1] == (
         "ImportError: ssah_kernels needs torch >= 2.10; this is 2.9.1: pip install 'torch>=2.10'"
     )
+
+
+def test_capture_into_a_graph_is_refused_by_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A replay would copy the table from memory that was freed."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ssah_kernels.backends.triton.masked_list import device_table
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert device_table([1, 2], torch.device("cpu")).tolist() == [1, 2]
+    with pytest.raises(RuntimeError, match=r"outside torch\.cuda\.graph"):
+        device_table([1, 2], GPU)

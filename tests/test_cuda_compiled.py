@@ -121,9 +121,9 @@ def test_library_loads_without_a_gpu(compiled: dict[Path, list[Kernel]], tmp_pat
     )  # fmt: skip
     code = (
         "import sys, torch\n"
-        "from ssah_kernels.schema import KERNELS, SCHEMAS\n"
+        "from ssah_kernels.backends.native import KERNELS, schema\n"
         "library = torch.library.Library('ssah_cuda', 'DEF')\n"
-        "[library.define(op + SCHEMAS[op]) for op in KERNELS]\n"
+        "[library.define(schema(op)) for op in KERNELS]\n"
         "torch.ops.load_library(sys.argv[1])\n"
         "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
         "print(*[op for op in KERNELS if has('ssah_cuda::' + op, 'CUDA')])\n"

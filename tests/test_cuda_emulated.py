@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from collections.abc import Iterator
 from itertools import islice
@@ -12,6 +13,7 @@ import torch
 from cases import CASES, DTYPES, copied, results
 from emulation.build import Emulation
 from emulation.compare import checked, equals_reference, kept_in
+from native_calls import call_of, leaked, outcomes
 from torch import Tensor
 
 from ssah_kernels import backends
@@ -159,8 +161,24 @@ def test_host_functions_refuse_what_would_harm_memory(emulated: Emulation) -> No
         call(x.T, count, new_moments(x.T)[1], new_moments(x.T)[2])
     with pytest.raises(RuntimeError, match="token_mask"):
         call(x, count, mean, m2, torch.ones(4, dtype=torch.bool))
-    with pytest.raises(RuntimeError, match="act is tanh"):
-        emulated["gated_moments"](x, x, count, mean, m2, act="tanh")
+    with pytest.raises(RuntimeError, match="act is 5; it must be from 0 to 4"):
+        getattr(torch.ops, emulated["gated_moments"].namespace).gated_moments(
+            x, x, count, mean, m2, act=5
+        )
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_what_would_harm_memory_is_refused(op: str, emulated: Emulation) -> None:
+    """Each kind of wrong argument to the bare host function, which anybody can call."""
+    found = outcomes(op, getattr(getattr(torch.ops, emulated[op].namespace), op).default)
+    assert {name: what for name, what in found.items() if what == "accepted"} == {}
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 (glibc 2.33)")
+@pytest.mark.parametrize("op", ["gated_moments", "gated_moments_backward"])
+def test_the_heap_is_flat(op: str, emulated: Emulation) -> None:
+    args, kwargs = call_of(op)
+    assert leaked(lambda: emulated[op](*args, **kwargs), 200) < 2000
 
 
 def test_every_byte_but_zero_in_a_mask_is_true(emulated: Emulation) -> None:
@@ -205,6 +223,21 @@ def test_an_index_beyond_the_parameter_stops_the_launch(emulated: Emulation) -> 
     grad = torch.ones(4, 3)
     with pytest.raises(RuntimeError, match="trap"):
         checked(emulated["masked_grad_norm"])([grad], [torch.tensor([1, 4])], [0])
+
+
+@pytest.mark.parametrize("op", [op for op in KERNELS if op.startswith("masked")])
+def test_capture_into_a_graph_is_refused(op: str, emulated: Emulation) -> None:
+    """A replay would read the host's table after it was freed."""
+    assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.ssah, op).default.tags
+    sample = next(CASES[op].samples(torch.float32))
+    args = [copied(a) for a in sample.args]
+    emulated[op].capture(True)
+    with pytest.raises(RuntimeError, match=r"outside torch\.cuda\.graph"):
+        checked(emulated[op])(*args, **sample.kwargs)
+    emulated[op].capture(False)
+    for before, after in zip(sample.args[0], args[0], strict=True):
+        assert torch.equal(before, after)
+    checked(emulated[op])(*args, **sample.kwargs)
 
 
 def test_large_gradients_do_not_overflow(emulated: Emulation) -> None:

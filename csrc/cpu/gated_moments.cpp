@@ -1,22 +1,12 @@
-#include <string>
-
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "host.h"
+#include "checks.h"
 #include "ops.h"
 
 namespace ssah {
 namespace {
-
-Activation activation_of(const std::string& name) {
-  const char* names[kActivations] = {"silu", "gelu", "gelu_tanh", "relu", "relu2"};
-  for (int act = 0; act < kActivations; ++act) {
-    if (name == names[act]) return static_cast<Activation>(act);
-  }
-  STD_TORCH_CHECK(false, "unknown act ", name);
-}
 
 // A tensor that the C library maps anew (glibc: always from 32 MiB on) costs more to map, page by
 // page, than to write: huge pages where they are to be had. It is advice; nothing depends on
@@ -49,7 +39,16 @@ std::vector<long> counted_first(const Tensor& x, const std::optional<Tensor>& ma
 
 Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& count,
                          const Tensor& mean, const Tensor& m2,
-                         const std::optional<Tensor>& token_mask, const std::string& act) {
+                         const std::optional<Tensor>& token_mask, int64_t act) {
+  check_rows(gate, "gate");
+  check_like(up, gate, "up");
+  check_rows(up, "up");
+  const int64_t channels = gate.size(gate.dim() - 1);
+  check_state(count, 1, "count");
+  check_state(mean, channels, "mean");
+  check_state(m2, channels, "m2");
+  check_mask(token_mask, gate);
+  const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
   Tensor output = contiguous_like(gate);
   long counted = 0;
   const std::vector<long> gate_rows = counted_first(gate, token_mask, counted);
@@ -67,14 +66,19 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
                               *seen,
                               static_cast<double*>(mean.mutable_data_ptr()),
                               static_cast<double*>(m2.mutable_data_ptr())};
-  const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
-  over_channels(gate.size(gate.dim() - 1), [&](ChannelRange range) { run(args, range); });
+  over_channels(channels, [&](ChannelRange range) { run(args, range); });
   *seen += static_cast<double>(counted);
   return output;
 }
 
 std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const Tensor& gate,
-                                                      const Tensor& up, const std::string& act) {
+                                                      const Tensor& up, int64_t act) {
+  check_rows(gate, "gate");
+  check_like(up, gate, "up");
+  check_rows(up, "up");
+  check_like(grad, gate, "grad");
+  check_rows(grad, "grad");
+  const auto run = kernels().gated_backward[dtype_of(gate)][activation_of(act)];
   Tensor grad_gate = contiguous_like(gate), grad_up = contiguous_like(up);
   const std::vector<long> grad_rows = row_offsets(grad), gate_rows = row_offsets(gate),
                           up_rows = row_offsets(up);
@@ -88,7 +92,6 @@ std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const 
                                up_rows.data(),
                                static_cast<long>(gate_rows.size()),
                                gate.size(gate.dim() - 1)};
-  const auto run = kernels().gated_backward[dtype_of(gate)][activation_of(act)];
   torch::stable::parallel_for(0, args.n_rows, 16,
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {grad_gate, grad_up};

@@ -24,7 +24,7 @@ Dtype dtype_of(const Tensor& x);
 // the leading dimensions; with `mask`, the rows where it is `keep`.
 std::vector<long> row_offsets(const Tensor& x);
 std::vector<long> select(const std::vector<long>& offsets, const std::optional<Tensor>& mask,
-                         bool keep);
+                         bool keep);  // of which mask has been checked to fit
 
 // Splits the channels among threads, in whole cache lines of the widest kernel's registers.
 template <class F>

@@ -18,10 +18,10 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
   const AdamWArgs args{
       maximize ? -scale : scale,       1 - rate * weight_decay,           beta1, beta2,
       rate / (1 - std::pow(beta1, t)), std::sqrt(1 - std::pow(beta2, t)), eps};
-  const auto run = kernels().masked_adamw[dtype_of(params[0])][dtype_of(exp_avgs[0])];
   const std::vector<UpdateTensor> tensors =
       update_tensors({params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed,
                       compensations, signed_sums, squared_sums});
+  const auto run = kernel_of(kernels().masked_adamw, dtype_of(params[0]), dtype_of(exp_avgs[0]));
   over_blocks(blocks_of(tensors),
               [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });
 }

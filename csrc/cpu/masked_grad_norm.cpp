@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "checks.h"
 #include "masked_update_host.h"
 #include "ops.h"
 
@@ -8,9 +9,13 @@ namespace ssah {
 Tensor masked_grad_norm_cpu(const TensorList& grads, const IndexList& indices,
                             const std::vector<int64_t>& dims,
                             const std::optional<Tensor>& grad_scale) {
+  check_length(grads, grads.size(), "grads");
+  check_length(indices, grads.size(), "indices");
+  check_length(dims, grads.size(), "dims");
   std::vector<UpdateTensor> tensors;
   for (size_t i = 0; i < grads.size(); ++i) {
     UpdateTensor t = selected_matrix(grads[i], indices[i], dims[i]);
+    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "grads must have one dtype");
     t.grad = grads[i].const_data_ptr();
     tensors.push_back(t);
   }

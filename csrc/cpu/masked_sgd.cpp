@@ -16,14 +16,14 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
       maximize ? -scale : scale, scalar_of(lr, 0), weight_decay, momentum, 1 - dampening,
       scalar_of(step, 0) == 1,   nesterov};
   const TensorList* buffers = momentum_buffers.has_value() ? &*momentum_buffers : nullptr;
+  const std::vector<UpdateTensor> tensors =
+      update_tensors({params, grads, buffers, nullptr, indices, dims, step, grad_scale, seed,
+                      compensations, signed_sums, squared_sums});
   const Dtype dtype = dtype_of(params[0]);
   const Dtype state = buffers != nullptr  ? dtype_of((*buffers)[0])
                       : dtype == kFloat64 ? kFloat64
                                           : kFloat32;
-  const auto run = kernels().masked_sgd[dtype][state];
-  const std::vector<UpdateTensor> tensors =
-      update_tensors({params, grads, buffers, nullptr, indices, dims, step, grad_scale, seed,
-                      compensations, signed_sums, squared_sums});
+  const auto run = kernel_of(kernels().masked_sgd, dtype, state);
   over_blocks(blocks_of(tensors),
               [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });
 }

@@ -2,6 +2,8 @@
 
 #include <cmath>
 
+#include "checks.h"
+
 namespace ssah {
 namespace {
 
@@ -23,13 +25,42 @@ unsigned noise_key(unsigned key, uint64_t seed, int64_t step, unsigned number) {
 
 double* doubles(const Tensor& x) { return static_cast<double*>(x.mutable_data_ptr()); }
 
+// The memory of a tensor that holds one element for each that is trained.
+void* compact(const Tensor& x, const UpdateTensor& t, ScalarType dtype, const char* name) {
+  STD_TORCH_CHECK(
+      x.scalar_type() == dtype && x.is_contiguous() && x.numel() == t.n_rows * t.n_columns, name,
+      " must be contiguous, of the trained elements' shape, and of the dtype of its list");
+  return x.data_ptr();
+}
+
+void check_lists(const UpdateLists& lists) {
+  const size_t n = lists.params.size();
+  check_length(lists.params, n, "params");
+  check_length(lists.grads, n, "grads");
+  if (lists.state0 != nullptr) check_length(*lists.state0, n, "the first state");
+  if (lists.state1 != nullptr) check_length(*lists.state1, n, "the second state");
+  check_length(lists.indices, n, "indices");
+  check_length(lists.axes, n, "dims");
+  if (lists.compensations.has_value()) check_length(*lists.compensations, n, "compensations");
+  STD_TORCH_CHECK(lists.signed_sums.has_value() == lists.squared_sums.has_value(),
+                  "signed and squared must be given together");
+  if (!lists.signed_sums.has_value()) return;
+  check_length(*lists.signed_sums, n, "signed");
+  check_length(*lists.squared_sums, n, "squared");
+}
+
 }  // namespace
 
 double scalar_of(const std::optional<Tensor>& x, double otherwise) {
-  return x.has_value() ? *static_cast<const double*>(x->const_data_ptr()) : otherwise;
+  if (!x.has_value()) return otherwise;
+  STD_TORCH_CHECK(x->scalar_type() == ScalarType::Double && x->numel() == 1,
+                  "lr, step, grad_scale and clip_coef must be float64 of one element");
+  return *static_cast<const double*>(x->const_data_ptr());
 }
 
 UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t axis) {
+  STD_TORCH_CHECK(x.dim() == 2 && (axis == 0 || axis == 1),
+                  "a parameter or gradient must be a matrix, and its dims 0 or 1");
   UpdateTensor t{};
   t.n_rows = x.size(0);
   t.n_columns = x.size(1);
@@ -37,6 +68,8 @@ UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index
   t.column_stride = t.n_columns == 1 ? 1 : x.stride(1);
   t.units_are_columns = axis == 1;
   if (!index.has_value()) return t;
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->dim() == 1,
+                  "indices must be int64 of one dimension");
   const long* entries = static_cast<const long*>(index->const_data_ptr());
   const long n = index->size(0), size = x.size(axis);
   STD_TORCH_CHECK(n < 2 || index->stride(0) == 1, "an index must be contiguous");
@@ -52,22 +85,32 @@ UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index
 }
 
 std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
+  check_lists(lists);
   std::vector<UpdateTensor> tensors;
   tensors.reserve(lists.params.size());
+  const ScalarType dtype = lists.params[0].scalar_type();
+  const ScalarType state = lists.state0 != nullptr ? (*lists.state0)[0].scalar_type() : dtype;
+  STD_TORCH_CHECK(!lists.seed.has_value() ||
+                      (lists.seed->scalar_type() == ScalarType::Long && lists.seed->numel() == 1),
+                  "seed must be int64 of one element");
   const double step = scalar_of(lists.step, 0);
   STD_TORCH_CHECK(!lists.seed.has_value() || std::fabs(step) < 0x1p63, "step is ", step,
                   "; with a seed it must be a whole number below 2^63, which the noise follows");
   const double unscale = 1 / scalar_of(lists.grad_scale, 1);
   for (size_t i = 0; i < lists.params.size(); ++i) {
     UpdateTensor t = selected_matrix(lists.params[i], lists.indices[i], lists.axes[i]);
+    STD_TORCH_CHECK(lists.params[i].scalar_type() == dtype, "params must have one dtype");
     t.param = lists.params[i].mutable_data_ptr();
-    t.grad = lists.grads[i].const_data_ptr();
-    if (lists.state0 != nullptr) t.state0 = (*lists.state0)[i].mutable_data_ptr();
-    if (lists.state1 != nullptr) t.state1 = (*lists.state1)[i].mutable_data_ptr();
+    t.grad = compact(lists.grads[i], t, dtype, "grads");
+    if (lists.state0 != nullptr) t.state0 = compact((*lists.state0)[i], t, state, "states");
+    if (lists.state1 != nullptr) t.state1 = compact((*lists.state1)[i], t, state, "states");
     if (lists.compensations.has_value()) {
-      t.compensation = (*lists.compensations)[i].mutable_data_ptr();
+      t.compensation = compact((*lists.compensations)[i], t, dtype, "compensations");
     }
     if (lists.signed_sums.has_value()) {
+      const int64_t units = t.units_are_columns ? t.n_columns : t.n_rows;
+      check_state((*lists.signed_sums)[i], units, "signed");
+      check_state((*lists.squared_sums)[i], units, "squared");
       t.signed_sum = doubles((*lists.signed_sums)[i]);
       t.squared_sum = doubles((*lists.squared_sums)[i]);
       t.unscale = unscale;

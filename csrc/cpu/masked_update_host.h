@@ -21,8 +21,8 @@ struct BlockOfTensor {
   int64_t first;  // elements before it, over all blocks
 };
 
-// The matrix `x` of which `index` selects rows (axis 0) or columns. Raises unless the index is
-// strictly increasing and within x.
+// The matrix `x` of which `index` selects rows (axis 0) or columns. Raises unless x is one and the
+// index strictly increasing and within x.
 UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t axis);
 
 // Blocks of every tensor, in order. They depend on the shapes alone, so that sums do not depend on
@@ -40,7 +40,17 @@ struct UpdateLists {
   const std::optional<Tensor>&step, &grad_scale, &seed;
   const OptionalTensorList &compensations, &signed_sums, &squared_sums;
 };
+// Raises unless all lists fit each other.
 std::vector<UpdateTensor> update_tensors(const UpdateLists& lists);
+
+// The entry of a table of kernels, of a parameter's and its state's type.
+template <class Kernel>
+Kernel kernel_of(Kernel const (&table)[kDtypes][kDtypes], Dtype param, Dtype state) {
+  const Kernel kernel = table[param][state];
+  STD_TORCH_CHECK(kernel != nullptr, "states must be float64 with float64 parameters, and else ",
+                  "float32 or bfloat16");
+  return kernel;
+}
 
 // Runs run(block, its number) over all blocks; every thread gets as many elements.
 template <class F>

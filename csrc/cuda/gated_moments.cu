@@ -76,7 +76,7 @@ cudaError_t launch_gated_moments(Matrix<const T> gate, Matrix<const T> up, Matri
 
 Tensor gated_moments_cuda(const Tensor& gate, const Tensor& up, const Tensor& count,
                           const Tensor& mean, const Tensor& m2,
-                          const std::optional<Tensor>& token_mask, const std::string& act) {
+                          const std::optional<Tensor>& token_mask, int64_t act) {
   check_rows(gate, "gate");
   check_like(up, gate, "up");
   check_rows(up, "up");

@@ -47,7 +47,7 @@ cudaError_t launch_gated_moments_backward(Matrix<const T> grad, Matrix<const T> 
 }
 
 std::tuple<Tensor, Tensor> gated_moments_backward_cuda(const Tensor& grad, const Tensor& gate,
-                                                       const Tensor& up, const std::string& act) {
+                                                       const Tensor& up, int64_t act) {
   check_rows(gate, "gate");
   check_like(up, gate, "up");
   check_rows(up, "up");

@@ -39,6 +39,16 @@ inline void check_launch(cudaError_t status, const char* op) {
   STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(status));
 }
 
+// A replayed graph would copy again from the host memory of this call, which is free by then.
+inline void refuse_capture(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check_launch(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
+  STD_TORCH_CHECK(
+      status == cudaStreamCaptureStatusNone,
+      "masked_adamw_, masked_sgd_ and masked_grad_norm copy a table from the host, which "
+      "a CUDA graph cannot: call them outside torch.cuda.graph");
+}
+
 inline void check_like(const Tensor& tensor, const Tensor& like, const char* name) {
   STD_TORCH_CHECK(tensor.dim() == like.dim() && tensor.scalar_type() == like.scalar_type() &&
                       tensor.get_device_index() == like.get_device_index(),
@@ -94,13 +104,20 @@ void dispatch(ScalarType dtype, Visit&& visit) {
 
 // Calls visit with the activation as a std::integral_constant.
 template <typename Visit>
-void dispatch_act(const std::string& act, Visit&& visit) {
-  if (act == "silu") return visit(std::integral_constant<Act, Act::kSilu>{});
-  if (act == "gelu") return visit(std::integral_constant<Act, Act::kGelu>{});
-  if (act == "gelu_tanh") return visit(std::integral_constant<Act, Act::kGeluTanh>{});
-  if (act == "relu") return visit(std::integral_constant<Act, Act::kRelu>{});
-  if (act == "relu2") return visit(std::integral_constant<Act, Act::kRelu2>{});
-  STD_TORCH_CHECK(false, "act is ", act, "; it must be silu, gelu, gelu_tanh, relu or relu2");
+void dispatch_act(int64_t act, Visit&& visit) {
+  STD_TORCH_CHECK(act >= 0 && act <= 4, "act is ", act, "; it must be from 0 to 4");
+  switch (static_cast<Act>(act)) {
+    case Act::kSilu:
+      return visit(std::integral_constant<Act, Act::kSilu>{});
+    case Act::kGelu:
+      return visit(std::integral_constant<Act, Act::kGelu>{});
+    case Act::kGeluTanh:
+      return visit(std::integral_constant<Act, Act::kGeluTanh>{});
+    case Act::kRelu:
+      return visit(std::integral_constant<Act, Act::kRelu>{});
+    case Act::kRelu2:
+      return visit(std::integral_constant<Act, Act::kRelu2>{});
+  }
 }
 
 template <typename T>

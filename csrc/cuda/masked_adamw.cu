@@ -67,17 +67,19 @@ void masked_adamw_cuda(const TensorList& params, const TensorList& grads,
                        double eps, double weight_decay, bool maximize) {
   const UpdateLists lists{params, grads,         &exp_avgs,   &exp_avg_sqs, indices,
                           dims,   compensations, signed_sums, squared_sums};
-  const UpdateScalars scalars = update_scalars(lr, step, grad_scale, clip_coef, seed, maximize);
+  const UpdateScalars scalars =
+      update_scalars(first_of(params, "params"), lr, step, grad_scale, clip_coef, seed, maximize);
   const AdamwSettings settings{beta1, beta2, eps, weight_decay};
-  const torch::stable::accelerator::DeviceGuard guard(params.at(0).get_device_index());
-  dispatch_update(params[0].scalar_type(), exp_avgs.at(0).scalar_type(), [&](auto p, auto s) {
-    using T = decltype(p);
-    using S = decltype(s);
-    const cudaStream_t stream = current_stream(params[0]);
-    const Table table = make_update_table<T, S>(lists, stream);
-    if (table.blocks == 0) return;
-    check_launch(launch_masked_adamw<T, S>(table, scalars, settings, stream), "masked_adamw_");
-  });
+  const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
+  dispatch_update(
+      params[0].scalar_type(), first_of(exp_avgs, "exp_avgs").scalar_type(), [&](auto p, auto s) {
+        using T = decltype(p);
+        using S = decltype(s);
+        const cudaStream_t stream = current_stream(params[0]);
+        const Table table = make_update_table<T, S>(lists, stream);
+        if (table.blocks == 0) return;
+        check_launch(launch_masked_adamw<T, S>(table, scalars, settings, stream), "masked_adamw_");
+      });
 }
 
 }  // namespace ssah

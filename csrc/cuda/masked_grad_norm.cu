@@ -95,11 +95,11 @@ cudaError_t launch_masked_grad_norm(const Table& table, const double* grad_scale
 Tensor masked_grad_norm_cuda(const TensorList& grads, const IndexList& indices,
                              const std::vector<int64_t>& dims,
                              const std::optional<Tensor>& grad_scale) {
-  const Tensor& first = grads.at(0);
+  const Tensor& first = first_of(grads, "grads");
   const torch::stable::accelerator::DeviceGuard guard(first.get_device_index());
   const cudaStream_t stream = current_stream(first);
   const Tensor norm = torch::stable::new_empty(first, {}, ScalarType::Double);
-  const double* scale = scalar_pointer<double>(grad_scale, ScalarType::Double, "grad_scale");
+  const double* scale = scalar_pointer<double>(grad_scale, ScalarType::Double, first, "grad_scale");
   dispatch(first.scalar_type(), [&](auto element) {
     using T = decltype(element);
     const Table table = make_gradient_table<T>(grads, indices, dims, stream);

@@ -12,9 +12,9 @@ Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int6
   target.limit = x.size(dim);
   target.dim = static_cast<int>(dim);
   if (!index) return target;
-  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->is_contiguous() &&
-                      index->get_device_index() == x.get_device_index(),
-                  "indices must be contiguous int64, beside the tensors");
+  STD_TORCH_CHECK(index->scalar_type() == ScalarType::Long && index->dim() == 1 &&
+                      index->is_contiguous() && index->get_device_index() == x.get_device_index(),
+                  "indices must be contiguous int64 of one dimension, beside the tensors");
   STD_TORCH_CHECK(target.limit < int64_t{1} << 31, "an indexed dimension must be below 2^31");
   target.index = pointer<const int64_t>(*index);
   (dim == 0 ? target.rows : target.columns) = index->numel();
@@ -23,11 +23,41 @@ Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int6
 
 namespace {
 
-void* compact_pointer(const Tensor& x, const Target& target, const Tensor& like, const char* name) {
-  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == target.rows * target.columns &&
-                      x.get_device_index() == like.get_device_index(),
-                  name, " must be contiguous and of the trained elements' shape");
+void* compact_pointer(const Tensor& x, const Target& target, const Tensor& param, ScalarType dtype,
+                      const char* name) {
+  STD_TORCH_CHECK(
+      x.scalar_type() == dtype && x.is_contiguous() && x.numel() == target.rows * target.columns &&
+          x.get_device_index() == param.get_device_index(),
+      name, " must be contiguous, of the trained elements' shape, and of the dtype of its list");
   return x.data_ptr();
+}
+
+// A list of one entry a parameter.
+template <typename List>
+void check_length(const List& list, size_t length, const char* name) {
+  STD_TORCH_CHECK(list.size() == length && length > 0, name, " has ", list.size(),
+                  " entries; it must have one a parameter, of which there are ", length);
+}
+
+void check_same(const Tensor& x, const Tensor& first, const char* name) {
+  STD_TORCH_CHECK(
+      x.scalar_type() == first.scalar_type() && x.get_device_index() == first.get_device_index(),
+      name, " must have one dtype and one device");
+}
+
+void check_lists(const UpdateLists& lists) {
+  const size_t n = lists.params.size();
+  check_length(lists.grads, n, "grads");
+  if (lists.state0) check_length(*lists.state0, n, "the first state");
+  if (lists.state1) check_length(*lists.state1, n, "the second state");
+  check_length(lists.indices, n, "indices");
+  check_length(lists.dims, n, "dims");
+  if (lists.compensations) check_length(*lists.compensations, n, "compensations");
+  STD_TORCH_CHECK(lists.signed_sums.has_value() == lists.squared_sums.has_value(),
+                  "signed and squared must be given together");
+  if (!lists.signed_sums) return;
+  check_length(*lists.signed_sums, n, "signed");
+  check_length(*lists.squared_sums, n, "squared");
 }
 
 bool wide_rows(const Target& target, const void* data, int width) {
@@ -60,26 +90,32 @@ Target flat_part(const Target& whole, int64_t begin, int64_t rows, int64_t colum
 
 std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
                                    size_t state_bytes) {
+  check_lists(lists);
   std::vector<Target> targets;
+  const ScalarType dtype = lists.params[0].scalar_type();
+  const ScalarType state = lists.state0 ? (*lists.state0)[0].scalar_type() : dtype;
   for (size_t i = 0; i < lists.params.size(); ++i) {
     const Tensor& param = lists.params[i];
-    Target target = selected_matrix(param, lists.indices.at(i), lists.dims.at(i));
+    check_same(param, lists.params[0], "params");
+    Target target = selected_matrix(param, lists.indices[i], lists.dims[i]);
     target.number = static_cast<unsigned>(i);
     target.param = param.data_ptr();
-    target.grad = compact_pointer(lists.grads.at(i), target, param, "grads");
-    if (lists.state0) target.state0 = compact_pointer(lists.state0->at(i), target, param, "state");
-    if (lists.state1) target.state1 = compact_pointer(lists.state1->at(i), target, param, "state");
+    const auto compact = [&](const Tensor& x, ScalarType type, const char* name) {
+      return compact_pointer(x, target, param, type, name);
+    };
+    target.grad = compact(lists.grads[i], dtype, "grads");
+    if (lists.state0) target.state0 = compact((*lists.state0)[i], state, "states");
+    if (lists.state1) target.state1 = compact((*lists.state1)[i], state, "states");
     if (lists.compensations) {
-      target.compensation =
-          compact_pointer(lists.compensations->at(i), target, param, "compensations");
+      target.compensation = compact((*lists.compensations)[i], dtype, "compensations");
     }
     const bool contiguous = target.index == nullptr && target.column_stride == 1 &&
                             (target.rows <= 1 || target.row_stride == target.columns);
     if (lists.signed_sums) {
-      check_state(lists.signed_sums->at(i), target.units(), param, "signed");
-      check_state(lists.squared_sums->at(i), target.units(), param, "squared");
-      target.signed_sums = pointer<double>(lists.signed_sums->at(i));
-      target.squared_sums = pointer<double>(lists.squared_sums->at(i));
+      check_state((*lists.signed_sums)[i], target.units(), param, "signed");
+      check_state((*lists.squared_sums)[i], target.units(), param, "squared");
+      target.signed_sums = pointer<double>((*lists.signed_sums)[i]);
+      target.squared_sums = pointer<double>((*lists.squared_sums)[i]);
       targets.push_back(target);
     } else if (contiguous) {
       const int64_t n = target.rows * target.columns;
@@ -99,9 +135,12 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
 
 std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& indices,
                                      const std::vector<int64_t>& dims, int width) {
+  check_length(indices, grads.size(), "indices");
+  check_length(dims, grads.size(), "dims");
   std::vector<Target> targets;
   for (size_t i = 0; i < grads.size(); ++i) {
-    Target target = selected_matrix(grads[i], indices.at(i), dims.at(i));
+    check_same(grads[i], grads[0], "grads");
+    Target target = selected_matrix(grads[i], indices[i], dims[i]);
     target.grad = grads[i].data_ptr();
     target.wide = wide_rows(target, target.grad, width);
     targets.push_back(target);
@@ -143,6 +182,7 @@ Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, c
   const size_t bytes = targets.size() * sizeof(Target);
   table.memory = new_bytes(like, bytes);
   table.targets.table = pointer<const Target>(table.memory);
+  refuse_capture(stream);
   // Pageable memory is staged before the call returns: the vector may go.
   check_launch(cudaMemcpyAsync(table.memory.data_ptr(), targets.data(), bytes,
                                cudaMemcpyHostToDevice, stream),

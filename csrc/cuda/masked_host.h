@@ -31,22 +31,24 @@ struct Table {
 };
 
 template <typename T>
-T* scalar_pointer(const std::optional<Tensor>& x, ScalarType dtype, const char* name) {
+T* scalar_pointer(const std::optional<Tensor>& x, ScalarType dtype, const Tensor& like,
+                  const char* name) {
   if (!x) return nullptr;
-  STD_TORCH_CHECK(x->numel() == 1 && x->scalar_type() == dtype, name,
-                  " must be one value of its dtype");
+  STD_TORCH_CHECK(x->numel() == 1 && x->scalar_type() == dtype &&
+                      x->get_device_index() == like.get_device_index(),
+                  name, " must be one float64 value (seed: int64), beside the tensors");
   return pointer<T>(*x);
 }
 
-inline UpdateScalars update_scalars(const Tensor& lr, const Tensor& step,
+inline UpdateScalars update_scalars(const Tensor& like, const Tensor& lr, const Tensor& step,
                                     const std::optional<Tensor>& grad_scale,
                                     const std::optional<Tensor>& clip_coef,
                                     const std::optional<Tensor>& seed, bool maximize) {
-  return {scalar_pointer<const double>(lr, ScalarType::Double, "lr"),
-          scalar_pointer<const double>(step, ScalarType::Double, "step"),
-          scalar_pointer<const double>(grad_scale, ScalarType::Double, "grad_scale"),
-          scalar_pointer<const double>(clip_coef, ScalarType::Double, "clip_coef"),
-          scalar_pointer<const int64_t>(seed, ScalarType::Long, "seed"),
+  return {scalar_pointer<const double>(lr, ScalarType::Double, like, "lr"),
+          scalar_pointer<const double>(step, ScalarType::Double, like, "step"),
+          scalar_pointer<const double>(grad_scale, ScalarType::Double, like, "grad_scale"),
+          scalar_pointer<const double>(clip_coef, ScalarType::Double, like, "clip_coef"),
+          scalar_pointer<const int64_t>(seed, ScalarType::Long, like, "seed"),
           maximize};
 }
 
@@ -69,6 +71,12 @@ void dispatch_update(ScalarType dtype, ScalarType state, Visit&& visit) {
 
 inline bool aligned_pointer(const void* data) {
   return reinterpret_cast<uintptr_t>(data) % 16 == 0;
+}
+
+// The first of a list that must not be empty.
+inline const Tensor& first_of(const TensorList& list, const char* name) {
+  STD_TORCH_CHECK(!list.empty(), name, " is empty; it must have at least one tensor");
+  return list[0];
 }
 
 // The trained elements of `x`: shape, strides and index.

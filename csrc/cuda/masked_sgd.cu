@@ -68,9 +68,10 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
   const TensorList* buffers = momentum_buffers ? &*momentum_buffers : nullptr;
   const UpdateLists lists{params, grads,         buffers,     nullptr,     indices,
                           dims,   compensations, signed_sums, squared_sums};
-  const UpdateScalars scalars = update_scalars(lr, step, grad_scale, clip_coef, seed, maximize);
+  const UpdateScalars scalars =
+      update_scalars(first_of(params, "params"), lr, step, grad_scale, clip_coef, seed, maximize);
   const SgdSettings settings{momentum, dampening, weight_decay, nesterov};
-  const torch::stable::accelerator::DeviceGuard guard(params.at(0).get_device_index());
+  const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
   const ScalarType dtype = params[0].scalar_type();
   if (buffers == nullptr) {
@@ -83,7 +84,7 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
     });
     return;
   }
-  dispatch_update(dtype, buffers->at(0).scalar_type(), [&](auto p, auto s) {
+  dispatch_update(dtype, first_of(*buffers, "momentum_buffers").scalar_type(), [&](auto p, auto s) {
     using T = decltype(p);
     using S = decltype(s);
     const Table table = make_update_table<T, S>(lists, stream);

@@ -1,4 +1,5 @@
-// The host functions of the CUDA library, one an operator; arguments as in ssah_kernels/schema.py.
+// The host functions of the CUDA library, one an operator; arguments as in ssah_kernels/schema.py,
+// with the activation as a number.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -19,10 +20,10 @@ void channel_moments_cuda(const Tensor& x, const Tensor& count, const Tensor& me
 
 Tensor gated_moments_cuda(const Tensor& gate, const Tensor& up, const Tensor& count,
                           const Tensor& mean, const Tensor& m2,
-                          const std::optional<Tensor>& token_mask, const std::string& act);
+                          const std::optional<Tensor>& token_mask, int64_t act);
 
 std::tuple<Tensor, Tensor> gated_moments_backward_cuda(const Tensor& grad, const Tensor& gate,
-                                                       const Tensor& up, const std::string& act);
+                                                       const Tensor& up, int64_t act);
 
 void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
                          const Tensor& squared, const std::optional<Tensor>& token_mask);

@@ -40,4 +40,4 @@ def facts() -> dict[str, str]:
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    return getattr(torch.ops.ssah_cpu, op).default
+    return native.kernel("ssah_cpu", op)

@@ -81,4 +81,4 @@ def missing(device: torch.device | None = None) -> str | None:
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    return getattr(torch.ops.ssah_cuda, op).default
+    return native.kernel("ssah_cuda", op)

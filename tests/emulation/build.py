@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.utils.cpp_extension import include_paths
 
-from ssah_kernels.schema import SCHEMAS
+from ssah_kernels.backends import native
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
@@ -76,11 +76,15 @@ class Emulated:
     schema: torch.library.Library  # defined as long as this lives
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return getattr(getattr(torch.ops, self.namespace), self.op).default(*args, **kwargs)
+        return native.kernel(self.namespace, self.op)(*args, **kwargs)
 
     def seed(self, seed: int) -> None:
         """Choose the order in which blocks and threads run from here on."""
         self.control.emulation_seed(ctypes.c_uint64(seed))
+
+    def capture(self, on: bool) -> None:
+        """Let every stream be one that is being captured into a CUDA graph, or no longer."""
+        self.control.emulation_capture(ctypes.c_bool(on))
 
     def take_bytes_read(self) -> int:
         """Bytes that kernels read through ``__ldg`` since the last call."""
@@ -148,7 +152,7 @@ class Emulation:
 
         library = once(self.folder, f"{namespace}.so", [o.name for o in objects], link)
         schema = torch.library.Library(namespace, "DEF")
-        schema.define(op + SCHEMAS[op])
+        schema.define(native.schema(op))
         torch.ops.load_library(str(library))
         control = ctypes.CDLL(str(library))
         control.emulation_take_bytes_read.restype = ctypes.c_uint64

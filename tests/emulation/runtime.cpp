@@ -21,6 +21,7 @@ constexpr size_t kStackBytes = 128 * 1024;
 std::mt19937_64 random_bits(0);
 std::string failure;
 uint64_t bytes_read = 0;
+bool capturing = false;
 
 // Tensors are on the CPU, whose index is -1. Without a guard another device is current, and a stream
 // that was not asked for is null.
@@ -204,6 +205,11 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cuda
   return cudaSuccess;
 }
 
+cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  *status = capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+
 namespace torch::stable::accelerator {
 DeviceGuard::DeviceGuard(DeviceIndex index) : before(std::exchange(current_device, index)) {}
 DeviceGuard::~DeviceGuard() { current_device = before; }
@@ -218,6 +224,10 @@ extern "C" __attribute__((visibility("default"))) int aoti_torch_get_current_cud
 
 extern "C" __attribute__((visibility("default"))) void emulation_seed(uint64_t seed) {
   random_bits.seed(seed);
+}
+
+extern "C" __attribute__((visibility("default"))) void emulation_capture(bool on) {
+  capturing = on;
 }
 
 extern "C" __attribute__((visibility("default"))) uint64_t emulation_take_bytes_read() {

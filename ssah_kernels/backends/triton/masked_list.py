@@ -57,7 +57,17 @@ class Update:
 
 
 def device_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """An int64 table on ``device``; the copy does not wait for the GPU."""
+    """An int64 table on ``device``; the copy does not wait for the GPU.
+
+    Raises:
+        RuntimeError: the current stream is captured. A replayed graph would copy again from the
+            memory of this call, which is free by then.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "masked_adamw_, masked_sgd_ and masked_grad_norm copy a table from the host, which a "
+            "CUDA graph cannot: call them outside torch.cuda.graph"
+        )
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 

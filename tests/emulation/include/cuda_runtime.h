@@ -51,6 +51,10 @@ struct cudaLaunchConfig_t {
 };
 const char* cudaGetErrorString(cudaError_t error);
 
+// Whether the stream is being captured; tests say so (emulation_capture).
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+
 enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
