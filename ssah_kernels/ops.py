@@ -120,9 +120,9 @@ def column_sq_norms(weight: Tensor) -> Tensor:
     """Squared Euclidean norm of every column of ``weight`` [out_features, in_features].
 
     Returns:
-        float64 ``[in_features]``; differentiable. Right for every finite weight on the CPU, and
-        for weights from 1e-17 to 1e17 (and 0) on GPUs, where squares are summed in float32 for 32
-        to 1,024 rows.
+        float64 ``[in_features]``, differentiable. Right for every finite weight on the CPU, and for
+        weights from 1e-17 to 1e17 (and 0) on GPUs, where squares are summed in float32 for 32 to
+        1,024 rows.
 
     Raises:
         TypeError, ValueError: weight is not a floating-point matrix.

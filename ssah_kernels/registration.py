@@ -43,7 +43,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
 
 def register() -> None:
     for op, schema in SCHEMAS.items():
-        # A graph of CUDA would keep the addresses of an update's lists, which are gone by then.
+        # These copy a table to the GPU in every call, which no CUDA graph can (torch.compile).
         unsafe = [torch.Tag.cudagraph_unsafe] if op.startswith("masked") else []
         _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
         _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")

@@ -240,6 +240,7 @@ def scales(case: OpCase, sample: Sample, results: list[Tensor]) -> list[float]:
     if case.op not in UPDATES:
         return [0.0] * len(results)
     p, g = (largest(each) for each in sample.args[:2])
+    p = max(p, largest(results[: len(sample.args[0])]))  # before and after
     n = max((t.numel() for t in sample.args[1]), default=0)
     of_states = [p + g + largest(sample.args[i]) for i in case.outputs[1 : case.rounded]]
     of_sums = [
