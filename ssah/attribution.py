@@ -300,6 +300,7 @@ def attribute(
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
             tokens = counted_tokens(begun[0])
+        hashed = cheap_weights_hash(model)
     facts = ranks.common(
         metric=metric,
         tokens=None if tokens == "auto" else tokens,
@@ -307,8 +308,7 @@ def attribute(
         all_experts=all_experts,
         config_hash=config_hash(model),
         state=state is not None,
-        # Ranks that hold different weights would score no model at all.
-        weights_hash=cheap_weights_hash(model),
+        weights_hash=hashed,  # ranks that hold different weights would score no model at all
     )
     tokens = facts["tokens"] or tokens
     with torch.inference_mode(False):

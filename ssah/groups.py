@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,13 @@ import torch
 from torch import Tensor
 
 from ssah import __version__
+from ssah.grouping_checks import (
+    Checked,
+    check_same_modules,
+    checked_scores,
+    choice,
+    fraction_of,
+)
 from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.ranking import blocks, lowest, normalized, order_key, share_count, split, without
 from ssah.records import Fields, check_fields
@@ -66,81 +73,6 @@ By = Literal["safety", "utility", "difference", "sum", "group"]
 
 
 # ---------------------------------------------------------------------------------- validation
-
-
-def _choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
-def _fraction(argument: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
-    if not 0.0 <= value <= 1.0:
-        raise ValueError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
-    return float(value)
-
-
-class _Checked(dict[str, Tensor]):
-    """Scores that were copied and looked at: 18 million of them need it once."""
-
-
-def _checked_scores(role: str, scores: Mapping[str, Tensor]) -> _Checked:
-    """Copies of scores, float64 [n_units] on the CPU; refuses unusable ones by name."""
-    if isinstance(scores, _Checked):
-        return scores
-    if not scores:
-        raise ValueError(f"{role} has no modules; it must have scores for at least one")
-    checked = _Checked()
-    for name, value in scores.items():
-        # a copy: scores of the caller may share memory, or change later
-        try:
-            given = torch.as_tensor(value)
-        except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(
-                f"{role}: the scores of {name} are {type(value).__name__}; they must be numbers"
-            ) from error
-        if given.is_complex():
-            raise TypeError(f"{role}: the scores of {name} are complex; they must be real")
-        x = given.detach().to("cpu", torch.float64, copy=True)
-        if x.dim() != 1 or len(x) == 0:
-            raise ValueError(
-                f"{role}: the scores of {name} have shape {list(x.shape)}; "
-                "they must be one number per unit, [n_units]"
-            )
-        checked[name] = x
-    # A sum that is finite has finite terms: one answer for all modules.
-    if bool(torch.stack([x.sum() for x in checked.values()]).isfinite().all()):
-        return checked
-    for name, x in checked.items():
-        bad = int((~x.isfinite()).sum())
-        if bad:
-            raise ValueError(
-                f"{role}: {bad} of {len(x)} scores of {name} are NaN or infinite; "
-                "every score must be finite"
-            )
-    return checked
-
-
-def _check_same_modules(
-    left_name: str, left: Mapping[str, int], right_name: str, right: Mapping[str, int]
-) -> None:
-    for here, there, a, b in (
-        (left_name, right_name, left, right),
-        (right_name, left_name, right, left),
-    ):
-        missing = [name for name in a if name not in b]
-        if missing:
-            raise ValueError(
-                f"{there} lacks {len(missing)} of the modules of {here}, {missing[0]} for one; "
-                "both must cover the same modules"
-            )
-    for name, n in left.items():
-        if right[name] != n:
-            raise ValueError(
-                f"{name} has {n} units in {left_name} and {right[name]} in {right_name}; "
-                "both must be of the same model"
-            )
 
 
 def _scores(attribution: Attribution | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -231,24 +163,24 @@ class UnitGroups(Mapping[str, UnitSet]):
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Raises ValueError where groups overlap, leave a unit out or differ from the scores."""
-        _choice("scope", scope, SCOPES)
-        _choice("normalize", normalize, NORMALIZATIONS)
+        choice("scope", scope, SCOPES)
+        choice("normalize", normalize, NORMALIZATIONS)
         if sorted(groups) != sorted(GROUPS):
             raise ValueError(f"groups are named {sorted(groups)}; they must be {list(GROUPS)}")
-        self.safety: Mapping[str, Tensor] = _checked_scores("safety", safety)
-        self.utility: Mapping[str, Tensor] = _checked_scores("utility", utility)
+        self.safety: Mapping[str, Tensor] = checked_scores("safety", safety)
+        self.utility: Mapping[str, Tensor] = checked_scores("utility", utility)
         self.sizes = {name: len(x) for name, x in self.safety.items()}
-        _check_same_modules(
+        check_same_modules(
             "safety", self.sizes, "utility", {name: len(x) for name, x in self.utility.items()}
         )
-        self.utility = _Checked({name: self.utility[name] for name in self.sizes})
+        self.utility = Checked({name: self.utility[name] for name in self.sizes})
         self.shares = dict(shares)
         self.scope = scope
         self.normalize = normalize
         self.metadata = dict.fromkeys(METADATA) | dict(metadata or {})
         self._groups = {group: groups[group] for group in GROUPS}
         for group, units in self._groups.items():
-            _check_same_modules("safety", self.sizes, f"group {group}", units.sizes)
+            check_same_modules("safety", self.sizes, f"group {group}", units.sizes)
         self._labels = self._check_partition()
 
     def _check_partition(self) -> dict[str, Tensor]:
@@ -307,9 +239,9 @@ class UnitGroups(Mapping[str, UnitSet]):
         Raises:
             ValueError: for an unknown group or order, or a fraction above the group's share.
         """
-        _choice("group", group, GROUPS)
-        _choice("by", by, ORDERS)
-        fraction = _fraction("fraction", fraction)
+        choice("group", group, GROUPS)
+        choice("by", by, ORDERS)
+        fraction = fraction_of("fraction", fraction)
         share = self.shares[group] if group != "cu" else 1.0 - math.fsum(self.shares.values())
         if fraction > share + _SLACK:
             raise ValueError(
@@ -488,19 +420,23 @@ def classify(
 
     Source: Li & Kim, arXiv 2410.10862.
     """
-    shares = {"scu": _fraction("scu", scu), "ucu": _fraction("ucu", ucu), "ru": _fraction("ru", ru)}
+    shares = {
+        "scu": fraction_of("scu", scu),
+        "ucu": fraction_of("ucu", ucu),
+        "ru": fraction_of("ru", ru),
+    }
     if math.fsum(shares.values()) > 1.0 + _SLACK:
         raise ValueError(
             f"scu + ucu + ru is {scu} + {ucu} + {ru} = {math.fsum(shares.values()):.6g}; "
             "together they must be at most 1"
         )
-    _choice("scope", scope, SCOPES)
-    _choice("normalize", normalize, NORMALIZATIONS)
+    choice("scope", scope, SCOPES)
+    choice("normalize", normalize, NORMALIZATIONS)
     metadata = _shared_metadata(safety, utility)
-    safety_scores = _checked_scores("safety", _scores(safety))
-    utility_scores = _checked_scores("utility", _scores(utility))
+    safety_scores = checked_scores("safety", _scores(safety))
+    utility_scores = checked_scores("utility", _scores(utility))
     sizes = {name: len(x) for name, x in safety_scores.items()}
-    _check_same_modules(
+    check_same_modules(
         "safety", sizes, "utility", {name: len(x) for name, x in utility_scores.items()}
     )
 

@@ -440,7 +440,7 @@ def test_freeze_trains_every_arm_to_the_same_loss(frozen, loading):
         if (each["arm"], each["against"], each["what"]) == ("scu-cu", "none", "asr")
     )
     assert against["value"] == pytest.approx(result["arms"]["scu-cu"]["mean"]["asr"] - mean["asr"])
-    step = json.loads((out / "steps" / "measure-none-0.json").read_text())
+    step = json.loads((out / "steps" / "measure-none-0.json").read_text())["result"]
     assert float(losses(step, "utility").mean()) == pytest.approx(step["losses"]["utility"]["loss"])
 
 
