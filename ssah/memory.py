@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssah.finetune import Settings, count_parameters, optimizer_options
 from ssah.training import UpdatePlan
+from ssah.units import layers_path
 
 __all__ = ["Memory", "preview"]
 
@@ -138,8 +139,10 @@ def _saved(plan: UpdatePlan, settings: Settings, length: int) -> tuple[int, int]
     mask = torch.ones_like(ids)
     mask[1, max(1, length - 1) :] = 0
     training = model.training
-    last = list(plan.modules.values())[-1].down
-    hook = last.register_forward_hook(leave)
+    # Not on B: among the channels of what a plan has split there is no place for a hook.
+    layers = model.get_submodule(layers_path(model))
+    assert isinstance(layers, nn.ModuleList)
+    hook = layers[-1].register_forward_hook(leave)
     try:
         model.train()
         with (

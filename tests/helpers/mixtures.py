@@ -72,13 +72,12 @@ class Capture:
             elif module.expert == 0:
                 hooks.append(module.down.register_forward_hook(after))
         attended = batch["attention_mask"].bool()
-        logits = model(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            # Those of the row: relative ones are the same, but for float32 in their rotation.
-            position_ids=(attended.long().cumsum(1) - 1).clamp_min(0),
-            use_cache=False,
-        ).logits
+        inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        if not bool(attended[:, 0].all()):
+            # Padding on the left. Relative positions are the same without, but for float32 in
+            # their rotation.
+            inputs["position_ids"] = (attended.long().cumsum(1) - 1).clamp_min(0)
+        logits = model(**inputs, use_cache=False).logits
         targets = batch.get("labels", batch["input_ids"])[:, 1:]
         targets = targets.masked_fill(~(attended[:, 1:] & attended[:, :-1]), IGNORED)
         nn.functional.cross_entropy(
