@@ -69,7 +69,9 @@ _FIELDS: Fields = {
     "all_experts": bool,
     "version": str,
     "count": dict,
+    "rows_read": (dict, type(None)),
 }
+_OF_LATER = dict.fromkeys(("units_hash", "weights_hash", "rows_read"))  # None in older results
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ class Attribution:
             ValueError: the folder holds something else, is damaged (the file and the field are
                 named), or belongs to another model.
         """
-        stored = Stored(directory, CONTENT, _FIELDS, {"units_hash": None, "weights_hash": None})
+        stored = Stored(directory, CONTENT, _FIELDS, _OF_LATER)
         stored.choice("metric", METRICS)
         stored.choice("tokens", TOKENS)
         meta, names = stored.meta, stored.names("count")

@@ -54,6 +54,7 @@ FREE: dict[str, dict[str, Callable[[Any], bool]]] = {
         "data_fingerprint": lambda value: isinstance(value, str),
         "all_experts": lambda value: value is True,
         "version": lambda value: isinstance(value, str),
+        "rows_read": lambda value: value in (MISSING, None) or isinstance(value, dict),
         "format": lambda value: True,
     },
     "groups": {
