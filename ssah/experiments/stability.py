@@ -270,7 +270,10 @@ def _mean_ranks(scores: Tensor) -> Tensor:
 def _correlation(first: UnitGroups, second: UnitGroups, order: str) -> float:
     """Mean over modules of the rank correlation: between modules, scores differ anyway.
 
-    Modules whose scores are all equal count for nothing; 0 if there is no other.
+    Modules whose scores are all equal count for nothing.
+
+    Raises:
+        ValueError: there is no other module.
     """
     found = []
     for name in first.sizes:
@@ -282,7 +285,11 @@ def _correlation(first: UnitGroups, second: UnitGroups, order: str) -> float:
         correlation = spearman(*values)
         if correlation is not None:
             found.append(correlation)
-    return _mean(found) if found else 0.0
+    if not found:
+        raise ValueError(
+            f"{order} scores are equal within every module, so that nothing correlates"
+        )
+    return _mean(found)
 
 
 def _mean(values: Sequence[float]) -> float:
