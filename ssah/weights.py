@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor, nn
 
 from ssah.frozen import digests
 from ssah.offload import at_hand
-from ssah.quantised import identity
+from ssah.quantised import identity, packed_modules
 from ssah_kernels.sharded import is_sharded, local
 
 __all__ = ["cheap_weights_hash", "check_same_weights", "weights_hash"]
@@ -27,14 +30,47 @@ def weights_hash(model: nn.Module) -> str:
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
+# Model -> what :func:`_traces` said when its weights were hashed, and the hash.
+_HASHED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+_SAMPLE = 64  # elements of each tensor
+
+
 def cheap_weights_hash(model: nn.Module) -> str | None:
     """:func:`weights_hash`, or None where it would cost more than a pass over memory.
 
     Offloaded weights would be read from the disk once more. Of a sharded model no rank has all.
+    Weights that nobody has changed since are not hashed again: a short scoring pass takes no
+    longer than its hash.
     """
     if _offloaded(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         return None
-    return weights_hash(model)
+    traces = _traces(model)
+    if traces is None:
+        return weights_hash(model)
+    known = _HASHED.get(model)
+    if known is None or known[0] != traces:
+        known = _HASHED[model] = (traces, weights_hash(model))
+    return known[1]
+
+
+def _traces(model: nn.Module) -> str | None:
+    """What a change of weights leaves: other memory, a higher version, other values in a sample.
+
+    The sample is for changes through ``.data``, which raise no version. None where nobody can tell:
+    of packed weights, and of tensors made in inference mode, which have no version.
+    """
+    tensors = list(chain(model.parameters(), model.buffers()))
+    if packed_modules(model) or any(tensor.is_inference() for tensor in tensors):
+        return None
+    found = hashlib.sha256(repr([(t.data_ptr(), t._version, t.shape) for t in tensors]).encode())
+    samples: dict[torch.device, list[Tensor]] = {}  # one copy from each device
+    for tensor in tensors:
+        flat = tensor.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // _SAMPLE)][: _SAMPLE + 1].contiguous()
+        samples.setdefault(tensor.device, []).append(sample.view(torch.uint8))
+    for each in samples.values():
+        found.update(torch.cat(each).cpu().numpy().tobytes())
+    return found.hexdigest()
 
 
 def check_same_weights(first: str | None, second: str | None, what: str, instead: str) -> None:
