@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,11 +35,14 @@ def one_writer(folder: Path) -> Iterator[None]:
 def one_run(folder: Path) -> Iterator[None]:
     """One run at a time works in ``folder``, which is made; another one is refused at once.
 
+    A folder that was made for a run that left nothing in it, because it was refused, is removed.
+
     Raises:
         ValueError: a run is under way there; its process and machine are named.
         OSError: the folder cannot be written to; it is named.
     """
     path = folder / LOCK
+    made = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     descriptor = _locked(folder, path)
     try:
         holder = json.dumps({"pid": os.getpid(), "host": socket.gethostname()})
@@ -50,25 +53,27 @@ def one_run(folder: Path) -> Iterator[None]:
         # Removed while it is still held: whoever opened it meanwhile sees that it is gone.
         if _same(descriptor, path):
             path.unlink()
+            _remove_empty(made)
         os.close(descriptor)
 
 
 def check_free(folder: Path) -> None:
     """Refuse a folder that a run could not work in, before the run does anything that takes long.
 
-    Nothing is left behind: what comes next may be refused, and then there is no folder.
-
     Raises:
         ValueError: a run is under way there.
         OSError: it is a file, or cannot be written to.
     """
-    made = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     with one_run(folder):
         pass
-    for each in made:
+
+
+def _remove_empty(folders: Sequence[Path]) -> None:
+    """Remove ``folders``, innermost first, up to one that has something in it."""
+    for folder in folders:
         try:
-            each.rmdir()
-        except OSError:  # another run has begun there, and was not refused
+            folder.rmdir()
+        except OSError:  # it has: of this run, or of another one that has begun since
             return
 
 
