@@ -55,8 +55,12 @@ def _parameters(value: Any) -> str:
 
 
 def _members(owner: str, value: Any) -> Iterator[str]:
-    """Public methods and fields of a class of ours; what it inherits from others is theirs."""
-    for member in sorted(vars(value)):
+    """Public methods and fields that a class adds to those of its bases.
+
+    PyTorch puts a ``step`` of its own into the class of an optimiser when one is first made.
+    """
+    inherited = {name for base in value.__mro__[1:] for name in vars(base)}
+    for member in sorted(vars(value).keys() - inherited):
         if not member.startswith("_"):
             yield f"{owner}.{member}{_parameters(getattr(value, member))}"
 
