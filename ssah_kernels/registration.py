@@ -31,10 +31,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         with torch.no_grad():
-            copies = matrices.Copies(ready, at) if at is not None and written else None
-            result = kernel(*(ready if copies is None else copies.ready), **kwargs)
-            if copies is not None:
-                copies.write_back()
+            result = matrices.run(kernel, ready, at if written else None, kwargs)
         increment_version(written)  # what autograd kept of these tensors is gone
         return result
 

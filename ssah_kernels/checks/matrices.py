@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -75,3 +75,25 @@ class Copies:
                 param.copy_(copy)
             else:
                 param.index_copy_(dim, index, copy)
+
+
+def run(
+    kernel: Callable[..., Any],
+    ready: Sequence[Any],
+    indices_at: int | None,
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """What ``kernel`` gives for arguments that were checked.
+
+    Args:
+        kernel: an operator on one backend.
+        ready: its arguments, as the checks return them.
+        indices_at: of an update, where its indices stand among them.
+        kwargs: the other arguments.
+    """
+    if indices_at is None:
+        return kernel(*ready, **kwargs)
+    copies = Copies(ready, indices_at)
+    result = kernel(*copies.ready, **kwargs)
+    copies.write_back()
+    return result
