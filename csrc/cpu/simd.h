@@ -145,10 +145,10 @@ SSAH_INLINE vdouble exp(vdouble x) {
 }
 SSAH_INLINE vdouble reciprocal(vdouble v) { return 1 / v; }
 
-// e^x / 2^kHalvings where both are normal and finite. It is 2^n e^r with n = round(x / ln 2), so that
-// |r| is at most half of ln 2. The polynomial is the minimax of degree 5 for the relative error,
-// 1.9e-7 with rounding; ln 2 as a float adds 2e-9 n to it. Of NaN it is unspecified: every caller
-// multiplies by the argument.
+// e^x / 2^kHalvings where both are normal and finite. It is 2^n e^r with n = round(x / ln 2), so
+// that |r| is at most half of ln 2. The polynomial is the minimax of degree 5 for the relative
+// error, 1.9e-7 with rounding; ln 2 as a float adds 2e-9 n to it. Of NaN it is unspecified: every
+// caller multiplies by the argument.
 template <int kHalvings>
 SSAH_INLINE vfloat exp_within(vfloat x) {
   const float to_integer = 12582912.0f - kHalvings;  // 1.5 * 2^23: adding it rounds to an integer
