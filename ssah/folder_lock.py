@@ -17,6 +17,7 @@ from pathlib import Path
 
 __all__ = ["LOCK", "check_free", "one_run", "one_writer"]
 
+_TRIES = 1000  # to make a folder that others remove
 LOCK = ".lock"  # in the folder of a run that is under way; its content is for people
 
 
@@ -78,12 +79,18 @@ def _remove_empty(folders: Sequence[Path]) -> None:
 
 
 def _locked(folder: Path, path: Path) -> int:
+    tries = 0
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:
-            continue  # a run that is finished has just removed the folder
+        except (FileNotFoundError, FileExistsError):
+            # A run that left nothing may just have removed the folder, or one that holds it. A
+            # file of that name stays.
+            tries += 1
+            if tries == _TRIES or folder.is_file():
+                raise
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
