@@ -19,17 +19,15 @@ from test_drawn_ops import Draw, up_to_rounding
 
 from ssah_kernels import backends, checks
 from ssah_kernels.checks import matrices
-from ssah_kernels.schema import KERNELS, arguments
+from ssah_kernels.schema import KERNELS
 
 
 def checked(backend: str, op: str) -> Callable[..., Any]:
     """The operator on one backend. ``backends.use`` would change it for all threads."""
     check, kernel = getattr(checks, op), backends.kernel(backend, op)
-    names = [name for _, name in arguments(op)]
-    at = names.index("indices") if op.endswith("_") and "indices" in names else None
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return matrices.run(kernel, check(*args, **kwargs), at, kwargs)
+        return matrices.run(op, kernel, check(*args, **kwargs), kwargs)
 
     return call
 

@@ -43,7 +43,7 @@ from ssah.provenance import (
     units_hash,
 )
 from ssah.quantised import dequantised, packed_modules, passing_gradients
-from ssah.records import Fields, check_fields
+from ssah.records import TEXT, Fields, check_fields
 from ssah.running import as_it_was, check_backbone
 from ssah.sharded_scoring import check_sharded, nothing, run_sharded
 from ssah.stored import Stored
@@ -63,8 +63,8 @@ _FIELDS: Fields = {
     "metric": str,
     "tokens": str,
     "model_name": str,
-    "units_hash": (str, type(None)),
-    "weights_hash": (str, type(None)),
+    "units_hash": TEXT,
+    "weights_hash": TEXT,
     "data_fingerprint": str,
     "all_experts": bool,
     "version": str,

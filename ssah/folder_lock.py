@@ -17,8 +17,8 @@ from pathlib import Path
 
 __all__ = ["LOCK", "check_free", "one_run", "one_writer"]
 
-_TRIES = 1000  # to make a folder that others remove
 LOCK = ".lock"  # in the folder of a run that is under way; its content is for people
+_TRIES = 1000  # to make a folder that others remove
 
 
 @contextmanager
@@ -33,7 +33,7 @@ def one_writer(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def one_run(folder: Path) -> Iterator[None]:
+def one_run(folder: str | os.PathLike[str]) -> Iterator[None]:
     """One run at a time works in ``folder``, which is made; another one is refused at once.
 
     A folder that was made for a run that left nothing in it, because it was refused, is removed.
@@ -42,6 +42,7 @@ def one_run(folder: Path) -> Iterator[None]:
         ValueError: a run is under way there; its process and machine are named.
         OSError: the folder cannot be written to; it is named.
     """
+    folder = Path(folder)
     path = folder / LOCK
     made = list(itertools.takewhile(lambda each: not each.exists(), (folder, *folder.parents)))
     descriptor = _locked(folder, path)
@@ -58,7 +59,7 @@ def one_run(folder: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def check_free(folder: Path) -> None:
+def check_free(folder: str | os.PathLike[str]) -> None:
     """Refuse a folder that a run could not work in, before the run does anything that takes long.
 
     Raises:

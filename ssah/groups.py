@@ -27,7 +27,7 @@ from ssah.grouping_checks import (
 )
 from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.ranking import blocks, lowest, normalized, order_key, share_count, split, without
-from ssah.records import Fields, check_fields
+from ssah.records import TEXT, Fields, check_fields
 from ssah.stored import Stored
 from ssah.units import UnitSet, check_units
 from ssah.weights import check_same_weights
@@ -51,18 +51,17 @@ _OWN: dict[str, tuple[str, int]] = {
 METADATA = ("metric", "tokens", "model_name", "units_hash", "weights_hash", "data_fingerprint")
 
 _CONTENT = "ssah unit groups"
-_TEXT = (str, type(None))
 _FIELDS: Fields = {
     "modules": list,
     "groups": list,
     "shares": dict,
     "scope": str,
     "normalize": str,
-    "metric": _TEXT,
-    "tokens": _TEXT,
-    "model_name": _TEXT,
-    "units_hash": _TEXT,
-    "weights_hash": _TEXT,
+    "metric": TEXT,
+    "tokens": TEXT,
+    "model_name": TEXT,
+    "units_hash": TEXT,
+    "weights_hash": TEXT,
     "data_fingerprint": (dict, type(None)),
 }
 _SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary

@@ -7,6 +7,7 @@ The weight gradient is computed for the trained rows or columns alone; how they 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable
 from pickle import PicklingError
 from typing import Any, NoReturn
@@ -115,6 +116,17 @@ def pickling_error() -> PicklingError:
     )
 
 
+def _in_order(register: Callable[..., Any]) -> Callable[..., Any]:
+    """``register``, a method of ``nn.Module``; refused among channels that the plan has moved."""
+
+    @functools.wraps(register)
+    def checked(self: MaskedProjection, *args: Any, **options: Any) -> Any:
+        self.check_order()
+        return register(self, *args, **options)
+
+    return checked
+
+
 class MaskedProjection(nn.Module):
     """A projection while a plan is active: an ``nn.Linear`` or ``Conv1D`` whose class was changed.
 
@@ -199,25 +211,10 @@ class MaskedProjection(nn.Module):
                 "so that they stay where they are, or after plan.close()"
             )
 
-    def register_forward_pre_hook(self, *args: Any, **options: Any) -> Any:
-        """As of ``nn.Module``; refused among channels that the plan has moved."""
-        self.check_order()
-        return super().register_forward_pre_hook(*args, **options)
-
-    def register_forward_hook(self, *args: Any, **options: Any) -> Any:
-        """As of ``nn.Module``; refused among channels that the plan has moved."""
-        self.check_order()
-        return super().register_forward_hook(*args, **options)
-
-    def register_full_backward_pre_hook(self, *args: Any, **options: Any) -> Any:
-        """As of ``nn.Module``; refused among channels that the plan has moved."""
-        self.check_order()
-        return super().register_full_backward_pre_hook(*args, **options)
-
-    def register_full_backward_hook(self, *args: Any, **options: Any) -> Any:
-        """As of ``nn.Module``; refused among channels that the plan has moved."""
-        self.check_order()
-        return super().register_full_backward_hook(*args, **options)
+    register_forward_pre_hook = _in_order(nn.Module.register_forward_pre_hook)
+    register_forward_hook = _in_order(nn.Module.register_forward_hook)
+    register_full_backward_pre_hook = _in_order(nn.Module.register_full_backward_pre_hook)
+    register_full_backward_hook = _in_order(nn.Module.register_full_backward_hook)
 
     def _replicate_for_data_parallel(self) -> MaskedProjection:
         raise RuntimeError(

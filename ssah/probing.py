@@ -26,7 +26,7 @@ from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.evaluation.prompts import check_list
 from ssah.provenance import FORMAT, model_name, save_tensors, units_hash
-from ssah.records import Fields
+from ssah.records import TEXT, Fields
 from ssah.running import as_it_was
 from ssah.stored import Stored
 from ssah.weights import cheap_weights_hash
@@ -39,8 +39,8 @@ __all__ = ["Probe", "probe"]
 _CONTENT = "ssah probe"
 _FIELDS: Fields = {
     "model_name": str,
-    "units_hash": (str, type(None)),
-    "weights_hash": (str, type(None)),
+    "units_hash": TEXT,
+    "weights_hash": TEXT,
     "refusal_opening": str,
     "compliance_opening": str,
     "version": str,

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 __all__ = [
+    "TEXT",
     "Fields",
     "check_fields",
     "file_hash",
@@ -29,6 +30,8 @@ __all__ = [
 
 # Name of a field -> the types that it may have.
 Fields: TypeAlias = "Mapping[str, type | tuple[type, ...]]"
+
+TEXT = (str, type(None))  # what an earlier release, or another way of making a result, lacks
 
 _SEAL = "sha256"  # key of the checksum of everything else in a sealed record
 

@@ -130,7 +130,7 @@ def stream(
         if state is None and _hidden_bytes(layered, batches) > hidden_memory:
             folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
         if folder is not None:
-            stack.enter_context(one_run(Path(folder)))
+            stack.enter_context(one_run(folder))
         done = MemoryState() if folder is None else FileState(Path(folder), identity)
         advance = stack.enter_context(_progress(layered, done)) if progress else None
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))

@@ -19,7 +19,7 @@ from ssah.frozen import complement_rows, digests
 from ssah.projections import check_parameters
 from ssah.provenance import FORMAT, check_same_model, save_tensors
 from ssah.quantised import check_plain
-from ssah.records import Fields, check_fields
+from ssah.records import TEXT, Fields, check_fields
 from ssah.running import check_idle
 from ssah.stored import Stored
 from ssah.units import find_modules
@@ -34,7 +34,7 @@ HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
 _FIELDS: Fields = {
     "base_model": str,
-    "units_hash": (str, type(None)),
+    "units_hash": TEXT,
     "keep": bool,
     "dims": dict,
     "experts": list,
@@ -171,12 +171,13 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     tensors, meta = stored.tensors, stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
     check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
-    if any(name not in list(meta["dims"]) for name in meta["experts"]):
+    if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
         raise stored.damaged("the field 'experts' has more than parameters that train in part")
     check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
     own = dict(model.named_parameters())
+    experts = frozenset(meta["experts"])
     dims: dict[str, tuple[int, ...]] = {
-        name: (0, dim) if name in meta["experts"] else (dim,) for name, dim in meta["dims"].items()
+        name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
     }
     values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]

@@ -18,6 +18,10 @@ from ssah_kernels.sharded import is_sharded, local
 
 __all__ = ["cheap_weights_hash", "check_same_weights", "weights_hash"]
 
+# Model -> what :func:`_traces` said when its weights were hashed, and the hash.
+_HASHED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
+_SAMPLE = 64  # elements of each tensor
+
 
 def weights_hash(model: nn.Module) -> str:
     """SHA-256 (hex) of all weights and buffers, of a sharded model those of this rank.
@@ -30,17 +34,12 @@ def weights_hash(model: nn.Module) -> str:
     return hashlib.sha256(repr(sorted(found.items())).encode()).hexdigest()
 
 
-# Model -> what :func:`_traces` said when its weights were hashed, and the hash.
-_HASHED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
-_SAMPLE = 64  # elements of each tensor
-
-
 def cheap_weights_hash(model: nn.Module) -> str | None:
     """:func:`weights_hash`, or None where it would cost more than a pass over memory.
 
     Offloaded weights would be read from the disk once more. Of a sharded model no rank has all.
-    Weights that nobody has changed since are not hashed again: a short scoring pass takes no
-    longer than its hash.
+    Weights that nobody has changed since are not hashed again, since a short scoring pass takes no
+    longer than that.
     """
     if _offloaded(model) or any(is_sharded(parameter) for parameter in model.parameters()):
         return None

@@ -48,8 +48,10 @@ def check(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dims: Seq
             low, high = bounds(f"indices[{i}]", index)
         else:
             _, _, low, high = known
-        size = tensors[i].size(dims[i])
-        if low < 0 or high >= size:
-            raise ValueError(
-                f"indices[{i}] goes from {low} to {high}; it must stay within 0 to {size - 1}"
-            )
+        check_range(f"indices[{i}]", low, high, tensors[i].size(dims[i]))
+
+
+def check_range(name: str, low: int, high: int, size: int) -> None:
+    """Raise ValueError unless :func:`bounds` of an index stay within a dimension of ``size``."""
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} goes from {low} to {high}; it must stay within 0 to {size - 1}")

@@ -154,8 +154,5 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
     size = p.shape[dim] if isinstance(dim, int) else math.prod(p.shape[d] for d in dim)
     index = index.to(p.device).contiguous()
     low, high = indices.bounds(f"indices{name}", index)
-    if low < 0 or high >= size:
-        raise ValueError(
-            f"indices{name} goes from {low} to {high}; it must stay within 0 to {size - 1}"
-        )
+    indices.check_range(f"indices{name}", low, high, size)
     return index

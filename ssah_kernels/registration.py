@@ -31,7 +31,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         with torch.no_grad():
-            result = matrices.run(kernel, ready, at if written else None, kwargs)
+            result = matrices.run(op, kernel, ready, kwargs)
         increment_version(written)  # what autograd kept of these tensors is gone
         return result
 

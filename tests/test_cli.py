@@ -15,7 +15,7 @@ import pytest
 import tiny_chat
 import torch
 import typer
-from commands import SHARES, as_json, call, fails, prepare
+from commands import SHARES, as_json, call, commands, fails, prepare
 
 import ssah
 from ssah import bench
@@ -33,15 +33,6 @@ from ssah_kernels.backends import BACKENDS
 from ssah_kernels.schema import KERNELS
 
 pytestmark = pytest.mark.xdist_group("cli")  # its fixtures are made once
-
-
-def commands(group, path=()):
-    """The words that call a command -> the command, of all below a group."""
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
 
 
 COMMANDS = dict(commands(typer.main.get_command(app)))

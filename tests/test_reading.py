@@ -11,7 +11,7 @@ import warnings
 import pytest
 import tiny_chat
 import typer
-from commands import as_json, call, fails, prepare
+from commands import as_json, call, commands, fails, prepare
 
 from ssah.attribution import Attribution
 from ssah.cli import app
@@ -48,14 +48,6 @@ def rendering(model, folder, template):
     copy = shutil.copytree(model, folder / "model")
     (copy / "chat_template.jinja").write_text(template)
     return copy
-
-
-def commands(group, path=()):
-    for name, command in group.commands.items():
-        if hasattr(command, "commands"):
-            yield from commands(command, (*path, name))
-        else:
-            yield (*path, name), command
 
 
 def test_every_command_that_reads_rows_has_the_same_options():

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 import ssah.weights
+from ssah.ablation import ablate
+from ssah.units import UnitSet, find_modules
 from ssah.weights import cheap_weights_hash, weights_hash
 
 
@@ -65,6 +67,15 @@ def test_what_has_changed_is_hashed_again(change: Callable[[nn.Parameter], None]
     after = cheap_weights_hash(model)
     assert after != before
     assert after == weights_hash(model)
+
+
+def test_units_that_are_ablated_are_other_weights_meanwhile() -> None:
+    model = tiny_models.build("llama")
+    before = cheap_weights_hash(model)
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    with ablate(model, UnitSet({next(iter(sizes)): [3]}, sizes)):
+        assert cheap_weights_hash(model) == weights_hash(model) != before
+    assert cheap_weights_hash(model) == before
 
 
 def test_tensors_without_a_version_are_hashed_each_time(hashed: list[nn.Module]) -> None:

@@ -7,9 +7,7 @@ void channel_moments_cpu(const Tensor& x, const Tensor& count, const Tensor& mea
                          const std::optional<Tensor>& token_mask) {
   check_rows(x, "x");
   const int64_t channels = x.size(x.dim() - 1);
-  check_state(count, 1, "count");
-  check_state(mean, channels, "mean");
-  check_state(m2, channels, "m2");
+  check_moments(count, mean, m2, channels);
   check_mask(token_mask, x);
   const std::vector<long> rows = select(row_offsets(x), token_mask, true);
   double* seen = static_cast<double*>(count.mutable_data_ptr());

@@ -1,5 +1,5 @@
 // What the host functions ask of their arguments, so that no call of torch.ops.ssah_cpu.* reads or
-// writes memory that is not its own. ssah_kernels/checks.py has asked before, in better words,
+// writes memory that is not its own. ssah_kernels/checks has asked before, in better words,
 // where the call came through torch.ops.ssah.*.
 #pragma once
 
@@ -26,6 +26,14 @@ inline void check_state(const Tensor& state, int64_t numel, const char* name) {
   STD_TORCH_CHECK(
       state.scalar_type() == ScalarType::Double && state.numel() == numel && state.is_contiguous(),
       name, " must be contiguous float64 with ", numel, " elements");
+}
+
+// The state of moments of rows of `channels`.
+inline void check_moments(const Tensor& count, const Tensor& mean, const Tensor& m2,
+                          int64_t channels) {
+  check_state(count, 1, "count");
+  check_state(mean, channels, "mean");
+  check_state(m2, channels, "m2");
 }
 
 inline void check_mask(const std::optional<Tensor>& mask, const Tensor& x) {

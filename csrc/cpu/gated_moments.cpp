@@ -44,9 +44,7 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
   check_like(up, gate, "up");
   check_rows(up, "up");
   const int64_t channels = gate.size(gate.dim() - 1);
-  check_state(count, 1, "count");
-  check_state(mean, channels, "mean");
-  check_state(m2, channels, "m2");
+  check_moments(count, mean, m2, channels);
   check_mask(token_mask, gate);
   const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
   Tensor output = contiguous_like(gate);

@@ -21,10 +21,10 @@ std::vector<const Kernels*> built_kernels();
 Dtype dtype_of(const Tensor& x);
 
 // Element offset of every row of x [..., channels] from its first element, in row-major order of
-// the leading dimensions; with `mask`, the rows where it is `keep`.
+// the leading dimensions; with `mask`, which was checked to fit, the rows where it is `keep`.
 std::vector<long> row_offsets(const Tensor& x);
 std::vector<long> select(const std::vector<long>& offsets, const std::optional<Tensor>& mask,
-                         bool keep);  // of which mask has been checked to fit
+                         bool keep);
 
 // Splits the channels among threads, in whole cache lines of the widest kernel's registers.
 template <class F>

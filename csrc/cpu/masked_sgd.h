@@ -1,7 +1,8 @@
 // masked_sgd_: one SGD step, with momentum, of the trained elements; see masked_update.h.
 //
-//   g += weight_decay p (unless it is 0);  b = momentum b + (1 - dampening) g  (b = g at the first
-//   step) p = p - lr (g + momentum b, with Nesterov, else b; g without momentum)
+//   g += weight_decay p                       (unless weight_decay is 0)
+//   b = momentum b + (1 - dampening) g        (b = g at the first step)
+//   p -= lr (g + momentum b, with Nesterov, else b; g without momentum)
 #pragma once
 
 #include "masked_update.h"

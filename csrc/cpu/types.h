@@ -14,7 +14,7 @@ struct f16 {
 };
 
 enum Dtype { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
-// In the order of ACTIVATIONS in ssah_kernels/checks.py.
+// In the order of ACTIVATIONS in ssah_kernels/checks.
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kActivations };
 
 // A range of channels of the rows of one or more inputs. `rows[i]` are the offsets of input i.

@@ -11,7 +11,7 @@
 
 namespace ssah {
 
-// In the order of ACTIVATIONS in ssah_kernels/checks.py.
+// In the order of ACTIVATIONS in ssah_kernels/checks.
 enum class Act { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 
 __device__ __forceinline__ float exponential(float x) { return expf(x); }

@@ -9,7 +9,7 @@
 
 namespace ssah {
 
-// Matrices as ssah_kernels/checks.py makes them.
+// Matrices as ssah_kernels/checks makes them.
 struct UpdateLists {
   const TensorList& params;
   const TensorList& grads;

@@ -98,6 +98,7 @@ def attribute(
     from ssah.attribution import CONTENT
     from ssah.attribution import attribute as score
     from ssah.data import Counts
+    from ssah.data.reading import rows_read
     from ssah.distributed import deal, launched
     from ssah.folder_lock import one_run
     from ssah.models import load_tokenizer
@@ -154,7 +155,7 @@ def attribute(
                 options["save_every"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
-        attribution = replace(attribution, rows_read=reading.record(tokenizer, counts))
+        attribution = replace(attribution, rows_read=rows_read(tokenizer, counts))
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
@@ -274,6 +275,7 @@ def ablate(
     Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
     """
     from ssah.data import Counts
+    from ssah.data.reading import rows_read
     from ssah.evaluation import Measures, ablations
     from ssah.evaluation.prompts import OPENING, fitting, prompts
     from ssah.groups import UnitGroups
@@ -299,7 +301,7 @@ def ablate(
         "utility": utility,
         "requests": requests,
         "seed": seed,
-        "rows_read": reading.record(tokenizer, counts),
+        "rows_read": rows_read(tokenizer, counts),
         "requests_read": asked_counts.to_dict(),
         "rows": rows,
     }

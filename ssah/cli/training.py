@@ -341,6 +341,7 @@ def _train(
 ) -> Result:
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
     from ssah.data import Counts, DataError, encode, warn_of_shared
+    from ssah.data.reading import rows_read
     from ssah.finetune import fine_tune, select_units
     from ssah.folder_lock import check_free
     from ssah.groups import UnitGroups
@@ -397,7 +398,7 @@ def _train(
         "units": len(units),
         "unit_fraction": units.fraction,
         "rows": len(examples),
-        "rows_read": reading.record(tokenizer, counts),
+        "rows_read": rows_read(tokenizer, counts),
         "dry_run": dry_run,
     }
     if dry_run:

@@ -32,10 +32,8 @@ _PROMPT = (
     "input",
 )
 _RESPONSE = ("completion", "response", "output", "answer")
-_CONTEXT = ("input", "context")  # of an instruction or question, after it
-_BEHAVIOR_CONTEXT = (
-    "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
-)
+_AFTER = ("input", "context")  # of an instruction or question, after it
+_BEFORE = "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
 _NOT_A_RESPONSE = (
     " ('target' of AdvBench and JailbreakBench is how a model begins that complies: it is no "
     "refusal, and taken for a response only where it is named)"
@@ -148,15 +146,17 @@ def _prompt(row: Mapping[str, Any], where: str, columns: Columns) -> str:
     if not prompt.strip():
         return prompt
     if key.casefold() in ("instruction", "question"):
-        for name in _CONTEXT:
-            context = row.get(_by_name(row, name) or name)
-            if isinstance(context, str) and context.strip():
-                return f"{prompt}\n\n{context}"
-    if key.casefold() == "behavior":
-        context = row.get(_by_name(row, _BEHAVIOR_CONTEXT) or _BEHAVIOR_CONTEXT)
-        if isinstance(context, str) and context.strip():
-            return f"{context}\n\n---\n\n{prompt}"
-    return prompt
+        context = next(filter(None, (_context(row, name) for name in _AFTER)), "")
+        return f"{prompt}\n\n{context}" if context else prompt
+    context = _context(row, _BEFORE) if key.casefold() == "behavior" else ""
+    return f"{context}\n\n---\n\n{prompt}" if context else prompt
+
+
+def _context(row: Mapping[str, Any], name: str) -> str:
+    """What the column of that name adds to a prompt; empty where it adds nothing."""
+    key = _by_name(row, name)
+    text = None if key is None else row[key]
+    return text if isinstance(text, str) and text.strip() else ""
 
 
 def _column(

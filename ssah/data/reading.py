@@ -19,7 +19,7 @@ from ssah.data.templates import template_record, use_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reading", "template_options"]
+__all__ = ["Reading", "rows_read", "template_options"]
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,10 @@ class Reading:
         default = asdict(Reading())
         return {key: value for key, value in asdict(self).items() if value != default[key]}
 
-    def record(self, tokenizer: PreTrainedTokenizerBase, counts: Counts) -> dict[str, Any]:
-        """What a result says of its data: what was left out or cut, and the chat template."""
-        return {**counts.to_dict(), "template": template_record(tokenizer)}
+
+def rows_read(tokenizer: PreTrainedTokenizerBase, counts: Counts) -> dict[str, Any]:
+    """What a result says of its rows: how many were left out and cut, and the chat template."""
+    return {**counts.to_dict(), "template": template_record(tokenizer)}
 
 
 def template_options(given: Iterable[str]) -> dict[str, Any]:

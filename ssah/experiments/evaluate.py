@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -119,7 +118,7 @@ def evaluate(
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
     """
-    check_free(Path(out))
+    check_free(out)
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:

@@ -13,9 +13,9 @@ import torch
 
 from ssah.alignment import faster_dtype
 from ssah.attribution import Attribution, attribute
-from ssah.data import Counts, Row, make_loader, template_record, warn_of_shared
+from ssah.data import Counts, Row, make_loader, warn_of_shared
 from ssah.data.encoding import Overlong
-from ssah.data.reading import Reading
+from ssah.data.reading import Reading, rows_read
 from ssah.experiments.steps import Steps
 from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import DTYPES, load_model, quiet
@@ -166,7 +166,7 @@ def score(
     tokens: str,
     batch_size: int,
     max_length: int,
-    overlong: Overlong = READING.overlong,
+    overlong: Overlong = "cut",
 ) -> dict[str, Attribution]:
     """Scores of all units on each set of rows: one pass a set, kept in the run's folder.
 
@@ -190,7 +190,7 @@ def score(
             return {
                 "tokens": max(attribution.count.values()),
                 "data_fingerprint": attribution.data_fingerprint,
-                "rows_read": {**loader.counts.to_dict(), "template": template_record(tokenizer)},
+                "rows_read": rows_read(tokenizer, loader.counts),
             }
 
         steps(f"score-{name}-{tokens}", compute, lambda found: f"{found['tokens']:,} tokens")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -55,7 +54,7 @@ def run_probe(
         ValueError: ``beside`` is the model itself, or the folder has another run, or one with
             other weights.
     """
-    check_free(Path(out))
+    check_free(out)
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
     sources = Sources(model.reading)

@@ -39,7 +39,7 @@ def by_name(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def kernel(namespace: str, op: str) -> Callable[..., Any]:
     """The operator of a library, with the arguments of the catalogue."""
     function = getattr(getattr(torch.ops, namespace), op).default
-    return by_name(function) if op in SCHEMAS and "act" in SCHEMAS[op] else function
+    return by_name(function) if "str act" in SCHEMAS.get(op, "") else function
 
 
 def define(namespace: str) -> torch.library.Library:

@@ -24,19 +24,21 @@ def _act(act: str) -> None:
         raise ValueError(f"act is {shown(act)}; it must be one of {', '.join(ACTIVATIONS)}")
 
 
+def _moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None) -> None:
+    """Raise unless the state, and the mask, are those of moments of ``x`` [..., C]."""
+    channels = (x.shape[-1],)
+    state_of("count", count, (), x.device)
+    state_of("mean", mean, channels, x.device)
+    state_of("m2", m2, channels, x.device)
+    mask_of(token_mask, x)
+
+
 def channel_moments_(
     x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None = None
 ) -> tuple[Any, ...]:
     floating("x", x)
     rows("x", x)
-    channels = (x.shape[-1],)
-    for name, state, shape in (
-        ("count", count, ()),
-        ("mean", mean, channels),
-        ("m2", m2, channels),
-    ):
-        state_of(name, state, shape, x.device)
-    mask_of(token_mask, x)
+    _moments(x, count, mean, m2, token_mask)
     return last_contiguous(x), count, mean, m2, token_mask
 
 
@@ -55,7 +57,7 @@ def gated_moments(
     rows("gate", gate)
     rows("up", up)
     _act(act)
-    channel_moments_(gate, count, mean, m2, token_mask)
+    _moments(gate, count, mean, m2, token_mask)
     return last_contiguous(gate), last_contiguous(up), count, mean, m2, token_mask
 
 

@@ -18,6 +18,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ssah_kernels.schema import KERNELS, arguments
+
+_NAMES = {op: [name for _, name in arguments(op)] for op in KERNELS}
+# Where the indices of an update stand among its arguments; its parameters are the first.
+_INDICES_AT = {op: names.index("indices") for op, names in _NAMES.items() if "params" in names}
+
 
 def as_matrix(x: Tensor, dim: int) -> Tensor:
     """``x`` as a view [rows, columns] that keeps ``dim``, its first or last dimension."""
@@ -78,22 +84,19 @@ class Copies:
 
 
 def run(
-    kernel: Callable[..., Any],
-    ready: Sequence[Any],
-    indices_at: int | None,
-    kwargs: Mapping[str, Any],
+    op: str, kernel: Callable[..., Any], ready: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """What ``kernel`` gives for arguments that were checked.
 
     Args:
-        kernel: an operator on one backend.
+        op: the operator.
+        kernel: it on one backend.
         ready: its arguments, as the checks return them.
-        indices_at: of an update, where its indices stand among them.
         kwargs: the other arguments.
     """
-    if indices_at is None:
+    if op not in _INDICES_AT:
         return kernel(*ready, **kwargs)
-    copies = Copies(ready, indices_at)
+    copies = Copies(ready, _INDICES_AT[op])
     result = kernel(*copies.ready, **kwargs)
     copies.write_back()
     return result

@@ -13,6 +13,9 @@ from types import ModuleType
 from typing import Any
 
 import typer
+from commands import commands
+
+from ssah.cli import app
 
 # Import paths that documentation shows: they go on working when files move.
 PUBLIC = (
@@ -83,20 +86,15 @@ def _names() -> Iterator[str]:
 
 
 def _commands() -> Iterator[str]:
-    from ssah.cli import app
-
-    root: Any = typer.main.get_command(app)
-    for name, command in sorted(root.commands.items()):
-        leaves = getattr(command, "commands", None) or {"": command}
-        for leaf, called in sorted(leaves.items()):
-            for parameter in called.params:
-                spelled = "/".join([*parameter.opts, *parameter.secondary_opts])
-                default = getattr(parameter.default, "value", parameter.default)  # of an Enum
-                if default in ((), []):
-                    default = None  # releases of typer differ
-                shown = "required" if parameter.required else f"= {default!r}"
-                several = " ..." if getattr(parameter, "multiple", False) else ""
-                yield " ".join(f"ssah {name} {leaf} {spelled}{several} {shown}".split())
+    for words, command in sorted(commands(typer.main.get_command(app))):
+        for parameter in command.params:
+            spelled = "/".join([*parameter.opts, *parameter.secondary_opts])
+            default = getattr(parameter.default, "value", parameter.default)  # of an Enum
+            if default in ((), []):
+                default = None  # releases of typer differ
+            shown = "required" if parameter.required else f"= {default!r}"
+            several = " ..." if getattr(parameter, "multiple", False) else ""
+            yield f"ssah {' '.join(words)} {spelled}{several} {shown}"
 
 
 def surface() -> list[str]:

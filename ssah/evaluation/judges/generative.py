@@ -97,14 +97,13 @@ class Question:
         file, turn = options.get("template"), options.get("turn")
         if turn not in (None, "user"):
             raise ValueError(f"judge {name!r}: turn is {turn!r}, must be 'user'")
-        if file is None or file.endswith(".jinja"):
-            if turn:
-                raise ValueError(f"judge {name!r}: turn=user needs template=FILE, a text")
-            if file is not None and not Path(file).is_file():
-                raise FileNotFoundError(f"judge {name!r}: template is {file!r}, which is no file")
-            return cls(chat_template=file)
-        if not Path(file).is_file():
+        chat_template = file is None or file.endswith(".jinja")
+        if chat_template and turn:
+            raise ValueError(f"judge {name!r}: turn=user needs template=FILE, a text")
+        if file is not None and not Path(file).is_file():
             raise FileNotFoundError(f"judge {name!r}: template is {file!r}, which is no file")
+        if file is None or chat_template:
+            return cls(chat_template=file)
         text = Path(file).read_text(encoding="utf-8-sig")
         if set(_PLACES.findall(text)) != {"request", "answer"}:
             raise ValueError(
@@ -236,11 +235,11 @@ class GenerativeClassifier(Judge):
             "name": self.name,
             "kind": "generative classifier",
             **self.question.describe(),
-            "reads": {key: list(v) if isinstance(v, tuple) else v for key, v in self._rule()},
+            "reads": {
+                key: list(value) if isinstance(value, tuple) else value
+                for key, value in asdict(self.reads).items()
+            },
         }
-
-    def _rule(self) -> list[tuple[str, Any]]:
-        return [*asdict(self.reads).items()]
 
 
 def verdict(said: str, name: str, reads: Reads = Reads()) -> bool:
