@@ -22,10 +22,9 @@ from transformers import (
     Qwen3Config,
 )
 
-from ssah.ablation import ablate, prune
 from ssah.attribution import Attribution
-from ssah.provenance import model_name, units_hash
-from ssah.units import UnitSet, find_modules
+from ssah.interventions import ablate, prune
+from ssah.units import UnitSet, find_modules, model_name, units_hash
 
 SIZE: dict[str, Any] = {
     "hidden_size": 16,

@@ -10,17 +10,18 @@ import tiny_chat
 import torch
 from tiny_models import FAMILIES, build
 
-from ssah.ablation import ablate
 from ssah.attribution import attribute
 from ssah.data import DataError, load_requests, load_rows, make_loader
 from ssah.evaluation import (
     Answer,
     Coherence,
+    Perplexity,
     answers,
     attack_success,
     coherence,
     generate,
     judge_answers,
+    prompts,
     rate,
     utility_loss,
     wilson,
@@ -28,8 +29,8 @@ from ssah.evaluation import (
 from ssah.evaluation.coherence import NEUTRAL, _repeated
 from ssah.evaluation.generation import answer_tokens, stop_tokens
 from ssah.evaluation.judges import Keywords
-from ssah.evaluation.perplexity import Perplexity, perplexity
-from ssah.evaluation.prompts import prompts
+from ssah.evaluation.perplexity import perplexity
+from ssah.interventions import ablate
 from ssah.units import UnitSet
 
 REQUESTS = [

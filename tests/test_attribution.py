@@ -17,9 +17,9 @@ from tiny_models import IGNORED, LENGTHS, build, collate, rows
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ssah import backward, records
-from ssah.attribution import METRICS, Attribution, attribute
-from ssah.provenance import load_tensors, save_tensors
+from ssah.attribution import METRICS, Attribution, attribute, backward
+from ssah.storage import files as records
+from ssah.storage import load_tensors, save_tensors
 from ssah.units import find_modules
 
 
@@ -462,7 +462,7 @@ def test_a_result_of_one_kind_does_not_replace_another(tmp_path: Path) -> None:
 
 def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tensors(tmp_path, {"x": torch.ones(3)}, {"n": 1})
-    monkeypatch.setattr("ssah.records.json.dumps", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr("ssah.storage.files.json.dumps", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
     monkeypatch.undo()
@@ -473,7 +473,7 @@ def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Monke
             raise Boom
         replace(source, target)
 
-    monkeypatch.setattr("ssah.records.os.replace", fail)
+    monkeypatch.setattr("ssah.storage.files.os.replace", fail)
     with pytest.raises(Boom):
         save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
     monkeypatch.undo()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssah.causal_attention import FastCausalBackward
+from ssah.attribution.causal_attention import FastCausalBackward
 
 
 def inputs(rows: int, length: int, heads: int, groups: int, width: int) -> list[Tensor]:

@@ -18,16 +18,15 @@ import typer
 from commands import SHARES, as_json, call, commands, fails, prepare
 
 import ssah
-from ssah import bench
-from ssah.alignment import faster_dtype
 from ssah.attribution import METRICS, TOKENS, Attribution
-from ssah.bench import CASES
 from ssah.cli import app, support
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import describe
-from ssah.models import DTYPES, ModelError, load_model, move
+from ssah.models import DTYPES, ModelError, faster_dtype, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
+from ssah.studies.bench import run as bench
+from ssah.studies.bench.run import CASES
 from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS
 from ssah_kernels.schema import KERNELS
@@ -301,7 +300,7 @@ def test_the_faster_dtype_is_found_soon_and_once(ratio, monkeypatch):
     """A processor without bfloat16 takes a second for what takes 0.01 s in float32."""
     took = [0.01] * 8 + [0.01 * ratio] * 8
     clock = (reading for each in took for reading in (0.0, each))
-    monkeypatch.setattr("ssah.alignment.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("ssah.models.dtype.time", SimpleNamespace(perf_counter=lambda: next(clock)))
     monkeypatch.setattr(torch, "ones", lambda *shape, dtype: torch.zeros(2, 2, dtype=dtype))
     faster_dtype.cache_clear()
     found = [faster_dtype(torch.device("cpu")) for _ in range(2)]

@@ -342,7 +342,7 @@ _LOADED = "print(*sorted({'peft', 'bitsandbytes', 'trl', 'matplotlib'} & set(sys
     [
         "import ssah",
         "import ssah; [getattr(ssah, name) for name in ssah.__all__]",
-        "import ssah.training, ssah.experiments.arms, ssah.cli",
+        "import ssah.training, ssah.studies.training.arms, ssah.cli",
     ],
 )
 def test_importing_says_nothing(code: str) -> None:

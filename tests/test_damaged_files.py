@@ -16,11 +16,10 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ssah.attribution import Attribution, attribute
-from ssah.checkpoint import Checkpoint
+from ssah.attribution.streaming.reader import Checkpoint
 from ssah.groups import UnitGroups, classify
-from ssah.run_checkpoints import last_sound, seal
-from ssah.training import freeze
-from ssah.updates import load_update
+from ssah.training import freeze, load_update
+from ssah.training.finetune.checkpoints import last_sound, seal
 
 pytestmark = pytest.mark.xdist_group("damaged files")  # its fixtures are made once
 

@@ -18,17 +18,18 @@ from ssah.data import load_requests, load_rows, make_loader
 from ssah.evaluation import (
     Coherence,
     attack_success,
+    check_tasks,
     generate,
+    multiple_choice,
     paired_difference,
     response_log_probs,
 )
 from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import perplexity
-from ssah.evaluation.tasks import check_tasks, multiple_choice
-from ssah.experiments.ablations import Ablation
-from ssah.experiments.evaluate import EvaluateSettings
 from ssah.groups import UnitGroups
 from ssah.models import load_model
+from ssah.studies.evaluate.arms import Ablation
+from ssah.studies.evaluate.run import EvaluateSettings
 from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are made once

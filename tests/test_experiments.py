@@ -16,26 +16,26 @@ from ssah.cli import app
 from ssah.cli.study import FreezeArm
 from ssah.data import DataError, encode, load_requests, load_rows, make_loader
 from ssah.evaluation import generation
-from ssah.experiments import freeze as freeze_module
-from ssah.experiments import study as study_module
-from ssah.experiments.budget import BudgetSettings, budget
-from ssah.experiments.claims import claim
-from ssah.experiments.curves import Curves, Point
-from ssah.experiments.freeze import ARMS, FreezeSettings, freeze
-from ssah.experiments.inputs import Loading
-from ssah.experiments.measuring import losses
-from ssah.experiments.moments import RowMoments, row_moments
-from ssah.experiments.scan import ScanSettings, scan
-from ssah.experiments.stability import (
+from ssah.groups import UnitGroups, classify
+from ssah.models import load_model
+from ssah.studies.claims import claim
+from ssah.studies.inputs import Loading
+from ssah.studies.measuring import losses
+from ssah.studies.scan.curves import Curves, Point
+from ssah.studies.scan.run import ScanSettings, scan
+from ssah.studies.stability.row_moments import RowMoments, row_moments
+from ssah.studies.stability.run import (
     StabilitySettings,
     chance_overlap,
     jaccard,
     spearman,
     stability,
 )
-from ssah.experiments.training import Recipe, schedule, train, training_loss
-from ssah.groups import UnitGroups, classify
-from ssah.models import load_model
+from ssah.studies.training import freeze as freeze_module
+from ssah.studies.training import run as study_module
+from ssah.studies.training.budget import BudgetSettings, budget
+from ssah.studies.training.freeze import ARMS, FreezeSettings, freeze
+from ssah.studies.training.to_loss import Recipe, schedule, train, training_loss
 from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("experiments")  # its fixtures are made once

@@ -23,12 +23,10 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ssah import ablate, attribute, classify, families, find_modules, prune
+from ssah import ablate, attribute, classify, find_modules, prune
 from ssah.attribution import Attribution
-from ssah.families import Experts, Family
 from ssah.groups import UnitGroups
-from ssah.provenance import config_hash
-from ssah.units import DepthTwoModule, UnitSet
+from ssah.units import DepthTwoModule, Experts, Family, UnitSet, config_hash, families
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fewer than two:UserWarning")
 

@@ -14,8 +14,7 @@ from commands import as_json, call, fails
 from family_checks import CHECKS, CHOSEN, TABLE, TINY, check, model_type, table
 from plans import masks
 
-from ssah import families
-from ssah.units import UnitSet, find_modules
+from ssah.units import UnitSet, families, find_modules
 
 
 def cases() -> Iterator[Any]:

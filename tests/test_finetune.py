@@ -18,13 +18,12 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.finetune import Settings, fine_tune, select_units
 from ssah.groups import UnitGroups, classify
-from ssah.memory import preview
-from ssah.training import freeze, train_only
-from ssah.training_run import check_folder
+from ssah.training import freeze, load_update, train_only
+from ssah.training.finetune.folder import check_folder
+from ssah.training.finetune.memory import preview
+from ssah.training.finetune.run import Settings, fine_tune, select_units
 from ssah.units import UnitSet, find_modules
-from ssah.updates import load_update
 
 pytestmark = pytest.mark.xdist_group("finetune")  # its fixtures are made once
 

@@ -15,11 +15,9 @@ from tiny_models import build
 
 import ssah
 from ssah.attribution import METRICS
-from ssah.evaluation import refusal_margin, utility_loss
-from ssah.evaluation.generation import answers
-from ssah.experiments.moments import row_moments
-from ssah.finite import nonfinite
-from ssah.models import load_model
+from ssah.evaluation import answers, refusal_margin, utility_loss
+from ssah.models import load_model, nonfinite
+from ssah.studies.stability.row_moments import row_moments
 from ssah.units import UnitSet, find_modules
 
 DOWN = "model.layers.0.mlp.down_proj"

@@ -19,7 +19,7 @@ from ssah.groups import UnitGroups
 def test_full_demo_from_end_to_end(
     tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("ssah.full_demo.UPDATES", 2)
+    monkeypatch.setattr("ssah.studies.demo.full.UPDATES", 2)
     out = tmp_path / "demo"
     command = ["demo", "--model", str(tiny_chat_folder), "--out", str(out)]
     command += ["--seconds", "1", "--full", "--json"]

@@ -18,11 +18,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ssah.attribution import Attribution
-from ssah.groups import GROUPS, UnitGroups, classify
-from ssah.provenance import model_name, save_tensors, units_hash
-from ssah.ranking import normalized
-from ssah.transfer import transfer
-from ssah.units import UnitSet, find_modules
+from ssah.groups import GROUPS, UnitGroups, classify, transfer
+from ssah.storage import save_tensors
+from ssah.units import UnitSet, find_modules, model_name, normalized, units_hash
 
 Scores = dict[str, list[float]]
 Unit = tuple[str, int]

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ssah.attribution import Attribution, attribute
 from ssah.distributed import deal
-from ssah.provenance import load_tensors
+from ssah.storage import load_tensors
 
 MODELS: dict[str, Callable[[int], Any]] = {
     "whole": lambda n: tiny_models.build("llama_bias"),

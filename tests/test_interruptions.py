@@ -19,12 +19,10 @@ from tiny_models import build, collate, rows
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssah import attribution
-from ssah.attribution import METRICS, Attribution, attribute
-from ssah.provenance import load_tensors, save_tensors
-from ssah.streaming import stream
-from ssah.unfinished import discard
-from ssah.weights import weights_hash
+from ssah.attribution import METRICS, Attribution, attribute, discard, stream
+from ssah.attribution import scoring as attribution
+from ssah.models import weights_hash
+from ssah.storage import load_tensors, save_tensors
 
 Batches = list[dict[str, Tensor]]
 PART = "rank-0000-of-0001"
@@ -89,7 +87,7 @@ def test_experts_and_the_callers_mode(tmp_path: Path) -> None:
 def test_it_writes_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
     clock = SimpleNamespace(monotonic=lambda: now)
-    monkeypatch.setattr("ssah.batch_state.time", clock)
+    monkeypatch.setattr("ssah.attribution.resuming.time", clock)
     written: list[int] = []
     keep = attribution.BatchState.add
 
@@ -145,7 +143,7 @@ def test_the_state_of_another_run_is_refused(
 ) -> None:
     interrupt(2, tmp_path / "state")
     if "torch" in options:
-        monkeypatch.setattr("ssah.attribution.torch.__version__", options.pop("torch"))
+        monkeypatch.setattr("ssah.attribution.scoring.torch.__version__", options.pop("torch"))
     if "version" in options:
         monkeypatch.setattr(attribution, "__version__", options.pop("version"))
     made = {"dtype": options.pop("dtype", torch.float32)}
@@ -265,7 +263,7 @@ def test_a_run_whose_removal_was_killed_is_gone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt(2, tmp_path / "state")
-    monkeypatch.setattr("ssah.unfinished.shutil.rmtree", None)  # killed before it
+    monkeypatch.setattr("ssah.attribution.partial_runs.shutil.rmtree", None)  # killed before it
     with pytest.raises(TypeError):
         discard(tmp_path / "state")
     monkeypatch.undo()

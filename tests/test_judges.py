@@ -19,9 +19,9 @@ from transformers import BertConfig, BertForSequenceClassification
 from ssah.data import encode
 from ssah.evaluation import Judge, judge
 from ssah.evaluation.judges import KEYWORDS, Keywords
-from ssah.evaluation.judges.classifier import GenerativeClassifier, SequenceClassifier
+from ssah.evaluation.judges.classifier import SequenceClassifier
 from ssah.evaluation.judges.endpoint import Endpoint
-from ssah.evaluation.judges.generative import verdict
+from ssah.evaluation.judges.generative import GenerativeClassifier, verdict
 from ssah.models import ModelError
 
 LONG = (

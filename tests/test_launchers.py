@@ -27,7 +27,7 @@ import accelerate, torch
 import ssah
 from ssah.data import make_loader
 from ssah.distributed import deal
-from ssah.models import load_model
+from ssah.models.loading import load_model
 
 assert not torch.distributed.is_initialized()
 # The launcher's store still has the addresses of the command's group: this one meets in a file.

@@ -47,7 +47,11 @@ def test_every_name_that_people_are_given_is_there() -> None:
     """Those of the documentation, of docstrings and messages, and every public submodule."""
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     documented = names_in("\n".join(page.read_text() for page in pages))
-    assert {"ssah.attribute", "ssah.training.plan_of", "ssah.models.load_model"} <= documented
+    assert {
+        "ssah.attribute",
+        "ssah.training.plan_of",
+        "ssah.models.load_model",
+    } <= documented
     source = (path.read_text().splitlines() for path in (ROOT / "ssah").rglob("*.py"))
     lines = (line for each in source for line in each)
     written = names_in("\n".join(line for line in lines if not IMPORT.match(line)))

@@ -151,7 +151,11 @@ def test_a_source_distribution_holds_everything(
 def test_a_pure_wheel_holds_no_library(tmp_path: Path) -> None:
     source = copy_of_sources(tmp_path / "source")
     names = build("bdist_wheel", source, SSAH_NO_EXTENSION="1")
-    assert {"ssah_kernels/ops.py", "ssah_kernels/py.typed", "ssah/report/report.html.j2"} <= names
+    assert {
+        "ssah_kernels/ops.py",
+        "ssah_kernels/py.typed",
+        "ssah/report/html/report.html.j2",
+    } <= names
     assert {name for name in names if not name.startswith(("ssah", "ssah_kernels"))} == set()
     assert {name for name in names if name.endswith(".so")} == set()
 

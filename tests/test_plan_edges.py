@@ -18,8 +18,8 @@ from transformers import AutoModelForMaskedLM, BertConfig
 
 import ssah
 from ssah.evaluation import utility_loss
-from ssah.masked_linear import MaskedProjection
 from ssah.training import plan_of
+from ssah.training.masked_linear import MaskedProjection
 
 MODELS = ["llama", "gpt2", "phi3", "mixtral"]
 

@@ -12,8 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import ssah
 from ssah.attribution import METRICS
-from ssah.evaluation import utility_loss
-from ssah.evaluation.generation import answers
+from ssah.evaluation import answers, utility_loss
 
 # Positions that a model learns, so that they are absolute.
 LEARNED = ("gpt2", "gpt_bigcode", "gpt_bigcode_heads", "opt")

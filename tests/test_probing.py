@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import ssah
 from ssah.cli import app
-from ssah.experiments.run import read_run
-from ssah.probing import Probe
-from ssah.provenance import load_tensors, save_tensors
+from ssah.evaluation import Probe
+from ssah.storage import load_tensors, save_tensors
+from ssah.studies.run import read_run
 
 REQUESTS = (
     "Name a tree.",

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 import ssah
-from ssah.quantised import scheme_of
+from ssah.models import scheme_of
 from ssah.units import find_modules
 
 

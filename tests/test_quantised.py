@@ -26,12 +26,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 import ssah
-from ssah import quantised
 from ssah.attribution import METRICS, attribute, column_sq_norms
-from ssah.models import ModelError, load_model, locate
-from ssah.quantised import dequantised, packed_modules
+from ssah.models import ModelError, dequantised, load_model, locate, packed_modules, weights_hash
+from ssah.models import packed as quantised
 from ssah.units import find_modules
-from ssah.weights import weights_hash
 
 Build = Callable[..., PreTrainedModel]
 
@@ -250,7 +248,7 @@ def test_a_wrong_weight_is_noticed(
         assert plain is not None
         return torch.cat([plain[:, :1] * 1.01, plain[:, 1:]], dim=1)
 
-    monkeypatch.setattr("ssah.attribution.dequantised", wrong)
+    monkeypatch.setattr("ssah.attribution.scoring.dequantised", wrong)
     result = attribute(model, ragged())
     with pytest.raises(AssertionError, match="times the tolerance"):
         assert_close(

@@ -15,7 +15,7 @@ from commands import as_json, call, commands, fails, prepare
 
 from ssah.attribution import Attribution
 from ssah.cli import app
-from ssah.data.reading import template_options
+from ssah.data import template_options
 
 pytestmark = pytest.mark.xdist_group("cli")
 

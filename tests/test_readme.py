@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import ssah.models
+import ssah.models.loading
 
 ROOT = Path(__file__).parents[1]
 

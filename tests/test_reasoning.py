@@ -9,19 +9,19 @@ import tiny_chat
 import torch
 
 from ssah.evaluation import (
+    Answer,
     Coherence,
+    answer_rates,
     attack_success,
     generate,
     judge,
     judge_answers,
+    probe,
     refusal_margin,
 )
-from ssah.evaluation.generation import Answer
 from ssah.evaluation.judges import KEYWORDS
 from ssah.evaluation.judges.generative import Reads, verdict
-from ssah.evaluation.rates import answer_rates
 from ssah.evaluation.reasoning import opens_reasoning, spoken
-from ssah.probing import probe
 
 STEPS = (
     "Sure, step 1: take the first part, put it on the second one, turn it slowly until it holds, "

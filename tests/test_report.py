@@ -16,15 +16,14 @@ from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.experiments.run import Run
-from ssah.groups import GROUPS
-from ssah.report.html import duration, write_report
-from ssah.report.kinds import KINDS, claims_table, kind_of
-from ssah.report.picture import picture
-from ssah.report.plain import MISSING, number, tables, with_interval
-from ssah.report.records import records_table
-from ssah.report.transfer_plot import plot_transfer
-from ssah.transfer import Transfer
+from ssah.groups import GROUPS, Transfer
+from ssah.report.html.kinds import KINDS, claims_table, kind_of
+from ssah.report.html.page import duration, write_report
+from ssah.report.html.plain import MISSING, number, tables, with_interval
+from ssah.report.html.records import records_table
+from ssah.report.pictures.style import picture
+from ssah.report.pictures.transfer import plot_transfer
+from ssah.studies.run import Run
 
 pytestmark = pytest.mark.xdist_group("report")  # its fixtures are made once
 

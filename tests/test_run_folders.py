@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.run_checkpoints import SEAL
-from ssah.updates import load_update
+from ssah.training import load_update
+from ssah.training.finetune.checkpoints import SEAL
 
 pytestmark = pytest.mark.xdist_group("run folders")  # its fixtures are made once
 

@@ -16,12 +16,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import Attribution, attribute
+from ssah.evaluation import Probe
 from ssah.groups import UnitGroups, classify
-from ssah.probing import Probe
-from ssah.provenance import META, save_tensors
-from ssah.training import freeze
-from ssah.updates import load_update
-from ssah.weights import weights_hash
+from ssah.models import weights_hash
+from ssah.storage import META, save_tensors
+from ssah.training import freeze, load_update
 
 pytestmark = pytest.mark.xdist_group("stored")  # its fixtures are made once
 

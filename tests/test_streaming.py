@@ -27,13 +27,14 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ssah import families, streaming, watch
-from ssah.attribution import METRICS, Attribution, attribute
-from ssah.checkpoint import Checkpoint
-from ssah.layered import LayeredModel
+from ssah.attribution import METRICS, Attribution, attribute, stream
+from ssah.attribution import watching as watch
+from ssah.attribution.streaming import run as streaming
+from ssah.attribution.streaming.layers import LayeredModel
+from ssah.attribution.streaming.reader import Checkpoint
+from ssah.attribution.streaming.resuming import FileState
 from ssah.models import ModelError
-from ssah.stream_state import FileState
-from ssah.streaming import stream
+from ssah.units import families
 
 
 def weights_of(folder: str) -> dict[str, Tensor]:

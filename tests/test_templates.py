@@ -10,11 +10,8 @@ import pytest
 from helpers import tiny_chat
 from transformers.utils import chat_template_utils
 
-from ssah.data import DataError, encode, make_loader, template_record, use_template
-from ssah.data.encoding import IGNORE_INDEX
-from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.margin import opened
-from ssah.evaluation.prompts import prompts
+from ssah.data import IGNORE_INDEX, DataError, encode, make_loader, template_record, use_template
+from ssah.evaluation import Coherence, opened, prompts
 
 ROW = {"prompt": "How do I pick a lock?", "completion": "I cannot help with that."}
 OPENING = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"

@@ -10,9 +10,9 @@ import torch
 from plans import assert_equal, draw, loss_of, make, snapshot
 from tiny_models import build
 
-from ssah import slots
-from ssah.ablation import ablate, prune
+from ssah.interventions import ablate, prune
 from ssah.training import freeze, load_update, plan_of, train_only
+from ssah.training import split_tensor as slots
 from ssah.units import find_modules
 
 MODES = ["freeze", "train_only"]

@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssah
-from ssah.masked_linear import MaskedProjection
-from ssah.slots import runs
-from ssah.training import UpdatePlan, freeze, plan_of, train_only
+from ssah.training import UpdatePlan, freeze, plan_of, runs, train_only
+from ssah.training.masked_linear import MaskedProjection
 from ssah.units import UnitSet, find_modules
 from ssah_kernels.optim import MaskedAdamW
 

@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 
 import ssah
 from ssah.cli import app
-from ssah.experiments.run import read_run
-from ssah.experiments.transfer import summary
 from ssah.groups import GROUPS, UnitGroups, classify
-from ssah.report.transfer_plot import plot_transfer
+from ssah.report.pictures.transfer import plot_transfer
+from ssah.studies.run import read_run
+from ssah.studies.transfer import summary
 
 SIZES = {"layers.0.o": 7, "layers.0.down": 11, "layers.10.down": 5}
 
@@ -87,7 +87,7 @@ def test_importing_the_package_is_cheap() -> None:
 
 def test_transfer_is_the_function_whatever_is_imported_first() -> None:
     python(
-        "import ssah.transfer; from ssah.transfer import transfer; import ssah;"
+        "import ssah.groups.transfers; from ssah.groups.transfers import transfer; import ssah;"
         "assert ssah.transfer is transfer and callable(transfer)"
     )
 

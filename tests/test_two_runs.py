@@ -16,10 +16,10 @@ from commands import call, fails, prepare
 from streamed import assert_same
 from tiny_models import build, collate, rows
 
-from ssah import attribution
 from ssah.attribution import Attribution, attribute
-from ssah.experiments.run import Run
-from ssah.folder_lock import LOCK, one_run
+from ssah.attribution import scoring as attribution
+from ssah.storage import LOCK, one_run
+from ssah.studies.run import Run
 
 pytestmark = pytest.mark.xdist_group("two runs")  # its fixtures are made once
 

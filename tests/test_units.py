@@ -10,7 +10,6 @@ from tiny_models import FAMILIES, build, collate, rows
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, PreTrainedModel
 
-from ssah import families
 from ssah.units import (
     FFN,
     Attention,
@@ -18,6 +17,7 @@ from ssah.units import (
     NotCovered,
     UnitSet,
     check_units,
+    families,
     family_of,
     find_modules,
     register_family,
@@ -163,7 +163,7 @@ def test_a_model_without_modules_of_a_kind_says_so(monkeypatch: pytest.MonkeyPat
 
 def test_a_new_architecture_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
-    monkeypatch.setattr("ssah.units.FAMILIES", families.FAMILIES)
+    monkeypatch.setattr("ssah.units.find.FAMILIES", families.FAMILIES)
     bert = BertModel(
         BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
     )

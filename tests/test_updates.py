@@ -15,9 +15,10 @@ from plans import assert_equal, draw, loss_of, make, snapshot
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from ssah import updates
-from ssah.frozen import complement_rows, digest
+from ssah.models import digest
 from ssah.training import UpdatePlan, freeze, load_update, train_only
+from ssah.training import saving as updates
+from ssah.training.split_tensor import complement_rows
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
@@ -72,7 +73,7 @@ def test_refuses_what_it_does_not_belong_to(tmp_path: Path) -> None:
 
 
 def test_refuses_a_folder_with_something_else(tmp_path: Path) -> None:
-    from ssah.provenance import save_tensors
+    from ssah.storage import save_tensors
 
     save_tensors(tmp_path, {"a": torch.zeros(1)}, {"content": "attribution"})
     with pytest.raises(ValueError, match="it must hold 'update'"):

@@ -9,10 +9,10 @@ import tiny_models
 import torch
 from torch import nn
 
-import ssah.weights
-from ssah.ablation import ablate
+import ssah.models.weights
+from ssah.interventions import ablate
+from ssah.models import cheap_weights_hash, weights_hash
 from ssah.units import UnitSet, find_modules
-from ssah.weights import cheap_weights_hash, weights_hash
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
         seen.append(model)
         return weights_hash(model)
 
-    monkeypatch.setattr(ssah.weights, "weights_hash", counting)
+    monkeypatch.setattr(ssah.models.weights, "weights_hash", counting)
     return seen
 
 

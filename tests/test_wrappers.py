@@ -18,8 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 import ssah
-from ssah.evaluation import refusal_margin, utility_loss
-from ssah.evaluation.generation import answers
+from ssah.evaluation import answers, refusal_margin, utility_loss
 from ssah.groups import UnitGroups
 
 

@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssah.provenance import META, load_tensors, save_tensors
-from ssah.records import sealed
+from ssah.storage import META, load_tensors, save_tensors, sealed
 
 TIMES = 100
 

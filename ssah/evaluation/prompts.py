@@ -6,9 +6,7 @@ import warnings
 from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.data import DataError
-from ssah.data.encoding import Encoder, Overlong
-from ssah.data.fields import check_count, kind_of, turns_of
+from ssah.data import DataError, Encoder, Overlong, check_count, kind_of, turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -108,7 +108,7 @@ class Endpoint(Judge):
         return f"openai:{self.url}#{self.model}{style}"
 
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`ssah.evaluation.judges.Judge`.
+        """See :class:`ssah.evaluation.Judge`.
 
         Raises:
             ConnectionError: the endpoint cannot be reached, or keeps failing.
@@ -120,7 +120,7 @@ class Endpoint(Judge):
             return [verdict(text, self.name) for text in said]
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         return {
             "name": self.name,
             "kind": "endpoint",

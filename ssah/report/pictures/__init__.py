@@ -1,0 +1,1 @@
+"""Pictures (PNG). They need matplotlib, and no display."""

@@ -1,0 +1,1 @@
+"""``ssah bench``: every operator and ``attribute`` on this machine, beside PyTorch."""

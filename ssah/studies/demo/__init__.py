@@ -1,0 +1,1 @@
+"""``ssah demo``: a small model aligned, scored, grouped and ablated."""

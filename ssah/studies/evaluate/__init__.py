@@ -1,0 +1,1 @@
+"""``ssah evaluate``: attack success with its controls, utility and tasks."""

@@ -1,0 +1,1 @@
+"""``ssah stability``: would other prompts have given the same groups?"""

@@ -1,0 +1,1 @@
+"""Studies that train one model in several ways to equal training loss."""
