@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ssah.compat.torchao import leave_out_notes
 from ssah.lazy import submodules_of
 from ssah.moved import accept
-
-__version__ = "0.1.0"
+from ssah.version import __version__ as __version__
 
 leave_out_notes()  # before anything imports transformers
 accept()
@@ -22,7 +21,7 @@ accept()
 if TYPE_CHECKING:
     from ssah import data
     from ssah.attribution import Attribution, attribute, stream
-    from ssah.evaluation.probing import Probe, probe
+    from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
     from ssah.interventions import ablate, prune
     from ssah.training import UpdatePlan, freeze, load_update, train_only
@@ -67,7 +66,7 @@ __all__ = [
 # Room -> the public names that it defines.
 _ROOMS = {
     "attribution": ("Attribution", "attribute", "stream"),
-    "evaluation.probing": ("Probe", "probe"),
+    "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
     "interventions": ("ablate", "prune"),
     "training": ("UpdatePlan", "freeze", "load_update", "train_only"),

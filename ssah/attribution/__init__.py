@@ -15,23 +15,15 @@ from ssah.attribution.scoring import (
     may_drop_mask,
 )
 from ssah.attribution.streaming.run import stream
-from ssah.attribution.watching import Sums, watching
+from ssah.attribution.watch import Sums, watching
+from ssah.lazy import submodules_of
 
 __all__ = [
-    "CONTENT",
-    "IGNORED",
     "METRICS",
     "TOKENS",
     "Attribution",
-    "Batch",
-    "Sums",
     "attribute",
-    "column_sq_norms",
-    "discard",
-    "may_drop_mask",
-    "n_embeddings",
-    "read_batch",
     "stream",
-    "watching",
-    "with_positions",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 from ssah.attribution.batches import IGNORED, Batch
 from ssah.attribution.causal_attention import FastCausalBackward
-from ssah.attribution.watching import Watch
+from ssah.attribution.watch import Watch
 from ssah.compat.modules import without_hooks
 from ssah.models import swapped
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from ssah.attribution.watching import Sums
+from ssah.attribution.watch import Sums
 from ssah.distributed import Ranks
 from ssah_kernels.reference.channel_moments import merge_moments_
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ssah.attribution import partial_runs as unfinished
 from ssah.attribution.batches import Trail
-from ssah.attribution.watching import Sums, check_finite
+from ssah.attribution.watch import Sums, check_finite
 from ssah.distributed import Ranks
 from ssah.storage import META, check_fields, one_run
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah import __version__
 from ssah.attribution.backward import forward_backward
 from ssah.attribution.batches import (
     IGNORED,
@@ -31,7 +30,7 @@ from ssah.attribution.joining import join
 from ssah.attribution.positions import with_positions
 from ssah.attribution.resuming import BatchState
 from ssah.attribution.sharded import check_sharded, nothing, run_sharded
-from ssah.attribution.watching import Sums, check_finite, check_ran, watching
+from ssah.attribution.watch import Sums, check_finite, check_ran, watching
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Group, Ranks, reshard
 from ssah.models import (
@@ -57,6 +56,7 @@ from ssah.units import (
     model_name,
     units_hash,
 )
+from ssah.version import __version__
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 

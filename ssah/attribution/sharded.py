@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from ssah.attribution.batches import IGNORED, Batch
 from ssah.attribution.causal_attention import FastCausalBackward
-from ssah.attribution.watching import Watch
+from ssah.attribution.watch import Watch
 from ssah.distributed import Ranks
 from ssah.units import DepthTwoModule
 

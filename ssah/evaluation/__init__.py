@@ -19,49 +19,32 @@ from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, 
 from ssah.evaluation.measure import Measurement, Measures, ablations
 from ssah.evaluation.perplexity import Perplexity, count_words
 from ssah.evaluation.probing import Probe, probe
-from ssah.evaluation.prompts import OPENING, check_room, fitting, prompts, room_of
+from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
 from ssah.evaluation.rates import answer_rates
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 
 __all__ = [
     "COMPLIANCE",
-    "OPENING",
     "REFUSAL",
     "Answer",
     "Coherence",
     "Judge",
     "Measurement",
     "Measures",
-    "Perplexity",
-    "Probe",
     "ablations",
-    "answer_rates",
     "answers",
     "attack_success",
     "bootstrap",
-    "check_level",
-    "check_room",
-    "check_tasks",
     "coherence",
-    "count_words",
-    "distinct_judges",
-    "fitting",
     "generate",
     "judge",
     "judge_answers",
-    "judged_answers",
-    "multiple_choice",
-    "opened",
     "paired_difference",
-    "probe",
-    "prompts",
     "rate",
     "refusal_margin",
     "refusal_margins",
     "response_log_probs",
-    "room_of",
-    "summary",
     "utility_loss",
     "wilson",
 ]

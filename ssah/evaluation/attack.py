@@ -12,7 +12,7 @@ from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, bar, generate
 from ssah.evaluation.judges.base import Judge, Judged
 from ssah.evaluation.judges.choose import judge
-from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.rates import answer_rates, rate
 from ssah.interventions import ablate
 

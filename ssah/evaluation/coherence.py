@@ -22,7 +22,7 @@ import torch
 
 from ssah.data import IGNORE_INDEX, Collator, Encoded, Encoder, load_rows
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import Request, check_list, longest_first, prompts
+from ssah.evaluation.prompting import Request, check_list, longest_first, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

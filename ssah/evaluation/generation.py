@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ssah.data import Encoder, check_count
-from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
 from ssah.models import as_it_was, check_whole
 

@@ -17,15 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssah import __version__
 from ssah.data import IGNORE_INDEX, check_count
 from ssah.evaluation.generation import Finite, greedy, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
-from ssah.evaluation.prompts import check_list
+from ssah.evaluation.prompting import check_list
 from ssah.models import as_it_was, cheap_weights_hash, check_whole
 from ssah.storage import FORMAT, TEXT, Fields, Stored, save_tensors
 from ssah.units import model_name, units_hash
+from ssah.version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from ssah.groups.transfers import Transfer, transfer
 from ssah.groups.unit_groups import GROUPS, NORMALIZATIONS, ORDERS, SCOPES, UnitGroups, classify
+from ssah.lazy import submodules_of
 
 __all__ = [
-    "GROUPS",
-    "NORMALIZATIONS",
-    "ORDERS",
-    "SCOPES",
     "Transfer",
     "UnitGroups",
     "classify",
     "transfer",
 ]
+
+__getattr__ = submodules_of(__name__)

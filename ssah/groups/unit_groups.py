@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ssah import __version__
 from ssah.groups.checks import Checked, check_same_modules, checked_scores, choice, fraction_of
 from ssah.models import check_same_weights
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
@@ -33,6 +32,7 @@ from ssah.units import (
     split,
     without,
 )
+from ssah.version import __version__
 
 if TYPE_CHECKING:
     from torch import nn

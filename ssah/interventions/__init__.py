@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from ssah.interventions.ablation import ablate, check_not_ablated, prune
+from ssah.lazy import submodules_of
 
 __all__ = [
     "ablate",
     "check_not_ablated",
     "prune",
 ]
+
+__getattr__ = submodules_of(__name__)

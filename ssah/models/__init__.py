@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ssah.models.checks import ModelError, loading, whole
+from ssah.lazy import submodules_of
+from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.dtype import faster_dtype
 from ssah.models.finite import naming_weights, nonfinite
 from ssah.models.hashing import digest, digests
@@ -36,39 +37,14 @@ __all__ = [
     "DTYPES",
     "SMOLLM2",
     "ModelError",
-    "as_it_was",
-    "at_hand",
-    "cheap_weights_hash",
-    "check_backbone",
-    "check_bare",
-    "check_idle",
-    "check_plain",
-    "check_same_weights",
-    "check_whole",
-    "dequantised",
-    "describe_packing",
-    "device_of",
-    "digest",
-    "digests",
     "empty_model",
-    "faster_dtype",
     "load_model",
     "load_tokenizer",
-    "loading",
     "locate",
     "move",
-    "n_parameters",
-    "naming_weights",
-    "nonfinite",
-    "packed_modules",
-    "passing_gradients",
     "pick_device",
     "put_tensor",
     "quiet",
-    "replaced_forward",
-    "runs_own_forward",
-    "scheme_of",
-    "swapped",
-    "weights_hash",
-    "whole",
 ]
+
+__getattr__ = submodules_of(__name__)

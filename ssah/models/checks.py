@@ -15,7 +15,7 @@ from ssah.models.finite import nonfinite_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelError", "loading", "whole"]
+__all__ = ["ModelError", "loading_errors", "whole"]
 
 
 class ModelError(ValueError):
@@ -23,7 +23,7 @@ class ModelError(ValueError):
 
 
 @contextmanager
-def loading(
+def loading_errors(
     name: str, message: str = "model {name!r} cannot be loaded: {reason}"
 ) -> Iterator[None]:
     """Whatever transformers cannot load inside the block becomes a `ModelError` about ``name``."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ssah.models.checks import ModelError, loading, whole
+from ssah.models.checks import ModelError, loading_errors, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ __all__ = [
     "empty_model",
     "load_model",
     "load_tokenizer",
-    "loading",
+    "loading_errors",
     "locate",
     "move",
     "pick_device",
@@ -87,7 +87,7 @@ def load_model(
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     if gguf_file:
         options["gguf_file"] = gguf_file
-    with loading(name):
+    with loading_errors(name):
         if gguf_file:
             options["quantization_config"] = gguf.config(packed=packed)
         if packed:
@@ -122,7 +122,7 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     if gguf_file:
         _require("gguf", "reads GGUF files")
         options["gguf_file"] = gguf_file
-    with loading(name):
+    with loading_errors(name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
     return tokenizer
 
@@ -147,7 +147,7 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
         "the configuration of model {name!r} cannot be read: {reason} (An architecture that "
         "transformers knows and this library does not is added with ssah.register_family)"
     )
-    with loading(name, unread):
+    with loading_errors(name, unread):
         config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)

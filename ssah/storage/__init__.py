@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.lazy import submodules_of
 from ssah.storage.files import (
     RECORD,
     TEXT,
@@ -41,3 +42,5 @@ __all__ = [
     "sync",
     "write_whole",
 ]
+
+__getattr__ = submodules_of(__name__)

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 import transformers
 
-from ssah import __version__
 from ssah.storage import RECORD, Fields, one_run, read_record, read_sealed, sealed, write_whole
+from ssah.version import __version__
 
 __all__ = ["Run", "read_run"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ssah.lazy import submodules_of
 from ssah.training.freezing import freeze, train_only
 from ssah.training.plan import UpdatePlan
 from ssah.training.saving import load_update, plan_of
@@ -18,9 +19,10 @@ __all__ = [
     "freeze",
     "load_update",
     "plan_of",
-    "runs",
     "train_only",
 ]
+
+_submodule = submodules_of(__name__)
 
 
 def __getattr__(name: str) -> Any:
@@ -29,4 +31,4 @@ def __getattr__(name: str) -> Any:
         from ssah.training.importance import ImportanceCallback
 
         return ImportanceCallback
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _submodule(name)

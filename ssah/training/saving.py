@@ -13,12 +13,12 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 
-from ssah import __version__
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.training.split_tensor import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
+from ssah.version import __version__
 
 if TYPE_CHECKING:
     from ssah.training.plan import UpdatePlan

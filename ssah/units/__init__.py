@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.lazy import submodules_of
 from ssah.units.experts import DOWN, RoutedExperts, run_routed, up_name
 from ssah.units.families import (
     FAMILIES,
@@ -31,8 +32,6 @@ from ssah.units.ranking import blocks, lowest, normalized, order_key, share_coun
 from ssah.units.unit_set import UnitSet
 
 __all__ = [
-    "DOWN",
-    "FAMILIES",
     "FFN",
     "KINDS",
     "Attention",
@@ -41,30 +40,15 @@ __all__ = [
     "Family",
     "GatedFFN",
     "NotCovered",
-    "RoutedExperts",
     "UnitSet",
     "UnitSlice",
-    "act_name",
-    "blocks",
-    "check_parameters",
-    "check_same_model",
     "check_units",
-    "config_hash",
     "family_of",
     "family_of_config",
     "find_modules",
     "find_not_covered",
-    "is_computed",
     "layers_path",
-    "lowest",
-    "model_name",
-    "normalized",
-    "order_key",
     "register_family",
-    "run_routed",
-    "share_count",
-    "split",
-    "units_hash",
-    "up_name",
-    "without",
 ]
+
+__getattr__ = submodules_of(__name__)

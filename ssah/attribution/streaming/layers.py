@@ -19,7 +19,7 @@ from ssah.compat.transformers import WeightReader, tie_weights, tied_weights
 from ssah.models import (
     DTYPES,
     ModelError,
-    loading,
+    loading_errors,
     locate,
     pick_device,
     put_tensor,
@@ -73,7 +73,7 @@ class LayeredModel:
                 f"model is {name!r}, a GGUF file, must be safetensors to be streamed: load it and "
                 "write it anew with save_pretrained"
             )
-        with loading(name):
+        with loading_errors(name):
             config = AutoConfig.from_pretrained(
                 source, local_files_only=local, trust_remote_code=trust_remote_code
             )
@@ -83,7 +83,7 @@ class LayeredModel:
         stored = config.dtype or self.checkpoint.dtype
         self.dtype = stored if dtype == "auto" else getattr(torch, dtype)
         config.name_or_path = source
-        with torch.device("meta"), loading(name):
+        with torch.device("meta"), loading_errors(name):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code
             )

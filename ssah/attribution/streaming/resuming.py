@@ -11,7 +11,7 @@ import safetensors.torch
 from torch import Tensor
 
 from ssah.attribution import partial_runs as unfinished
-from ssah.attribution.watching import Sums
+from ssah.attribution.watch import Sums
 from ssah.storage import META, check_fields, naming
 
 __all__ = ["FileState", "Hidden", "MemoryState"]

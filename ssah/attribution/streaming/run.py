@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah import __version__
 from ssah.attribution.batches import (
     Batch,
     Fingerprint,
@@ -37,11 +36,12 @@ from ssah.attribution.scoring import (
 )
 from ssah.attribution.streaming.layers import LayeredModel, alone, moved
 from ssah.attribution.streaming.resuming import FileState, MemoryState
-from ssah.attribution.watching import Sums, check_finite, check_ran, watching
+from ssah.attribution.watch import Sums, check_finite, check_ran, watching
 from ssah.models import naming_weights
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
 from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
+from ssah.version import __version__
 
 __all__ = ["STREAMED_METRICS", "Traffic", "stream"]
 

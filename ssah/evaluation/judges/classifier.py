@@ -25,7 +25,7 @@ import torch
 
 from ssah.evaluation.judges.base import Judge
 from ssah.evaluation.judges.generative import GenerativeClassifier, Question, Reads
-from ssah.models import ModelError, load_model, loading, move, quiet, whole
+from ssah.models import ModelError, load_model, loading_errors, move, quiet, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -148,7 +148,7 @@ def classifier(what: str) -> Judge:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     local = Path(source).is_dir()
-    with loading(source, "judge 'hf:{name}' cannot be loaded: {reason}"):
+    with loading_errors(source, "judge 'hf:{name}' cannot be loaded: {reason}"):
         config = AutoConfig.from_pretrained(source, local_files_only=local)
         kinds = " ".join(config.architectures or [])
         if "ForSequenceClassification" in kinds:

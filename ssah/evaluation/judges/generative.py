@@ -207,7 +207,7 @@ class GenerativeClassifier(Judge):
 
     def _shortened(self, length: int, answer: str, encoder: Encoder) -> str | None:
         """As much of ``answer`` as the judge has room for; None: all of it."""
-        from ssah.evaluation.prompts import room_of
+        from ssah.evaluation.prompting import room_of
 
         room = room_of(self.model)
         if room is None or length + _VERDICT_TOKENS <= room:

@@ -17,11 +17,10 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from ssah import __version__
 from ssah.report.html.kinds import KINDS, Kind, claims_table, kind_of
 from ssah.report.html.plain import MISSING, Table, number, tables
-from ssah.storage import write_whole
-from ssah.storage.files import RECORD
+from ssah.storage import RECORD, write_whole
+from ssah.version import __version__
 
 __all__ = ["write_report"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.lazy import submodules_of
 from ssah.training.finetune.run import (
     Settings,
     count_parameters,
@@ -11,3 +12,5 @@ from ssah.training.finetune.run import (
 )
 
 __all__ = ["Settings", "count_parameters", "fine_tune", "optimizer_options", "select_units"]
+
+__getattr__ = submodules_of(__name__)

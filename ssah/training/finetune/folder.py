@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ssah import __version__
 from ssah.storage import LOCK, Fields, check_fields, read_record, write_whole
 from ssah.training.finetune.checkpoints import CHECKPOINTS, differences, sealed_identities
+from ssah.version import __version__
 
 __all__ = ["RUN", "check_folder", "open_run", "write_run"]
 

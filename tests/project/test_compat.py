@@ -18,9 +18,9 @@ from typing import Any
 
 import bnb_layouts
 import pytest
-import test_streaming
+from attribution import test_streaming
 import torch
-from test_attribution import ragged
+from attribution.test_attribution import ragged
 from tiny_models import _LLAMA, build
 from transformers import AutoModelForCausalLM, LlamaConfig
 

@@ -223,7 +223,7 @@ def test_resuming_with_other_units_is_refused() -> None:
 
 
 def test_plain_loop_example(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).parents[1] / "examples" / "plain_loop.py"
+    path = Path(__file__).parents[2] / "examples" / "plain_loop.py"
     runpy.run_path(str(path), run_name="__main__")
     assert "frozen weights unchanged" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import torch
 
 import ssah.models.loading
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(page: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from ssah_kernels import backends
 from ssah_kernels.backends import triton as package
 from ssah_kernels.schema import KERNELS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
 TRITON = importlib.util.find_spec("triton") is not None
 needs_triton = pytest.mark.skipif(not TRITON, reason="triton is not installed")

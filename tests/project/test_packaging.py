@@ -20,7 +20,7 @@ from setuptools import Distribution, Extension
 
 from ssah_kernels.backends import cpu, cuda
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBRARIES = [path for path in (cpu.LIBRARY, cuda.LIBRARY) if path.exists()]
 needs_readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="no readelf (binutils)")
 by_name = pytest.mark.parametrize("library", LIBRARIES, ids=lambda path: path.name)

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # Operators are torch.ops.ssah.*; what follows an underscore is private; a file is no name.
 NAME = re.compile(r"(?<![\w./-])(?:ssah|ssah_kernels)(?:\.[A-Za-z]\w*)+(?!\w|/|\.(?:md|so|py)\b)")
 IMPORT = re.compile(r"\s*(from|import) ")

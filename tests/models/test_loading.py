@@ -129,7 +129,7 @@ def test_output_of_a_narrow_encoding(tmp_path: Path, encoding: str) -> None:
     result = subprocess.run(
         [*command, *SHARES, "--out", str(tmp_path / "groups")],
         env={**os.environ, "PYTHONIOENCODING": encoding},
-        cwd=Path(__file__).parents[1],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         check=False,
     )
@@ -142,7 +142,7 @@ def test_a_full_output_is_one_line(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         result = subprocess.run(
             [sys.executable, "-m", "ssah.cli", "info", "--json"],
-            cwd=Path(__file__).parents[1],
+            cwd=Path(__file__).parents[2],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

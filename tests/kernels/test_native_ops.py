@@ -14,7 +14,7 @@ from native_calls import call_of, leaked
 from ssah_kernels.backends import cpu
 from ssah_kernels.schema import KERNELS
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1]
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="no mallinfo2 (glibc 2.33)")

@@ -22,7 +22,7 @@ from ssah_kernels.backends import cpu
 from ssah_kernels.reference.masked_update import noise, noise_keys, round_stochastically
 from ssah_kernels.schema import KERNELS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests" / "helpers"
 
 
