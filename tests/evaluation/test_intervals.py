@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -92,9 +93,12 @@ def test_a_request_is_drawn_with_all_its_seeds():
 def test_bootstrap_is_repeatable_and_leaves_the_generator_alone():
     values = torch.rand(20)
     torch.manual_seed(5)
-    state = torch.random.get_rng_state()
+    np.random.seed(5)
+    state, numpys = torch.random.get_rng_state(), np.random.get_state()[1]
     assert bootstrap(values) == bootstrap(values) != bootstrap(values, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpys)
+    assert bootstrap(values, seed=-1) == bootstrap(values, seed=-1) != bootstrap(values)
 
 
 def test_bootstrap_in_chunks_is_the_same_and_takes_bools(monkeypatch):
@@ -102,7 +106,13 @@ def test_bootstrap_in_chunks_is_the_same_and_takes_bools(monkeypatch):
     whole = bootstrap(flags)
     monkeypatch.setattr("ssah.evaluation.intervals._CHUNK", 50 * 700)
     assert bootstrap(flags) == whole == bootstrap(flags.double())
+
+
+@pytest.mark.filterwarnings("error")
+def test_requests_that_agree_have_an_interval_without_width():
     assert bootstrap(torch.ones(7)) == (1.0, 1.0)
+    assert bootstrap(torch.tensor([0.25])) == (0.25, 0.25)
+    assert bootstrap(torch.tensor([[1.0, 0.0]])) == (0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +124,7 @@ def test_bootstrap_in_chunks_is_the_same_and_takes_bools(monkeypatch):
         (torch.empty(3, 0), {}, ValueError, "at least one of each"),
         (torch.ones(2, 2, 2), {}, ValueError, "must be"),
         (torch.tensor([1.0, float("nan")]), {}, ValueError, "NaN"),
-        (torch.ones(2), {"resamples": 0}, ValueError, "resamples is 0"),
+        (torch.ones(2), {"resamples": 1}, ValueError, "resamples is 1"),
         (torch.ones(2), {"level": 95}, ValueError, "level is 95"),
     ],
 )

@@ -344,6 +344,7 @@ class Server:
         self.location = ""
         self.calls: list[dict] = []
         self.keys: list[str | None] = []
+        self.headers: list[set[str]] = []
         outer, lock = self, threading.Lock()
 
         class Handler(BaseHTTPRequestHandler):
@@ -352,6 +353,7 @@ class Server:
                 with lock:
                     outer.calls.append({"path": self.path, **body})
                     outer.keys.append(self.headers.get("Authorization"))
+                    outer.headers.append({name.lower() for name in self.headers})
                     status, text = outer.replies.pop(0) if outer.replies else (200, "")
                 time.sleep(outer.delay)
                 if not text:
@@ -457,6 +459,35 @@ def test_the_key_goes_where_it_was_meant_to_go(server, monkeypatch):
     assert Endpoint("https://judge.example/v1", "m")._key() == "own"
     with pytest.raises(ValueError, match="in the clear"):
         Endpoint("http://judge.example/v1", "m")._key()
+
+
+def test_nothing_else_of_the_environment_is_sent(server, monkeypatch):
+    for name in ("ORG_ID", "PROJECT_ID", "ADMIN_KEY", "CUSTOM_HEADERS"):
+        monkeypatch.setenv(f"OPENAI_{name}", "X-Mine: secret")
+    assert impatient(f"{server.url}#m")(["?"], ["Sure"]) == [True]
+    usual = {"accept-encoding", "connection", "content-length", "content-type", "host"}
+    assert server.headers == [usual | {"user-agent"}]
+
+
+def test_a_proxy_is_not_told_what_goes_to_this_machine(server, monkeypatch):
+    monkeypatch.setenv("SSAH_JUDGE_KEY", "secret")
+    proxy = Server()
+    try:
+        for name in ("http_proxy", "all_proxy"):
+            monkeypatch.setenv(name, proxy.url)
+        for name in ("no_proxy", "NO_PROXY"):
+            monkeypatch.delenv(name, raising=False)
+        assert impatient(f"{server.url}#m")(["?"], ["Sure"]) == [True]
+        assert (server.keys, proxy.calls) == (["Bearer secret"], [])
+        # Another machine is reached through it, as before.
+        monkeypatch.delenv("SSAH_JUDGE_KEY")
+        assert impatient("http://judge.example/v1#m")(["?"], ["Sure"]) == [True]
+        assert [call["path"] for call in proxy.calls] == [
+            "http://judge.example/v1/chat/completions"
+        ]
+    finally:
+        proxy.server.shutdown()
+        proxy.server.server_close()
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])

@@ -252,7 +252,8 @@ def test_overlap_and_correlation():
     # Equal scores share their mean rank, and without any order there is no correlation.
     tied = torch.tensor([1.0, 1.0, 2.0, 3.0])
     assert spearman(tied, torch.tensor([1.0, 2.0, 3.0, 3.0])) == pytest.approx(8 / 9)
-    assert spearman(torch.zeros(4), torch.zeros(4)) is None
+    assert spearman(torch.zeros(4), x) is None
+    assert spearman(x, torch.zeros(4)) is None
 
 
 def test_stability(loading, tmp_path):

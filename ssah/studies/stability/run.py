@@ -247,18 +247,15 @@ def spearman(first: Tensor, second: Tensor) -> float | None:
     """Rank correlation of two sets of scores, in [-1, 1]; equal scores have their mean rank.
 
     None where all scores of a set are equal, as of an expert that no token reached.
+
+    Args:
+        first, second: ``[units]``, on the CPU.
     """
-    ranks = torch.stack([_mean_ranks(first), _mean_ranks(second)])
-    if bool((ranks.amin(1) == ranks.amax(1)).any()):
+    if any(bool(scores.amin() == scores.amax()) for scores in (first, second)):
         return None
-    return float(torch.corrcoef(ranks)[0, 1])
+    from scipy import stats  # imported when it is needed: it takes most of a second
 
-
-def _mean_ranks(scores: Tensor) -> Tensor:
-    """The place of each score in ascending order, of equal ones the mean: float64 [units]."""
-    _, which, counts = scores.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts.double() - 1) / 2)[which]
+    return float(stats.spearmanr(first.numpy(), second.numpy()).statistic)
 
 
 def _correlation(first: UnitGroups, second: UnitGroups, order: str) -> float:
