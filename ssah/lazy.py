@@ -14,7 +14,7 @@ def submodules_of(package: str) -> Callable[[str], ModuleType]:
     """A ``__getattr__`` for ``package`` that imports its public submodules as they are first used.
 
     Example: ``__getattr__ = submodules_of(__name__)`` in ``ssah/report/__init__.py`` makes
-    ``ssah.report.html.page`` work after ``import ssah``.
+    ``ssah.report.html`` work after ``import ssah``.
     """
 
     def __getattr__(name: str) -> ModuleType:

@@ -94,7 +94,7 @@ class Attribution:
         metric: ``"variance"``, ``"norm"``, ``"taylor"`` or ``"fisher"``.
         tokens: ``"all"``, ``"after_first"`` or ``"labels"``: which positions counted.
         model_name: hub id, path or class of the model.
-        units_hash: of its units, see `ssah.storage.results.units_hash`; None in results of before.
+        units_hash: of its units, see `ssah.units.units_hash`; None in results of before.
         data_fingerprint: of the loader, or of the tokens and labels seen.
         all_experts: whether every token was counted for every expert, not the routed ones alone.
         weights_hash: of the weights (`ssah.models.weights`); None in older results, and of

@@ -198,7 +198,7 @@ def report(
 
     Example: `ssah report runs --out report.html`
     """
-    from ssah.report.html.page import write_report
+    from ssah.report.html import write_report
     from ssah.report.terminal.tables import facts_table, new_table
 
     target = folder / "report.html" if out is None else out

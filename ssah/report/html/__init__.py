@@ -3,5 +3,8 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.report.html.page import write_report
+
+__all__ = ["write_report"]
 
 __getattr__ = submodules_of(__name__)

@@ -18,7 +18,7 @@ from ssah.attribution import attribute
 from ssah.data import make_loader
 from ssah.groups import UnitGroups, classify
 from ssah.models import move
-from ssah.report.html.page import write_report
+from ssah.report.html import write_report
 from ssah.studies.demo import short as demo
 from ssah.studies.inputs import Loading
 from ssah.studies.probe import run_probe
