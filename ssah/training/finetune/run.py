@@ -18,7 +18,6 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +31,6 @@ from ssah.compat.trainer import (
     SealingTrainer,
     TrainerCallback,
     TrainingArguments,
-    get_available_reporting_integrations,
     set_seed,
     training_arguments,
 )
@@ -41,6 +39,7 @@ from ssah.groups import GROUPS, UnitGroups
 from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
+from ssah.training.finetune.settings import Settings
 from ssah.training.plan import UpdatePlan
 from ssah.training.saving import load_update
 from ssah.units import UnitSet
@@ -60,86 +59,8 @@ __all__ = [
 ]
 
 MERGED = "merged"
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
-# What does not change the weights that a run ends with: may be another when it is resumed.
-_FREE = ("gradient_checkpointing", "save_steps", "logging_steps", "report_to")
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train; the names are the command line's.
-
-    Attributes:
-        lr: peak learning rate of AdamW.
-        epochs: passes over the data; may be a fraction.
-        max_steps: stop after so many updates instead, or None.
-        batch_size: rows of a batch.
-        gradient_accumulation: batches of an update.
-        weight_decay: decoupled; norms and biases do not decay.
-        warmup_ratio: share of the updates during which the learning rate rises, in [0, 1).
-        lr_scheduler: one of ``SCHEDULERS``.
-        max_grad_norm: clip the norm of the trained entries' gradients to this; 0: do not clip.
-        bf16: compute in bfloat16 by autocast; weights keep their dtype.
-        seed: of the order of rows, dropout and rounding.
-        gradient_checkpointing: keep the input of each layer alone, and compute the rest again.
-        save_steps: updates from one checkpoint to the next; 0: none, the run cannot be resumed.
-        logging_steps: updates from one log of the loss to the next.
-        report_to: trackers that transformers knows, such as ``"tensorboard"``.
-
-    Raises:
-        ValueError: a value is out of range, or a tracker is not installed.
-    """
-
-    lr: float = 2e-5
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.0
-    lr_scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    save_steps: int = 500
-    logging_steps: int = 10
-    report_to: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name, above in (("lr", True), ("epochs", True), ("weight_decay", False)):
-            _check_number(name, getattr(self, name), above_zero=above)
-        _check_number("max_grad_norm", self.max_grad_norm, above_zero=False)
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
-        if self.lr_scheduler not in SCHEDULERS:
-            raise ValueError(
-                f"lr_scheduler is {self.lr_scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
-            )
-        for name in ("batch_size", "gradient_accumulation", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("save_steps", "seed"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1 or None")
-        available = get_available_reporting_integrations()
-        missing = [name for name in self.report_to if name not in available]
-        if missing:
-            raise ValueError(
-                f"report_to is {missing[0]!r}; it must be a tracker that is installed "
-                f"({', '.join(available) or 'none is'})"
-            )
-
-
-def _check_number(name: str, value: float, *, above_zero: bool) -> None:
-    if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-        bound = "greater than 0" if above_zero else "at least 0"
-        raise ValueError(f"{name} is {value}; it must be {bound}")
-
 
 # ----------------------------------------------------------------------------------- selection
 
@@ -438,12 +359,11 @@ def _identity(
     plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings
 ) -> dict[str, str | int | float | bool | None]:
     """Everything that decides with which weights a run ends: argument -> value."""
-    decisive = {name: v for name, v in asdict(settings).items() if name not in _FREE}
     return {
         "units of the model": plan.units_hash[:12],
         "trained units (groups and selection)": plan.fingerprint[:12],
         "model weights": str(plan.weights_hash)[:12],
         "data": fingerprint(examples)[:12],
         "dtype": str(plan.model.dtype).removeprefix("torch."),
-        **decisive,
+        **settings.decisive(),
     }
