@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 import ssah
 from ssah.cli import app
-from ssah.cli.study import FreezeArm
 from ssah.data import DataError, encode, load_requests, load_rows, make_loader
 from ssah.evaluation import generation
 from ssah.groups import UnitGroups, classify
