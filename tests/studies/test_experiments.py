@@ -579,7 +579,3 @@ def test_studies_as_commands(model_folder, tmp_path):
     )  # fmt: skip
     assert found["result"]["arms"]["full"]["seeds"]["0"]["training"]["steps"] == 2
     assert not (tmp_path / "budget" / "models" / "full-0").exists()
-
-
-def test_choices_are_those_of_the_library():
-    assert [arm.value for arm in FreezeArm] == list(ARMS)
