@@ -34,7 +34,7 @@ _DATA, _TRAINING, _RUN = "Data", "Training", "Run"
 
 
 class Scheduler(str, Enum):
-    """As ``ssah.training.finetune.run.SCHEDULERS``."""
+    """As ``ssah.training.finetune.settings.SCHEDULERS``."""
 
     linear = "linear"
     cosine = "cosine"

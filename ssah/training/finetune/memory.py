@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.training.finetune.run import Settings, count_parameters, optimizer_options
+from ssah.training.finetune.run import count_parameters, optimizer_options
+from ssah.training.finetune.settings import Settings
 from ssah.training.plan import UpdatePlan
 from ssah.units import layers_path
 
