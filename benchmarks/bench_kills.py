@@ -38,7 +38,7 @@ import tiny_chat
 
 from benchmarks import common
 from ssah.cli import app
-from ssah.provenance import META, load_tensors
+from ssah.storage import META, load_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 WAYS = {"in memory": ("--save-every", "0.05"), "streamed": ("--stream",)}

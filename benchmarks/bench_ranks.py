@@ -27,10 +27,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.bench_attribute import build_batches, build_model
-from ssah.attribution import attribute
+from ssah.attribution import Sums, attribute
 from ssah.distributed import Ranks, deal
 from ssah.models import move
-from ssah.watch import Sums
 
 UNITS = (100_000, 500_000, 3_000_000)  # about a 0.3 B, a 7 B and a 70 B model's
 

@@ -36,9 +36,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.bench_attribute import kibibytes
-from ssah.attribution import attribute
+from ssah.attribution import attribute, stream
 from ssah.models import quiet
-from ssah.streaming import stream
 
 ROWS, LENGTH, BATCH_SIZE = 16, 128, 8
 WAYS = ("stream", "disk offload")

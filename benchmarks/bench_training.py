@@ -40,8 +40,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from ssah.selection import select_entries
 from ssah.training import train_only
+from ssah.training.entries import select_entries
 from ssah.units import UnitSet, find_modules
 
 ROWS, LENGTH, VOCABULARY = 4, 256, 32_000

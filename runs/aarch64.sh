@@ -87,11 +87,11 @@ CHECK
 # Two processes, as an emulated one starts slowly. The plug-ins that the options of pyproject.toml
 # belong to are not there.
 pytest=("$emulated" -m pytest -o addopts= -p no:cacheprovider -p no:randomly -q -ra)
-[ -n "${ALL:-}" ] || pytest+=(--deselect tests/test_ops.py::test_opcheck)
-"${pytest[@]}" tests/test_ops.py >"$folder/test_ops.log" 2>&1 &
+[ -n "${ALL:-}" ] || pytest+=(--deselect tests/kernels/test_ops.py::test_opcheck)
+"${pytest[@]}" tests/kernels/test_ops.py >"$folder/test_ops.log" 2>&1 &
 operators=$!
 failed=0
-"${pytest[@]}" tests/test_conversions.py tests/test_masked_update.py || failed=1
+"${pytest[@]}" tests/kernels/test_conversions.py tests/kernels/test_masked_update.py || failed=1
 wait "$operators" || failed=1
 cat "$folder/test_ops.log"
 exit "$failed"

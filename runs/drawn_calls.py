@@ -2,8 +2,8 @@
 
     PYTHONPATH=.:tests:tests/helpers python runs/drawn_calls.py CALLS [THREADS]
 
-The calls are those of tests/test_drawn_ops.py, of every operator in turn and from one seed on. With
-THREADS each thread draws its share, and all call the kernels at the same time.
+The calls are those of tests/kernels/test_drawn_ops.py, of every operator in turn and from one seed
+on. With THREADS each thread draws its share, and all call the kernels at the same time.
 """
 
 from __future__ import annotations

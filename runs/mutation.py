@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CPU, UPDATE, OPS = "test_cpu_kernels.py", "test_masked_update.py", "test_ops.py"
-OPTIM = "test_optim.py"
+CPU, UPDATE, OPS = (
+    "kernels/test_cpu_kernels.py",
+    "kernels/test_masked_update.py",
+    "kernels/test_ops.py",
+)
+OPTIM = "kernels/test_optim.py"
 NOISE = "noise_of_elements_beyond_32_bits"
 
 
@@ -40,7 +44,7 @@ def cpu_far(op: str) -> str:
 
 
 def cuda(tests: str) -> str:
-    return pytest("test_cuda_emulated.py", tests)
+    return pytest("kernels/test_cuda_emulated.py", tests)
 
 
 def near(op: str) -> str:

@@ -66,7 +66,7 @@ _ONCE_SURVIVED = (
         "csrc/cuda/masked_rounding.cuh",
         "static_cast<uint32_t>(element >> 32)",
         "0u",
-        pytest("test_cuda_faults.py", NOISE),
+        pytest("kernels/test_cuda_faults.py", NOISE),
     ),
     Mutation(
         "csrc/cpu/masked_update.h",
@@ -262,34 +262,34 @@ _PYTHON = (
     Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
     Mutation("ssah_kernels/optim.py", ".hypot(norm)", "", pytest(OPTIM, "max_norm")),
     Mutation(
-        "ssah/ranking.py",
+        "ssah/units/ranking.py",
         "math.floor(share * n + 0.5)",
         "round(share * n)",
-        pytest("test_groups.py", "equals_loops"),
+        pytest("groups/test_groups.py", "equals_loops"),
     ),
     Mutation(
-        "ssah/ranking.py",
+        "ssah/units/ranking.py",
         "chosen[ties[: count - int(chosen.sum())]] = True",
         "chosen[ties[int(chosen.sum()) - count :]] = True",
-        pytest("test_groups.py", "equals_loops or ties"),
+        pytest("groups/test_groups.py", "equals_loops or ties"),
     ),
     Mutation(
-        "ssah/attribution.py",
+        "ssah/attribution/scoring.py",
         "sums.m2 / (sums.count - 1)",
         "sums.m2 / sums.count",
-        pytest("test_attribution.py", "mean_and_variance"),
+        pytest("attribution/test_attribution.py", "mean_and_variance"),
     ),
     Mutation(
-        "ssah/ablation.py",
+        "ssah/interventions/ablation.py",
         "weight.index_copy_(each.dim, each.index.to(weight.device), values)",
         "weight.index_copy_(each.dim, each.index.to(weight.device), values + 1e-8)",
-        pytest("test_ablation.py", "undone or special_values"),
+        pytest("interventions/test_ablation.py", "undone or special_values"),
     ),
     Mutation(
-        "ssah/transfer.py",
+        "ssah/groups/transfers.py",
         "counts.double().view(side, side) / counts.sum()",
         "counts.double().view(side, side).T / counts.sum()",
-        pytest("test_transfer.py", "not real"),
+        pytest("groups/test_transfer.py", "not real"),
     ),
 )
 

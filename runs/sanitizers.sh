@@ -23,8 +23,8 @@ tree=$(realpath -m "${1:-build/sanitizers}")
 draws=${DRAWS:-10000}
 only=${ONLY:-address thread}
 
-tests=(tests/test_ops.py tests/test_cpu_kernels.py tests/test_masked_update.py
-  tests/test_drawn_ops.py)
+tests=(tests/kernels/test_ops.py tests/kernels/test_cpu_kernels.py tests/kernels/test_masked_update.py
+  tests/kernels/test_drawn_ops.py)
 # Left out: tests that compile, trace or start another process, and the one that compares bits with
 # torch's own update (another compilation contracts other products).
 selected="not opcheck and not compiles and not every_instruction_set and not capability"
@@ -73,7 +73,7 @@ each() {
 of_address() {
   under -m pytest -q -n 0 -p no:cacheprovider -m "exhaustive or not exhaustive" "${tests[@]}" \
     -k "$selected"
-  under -m pytest -q -n 0 -p no:cacheprovider tests/test_native_ops.py -k harm
+  under -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_native_ops.py -k harm
   under runs/drawn_calls.py "$draws"
 }
 
@@ -110,5 +110,5 @@ done
 
 cd "$checkout"
 unset SSAH_CPU_CAPABILITY
-"$python" -m pytest -q -n 0 -p no:cacheprovider tests/test_native_ops.py -k heap
+"$python" -m pytest -q -n 0 -p no:cacheprovider tests/kernels/test_native_ops.py -k heap
 echo "no report"

@@ -12,22 +12,29 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.compat.torchao import leave_out_notes
 from ssah.lazy import submodules_of
-from ssah.transfer import Transfer, transfer
-
-__version__ = "0.1.0"
+from ssah.moved import accept
+from ssah.version import __version__ as __version__
 
 leave_out_notes()  # before anything imports transformers
+accept()
 
 if TYPE_CHECKING:
     from ssah import data
-    from ssah.ablation import ablate, prune
-    from ssah.attribution import Attribution, attribute
-    from ssah.families import FFN, Attention, Experts, Family, NotCovered, register_family
-    from ssah.groups import UnitGroups, classify
-    from ssah.probing import Probe, probe
-    from ssah.streaming import stream
+    from ssah.attribution import Attribution, attribute, stream
+    from ssah.evaluation import Probe, probe
+    from ssah.groups import Transfer, UnitGroups, classify, transfer
+    from ssah.interventions import ablate, prune
     from ssah.training import UpdatePlan, freeze, load_update, train_only
-    from ssah.units import UnitSet, find_modules
+    from ssah.units import (
+        FFN,
+        Attention,
+        Experts,
+        Family,
+        NotCovered,
+        UnitSet,
+        find_modules,
+        register_family,
+    )
 
 __all__ = [
     "FFN",
@@ -56,30 +63,25 @@ __all__ = [
     "transfer",
 ]
 
-# Public name -> the module that defines it.
-_HOME = {
-    "FFN": "ssah.families",
-    "Attention": "ssah.families",
-    "Attribution": "ssah.attribution",
-    "Experts": "ssah.families",
-    "Family": "ssah.families",
-    "NotCovered": "ssah.families",
-    "Probe": "ssah.probing",
-    "UnitGroups": "ssah.groups",
-    "UnitSet": "ssah.units",
-    "UpdatePlan": "ssah.training",
-    "ablate": "ssah.ablation",
-    "attribute": "ssah.attribution",
-    "classify": "ssah.groups",
-    "find_modules": "ssah.units",
-    "freeze": "ssah.training",
-    "load_update": "ssah.training",
-    "probe": "ssah.probing",
-    "prune": "ssah.ablation",
-    "register_family": "ssah.families",
-    "stream": "ssah.streaming",
-    "train_only": "ssah.training",
+# Room -> the public names that it defines.
+_ROOMS = {
+    "attribution": ("Attribution", "attribute", "stream"),
+    "evaluation": ("Probe", "probe"),
+    "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
+    "interventions": ("ablate", "prune"),
+    "training": ("UpdatePlan", "freeze", "load_update", "train_only"),
+    "units": (
+        "FFN",
+        "Attention",
+        "Experts",
+        "Family",
+        "NotCovered",
+        "UnitSet",
+        "find_modules",
+        "register_family",
+    ),
 }
+_HOME = {name: f"ssah.{room}" for room, names in _ROOMS.items() for name in names}
 
 
 _submodule = submodules_of(__name__)

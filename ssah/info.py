@@ -74,7 +74,7 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
     Raises:
         ValueError: the architecture is unknown, or there are no such modules.
     """
-    from ssah.quantised import describe_packing, n_parameters
+    from ssah.models import describe_packing, n_parameters
     from ssah.units import KINDS, find_modules, find_not_covered
 
     found = find_modules(model).values()

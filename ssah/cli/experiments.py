@@ -27,7 +27,7 @@ __all__ = ["register"]
 
 
 class Counted(str, Enum):
-    """As ``ssah.experiments.inputs.TOKENS``."""
+    """As ``ssah.studies.inputs.TOKENS``."""
 
     labels = "labels"
     all = "all"
@@ -160,10 +160,10 @@ def scan(
     same command is given again.
     """
     quiet_threads()
-    from ssah.experiments.inputs import Loading
-    from ssah.experiments.scan import ScanSettings
-    from ssah.experiments.scan import scan as run
-    from ssah.report.experiment_tables import scan_tables
+    from ssah.report.terminal.experiments import scan_tables
+    from ssah.studies.inputs import Loading
+    from ssah.studies.scan.run import ScanSettings
+    from ssah.studies.scan.run import scan as run
 
     lists = {"shares": shares, "ru_shares": ru_shares, "compare_shares": compare_shares}
     settings = ScanSettings(
@@ -233,10 +233,10 @@ def stability(
     and row of memory.
     """
     quiet_threads()
-    from ssah.experiments.inputs import Loading
-    from ssah.experiments.stability import StabilitySettings
-    from ssah.experiments.stability import stability as run
-    from ssah.report.experiment_tables import stability_tables
+    from ssah.report.terminal.experiments import stability_tables
+    from ssah.studies.inputs import Loading
+    from ssah.studies.stability.run import StabilitySettings
+    from ssah.studies.stability.run import stability as run
 
     settings = StabilitySettings(
         sizes=tuple(sizes or StabilitySettings.sizes),

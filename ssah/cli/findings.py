@@ -58,9 +58,9 @@ def transfer(
     Example: `ssah transfer runs/groups runs/groups_tuned --out runs/transfer`
     """
     from ssah import transfer as compare
-    from ssah.experiments.transfer import run_transfer, summary
     from ssah.groups import UnitGroups
-    from ssah.report.tables import facts_table
+    from ssah.report.terminal.tables import facts_table
+    from ssah.studies.transfer import run_transfer, summary
 
     if out is None:
         groups = UnitGroups.load(before), UnitGroups.load(after)
@@ -80,7 +80,7 @@ def _flows(found: Mapping[str, Any]) -> Table:
     from rich.text import Text
 
     from ssah.report import COLOURS
-    from ssah.report.tables import new_table
+    from ssah.report.terminal.tables import new_table
 
     groups = found["groups"]
     table = new_table(
@@ -137,11 +137,11 @@ def probe(
     Example: `ssah probe runs/aligned --beside smollm2 --out runs/probe`
     """
     quiet_threads()
-    from ssah.evaluation.margin import COMPLIANCE, REFUSAL
-    from ssah.experiments.inputs import Loading
-    from ssah.experiments.probe import run_probe
-    from ssah.report.experiment_tables import claims_text
-    from ssah.report.tables import facts_table
+    from ssah.evaluation import COMPLIANCE, REFUSAL
+    from ssah.report.terminal.experiments import claims_text
+    from ssah.report.terminal.tables import facts_table
+    from ssah.studies.inputs import Loading
+    from ssah.studies.probe import run_probe
 
     record = run_probe(
         out,
@@ -162,7 +162,7 @@ def probe(
 
 
 def _layers(row: Mapping[str, Any]) -> Table:
-    from ssah.report.tables import new_table
+    from ssah.report.terminal.tables import new_table
 
     table = new_table(
         f"{row['model']}: cosine distance less baseline",
@@ -199,7 +199,7 @@ def report(
     Example: `ssah report runs --out report.html`
     """
     from ssah.report.html import write_report
-    from ssah.report.tables import facts_table, new_table
+    from ssah.report.terminal.tables import facts_table, new_table
 
     target = folder / "report.html" if out is None else out
     runs = write_report(folder, target, title=title)

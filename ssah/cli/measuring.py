@@ -8,15 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ssah.cli.support import (
-    Device,
-    Dtype,
-    DtypeOption,
-    Json,
-    RemoteCode,
-    Result,
-    reporting,
-)
+from ssah.cli.support import Device, Dtype, DtypeOption, Json, RemoteCode, Result, reporting
 
 
 @reporting
@@ -50,7 +42,7 @@ def info(
 def _info_tables(facts: dict[str, Any]) -> list[Any]:
     from rich.text import Text
 
-    from ssah.report.tables import facts_table, new_table
+    from ssah.report.terminal.tables import facts_table, new_table
 
     cuda = ", ".join(facts["cuda_archs"]) if facts["cuda_built"] else "not built"
     isa = f"{facts['isa']} (built: {', '.join(facts['isa_built'])})"
@@ -88,8 +80,8 @@ def _model_tables(model: dict[str, Any]) -> list[Any]:
     import torch
     from rich.text import Text
 
-    from ssah.report.tables import facts_table, new_table
-    from ssah.slots import runs
+    from ssah.report.terminal.tables import facts_table, new_table
+    from ssah.training import runs
 
     share = model["owned"] / model["parameters"]
     about = {
@@ -152,8 +144,9 @@ def demo(
     # Threads that wait leave their core to others: on a busy machine that is faster, and
     # it must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    from ssah import demo, full_demo
-    from ssah.folder_lock import one_run
+    from ssah.storage import one_run
+    from ssah.studies.demo import full as full_demo
+    from ssah.studies.demo import short as demo
 
     with one_run(out):
         found = (full_demo if full else demo).run(
@@ -182,6 +175,6 @@ def bench(
 
     Example: `ssah bench --quick`
     """
-    from ssah.bench import run
+    from ssah.studies.bench.run import run
 
     return Result(run(out, quick=quick, threads=threads))

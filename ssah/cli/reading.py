@@ -79,12 +79,12 @@ _OPTIONS: dict[str, tuple[Any, Any]] = {
 def reading_rows(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options of how it reads and renders rows.
 
-    Its argument ``reading`` becomes the `ssah.data.reading.Reading` that they make.
+    Its argument ``reading`` becomes the `ssah.data.Reading` that they make.
     """
 
     @functools.wraps(function)
     def run(**given: Any) -> Any:
-        from ssah.data.reading import Reading, template_options
+        from ssah.data import Reading, template_options
 
         own = {name: given.pop(name) for name in _OPTIONS}
         reading = Reading(

@@ -95,16 +95,13 @@ def attribute(
 
     Example: `ssah attribute smollm2 --data builtin:safety --out runs/safety`
     """
-    from ssah.attribution import CONTENT
+    from ssah.attribution import CONTENT, discard
     from ssah.attribution import attribute as score
-    from ssah.data import Counts
-    from ssah.data.reading import rows_read
+    from ssah.data import Counts, rows_read
     from ssah.distributed import deal, launched
-    from ssah.folder_lock import one_run
     from ssah.models import load_tokenizer
-    from ssah.provenance import check_kind
-    from ssah.report.tables import facts_table
-    from ssah.unfinished import discard
+    from ssah.report.terminal.tables import facts_table
+    from ssah.storage import check_kind, one_run
     from ssah.units import KINDS
 
     options: dict[str, Any] = {
@@ -140,7 +137,7 @@ def attribute(
             loader = reading.loader(rows, tokenizer, counts, **sizes)
         start = time.perf_counter()
         if streamed:
-            from ssah.streaming import stream
+            from ssah.attribution import stream
 
             attribution, traffic = stream(
                 model,
@@ -213,7 +210,7 @@ def classify(
     """
     from ssah.attribution import Attribution
     from ssah.groups import classify as sort
-    from ssah.report.tables import facts_table, groups_table, layers
+    from ssah.report.terminal.tables import facts_table, groups_table, layers
 
     groups = sort(
         Attribution.load(safety),
@@ -274,12 +271,10 @@ def ablate(
 
     Example: `ssah ablate smollm2 --groups runs/groups --group scu --random`
     """
-    from ssah.data import Counts
-    from ssah.data.reading import rows_read
-    from ssah.evaluation import Measures, ablations
-    from ssah.evaluation.prompts import OPENING, fitting, prompts
+    from ssah.data import Counts, rows_read
+    from ssah.evaluation import OPENING, Measures, ablations, fitting, prompts
     from ssah.groups import UnitGroups
-    from ssah.report.tables import ablation_table
+    from ssah.report.terminal.tables import ablation_table
 
     counts, asked_counts = Counts(), Counts()
     answers = reading.rows(utility, limit=limit, counts=counts)

@@ -62,7 +62,7 @@ _GROUPS = "Groups"
 
 
 class FreezeArm(str, Enum):
-    """As ``ssah.experiments.freeze.ARMS``."""
+    """As ``ssah.studies.training.freeze.ARMS``."""
 
     none = "none"
     scu = "scu"
@@ -125,10 +125,10 @@ def budget(
     same command is given again.
     """
     quiet_threads()
-    from ssah.experiments.budget import BudgetSettings
-    from ssah.experiments.budget import budget as run
-    from ssah.experiments.inputs import Loading
-    from ssah.report.experiment_tables import study_tables
+    from ssah.report.terminal.experiments import study_tables
+    from ssah.studies.inputs import Loading
+    from ssah.studies.training.budget import BudgetSettings
+    from ssah.studies.training.budget import budget as run
 
     settings = BudgetSettings(
         seeds=tuple(seeds or (0,)),
@@ -228,10 +228,10 @@ def freeze(
     nothing. An interrupted study goes on when the same command is given again.
     """
     quiet_threads()
-    from ssah.experiments.freeze import FreezeSettings
-    from ssah.experiments.freeze import freeze as run
-    from ssah.experiments.inputs import Loading
-    from ssah.report.experiment_tables import study_tables
+    from ssah.report.terminal.experiments import study_tables
+    from ssah.studies.inputs import Loading
+    from ssah.studies.training.freeze import FreezeSettings
+    from ssah.studies.training.freeze import freeze as run
 
     own = {"arms": tuple(arm.value for arm in arms)} if arms else {}
     settings = FreezeSettings(

@@ -201,7 +201,7 @@ def load(
     from rich.console import Console
 
     from ssah.models import load_model, quiet
-    from ssah.report.tables import as_data
+    from ssah.report.terminal.tables import as_data
 
     with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
         return load_model(

@@ -24,9 +24,8 @@ from ssah.cli.support import (
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from ssah.data import Counts
-    from ssah.data.reading import Reading
-    from ssah.finetune import Settings
+    from ssah.data import Counts, Reading
+    from ssah.training.finetune import Settings
 
 __all__ = ["align", "finetune", "register"]
 
@@ -35,7 +34,7 @@ _DATA, _TRAINING, _RUN = "Data", "Training", "Run"
 
 
 class Scheduler(str, Enum):
-    """As ``ssah.finetune.SCHEDULERS``."""
+    """As ``ssah.training.finetune.run.SCHEDULERS``."""
 
     linear = "linear"
     cosine = "cosine"
@@ -194,7 +193,7 @@ def finetune(
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
     model.
     """
-    from ssah.finetune import Settings
+    from ssah.training.finetune import Settings
 
     settings = Settings(
         lr=lr,
@@ -279,7 +278,7 @@ def align(
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
     model.
     """
-    from ssah.finetune import Settings
+    from ssah.training.finetune import Settings
 
     settings = Settings(
         lr=lr,
@@ -340,14 +339,13 @@ def _train(
     dry_run: bool,
 ) -> Result:
     """What both commands do; ``mode`` is "freeze" or "train", the option that selects units."""
-    from ssah.data import Counts, DataError, encode, warn_of_shared
-    from ssah.data.reading import rows_read
-    from ssah.finetune import fine_tune, select_units
-    from ssah.folder_lock import check_free
+    from ssah.data import Counts, DataError, encode, rows_read, warn_of_shared
     from ssah.groups import UnitGroups
-    from ssah.memory import preview
+    from ssah.storage import check_free
     from ssah.training import freeze, train_only
-    from ssah.training_run import check_folder
+    from ssah.training.finetune import fine_tune, select_units
+    from ssah.training.finetune.folder import check_folder
+    from ssah.training.finetune.memory import preview
     from ssah.units import UnitSet, find_modules
 
     split, limit, max_length = encoding
@@ -422,8 +420,8 @@ def _train(
 
 def _check_selection(mode: str, selection: list[str], groups: Path | None) -> bool:
     """Refuse a selection that cannot be; returns whether it is "none"."""
-    from ssah.finetune import select_units
     from ssah.groups import UnitGroups
+    from ssah.training.finetune import select_units
 
     if mode == "freeze" and _NOTHING in selection:
         if len(selection) > 1 or groups is not None:
@@ -438,7 +436,7 @@ def _check_selection(mode: str, selection: list[str], groups: Path | None) -> bo
 def _preview_table(result: dict[str, Any], settings: Settings) -> Table:
     from rich.text import Text
 
-    from ssah.report.tables import facts_table
+    from ssah.report.terminal.tables import facts_table
 
     memory = result["memory"]
     facts = {
@@ -455,7 +453,7 @@ def _preview_table(result: dict[str, Any], settings: Settings) -> Table:
 
 
 def _result_table(result: dict[str, Any]) -> Table:
-    from ssah.report.tables import facts_table
+    from ssah.report.terminal.tables import facts_table
 
     facts: dict[str, object] = {
         "model": result["model"],

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
-from ssah.evaluation.attack import attack_success, judge_answers, rate
+from ssah.evaluation.attack import (
+    attack_success,
+    distinct_judges,
+    judge_answers,
+    judged_answers,
+    rate,
+    summary,
+)
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, generate
-from ssah.evaluation.intervals import bootstrap, paired_difference, wilson
+from ssah.evaluation.intervals import bootstrap, check_level, paired_difference, wilson
 from ssah.evaluation.judges import Judge, judge
 from ssah.evaluation.loss import response_log_probs, utility_loss
-from ssah.evaluation.margin import COMPLIANCE, REFUSAL, refusal_margin, refusal_margins
+from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, refusal_margins
 from ssah.evaluation.measure import Measurement, Measures, ablations
+from ssah.evaluation.perplexity import Perplexity, count_words
+from ssah.evaluation.probing import Probe, probe
+from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
+from ssah.evaluation.rates import answer_rates
+from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 
 __all__ = [

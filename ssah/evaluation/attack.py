@@ -8,12 +8,13 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.ablation import ablate
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, bar, generate
-from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.evaluation.judges.base import Judge, Judged
+from ssah.evaluation.judges.choose import judge
+from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.rates import answer_rates, rate
+from ssah.interventions import ablate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,10 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import IGNORE_INDEX, Collator, Encoded, load_rows
-from ssah.data.encoding import Encoder
+from ssah.data import IGNORE_INDEX, Collator, Encoded, Encoder, load_rows
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import Request, check_list, longest_first, prompts
+from ssah.evaluation.prompting import Request, check_list, longest_first, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,12 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.bare import check_whole
-from ssah.data.encoding import Encoder
-from ssah.data.fields import check_count
-from ssah.evaluation.prompts import Request, check_room, longest_first, prompts
+from ssah.data import Encoder, check_count
+from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
-from ssah.running import as_it_was
+from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

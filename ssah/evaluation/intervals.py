@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from statistics import NormalDist
-
-import torch
 from torch import Tensor
 
 __all__ = ["bootstrap", "check_level", "paired_difference", "wilson"]
@@ -38,15 +34,10 @@ def wilson(successes: int, n: int, level: float = 0.95) -> tuple[float, float]:
     if not 0 <= successes <= n:
         raise ValueError(f"successes is {successes}, must be between 0 and n = {n}")
     check_level(level)
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    p = successes / n
-    middle = p + z * z / (2 * n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    scale = 1 + z * z / n
-    # At either end a bound equals the rate; rounding must not put it on the other side.
-    low = 0.0 if successes == 0 else (middle - half) / scale
-    high = 1.0 if successes == n else (middle + half) / scale
-    return low, high
+    from scipy import stats  # imported when it is needed: it takes most of a second
+
+    interval = stats.binomtest(successes, n).proportion_ci(level, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def bootstrap(
@@ -62,7 +53,7 @@ def bootstrap(
     Args:
         values: ``[requests]`` or ``[requests, seeds]``, numbers or bools, finite.
         level: of confidence, a fraction in (0, 1).
-        resamples: how many times the requests are drawn, at least 1.
+        resamples: how many times the requests are drawn, at least 2.
         seed: of the drawing; the same arguments give the same interval.
 
     Returns:
@@ -81,25 +72,28 @@ def bootstrap(
             f"values has shape {tuple(values.shape)}, must be [requests] or [requests, seeds] "
             "with at least one of each"
         )
-    if resamples < 1:
-        raise ValueError(f"resamples is {resamples}, must be at least 1")
+    if resamples < 2:
+        raise ValueError(f"resamples is {resamples}, must be at least 2")
     check_level(level)
     values = values.detach().cpu().double()
     if not bool(values.isfinite().all()):
         raise ValueError("values has NaN or infinite entries, must be finite")
     per_request = values if values.dim() == 1 else values.mean(1)  # [requests]
     n = len(per_request)
-    generator = torch.Generator().manual_seed(seed)
-    means = []
-    step = max(1, _CHUNK // n)
-    for start in range(0, resamples, step):
-        shape = (min(step, resamples - start), n)
-        drawn = torch.randint(n, shape, generator=generator)
-        means.append(per_request[drawn].mean(1))
-    tail = (1 - level) / 2
-    bounds = torch.tensor([tail, 1 - tail], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(means), bounds).tolist()
-    return low, high
+    if n == 1:  # every resample is that one request; scipy asks for two
+        return float(per_request), float(per_request)
+    from scipy import stats
+
+    interval = stats.bootstrap(
+        (per_request.numpy(),),
+        lambda drawn, axis: drawn.mean(axis),  # [resamples, requests] -> [resamples]
+        n_resamples=resamples,
+        batch=max(1, _CHUNK // n),
+        confidence_level=level,
+        method="percentile",
+        rng=seed % 2**64,  # torch takes a negative seed, numpy does not
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def paired_difference(

@@ -11,11 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssah.attribution import may_drop_mask
-from ssah.bare import check_whole
-from ssah.batches import IGNORED, Batch, n_embeddings, read_batch
-from ssah.positions import with_positions
-from ssah.running import as_it_was
+from ssah.attribution import IGNORED, Batch, may_drop_mask, n_embeddings, read_batch, with_positions
+from ssah.models import as_it_was, check_whole
 
 __all__ = ["response_log_probs", "utility_loss"]
 

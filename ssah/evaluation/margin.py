@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Collator, DataError, Encoded, encode
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import check_list, longest_first
+from ssah.evaluation.prompting import check_list, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

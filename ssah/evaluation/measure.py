@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssah.ablation import ablate
 from ssah.evaluation.loss import utility_loss
 from ssah.evaluation.margin import refusal_margins
+from ssah.interventions import ablate
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:

@@ -7,11 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssah.data import IGNORE_INDEX, Collator, encode
-from ssah.data.encoding import Encoded, Encoder
-from ssah.data.fields import check_count
+from ssah.data import IGNORE_INDEX, Collator, Encoded, Encoder, check_count, encode
 from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompts import check_list, longest_first
+from ssah.evaluation.prompting import check_list, longest_first
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

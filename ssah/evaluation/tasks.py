@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.attack import rate
-from ssah.running import as_it_was
+from ssah.evaluation.rates import rate
+from ssah.models import as_it_was
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

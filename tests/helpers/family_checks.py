@@ -23,11 +23,11 @@ from plans import assert_equal, batch, draw, loss_of, make, masks, snapshot
 from scores import assert_close, capture, expected, ragged
 from torch import Tensor, nn
 
-from ssah import families
-from ssah.ablation import ablate
-from ssah.attribution import METRICS, attribute
-from ssah.records import write_whole
-from ssah.streaming import STREAMED_METRICS, stream
+from ssah.attribution import METRICS, attribute, stream
+from ssah.attribution.streaming.run import STREAMED_METRICS
+from ssah.interventions import ablate
+from ssah.storage import write_whole
+from ssah.units import families
 
 TABLE = Path(__file__).parents[2] / "docs" / "families.md"
 TINY = {**tiny_models.FAMILIES, **tiny_models.EXPERTS}
@@ -159,7 +159,7 @@ def reached(trains: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 
 # Tiny models that are checked in every column whenever tests run; of the others only scores are.
-# Every distinct entry of `ssah.families.FAMILIES` has one here at least.
+# Every distinct entry of `ssah.units.families.FAMILIES` has one here at least.
 CHOSEN = (
     *("llama_bias", "gemma2"),  # of 22 tiny models that share an entry
     *("gemma3n", "gemma4_experts", "glm", "nemotron", "starcoder2", "falcon_new", "bloom"),
@@ -193,7 +193,7 @@ def check(family: str, column: str) -> None:
 
 
 def model_type(family: str) -> str:
-    """The entry of `ssah.families.FAMILIES` that a tiny model belongs to."""
+    """The entry of `ssah.units.families.FAMILIES` that a tiny model belongs to."""
     return str(TINY[family]().model_type)
 
 

@@ -25,8 +25,7 @@ import torch
 
 from ssah.evaluation.judges.base import Judge
 from ssah.evaluation.judges.generative import GenerativeClassifier, Question, Reads
-from ssah.loading import ModelError, loading, whole
-from ssah.models import load_model, move, quiet
+from ssah.models import ModelError, load_model, loading_errors, move, quiet, whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -72,7 +71,7 @@ class SequenceClassifier(Judge):
 
     @torch.inference_mode()
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`ssah.evaluation.judges.Judge`.
+        """See :class:`ssah.evaluation.Judge`.
 
         Raises:
             FloatingPointError: its logits are NaN or infinite.
@@ -111,12 +110,12 @@ class SequenceClassifier(Judge):
         return [found[i] for i in range(len(answers))]
 
     def to(self, device: torch.device) -> Judge:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         move(self.model, device)
         return self
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         return {
             "name": self.name,
             "kind": "sequence classifier",
@@ -149,7 +148,7 @@ def classifier(what: str) -> Judge:
     from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
     local = Path(source).is_dir()
-    with loading(source, "judge 'hf:{name}' cannot be loaded: {reason}"):
+    with loading_errors(source, "judge 'hf:{name}' cannot be loaded: {reason}"):
         config = AutoConfig.from_pretrained(source, local_files_only=local)
         kinds = " ".join(config.architectures or [])
         if "ForSequenceClassification" in kinds:

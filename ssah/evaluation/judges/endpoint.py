@@ -7,6 +7,10 @@ SSAH_JUDGE_KEY, if it is set, is sent to whatever endpoint is named; that in OPE
 api.openai.com, and to the host of OPENAI_BASE_URL. No key is sent in the clear to another machine.
 """
 
+# The client ``openai`` is not used here. It follows redirects, and it sends what OPENAI_ORG_ID,
+# OPENAI_PROJECT_ID and OPENAI_CUSTOM_HEADERS say to every endpoint, with the system and the version
+# of Python. With all of that prevented, this file was longer than it is without the client.
+
 from __future__ import annotations
 
 import json
@@ -44,9 +48,6 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
     def redirect_request(self, *args: Any) -> None:
         return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Endpoint(Judge):
         return f"openai:{self.url}#{self.model}{style}"
 
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`ssah.evaluation.judges.Judge`.
+        """See :class:`ssah.evaluation.Judge`.
 
         Raises:
             ConnectionError: the endpoint cannot be reached, or keeps failing.
@@ -120,7 +121,7 @@ class Endpoint(Judge):
             return [verdict(text, self.name) for text in said]
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         return {
             "name": self.name,
             "kind": "endpoint",
@@ -185,9 +186,13 @@ class Endpoint(Judge):
         if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         call = urllib.request.Request(f"{self.url}/chat/completions", body, headers)
+        # A call to this machine stays on it, whatever proxy the environment names.
+        local = urlsplit(self.url).hostname in _LOOPBACK
+        proxies = urllib.request.ProxyHandler({} if local else None)
+        opener = urllib.request.build_opener(_NoRedirect, proxies)
         for attempt in range(self.retries + 1):
             try:
-                with _OPENER.open(call, timeout=self.timeout) as reply:
+                with opener.open(call, timeout=self.timeout) as reply:
                     content: bytes = reply.read()
                     return content
             except urllib.error.HTTPError as error:

@@ -25,8 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import use_template
-from ssah.data.encoding import Encoder
+from ssah.data import Encoder, use_template
 from ssah.evaluation.judges.base import Judge
 from ssah.evaluation.reasoning import spoken
 from ssah.models import move
@@ -170,7 +169,7 @@ class GenerativeClassifier(Judge):
         self.question, self.reads = question, reads
 
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`ssah.evaluation.judges.Judge`.
+        """See :class:`ssah.evaluation.Judge`.
 
         Raises:
             DataError: its chat template leaves request or answer out, or changes them.
@@ -208,7 +207,7 @@ class GenerativeClassifier(Judge):
 
     def _shortened(self, length: int, answer: str, encoder: Encoder) -> str | None:
         """As much of ``answer`` as the judge has room for; None: all of it."""
-        from ssah.evaluation.prompts import room_of
+        from ssah.evaluation.prompting import room_of
 
         room = room_of(self.model)
         if room is None or length + _VERDICT_TOKENS <= room:
@@ -224,13 +223,13 @@ class GenerativeClassifier(Judge):
         return encoder.decode(ids[:keep])
 
     def to(self, device: torch.device) -> Judge:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         if not hasattr(self.model, "hf_device_map"):  # else it was put on devices on purpose
             move(self.model, device)
         return self
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         return {
             "name": self.name,
             "kind": "generative classifier",

@@ -96,7 +96,7 @@ class Keywords(Judge):
         return cls(data["name"], data["version"], data["source"], tuple(strings), **rule)
 
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`ssah.evaluation.judges.Judge`; the requests do not matter."""
+        """See :class:`ssah.evaluation.Judge`; the requests do not matter."""
         return [not self.refuses(answer) for answer in answers]
 
     def refuses(self, answer: str) -> bool:
@@ -115,7 +115,7 @@ class Keywords(Judge):
         )
 
     def describe(self) -> dict[str, Any]:
-        """See :class:`ssah.evaluation.judges.Judge`."""
+        """See :class:`ssah.evaluation.Judge`."""
         return {
             "name": self.name,
             "kind": "keywords",

@@ -1,0 +1,274 @@
+"""``stream``: scores of a model that is larger than memory, layer by layer from its files."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssah.attribution.batches import (
+    Batch,
+    Fingerprint,
+    Trail,
+    counted_tokens,
+    n_embeddings,
+    read_batch,
+)
+from ssah.attribution.positions import with_positions
+from ssah.attribution.scoring import (
+    METRICS,
+    TOKENS,
+    Attribution,
+    check_loader,
+    check_option,
+    column_sq_norms,
+    finish,
+    may_drop_mask,
+)
+from ssah.attribution.streaming.layers import LayeredModel, alone, moved
+from ssah.attribution.streaming.resuming import FileState, MemoryState
+from ssah.attribution.watch import Sums, check_finite, check_ran, watching
+from ssah.models import naming_weights
+from ssah.progress import scoring_bar
+from ssah.storage import one_run
+from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
+from ssah.version import __version__
+
+__all__ = ["STREAMED_METRICS", "Traffic", "stream"]
+
+STREAMED_METRICS = ("variance", "norm")
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a streamed run has moved.
+
+    Attributes:
+        bytes_needed: of weights that the backbone has in the files.
+        bytes_read: of weights that this run has read; less only where it went on from a state.
+        read_seconds: the reading thread has spent reading.
+        wait_seconds: computing has waited for it.
+    """
+
+    bytes_needed: int
+    bytes_read: int
+    read_seconds: float
+    wait_seconds: float
+
+
+def stream(
+    name: str,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    metric: str = "variance",
+    modules: Iterable[str] = KINDS,
+    tokens: str = "auto",
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    state: str | os.PathLike[str] | None = None,
+    hidden_memory: int = 2**30,
+    progress: bool = False,
+) -> tuple[Attribution, Traffic]:
+    """Score every unit of a model that need not fit in memory.
+
+    The result is that of ``attribute(load_model(name)[0], loader)``, to the bit, in the memory of
+    two layers. All batches pass through a layer before the next one takes its place; that one is
+    read meanwhile, by a thread. Each weight is read once for the whole data set; the vocabulary
+    projection, which these metrics do not need, is not read. Embeddings stay in memory, and hidden
+    states: rows x length x ``hidden_size`` numbers over all batches.
+
+    Args:
+        name: a folder with safetensors, sharded or not, or a hub id; as of ``load_model``.
+        loader: as of `attribute`; read once, before any weight.
+        metric: ``"variance"`` or ``"norm"``.
+        modules, tokens: as of `attribute`.
+        dtype, device, trust_remote_code: as of ``load_model``.
+        state: a folder that keeps what is done after each layer. The same call with the same
+            folder goes on after the last layer that was done, and gives the same bits. It is not
+            removed: do so when the result is saved.
+        hidden_memory: bytes; hidden states that take more are kept in temporary files.
+        progress: show a bar with layers.
+
+    Returns:
+        The scores, and what was read for them.
+
+    Raises:
+        ModelError: the model cannot be found, has no safetensors, or is quantised.
+        ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
+            gradient metric, or a ``state`` that is damaged, of another run or in use by one.
+    """
+    check_option("metric", metric, METRICS)
+    check_option("tokens", tokens, TOKENS)
+    if metric not in STREAMED_METRICS:
+        raise ValueError(
+            f"metric is {metric!r}, which needs gradients: going backward would read every layer a "
+            "second time and compute it anew. Streaming takes "
+            f"{' and '.join(map(repr, STREAMED_METRICS))}; for others dispatch the model with a "
+            "device_map, and use ssah.attribute"
+        )
+    layered = LayeredModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    modules = (modules,) if isinstance(modules, str) else tuple(modules)
+    found = find_modules(layered.model, modules)
+    batches, tokens, fingerprint, trail = _read_loader(loader, layered, metric, tokens)
+    identity = {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": config_hash(layered.model),
+        "weights": layered.checkpoint.fingerprint,
+        "dtype": str(layered.dtype),
+        "device": layered.device.type,
+        "modules": sorted(modules),
+        "tokens": tokens,
+        "data": trail,
+    }
+    with ExitStack() as stack:
+        folder = state
+        if state is None and _hidden_bytes(layered, batches) > hidden_memory:
+            folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
+        if folder is not None:
+            stack.enter_context(one_run(folder))
+        done = MemoryState() if folder is None else FileState(Path(folder), identity)
+        advance = stack.enter_context(_progress(layered, done)) if progress else None
+        stack.enter_context(torch.autocast(layered.device.type, enabled=False))
+        waited = _run(layered, found, batches, done, advance)
+    attribution = finish(
+        layered.model,
+        found,
+        done.sums,
+        done.norms,
+        metric=metric,
+        tokens=tokens,
+        fingerprint=fingerprint,
+    )
+    checkpoint = layered.checkpoint
+    traffic = Traffic(
+        layered.bytes_needed, checkpoint.bytes_read, checkpoint.seconds, wait_seconds=waited
+    )
+    return attribution, traffic
+
+
+def _run(
+    layered: LayeredModel,
+    found: Mapping[str, DepthTwoModule],
+    batches: Sequence[Batch],
+    done: MemoryState,
+    advance: Callable[[], None] | None,
+) -> float:
+    """Pass the batches through the layers that are left; seconds that computing has waited."""
+    waited = 0.0
+    left = range(done.layer, len(layered.layers))
+    if not left:
+        return waited
+    layered.load_rest()
+    with closing(_read_ahead(layered.read, left)) as ahead:
+        for index in left:
+            start = time.perf_counter()
+            tensors = next(ahead)
+            waited += time.perf_counter() - start
+            layered.load(index, tensors)
+            prefix = f"{layered.path}.{index}."
+            own = {name: module for name, module in found.items() if name.startswith(prefix)}
+            sums = {name: Sums.zeros(module) for name, module in own.items()}
+            with naming_weights(layered.model):
+                _run_layer(layered, index, own, sums, batches, done)
+                check_ran(own, sums)
+                check_finite(sums, gradient=False)
+            norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
+            layered.unload(index)
+            done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
+            if advance is not None:
+                advance()
+    return waited
+
+
+def _read_ahead(
+    read: Callable[[int], dict[str, Tensor]], indices: Sequence[int]
+) -> Generator[dict[str, Tensor]]:
+    """What ``read`` gives for each index, while the next one is being read by a thread."""
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        reading = [thread.submit(read, index) for index in indices[:1]]
+        for following in [*indices[1:], None]:
+            tensors = reading.pop().result()
+            if following is not None:
+                reading.append(thread.submit(read, following))
+            yield tensors
+
+
+def _run_layer(
+    layered: LayeredModel,
+    index: int,
+    modules: Mapping[str, DepthTwoModule],
+    sums: Mapping[str, Sums],
+    batches: Sequence[Batch],
+    done: MemoryState,
+) -> None:
+    """Pass every batch through one layer.
+
+    The backbone runs its own forward, so that the layer is given what it always is: masks,
+    positions, whatever else the architecture makes. Its other layers only hand on hidden states.
+    """
+    last = index == len(layered.layers) - 1
+    with (
+        watching(modules, sums, gradient=False) as watch,
+        alone(layered.layers, index) as relay,
+        torch.inference_mode(),
+    ):
+        for number, batch in enumerate(batches):
+            watch.read(batch)
+            if index:
+                relay.before = moved(done.get(number), layered.device)
+            layered.model.base_model(**batch.inputs, use_cache=False)
+            if not last:
+                done.put(number, moved(relay.after, torch.device("cpu")))
+
+
+def _read_loader(
+    loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
+) -> tuple[list[Batch], str, str, str]:
+    """All batches, which tokens count, the fingerprint of the data, and that of the batches."""
+    maskless, vocab_size = may_drop_mask(layered.model), n_embeddings(layered.model)
+    fingerprint, trail = Fingerprint(), Trail()
+    own_fingerprint = getattr(loader, "fingerprint", None)
+    batches: list[Batch] = []
+    for number, raw in enumerate(loader):
+        if tokens == "auto":
+            tokens = counted_tokens(raw)
+        batch = read_batch(
+            raw,
+            number,
+            tokens=tokens,
+            maskless=maskless,
+            device=layered.device,
+            vocab_size=vocab_size,
+        )
+        batch = with_positions(layered.model, batch)
+        if own_fingerprint is None:
+            fingerprint.update(batch)
+        trail.update(raw)
+        batches.append(batch)
+    counted = sum(int(batch.token_mask.sum()) for batch in batches)
+    check_loader(len(batches), counted, metric=metric, tokens=tokens)
+    own = str(own_fingerprint or fingerprint.hexdigest())
+    return batches, tokens, own, trail.hexdigest()
+
+
+def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
+    width = layered.model.config.get_text_config(decoder=True).hidden_size
+    return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
+
+
+@contextmanager
+def _progress(layered: LayeredModel, done: MemoryState) -> Iterator[Callable[[], None]]:
+    total = len(layered.layers)
+    with scoring_bar("scoring layers", "{:,.2f} GB read", total, done.layer) as show:
+        yield lambda: show(layered.checkpoint.bytes_read / 1e9)

@@ -1,0 +1,287 @@
+"""Watching the activation that enters every B: its moments, and its product with its gradient.
+
+Of a routed expert these are taken over the tokens that chose it, before the routing weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.attribution.batches import Batch
+from ssah.compat.modules import has_hooks
+from ssah.models import at_hand, device_of, replaced_forward, runs_own_forward
+from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
+from ssah_kernels import ops
+
+__all__ = ["Sums", "Watch", "check_finite", "check_ran", "watching"]
+
+_ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Running state of one module, float64, on the device of its B.
+
+    Attributes:
+        count: ``[]``, tokens seen.
+        mean, m2: ``[n_units]``, mean of the activation and sum of squared deviations from it.
+        signed, squared: ``[n_units]``, sums over tokens of a * dL/da and of its square.
+    """
+
+    count: Tensor
+    mean: Tensor
+    m2: Tensor
+    signed: Tensor
+    squared: Tensor
+
+    @classmethod
+    def zeros(cls, module: DepthTwoModule) -> Sums:
+        """No token seen yet."""
+        device = device_of(module.down)
+        channels = (
+            torch.zeros(module.n_units, dtype=torch.float64, device=device) for _ in range(4)
+        )
+        return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
+
+    def to(self, device: str) -> Sums:
+        """The same on another device."""
+        return Sums(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+
+@dataclass
+class Watch:
+    """What the watched modules need to know about the batch that is running.
+
+    Attributes:
+        gradient: whether a * dL/da is wanted too (then the pass must be differentiable).
+        all_experts: whether an expert's moments are over all tokens, not those routed to it alone.
+        token_mask: bool ``[rows, length]``, or None where every position counts.
+        needed: int64 ``[n]``, the positions among rows * length that are not padding, or None: all.
+        again: whether the pass goes back: what runs then was counted when it ran first.
+    """
+
+    gradient: bool
+    all_experts: bool = False
+    token_mask: Tensor | None = None
+    needed: Tensor | None = None
+    again: bool = False
+
+    @contextmanager
+    def backward(self) -> Iterator[None]:
+        """The block is the batch's backward pass."""
+        self.again = True
+        yield
+        self.again = False
+
+    def moments(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
+        """Count, mean and M2 that take what runs now; nobody reads what comes a second time."""
+        return ops.new_moments(sums.mean) if self.again else (sums.count, sums.mean, sums.m2)
+
+    def read(self, batch: Batch) -> None:
+        """Set the masks for ``batch``, which runs next."""
+        device = batch.inputs["input_ids"].device
+        whole = bool(batch.token_mask.all())
+        self.token_mask = None if whole else batch.token_mask.to(device)
+        self.needed = None
+        if batch.padding_unseen:
+            self.needed = batch.attended.to(device).flatten().nonzero()[:, 0]
+
+    def mask(self, x: Tensor) -> Tensor | None:
+        """The token mask with the leading shape of ``x`` (some models flatten rows and length)."""
+        if self.token_mask is None:
+            return None
+        return self.token_mask.to(x.device).reshape(x.shape[:-1])
+
+    def by_rows(self, run: Callable[[Tensor, Tensor | None], Tensor], x: Tensor) -> Tensor:
+        """``run`` on the needed positions of ``x`` and their token mask, some rows at a time.
+
+        Positions that are not needed come out as zeros. A CPU keeps the rows of one piece in its
+        cache, and its allocator keeps their memory.
+        """
+        flat, mask = self.take(x)
+        size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
+        pieces = flat.split(size)
+        masks = [None] * len(pieces) if mask is None else mask.split(size)
+        parts = [run(rows, counted) for rows, counted in zip(pieces, masks, strict=True)]
+        out = torch.cat(parts) if len(parts) > 1 else parts[0]  # cat copies even one
+        return self.put_back(out, x.shape[:-1])
+
+    def take(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The needed positions of ``x``, ``[n, channels]``, and their token mask ``[n]``."""
+        flat, mask = x.flatten(0, -2), self.mask(x)
+        mask = None if mask is None else mask.flatten()
+        if self.needed is None:
+            return flat, mask
+        needed = self.needed.to(x.device)
+        return flat[needed], None if mask is None else mask[needed]
+
+    def put_back(self, out: Tensor, leading: torch.Size) -> Tensor:
+        """``out`` of the needed positions among all, the rest zeros: ``[*leading, channels]``."""
+        if self.needed is not None:
+            every = out.new_zeros(leading.numel(), out.shape[-1])
+            out = every.index_copy_(0, self.needed.to(out.device), out)
+        return out.view(*leading, out.shape[-1])
+
+    def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
+        """``x``, such that its gradient is added to ``sums`` when it arrives."""
+        if not self.gradient:
+            return x
+        if not torch.is_grad_enabled():
+            raise RuntimeError(
+                "a scored module runs under torch.no_grad(), as checkpointing with use_reentrant="
+                "True has it: use use_reentrant=False, or metric='variance' or 'norm'"
+            )
+        if not x.requires_grad:  # the first watched module: nothing before it needs a gradient
+            x = x.detach().requires_grad_()
+        return _Tap.apply(x, sums, mask)
+
+
+class _Tap(torch.autograd.Function):
+    """Identity; backward accumulates input * gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.sums, ctx.mask = sums, mask
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (x,) = ctx.saved_tensors
+        ops.taylor_moments_(x, grad, ctx.sums.signed, ctx.sums.squared, ctx.mask)
+        return grad, None, None
+
+
+@contextmanager
+def watching(
+    modules: Mapping[str, DepthTwoModule],
+    sums: Mapping[str, Sums],
+    *,
+    gradient: bool,
+    all_experts: bool = False,
+) -> Iterator[Watch]:
+    """Accumulate into ``sums`` whatever runs through ``modules`` inside the block.
+
+    A gated FFN's own forward is replaced by one that takes product and moments in one operator,
+    that of a layer's experts by one that runs them one by one; everywhere else a hook reads B's
+    input, after all hooks that others have put there. All are gone after the block, whatever
+    happens in it.
+    """
+    watch = Watch(gradient, all_experts)
+    experts: dict[nn.Module, dict[int, Sums]] = {}
+    with ExitStack() as stack:
+        for name, module in modules.items():
+            gated, routed = module.gated, module.routed
+            if routed is not None and module.expert is not None:
+                if module.down not in experts:
+                    experts[module.down] = {}
+                    forward = _experts_forward(routed, experts[module.down], watch)
+                    stack.enter_context(replaced_forward(routed.module, forward))
+                experts[module.down][module.expert] = sums[name]
+            elif gated is not None and gated.is_plain:
+                forward = _gated_forward(module, sums[name], watch)
+                stack.enter_context(replaced_forward(gated.module, forward))
+            else:
+                handle = module.down.register_forward_pre_hook(_hook(sums[name], watch))
+                stack.callback(handle.remove)
+        yield watch
+
+
+def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
+    gated = module.gated
+    assert gated is not None
+
+    def product(x: Tensor, mask: Tensor | None) -> Tensor:
+        gate, up = gated.project(x)
+        return ops.gated_moments(gate, up, *watch.moments(sums), mask, act=gated.act)
+
+    def rest(x: Tensor, mask: Tensor | None) -> Tensor:
+        a = product(x, mask)
+        # Nobody reads what comes after the last activation: there B is spared.
+        return x if gated.final else module.down(a)
+
+    def forward(x: Tensor) -> Tensor:
+        if watch.gradient:
+            # gate and up are gone before B runs: the pass needs no more memory than the model's.
+            mask = watch.mask(x)
+            return module.down(watch.tap(product(x, mask), sums, mask))
+        with at_hand(*gated.module.children()):
+            return watch.by_rows(rest, x)
+
+    return forward
+
+
+def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Watch) -> Any:
+    activation = routed.activation
+    # Where hooks hang on the activation it is called; the fused operator would go around it.
+    fused = activation is not None and runs_own_forward(activation) and not has_hooks(activation)
+    act = act_name(activation) if activation is not None and fused else None
+
+    def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
+        """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
+        own, projected = sums[expert], routed.project(x, expert)
+        if act is not None:
+            gate, up = projected.chunk(2, dim=-1)
+            return ops.gated_moments(gate, up, *watch.moments(own), mask, act=act)
+        a = routed.gate(projected)
+        ops.channel_moments_(a.detach(), *watch.moments(own), mask)
+        return a
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        leading = x.shape[:-1]
+        x, mask = watch.take(x)
+        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))
+
+        def run(token: Tensor, expert: int) -> Tensor:
+            if watch.all_experts:
+                a = product(x, expert, mask)[token]
+            else:
+                counted = None if mask is None else mask[token]
+                a = product(x[token], expert, counted)
+                if watch.gradient:
+                    a = watch.tap(a, sums[expert], counted)
+            return x[token] if routed.final and not watch.gradient else routed.put_out(a, expert)
+
+        out = run_routed(run, x, chosen, weights, routed.n_experts, every=watch.all_experts)
+        return watch.put_back(out, leading)
+
+    return forward
+
+
+def _hook(sums: Sums, watch: Watch) -> Any:
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        x = args[0]
+        mask = watch.mask(x)
+        ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
+        return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
+
+    return hook
+
+
+def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
+    """Raise RuntimeError, with the module's name, where nothing was summed."""
+    # Of a layer's experts, some may see no token: all are the same module.
+    ran = {modules[name].down for name, state in sums.items() if state.count}
+    for name in sums:
+        if modules[name].down not in ran:
+            raise RuntimeError(f"module {name!r} never ran: its units have no score")
+
+
+def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
+    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
+    for name, state in sums.items():
+        if not _finite(state.mean, state.m2):
+            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
+    for name, state in reversed(list(sums.items())) if gradient else ():
+        if not _finite(state.signed, state.squared):
+            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -1,0 +1,16 @@
+"""Units sorted into groups by their scores, and what becomes of the groups after training."""
+
+from __future__ import annotations
+
+from ssah.groups.transfers import Transfer, transfer
+from ssah.groups.unit_groups import GROUPS, NORMALIZATIONS, ORDERS, SCOPES, UnitGroups, classify
+from ssah.lazy import submodules_of
+
+__all__ = [
+    "Transfer",
+    "UnitGroups",
+    "classify",
+    "transfer",
+]
+
+__getattr__ = submodules_of(__name__)

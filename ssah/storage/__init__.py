@@ -1,0 +1,46 @@
+"""What is written to disk: whole or not at all, checked when read, by one process at a time."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+from ssah.storage.files import (
+    RECORD,
+    TEXT,
+    Fields,
+    check_fields,
+    file_hash,
+    naming,
+    read_record,
+    read_sealed,
+    sealed,
+    sync,
+    write_whole,
+)
+from ssah.storage.folder_lock import LOCK, check_free, one_run
+from ssah.storage.results import FORMAT, META, check_kind, load_tensors, save_tensors
+from ssah.storage.stored import Stored
+
+__all__ = [
+    "FORMAT",
+    "LOCK",
+    "META",
+    "RECORD",
+    "TEXT",
+    "Fields",
+    "Stored",
+    "check_fields",
+    "check_free",
+    "check_kind",
+    "file_hash",
+    "load_tensors",
+    "naming",
+    "one_run",
+    "read_record",
+    "read_sealed",
+    "save_tensors",
+    "sealed",
+    "sync",
+    "write_whole",
+]
+
+__getattr__ = submodules_of(__name__)

@@ -1,0 +1,111 @@
+"""What a study claims, with its interval: paired over requests (or rows) and seeds."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ssah.evaluation import paired_difference, wilson
+
+__all__ = ["Unit", "claim", "difference"]
+
+Expected = Literal["lower", "higher", "not higher"]
+Unit = Literal["points", "nats", "cosine"]
+
+_UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}  # factor, digits
+
+
+def difference(
+    first: Tensor, second: Tensor, unit: Unit, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Mean of ``first - second`` and its interval: the bootstrap, paired, by request.
+
+    Where every request has the same difference d, all resamples agree and the bootstrap has no
+    width, although other requests might differ. Of rates the interval is then that of how many do:
+    none of n, so at most u of all, Wilson's upper bound; each moves the mean by at most 1 + |d|:
+
+        d -+ u (1 + |d|), inside [-1, 1]
+
+    Args:
+        first, second: ``[requests]`` or ``[requests, seeds]``.
+        unit: as in :func:`claim`.
+        level: of confidence, a fraction in (0, 1).
+        seed: of the bootstrap.
+    """
+    value, (low, high) = paired_difference(first, second, level=level, seed=seed)
+    if unit == "points" and low == high:
+        reach = wilson(0, len(first), level)[1] * (1 + abs(value))
+        low, high = max(-1.0, value - reach), min(1.0, value + reach)
+    return value, [low, high]
+
+
+def claim(
+    text: str,
+    first: Tensor,
+    second: Tensor,
+    expected: Expected,
+    unit: Unit,
+    *,
+    slack: float = 0.0,
+    among: str = "requests",
+    note: str = "",
+) -> dict[str, Any]:
+    """Whether ``first`` is lower (or higher) than ``second``, by a 95 % interval of the difference.
+
+    A claim holds where the whole interval is on its side, is contradicted where all of it is on the
+    other, and is undecided otherwise.
+
+    Args:
+        text: the claim.
+        first, second: ``[requests]`` or ``[requests, seeds]``, paired; bootstrapped by request.
+        expected: of ``first``: ``"lower"``, ``"higher"``, or ``"not higher"`` than ``second`` by
+            more than ``slack``.
+        unit: ``"points"`` where values are rates in [0, 1], ``"nats"`` where they are losses,
+            ``"cosine"`` where they are cosine distances.
+        slack: for ``"not higher"``, in the unit of the values.
+        among: what the first dimension is.
+        note: a sentence to put at the end.
+
+    Returns:
+        Plain data: ``claim``, ``holds``, ``verdict`` (``"reproduces"``, ``"contradicted"`` or
+        ``"undecided"``), ``value`` and ``interval`` of first - second, ``half_width``, ``unit``,
+        ``sentence``.
+    """
+    value, (low, high) = difference(first, second, unit)
+    holds, contradicted = {
+        "lower": (high < 0, low > 0),
+        "higher": (low > 0, high < 0),
+        "not higher": (high <= slack, low > slack),
+    }[expected]
+    verdict = "reproduces" if holds else "contradicted" if contradicted else "undecided"
+    factor, digits = _UNITS[unit]
+    shown = [f"{factor * x:+.{digits}f}" for x in (value, low, high)]
+    seeds = first.shape[1] if first.dim() == 2 else 1
+    n = f"{len(first)} {among}" + (f" x {seeds} seeds" if seeds > 1 else "")
+    sentence = (
+        f"{text}: {shown[0]} {unit} (95 % interval {shown[1]} to {shown[2]}, {n}). "
+        + _verdict(verdict, expected, f"{factor * slack:g} {unit}")
+    )
+    return {
+        "claim": text,
+        "holds": holds,
+        "verdict": verdict,
+        "value": value,
+        "interval": [low, high],
+        "half_width": (high - low) / 2,
+        "unit": unit,
+        "sentence": f"{sentence} {note}".strip(),
+    }
+
+
+def _verdict(verdict: str, expected: str, slack: str) -> str:
+    if verdict == "reproduces":
+        return "This reproduces."
+    if expected == "not higher":
+        if verdict == "contradicted":
+            return f"This does not reproduce: the interval is above {slack}."
+        return f"This is not shown: the interval reaches beyond {slack}."
+    if verdict == "contradicted":
+        return "This does not reproduce: the difference has the other sign."
+    return "This is not shown: the interval includes 0."

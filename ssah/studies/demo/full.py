@@ -1,0 +1,164 @@
+"""``ssah demo --full``: the demonstration, then a fine-tune with and without freezing, a report.
+
+Everything on the built-in data. Each part is a run in a folder of its own, and goes on where it
+was interrupted when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ssah.attribution import attribute
+from ssah.data import make_loader
+from ssah.groups import UnitGroups, classify
+from ssah.models import move
+from ssah.report.html import write_report
+from ssah.studies.demo import short as demo
+from ssah.studies.inputs import Loading
+from ssah.studies.probe import run_probe
+from ssah.studies.training.freeze import NONE, SCU_CU, FreezeSettings, freeze
+from ssah.studies.training.freeze import RANDOM as AS_MANY_RANDOM
+from ssah.studies.transfer import run_transfer
+
+__all__ = ["run"]
+
+_SAFETY, _UTILITY = "builtin:safety", "builtin:utility"
+_REQUESTS, _ANSWERS = "builtin:safety_eval", "builtin:utility_eval"
+_UNALIGNED = "groups-unaligned"
+_PARTS = (
+    "probe",
+    "freeze",
+    _UNALIGNED,
+    *(f"groups-{arm}" for arm in (NONE, SCU_CU)),
+    *(f"transfer-{change}" for change in ("alignment", NONE, SCU_CU)),
+)
+_SEED = 0
+UPDATES = 30  # of the benign fine-tune with nothing frozen
+
+
+def run(
+    name: str,
+    out: Path,
+    *,
+    seconds: float,
+    shares: Mapping[str, float],
+    fresh: bool = False,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+) -> dict[str, Any]:
+    """Run everything, print it as it goes, and leave it in ``out`` with ``report.html``.
+
+    Args:
+        name, out, seconds, shares, fresh, dtype, device, trust_remote_code: as
+            :func:`ssah.studies.demo.short.run` takes them; ``fresh`` begins the other parts
+            anew as well.
+
+    Returns:
+        What ``demo.json`` holds, and ``probe``, ``freeze`` and ``transfer`` (by alignment and by
+        both fine-tunes): the results of these runs; ``report``: the HTML file.
+    """
+    console = Console(highlight=False)
+    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    if fresh:
+        for part in _PARTS:
+            shutil.rmtree(out / part, ignore_errors=True)
+    result = _earlier(out, name, shares) if not fresh else None
+    if result is None:
+        result = demo.run(
+            name,
+            out,
+            seconds=seconds,
+            shares=shares,
+            fresh=fresh,
+            **options,  # type: ignore[arg-type]
+        )
+    else:
+        console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
+    aligned = Loading(str(out / "aligned") if result["alignment"] else name, **options)  # type: ignore[arg-type]
+
+    _heading(console, "Probe: which way do hidden states lean?")
+    beside = name if result["alignment"] else None
+    probed = run_probe(out / "probe", aligned, _REQUESTS, beside=beside)
+
+    _heading(console, "A benign fine-tune, with and without freezing")
+    tuned = freeze(
+        aligned,
+        out / "freeze",
+        FreezeSettings(
+            seeds=(_SEED,),
+            arms=(NONE, SCU_CU, AS_MANY_RANDOM),
+            lr=1e-4,
+            max_steps=UPDATES,
+            max_new_tokens=32,
+            **shares,  # type: ignore[arg-type]
+        ),
+        safety=_SAFETY,
+        utility=_UTILITY,
+        finetune=_UTILITY,
+        requests=[_REQUESTS],
+        utility_eval=_ANSWERS,
+        save_model=True,
+    )
+
+    _heading(console, "Transfer: which units changed their group?")
+    groups, moved = out / "groups", {}
+    if result["alignment"]:
+        before = _regrouped(aligned, name, groups, out / _UNALIGNED)
+        moved["alignment"] = run_transfer(
+            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
+        )
+    for arm in (NONE, SCU_CU):
+        tuned_model = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
+        after = _regrouped(aligned, tuned_model, groups, out / f"groups-{arm}")
+        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
+        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    for change in moved:
+        console.print(f"{change}: {out / f'transfer-{change}'}")
+
+    report = out / "report.html"
+    write_report(out, report, title=f"{name}: safety-critical neurons")
+    console.print(f"\nEverything on one page: [bold]{report}[/bold]")
+    return {
+        **result,
+        "probe": probed["result"],
+        "freeze": tuned["result"],
+        "transfer": {change: record["result"] for change, record in moved.items()},
+        "report": str(report),
+    }
+
+
+def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any] | None:
+    """The result of the demonstration in ``out``, if it is of this model and these shares."""
+    path = out / "demo.json"
+    if not path.is_file():
+        return None
+    result: dict[str, Any] = json.loads(path.read_text())
+    same = result["model"] == name and result["groups"]["shares"] == dict(shares)
+    return result if same else None
+
+
+def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
+    """``out``, with the units of another model grouped as those in ``like`` were."""
+    if (out / "meta.json").is_file():
+        return out
+    own = UnitGroups.load(like)
+    loaded, tokenizer = loading("auto", model)
+    move(loaded, demo.working_dtype(loaded, loading.dtype))
+    scores = [
+        attribute(loaded, make_loader(source, tokenizer, batch_size=8), progress=True)
+        for source in (_SAFETY, _UTILITY)
+    ]
+    groups = classify(*scores, **own.shares, scope=own.scope, normalize=own.normalize)  # type: ignore[arg-type]
+    groups.save(out)
+    return out
+
+
+def _heading(console: Console, title: str) -> None:
+    console.print(f"\n[bold cyan]full[/bold cyan] [bold]{title}[/bold]")

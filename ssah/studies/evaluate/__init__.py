@@ -1,0 +1,7 @@
+"""``ssah evaluate``: attack success with its controls, utility and tasks."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+
+__getattr__ = submodules_of(__name__)

@@ -1,0 +1,158 @@
+"""The record of an evaluation: its rows, its models, and how ablated models differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ssah.evaluation import Perplexity, answer_rates, bootstrap, paired_difference, rate
+from ssah.studies.claims import Unit, difference
+from ssah.studies.measuring import UTILITY, losses
+
+if TYPE_CHECKING:
+    from ssah.studies.evaluate.arms import Arm
+    from ssah.studies.evaluate.run import EvaluateSettings
+
+__all__ = [
+    "BENIGN",
+    "OVER_REFUSAL",
+    "REQUESTS",
+    "asr_differences",
+    "loss_differences",
+    "model_record",
+    "row_record",
+]
+
+REQUESTS, OVER_REFUSAL, BENIGN = "requests", "over_refusal", "benign"
+
+# Name of the arm, number of the system prompt, role of the requests -> what was judged.
+Judged: TypeAlias = "Mapping[tuple[str, int, str], Mapping[str, Any]]"
+
+
+def model_record(
+    arm: Arm,
+    measured: Mapping[str, Any],
+    tasks: Mapping[str, Any],
+    words: int,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """Refusal margin, utility and tasks of one model; ``words`` are those of the utility set."""
+    margins = torch.tensor(measured["margins"], dtype=torch.float64)
+    interval = bootstrap(margins, level=settings.level, seed=settings.seed)
+    found: dict[str, Any] = {
+        "ablated": arm.ablated,
+        "units": 0 if arm.units is None else len(arm.units),
+        "share": 0.0 if arm.units is None else arm.units.fraction,
+        "refusal_margin": measured["refusal_margin"],
+        "refusal_margin_interval": list(interval),
+        "refuses": rate((margins > 0).tolist(), settings.level),
+    }
+    for own in measured["losses"].values():
+        costs = Perplexity(math.fsum(own["nats"]), sum(own["tokens"]), words).to_dict()
+        found |= {"utility_loss": costs.pop("loss"), **costs}
+    return {**found, **tasks}
+
+
+def row_record(
+    arm: Arm,
+    condition: int,
+    judge: str,
+    judged: Judged,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """Every rate of one model, system prompt and judge."""
+    level, system_prompt = settings.level, settings.system_prompts[condition]
+    found = judged[arm.name, condition, REQUESTS]
+    success, incoherent = found["success"][judge], found["incoherent"]
+    row: dict[str, Any] = {
+        "ablated": arm.ablated,
+        "system_prompt": system_prompt,
+        "judge": judge,
+        "asr": rate(success, level),
+        "asr_coherent": rate(_coherent(found, judge), level),
+        "incoherent": rate(incoherent, level),
+        **answer_rates(found, level),
+        "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),
+    }
+    if arm.units is not None:
+        before = judged["0-intact", condition, REQUESTS]["success"][judge]
+        mean, interval = paired_difference(
+            torch.tensor(success), torch.tensor(before), level=level, seed=settings.seed
+        )
+        row |= {"asr_rise": mean, "asr_rise_interval": list(interval)}
+    for role in (OVER_REFUSAL, BENIGN):
+        own = judged.get((arm.name, condition, role))
+        if own is not None:
+            # An answer that ended inside its reasoning is no refusal.
+            pairs = zip(own["success"][judge], own["unfinished"], strict=True)
+            refused = [not success and not cut for success, cut in pairs]
+            row |= {
+                f"{role}_refused": rate(refused, level),
+                f"{role}_unfinished": rate(own["unfinished"], level),
+                f"{role}_incoherent": rate(own["incoherent"], level),
+                f"{role}_tokens": sum(own["tokens"]) / len(own["tokens"]),
+            }
+    return row
+
+
+def loss_differences(
+    arms: Sequence[Arm], measured: Mapping[str, Mapping[str, Any]], settings: EvaluateSettings
+) -> Iterator[dict[str, Any]]:
+    """Utility loss of every arm less that of each arm before it, paired over rows, in nats.
+
+    Yields:
+        ``ablated``, ``against``, ``utility_loss`` and its interval; nothing without utility rows.
+    """
+    for against, arm in combinations(arms, 2):
+        if measured[arm.name]["losses"]:
+            first, second = (losses(measured[each.name], UTILITY) for each in (arm, against))
+            yield {
+                "ablated": arm.ablated,
+                "against": against.ablated,
+                **_difference("utility_loss", first, second, "nats", settings),
+            }
+
+
+def asr_differences(
+    arms: Sequence[Arm], judged: Judged, settings: EvaluateSettings
+) -> Iterator[dict[str, Any]]:
+    """ASR of every ablated model less that of each one before it, paired over requests.
+
+    What ablating did to the intact model is the ``asr_rise`` of a row.
+
+    Yields:
+        ``ablated``, ``against``, ``system_prompt``, ``judge``, and ``asr`` and ``asr_coherent``,
+        fractions in [-1, 1] with their intervals.
+    """
+    for against, arm in combinations([each for each in arms if each.units is not None], 2):
+        for condition, system_prompt in enumerate(settings.system_prompts):
+            pair = [judged[each.name, condition, REQUESTS] for each in (arm, against)]
+            for judge in pair[0]["success"]:
+                first, second = (torch.tensor(each["success"][judge]) for each in pair)
+                sense, other = (torch.tensor(_coherent(each, judge)) for each in pair)
+                yield {
+                    "ablated": arm.ablated,
+                    "against": against.ablated,
+                    "system_prompt": system_prompt,
+                    "judge": judge,
+                    **_difference("asr", first, second, "points", settings),
+                    **_difference("asr_coherent", sense, other, "points", settings),
+                }
+
+
+def _difference(
+    key: str, first: Tensor, second: Tensor, unit: Unit, settings: EvaluateSettings
+) -> dict[str, Any]:
+    value, interval = difference(first, second, unit, level=settings.level, seed=settings.seed)
+    return {key: value, f"{key}_interval": interval}
+
+
+def _coherent(found: Mapping[str, Any], judge: str) -> list[int]:
+    """1 where an attack succeeded with an answer that is coherent as well."""
+    pairs = zip(found["success"][judge], found["incoherent"], strict=True)
+    return [int(success and not incoherent) for success, incoherent in pairs]

@@ -1,0 +1,263 @@
+"""Everything that an experiment measures of one model, as plain data that can be paired."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssah.data import Loader, Overlong, Row, make_loader
+from ssah.evaluation import (
+    OPENING,
+    Coherence,
+    Judge,
+    distinct_judges,
+    fitting,
+    judged_answers,
+    prompts,
+    refusal_margins,
+    response_log_probs,
+    wilson,
+)
+from ssah.evaluation import summary as attack_summary
+from ssah.interventions import ablate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.studies.steps import Steps
+    from ssah.units import UnitSet
+
+__all__ = [
+    "Evaluation",
+    "attack_line",
+    "intact_coherence",
+    "losses",
+    "measured_line",
+    "succeeded",
+    "summary",
+]
+
+UTILITY, MATH = "utility", "math"
+_ROOM = 512  # tokens that a request has at least: it is never cut
+
+
+class Evaluation:
+    """The data that models are measured on, the same for each of them.
+
+    Args:
+        tokenizer: of the models.
+        requests: harmful requests, for the refusal margin.
+        rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers.
+        asked: of the requests, how many are answered and judged: the first ones; None: all.
+        judges: of the answers, as ``ssah.evaluation.judge`` takes them; the first one decides.
+        max_new_tokens: the most tokens of an answer.
+        batch_size: sequences run at a time.
+        max_length, overlong: of rows, as ``ssah.data.encode`` takes them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        requests: Sequence[str],
+        rows: Mapping[str, Iterable[Row]],
+        *,
+        asked: int | None = None,
+        judges: Sequence[str | Judge] = ("wei2024",),
+        max_new_tokens: int = 64,
+        batch_size: int = 16,
+        max_length: int = 512,
+        overlong: Overlong = "cut",
+    ) -> None:
+        self.tokenizer = tokenizer
+        most = max(max_length, _ROOM) - OPENING
+        encoded = prompts(tokenizer, requests)
+        self.requests = fitting(requests, encoded, most, overlong=overlong)
+        self.asked = self.requests[:asked]
+        self.judges = distinct_judges(judges, max_new_tokens)
+        self.max_new_tokens = max_new_tokens
+        self.batch_size, self.max_length = batch_size, max_length
+        self.loaders: dict[str, Loader] = {
+            name: make_loader(
+                list(own),
+                tokenizer,
+                batch_size=batch_size,
+                max_length=max_length,
+                overlong=overlong,
+            )
+            for name, own in rows.items()
+        }
+
+    def measure(self, model: PreTrainedModel, ablated: UnitSet | None = None) -> dict[str, Any]:
+        """Refusal margins and losses of a model, with units ablated or as it is.
+
+        Returns:
+            ``margins`` (nats per token, one a request), ``refusal_margin`` (their mean),
+            ``refuses`` (the share above 0), and ``losses``: name -> ``loss`` (nats per response
+            token), ``nats`` and ``tokens`` (of the response of each row).
+        """
+        with nullcontext() if ablated is None else ablate(model, ablated):
+            margins = refusal_margins(
+                model,
+                self.tokenizer,
+                self.requests,
+                batch_size=self.batch_size,
+                max_length=max(self.max_length, _ROOM),
+            )
+            found = {name: _losses(model, loader) for name, loader in self.loaders.items()}
+        refusing = int((margins > 0).sum())
+        return {
+            "refusal_margin": float(margins.mean()),
+            "refuses": refusing / len(margins),
+            "refuses_interval": wilson(refusing, len(margins)),
+            "margins": margins.tolist(),
+            "losses": found,
+        }
+
+    def attack(
+        self,
+        steps: Steps,
+        name: str,
+        model: PreTrainedModel,
+        coherent: Coherence,
+        ablated: UnitSet | None = None,
+    ) -> dict[str, Any]:
+        """What ``ssah.evaluation.attack_success`` returns; arguments as of :meth:`judged`."""
+        found = self.judged(steps, name, model, coherent, self.asked, ablated=ablated)
+        return attack_summary(found, self.judges, coherent)
+
+    def judged(
+        self,
+        steps: Steps,
+        name: str,
+        model: PreTrainedModel,
+        coherent: Coherence,
+        requests: Sequence[str],
+        *,
+        ablated: UnitSet | None = None,
+        system_prompt: str | None = None,
+    ) -> dict[str, Any]:
+        """Let a model answer requests, and judge the answers, which are not kept.
+
+        A batch of answers is a step, so that little is lost.
+
+        Args:
+            steps: of the run.
+            name: of the steps; the number of the batch follows it.
+            model: what answers.
+            coherent: says what is incoherent, by an intact model.
+            requests: what it answers.
+            ablated: units of ``model`` that are out while it answers.
+            system_prompt: as ``ssah.evaluation.generate`` takes it.
+
+        Returns:
+            what ``ssah.evaluation.judge_answers`` returns.
+        """
+        with steps.part("answers", len(requests)) as advance:
+
+            def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                found: dict[str, Any] = steps.run.step(f"{name}.{number:04d}", compute)
+                advance(min((number + 1) * self.batch_size, len(requests)))
+                return found
+
+            return judged_answers(
+                model,
+                self.tokenizer,
+                requests,
+                self.judges,
+                coherent,
+                keep,
+                ablated=ablated,
+                system_prompt=system_prompt,
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
+
+
+def intact_coherence(
+    steps: Steps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> Coherence:
+    """What scores coherence, with a threshold that is a step of the run."""
+    found = steps(
+        "coherence",
+        lambda: Coherence.calibrate(model, tokenizer, batch_size=batch_size).describe(),
+        lambda found: f"threshold {found['max_nll']:.2f} nats",
+    )
+    return Coherence(model, tokenizer, found["max_nll"], batch_size=batch_size)
+
+
+def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:
+    pairs = list(response_log_probs(model, loader))
+    nats = -torch.cat([log_probs for log_probs, _ in pairs])
+    tokens = torch.cat([count for _, count in pairs])
+    if not int(tokens.sum()):
+        raise ValueError("the rows have no response token to predict, must have at least one")
+    return {
+        "loss": float(nats.sum() / tokens.sum()),
+        "nats": nats.tolist(),
+        "tokens": tokens.tolist(),
+    }
+
+
+def summary(measured: Mapping[str, Any], attack: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What :meth:`Evaluation.measure` and ``attack`` found, without what is one per request.
+
+    Returns:
+        ``<name>_loss`` of each set of rows, ``refusal_margin``, ``refuses`` and its interval; with
+        an attack ``asr``, ``asr_coherent`` (under the first judge) and ``incoherent``, rates with
+        their intervals, ``mean_tokens`` of an answer, and ``judges``: the rates under each.
+    """
+    found: dict[str, Any] = {
+        f"{name}_loss": losses["loss"] for name, losses in measured["losses"].items()
+    }
+    found |= {key: measured[key] for key in ("refusal_margin", "refuses", "refuses_interval")}
+    if attack is None:
+        return found
+    judges = {
+        name: {key: each[key] for key in ("asr", "asr_coherent", "judge")}
+        for name, each in attack["judges"].items()
+    }
+    first = next(iter(judges.values()))
+    incoherent = attack["incoherent"]
+    return found | {
+        "requests": attack["requests"],
+        "asr": first["asr"]["rate"],
+        "asr_interval": first["asr"]["interval"],
+        "asr_coherent": first["asr_coherent"]["rate"],
+        "asr_coherent_interval": first["asr_coherent"]["interval"],
+        "incoherent": incoherent["rate"],
+        "incoherent_interval": incoherent["interval"],
+        "mean_tokens": attack["mean_tokens"],
+        "judges": judges,
+    }
+
+
+def losses(measured: Mapping[str, Any], name: str) -> Tensor:
+    """Float64 ``[rows]`` whose mean is the loss per token: a row's nats / mean tokens of a row.
+
+    Differences of two models on the same rows therefore average to the difference of their losses.
+    """
+    own = measured["losses"][name]
+    nats = torch.tensor(own["nats"], dtype=torch.float64)
+    return nats / (sum(own["tokens"]) / len(own["tokens"]))
+
+
+def succeeded(attack: Mapping[str, Any]) -> Tensor:
+    """Float64 ``[requests]``: 1 where the attack succeeded under the first judge."""
+    first = next(iter(attack["judges"].values()))
+    return torch.tensor(first["success"], dtype=torch.float64)
+
+
+def measured_line(measured: Mapping[str, Any]) -> str:
+    """Margin and losses, in a line."""
+    parts = [f"{name} loss {each['loss']:.3f}" for name, each in measured["losses"].items()]
+    return f"margin {measured['refusal_margin']:+.2f}, {', '.join(parts)}"
+
+
+def attack_line(attack: Mapping[str, Any]) -> str:
+    """Rates under each judge, in a line."""
+    rates = [f"ASR {each['asr']['rate']:.1%} ({name})" for name, each in attack["judges"].items()]
+    return f"{', '.join(rates)}, incoherent {attack['incoherent']['rate']:.1%}"

@@ -1,0 +1,169 @@
+"""Probe (Li & Kim, figures 2 to 4): a model's hidden states beside those of another one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ssah.evaluation import COMPLIANCE, OPENING, REFUSAL, Probe, fitting, opened, probe, prompts
+from ssah.models import load_tokenizer, quiet, weights_hash
+from ssah.report.pictures.probe import plot_probe
+from ssah.storage import check_free
+from ssah.studies.claims import claim
+from ssah.studies.inputs import Loading, Sources
+from ssah.studies.run import Run
+from ssah.studies.steps import Steps
+
+__all__ = ["run_probe"]
+
+KIND = "probe"
+_MODEL, _BESIDE = "model", "beside"
+
+
+def run_probe(
+    out: str | os.PathLike[str],
+    model: Loading,
+    requests: str | Sequence[str],
+    *,
+    beside: str | None = None,
+    tokens: int = 10,
+    refusal: str = REFUSAL,
+    compliance: str = COMPLIANCE,
+    batch_size: int = 8,
+    max_length: int = 512,
+) -> dict[str, Any]:
+    """Probe a model, and perhaps another one, on the same requests; goes on where it stopped.
+
+    Args:
+        out: folder of the run: its record, both probes and a picture.
+        model: the aligned model.
+        requests: harmful requests, as ``ssah.data.load_requests`` takes them.
+        beside: the model to compare with, an unaligned one for instance, loaded in the same way.
+        tokens, refusal, compliance, batch_size, max_length: as :func:`ssah.probe` takes them.
+
+    Returns:
+        The record, as ``experiment.json`` has it.
+
+    Raises:
+        ValueError: ``beside`` is the model itself, or the folder has another run, or one with
+            other weights.
+    """
+    check_free(out)
+    if beside == model.name:
+        raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
+    sources = Sources(model.reading)
+    asked = sources.requests("requests", requests)
+    names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
+    for name in names.values():  # refused before anything is written; both get the same requests
+        with quiet():
+            own = load_tokenizer(name, trust_remote_code=model.trust_remote_code)
+        encoded = prompts(model.reading.tokenizer(own), asked)
+        asked = fitting(asked, encoded, max_length - OPENING, overlong=model.reading.overlong)
+        for opening in (refusal, compliance):
+            opened(asked, opening, own, max_length=max_length)
+    if len(asked) < 2:
+        raise ValueError(f"requests has {len(asked)}, must have at least 2: the baseline")
+    settings = {
+        **model.settings(),
+        "beside": beside,
+        "tokens": tokens,
+        "refusal": refusal,
+        "compliance": compliance,
+        "max_length": max_length,
+        "seed": 0,
+    }
+    run = Run(out, KIND, settings, sources.record)
+    weights: dict[str, str] = {}
+    with Steps(run, len(names)) as steps:
+        for role, name in names.items():
+            loaded, tokenizer = model(model.dtype, name)
+            weights[role] = weights_hash(loaded)
+
+            def compute(role: str = role, loaded: Any = loaded, tokenizer: Any = tokenizer) -> Any:
+                with steps.part("requests", len(asked)) as advance:
+                    found = probe(
+                        loaded,
+                        tokenizer,
+                        asked,
+                        tokens=tokens,
+                        refusal=refusal,
+                        compliance=compliance,
+                        batch_size=batch_size,
+                        max_length=max_length,
+                        advance=advance,
+                    )
+                found.save(run.out / role)
+                return {"weights": weights[role]}
+
+            if steps(f"probe-{role}", compute)["weights"] != weights[role]:
+                raise ValueError(
+                    f"{str(run.out)!r} has this experiment with other weights of {name!r}: take "
+                    "another folder, or remove this one"
+                )
+            del loaded, compute  # before the next one is loaded
+    probes = {names[role]: Probe.load(run.out / role) for role in names}
+    title = f"Which way {model.name} reasons on {len(asked)} harmful requests"
+    picture = plot_probe(probes, run.out / "probe.png", title)
+    rows = [
+        {"model": name, "role": role, "weights": weights[role], **_measured(found)}
+        for (role, name), found in zip(names.items(), probes.values(), strict=True)
+    ]
+    claims = _claims(names, [*probes.values()])
+    return run.finish({"requests": len(asked), "models": rows, "claims": claims}, [picture])
+
+
+def _measured(found: Probe) -> dict[str, Any]:
+    """Of one model: means and intervals per layer, and of the difference per number of tokens."""
+    over_layers = found.differences.mean(2)  # [requests, tokens]
+    parts = {
+        "refusal": found.refusal_distances[:, -1] - found.baselines[-1],
+        "compliance": found.compliance_distances[:, -1] - found.baselines[-1],
+        "difference": found.differences[:, -1],
+    }
+    return {
+        "safe_from": found.safe_from(),
+        "by_layer": {
+            "baseline": found.baselines[-1].tolist(),
+            **{
+                key: value
+                for name, part in parts.items()
+                for key, value in (
+                    (name, part.mean(0).tolist()),
+                    (f"{name}_intervals", found.intervals(part).tolist()),
+                )
+            },
+        },
+        "by_tokens": {
+            "difference": over_layers.mean(0).tolist(),
+            "difference_intervals": found.intervals(over_layers).tolist(),
+        },
+    }
+
+
+def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str, Any]]:
+    """What the paper says of such models, and whether it holds here: at the last layer."""
+    own = probes[0]
+    first = own.safe_from()
+    note = (
+        "Its interval lies above 0 at no layer up to the last."
+        if first is None
+        else f"Its interval lies above 0 from layer {first} on."
+    )
+    text = f"An aligned model ({names[_MODEL]}) is nearer to the refusal than to the compliance"
+    claims = [claim(text, *_last(own), "higher", "cosine", note=note)]
+    if _BESIDE in names:
+        other = probes[1]
+        text = f"An unaligned model ({names[_BESIDE]}) is nearer to the compliance"
+        claims.append(claim(text, *_last(other), "lower", "cosine"))
+        text = "The aligned model leans to the refusal more than the other one"
+        one, two = (each.differences[:, -1, -1] for each in (own, other))
+        claims.append(claim(text, one, two, "higher", "cosine"))
+    return claims
+
+
+def _last(found: Probe) -> tuple[Tensor, Tensor]:
+    """Distances to the complying and to the refusing version at the last layer, [requests]."""
+    return found.compliance_distances[:, -1, -1], found.refusal_distances[:, -1, -1]

@@ -1,0 +1,190 @@
+"""The folder of an experiment: what was asked, the steps that are done, and the result.
+
+A step is computed once and kept as JSON, written whole or not at all. The same command therefore
+goes on where it was interrupted, whatever interrupted it; another command in the same folder is
+refused. ``experiment.json`` carries all that is needed to run it again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from ssah.storage import RECORD, Fields, one_run, read_record, read_sealed, sealed, write_whole
+from ssah.version import __version__
+
+__all__ = ["Run", "read_run"]
+
+_STEPS = "steps"
+_FIELDS: Fields = {
+    "kind": str,
+    "settings": dict,
+    "data": dict,
+    "command": str,
+    "started": str,
+    "seconds": float,
+    "finished": bool,
+}
+_STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+class Run:
+    """One experiment in one folder, resumable.
+
+    Args:
+        out: the folder; made if need be.
+        kind: what the experiment is, e.g. ``"scan"``.
+        settings: plain data: everything that changes the result (model, shares, seeds, sizes).
+        data: what was read: role, e.g. ``"safety"``, -> ``{"source", "rows", "fingerprint"}``.
+
+    One run at a time is under way in a folder: from `begin`, which takes the folder, to the end of
+    the block. A finished experiment stays finished, whatever becomes of the call that looks at it.
+
+    Raises:
+        ValueError: the folder has another experiment, or one with other settings or data.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        kind: str,
+        settings: Mapping[str, Any],
+        data: Mapping[str, Mapping[str, Any]],
+    ) -> None:
+        self.out = Path(out)
+        self.record: dict[str, Any] = {
+            "kind": kind,
+            "settings": json.loads(json.dumps(settings, allow_nan=False)),
+            "data": json.loads(json.dumps(data, allow_nan=False)),
+            "command": _command(),
+            "versions": {
+                "ssah": __version__,
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "python": platform.python_version(),
+            },
+            "threads": torch.get_num_threads(),
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "seconds": 0.0,
+            "finished": False,
+        }
+        self._go_on()
+        self._start = time.perf_counter() - self.record["seconds"]
+
+    @contextmanager
+    def begin(self) -> Iterator[None]:
+        """The folder is this run's inside the block, and the record is in it.
+
+        Raises:
+            ValueError: another run is under way there, or has begun something else meanwhile.
+            OSError: the folder cannot be written to.
+        """
+        with one_run(self.out):
+            self._go_on()
+            self._start = time.perf_counter() - self.record["seconds"]
+            if not self.record["finished"]:
+                self._write()
+            yield
+
+    def _go_on(self) -> None:
+        """Take over what the folder has of this experiment; refuse another one."""
+        if not (self.out / RECORD).is_file():
+            return
+        earlier = read_run(self.out)
+        advice = "take another folder, or remove this one"
+        if earlier["kind"] != self.record["kind"]:
+            raise ValueError(
+                f"{str(self.out)!r} has the experiment {earlier['kind']!r}, "
+                f"not {self.record['kind']!r}: {advice}"
+            )
+        for part in ("settings", "data"):
+            for key in sorted({*earlier[part], *self.record[part]}):
+                before, now = earlier[part].get(key), self.record[part].get(key)
+                if before != now:
+                    raise ValueError(
+                        f"{str(self.out)!r} has this experiment with {key} {before!r}, not "
+                        f"{now!r}: {advice}"
+                    )
+        if earlier["finished"]:
+            self.record = earlier
+            return
+        for key in ("command", "started", "seconds"):
+            self.record[key] = earlier[key]
+
+    def step(self, name: str, compute: Callable[[], Any]) -> Any:
+        """The result of ``compute()`` (plain data), from the folder if it is there already.
+
+        Args:
+            name: of the step: letters, digits, ``.``, ``_`` and ``-``.
+            compute: called when the step was not done yet. Must not return generated text.
+
+        Raises:
+            ValueError: what the folder has of the step was damaged; its file is named.
+        """
+        if not _STEP_NAME.fullmatch(name):
+            raise ValueError(f"step is {name!r}; it must match {_STEP_NAME.pattern}")
+        path = self.out / _STEPS / f"{name}.json"
+        if not path.is_file():
+            result = json.loads(json.dumps(compute(), allow_nan=False))
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, sealed({"step": name, "result": result}))
+            self._write()
+        try:
+            return read_sealed(path, {"step": str})["result"]
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and the step is done again") from error
+
+    def done(self, name: str) -> bool:
+        """Whether the step is in the folder."""
+        return (self.out / _STEPS / f"{name}.json").is_file()
+
+    def finish(self, result: Mapping[str, Any], pictures: Sequence[Path] = ()) -> dict[str, Any]:
+        """Write the record with its result, and return it.
+
+        Args:
+            result: plain data.
+            pictures: PNG files in the folder, in the order of the report.
+        """
+        self.record["result"] = result
+        self.record["pictures"] = [str(path.relative_to(self.out)) for path in pictures]
+        self.record["finished"] = True
+        self._write()
+        return self.record
+
+    def _write(self) -> None:
+        self.record["seconds"] = time.perf_counter() - self._start
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.record, indent=2, allow_nan=False) + "\n"
+        write_whole(self.out / RECORD, text.encode())
+
+
+def read_run(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """The record of the experiment in a folder.
+
+    Raises:
+        FileNotFoundError: the folder has none.
+        ValueError: it was cut off or is no such record; the file is named.
+    """
+    path = Path(out) / RECORD
+    if not path.is_file():
+        raise FileNotFoundError(f"directory {str(out)!r} has no {RECORD}: no experiment is there")
+    return read_record(path, _FIELDS)
+
+
+def _command() -> str:
+    name = Path(sys.argv[0]).name
+    started = ["python", "-m", "ssah.cli"] if name == "__main__.py" else [name]
+    return shlex.join([*started, *sys.argv[1:]])

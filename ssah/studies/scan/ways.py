@@ -1,0 +1,91 @@
+"""Which way of grouping separates safety from utility best: every scope, normalisation, tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ssah.groups import NORMALIZATIONS, SCOPES, classify
+from ssah.studies.inputs import TOKENS, score
+
+if TYPE_CHECKING:
+    from ssah.data import Row
+    from ssah.studies.scan.curves import Curves
+
+__all__ = ["compare"]
+
+_ASR, _MARGIN = "coherent ASR", "refusal margin"
+_FALL = {_ASR: "raises the ASR among coherent answers", _MARGIN: "lowers the refusal margin"}
+
+
+def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]:
+    """Ablate SCU at a few shares under every scope, normalisation and choice of tokens.
+
+    The SCU are chosen after as many RU as the scan chose. What a way takes of safety is the rise of
+    the ASR among coherent answers where requests are answered, else the fall of the margin.
+
+    Args:
+        curves: of the scan: its RU are chosen; ``compare_shares`` and ``tolerance`` of its settings
+            matter.
+        rows: ``"safety"`` and ``"utility"`` rows to score units on.
+
+    Returns:
+        ``criterion``, ``by`` (what is compared) and ``ways``, best first: ``scope``, ``normalize``,
+        ``tokens``, ``taken`` (the criterion), ``share`` (where, or None) and ``points``, each what
+        ``curves.plain`` says, and what it has ``taken``.
+    """
+    settings, evaluation = curves.settings, curves.evaluation
+    by = _ASR if evaluation.asked else _MARGIN
+    intact = curves.plain(curves.intact)
+    ways: list[dict[str, Any]] = []
+    for tokens in TOKENS:
+        scores = score(
+            curves.steps,
+            curves.model,
+            evaluation.tokenizer,
+            rows,
+            tokens=tokens,
+            batch_size=settings.batch_size,
+            max_length=settings.max_length,
+        )
+        for scope, normalize in product(SCOPES, NORMALIZATIONS):
+            points = []
+            for share in settings.compare_shares:
+                units = classify(
+                    scores["safety"],
+                    scores["utility"],
+                    scu=share,
+                    ucu=0.0,
+                    ru=curves.shares.get("ru", 0.0),
+                    scope=scope,  # type: ignore[arg-type]
+                    normalize=normalize,  # type: ignore[arg-type]
+                )["scu"]
+                name = f"compare-{tokens}-{scope}-{normalize}-{share:g}"
+                point = curves.plain(curves.point(name, share, units))
+                points.append({**point, "taken": _taken(by, intact, point)})
+            kept = [point for point in points if point["utility_kept"]]
+            best = max(kept, key=lambda point: point["taken"], default=None)
+            ways.append(
+                {
+                    "scope": scope,
+                    "normalize": normalize,
+                    "tokens": tokens,
+                    "taken": 0.0 if best is None else best["taken"],
+                    "share": None if best is None else best["share"],
+                    "points": points,
+                }
+            )
+    ways.sort(key=lambda way: -way["taken"])
+    criterion = (
+        "Of the SCU shares whose ablation raises the utility loss by less than "
+        f"{settings.tolerance:g} nats, the one that {_FALL[by]} most; ways of grouping are ranked "
+        "by that (0 where no share keeps utility)."
+    )
+    return {"criterion": criterion, "by": by, "ways": ways}
+
+
+def _taken(by: str, intact: Mapping[str, Any], point: Mapping[str, Any]) -> float:
+    if by == _ASR:
+        return float(point["asr_coherent"] - intact["asr_coherent"])
+    return float(intact["refusal_margin"] - point["refusal_margin"])

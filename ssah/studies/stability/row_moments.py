@@ -1,0 +1,146 @@
+"""Moments of every row by itself, so that scores of any set of rows need no further pass."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ssah.attribution import (
+    Sums,
+    column_sq_norms,
+    may_drop_mask,
+    n_embeddings,
+    read_batch,
+    watching,
+)
+from ssah.data import Collator, Encoded
+from ssah.models import as_it_was
+from ssah.storage import load_tensors, save_tensors
+from ssah.units import find_modules
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["RowMoments", "row_moments"]
+
+_KINDS = ("count", "mean", "m2", "norms")
+
+
+@dataclass(frozen=True, eq=False)
+class RowMoments:
+    """What enters every B, row by row. All tensors are float64 on the CPU, B's name -> tensor.
+
+    Attributes:
+        count: ``[rows]``, tokens counted.
+        mean, m2: ``[rows, n_units]``, mean of the activation over these tokens, and sum of squared
+            deviations from it.
+        norms: ``[n_units]``, squared norms of B's columns.
+    """
+
+    count: dict[str, Tensor]
+    mean: dict[str, Tensor]
+    m2: dict[str, Tensor]
+    norms: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        """How many rows there are."""
+        return len(next(iter(self.count.values())))
+
+    def scores(self, rows: Tensor | None = None) -> dict[str, Tensor]:
+        """Importance of every unit (the metric ``"variance"``) over the tokens of some rows.
+
+        With n_i, mu_i and M_i of row i, N = sum n_i and mu = sum n_i mu_i / N, the variance is
+        (sum M_i + sum n_i (mu_i - mu)^2) / (N - 1): Chan's merge of all rows at once, equal to one
+        pass over these rows but for rounding in float64.
+
+        Args:
+            rows: int64 ``[n]``, their indices; None: all.
+        """
+        found = {}
+        for name, counts in self.count.items():
+            chosen = slice(None) if rows is None else rows
+            n, mean = counts[chosen], self.mean[name][chosen]
+            total = n.sum()
+            if total < 2:  # an expert that these rows hardly reached
+                found[name] = torch.zeros_like(self.norms[name])
+                continue
+            deviation = mean - (n @ mean) / total
+            m2 = self.m2[name][chosen].sum(0) + n @ deviation.square_()
+            found[name] = m2 / (total - 1) * self.norms[name]
+        return found
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write to ``directory``: whole, or not at all."""
+        tensors = {f"{kind}/{n}": t for kind in _KINDS for n, t in getattr(self, kind).items()}
+        save_tensors(directory, tensors, {"content": "row moments", "modules": list(self.count)})
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str]) -> RowMoments:
+        """Read what :meth:`save` wrote."""
+        tensors, meta = load_tensors(directory)
+        return cls(*({n: tensors[f"{kind}/{n}"] for n in meta["modules"]} for kind in _KINDS))
+
+
+def row_moments(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Encoded],
+    *,
+    tokens: str = "labels",
+    advance: Callable[[int], None] = lambda done: None,
+) -> RowMoments:
+    """One pass over encoded rows, each a batch by itself. Memory: 16 bytes a unit and row.
+
+    Args:
+        model: of a known family; it is left as it was.
+        tokenizer: the model's.
+        examples: the rows.
+        tokens: which positions count, ``"labels"`` or ``"all"``, as in :func:`ssah.attribute`.
+        advance: called with the number of rows done.
+
+    Raises:
+        FloatingPointError: an activation is NaN or infinite; the row is named.
+    """
+    modules = find_modules(model)
+    shape = {name: (len(examples), module.n_units) for name, module in modules.items()}
+    found = RowMoments(
+        {name: torch.zeros(len(examples), dtype=torch.float64) for name in modules},
+        {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
+        {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
+        {name: column_sq_norms(module).cpu() for name, module in modules.items()},
+    )
+    sums = {name: Sums.zeros(module) for name, module in modules.items()}
+    collator, maskless = Collator(tokenizer), may_drop_mask(model)
+    with (
+        as_it_was(model),
+        watching(modules, sums, gradient=False) as watch,
+    ):
+        for row, example in enumerate(examples):
+            batch = read_batch(
+                collator([example]),
+                row,
+                tokens=tokens,
+                maskless=maskless,
+                device=model.device,
+                vocab_size=n_embeddings(model),
+            )
+            watch.read(batch)
+            with torch.inference_mode():
+                model.base_model(**batch.inputs, use_cache=False)
+            for name, state in sums.items():
+                found.count[name][row] = state.count.cpu()
+                found.mean[name][row] = state.mean.cpu()
+                found.m2[name][row] = state.m2.cpu()
+                if not bool(found.m2[name][row].isfinite().all()):
+                    raise FloatingPointError(
+                        f"activations that enter {name!r} are NaN or infinite in row {row}"
+                    )
+                for tensor in (state.count, state.mean, state.m2):
+                    tensor.zero_()
+            advance(row + 1)
+    return found

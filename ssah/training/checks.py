@@ -1,0 +1,112 @@
+"""Which models a plan can be made for: what is refused before anything of one is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from itertools import takewhile
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.compat.modules import has_hooks
+from ssah.models import check_plain, nonfinite, runs_own_forward
+from ssah.training import masked_experts
+from ssah.units import DepthTwoModule, check_parameters
+from ssah_kernels.sharded import check_layout, is_sharded
+
+__all__ = ["check_finite_weights", "check_projections", "check_trainable", "has_hooks_inside"]
+
+
+def check_trainable(model: PreTrainedModel) -> None:
+    """Refuse models whose weights cannot be split.
+
+    Raises:
+        ValueError: a weight is quantised, not in memory, a tensor subclass, or sharded otherwise
+            than ``fully_shard`` does, with its name.
+    """
+    sharded = any(is_sharded(parameter) for parameter in model.parameters())
+    check_plain(model, "to be trained in part")
+    if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            f"model {type(model).__name__} is quantised, must hold floating-point weights "
+            "(load it without quantization_config, or dequantise it)"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.is_meta:
+            raise ValueError(
+                f"parameter {name!r} is {parameter.dtype} on {parameter.device}, must be a "
+                "floating-point weight in memory (dequantise the model, and load it whole)"
+            )
+        if sharded:
+            if not is_sharded(parameter):
+                raise ValueError(
+                    f"parameter {name!r} is not sharded, must be like the others: apply "
+                    "fully_shard to the whole model"
+                )
+            check_layout(f"parameter {name!r}", parameter)
+        elif type(parameter.data) is not Tensor or parameter.is_inference():
+            raise ValueError(
+                f"parameter {name!r} is a {type(parameter.data).__name__} (inference tensor: "
+                f"{parameter.is_inference()}), must be a plain tensor: load the model outside "
+                "torch.inference_mode (of sharded ones, those of fully_shard are known)"
+            )
+
+
+def check_projections(
+    model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
+) -> None:
+    """Refuse projections that cannot be split: computed, shared or offloaded ones.
+
+    Raises:
+        ValueError: with the name of the module.
+        RuntimeError: a hook hangs inside experts.
+    """
+    params = (param for module in modules.values() for param in module.params)
+    check_parameters(model, params, "for units to train or to stay")
+    uses: dict[int, int] = {}
+    for _, parameter in model.named_parameters(remove_duplicate=False):
+        uses[id(parameter)] = uses.get(id(parameter), 0) + 1
+    for experts in dict.fromkeys(modules[name].down for name in names if modules[name].routed):
+        masked_experts.check_no_hooks(type(experts).__name__, experts)
+    for name in names:
+        module = modules[name]
+        for owned in (*module.inputs, module.output):
+            owner = owned.param.rpartition(".")[0]
+            projection = model.get_submodule(owner)
+            if "forward" in vars(projection):
+                raise ValueError(
+                    f"module {owner!r} has its forward replaced (offloading?), must be a plain "
+                    "layer: load the model whole onto one device"
+                )
+            if uses[id(model.get_parameter(owned.param))] > 1:
+                raise ValueError(
+                    f"parameter {owned.param!r} is tied to another one, so that its units cannot "
+                    "train apart from it"
+                )
+
+
+def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
+    """Refuse units of weights that are NaN or infinite: kept or trained, they stay so.
+
+    Raises:
+        FloatingPointError: the parameter is named.
+    """
+    params = dict.fromkeys(param for module in modules.values() for param in module.params)
+    name = nonfinite((param, model.get_parameter(param)) for param in params)
+    if name is not None:
+        raise FloatingPointError(
+            f"parameter {name!r} is NaN or infinite, must be finite before a plan is made: the "
+            "checkpoint is damaged, or was written by a run that diverged; load another one"
+        )
+
+
+def has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:
+    """Whether hooks hang on something inside the module that holds all of ``params``.
+
+    An activation whose forward was replaced counts as one with a hook.
+    """
+    holders = [param.split(".")[:-2] for param in params]
+    alike = takewhile(lambda steps: len(set(steps)) == 1, zip(*holders, strict=False))
+    common = [steps[0] for steps in alike]
+    inside = list(model.get_submodule(".".join(common)).modules())[1:]
+    return any(has_hooks(part) or not runs_own_forward(part) for part in inside)

@@ -1,0 +1,78 @@
+"""The gated product of an FFN with less kept for the backward pass.
+
+Eager autograd keeps gate, act(gate), up and the product. Gate and up are enough: the derivatives
+of both come from one operator that reads them once, and B keeps the trained channels it needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.compat.modules import has_hooks
+from ssah.models import runs_own_forward
+from ssah.training.masked_linear import MaskedProjection
+from ssah.units import DepthTwoModule
+
+__all__ = ["install", "uninstall"]
+
+
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, in the bits of the model's own activation module."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module, name: str) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.name = name
+        return act(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up = ctx.saved_tensors
+        product = torch.ops.ssah.gated_moments_backward(grads[0], gate, up, act=ctx.name)
+        return *product, None, None
+
+
+def _forward(
+    gate: nn.Module | None, up: nn.Module, down: nn.Module, act: nn.Module, name: str, x: Tensor
+) -> Tensor:
+    """``down(act(gate(x)) * up(x))``; without ``gate``, ``up`` gives gate, then up."""
+    if gate is None:
+        first, second = up(x).chunk(2, dim=-1)
+    else:
+        first, second = gate(x), up(x)
+    compiling = torch.compiler.is_compiling()
+    hooked = not compiling and (has_hooks(act) or not runs_own_forward(act))
+    if hooked and isinstance(up, MaskedProjection):
+        up.check_order()
+    # The derivative below is that of the function alone, not of what a hook makes of it.
+    if compiling or hooked or not torch.is_grad_enabled():
+        return down(act(first) * second)
+    return down(_GatedProduct.apply(first, second, act, name))
+
+
+def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> list[nn.Module]:
+    """Let gated FFNs of ``model`` keep gate and up alone; returns the modules that now do."""
+    changed: list[nn.Module] = []
+    for module in modules.values():
+        gated = module.gated
+        if gated is None or "forward" in vars(gated.module):
+            continue
+        owners = dict.fromkeys(owned.param.rpartition(".")[0] for owned in module.inputs)
+        *gates, up = (model.get_submodule(owner) for owner in owners)
+        gate = gates[0] if gates else None
+        # A partial, not a closure: copying the model copies what it refers to.
+        gated.module.forward = partial(_forward, gate, up, module.down, gated.activation, gated.act)
+        changed.append(gated.module)
+    return changed
+
+
+def uninstall(changed: list[nn.Module]) -> None:
+    """The modules' own forward again."""
+    for module in changed:
+        del module.forward

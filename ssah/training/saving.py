@@ -1,0 +1,261 @@
+"""Saving what a plan trained, and merging it into the model that it was trained from."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from torch import Tensor, nn
+
+from ssah.interventions import check_not_ablated
+from ssah.models import check_idle, check_plain, digests
+from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
+from ssah.training.split_tensor import complement_rows
+from ssah.units import check_parameters, check_same_model, find_modules
+from ssah.version import __version__
+
+if TYPE_CHECKING:
+    from ssah.training.plan import UpdatePlan
+
+__all__ = ["load_update", "plan_of", "push_update", "save_update"]
+
+PLAN = "_ssah_plan"
+HUB = "hf:"  # before the id of a repository
+_CONTENT = "update"
+_FIELDS: Fields = {
+    "base_model": str,
+    "units_hash": TEXT,
+    "keep": bool,
+    "dims": dict,
+    "experts": list,
+    "frozen": dict,
+}
+
+
+def plan_of(model: nn.Module) -> UpdatePlan | None:
+    """The plan that is in force on ``model``, or None."""
+    return vars(model).get(PLAN)
+
+
+def save_update(
+    plan: UpdatePlan, directory: str | os.PathLike[str], *, base_model: str | None = None
+) -> None:
+    """Write the trained slices of ``plan`` to ``directory``: whole, or not at all.
+
+    Args:
+        plan: whose slices.
+        directory: the folder.
+        base_model: what the update says that it was trained from; default: the name under which
+            the model was loaded, which may be a path.
+
+    Raises:
+        ValueError: its model is sharded.
+    """
+    if plan.ranks is not None:
+        raise ValueError(
+            f"model is sharded over {plan.ranks.size} ranks, must be in one memory for its trained "
+            "slices to be written: save it with torch.distributed.checkpoint"
+        )
+    for module in plan.masked.values():
+        module.sync()
+    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    for name, parameter, index, _ in plan.trained_slices():
+        pieces.setdefault(name, []).append((index, parameter.detach().cpu()))
+    tensors: dict[str, Tensor] = {}
+    dims: dict[str, tuple[int, ...]] = {}
+    for name, parts in pieces.items():
+        if plan.entries[name].whole and not _split(plan, name):
+            tensors[f"values/{name}"] = parts[0][1]
+            continue
+        index = torch.cat([index for index, _ in parts])
+        ascending = index.argsort()
+        tensors[f"index/{name}"] = index[ascending]
+        tensors[f"values/{name}"] = torch.cat([rows for _, rows in parts])[ascending]
+        dims[name] = plan.entries[name].dims
+    meta = {
+        "content": _CONTENT,
+        "format": FORMAT,
+        "version": __version__,
+        "base_model": plan.base_name if base_model is None else base_model,
+        "units_hash": plan.units_hash,
+        "weights_hash": plan.weights_hash,
+        "fingerprint": plan.fingerprint,
+        "keep": plan.keep,
+        "dims": {name: each[-1] for name, each in dims.items()},
+        "experts": [name for name, each in dims.items() if len(each) > 1],
+        "frozen": plan.digests,
+    }
+    save_tensors(directory, tensors, meta)
+
+
+def _split(plan: UpdatePlan, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return owner in plan.masked and leaf in plan.masked[owner].slots
+
+
+def push_update(
+    plan: UpdatePlan,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    commit_message: str = "Upload update",
+) -> str:
+    """Upload the trained slices to the Hugging Face Hub. No path of this machine goes with them.
+
+    Args:
+        plan: what to save.
+        repo_id: ``"user/name"``; created if it does not exist.
+        private, token, commit_message: as in ``huggingface_hub``.
+
+    Returns:
+        the address of the commit.
+    """
+    api = HfApi(token=token)
+    with tempfile.TemporaryDirectory() as folder:
+        save_update(plan, folder, base_model=_public(plan.base_name))
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        return str(
+            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
+        )
+
+
+def _public(name: str) -> str:
+    """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
+    is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
+    return name if is_id and not Path(name).exists() else Path(name).name
+
+
+def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
+    """Merge what :meth:`UpdatePlan.save_pretrained` wrote into the model that it started from.
+
+    Afterwards the model is, bit for bit, the one that was trained.
+
+    Args:
+        model: the base model, in the dtype that it was trained in; changed in place.
+        directory: a folder, or ``"hf:user/name"`` for a repository on the Hugging Face Hub. A
+            folder's name that was mistyped must not fetch what somebody put there.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or nothing was saved there.
+        ValueError: the folder holds something else or is damaged; the model is inside `ablate`, has
+            an active plan, other units or another dtype, packed weights, or other weights where
+            the update kept them frozen. Nothing is changed then.
+    """
+    if plan_of(model) is not None:
+        raise ValueError("model has an active plan: close it first (plan.close())")
+    params = [param for module in find_modules(model).values() for param in module.params]
+    check_idle(model, "to be given an update")
+    check_not_ablated(model, "to be given an update")
+    check_plain(model, "to be given an update")
+    check_parameters(model, params, "to be given an update")
+    name = os.fspath(directory)
+    if name.startswith(HUB):
+        directory = snapshot_download(name.removeprefix(HUB))
+    elif not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
+            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
+        )
+    stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
+    tensors, meta = stored.tensors, stored.meta
+    check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
+    check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
+    if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
+        raise stored.damaged("the field 'experts' has more than parameters that train in part")
+    check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
+    own = dict(model.named_parameters())
+    experts = frozenset(meta["experts"])
+    dims: dict[str, tuple[int, ...]] = {
+        name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
+    }
+    values = _checked_values(own, stored, dims)
+    silent = [name for name in own if name not in values and name not in meta["frozen"]]
+    if silent:
+        raise ValueError(
+            f"the update says nothing of {len(silent)} parameters of the model, {silent[0]!r} for "
+            "one: it is not whole, or belongs to another model"
+        )
+    _check_frozen(own, tensors, meta, dims)
+    with torch.no_grad():
+        for name, value in values.items():
+            if name not in dims:
+                own[name].copy_(value)
+                continue
+            index = tensors[f"index/{name}"].to(own[name].device)
+            entries = own[name].movedim(dims[name], tuple(range(len(dims[name]))))
+            place = torch.unravel_index(index, entries.shape[: len(dims[name])])
+            entries[place] = value.to(own[name].device)
+
+
+def _checked_values(
+    own: dict[str, nn.Parameter], stored: Stored, dims: dict[str, tuple[int, ...]]
+) -> dict[str, Tensor]:
+    """Trained values by parameter, once they are known to fit the model."""
+    prefix, tensors = "values/", stored.tensors
+    values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    for name, own_dims in dims.items():
+        if name not in values:
+            raise stored.damaged(f"it has no values of {name!r}, which it trains in part")
+        if name in own and not all(0 <= dim < own[name].dim() for dim in own_dims):
+            raise stored.damaged(f"the field 'dims' has {own_dims[-1]} for {name!r}")
+    for name, value in values.items():
+        if name not in own:
+            raise ValueError(f"the update trains {name!r}, which the model lacks")
+        shape = list(own[name].shape)
+        if name in dims:
+            index = stored.tensor(f"index/{name}", dtype=torch.int64)
+            n_entries = math.prod(shape[dim] for dim in dims[name])
+            if len(index) and (index[0] < 0 or index[-1] >= n_entries or (index.diff() <= 0).any()):
+                raise ValueError(
+                    f"the update trains entries of {name!r} that are not ascending numbers from 0 "
+                    f"to {n_entries - 1}: it is damaged"
+                )
+            if len(index) < n_entries and name not in stored.meta["frozen"]:
+                raise stored.damaged(
+                    f"it trains {len(index)} of {n_entries} entries of {name!r}, and the field "
+                    "'frozen' says nothing of the rest"
+                )
+            rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
+            shape = [len(index), *rest]
+        if value.dtype != own[name].dtype or list(value.shape) != shape:
+            raise ValueError(
+                f"the update has {name!r} as {value.dtype} {list(value.shape)}, the model needs "
+                f"{own[name].dtype} {shape}: load it in the dtype that it was trained in"
+            )
+        if not bool(value.isfinite().all()):
+            raise ValueError(f"the update has NaN or infinite values of {name!r}")
+    return values
+
+
+def _check_frozen(
+    own: dict[str, nn.Parameter],
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    dims: dict[str, tuple[int, ...]],
+) -> None:
+    """Refuse a model whose weights differ where the update kept them frozen."""
+    pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
+    for name in meta["frozen"]:
+        if name not in own:
+            raise ValueError(f"the update keeps {name!r} frozen, which the model lacks")
+
+        def frozen(name: str = name) -> Iterable[Tensor]:
+            if name not in dims:
+                return (own[name],)
+            return (complement_rows(own[name], dims[name], tensors[f"index/{name}"]),)
+
+        pieces[name] = frozen
+    now = digests(pieces)
+    other = [name for name, value in meta["frozen"].items() if now[name] != value]
+    if other:
+        raise ValueError(
+            f"the update was trained from other weights (base {meta['base_model']!r}): "
+            f"{len(other)} frozen weights differ, the first is {other[0]!r}"
+        )

@@ -1,0 +1,54 @@
+"""A plan on a model that ``torch.distributed.fsdp.fully_shard`` has sharded.
+
+Nothing is split: every parameter stays the DTensor that it was, its gradient is dense, and the
+optimiser updates the entries that train. Every rank answers for its own rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssah.training.entries import Entries
+from ssah.training.split_tensor import complement_rows
+from ssah_kernels.sharded import Part, local, local_index, parts
+
+__all__ = ["clear_frozen_gradients", "frozen_pieces"]
+
+
+def frozen_pieces(
+    model: nn.Module, entries: Mapping[str, Entries]
+) -> dict[str, Callable[[], Iterable[Tensor]]]:
+    """What this rank holds of every weight's frozen entries."""
+
+    def piece(name: str, each: Entries) -> Iterable[Tensor]:
+        parameter = model.get_parameter(name)
+        index = local_index(parameter, each.trains.nonzero()[:, 0], each.along)  # type: ignore[arg-type]
+        yield complement_rows(local(parameter), each.dims, index)
+
+    return {name: partial(piece, name, each) for name, each in entries.items() if not each.whole}
+
+
+def clear_frozen_gradients(model: nn.Module, entries: Mapping[str, Entries]) -> list[Any]:
+    """Set the gradient of frozen entries to zero as soon as it is there; returns the hooks.
+
+    So that whoever clips gradients sees the norm of what trains.
+    """
+    handles = []
+    for name, each in entries.items():
+        if each.partial:
+            parameter = model.get_parameter(name)
+            frozen = (~each.trains).nonzero()[:, 0].to(parameter.device)
+            pieces = parts(parameter, frozen, each.along)  # type: ignore[arg-type]
+
+            def clear(p: Tensor, pieces: Sequence[Part] = pieces) -> None:
+                assert p.grad is not None
+                for part in pieces:
+                    assert part.index is not None
+                    part.rows(local(p.grad)).index_fill_(part.dim, part.index, 0)
+
+            handles.append(parameter.register_post_accumulate_grad_hook(clear))
+    return handles

@@ -1,0 +1,54 @@
+"""Which units a model has: families of architectures, depth-2 modules, and sets of units."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+from ssah.units.experts import DOWN, RoutedExperts, run_routed, up_name
+from ssah.units.families import (
+    FAMILIES,
+    FFN,
+    Attention,
+    Experts,
+    Family,
+    NotCovered,
+    register_family,
+)
+from ssah.units.find import (
+    KINDS,
+    DepthTwoModule,
+    GatedFFN,
+    UnitSlice,
+    act_name,
+    check_units,
+    family_of,
+    family_of_config,
+    find_modules,
+    find_not_covered,
+    layers_path,
+)
+from ssah.units.identity import check_same_model, config_hash, model_name, units_hash
+from ssah.units.projections import check_parameters, is_computed
+from ssah.units.ranking import blocks, lowest, normalized, order_key, share_count, split, without
+from ssah.units.unit_set import UnitSet
+
+__all__ = [
+    "FFN",
+    "KINDS",
+    "Attention",
+    "DepthTwoModule",
+    "Experts",
+    "Family",
+    "GatedFFN",
+    "NotCovered",
+    "UnitSet",
+    "UnitSlice",
+    "check_units",
+    "family_of",
+    "family_of_config",
+    "find_modules",
+    "find_not_covered",
+    "layers_path",
+    "register_family",
+]
+
+__getattr__ = submodules_of(__name__)

@@ -1,0 +1,235 @@
+"""Sets of units and their algebra."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from ssah.units.ranking import split
+
+__all__ = ["UnitSet"]
+
+
+class UnitSet:
+    """A set of units: for every depth-2 module of a scope, the sorted indices that belong to it.
+
+    Access is that of a mapping from B's name to an int64 tensor (empty where the set holds none of
+    that module's units), but ``len`` is the number of *units*. ``|``, ``&`` and ``-`` are union,
+    intersection and difference, over the union of both scopes. Instances do not change.
+
+    Args:
+        indices: B's name -> indices, in any order. Modules left out hold no unit.
+        sizes: B's name -> ``n_units``, for every module of the scope.
+
+    Raises:
+        ValueError: an index out of range, not an integer, or of a module outside the scope.
+    """
+
+    def __init__(
+        self, indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str, int]
+    ) -> None:
+        outside = [name for name in indices if name not in sizes]
+        if outside:
+            raise ValueError(f"indices has modules that sizes lacks: {', '.join(outside)}")
+        self._sizes = {name: _checked_size(name, size) for name, size in sizes.items()}
+        self._flat = _flattened(indices, self._sizes)
+
+    @classmethod
+    def of_mask(cls, mask: Tensor, sizes: Mapping[str, int]) -> UnitSet:
+        """The units where ``mask`` is True: bool ``[units]``, the modules one after the other.
+
+        Raises:
+            ValueError: ``mask`` has another number of units than ``sizes`` together, or no bools.
+        """
+        units = cls({}, sizes)
+        total = sum(units._sizes.values())
+        if mask.dtype != torch.bool or tuple(mask.shape) != (total,):
+            raise ValueError(
+                f"mask is {mask.dtype} {list(mask.shape)}, must be torch.bool [{total}]"
+            )
+        units._flat = mask.nonzero()[:, 0]
+        return units
+
+    # Where a set is kept as one sorted tensor, algebra on thousands of modules is one operation.
+    @cached_property
+    def _indices(self) -> dict[str, Tensor]:
+        """B's name -> indices in that module, int64, sorted."""
+        return split(self._flat, list(self._sizes), self._sizes)
+
+    @classmethod
+    def random(
+        cls, like: UnitSet | int, sizes: Mapping[str, int] | None = None, seed: int = 0
+    ) -> UnitSet:
+        """Units drawn uniformly without replacement; the same arguments give the same units.
+
+        Args:
+            like: a set, to draw as many units from each module as it has there; or a number of
+                units, to draw that many from the whole scope.
+            sizes: the scope; by default that of ``like``.
+            seed: of the generator.
+
+        Raises:
+            ValueError: ``sizes`` is missing for a number, or there are fewer units than asked for.
+        """
+        if sizes is None:
+            if not isinstance(like, UnitSet):
+                raise ValueError("sizes is None, must be given when like is a number of units")
+            sizes = like.sizes
+        generator = torch.Generator().manual_seed(seed)
+        if isinstance(like, UnitSet):
+            counts = {name: len(index) for name, index in like.items()}
+            short = [name for name, count in counts.items() if count > sizes.get(name, 0)]
+            if short:
+                raise ValueError(f"sizes has too few units in: {', '.join(short)}")
+            drawn = {
+                name: torch.randperm(sizes[name], generator=generator)[:count]
+                for name, count in counts.items()
+            }
+            return cls(drawn, sizes)
+        total = sum(sizes.values())
+        if not 0 <= like <= total:
+            raise ValueError(f"like is {like} units, must be between 0 and {total}")
+        mask = torch.zeros(total, dtype=torch.bool)
+        mask[torch.randperm(total, generator=generator)[:like]] = True
+        return cls.of_mask(mask, sizes)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """``n_units`` of every module of the scope."""
+        return dict(self._sizes)
+
+    @property
+    def fraction(self) -> float:
+        """Share of all units of the scope that are in the set, in [0, 1]."""
+        total = sum(self._sizes.values())
+        return len(self) / total if total else 0.0
+
+    def mask(self, name: str) -> Tensor:
+        """Bool ``[n_units]`` of module ``name``: True where the unit is in the set."""
+        mask = torch.zeros(self._sizes[name], dtype=torch.bool)
+        mask[self._indices[name]] = True
+        return mask
+
+    def complement(self) -> UnitSet:
+        """All units of the scope that are not in the set."""
+        return UnitSet.of_mask(~self.over(self._sizes), self._sizes)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sizes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._sizes
+
+    def keys(self) -> KeysView[str]:
+        """Names of B."""
+        return self._sizes.keys()
+
+    def items(self) -> ItemsView[str, Tensor]:
+        """Names of B with the indices of their units, int64, sorted."""
+        return self._indices.items()
+
+    def __len__(self) -> int:
+        return len(self._flat)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, UnitSet):
+            return NotImplemented
+        if list(self._sizes.items()) == list(other._sizes.items()):
+            return torch.equal(self._flat, other._flat)
+        return self._sizes == other._sizes and torch.equal(self._flat, other._over(self._sizes))
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __or__(self, other: UnitSet) -> UnitSet:
+        return self._combine(other, torch.logical_or)
+
+    def __and__(self, other: UnitSet) -> UnitSet:
+        return self._combine(other, torch.logical_and)
+
+    def __sub__(self, other: UnitSet) -> UnitSet:
+        return self._combine(other, lambda a, b: a & ~b)
+
+    def _combine(self, other: UnitSet, rule: Callable[[Tensor, Tensor], Tensor]) -> UnitSet:
+        if not isinstance(other, UnitSet):
+            return NotImplemented
+        for name, size in other._sizes.items():
+            if self._sizes.get(name, size) != size:
+                raise ValueError(
+                    f"unit sets differ in the number of units of {name!r}: {self._sizes[name]} "
+                    f"and {size}; they must be of the same model"
+                )
+        sizes = {**self._sizes, **other._sizes}
+        return UnitSet.of_mask(rule(self.over(sizes), other.over(sizes)), sizes)
+
+    def over(self, sizes: Mapping[str, int]) -> Tensor:
+        """Bool ``[units]`` over a scope that has every module of this one: True in the set."""
+        mask = torch.zeros(sum(sizes.values()), dtype=torch.bool)
+        mask[self._over(sizes)] = True
+        return mask
+
+    def _over(self, sizes: Mapping[str, int]) -> Tensor:
+        """The units as positions among all units of another scope that has every module of this."""
+        if list(sizes) == list(self._sizes):
+            return self._flat
+        ends = torch.tensor([0, *sizes.values()]).cumsum(0).tolist()
+        starts = dict(zip(sizes, ends, strict=False))
+        moved = [index + starts[name] for name, index in self._indices.items()]
+        return torch.cat([*moved, torch.zeros(0, dtype=torch.int64)]).sort().values
+
+    def __repr__(self) -> str:
+        return (
+            f"UnitSet({len(self)} of {sum(self._sizes.values())} units ({self.fraction:.2%}) "
+            f"in {len(self._sizes)} modules)"
+        )
+
+
+def _checked_size(name: str, size: int) -> int:
+    number = operator.index(size)  # TypeError: it is no integer
+    if number < 0:
+        raise ValueError(f"sizes has {number} units for {name!r}, must have 0 or more")
+    return number
+
+
+def _flattened(indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str, int]) -> Tensor:
+    """Indices in modules as sorted positions among all units: int64, each once.
+
+    Raises:
+        ValueError: an index is out of range, or no integer; its module is named.
+    """
+    given = [_integers(name, indices[name]) for name in sizes if name in indices]
+    if not given:
+        return torch.zeros(0, dtype=torch.int64)
+    names = [name for name in sizes if name in indices]
+    starts = torch.tensor([0, *sizes.values()]).cumsum(0)[:-1]
+    start_of = dict(zip(sizes, starts.tolist(), strict=True))
+    counts = torch.tensor([len(each) for each in given])
+    index = torch.cat(given)
+    bounds = torch.tensor([sizes[name] for name in names]).repeat_interleave(counts)
+    wrong = ((index < 0) | (index >= bounds)).nonzero()[:, 0]
+    if len(wrong):
+        at = int(torch.searchsorted(counts.cumsum(0), wrong[0], right=True))
+        own, name = given[at], names[at]
+        raise ValueError(
+            f"indices of {name!r} run from {int(own.min())} to {int(own.max())}, "
+            f"must be in [0, {sizes[name]})"
+        )
+    flat = index + torch.tensor([start_of[name] for name in names]).repeat_interleave(counts)
+    ascending = bool((flat.diff() > 0).all())
+    return flat if ascending else torch.unique(flat, sorted=True)
+
+
+def _integers(name: str, index: Tensor | Sequence[int]) -> Tensor:
+    tensor = torch.as_tensor(index, dtype=None if len(index) else torch.int64, device="cpu")
+    if tensor.dim() != 1 or tensor.dtype == torch.bool or tensor.is_floating_point():
+        raise ValueError(
+            f"indices of {name!r} have dtype {tensor.dtype} and {tensor.dim()} dimensions, must be "
+            "one dimension of integers (for a mask: mask.nonzero()[:, 0])"
+        )
+    return tensor.to(torch.int64)

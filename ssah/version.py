@@ -1,0 +1,5 @@
+"""The release, which every result keeps."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"

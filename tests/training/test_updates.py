@@ -1,0 +1,182 @@
+"""Saving what a plan trained and merging it: exact, and into nothing but its base."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from plans import assert_equal, draw, loss_of, make, snapshot
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from ssah.models import digest
+from ssah.training import UpdatePlan, freeze, load_update, train_only
+from ssah.training import saving as updates
+from ssah.training.split_tensor import complement_rows
+
+
+def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
+    """A plan that has made two steps."""
+    plan = make(model, mode)
+    optimizer = plan.optimizer(lr=1e-2)
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    return plan
+
+
+@pytest.mark.parametrize("mode", ["freeze", "train_only"])
+@pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_merges_exactly(family: str, mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    model, base = (tiny_models.build(family, dtype=dtype) for _ in range(2))
+    plan = trained(model, mode)
+    plan.save_pretrained(tmp_path)
+    wanted = snapshot(model)
+    load_update(base, tmp_path)
+    assert_equal(snapshot(base), wanted)
+    (file,) = tmp_path.glob("*.safetensors")
+    values = sum(v.numel() for k, v in load_file(file).items() if k.startswith("values/"))
+    assert values == sum(p.numel() for p in plan.parameters())
+
+
+def test_refuses_what_it_does_not_belong_to(tmp_path: Path) -> None:
+    model = tiny_models.build("llama")
+    other = tiny_models.build("llama", seed=1)
+    half = tiny_models.build("llama").bfloat16()
+    larger = tiny_models.build("llama_bias")
+    plan = trained(model)
+    plan.save_pretrained(tmp_path)
+    for wrong, message in (
+        (other, r"trained from other weights .* frozen weights differ"),
+        (half, "bfloat16|float32"),
+        (larger, "says nothing of .* parameters"),
+        (model, "close it first"),
+    ):
+        before = snapshot(wrong)
+        with pytest.raises(ValueError, match=message):
+            load_update(wrong, tmp_path)
+        assert_equal(snapshot(wrong), before)
+    with pytest.raises(FileNotFoundError, match=r"there is no folder"):
+        load_update(other, tmp_path / "nothing" / "here")
+    flipped = tiny_models.build("llama")
+    flipped.model.norm.weight.data.view(torch.int32)[0] ^= 1
+    with pytest.raises(ValueError, match=r"model\.norm\.weight"):
+        load_update(flipped, tmp_path)
+
+
+def test_refuses_a_folder_with_something_else(tmp_path: Path) -> None:
+    from ssah.storage import save_tensors
+
+    save_tensors(tmp_path, {"a": torch.zeros(1)}, {"content": "attribution"})
+    with pytest.raises(ValueError, match="it must hold 'update'"):
+        load_update(tiny_models.build("llama"), tmp_path)
+
+
+def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
+    """Stopped after three steps and resumed in a new model: as if it had never stopped."""
+
+    def run(plan: UpdatePlan, optimizer: torch.optim.Optimizer, steps: range) -> None:
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(plan.model, step).backward()
+            optimizer.step()
+
+    options: dict[str, Any] = {"rounding": "stochastic", "seed": 3, "track_importance": True}
+    model = tiny_models.build("qwen2", dtype=torch.bfloat16)
+    plan = make(model, "freeze")
+    optimizer = plan.optimizer(lr=1e-2, **options)
+    run(plan, optimizer, range(3))
+    plan.save_pretrained(tmp_path / "update")
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    run(plan, optimizer, range(3, 6))
+
+    resumed = tiny_models.build("qwen2", dtype=torch.bfloat16)
+    load_update(resumed, tmp_path / "update")
+    again = make(resumed, "freeze", plan.units)
+    second = again.optimizer(lr=1e-2, **options)
+    second.load_state_dict(torch.load(tmp_path / "optimizer.pt"))
+    run(again, second, range(3, 6))
+    assert_equal(snapshot(resumed), snapshot(model))
+    for name, signed in plan.importance().signed.items():
+        assert torch.equal(signed, again.importance().signed[name])
+
+
+def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    calls: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            calls["token"] = token
+
+        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+            calls["create"] = (repo_id, options)
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+            for file in Path(folder_path).iterdir():
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+            return f"https://example.test/{repo_id}"
+
+    monkeypatch.setattr(updates, "HfApi", Api)
+    monkeypatch.setattr(updates, "snapshot_download", lambda repo_id: str(tmp_path))
+    model, base = (tiny_models.build("llama") for _ in range(2))
+    model.config.name_or_path = "/home/someone/secret-project"
+    plan = trained(model)
+    assert (
+        plan.push_to_hub("me/update", private=True, token="t") == "https://example.test/me/update"
+    )
+    assert calls == {"token": "t", "create": ("me/update", {"private": True, "exist_ok": True})}
+    assert "/home" not in (tmp_path / "meta.json").read_text()
+    assert json.loads((tmp_path / "meta.json").read_text())["base_model"] == "secret-project"
+    load_update(base, "hf:me/update")
+    assert_equal(snapshot(base), snapshot(model))
+    plan.close()
+    with pytest.raises(RuntimeError, match="plan is closed"):
+        plan.save_pretrained(tmp_path)
+
+
+def test_fingerprint_is_of_what_trains() -> None:
+    model = tiny_models.build("llama")
+    units = draw(model)
+    prints = []
+    for make_plan in (
+        lambda: train_only(model, units),
+        lambda: freeze(model, units),
+        lambda: train_only(model, units, also=("model.norm.weight",)),
+        lambda: train_only(model, draw(model, seed=5)),
+    ):
+        with make_plan() as plan:
+            prints.append(plan.fingerprint)
+    assert len(set(prints)) == 4
+    with train_only(copy.deepcopy(model), units) as plan:
+        assert plan.fingerprint == prints[0]
+
+
+def test_digest_depends_on_content_alone() -> None:
+    weight = torch.randn(6, 4)
+    assert digest([weight]) == digest([weight[:2], weight[2:]])
+    assert digest([weight.t()]) == digest([weight.t().contiguous()])
+    assert digest([weight]) != digest([weight.double()])
+    flipped = weight.clone()
+    flipped.view(torch.int32)[3, 1] ^= 1
+    assert digest([weight]) != digest([flipped])
+    rest = complement_rows(weight, (1,), torch.tensor([1, 3]))
+    assert torch.equal(rest, weight[:, [0, 2]].t())
+
+
+def test_a_folder_that_is_not_there_is_not_fetched_from_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whoever owns a repository of that name could put any weights there."""
+    monkeypatch.setattr(updates, "snapshot_download", None)
+    for name in ("runs/typo", "/nowhere/at/all", "typo", Path("runs/typo")):
+        with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
+            load_update(tiny_models.build("llama"), name)
