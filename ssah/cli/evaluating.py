@@ -148,9 +148,9 @@ def evaluate(
     # Threads that wait leave their core to others; it must be said before torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from ssah.report.terminal.evaluation import evaluation_tables
-    from ssah.studies.evaluate.run import EvaluateSettings
     from ssah.studies.evaluate.run import evaluate as run
-    from ssah.studies.inputs import Loading
+    from ssah.studies.evaluate.settings import EvaluateSettings
+    from ssah.studies.loading import Loading
 
     settings = EvaluateSettings(
         judges=tuple(judge or ("wei2024",)),

@@ -27,7 +27,7 @@ __all__ = ["register"]
 
 
 class Counted(str, Enum):
-    """As ``ssah.studies.inputs.TOKENS``."""
+    """As ``ssah.choices.Counted``."""
 
     labels = "labels"
     all = "all"
@@ -161,9 +161,9 @@ def scan(
     """
     quiet_threads()
     from ssah.report.terminal.experiments import scan_tables
-    from ssah.studies.inputs import Loading
-    from ssah.studies.scan.run import ScanSettings
+    from ssah.studies.loading import Loading
     from ssah.studies.scan.run import scan as run
+    from ssah.studies.scan.settings import ScanSettings
 
     lists = {"shares": shares, "ru_shares": ru_shares, "compare_shares": compare_shares}
     settings = ScanSettings(
@@ -234,9 +234,9 @@ def stability(
     """
     quiet_threads()
     from ssah.report.terminal.experiments import stability_tables
-    from ssah.studies.inputs import Loading
-    from ssah.studies.stability.run import StabilitySettings
+    from ssah.studies.loading import Loading
     from ssah.studies.stability.run import stability as run
+    from ssah.studies.stability.settings import StabilitySettings
 
     settings = StabilitySettings(
         sizes=tuple(sizes or StabilitySettings.sizes),

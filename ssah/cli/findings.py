@@ -140,7 +140,7 @@ def probe(
     from ssah.evaluation import COMPLIANCE, REFUSAL
     from ssah.report.terminal.experiments import claims_text
     from ssah.report.terminal.tables import facts_table
-    from ssah.studies.inputs import Loading
+    from ssah.studies.loading import Loading
     from ssah.studies.probe import run_probe
 
     record = run_probe(

@@ -62,7 +62,7 @@ _GROUPS = "Groups"
 
 
 class FreezeArm(str, Enum):
-    """As ``ssah.studies.training.freeze.ARMS``."""
+    """As ``ssah.studies.training.settings.FREEZE_ARMS``."""
 
     none = "none"
     scu = "scu"
@@ -126,9 +126,9 @@ def budget(
     """
     quiet_threads()
     from ssah.report.terminal.experiments import study_tables
-    from ssah.studies.inputs import Loading
-    from ssah.studies.training.budget import BudgetSettings
+    from ssah.studies.loading import Loading
     from ssah.studies.training.budget import budget as run
+    from ssah.studies.training.settings import BudgetSettings
 
     settings = BudgetSettings(
         seeds=tuple(seeds or (0,)),
@@ -229,11 +229,11 @@ def freeze(
     """
     quiet_threads()
     from ssah.report.terminal.experiments import study_tables
-    from ssah.studies.inputs import Loading
-    from ssah.studies.training.freeze import FreezeSettings
+    from ssah.studies.loading import Loading
     from ssah.studies.training.freeze import freeze as run
+    from ssah.studies.training.settings import FreezeSettings
 
-    own = {"arms": tuple(arm.value for arm in arms)} if arms else {}
+    own: dict[str, Any] = {"arms": tuple(arm.value for arm in arms)} if arms else {}
     settings = FreezeSettings(
         seeds=tuple(seeds or (0, 1, 2)),
         scope=scope.value,
