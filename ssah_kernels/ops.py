@@ -32,6 +32,8 @@ __all__ = [
 
 def new_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zero state (count [], mean [C], m2 [C]) in float64 for ``x`` [..., C]."""
+    # Float64, since a float32 sum over a million tokens has few digits left for the next one. The
+    # count is a tensor too, so that merging a batch waits for no GPU.
     mean = x.new_zeros(x.shape[-1], dtype=torch.float64)
     return x.new_zeros((), dtype=torch.float64), mean, torch.zeros_like(mean)
 

@@ -1,4 +1,10 @@
-"""Host side of the masked updates: tables of tensors, one launch for all accessed alike."""
+"""Host side of the masked updates: tables of tensors, one launch for all accessed alike.
+
+Take a Llama of which some units train. Rows of gate, up, V and of the packed down projection train,
+read by vectors of 16 bytes; of O it is columns, gathered one by one. So a step of the whole model
+is two launches, each with a table of addresses, shapes and strides. A program finds its tensor in
+the table by the number of the tensor's first program.
+"""
 
 from __future__ import annotations
 
@@ -150,7 +156,7 @@ def launches(
     unit_table: list[int] = []
     tables: list[tuple[tuple[int, bool, int], Tensor, int]] = []
     for key, members in groups.items():
-        vector, gather, units = key
+        vector, gather, units = key  # units: the dimension that importance is summed for, or -1
         rows_of_table, programs = [*head], 0
         cut = tile_of(vector, units)
         for i in members:
@@ -158,6 +164,7 @@ def launches(
             tiles = cdiv(rows, cut["STEPS"] * cut["HEIGHT"]), cdiv(cols, cut["BLOCK"])
             rows_of_table += tensor_row(update, i, programs, vector, gather)
             programs += tiles[0] * tiles[1]
+            # Rows are units: each tile beside another has a part of the sum; columns: each below.
             parts = tiles[1] if units == 0 else tiles[0]
             rows_of_table += [partial_size, parts]
             if update.signed is not None and update.squared is not None:
@@ -165,7 +172,7 @@ def launches(
                 n_units = (rows, cols)[units]
                 unit_table += [unit_programs, *sums, partial_size, parts, n_units]
                 unit_programs += cdiv(n_units, MERGE_CHANNELS)
-                partial_size += 2 * parts * n_units
+                partial_size += 2 * parts * n_units  # [2, parts, units]: signed, then squared
         assert len(rows_of_table) == HEAD.value + FIELDS.value * len(members)
         tables.append((key, device_table(rows_of_table, device), programs))
 
