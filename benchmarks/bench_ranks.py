@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.bench_attribute import build_batches, build_model
+from benchmarks.models import build_batches, build_model
 from ssah.attribution import attribute
 from ssah.distributed import Ranks, deal
 from ssah.models import move
@@ -36,7 +36,8 @@ UNITS = (100_000, 500_000, 3_000_000)  # about a 0.3 B, a 7 B and a 70 B model's
 
 
 def build_tiny() -> PreTrainedModel:
-    """Two small layers, to try the script."""
+    """Two small layers, to try the script; every rank must have the same."""
+    torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
@@ -79,7 +80,7 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks
     )
     ranks = Ranks.of()
-    model = build_tiny() if options.tiny else build_model()
+    model = build_tiny() if options.tiny else build_model("bfloat16", layers=20)
     move(model, getattr(torch, options.dtype))
     batches = build_batches(options.batches * ranks.size, ragged=False)
     arguments = (model, batches, ranks, options.metric)

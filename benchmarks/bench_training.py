@@ -35,16 +35,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.models import LENGTH, VOCABULARY, build_model
 from ssah.selection import select_entries
 from ssah.training import train_only
 from ssah.units import UnitSet, find_modules
 
-ROWS, LENGTH, VOCABULARY = 4, 256, 32_000
+ROWS = 4
 FRACTION = 0.2
 VARIANTS = ("dense masked", "mask only", "whole tensors off", "plan", "lora")
 DEFAULT = ("dense masked", "plan", "lora")  # more at once do not fit 16 GiB
@@ -52,22 +53,6 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 TIME_LIMIT, MEMORY_LIMIT = 0.78, 0.5
 WARMUP = 1
 Step = Callable[[], None]
-
-
-def build_model(layers: int) -> PreTrainedModel:
-    """A Llama in float32 with 16 heads of 64 and 8 key/value heads."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        use_cache=False,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
 
 def draw_units(model: PreTrainedModel) -> UnitSet:
@@ -96,7 +81,8 @@ def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tens
 
 def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]:
     """One training step of a variant, and the sizes of what it trains."""
-    model = build_model(layers)
+    model = build_model("float32", layers).train()
+    model.config.use_cache = False
     masks: dict[Tensor, Tensor] = {}
     frozen: dict[Tensor, Tensor] = {}
     facts: dict[str, int | float] = {}
@@ -144,23 +130,18 @@ def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]
     return step, facts
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def serve(options: argparse.Namespace) -> None:
     """Worker: one step per line read, one JSON line back."""
     torch.set_num_threads(options.threads)
-    imported = peak_bytes()
+    imported = 1024 * common.kibibytes("VmHWM")
     step, facts = build_step(options.serve, options.layers)
     print(json.dumps({}), flush=True)
     for _ in sys.stdin:
         start = time.process_time()
         step()
         facts["cpu_seconds"] = time.process_time() - start
-        print(json.dumps({**facts, "peak": peak_bytes(), "imported": imported}), flush=True)
+        peak = 1024 * common.kibibytes("VmHWM")
+        print(json.dumps({**facts, "peak": peak, "imported": imported}), flush=True)
 
 
 class Worker:
