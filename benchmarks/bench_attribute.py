@@ -84,9 +84,9 @@ def measure_memory(options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     model = build_model(options.dtype, options.layers)
     call = calls(model, build_batches(1, options.batches == "ragged"))[options.memory]
-    call(0)
+    call(0)  # what is made once must not count
     before = common.kibibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held
     call(0)
     print(json.dumps({"before": before, "peak": common.kibibytes("VmHWM")}))
 

@@ -61,6 +61,7 @@ def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dic
     }
     with torch.inference_mode():
         times = interleave(calls, repeats)
+    # Against the better of two forms: torch.compile fuses one or the other, by its version.
     best = min(ratio(times, f"compiled sums{s}", "channel_moments_") for s in ("", ", 2nd form"))
     return {
         "tokens": tokens,

@@ -96,7 +96,7 @@ def forget(folder: Path) -> None:
     """Have the system drop what it keeps of the weights in memory."""
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # pages that are not written yet cannot be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
@@ -104,7 +104,7 @@ def forget(folder: Path) -> None:
 def bandwidth(folder: Path) -> float:
     """Bytes per second of plain reads of the weights, cold."""
     forget(folder)
-    buffer = bytearray(16 << 20)
+    buffer = bytearray(16 << 20)  # one for all: new memory would have to be mapped
     n_bytes, start = 0, time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with FileIO(file) as handle:

@@ -82,7 +82,7 @@ def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tens
 def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]:
     """One training step of a variant, and the sizes of what it trains."""
     model = build_model("float32", layers).train()
-    model.config.use_cache = False
+    model.config.use_cache = False  # training needs no cache, which would count as memory
     masks: dict[Tensor, Tensor] = {}
     frozen: dict[Tensor, Tensor] = {}
     facts: dict[str, int | float] = {}

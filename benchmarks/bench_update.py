@@ -95,7 +95,7 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
         calls[v.name] = built[key].call(importance=v.importance, seed=v.seed, kahan=v.kahan)
     times = common.interleave(calls, repeats=repeats, warmup=1)
     seconds = {name: common.percentiles(values) for name, values in times.items()}
-    bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]
+    bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]  # each byte is read and written
 
     def row(name: str, elements: int, moved: int, **more: Any) -> dict[str, Any]:
         return {

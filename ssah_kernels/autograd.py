@@ -112,7 +112,7 @@ def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _masked_grad_norm(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     """d norm / d g = g / (norm grad_scale^2) where it was selected; 0 where all of it is 0."""
     *grads, norm, grad_scale = ctx.saved_tensors
-    scale = 1.0 if grad_scale is None else grad_scale.double().reshape(())
+    scale = 1.0 if grad_scale is None else grad_scale.double().reshape(())  # it may be [1]
     # The norm has no slope at 0; torch.linalg.vector_norm gives 0 there too.
     factor = torch.where(norm == 0, 0, slope / (norm * scale**2))
     results = []

@@ -133,20 +133,20 @@ def column_sq_norms(weight: Tensor) -> Tensor:
 
 
 def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
-    dims: Sequence[int],
-    lr: Tensor,
-    step: Tensor,
-    grad_scale: Tensor | None = None,
-    clip_coef: Tensor | None = None,
-    seed: Tensor | None = None,
-    compensations: Sequence[Tensor] | None = None,
-    signed: Sequence[Tensor] | None = None,
-    squared: Sequence[Tensor] | None = None,
+    params: Sequence[Tensor],  # each e.g. [11008, 4096], of which 2,202 rows train
+    grads: Sequence[Tensor],  # [2202, 4096]
+    exp_avgs: Sequence[Tensor],  # [2202, 4096]
+    exp_avg_sqs: Sequence[Tensor],  # [2202, 4096]
+    indices: Sequence[Tensor | None],  # [2202]
+    dims: Sequence[int],  # 0
+    lr: Tensor,  # []
+    step: Tensor,  # []
+    grad_scale: Tensor | None = None,  # []
+    clip_coef: Tensor | None = None,  # []
+    seed: Tensor | None = None,  # []
+    compensations: Sequence[Tensor] | None = None,  # [2202, 4096]
+    signed: Sequence[Tensor] | None = None,  # [2202]
+    squared: Sequence[Tensor] | None = None,  # [2202]
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,

@@ -118,6 +118,7 @@ def parts(tensor: DTensor, index: Tensor | None, dim: Dim) -> list[Part]:
         return [Part(own, along)]
     # Experts: entry e of this rank is unit e % size of its expert e // size.
     size = tensor.shape[along]
+    # Sorted by expert already: a piece [units] for each, which may be empty.
     each = (own % size).split(torch.bincount(own // size, minlength=n_rows).tolist())
     return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
 

@@ -64,6 +64,7 @@ class MaskedSGD(MaskedOptimizer):
         super().__init__(params, defaults)
 
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        # torch.optim.SGD keeps no buffer either where there is no momentum.
         return self.state_names if group["momentum"] else ()
 
     def _update(self, group: dict[str, Any], call: Call, scalars: Scalars) -> None:

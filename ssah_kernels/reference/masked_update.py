@@ -92,7 +92,7 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 def selected(param: Tensor, index: Tensor | None, dim: int) -> Tensor:
     """The trained elements of ``param``, in float64."""
-    return (param if index is None else param.index_select(dim, index)).double()
+    return (param if index is None else param.index_select(dim, index)).double()  # compact
 
 
 def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None:
@@ -128,7 +128,7 @@ def add_importance_(
     product = param * gradient(grad, grad_scale, None, False)  # compact
     other = [d for d in range(param.dim()) if d != dim % param.dim()] if param.dim() else []
     per_unit = product.sum(other) if other else product  # [units]
-    signed += per_unit.reshape(signed.shape)
+    signed += per_unit.reshape(signed.shape)  # of a parameter without dimensions [] -> [1]
     per_unit = product.square().sum(other) if other else product.square()
     squared += per_unit.reshape(squared.shape)
 

@@ -74,6 +74,7 @@ def _update_arguments(rows: int, columns: int, dtype: torch.dtype, device: torch
     A fifth of the rows train.
     """
     n = round(_TRAINED * rows)
+    # At random, and sorted as an index must be.
     index = torch.randperm(rows, device=device)[:n].sort().values
     grad = torch.randn(n, columns, device=device).to(dtype)
     state = [torch.zeros_like(grad), torch.zeros_like(grad)]
@@ -89,7 +90,7 @@ def _adamw(g: Tensor, m: Tensor, v: Tensor, p: Tensor, i: Tensor, lr: Tensor, t:
 def _adamw_plain(
     g: Tensor, m: Tensor, v: Tensor, p: Tensor, i: Tensor, lr: Tensor, t: Tensor
 ) -> None:
-    grad, weight = g.float(), p.index_select(0, i).float()
+    grad, weight = g.float(), p.index_select(0, i).float()  # [trained, columns]
     mean = torch.lerp(m.float(), grad, 1 - _BETA1)
     square = _BETA2 * v.float() + (1 - _BETA2) * grad * grad
     # In the order of torch.optim.AdamW: decay first, then the step.
@@ -109,7 +110,7 @@ def _sgd_plain(
     g: Tensor, m: Tensor, _: Tensor, p: Tensor, i: Tensor, lr: Tensor, t: Tensor
 ) -> None:
     mean = _BETA1 * m.float() + g.float()
-    weight = p.index_select(0, i).float() - lr * mean
+    weight = p.index_select(0, i).float() - lr * mean  # [trained, columns]
     m.copy_(mean)
     p.index_copy_(0, i, weight.to(p.dtype))
 
@@ -151,6 +152,7 @@ CASES: dict[str, Case] = {
             ops.column_sq_norms,
             lambda w: w.float().square().sum(0),
         ),
+        # Of the gradient's size: p, m and v are read and written, g is read.
         Case("masked_adamw_", 7, _update_arguments, _adamw, _adamw_plain),
         Case("masked_sgd_", 5, _update_arguments, _sgd, _sgd_plain),
         Case(

@@ -41,7 +41,7 @@ def measure_op(
     calls["eager"] = timed(case.plain)
     if compiled:
         calls["compile"] = timed(torch.compile(case.plain, dynamic=False))
-    with torch.no_grad():
+    with torch.no_grad():  # derivatives have a case of their own
         times = timing.interleave(calls, repeats=settings.rounds, warmup=1)
     chosen = backends.choose(device)
     seconds = {name: timing.percentiles(values) for name, values in times.items()}
@@ -62,7 +62,7 @@ def _usable(op: str, device: torch.device) -> list[str]:
     """Backends that run ``op`` on tensors of this device, the one that serves them first."""
     chosen = backends.choose(device)
     served = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}.get(device.type, ["triton"])
-    names = [chosen, *served, "reference"]
+    names = [chosen, *served, "reference"]  # the chosen one may be among those that follow
     return [name for name in dict.fromkeys(names) if backends.missing(name) is None]
 
 

@@ -59,6 +59,7 @@ def run_bench(out: Path, *, quick: bool, threads: int | None = None) -> dict[str
     out.mkdir(parents=True, exist_ok=True)
     picture = plot_throughput(result, out / "bench.png")
     result["picture"] = str(picture)
+    # No NaN: not every reader of JSON takes it.
     (out / "bench.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
     console.print(f"Written: {out / 'bench.json'}, {picture}")
     return result
@@ -97,7 +98,7 @@ def _read_bandwidth(device: torch.device) -> float | None:
     """Gigabytes per second that a loop of plain loads reaches; None without such a loop here."""
     if device.type != "cpu" or backends.missing("cpu") is not None:
         return None
-    n_bytes = 256 << 20
+    n_bytes = 256 << 20  # more than any cache holds
     times = timing.interleave({"read": timing.read_bandwidth(n_bytes)}, repeats=5, warmup=1)
     return n_bytes / timing.percentiles(times["read"])["p50"] / 1e9
 
@@ -118,6 +119,7 @@ def _op_table(result: Mapping[str, Any], dtype: str) -> Table:
         rates = row["gigabytes_per_second"]
         table.add_row(
             row["op"],
+            # A row may lack a backend that another one has.
             *(f"{rates[name]:.3g}" if name in rates else "-" for name in names),
             *(f"{row['faster_than'][name]:.1f}x" for name in compared),
         )

@@ -54,7 +54,7 @@ def _scores_by_hooks(model: PreTrainedModel, batch: Mapping[str, Tensor]) -> Non
     handles = [
         module.down.register_forward_pre_hook(hook) for module in find_modules(model).values()
     ]
-    model.base_model(**batch, use_cache=False)
+    model.base_model(**batch, use_cache=False)  # no vocabulary, as in attribute
     for handle in handles:
         handle.remove()
 
