@@ -27,7 +27,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -182,6 +182,46 @@ class Worker:
         self.process.wait()
 
 
+def record_of(
+    workers: Mapping[str, Worker], times: dict[str, list[float]], base: str
+) -> dict[str, dict[str, Any]]:
+    """What is written of each variant: its sizes, and ratios to ``base``."""
+    # Of the process alone: another measure of the same ratio where the machine is shared.
+    cpu_times = {variant: worker.cpu_seconds[WARMUP:] for variant, worker in workers.items()}
+    rows = {}
+    for variant, worker in workers.items():
+        facts = {name: value for name, value in worker.facts.items() if name != "cpu_seconds"}
+        rows[variant] = {
+            **facts,
+            "time_ratio": common.ratio(times, variant, base),
+            "cpu_time_ratio": common.ratio(cpu_times, variant, base),
+            "memory_ratio": facts["peak"] / workers[base].facts["peak"],
+            "seconds": common.percentiles(times[variant]),
+        }
+    return rows
+
+
+def show(rows: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    for column in ("variant", "time", "cpu time", "peak memory"):
+        table.add_column(column)
+    for column in ("trained", "gradients", "state", "seconds"):
+        table.add_column(column)
+    for variant, row in rows.items():
+        table.add_row(
+            variant,
+            f"{row['time_ratio']:.3f}",
+            f"{row['cpu_time_ratio']:.3f}",
+            f"{row['memory_ratio']:.3f} ({row['peak'] / 2**30:.2f} GiB)",
+            f"{row['trained'] / 1e6:.1f} M",
+            f"{row['gradient_bytes'] / 2**20:.0f} MiB",
+            f"{row['state_bytes'] / 2**20:.0f} MiB",
+            f"{row['seconds']['p50']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
 def main() -> None:
     """Run the variants, print the table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -197,50 +237,15 @@ def main() -> None:
         return
     workers = {variant: Worker(variant, args) for variant in args.variants}
     times = common.interleave(dict(workers), repeats=args.repeats, warmup=WARMUP)
-    # Of the process alone: another measure of the same ratio where the machine is shared.
-    cpu_times = {variant: worker.cpu_seconds[WARMUP:] for variant, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-        del worker.facts["cpu_seconds"]
     base = args.variants[0]
-    title = f"training step, {args.layers} layers, {ROWS} x {LENGTH} tokens, ratios to {base}"
-    table = Table(title=title)
-    for column in (
-        "variant",
-        "time",
-        "cpu time",
-        "peak memory",
-        "trained",
-        "gradients",
-        "state",
-        "seconds",
-    ):
-        table.add_column(column)
+    rows = record_of(workers, times, base)
     record: dict[str, Any] = {"facts": common.facts(), "threads": args.threads}
-    record.update(layers=args.layers, variants={})
-    for variant, worker in workers.items():
-        facts = worker.facts
-        row = {
-            **facts,
-            "time_ratio": common.ratio(times, variant, base),
-            "cpu_time_ratio": common.ratio(cpu_times, variant, base),
-            "memory_ratio": facts["peak"] / workers[base].facts["peak"],
-            "seconds": common.percentiles(times[variant]),
-        }
-        record["variants"][variant] = row
-        table.add_row(
-            variant,
-            f"{row['time_ratio']:.3f}",
-            f"{row['cpu_time_ratio']:.3f}",
-            f"{row['memory_ratio']:.3f} ({facts['peak'] / 2**30:.2f} GiB)",
-            f"{facts['trained'] / 1e6:.1f} M",
-            f"{facts['gradient_bytes'] / 2**20:.0f} MiB",
-            f"{facts['state_bytes'] / 2**20:.0f} MiB",
-            f"{row['seconds']['p50']:.2f}",
-        )
-    Console(width=120).print(table)
+    record |= {"layers": args.layers, "variants": rows}
+    show(rows, f"training step, {args.layers} layers, {ROWS} x {LENGTH} tokens, ratios to {base}")
     if base == "dense masked" and "plan" in workers:
-        plan = record["variants"]["plan"]
+        plan = rows["plan"]
         record["limits"] = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
         print(
             f"plan: time {plan['time_ratio']:.3f} (at most {TIME_LIMIT}), "
