@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.lazy import submodules_of
 from ssah.training.freezing import freeze, train_only
-from ssah.training.plan import UpdatePlan
-from ssah.training.saving import load_update, plan_of
-from ssah.training.split_tensor import runs
+from ssah.training.plan import UpdatePlan, plan_of
+from ssah.training.saving import load_update
+from ssah.training.splitting import runs
 
 if TYPE_CHECKING:
-    from ssah.training.importance import ImportanceCallback
+    from ssah.training.importance_callback import ImportanceCallback
 
 __all__ = [
     "ImportanceCallback",
@@ -28,7 +28,7 @@ _submodule = submodules_of(__name__)
 def __getattr__(name: str) -> Any:
     # Not imported until it is used: it needs transformers' Trainer, and with it many packages.
     if name == "ImportanceCallback":
-        from ssah.training.importance import ImportanceCallback
+        from ssah.training.importance_callback import ImportanceCallback
 
         return ImportanceCallback
     return _submodule(name)
