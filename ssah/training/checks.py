@@ -7,15 +7,43 @@ from collections.abc import Collection, Mapping
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.models import check_plain, nonfinite
+from ssah.distributed import Ranks
+from ssah.interventions import check_not_ablated
+from ssah.models import check_idle, check_plain, nonfinite
+from ssah.training.active import check_unplanned
 from ssah.training.splitting import check_no_hooks
-from ssah.units import DepthTwoModule, check_parameters
+from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import check_layout, is_sharded
 
-__all__ = ["check_finite_weights", "check_projections", "check_trainable"]
+__all__ = ["check_planable"]
 
 
-def check_trainable(model: PreTrainedModel) -> None:
+def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwoModule]:
+    """The depth-2 modules of a model that a plan over ``units`` can be made for.
+
+    Raises:
+        TypeError: ``units`` is no `UnitSet`.
+        ValueError, RuntimeError: it cannot; the module or parameter that is in the way is named.
+        FloatingPointError: a weight of a unit is NaN or infinite; on every rank.
+    """
+    if not isinstance(units, UnitSet):
+        raise TypeError(
+            f"units is {type(units).__name__}; it must be a UnitSet, e.g. groups['scu']"
+        )
+    check_unplanned(model)
+    modules = find_modules(model)
+    check_units(model, units)
+    check_idle(model, "before a plan is made")
+    check_not_ablated(model, "before a plan is made")
+    _check_weights(model)
+    _check_projections(model, modules, units.keys())
+    # Each rank sees its own rows: one that refuses alone would leave the others waiting.
+    with (Ranks.over(model) or Ranks()).agreeing():
+        _check_finite(model, modules)
+    return modules
+
+
+def _check_weights(model: PreTrainedModel) -> None:
     """Refuse models whose weights cannot be split.
 
     Raises:
@@ -52,7 +80,7 @@ def check_trainable(model: PreTrainedModel) -> None:
             )
 
 
-def check_projections(
+def _check_projections(
     model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
 ) -> None:
     """Refuse projections that cannot be split: computed, shared or offloaded ones.
@@ -86,7 +114,7 @@ def check_projections(
                 )
 
 
-def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
+def _check_finite(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
     """Refuse units of weights that are NaN or infinite: kept or trained, they stay so.
 
     Raises:

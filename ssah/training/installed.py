@@ -92,7 +92,7 @@ class Installed:
             if name in self._required_grad:  # what was added since (adapters, say) is left alone
                 parameter.grad = None
                 parameter.requires_grad_(self._required_grad[name])
-        self.masked = {}
+        self.masked.clear()
 
     def split(self) -> dict[str, tuple[MaskedProjection, SplitTensor]]:
         """Original parameter -> its projection, and how it is stored, of all that is split."""
@@ -113,6 +113,16 @@ class Installed:
             elif entries.some:
                 parameter = self.model.get_parameter(name)
                 yield TrainedSlice(name, parameter, entries.index, entries, split=False)
+
+    def n_trained(self) -> int:
+        """How many elements train."""
+        # Sharded, the parameter is all of the weight: of it the share of its entries trains.
+        return sum(
+            s.parameter.numel() * len(s.index) // len(s.entries.trains)
+            if self.sharded
+            else s.parameter.numel()
+            for s in self.slices()
+        )
 
     def originals(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of all parameters as they were; of what is split, a copy each."""

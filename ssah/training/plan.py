@@ -17,25 +17,23 @@ import copy
 import os
 import weakref
 from collections.abc import Callable, Collection, Iterator
-from types import TracebackType
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.distributed import Ranks, reshard
-from ssah.interventions import check_not_ablated
-from ssah.models import cheap_weights_hash, check_idle
+from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import ACTIVE, PLAN, check_unplanned, watch_optimizers
-from ssah.training.checks import check_finite_weights, check_projections, check_trainable
+from ssah.training.active import ACTIVE, PLAN, watch_optimizers
+from ssah.training.checks import check_planable
 from ssah.training.entries import canonical_names, fingerprint, select_entries
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding
 from ssah.training.saving import push_update, save_update
-from ssah.training.splitting import MaskedProjection, pickling_error
-from ssah.units import DepthTwoModule, UnitSet, check_units, find_modules, model_name, units_hash
+from ssah.training.splitting import pickling_error
+from ssah.units import UnitSet, model_name, units_hash
 
 __all__ = ["UpdatePlan", "plan_of"]
 
@@ -66,6 +64,7 @@ class UpdatePlan:
         weights_hash: of the model as it was given (`ssah.models.weights`); None if sharded.
         fingerprint: SHA-256 (hex) of configuration and trained entries, equal for equal plans.
         ranks: those that the model is sharded over, or None.
+        masked: name -> projection of which some entries train and some do not.
     """
 
     @renamed(also="extra_parameters")
@@ -77,20 +76,7 @@ class UpdatePlan:
         keep: bool,
         extra_parameters: Collection[str] = (),
     ) -> None:
-        if not isinstance(units, UnitSet):
-            raise TypeError(
-                f"units is {type(units).__name__}; it must be a UnitSet, e.g. groups['scu']"
-            )
-        check_unplanned(model)
-        self.modules: dict[str, DepthTwoModule] = find_modules(model)
-        self.ranks = Ranks.over(model)
-        check_units(model, units)
-        check_idle(model, "before a plan is made")
-        check_not_ablated(model, "before a plan is made")
-        check_trainable(model)
-        check_projections(model, self.modules, units.keys())
-        with (self.ranks or Ranks()).agreeing():
-            check_finite_weights(model, self.modules)
+        self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
         given = UnitSet({}, {name: m.n_units for name, m in self.modules.items()}) | units
         self.trained_units = given.complement() if keep else given
@@ -108,14 +94,10 @@ class UpdatePlan:
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self.last_optimizer: Callable[[], Any] | None = None
         self._installed = Installed(model, self.entries, sharded=self.ranks is not None)
+        self.masked = self._installed.masked
         self.digests = self._installed.install(self.modules, masks)
         model.__dict__[PLAN] = self
         watch_optimizers(self)
-
-    @property
-    def masked(self) -> dict[str, MaskedProjection]:
-        """Name -> projection that is split."""
-        return self._installed.masked
 
     # ---------------------------------------------------------------------------- what trains
 
@@ -154,13 +136,7 @@ class UpdatePlan:
 
     def print_trainable_parameters(self) -> None:
         """Print how many elements train, of how many, in PEFT's form."""
-        # Sharded, the parameter is all of the weight: of it the share of its entries trains.
-        trained = sum(
-            s.parameter.numel() * len(s.index) // len(s.entries.trains)
-            if self.ranks is not None
-            else s.parameter.numel()
-            for s in self._installed.slices()
-        )
+        trained = self._installed.n_trained()
         print(
             f"trainable params: {trained:,d} || all params: {self.n_parameters:,d} || "
             f"trainable%: {100 * trained / self.n_parameters:.4f}"
@@ -170,9 +146,8 @@ class UpdatePlan:
 
     def param_groups(self, weight_decay: float = 0.01) -> list[dict[str, Any]]:
         """Parameter groups for any optimiser: norms and biases (one dimension) do not decay."""
-        return param_groups(
-            self.parameters(), self._installed.slices(), self.fingerprint, weight_decay
-        )
+        slices = self._installed.slices()
+        return param_groups(self.parameters(), slices, self.fingerprint, weight_decay)
 
     def optimizer(
         self, lr: float | Tensor = 1e-3, *, weight_decay: float = 0.01, **options: Any
@@ -309,12 +284,7 @@ class UpdatePlan:
     def __enter__(self) -> UpdatePlan:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UpdatePlan:

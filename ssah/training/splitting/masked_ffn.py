@@ -46,7 +46,7 @@ class _GatedProduct(torch.autograd.Function):
 def _forward(
     gate: nn.Module | None, up: nn.Module, down: nn.Module, act: nn.Module, name: str, x: Tensor
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))`` of x ``[..., hidden]``; without ``gate``, ``up`` gives both."""
+    """``down(act(gate(x)) * up(x))``, x ``[..., hidden]``; without ``gate``, ``up`` gives both."""
     if gate is None:
         first, second = up(x).chunk(2, dim=-1)  # [..., 2 * units]: gate, then up
     else:
