@@ -233,7 +233,7 @@ def freeze(
     from ssah.studies.training.freeze import FreezeSettings
     from ssah.studies.training.freeze import freeze as run
 
-    own = {"arms": tuple(arm.value for arm in arms)} if arms else {}
+    own: dict[str, Any] = {"arms": tuple(arm.value for arm in arms)} if arms else {}
     settings = FreezeSettings(
         seeds=tuple(seeds or (0, 1, 2)),
         scope=scope.value,

@@ -7,13 +7,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 
 from ssah.attribution import Attribution, attribute
+from ssah.choices import Counted
 from ssah.data import Counts, Overlong, Reading, Row, make_loader, rows_read, warn_of_shared
-from ssah.groups import NORMALIZATIONS, SCOPES
 from ssah.models import DTYPES, faster_dtype, load_model, quiet
 from ssah.studies.steps import Steps
 
@@ -25,8 +25,6 @@ __all__ = [
     "TOKENS",
     "Loading",
     "Sources",
-    "check_grouping",
-    "check_shares",
     "score",
 ]
 
@@ -34,7 +32,7 @@ READING = Reading()
 # Roles whose rows a model was calibrated or trained on; others measure it.
 _SEEN = ("safety", "utility", "finetune")
 SCORES = "scores"  # folder of a run
-TOKENS = ("labels", "all")
+TOKENS: tuple[Counted, ...] = get_args(Counted)
 
 
 @dataclass(frozen=True)
@@ -199,21 +197,3 @@ def check_choice(argument: str, value: str, allowed: Sequence[str]) -> None:
     """Refuse, with ValueError, what is not among ``allowed``."""
     if value not in allowed:
         raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(allowed)}")
-
-
-def check_shares(**shares: float | Sequence[float]) -> None:
-    """Refuse, with ValueError, shares that are not above 0 and at most 1, and empty lists."""
-    for argument, given in shares.items():
-        values = [given] if isinstance(given, float | int) else list(given)
-        if not values:
-            raise ValueError(f"{argument} is empty; it must have at least one share")
-        for value in values:
-            if not 0 < value <= 1:
-                raise ValueError(f"{argument} is {value}; it must be above 0 and at most 1")
-
-
-def check_grouping(scope: str, normalize: str, tokens: str) -> None:
-    """Refuse, with ValueError, ways of grouping that do not exist."""
-    check_choice("scope", scope, SCOPES)
-    check_choice("normalize", normalize, NORMALIZATIONS)
-    check_choice("tokens", tokens, TOKENS)

@@ -16,7 +16,7 @@ from ssah.studies.measuring import UTILITY, losses
 
 if TYPE_CHECKING:
     from ssah.studies.evaluate.arms import Arm
-    from ssah.studies.evaluate.run import EvaluateSettings
+    from ssah.studies.evaluate.settings import EvaluateSettings
 
 __all__ = [
     "BENIGN",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ import torch
 
 from ssah.data import template_record
 from ssah.evaluation import (
-    check_level,
     check_room,
     check_tasks,
     count_words,
@@ -36,6 +35,7 @@ from ssah.studies.evaluate.record import (
     model_record,
     row_record,
 )
+from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.inputs import Loading, Sources
 from ssah.studies.measuring import UTILITY, Evaluation, intact_coherence, measured_line
 from ssah.studies.run import Run
@@ -48,47 +48,6 @@ if TYPE_CHECKING:
 __all__ = ["KIND", "EvaluateSettings", "evaluate"]
 
 KIND = "evaluate"
-
-
-@dataclass(frozen=True)
-class EvaluateSettings:
-    """What changes the result of an evaluation, beside model and data.
-
-    Attributes:
-        judges: as ``ssah.evaluation.judge`` takes them.
-        system_prompts: each is evaluated; None: no system message.
-        ablations: each is evaluated, after the model as it is.
-        tasks: of lm-eval.
-        task_folder: with YAML files of further tasks.
-        max_new_tokens: the most tokens of an answer.
-        batch_size: sequences run at a time.
-        max_length: tokens kept of a row of the utility set.
-        level: of confidence.
-        seed: of random units and of the bootstrap.
-    """
-
-    judges: tuple[str, ...] = ("wei2024",)
-    system_prompts: tuple[str | None, ...] = (None,)
-    ablations: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ()
-    task_folder: str | None = None
-    max_new_tokens: int = 64
-    batch_size: int = 16
-    max_length: int = 512
-    level: float = 0.95
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, values in (
-            ("system_prompts", self.system_prompts),
-            ("ablations", self.ablations),
-            ("tasks", self.tasks),
-        ):
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name} has {list(values)}, must have each once")
-        if self.task_folder is not None and not self.tasks:
-            raise ValueError(f"task_folder is {self.task_folder!r} without tasks, must have some")
-        check_level(self.level)
 
 
 def evaluate(

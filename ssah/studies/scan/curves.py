@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from ssah.attribution import Attribution
     from ssah.evaluation import Coherence
-    from ssah.studies.scan.run import ScanSettings
+    from ssah.studies.scan.settings import ScanSettings
     from ssah.studies.steps import Steps
 
 __all__ = ["ORDER", "Curves", "Point"]
@@ -97,8 +97,8 @@ class Curves:
         return classify(
             self.scores["safety"],
             self.scores["utility"],
-            scope=self.settings.scope,  # type: ignore[arg-type]
-            normalize=self.settings.normalize,  # type: ignore[arg-type]
+            scope=self.settings.scope,
+            normalize=self.settings.normalize,
             **own,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,10 @@ from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import move, weights_hash
 from ssah.report.pictures.stability import plot_stability
 from ssah.storage import check_free
-from ssah.studies.inputs import Loading, Sources, check_grouping, check_shares
+from ssah.studies.inputs import Loading, Sources
 from ssah.studies.run import Run
 from ssah.studies.stability.row_moments import RowMoments, row_moments
+from ssah.studies.stability.settings import StabilitySettings
 from ssah.studies.steps import Steps
 from ssah.units import UnitSet
 
@@ -33,44 +34,6 @@ __all__ = ["StabilitySettings", "chance_overlap", "jaccard", "spearman", "stabil
 KIND = "stability"
 MOMENTS = "moments"  # folder of a run
 _ORDERS = ("safety", "utility", "difference")
-
-
-@dataclass(frozen=True)
-class StabilitySettings:
-    """What is measured.
-
-    Attributes:
-        sizes: prompts of each set; twice the largest must be there.
-        resamples: pairs of draws at each size.
-        scu, ucu, ru: shares of the groups, of all units.
-        scope, normalize: as :func:`ssah.classify` takes them.
-        tokens: ``"labels"`` or ``"all"``.
-        enough: overlap from which on a number of prompts suffices.
-        seed: of the draws.
-        max_length: tokens kept of a row.
-    """
-
-    sizes: tuple[int, ...] = (16, 32, 64, 128)
-    resamples: int = 20
-    scu: float = 0.01
-    ucu: float = 0.01
-    ru: float = 0.15
-    scope: str = "model"
-    normalize: str = "zscore"
-    tokens: str = "labels"
-    enough: float = 0.7
-    seed: int = 0
-    max_length: int = 512
-
-    def __post_init__(self) -> None:
-        check_shares(scu=self.scu, ucu=self.ucu, ru=self.ru)
-        check_grouping(self.scope, self.normalize, self.tokens)
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"sizes is {self.sizes}; it must have numbers of at least 1")
-        if self.resamples < 1:
-            raise ValueError(f"resamples is {self.resamples}; it must be at least 1")
-        if not 0 < self.enough < 1:
-            raise ValueError(f"enough is {self.enough}; it must be above 0 and below 1")
 
 
 def stability(
@@ -194,8 +157,8 @@ class _Draws:
             scu=own.scu,
             ucu=own.ucu,
             ru=own.ru,
-            scope=own.scope,  # type: ignore[arg-type]
-            normalize=own.normalize,  # type: ignore[arg-type]
+            scope=own.scope,
+            normalize=own.normalize,
         )
 
     def compare(self, size: int) -> dict[str, Any]:

@@ -9,19 +9,18 @@ ordinary answers and on mathematics is the alignment tax.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import classify
 from ssah.report.pictures.study import plot_budget
 from ssah.studies.claims import claim
-from ssah.studies.inputs import Loading, Sources, check_shares
+from ssah.studies.inputs import Loading, Sources
 from ssah.studies.measuring import MATH, UTILITY
 from ssah.studies.training.arms import Arm, planned
 from ssah.studies.training.results import BEFORE, Arms, arms_summary, rates, row_losses
 from ssah.studies.training.run import open_study
-from ssah.studies.training.settings import StudySettings
+from ssah.studies.training.settings import BudgetSettings
 from ssah.training import freeze, train_only
 from ssah.units import UnitSet
 
@@ -36,28 +35,6 @@ KIND = "budget"
 FULL, RU = "full", "ru"
 ARMS = {BEFORE: "(before)", FULL: "everything", RU: "RU alone"}
 _NOUNS = {UTILITY: "ordinary answers", MATH: "mathematics"}
-
-
-@dataclass(frozen=True)
-class BudgetSettings(StudySettings):
-    """What a budget study does, beside what all studies do.
-
-    Attributes:
-        ru: share of redundant units, of all units.
-        ru_lr: learning rate where they alone train; None: ``lr``.
-        slack: by how much the ASR of RU alone may exceed the other to count as reaching it.
-    """
-
-    train_max_length: int = 192
-    ru: float = 0.2
-    ru_lr: float | None = None
-    slack: float = 0.05
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(ru=self.ru)
-        if self.ru_lr is not None and not self.ru_lr > 0:
-            raise ValueError(f"ru_lr is {self.ru_lr}; it must be greater than 0 or None")
 
 
 def budget(
@@ -113,8 +90,8 @@ def budget(
             scu=0.0,
             ucu=0.0,
             ru=settings.ru,
-            scope=settings.scope,  # type: ignore[arg-type]
-            normalize=settings.normalize,  # type: ignore[arg-type]
+            scope=settings.scope,
+            normalize=settings.normalize,
         )
         groups.save(out / "groups")
 

@@ -8,19 +8,18 @@ given.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups, classify
 from ssah.report.pictures.study import plot_freeze
 from ssah.studies.claims import claim, difference
-from ssah.studies.inputs import Loading, Sources, check_shares
+from ssah.studies.inputs import Loading, Sources
 from ssah.studies.measuring import UTILITY
 from ssah.studies.training.arms import Arm, lora, planned
 from ssah.studies.training.results import BEFORE, Arms, arms_summary, rates, row_losses
 from ssah.studies.training.run import open_study
-from ssah.studies.training.settings import StudySettings
+from ssah.studies.training.settings import FREEZE_ARMS, FreezeSettings
 from ssah.training import freeze as frozen
 from ssah.units import UnitSet
 
@@ -32,62 +31,9 @@ if TYPE_CHECKING:
 __all__ = ["ARMS", "FreezeSettings", "freeze"]
 
 KIND = "freeze"
-NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = ARMS = (
-    "none",
-    "scu",
-    "scu-cu",
-    "random",
-    "scu-all-cu",
-    "random-all",
-    "lora",
-)
+NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = ARMS = FREEZE_ARMS
 _SLACK = 0.05  # nats
 STRONG = 0.15  # rise of the ASR with nothing frozen, below which there is little to keep
-
-
-@dataclass(frozen=True)
-class FreezeSettings(StudySettings):
-    """What a freeze study does, beside what all studies do.
-
-    Attributes:
-        arms: of ``ARMS``: ``none`` (nothing frozen), ``scu``, ``scu-cu`` (SCU and the CU that rank
-            highest for safety), ``scu-all-cu``, ``random`` and ``random-all`` (as many units of
-            each module as ``scu-cu`` and ``scu-all-cu`` have there), ``lora``.
-        scu, ucu, ru: shares of the groups, of all units.
-        cu: share of all units that are frozen of CU, in ``scu-cu``.
-        lora_rank: rank of the adapters.
-        lora_lr: their learning rate; None: 10 times ``lr``.
-    """
-
-    seeds: tuple[int, ...] = (0, 1, 2)
-    arms: tuple[str, ...] = (NONE, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA)
-    scu: float = 0.01
-    ucu: float = 0.01
-    ru: float = 0.15
-    cu: float = 0.06
-    lora_rank: int = 16
-    lora_lr: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_shares(scu=self.scu, ucu=self.ucu, ru=self.ru, cu=self.cu)
-        unknown = [name for name in self.arms if name not in ARMS]
-        if unknown or not self.arms or len(set(self.arms)) < len(self.arms):
-            raise ValueError(
-                f"arms is {' '.join(self.arms)!r}; it must be one or more of {', '.join(ARMS)}"
-            )
-        if self.arms[0] != NONE and self.target_loss is None:
-            raise ValueError(
-                f"arms is {' '.join(self.arms)!r}; the first must be {NONE}, whose training loss "
-                "is the target of the others, or target_loss must be given"
-            )
-        together = self.scu + self.ucu + self.ru + self.cu
-        if together > 1:
-            raise ValueError(f"scu + ucu + ru + cu is {together:g}; it must be at most 1")
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank is {self.lora_rank}; it must be at least 1")
-        if self.lora_lr is not None and not self.lora_lr > 0:
-            raise ValueError(f"lora_lr is {self.lora_lr}; it must be greater than 0 or None")
 
 
 def freeze(
@@ -141,8 +87,8 @@ def freeze(
             scu=settings.scu,
             ucu=settings.ucu,
             ru=settings.ru,
-            scope=settings.scope,  # type: ignore[arg-type]
-            normalize=settings.normalize,  # type: ignore[arg-type]
+            scope=settings.scope,
+            normalize=settings.normalize,
         )
         groups.save(out / "groups")
         arms = study.compare({name: _arm(name, groups, settings) for name in settings.arms})
@@ -152,7 +98,7 @@ def freeze(
         "dtype": study.dtype,
         "bf16": study.bf16,
         "varied": "frozen",
-        "labels": {BEFORE: "(before)", **{name: _label(name, settings) for name in settings.arms}},
+        "labels": {name: _label(name, settings) for name in (BEFORE, *settings.arms)},
         "frozen_units": {name: len(_units(name, groups, settings, 0)) for name in settings.arms},
         "units": sum(groups.sizes.values()),
         "strong_enough": rise >= STRONG,
@@ -189,7 +135,8 @@ def _arm(name: str, groups: UnitGroups, settings: FreezeSettings) -> Arm:
 
 
 def _label(name: str, settings: FreezeSettings) -> str:
-    return {
+    labels: dict[str, str] = {
+        BEFORE: "(before)",
         NONE: "nothing",
         SCU: "SCU",
         SCU_CU: f"SCU + {100 * settings.cu:g} % CU",
@@ -197,7 +144,8 @@ def _label(name: str, settings: FreezeSettings) -> str:
         SCU_ALL_CU: "SCU + all CU",
         RANDOM_ALL: "as many random",
         LORA: f"(LoRA, rank {settings.lora_rank})",
-    }[name]
+    }
+    return labels[name]
 
 
 def _differences(arms: Arms) -> list[dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""Settings that are declared once: fields of a dataclass, of which commands make their options.
+
+An example::
+
+    @dataclass(frozen=True)
+    class ScanSettings:
+        draws: int = setting(1, "Sets of random units.", panel="Groups", min=1)
+
+        def __post_init__(self) -> None:
+            check_settings(self)
+
+is ``--draws INTEGER RANGE [x>=1]`` of ``ssah scan``, and ``ScanSettings(draws=0)`` is refused.
+Nothing heavy is imported here: the commands read settings before they import torch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, field, fields
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+__all__ = ["HELP", "check_settings", "choices_of", "declared", "setting"]
+
+HELP = "help"  # key of the metadata that makes an option of a field
+_BOUNDS = {  # key -> how a message says it, and whether a value keeps to it
+    "above": ("greater than", lambda value, bound: value > bound),
+    "min": ("at least", lambda value, bound: value >= bound),
+    "below": ("less than", lambda value, bound: value < bound),
+    "max": ("at most", lambda value, bound: value <= bound),
+}
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    option: str | None = None,
+    panel: str | None = None,
+    metavar: str | None = None,
+    min: float | None = None,
+    max: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    """A field of a settings dataclass that is an option of a command.
+
+    Args:
+        default: of the field.
+        help: what ``--help`` says of it, in Markdown.
+        option: how it is spelled, where that is not the field's name: ``"--judge"``.
+        panel: heading in ``--help`` under which it stands.
+        metavar: what stands for its value in ``--help``.
+        min, max, above, below: bounds of a number, or of each number of a tuple, see
+            `check_settings`; the last two exclude the bound itself.
+    """
+    bounds = {"min": min, "max": max, "above": above, "below": below}
+    about = {HELP: help, "option": option, "panel": panel, "metavar": metavar, **bounds}
+    given = {key: value for key, value in about.items() if value is not None}
+    return field(default=default, metadata=given)
+
+
+def declared(settings: type) -> list[tuple[Field[Any], Any, dict[str, Any]]]:
+    """Each field of a settings dataclass with its type, and with what `setting` was told.
+
+    A subclass that only changes a default keeps what its base says of the field.
+    """
+    hints, found = get_type_hints(settings), []
+    for own in fields(settings):
+        about: dict[str, Any] = {}
+        for base in reversed(settings.__mro__):
+            kept = vars(base).get("__dataclass_fields__", {}).get(own.name)
+            about |= {} if kept is None else kept.metadata
+        found.append((own, hints[own.name], about))
+    return found
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse a value that is out of the bounds of its field, or is not among its choices.
+
+    Raises:
+        ValueError: it names the field, the value and what it must be. A tuple whose default has
+            something in it must not be empty.
+    """
+    for own, hint, about in declared(type(settings)):
+        given, choices = getattr(settings, own.name), choices_of(hint)
+        several = isinstance(given, tuple)
+        if several and own.default and not given:
+            raise ValueError(f"{own.name} is empty; it must have at least one value")
+        for value in given if several else (given,):
+            if choices and value is not None and value not in choices:
+                must = "one or more of" if several else "one of"
+                raise ValueError(f"{own.name} is {value!r}; it must be {must} {', '.join(choices)}")
+            _check_bounds(own.name, value, {key: about[key] for key in _BOUNDS if key in about})
+
+
+def _check_bounds(name: str, value: float | None, bounds: dict[str, float]) -> None:
+    if value is None or not bounds:
+        return
+    if not math.isfinite(value) or not all(_BOUNDS[k][1](value, b) for k, b in bounds.items()):
+        must = " and ".join(f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
+        raise ValueError(f"{name} is {value!r}; it must be {must}")
+
+
+def choices_of(hint: Any) -> tuple[str, ...]:
+    """Names of the ``Literal`` that a type is, or is made of: none where there is no such type."""
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return tuple(name for part in get_args(hint) for name in choices_of(part))
