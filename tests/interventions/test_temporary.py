@@ -187,3 +187,15 @@ def test_a_mapping_is_no_collection_of_names() -> None:
     with pytest.raises(TypeError, match="extra_parameters is a mapping"):
         train_only(model, draw(model), extra_parameters=rows)
     assert plan_of(model) is None
+
+
+@pytest.mark.filterwarnings("default")
+def test_extra_parameters_go_by_their_old_name_for_one_release() -> None:
+    model = build("llama")
+    units = draw(model)
+    with train_only(model, units, extra_parameters=["model.norm.weight"]) as plan:
+        expected = plan.fingerprint
+    with pytest.warns(DeprecationWarning, match=r"also=\) is now .*extra_parameters="):
+        plan = train_only(model, units, also=["model.norm.weight"])  # type: ignore[call-arg]
+    assert plan.fingerprint == expected
+    plan.close()
