@@ -34,7 +34,7 @@ _DATA, _TRAINING, _RUN = "Data", "Training", "Run"
 
 
 class Scheduler(str, Enum):
-    """As ``ssah.training.finetune.settings.SCHEDULERS``."""
+    """As ``lr_scheduler`` of ``ssah.training.finetune.Settings``."""
 
     linear = "linear"
     cosine = "cosine"

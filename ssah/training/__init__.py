@@ -1,17 +1,20 @@
-"""Training some units and freezing the others: the plan, its slices, its optimiser, saving."""
+"""Training some units and freezing the others: the plan, its slices, its optimiser, saving.
+
+Nothing is imported until it is used: ``ssah finetune --help`` reads ``finetune/settings.py`` alone.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ssah.lazy import submodules_of
-from ssah.training.freezing import freeze, train_only
-from ssah.training.plan import UpdatePlan
-from ssah.training.saving import load_update, plan_of
-from ssah.training.split_tensor import runs
+from ssah.lazy import names_of
 
 if TYPE_CHECKING:
-    from ssah.training.importance import ImportanceCallback
+    from ssah.training.freezing import freeze, train_only
+    from ssah.training.importance_callback import ImportanceCallback
+    from ssah.training.plan import UpdatePlan, plan_of
+    from ssah.training.saving import load_update
+    from ssah.training.splitting import runs
 
 __all__ = [
     "ImportanceCallback",
@@ -22,13 +25,11 @@ __all__ = [
     "train_only",
 ]
 
-_submodule = submodules_of(__name__)
-
-
-def __getattr__(name: str) -> Any:
-    # Not imported until it is used: it needs transformers' Trainer, and with it many packages.
-    if name == "ImportanceCallback":
-        from ssah.training.importance import ImportanceCallback
-
-        return ImportanceCallback
-    return _submodule(name)
+__getattr__ = names_of(
+    __name__,
+    freezing="freeze train_only",
+    importance_callback="ImportanceCallback",
+    plan="UpdatePlan plan_of",
+    saving="load_update",
+    splitting="runs",
+)

@@ -312,7 +312,9 @@ def test_activations_are_extrapolated_exactly(family: str) -> None:
     plan = train_only(model, units)
     kept: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    own |= {slot.storage.data_ptr() for m in plan.masked.values() for slot in m.slots.values()}
+    own |= {
+        slot.storage.data_ptr() for m in plan.masked.values() for slot in m.split_tensors.values()
+    }
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -78,8 +78,8 @@ def _held(plan: UpdatePlan) -> Iterator[Tensor]:
     yield from plan.model.parameters()
     yield from plan.model.buffers()
     for module in plan.masked.values():
-        for slot in module.slots.values():
-            yield slot.storage
+        for tensor in module.split_tensors.values():
+            yield tensor.storage
 
 
 def _storages(tensors: Iterator[Tensor]) -> dict[int, int]:

@@ -27,7 +27,7 @@ from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
 from ssah.training.finetune.progress import Monitor, progress_bar
-from ssah.training.finetune.settings import Settings, decisive
+from ssah.training.finetune.settings import Settings
 from ssah.training.finetune.trainer import make_trainer
 from ssah.training.plan import UpdatePlan
 from ssah.training.saving import load_update
@@ -219,7 +219,7 @@ def _identity(
         "model weights": str(plan.weights_hash)[:12],
         "data": fingerprint(examples)[:12],
         "dtype": str(plan.model.dtype).removeprefix("torch."),
-        **decisive(settings),
+        **settings.decisive(),
     }
 
 

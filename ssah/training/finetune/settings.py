@@ -2,100 +2,61 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
-__all__ = ["SCHEDULERS", "Settings", "decisive"]
+from ssah.settings import check_settings, setting
 
-SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup")
+__all__ = ["Settings"]
 
 # What does not change the weights that a run ends with: may be another when it is resumed.
 _FREE = ("gradient_checkpointing", "save_steps", "logging_steps", "report_to")
-_LEAST = {
-    "batch_size": 1,
-    "gradient_accumulation": 1,
-    "logging_steps": 1,
-    "save_steps": 0,
-    "seed": 0,
-}
+
+_training = partial(setting, panel="Training")
+_run = partial(setting, panel="Run")
 
 
 @dataclass(frozen=True)
 class Settings:
     """How to train; the names are the command line's.
 
-    Attributes:
-        lr: peak learning rate of AdamW.
-        epochs: passes over the data; may be a fraction.
-        max_steps: stop after so many updates instead, or None.
-        batch_size: rows of a batch.
-        gradient_accumulation: batches of an update.
-        weight_decay: decoupled; norms and biases do not decay.
-        warmup_ratio: share of the updates during which the learning rate rises, in [0, 1).
-        lr_scheduler: one of ``SCHEDULERS``.
-        max_grad_norm: clip the norm of the trained entries' gradients to this; 0: do not clip.
-        bf16: compute in bfloat16 by autocast; weights keep their dtype.
-        seed: of the order of rows, dropout and rounding.
-        gradient_checkpointing: keep the input of each layer alone, and compute the rest again.
-        save_steps: updates from one checkpoint to the next; 0: none, the run cannot be resumed.
-        logging_steps: updates from one log of the loss to the next.
-        report_to: trackers that transformers knows, such as ``"tensorboard"``.
-
     Raises:
         ValueError: a value is out of range, or a tracker is not installed.
     """
 
-    lr: float = 2e-5
-    epochs: float = 1.0
-    max_steps: int | None = None
-    batch_size: int = 8
-    gradient_accumulation: int = 1
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.0
-    lr_scheduler: str = "linear"
-    max_grad_norm: float = 1.0
-    bf16: bool = False
-    seed: int = 0
-    gradient_checkpointing: bool = False
-    save_steps: int = 500
-    logging_steps: int = 10
-    report_to: tuple[str, ...] = ()
+    lr: float = _training(2e-5, "Peak learning rate of AdamW.", above=0)
+    epochs: float = _training(1.0, "Passes over the data.", above=0)
+    max_steps: int | None = _training(None, "Updates, in place of epochs.", min=1)
+    batch_size: int = _training(8, "Rows.", min=1)
+    gradient_accumulation: int = _training(1, "Batches of an update.", min=1)
+    weight_decay: float = _training(0.0, "Decoupled; norms and biases do not decay.", min=0)
+    warmup_ratio: float = _training(0.0, "Share of the updates in which lr rises.", min=0, below=1)
+    lr_scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = _training(
+        "linear", "Of lr."
+    )
+    max_grad_norm: float = _training(1.0, "Clip to it; 0: never.", min=0)
+    bf16: bool = _training(False, "Compute in bfloat16; weights stay.")
+    seed: int = _training(0, "Of order and rounding.", min=0)
+    gradient_checkpointing: bool = _training(False, "Less memory, more time.")
+    save_steps: int = _run(500, "Updates between checkpoints; 0: none.", min=0)
+    logging_steps: int = _run(10, "Updates per log.", min=1)
+    report_to: tuple[str, ...] = _run((), "`tensorboard`, `wandb`, ...; may be repeated.")
 
     def __post_init__(self) -> None:
-        for name in ("lr", "epochs", "weight_decay", "max_grad_norm"):
-            value, above_zero = getattr(self, name), name in ("lr", "epochs")
-            if not math.isfinite(value) or value < 0 or (above_zero and value == 0):
-                bound = "greater than 0" if above_zero else "at least 0"
-                raise ValueError(f"{name} is {value}; it must be {bound}")
-        if not 0 <= self.warmup_ratio < 1:
-            raise ValueError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
-        if self.lr_scheduler not in SCHEDULERS:
+        check_settings(self)
+        if not self.report_to:
+            return
+        from ssah.compat.trainer import get_available_reporting_integrations  # slow to import
+
+        available = get_available_reporting_integrations()
+        missing = [name for name in self.report_to if name not in available]
+        if missing:
             raise ValueError(
-                f"lr_scheduler is {self.lr_scheduler!r}; it must be one of {', '.join(SCHEDULERS)}"
+                f"report_to is {missing[0]!r}; it must be a tracker that is installed "
+                f"({', '.join(available) or 'none is'})"
             )
-        for name, least in _LEAST.items():
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {least}")
-        if self.max_steps is not None and self.max_steps < 1:
-            raise ValueError(f"max_steps is {self.max_steps}; it must be at least 1 or None")
-        if self.report_to:
-            _check_trackers(self.report_to)
 
-
-def _check_trackers(names: tuple[str, ...]) -> None:
-    # Not at the top: whoever reads the settings' fields alone need not load the Trainer.
-    from ssah.compat.trainer import get_available_reporting_integrations
-
-    available = get_available_reporting_integrations()
-    missing = [name for name in names if name not in available]
-    if missing:
-        raise ValueError(
-            f"report_to is {missing[0]!r}; it must be a tracker that is installed "
-            f"({', '.join(available) or 'none is'})"
-        )
-
-
-def decisive(settings: Settings) -> dict[str, Any]:
-    """The settings that decide with which weights a run ends: name -> value."""
-    return {name: value for name, value in asdict(settings).items() if name not in _FREE}
+    def decisive(self) -> dict[str, Any]:
+        """What changes the weights that a run ends with: name -> value."""
+        return {name: value for name, value in asdict(self).items() if name not in _FREE}
