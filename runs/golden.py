@@ -31,8 +31,9 @@ from torch import Tensor  # noqa: E402
 import ssah  # noqa: E402
 from ssah.data import make_loader  # noqa: E402
 from ssah.evaluation import refusal_margin, utility_loss  # noqa: E402
-from ssah.studies.inputs import Loading  # noqa: E402
-from ssah.studies.scan.run import ScanSettings, scan  # noqa: E402
+from ssah.studies.loading import Loading  # noqa: E402
+from ssah.studies.scan.run import scan  # noqa: E402
+from ssah.studies.scan.settings import ScanSettings  # noqa: E402
 
 # One of each way in which a family lays out its units: shared heads, fused projections, experts.
 FAMILIES = ("llama", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss")

@@ -1,16 +1,25 @@
-"""Import paths of earlier releases, which go on working for one release with a warning."""
+"""Names of earlier releases, which go on working for one release with a warning.
+
+`MOVED` has the import paths. `renamed` is for parameters: ``attribute(model, loader, group=None)``
+warns, and does what ``attribute(model, loader, process_group=None)`` does.
+"""
 
 from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import wraps
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOVED", "accept"]
+__all__ = ["MOVED", "accept", "renamed"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # The path of an earlier release -> where that is now.
 MOVED = {
@@ -51,3 +60,39 @@ class _Finder(MetaPathFinder):
 def accept() -> None:
     """Let ``import`` find the paths of `MOVED`; called once, as the package is imported."""
     sys.meta_path.append(_Finder())
+
+
+def renamed(**parameters: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take keyword arguments under the names of an earlier release.
+
+    Example: ``@renamed(group="process_group")`` above a function that has ``process_group``. The
+    signature that users, documentation and type checkers see has the new name alone.
+
+    Args:
+        parameters: the old name of each parameter -> the new one.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        name = function.__qualname__.removesuffix(".__init__")
+
+        @wraps(function)
+        def accepting(*args: Any, **kwargs: Any) -> R:
+            for old, new in parameters.items():
+                if old not in kwargs:
+                    continue
+                if new in kwargs:
+                    raise TypeError(
+                        f"{name} was given {new} and its old name {old}, must be given {new} alone"
+                    )
+                warnings.warn(
+                    f"{name}({old}=) is now {name}({new}=): the old name goes with the next "
+                    "release",
+                    DeprecationWarning,
+                    stacklevel=2,  # the caller's line
+                )
+                kwargs[new] = kwargs.pop(old)
+            return function(*args, **kwargs)
+
+        return accepting
+
+    return decorate

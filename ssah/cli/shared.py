@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ssah.data import Reading
-    from ssah.studies.inputs import Loading
+    from ssah.studies.loading import Loading
 
 __all__ = [
     "BatchSize",
@@ -109,7 +109,7 @@ class Weights:
 
     def loading(self, name: str, rows: Rows) -> Loading:
         """How a study loads the model, which it does when it has read its rows."""
-        from ssah.studies.inputs import Loading
+        from ssah.studies.loading import Loading
 
         return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ssah.interventions.ablation import ablate, check_not_ablated, prune
+from ssah.interventions.ablation import ablate, check_not_ablated
+from ssah.interventions.pruning import prune
 from ssah.lazy import submodules_of
 
 __all__ = [

@@ -1,4 +1,8 @@
-"""Biases that a model lacks and its configuration can express."""
+"""Biases that a model lacks and its configuration can express.
+
+Example: `mlp_bias=True` of a Llama configuration gives gate, up and down of every layer a bias. To
+get one for a single down, all of them are created, as zeros, so that the saved model can be loaded.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +47,15 @@ def _bias_flags(
             config = getattr(model.config, part) if part else model.config
             if config is None:  # a part that this model goes without
                 continue
-            off = [flag for flag, value in vars(config).items() if value is False]
-            for flag in (flag for flag in off if flag.endswith("bias")):
+            off = [f for f, v in vars(config).items() if v is False and f.endswith("bias")]
+            for flag in off:
+                # What the flag does is not read but tried: on the meta device it costs no memory.
                 variant = copy.deepcopy(model.config)
                 setattr(getattr(variant, part) if part else variant, flag, True)
                 with torch.device("meta"):
                     shapes = _shapes(type(model)(variant))
                 added = {name: shape for name, shape in shapes.items() if name not in present}
+                # A flag may do more than add biases, and is left alone then.
                 unchanged = present.items() <= shapes.items()
                 if unchanged and missing.keys() & added.keys() and _are_biases(model, added):
                     flags.append((config, flag))

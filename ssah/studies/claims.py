@@ -1,4 +1,10 @@
-"""What a study claims, with its interval: paired over requests (or rows) and seeds."""
+"""What a study claims, with its interval: paired over requests (or rows) and seeds.
+
+For example, of 100 requests a model gives in to 60 with nothing frozen and to 45 with SCU frozen,
+and on 35 of them the two differ. The difference is -15 points, and its interval, of about -26 to
+-4, comes from drawing the 100 requests anew, each with both its answers. It lies below 0: the claim
+that freezing lowers the ASR reproduces. Had it reached from -16 to +2, it would be undecided.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +14,13 @@ from torch import Tensor
 
 from ssah.evaluation import paired_difference, wilson
 
-__all__ = ["Unit", "claim", "difference"]
+__all__ = ["Expected", "Unit", "claim", "difference"]
 
 Expected = Literal["lower", "higher", "not higher"]
 Unit = Literal["points", "nats", "cosine"]
 
-_UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}  # factor, digits
+# Unit -> by what a value is multiplied to be shown, and with how many digits. Points are percent.
+_UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}
 
 
 def difference(
@@ -34,6 +41,7 @@ def difference(
         seed: of the bootstrap.
     """
     value, (low, high) = paired_difference(first, second, level=level, seed=seed)
+    # Losses are never equal by chance: only rates can agree on every request and mean little by it.
     if unit == "points" and low == high:
         reach = wilson(0, len(first), level)[1] * (1 + abs(value))
         low, high = max(-1.0, value - reach), min(1.0, value + reach)
@@ -81,7 +89,7 @@ def claim(
     verdict = "reproduces" if holds else "contradicted" if contradicted else "undecided"
     factor, digits = _UNITS[unit]
     shown = [f"{factor * x:+.{digits}f}" for x in (value, low, high)]
-    seeds = first.shape[1] if first.dim() == 2 else 1
+    seeds = first.shape[1] if first.dim() == 2 else 1  # [requests, seeds], or [requests]
     n = f"{len(first)} {among}" + (f" x {seeds} seeds" if seeds > 1 else "")
     sentence = (
         f"{text}: {shown[0]} {unit} (95 % interval {shown[1]} to {shown[2]}, {n}). "
@@ -103,6 +111,7 @@ def _verdict(verdict: str, expected: str, slack: str) -> str:
     if verdict == "reproduces":
         return "This reproduces."
     if expected == "not higher":
+        # Its interval is held against the slack, so a sentence about 0 would be wrong.
         if verdict == "contradicted":
             return f"This does not reproduce: the interval is above {slack}."
         return f"This is not shown: the interval reaches beyond {slack}."

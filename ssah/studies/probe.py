@@ -1,4 +1,9 @@
-"""Probe (Li & Kim, figures 2 to 4): a model's hidden states beside those of another one."""
+"""Probe (Li & Kim, figures 2 to 4): a model's hidden states beside those of another one.
+
+Of each request, three versions are read: as it is, opened by a refusal, and opened by a compliance.
+The distance of the first to each of the other two, less that of two requests that have nothing to
+do with one another, says which way the model leans at a layer.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +18,10 @@ from ssah.models import load_tokenizer, quiet, weights_hash
 from ssah.report.pictures.probe import plot_probe
 from ssah.storage import check_free
 from ssah.studies.claims import claim
-from ssah.studies.inputs import Loading, Sources
-from ssah.studies.run import Run
-from ssah.studies.steps import Steps
+from ssah.studies.loading import Loading
+from ssah.studies.run_folder import Run
+from ssah.studies.sources import Sources
+from ssah.studies.step_bars import Steps
 
 __all__ = ["run_probe"]
 
@@ -76,7 +82,7 @@ def run_probe(
         "seed": 0,
     }
     run = Run(out, KIND, settings, sources.record)
-    weights: dict[str, str] = {}
+    weights: dict[str, str] = {}  # known only once a model is loaded, so no part of the settings
     with Steps(run, len(names)) as steps:
         for role, name in names.items():
             loaded, tokenizer = model(model.dtype, name)
@@ -103,7 +109,7 @@ def run_probe(
                     f"{str(run.out)!r} has this experiment with other weights of {name!r}: take "
                     "another folder, or remove this one"
                 )
-            del loaded, compute  # before the next one is loaded
+            del loaded, compute  # both models may not fit: before the next one is loaded
     probes = {names[role]: Probe.load(run.out / role) for role in names}
     title = f"Which way {model.name} reasons on {len(asked)} harmful requests"
     picture = plot_probe(probes, run.out / "probe.png", title)
@@ -117,7 +123,8 @@ def run_probe(
 
 def _measured(found: Probe) -> dict[str, Any]:
     """Of one model: means and intervals per layer, and of the difference per number of tokens."""
-    over_layers = found.differences.mean(2)  # [requests, tokens]
+    over_layers = found.differences.mean(2)  # [requests, tokens, layers + 1] -> [requests, tokens]
+    # Index -1 is over all tokens that were generated: [requests, layers + 1].
     parts = {
         "refusal": found.refusal_distances[:, -1] - found.baselines[-1],
         "compliance": found.compliance_distances[:, -1] - found.baselines[-1],
@@ -146,7 +153,7 @@ def _measured(found: Probe) -> dict[str, Any]:
 def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str, Any]]:
     """What the paper says of such models, and whether it holds here: at the last layer."""
     own = probes[0]
-    first = own.safe_from()
+    first = own.safe_from()  # a layer, or None
     note = (
         "Its interval lies above 0 at no layer up to the last."
         if first is None
@@ -159,7 +166,7 @@ def _claims(names: Mapping[str, str], probes: Sequence[Probe]) -> list[dict[str,
         text = f"An unaligned model ({names[_BESIDE]}) is nearer to the compliance"
         claims.append(claim(text, *_last(other), "lower", "cosine"))
         text = "The aligned model leans to the refusal more than the other one"
-        one, two = (each.differences[:, -1, -1] for each in (own, other))
+        one, two = (each.differences[:, -1, -1] for each in (own, other))  # [requests]
         claims.append(claim(text, one, two, "higher", "cosine"))
     return claims
 

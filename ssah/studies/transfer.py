@@ -11,7 +11,7 @@ import torch
 
 from ssah.groups import Transfer, UnitGroups, transfer
 from ssah.report.pictures.transfer import plot_transfer
-from ssah.studies.run import Run
+from ssah.studies.run_folder import Run
 
 __all__ = ["run_transfer", "summary"]
 
@@ -46,6 +46,7 @@ def run_transfer(
         }
         for role, folder in (("before", before), ("after", after))
     }
+    # No model is loaded and nothing takes long, so that a folder without steps will do.
     run = Run(out, KIND, {"before": str(before), "after": str(after), "title": title}, data)
     names = {role: f"{role}: {Path(found['models'][role] or role).name}" for role in groups}
     with run.begin():
@@ -64,7 +65,7 @@ def summary(moved: Transfer, before: UnitGroups, after: UnitGroups) -> dict[str,
     units = sum(before.sizes.values())
     kept = {}
     for i, group in enumerate(moved.groups):
-        own = float(moved.matrix[i].sum())
+        own = float(moved.matrix[i].sum())  # matrix: [groups before, groups after]
         kept[group] = float(moved.matrix[i, i]) / own if own else None
     sides = {"before": before, "after": after}
     return {
@@ -83,6 +84,7 @@ def _fingerprint(groups: UnitGroups) -> str:
     """SHA-256 (hex) of which unit is in which group."""
     digest = hashlib.sha256()
     for name in groups.sizes:
+        # One byte a unit, after the name and the size: no two groupings have the same bytes.
         labels = groups.labels(name).to(torch.uint8).numpy()
         digest.update(f"{name} {len(labels)}\n".encode() + labels.tobytes())
     return digest.hexdigest()

@@ -11,10 +11,10 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.training.freezing import freeze, train_only
-    from ssah.training.importance import ImportanceCallback
-    from ssah.training.plan import UpdatePlan
-    from ssah.training.saving import load_update, plan_of
-    from ssah.training.split_tensor import runs
+    from ssah.training.importance_callback import ImportanceCallback
+    from ssah.training.plan import UpdatePlan, plan_of
+    from ssah.training.saving import load_update
+    from ssah.training.splitting import runs
 
 __all__ = [
     "ImportanceCallback",
@@ -28,8 +28,8 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     freezing="freeze train_only",
-    importance="ImportanceCallback",
-    plan="UpdatePlan",
-    saving="load_update plan_of",
-    split_tensor="runs",
+    importance_callback="ImportanceCallback",
+    plan="UpdatePlan plan_of",
+    saving="load_update",
+    splitting="runs",
 )

@@ -3,27 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from itertools import takewhile
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.compat.modules import has_hooks
-from ssah.models import check_plain, nonfinite, runs_own_forward
-from ssah.training import masked_experts
-from ssah.units import DepthTwoModule, check_parameters
+from ssah.distributed import Ranks
+from ssah.interventions import check_not_ablated
+from ssah.models import check_idle, check_plain, nonfinite
+from ssah.training.active import check_unplanned
+from ssah.training.splitting import check_no_hooks
+from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import check_layout, is_sharded
 
-__all__ = ["check_finite_weights", "check_projections", "check_trainable", "has_hooks_inside"]
+__all__ = ["check_planable"]
 
 
-def check_trainable(model: PreTrainedModel) -> None:
+def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwoModule]:
+    """The depth-2 modules of a model that a plan over ``units`` can be made for.
+
+    Raises:
+        TypeError: ``units`` is no `UnitSet`.
+        ValueError, RuntimeError: it cannot; the module or parameter that is in the way is named.
+        FloatingPointError: a weight of a unit is NaN or infinite; on every rank.
+    """
+    if not isinstance(units, UnitSet):
+        raise TypeError(
+            f"units is {type(units).__name__}; it must be a UnitSet, e.g. groups['scu']"
+        )
+    check_unplanned(model)
+    modules = find_modules(model)
+    check_units(model, units)
+    check_idle(model, "before a plan is made")
+    check_not_ablated(model, "before a plan is made")
+    _check_weights(model)
+    _check_projections(model, modules, units.keys())
+    # Each rank sees its own rows: one that refuses alone would leave the others waiting.
+    with (Ranks.over(model) or Ranks()).agreeing():
+        _check_finite(model, modules)
+    return modules
+
+
+def _check_weights(model: PreTrainedModel) -> None:
     """Refuse models whose weights cannot be split.
 
     Raises:
         ValueError: a weight is quantised, not in memory, a tensor subclass, or sharded otherwise
             than ``fully_shard`` does, with its name.
     """
+    # Sharded, nothing is split: other layouts are refused than where slices are cut out of weights.
     sharded = any(is_sharded(parameter) for parameter in model.parameters())
     check_plain(model, "to be trained in part")
     if getattr(model, "is_quantized", False) or getattr(model, "hf_quantizer", None) is not None:
@@ -44,6 +71,7 @@ def check_trainable(model: PreTrainedModel) -> None:
                     "fully_shard to the whole model"
                 )
             check_layout(f"parameter {name!r}", parameter)
+        # A subclass computes something else with its data than a slice of it would.
         elif type(parameter.data) is not Tensor or parameter.is_inference():
             raise ValueError(
                 f"parameter {name!r} is a {type(parameter.data).__name__} (inference tensor: "
@@ -52,7 +80,7 @@ def check_trainable(model: PreTrainedModel) -> None:
             )
 
 
-def check_projections(
+def _check_projections(
     model: nn.Module, modules: Mapping[str, DepthTwoModule], names: Collection[str]
 ) -> None:
     """Refuse projections that cannot be split: computed, shared or offloaded ones.
@@ -63,16 +91,17 @@ def check_projections(
     """
     params = (param for module in modules.values() for param in module.params)
     check_parameters(model, params, "for units to train or to stay")
-    uses: dict[int, int] = {}
+    uses: dict[int, int] = {}  # how many names each parameter has
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
     for experts in dict.fromkeys(modules[name].down for name in names if modules[name].routed):
-        masked_experts.check_no_hooks(type(experts).__name__, experts)
+        check_no_hooks(type(experts).__name__, experts)
     for name in names:
         module = modules[name]
         for owned in (*module.inputs, module.output):
             owner = owned.param.rpartition(".")[0]
             projection = model.get_submodule(owner)
+            # Its class is about to change; a forward of its own would hide that of the new class.
             if "forward" in vars(projection):
                 raise ValueError(
                     f"module {owner!r} has its forward replaced (offloading?), must be a plain "
@@ -85,7 +114,7 @@ def check_projections(
                 )
 
 
-def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
+def _check_finite(model: nn.Module, modules: Mapping[str, DepthTwoModule]) -> None:
     """Refuse units of weights that are NaN or infinite: kept or trained, they stay so.
 
     Raises:
@@ -98,15 +127,3 @@ def check_finite_weights(model: nn.Module, modules: Mapping[str, DepthTwoModule]
             f"parameter {name!r} is NaN or infinite, must be finite before a plan is made: the "
             "checkpoint is damaged, or was written by a run that diverged; load another one"
         )
-
-
-def has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:
-    """Whether hooks hang on something inside the module that holds all of ``params``.
-
-    An activation whose forward was replaced counts as one with a hook.
-    """
-    holders = [param.split(".")[:-2] for param in params]
-    alike = takewhile(lambda steps: len(set(steps)) == 1, zip(*holders, strict=False))
-    common = [steps[0] for steps in alike]
-    inside = list(model.get_submodule(".".join(common)).modules())[1:]
-    return any(has_hooks(part) or not runs_own_forward(part) for part in inside)

@@ -1,4 +1,18 @@
-"""Which entries of which parameters train when some units do, and splitting the model by that."""
+"""Which entries of which parameters train when some units do.
+
+An *entry* is what one unit owns of one parameter: a row of gate, up or V (and its bias), a column
+of down or O. Counted along the dimension that units run along, entry e of a weight ``[out, in]`` is
+``weight[e]`` in A and ``weight[:, e]`` in B.
+
+With shared key/value heads several units own one row of V. It trains only if all of them do, since
+each of them reads it. Example, four query heads of one channel over two key/value heads:
+
+    unit (column of O)   0  1  2  3      units 0, 1 and 2 train
+    row of V             0  0  1  1      row 0 trains; row 1 does not: unit 3 must stay
+
+So count for every row the units that it feeds (2, 2) and those of them that train (2, 1); a row
+trains where the two counts are equal.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +23,11 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ssah.training import masked_experts
-from ssah.training.checks import has_hooks_inside
-from ssah.training.masked_linear import MaskedConv1D, MaskedLinear, MaskedProjection
-from ssah.training.split_tensor import Slot, restored
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim
 
-__all__ = [
-    "Entries",
-    "canonical_names",
-    "fingerprint",
-    "select_entries",
-    "split",
-]
+__all__ = ["Entries", "TrainedSlice", "canonical_names", "fingerprint", "select_entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +36,8 @@ class Entries:
 
     Attributes:
         dim: dimension that runs over entries.
-        trains: bool ``[entries]`` on the CPU; of experts ``[experts * entries]``.
+        trains: bool ``[entries]`` on the CPU; of experts ``[experts * entries]``, those of the
+            first expert before those of the second.
         experts: whether the first dimension runs over experts.
     """
 
@@ -52,6 +56,16 @@ class Entries:
         return (0, self.dim) if self.experts else self.dim
 
     @property
+    def index(self) -> Tensor:
+        """The entries that train, int64 ``[trained]``, ascending."""
+        return self.trains.nonzero()[:, 0]
+
+    @property
+    def some(self) -> bool:
+        """Whether any entry trains."""
+        return bool(self.trains.any())
+
+    @property
     def whole(self) -> bool:
         """Whether every entry trains."""
         return bool(self.trains.all())
@@ -59,7 +73,28 @@ class Entries:
     @property
     def partial(self) -> bool:
         """Whether some entries train and some do not."""
-        return bool(self.trains.any()) and not self.whole
+        return self.some and not self.whole
+
+
+@dataclass(frozen=True, eq=False)
+class TrainedSlice:
+    """A parameter that trains, and where it stands in the model as it was.
+
+    Attributes:
+        name: of the original parameter.
+        parameter: what trains now. Where the original is split, the trained entries alone,
+            unit-major: ``[len(index), ...]``. Else the original itself.
+        index: int64 on the CPU, the entries of the original that the rows of ``parameter`` are; of
+            a parameter that is not split, those that train.
+        entries: of the original parameter.
+        split: whether the original is split.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    index: Tensor
+    entries: Entries
+    split: bool
 
 
 def select_entries(
@@ -68,7 +103,7 @@ def select_entries(
     trained: Mapping[str, Tensor],
     *,
     rest: bool,
-    also: Collection[str] = (),
+    extra: Collection[str] = (),
 ) -> dict[str, Entries]:
     """Every parameter's entries that train, by canonical name.
 
@@ -78,14 +113,15 @@ def select_entries(
         trained: B's name -> bool ``[n_units]``, the units that train. Entries of modules that are
             not in it follow ``rest``.
         rest: whether what no unit of ``trained`` owns trains.
-        also: names of parameters that train whole.
+        extra: names of parameters that train whole.
     """
+    # What no unit owns (norms, embeddings, Q and K) has rows for entries, all of them alike.
     result = {
         name: Entries(0, torch.full((len(p) if p.dim() else 1,), rest))
         for name, p in model.named_parameters()
     }
     for name, module in modules.items():
-        mask = trained.get(name, torch.full((module.n_units,), rest))
+        mask = trained.get(name, torch.full((module.n_units,), rest))  # [units]
         for owned in (*module.inputs, module.output):
             shape = model.get_parameter(owned.param).shape
             experts = owned.expert is not None
@@ -93,17 +129,18 @@ def select_entries(
             size = shape[dim]
             total = shape[0] * size if experts else size
             before = result[owned.param]
+            # The first module that owns entries here says how they are counted. Gate and up in one
+            # weight, and the experts of a layer, are further ones that add theirs.
             if (before.dim, before.experts, len(before.trains)) != (dim, experts, total):
                 before = Entries(dim, torch.full((total,), rest), experts)
                 result[owned.param] = before
-            # An entry that several units share trains only if all of them do.
-            feeds = torch.bincount(owned.index, minlength=size)
-            all_train = torch.bincount(owned.index[mask], minlength=size) == feeds
-            own = before.trains[owned.offset : owned.offset + size]
+            feeds = torch.bincount(owned.index, minlength=size)  # [entries]: units of each entry
+            all_train = torch.bincount(owned.index[mask], minlength=size) == feeds  # [entries]
+            own = before.trains[owned.offset : owned.offset + size]  # a view: of this expert
             own[feeds > 0] = all_train[feeds > 0]
-    for name in also:
+    for name in extra:
         result[name] = replace(result[name], trains=torch.ones_like(result[name].trains))
-    _check_experts(modules, trained, result, also)
+    _check_experts(modules, trained, result, extra)
     return result
 
 
@@ -111,7 +148,7 @@ def _check_experts(
     modules: Mapping[str, DepthTwoModule],
     trained: Mapping[str, Tensor],
     entries: Mapping[str, Entries],
-    also: Collection[str],
+    extra: Collection[str],
 ) -> None:
     """Refuse a part of a layer's experts that is to train whole while the rest does not."""
     layers = {modules[name].output.param: modules[name] for name in trained}
@@ -119,105 +156,44 @@ def _check_experts(
         params = {owned.param for owned in (*module.inputs, module.output)}
         if module.expert is not None and len({entries[param].partial for param in params}) > 1:
             raise ValueError(
-                f"also has {sorted(params & set(also))}, must have all of {sorted(params)} or none "
-                "of them: some units of these experts train and some do not"
+                f"extra_parameters has {sorted(params & set(extra))}, must have all of "
+                f"{sorted(params)} or none of them: some units of these experts train and some do "
+                "not"
             )
-
-
-def split(
-    model: nn.Module,
-    modules: Mapping[str, DepthTwoModule],
-    trained: Mapping[str, Tensor],
-    entries: Mapping[str, Entries],
-    masked: dict[str, MaskedProjection],
-) -> None:
-    """Split every projection of which some entries train and some do not, in place.
-
-    FFN channels are packed, so that what trains lies side by side, unless hooks hang among them;
-    attention gathers. Experts of a layer are split together.
-
-    Args:
-        masked: name -> the module, now masked; added to as they are made, so that the caller can
-            undo what was done when an error is raised.
-    """
-    for name in trained:
-        module = modules[name]
-        owner = module.output.param.rpartition(".")[0]
-        if owner in masked:
-            continue  # an expert: its layer is done
-        touched = [s.param for s in (*module.inputs, module.output) if entries[s.param].partial]
-        if not touched:
-            continue
-        if module.expert is not None:
-            leaves = {param.rpartition(".")[2]: entries[param] for param in touched}
-            masked[owner] = masked_experts.install(
-                model.get_submodule(owner),
-                {leaf: each.dims for leaf, each in leaves.items()},
-                {leaf: each.trains for leaf, each in leaves.items()},
-            )
-            continue
-        mask = trained[name]
-        packing = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
-        orders: dict[str, Tensor] = {}
-        for owned in (*module.inputs, module.output):
-            rows = owned.index[packing]
-            orders[owned.param] = (
-                torch.cat([orders[owned.param], rows]) if (owned.param in orders) else rows
-            )
-        # A hook among the channels must find them where they were.
-        pack = (
-            module.kind == "mlp"
-            and not has_hooks_inside(model, orders)
-            and all(
-                torch.equal(order.sort().values, torch.arange(len(entries[param].trains)))
-                for param, order in orders.items()
-            )
-        )
-        owners = {param.rpartition(".")[0] for param in (orders if pack else touched)}
-        for owner in sorted(owners):
-            slots: dict[str, Slot] = {}
-            with restored(slots):
-                for leaf in ("weight", "bias"):
-                    param = f"{owner}.{leaf}"
-                    if param not in orders:
-                        continue
-                    order = orders[param] if pack else None
-                    original = model.get_parameter(param)
-                    slots[leaf] = Slot.of(
-                        leaf, original, entries[param].dims, order, entries[param].trains
-                    )
-            target = model.get_submodule(owner)
-            masked_class = MaskedConv1D if isinstance(target, Conv1D) else MaskedLinear
-            MaskedProjection.install(target, slots, masked_class, is_output=owner == name)
-            assert isinstance(target, MaskedProjection)
-            masked[owner] = target
 
 
 def fingerprint(config: str, entries: Mapping[str, Entries]) -> str:
     """SHA-256 (hex) of a configuration's hash and of which entries train."""
     state = hashlib.sha256(config.encode())
     for name, each in sorted(entries.items()):
-        if each.trains.any():
+        if each.some:
             state.update(json.dumps([name, each.dim, len(each.trains)]).encode())
             state.update(each.trains.numpy().tobytes())
     return state.hexdigest()
 
 
-def canonical_names(model: nn.Module, also: Collection[str]) -> set[str]:
-    """Names as ``model.named_parameters()`` gives them: of tied parameters, the first."""
-    if isinstance(also, str):
-        raise TypeError(f"also is the string {also!r}, must be a collection of parameter names")
-    if isinstance(also, Mapping):
+def canonical_names(model: nn.Module, extra: Collection[str]) -> set[str]:
+    """Names as ``model.named_parameters()`` gives them: of tied parameters, the first.
+
+    Raises:
+        TypeError: ``extra`` is no collection of names.
+        ValueError: the model lacks one; it is named.
+    """
+    if isinstance(extra, str):
         raise TypeError(
-            "also is a mapping, must be a collection of parameter names: these train whole, not "
-            "some of their rows"
+            f"extra_parameters is the string {extra!r}, must be a collection of parameter names"
+        )
+    if isinstance(extra, Mapping):
+        raise TypeError(
+            "extra_parameters is a mapping, must be a collection of parameter names: these train "
+            "whole, not some of their rows"
         )
     every = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in also if name not in every]
+    unknown = [name for name in extra if name not in every]
     if unknown:
         raise ValueError(
-            f"also has names that the model lacks: {', '.join(unknown)}; they must be from "
-            "model.named_parameters()"
+            f"extra_parameters has names that the model lacks: {', '.join(unknown)}; they must be "
+            "from model.named_parameters()"
         )
     first = {id(p): name for name, p in model.named_parameters()}
-    return {first[id(every[name])] for name in also}
+    return {first[id(every[name])] for name in extra}

@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from transformers import PreTrainedModel
 
+from ssah.moved import renamed
 from ssah.training.plan import UpdatePlan
 from ssah.units import UnitSet
 
@@ -34,7 +35,10 @@ def freeze(model: PreTrainedModel, units: UnitSet) -> UpdatePlan:
     return UpdatePlan(model, units, keep=True)
 
 
-def train_only(model: PreTrainedModel, units: UnitSet, also: Collection[str] = ()) -> UpdatePlan:
+@renamed(also="extra_parameters")
+def train_only(
+    model: PreTrainedModel, units: UnitSet, extra_parameters: Collection[str] = ()
+) -> UpdatePlan:
     """Train what ``units`` own and nothing else.
 
     With shared key/value heads a row of V trains only if every column of O that it feeds trains.
@@ -42,13 +46,13 @@ def train_only(model: PreTrainedModel, units: UnitSet, also: Collection[str] = (
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
         units: what to train, for instance ``groups["ru"]``.
-        also: names in ``model.named_parameters()`` of parameters that train whole.
+        extra_parameters: names in ``model.named_parameters()`` of parameters that train whole.
 
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, an
-            unknown name in ``also``, or nothing to train.
+            unknown name in ``extra_parameters``, or nothing to train.
         FloatingPointError: a weight of a unit is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (redundant units as an alignment budget).
     """
-    return UpdatePlan(model, units, keep=False, also=also)
+    return UpdatePlan(model, units, keep=False, extra_parameters=extra_parameters)

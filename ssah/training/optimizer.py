@@ -1,26 +1,18 @@
-"""The optimiser of a plan: its groups, its checks, and the importance it accumulates."""
+"""The optimiser of a plan, and the parameter groups of what trains."""
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Set
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
+from torch import nn
 
+from ssah.training.entries import TrainedSlice
 from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.sharded import Dim, is_sharded
 
-if TYPE_CHECKING:
-    from ssah.training.plan import UpdatePlan
-
-__all__ = ["PlanAdamW", "UnitImportance", "watch_optimizers"]
-
-# Plans that are in force; a closed plan leaves, a forgotten one vanishes.
-ACTIVE: weakref.WeakSet[UpdatePlan] = weakref.WeakSet()
+__all__ = ["PlanAdamW", "other_plan", "param_groups", "rounding"]
 
 
 class PlanAdamW(MaskedAdamW):
@@ -34,149 +26,72 @@ class PlanAdamW(MaskedAdamW):
         own = {group.get("plan") for group in self.param_groups}
         theirs = {group.get("plan") for group in state_dict["param_groups"]}
         if own != theirs:
-            raise ValueError(_other_plan(theirs, own))
+            raise other_plan(theirs, own)
         super().load_state_dict(state_dict)
 
 
-def _other_plan(theirs: Iterable[Any], own: Iterable[Any]) -> str:
+def other_plan(theirs: Set[Any], own: Set[Any]) -> ValueError:
+    """The error of an optimiser or its state that belongs to other plans, by their fingerprints."""
     saved, current = (", ".join(sorted(str(f)[:12] for f in each)) for each in (theirs, own))
-    return (
+    return ValueError(
         f"the optimiser state was saved under another plan (fingerprint {saved}, this one is "
-        f"{current}): resume with the same model, the same units and the same also=, or start "
-        "a new optimiser"
+        f"{current}): resume with the same model, the same units and the same extra_parameters=, "
+        "or start a new optimiser"
     )
 
 
-def _check_step(optimizer: Optimizer, *_: Any) -> None:
-    """Before every step of any optimiser: does it hold what a plan has taken away?"""
-    _check_own_plan(optimizer)
-    if not ACTIVE:
-        return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for plan in list(ACTIVE):
-        stale = [name for name, p in plan.replaced() if id(p) in held]
-        if stale:
-            raise RuntimeError(
-                f"the optimiser holds {len(stale)} parameters that the plan has replaced (first: "
-                f"{stale[0]!r}), so that it would train nothing of them: make it after freeze() "
-                "or train_only(), from plan.parameters() or with plan.optimizer()"
-            )
-        if any(id(p) in held for p in plan.parameters()):
-            if plan.ranks is not None and not isinstance(optimizer, PlanAdamW):
-                raise TypeError(
-                    f"the optimiser is a {type(optimizer).__name__}, which would move frozen "
-                    "entries of a sharded model; it must be plan.optimizer()"
-                )
-            marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
-            if marks - {plan.fingerprint}:
-                raise ValueError(_other_plan(marks, [plan.fingerprint]))
-            plan.last_optimizer = weakref.ref(optimizer)
+def rounding(parameters: Iterable[nn.Parameter]) -> dict[str, str]:
+    """How weights are stored unless the caller says so, as an option of `PlanAdamW`.
+
+    bfloat16 has 8 bits: a step of less than a 512th of a weight is lost to nearest. float16
+    parameters know no stochastic rounding.
+    """
+    dtypes = {p.dtype for p in parameters}
+    stochastic = torch.bfloat16 in dtypes and torch.float16 not in dtypes
+    return {"rounding": "stochastic"} if stochastic else {}
 
 
-def _check_own_plan(optimizer: Optimizer) -> None:
-    """A plan's own optimiser steps only while what it holds is what trains under that plan."""
-    marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
-    if not marks or not isinstance(optimizer, PlanAdamW):
-        return
-    # Of the model, not of the plan alone: what is frozen is in no optimiser of a plan, and asking
-    # each parameter whether it trains would take milliseconds a step.
-    models = [plan.model for plan in ACTIVE if plan.fingerprint in marks]
-    of_plans = {id(p) for model in models for p in model.parameters()}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    lost = sum(id(p) not in of_plans for p in params)
-    if lost:
-        raise RuntimeError(
-            f"{lost} of the optimiser's {len(params)} parameters train under no plan in force: "
-            "its plan was closed, or made for another model. Make a plan, and the optimiser with "
-            "plan.optimizer(), before the next step"
-        )
+def param_groups(
+    parameters: Iterable[nn.Parameter],
+    slices: Iterable[TrainedSlice],
+    fingerprint: str,
+    weight_decay: float,
+) -> list[dict[str, Any]]:
+    """Groups of what trains, with and without decay, with the dimension that units run along.
 
-
-_watching = False
-
-
-def watch_optimizers(plan: UpdatePlan) -> None:
-    """Check the optimisers that step while ``plan`` is in force."""
-    global _watching
-    if not _watching:
-        register_optimizer_step_pre_hook(_check_step)
-        _watching = True
-    ACTIVE.add(plan)
-
-
-def param_groups(plan: UpdatePlan, weight_decay: float) -> list[dict[str, Any]]:
-    """Groups of what trains, with and without decay, with the dimension that units run along."""
-    # Slices are unit-major; of a parameter that trains whole, units may run along dimension 1.
-    dims: dict[int, Dim] = {
-        id(p): plan.entries[name].dims[0]
-        for name, p, _, _ in plan.trained_slices()
-        if name.rpartition(".")[0] not in plan.masked and p.dim() > 1
-    }
-    # A sharded parameter is not split: the optimiser selects what trains.
+    Args:
+        parameters: all that train, in the order of the model; also what no slice is of, such as
+            adapters that the model was given since.
+        slices: what is known of them.
+        fingerprint: of the plan.
+        weight_decay: of parameters of more than one dimension; norms and biases do not decay.
+    """
+    parameters = list(parameters)
+    n_dims = {id(p): p.dim() for p in parameters}
+    # Slices are unit-major: units run along dimension 0, the default of the optimiser.
+    dims: dict[int, Dim] = {}
     indices = {}
-    n_dims = {id(p): p.dim() for p in plan.parameters()}
-    for name, p, index, size in plan.trained_slices():
-        entries = plan.entries[name]
-        if is_sharded(p) and len(index) < size:
-            indices[id(p)], dims[id(p)] = index, entries.along
-            n_dims[id(p)] -= entries.experts  # experts' biases are biases
+    for each in slices:
+        key = id(each.parameter)
+        if each.split:
+            continue
+        if each.parameter.dim() > 1:  # trains whole: of B, units run along dimension 1
+            dims[key] = each.entries.dims[0]
+        # A sharded parameter is not split: the optimiser selects what trains.
+        if is_sharded(each.parameter) and not each.entries.whole:
+            indices[key], dims[key] = each.index, each.entries.along
+            n_dims[key] -= each.entries.experts  # [experts, out]: experts' biases are biases
     groups = []
     for decays in (True, False):
-        parameters = [p for p in plan.parameters() if (n_dims[id(p)] > 1) == decays]
-        if parameters:
+        own = [p for p in parameters if (n_dims[id(p)] > 1) == decays]
+        if own:
             groups.append(
                 {
-                    "params": parameters,
+                    "params": own,
                     "weight_decay": weight_decay if decays else 0.0,
-                    "indices": [indices.get(id(p)) for p in parameters],
-                    "dims": [dims.get(id(p), 0) for p in parameters],
-                    "plan": plan.fingerprint,
+                    "indices": [indices.get(id(p)) for p in own],
+                    "dims": [dims.get(id(p), 0) for p in own],
+                    "plan": fingerprint,
                 }
             )
     return groups
-
-
-@dataclass(frozen=True, eq=False)
-class UnitImportance:
-    """Importance of the trained units from the gradients of their own weights.
-
-    Attributes:
-        signed: B's name -> float64 ``[n_units]``, the sum over steps and over the unit's weights
-            of p * g (before the update, gradients before clipping); 0 where nothing trains.
-        squared: likewise of (p * g)^2.
-    """
-
-    signed: dict[str, Tensor]
-    squared: dict[str, Tensor]
-
-
-def unit_importance(plan: UpdatePlan, optimizer: Any) -> UnitImportance:
-    """Collect what ``optimizer`` accumulated, unit by unit."""
-    tracked = getattr(optimizer, "optimizer", optimizer).importance()
-    experts = {
-        owned.param
-        for module in plan.modules.values()
-        for owned in (*module.inputs, module.output)
-        if owned.expert is not None
-    }
-    by_entry: dict[str, list[Tensor]] = {}
-    for name, param, index, size in plan.trained_slices():
-        if param in tracked and name in experts and name.rpartition(".")[0] not in plan.masked:
-            raise RuntimeError(
-                f"{name!r} trains whole, as one parameter of three dimensions: the importance of "
-                "its units is not known"
-            )
-        if param in tracked:
-            sums = by_entry.setdefault(
-                name, [torch.zeros(size, dtype=torch.float64) for _ in range(2)]
-            )
-            for total, value in zip(sums, tracked[param], strict=True):
-                total[index] = value.cpu()
-    results: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
-    for name, module in plan.modules.items():
-        for i, result in enumerate(results):
-            result[name] = torch.zeros(module.n_units, dtype=torch.float64)
-            for owned in (*module.inputs, module.output):
-                if owned.param in by_entry:
-                    result[name] += by_entry[owned.param][i][owned.entries]
-    return UnitImportance(*results)

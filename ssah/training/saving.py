@@ -1,13 +1,24 @@
-"""Saving what a plan trained, and merging it into the model that it was trained from."""
+"""Saving what a plan trained, and merging it into the model that it was trained from.
+
+An update is a folder with safetensors and ``meta.json``. Of a parameter that trained whole the
+tensors have ``values/NAME``. Of one that trained in part they have its trained entries alone,
+unit-major, and which they are. Example: of a B ``[out, 4]`` the columns 1 and 3 trained:
+
+    index/NAME    int64 [2]      1, 3: ascending
+    values/NAME   [2, out]       column 1, column 3
+    dims          NAME: 1        the dimension that entries run along; of experts also dimension 0
+    frozen        NAME: SHA-256 of columns 0 and 2, which the model that takes the update must have
+"""
 
 from __future__ import annotations
 
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -16,16 +27,14 @@ from torch import Tensor, nn
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
-from ssah.training.split_tensor import complement_rows
+from ssah.training.active import check_unplanned
+from ssah.training.entries import TrainedSlice
+from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
 
-if TYPE_CHECKING:
-    from ssah.training.plan import UpdatePlan
+__all__ = ["load_update", "push_update", "save_update"]
 
-__all__ = ["load_update", "plan_of", "push_update", "save_update"]
-
-PLAN = "_ssah_plan"
 HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
 _FIELDS: Fields = {
@@ -38,79 +47,56 @@ _FIELDS: Fields = {
 }
 
 
-def plan_of(model: nn.Module) -> UpdatePlan | None:
-    """The plan that is in force on ``model``, or None."""
-    return vars(model).get(PLAN)
-
-
 def save_update(
-    plan: UpdatePlan, directory: str | os.PathLike[str], *, base_model: str | None = None
+    slices: Iterable[TrainedSlice], about: Mapping[str, Any], directory: str | os.PathLike[str]
 ) -> None:
-    """Write the trained slices of ``plan`` to ``directory``: whole, or not at all.
+    """Write trained slices to ``directory``: whole, or not at all.
 
     Args:
-        plan: whose slices.
+        slices: what trained.
+        about: the plan: ``base_model``, ``units_hash``, ``weights_hash``, ``fingerprint``,
+            ``keep`` and ``frozen``, the hash of every weight's frozen entries.
         directory: the folder.
-        base_model: what the update says that it was trained from; default: the name under which
-            the model was loaded, which may be a path.
-
-    Raises:
-        ValueError: its model is sharded.
     """
-    if plan.ranks is not None:
-        raise ValueError(
-            f"model is sharded over {plan.ranks.size} ranks, must be in one memory for its trained "
-            "slices to be written: save it with torch.distributed.checkpoint"
-        )
-    for module in plan.masked.values():
-        module.sync()
-    pieces: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for name, parameter, index, _ in plan.trained_slices():
-        pieces.setdefault(name, []).append((index, parameter.detach().cpu()))
+    by_name: dict[str, list[TrainedSlice]] = {}
+    for each in slices:
+        by_name.setdefault(each.name, []).append(each)
     tensors: dict[str, Tensor] = {}
     dims: dict[str, tuple[int, ...]] = {}
-    for name, parts in pieces.items():
-        if plan.entries[name].whole and not _split(plan, name):
-            tensors[f"values/{name}"] = parts[0][1]
+    for name, own in by_name.items():
+        values = [each.parameter.detach().cpu() for each in own]
+        if own[0].entries.whole and not own[0].split:
+            tensors[f"values/{name}"] = values[0]
             continue
-        index = torch.cat([index for index, _ in parts])
-        ascending = index.argsort()
+        index = torch.cat([each.index for each in own])
+        ascending = index.argsort()  # slices are in the order that the plan packs
         tensors[f"index/{name}"] = index[ascending]
-        tensors[f"values/{name}"] = torch.cat([rows for _, rows in parts])[ascending]
-        dims[name] = plan.entries[name].dims
+        tensors[f"values/{name}"] = torch.cat(values)[ascending]  # [trained, ...]
+        dims[name] = own[0].entries.dims
     meta = {
         "content": _CONTENT,
         "format": FORMAT,
         "version": __version__,
-        "base_model": plan.base_name if base_model is None else base_model,
-        "units_hash": plan.units_hash,
-        "weights_hash": plan.weights_hash,
-        "fingerprint": plan.fingerprint,
-        "keep": plan.keep,
+        **about,
         "dims": {name: each[-1] for name, each in dims.items()},
         "experts": [name for name, each in dims.items() if len(each) > 1],
-        "frozen": plan.digests,
     }
     save_tensors(directory, tensors, meta)
 
 
-def _split(plan: UpdatePlan, name: str) -> bool:
-    owner, _, leaf = name.rpartition(".")
-    return owner in plan.masked and leaf in plan.masked[owner].slots
-
-
 def push_update(
-    plan: UpdatePlan,
+    slices: Iterable[TrainedSlice],
+    about: Mapping[str, Any],
     repo_id: str,
     *,
     private: bool | None = None,
     token: str | None = None,
     commit_message: str = "Upload update",
 ) -> str:
-    """Upload the trained slices to the Hugging Face Hub. No path of this machine goes with them.
+    """Upload trained slices to the Hugging Face Hub. No path of this machine goes with them.
 
     Args:
-        plan: what to save.
+        slices, about: as `save_update` takes them.
         repo_id: ``"user/name"``; created if it does not exist.
         private, token, commit_message: as in ``huggingface_hub``.
 
@@ -119,7 +105,7 @@ def push_update(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_update(plan, folder, base_model=_public(plan.base_name))
+        save_update(slices, {**about, "base_model": _public(about["base_model"])}, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
@@ -148,23 +134,14 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             an active plan, other units or another dtype, packed weights, or other weights where
             the update kept them frozen. Nothing is changed then.
     """
-    if plan_of(model) is not None:
-        raise ValueError("model has an active plan: close it first (plan.close())")
+    check_unplanned(model)
     params = [param for module in find_modules(model).values() for param in module.params]
     check_idle(model, "to be given an update")
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
     check_parameters(model, params, "to be given an update")
-    name = os.fspath(directory)
-    if name.startswith(HUB):
-        directory = snapshot_download(name.removeprefix(HUB))
-    elif not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
-            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
-        )
-    stored = Stored(directory, _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
-    tensors, meta = stored.tensors, stored.meta
+    stored = Stored(_folder(directory), _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
+    meta = stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
     check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
     if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
@@ -182,22 +159,43 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             f"the update says nothing of {len(silent)} parameters of the model, {silent[0]!r} for "
             "one: it is not whole, or belongs to another model"
         )
-    _check_frozen(own, tensors, meta, dims)
+    _check_frozen(own, stored, dims)
     with torch.no_grad():
         for name, value in values.items():
             if name not in dims:
                 own[name].copy_(value)
                 continue
-            index = tensors[f"index/{name}"].to(own[name].device)
+            index = stored.tensors[f"index/{name}"].to(own[name].device)
+            # Entries first, as a view, so that what is written here is written to the weight:
+            # [entries, ...], of experts [experts, entries, ...].
             entries = own[name].movedim(dims[name], tuple(range(len(dims[name]))))
             place = torch.unravel_index(index, entries.shape[: len(dims[name])])
             entries[place] = value.to(own[name].device)
 
 
+def _folder(directory: str | os.PathLike[str]) -> str:
+    """The folder that is meant, fetched if it is a repository."""
+    name = os.fspath(directory)
+    if name.startswith(HUB):
+        return snapshot_download(name.removeprefix(HUB))
+    if not Path(name).is_dir():
+        raise FileNotFoundError(
+            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
+            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
+        )
+    return name
+
+
 def _checked_values(
     own: dict[str, nn.Parameter], stored: Stored, dims: dict[str, tuple[int, ...]]
 ) -> dict[str, Tensor]:
-    """Trained values by parameter, once they are known to fit the model."""
+    """Trained values by parameter, once they are known to fit the model: nothing is changed yet.
+
+    Args:
+        own: the model's parameters.
+        stored: the update.
+        dims: parameter that trains in part -> the dimensions that its entries run along.
+    """
     prefix, tensors = "values/", stored.tensors
     values = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
     for name, own_dims in dims.items():
@@ -222,6 +220,7 @@ def _checked_values(
                     f"it trains {len(index)} of {n_entries} entries of {name!r}, and the field "
                     "'frozen' says nothing of the rest"
                 )
+            # Unit-major: trained entries first, then the dimensions that no entries run along.
             rest = (size for dim, size in enumerate(shape) if dim not in dims[name])
             shape = [len(index), *rest]
         if value.dtype != own[name].dtype or list(value.shape) != shape:
@@ -235,27 +234,25 @@ def _checked_values(
 
 
 def _check_frozen(
-    own: dict[str, nn.Parameter],
-    tensors: dict[str, Tensor],
-    meta: dict[str, Any],
-    dims: dict[str, tuple[int, ...]],
+    own: dict[str, nn.Parameter], stored: Stored, dims: dict[str, tuple[int, ...]]
 ) -> None:
     """Refuse a model whose weights differ where the update kept them frozen."""
     pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
-    for name in meta["frozen"]:
+    for name in stored.meta["frozen"]:
         if name not in own:
             raise ValueError(f"the update keeps {name!r} frozen, which the model lacks")
-
-        def frozen(name: str = name) -> Iterable[Tensor]:
-            if name not in dims:
-                return (own[name],)
-            return (complement_rows(own[name], dims[name], tensors[f"index/{name}"]),)
-
-        pieces[name] = frozen
+        pieces[name] = partial(_frozen, own[name], dims.get(name), stored.tensors, name)
     now = digests(pieces)
-    other = [name for name, value in meta["frozen"].items() if now[name] != value]
+    other = [name for name, value in stored.meta["frozen"].items() if now[name] != value]
     if other:
         raise ValueError(
-            f"the update was trained from other weights (base {meta['base_model']!r}): "
+            f"the update was trained from other weights (base {stored.meta['base_model']!r}): "
             f"{len(other)} frozen weights differ, the first is {other[0]!r}"
         )
+
+
+def _frozen(
+    weight: Tensor, dims: tuple[int, ...] | None, tensors: Mapping[str, Tensor], name: str
+) -> Iterable[Tensor]:
+    """What of a weight the update kept frozen: all of it, or the entries that did not train."""
+    return (weight if dims is None else complement_rows(weight, dims, tensors[f"index/{name}"]),)

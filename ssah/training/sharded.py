@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssah.training.entries import Entries
-from ssah.training.split_tensor import complement_rows
+from ssah.training.splitting import complement_rows
 from ssah_kernels.sharded import Part, local, local_index, parts
 
 __all__ = ["clear_frozen_gradients", "frozen_pieces"]
@@ -22,11 +22,11 @@ __all__ = ["clear_frozen_gradients", "frozen_pieces"]
 def frozen_pieces(
     model: nn.Module, entries: Mapping[str, Entries]
 ) -> dict[str, Callable[[], Iterable[Tensor]]]:
-    """What this rank holds of every weight's frozen entries."""
+    """What this rank holds of every weight's frozen entries: parameter -> unit-major rows."""
 
     def piece(name: str, each: Entries) -> Iterable[Tensor]:
         parameter = model.get_parameter(name)
-        index = local_index(parameter, each.trains.nonzero()[:, 0], each.along)  # type: ignore[arg-type]
+        index = local_index(parameter, each.index, each.along)  # type: ignore[arg-type]
         yield complement_rows(local(parameter), each.dims, index)
 
     return {name: partial(piece, name, each) for name, each in entries.items() if not each.whole}
@@ -42,13 +42,15 @@ def clear_frozen_gradients(model: nn.Module, entries: Mapping[str, Entries]) -> 
         if each.partial:
             parameter = model.get_parameter(name)
             frozen = (~each.trains).nonzero()[:, 0].to(parameter.device)
+            # Found once: where the entries lie on this rank does not change from step to step.
             pieces = parts(parameter, frozen, each.along)  # type: ignore[arg-type]
-
-            def clear(p: Tensor, pieces: Sequence[Part] = pieces) -> None:
-                assert p.grad is not None
-                for part in pieces:
-                    assert part.index is not None
-                    part.rows(local(p.grad)).index_fill_(part.dim, part.index, 0)
-
-            handles.append(parameter.register_post_accumulate_grad_hook(clear))
+            hook = partial(_clear, pieces)
+            handles.append(parameter.register_post_accumulate_grad_hook(hook))
     return handles
+
+
+def _clear(pieces: Sequence[Part], parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    for part in pieces:
+        assert part.index is not None
+        part.rows(local(parameter.grad)).index_fill_(part.dim, part.index, 0)

@@ -18,7 +18,7 @@ import ssah
 from ssah.cli import app
 from ssah.evaluation import Probe
 from ssah.storage import load_tensors, save_tensors
-from ssah.studies.run import read_run
+from ssah.studies.run_folder import read_run
 
 REQUESTS = (
     "Name a tree.",

@@ -18,7 +18,7 @@ import ssah
 from ssah.cli import app
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.report.pictures.transfer import plot_transfer
-from ssah.studies.run import read_run
+from ssah.studies.run_folder import read_run
 from ssah.studies.transfer import summary
 
 SIZES = {"layers.0.o": 7, "layers.0.down": 11, "layers.10.down": 5}

@@ -73,7 +73,7 @@ def in_plan_order(
     """
     result = dict(tensors)
     for owner, module in plan.masked.items():
-        for leaf, slot in module.slots.items():
+        for leaf, slot in module.split_tensors.items():
             name = f"{owner}.{leaf}"
             if slot.order is not None and name in result and result[name].dim():
                 order = slot.order.argsort() if back else slot.order

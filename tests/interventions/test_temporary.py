@@ -12,7 +12,7 @@ from tiny_models import build
 
 from ssah.interventions import ablate, prune
 from ssah.training import freeze, load_update, plan_of, train_only
-from ssah.training import split_tensor as slots
+from ssah.training.splitting import SplitTensor
 from ssah.units import find_modules
 
 MODES = ["freeze", "train_only"]
@@ -91,10 +91,10 @@ def test_a_plan_that_fails_while_it_is_made_leaves_the_model_as_it_was(
     frozen.requires_grad_(False)
     before = snapshot(model)
     state = {n: (p.requires_grad, p.grad, id(p)) for n, p in model.named_parameters()}
-    made = slots.Slot.of
+    made = SplitTensor.of
     calls = 0
 
-    def of(*args: object) -> slots.Slot:
+    def of(*args: object) -> SplitTensor:
         nonlocal calls
         calls += 1
         if calls > at:
@@ -102,7 +102,7 @@ def test_a_plan_that_fails_while_it_is_made_leaves_the_model_as_it_was(
         return made(*args)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(slots.Slot, "of", of)
+        patch.setattr(SplitTensor, "of", of)
         with pytest.raises(torch.OutOfMemoryError):
             make(model, mode)
     assert calls == at + 1
@@ -184,6 +184,18 @@ def test_a_plan_closes_on_a_model_that_was_given_adapters() -> None:
 def test_a_mapping_is_no_collection_of_names() -> None:
     model = build("llama")
     rows = {"model.embed_tokens.weight": [3, 7]}
-    with pytest.raises(TypeError, match="also is a mapping"):
-        train_only(model, draw(model), also=rows)
+    with pytest.raises(TypeError, match="extra_parameters is a mapping"):
+        train_only(model, draw(model), extra_parameters=rows)
     assert plan_of(model) is None
+
+
+@pytest.mark.filterwarnings("default")
+def test_extra_parameters_go_by_their_old_name_for_one_release() -> None:
+    model = build("llama")
+    units = draw(model)
+    with train_only(model, units, extra_parameters=["model.norm.weight"]) as plan:
+        expected = plan.fingerprint
+    with pytest.warns(DeprecationWarning, match=r"also=\) is now .*extra_parameters="):
+        plan = train_only(model, units, also=["model.norm.weight"])  # type: ignore[call-arg]
+    assert plan.fingerprint == expected
+    plan.close()

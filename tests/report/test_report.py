@@ -23,7 +23,7 @@ from ssah.report.html.plain import MISSING, number, tables, with_interval
 from ssah.report.html.records import records_table
 from ssah.report.pictures.style import picture
 from ssah.report.pictures.transfer import plot_transfer
-from ssah.studies.run import Run
+from ssah.studies.run_folder import Run
 
 pytestmark = pytest.mark.xdist_group("report")  # its fixtures are made once
 

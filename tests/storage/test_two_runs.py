@@ -19,7 +19,7 @@ from tiny_models import build, collate, rows
 from ssah.attribution import Attribution, attribute
 from ssah.attribution import scoring as attribution
 from ssah.storage import LOCK, one_run
-from ssah.studies.run import Run
+from ssah.studies.run_folder import Run
 
 pytestmark = pytest.mark.xdist_group("two runs")  # its fixtures are made once
 

@@ -8,10 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_chat
 import torch
-from commands import call, fails, prepare
-from transformers import BertLMHeadModel
+from commands import call
+from evaluations import SMALL, evaluate, refused
 
 import ssah
 from ssah.data import load_requests, load_rows, make_loader
@@ -28,32 +27,9 @@ from ssah.evaluation.judges import Keywords
 from ssah.evaluation.perplexity import perplexity
 from ssah.groups import UnitGroups
 from ssah.models import load_model
-from ssah.studies.evaluate.arms import Ablation
-from ssah.studies.evaluate.run import EvaluateSettings
 from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("evaluate")  # its fixtures are made once
-
-SMALL = (
-    "--max-new-tokens", 8, "--judge", "zou2023", "--dtype", "float32", "--batch-size", 4,
-    "--over-refusal", "builtin:overrefusal[0:5]", "--benign", "builtin:utility_eval[0:6]",
-    "--utility", "builtin:utility_eval[0:6]", "--requests", "builtin:safety_eval[0:7]",
-)  # fmt: skip
-
-
-def evaluate(*arguments: object) -> dict:
-    return json.loads(call("evaluate", *arguments, "--json").stdout)
-
-
-def refused(*arguments: object, code: int = 2) -> str:
-    """The error of an evaluation that cannot be made."""
-    return fails("evaluate", *arguments, code=code)
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
-    """A folder with a model and groups of its units."""
-    return prepare(tmp_path_factory.mktemp("runs"), 16)
 
 
 @pytest.fixture(scope="module")
@@ -297,84 +273,6 @@ def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch
     assert "error: judge 'python:failing_judges.judge' raised KeyError" in result.stderr
     assert "coherence" in result.stderr  # it was the answers that it failed on
     assert not any(answer.text in result.output for answer in said)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--requests", "none.txt"), "none.txt"),
-        (("--requests", "{tmp}/empty.txt"), "has no requests"),
-        (("--requests", "{tmp}/bad.jsonl"), "bad.jsonl:2: invalid JSON"),
-        (("--requests", "{tmp}/long.txt"), "requests[0] has"),
-        (("--benign", "builtin:nothing"), "builtin:nothing"),
-        (("--over-refusal", "{tmp}"), "was the folder"),
-        (("--utility", "{tmp}/asked.jsonl"), "no response"),
-        (("--judge", "gpt"), "judge is 'gpt', must be one of"),
-        (("--judge", "zou2023"), "'zou2023' more than once"),
-        (("--judge", "wei2024"), "max_new_tokens is 8"),
-        (("--judge", "hf:{tmp}"), "cannot be loaded"),
-        (("--judge", "openai:nowhere"), "must be 'openai:http"),
-        (("--judge", "python:os.nothing"), "has no function 'nothing'"),
-        (("--judge", "mine.json"), "which is no file"),
-        (("--ablate", "{tmp}:scu"), "no meta.json"),
-        (("--ablate", "scu"), "must be 'DIR:GROUP'"),
-        (("--ablate", "{groups}:ru:few"), "'few' must be a fraction of all units"),
-        (("--ablate", "{groups}:ru:0.5"), "fraction is 0.5; the group ru is 0.2"),
-        (("--ablate", "{groups}:ru:0.001:random"), "that share has no unit"),
-        (("--ablate", "{groups}:safe"), "has no group 'safe', it has scu"),
-        (("--ablate", "{groups}:scu", "--ablate", "{groups}:scu"), "must have each once"),
-        (("--ablate", "{safety}:scu"), "it must hold"),
-        (("--system-prompt", "prompt.txt"), "system prompt is 'prompt.txt', which is no file"),
-        (("--intact", "{tmp}/no_model"), "no_model"),
-        (("--level", "95"), "level is 95"),
-        (("--task-folder", "{tmp}"), "without tasks"),
-        (("--judge", "python:textwrap.indent"), "returned a str, must return a bool"),
-    ],
-)
-def test_wrong_input_is_one_line_and_leaves_no_folder(runs, tmp_path, arguments, message):
-    (tmp_path / "empty.txt").write_text("\n\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "Why?"}\n{\n')
-    (tmp_path / "asked.jsonl").write_text('{"prompt": "Why?"}\n')
-    (tmp_path / "long.txt").write_text("Why? " * 1000)
-    places = {"tmp": tmp_path, "groups": runs / "groups", "safety": runs / "safety"}
-    given = [argument.format(**places) for argument in arguments]
-    rest = SMALL
-    if given[0] in ("--requests", "--benign", "--over-refusal", "--utility"):
-        place = SMALL.index(given[0])
-        rest = SMALL[:place] + SMALL[place + 2 :]
-    out = tmp_path / "out"
-    assert message in refused(runs / "model", "--out", out, *rest, *given)
-    assert not out.exists()
-
-
-def test_groups_of_another_model_are_refused(runs, tmp_path):
-    model = tiny_chat.model()
-    del model.model.layers[1]
-    model.config.num_hidden_layers = 1
-    model.save_pretrained(tmp_path / "other")
-    tiny_chat.tokenizer().save_pretrained(tmp_path / "other")
-    ablate = ("--ablate", f"{runs / 'groups'}:scu")
-    line = refused(tmp_path / "other", "--out", tmp_path / "out", *SMALL, *ablate)
-    assert "so that its units are others" in line
-
-
-def test_an_unknown_architecture_is_refused_at_once(tmp_path):
-    BertLMHeadModel(tiny_chat.bert_config(is_decoder=True)).save_pretrained(tmp_path / "model")
-    tiny_chat.tokenizer().save_pretrained(tmp_path / "model")
-    line = refused(tmp_path / "model", "--out", tmp_path / "out", *SMALL)
-    assert "unknown architecture 'bert'" in line
-    assert not (tmp_path / "out").exists()
-
-
-def test_ablations_have_names(runs):
-    groups = str(runs / "groups")
-    assert Ablation.parse(f"{groups}:scu") == Ablation(groups, "scu")
-    assert Ablation.parse(f"{groups}:scu:random") == Ablation(groups, "scu", True)
-    assert Ablation.parse(f"{groups}:ru:5e-2") == Ablation(groups, "ru", share=0.05)
-    for name in (f"{groups}:scu:random", f"{groups}:ru:0.05:random"):
-        assert str(Ablation.parse(name)) == name
-    with pytest.raises(ValueError, match=r"system_prompts has .* each once"):
-        EvaluateSettings(system_prompts=("a", "a"))
 
 
 # ------------------------------------------------------------------------------------------ lm-eval

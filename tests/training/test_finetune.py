@@ -20,9 +20,7 @@ from typer.testing import CliRunner
 from ssah.cli import app
 from ssah.groups import UnitGroups, classify
 from ssah.training import freeze, load_update, train_only
-from ssah.training.finetune.folder import check_folder
-from ssah.training.finetune.memory import preview
-from ssah.training.finetune.run import Settings, fine_tune, select_units
+from ssah.training.finetune import Settings, check_folder, fine_tune, preview, select_units
 from ssah.units import UnitSet, find_modules
 
 pytestmark = pytest.mark.xdist_group("finetune")  # its fixtures are made once
@@ -314,7 +312,9 @@ def test_activations_are_extrapolated_exactly(family: str) -> None:
     plan = train_only(model, units)
     kept: dict[int, int] = {}
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    own |= {slot.storage.data_ptr() for m in plan.masked.values() for slot in m.slots.values()}
+    own |= {
+        slot.storage.data_ptr() for m in plan.masked.values() for slot in m.split_tensors.values()
+    }
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()

@@ -101,6 +101,6 @@ def test_a_layer_without_frozen_units_is_left_alone() -> None:
         with pytest.raises(RuntimeError, match=r"layers.0.mlp.experts.*trains whole"):
             plan.importance()
     up = "model.layers.1.mlp.experts.gate_up_proj"
-    with pytest.raises(ValueError, match=r"also has .*gate_up_proj.*none of them"):
-        train_only(model, units, also=(up,))
+    with pytest.raises(ValueError, match=r"extra_parameters has .*gate_up_proj.*none of them"):
+        train_only(model, units, extra_parameters=(up,))
     assert plan_of(model) is None

@@ -19,7 +19,7 @@ from transformers import AutoModelForMaskedLM, BertConfig
 import ssah
 from ssah.evaluation import utility_loss
 from ssah.training import plan_of
-from ssah.training.masked_linear import MaskedProjection
+from ssah.training.splitting import MaskedProjection
 
 MODELS = ["llama", "gpt2", "phi3", "mixtral"]
 
@@ -35,7 +35,7 @@ def test_a_split_weight_is_no_attribute(name: str, mode: str) -> None:
         split = [part for part in model.modules() if isinstance(part, MaskedProjection)]
         assert split
         for module in split:
-            leaf = next(iter(module.slots))
+            leaf = next(iter(module.split_tensors))
             assert not hasattr(module, leaf)
             assert getattr(module, leaf, None) is None
             for kind in (AttributeError, RuntimeError):

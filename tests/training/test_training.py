@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssah
 from ssah.training import UpdatePlan, freeze, plan_of, runs, train_only
-from ssah.training.masked_linear import MaskedProjection
+from ssah.training.splitting import MaskedProjection
 from ssah.units import UnitSet, find_modules
 from ssah_kernels.optim import MaskedAdamW
 
@@ -146,24 +146,26 @@ def test_shared_value_rows_train_only_with_all_their_columns() -> None:
     sizes = {n: m.n_units for n, m in find_modules(model).items()}
     plan = train_only(model, UnitSet({name: [0, 12, 1]}, sizes))
     value = model.model.layers[0].self_attn.v_proj
-    assert value.slots["weight"].trained_index().tolist() == [0]
+    assert value.split_tensors["weight"].trained_index().tolist() == [0]
     plan.close()
     plan = freeze(model, UnitSet({name: [1]}, sizes))
-    frozen = set(range(24)) - set(value.slots["weight"].trained_index().tolist())
+    frozen = set(range(24)) - set(value.split_tensors["weight"].trained_index().tolist())
     assert frozen == {1}
-    assert len(model.model.layers[0].self_attn.o_proj.slots["weight"].trained_index()) == 47
+    assert len(model.model.layers[0].self_attn.o_proj.split_tensors["weight"].trained_index()) == 47
 
 
 def test_also_names_parameters_that_train_whole() -> None:
     model = tiny_models.build("llama_tied")
     units = draw(model, 0.1)
-    plan = train_only(model, units, also=("lm_head.weight", "model.layers.0.mlp.gate_proj.weight"))
+    plan = train_only(
+        model, units, extra_parameters=("lm_head.weight", "model.layers.0.mlp.gate_proj.weight")
+    )
     assert model.get_input_embeddings().weight.requires_grad
     gate = model.model.layers[0].mlp.gate_proj
-    assert len(gate.slots["weight"].trained_index()) == 72
+    assert len(gate.split_tensors["weight"].trained_index()) == 72
     loss_of(model).backward()
     assert gate.weight_trained.grad.shape == (72, 48)
-    assert gate.weight_trained.data_ptr() == gate.slots["weight"].storage.data_ptr()
+    assert gate.weight_trained.data_ptr() == gate.split_tensors["weight"].storage.data_ptr()
     plan.verify()
 
 
@@ -177,7 +179,7 @@ def test_gradients_state_and_activations_exist_for_what_trains_alone() -> None:
             slot.storage.untyped_storage().data_ptr()
             for module in model.modules()
             if isinstance(module, MaskedProjection)
-            for slot in module.slots.values()
+            for slot in module.split_tensors.values()
         }
         seen: dict[int, int] = {}
 
@@ -284,7 +286,7 @@ def test_deepcopy_trains_on_its_own() -> None:
     twin_plan.verify()
     for module in twin.modules():
         if isinstance(module, MaskedProjection):
-            for slot in module.slots.values():
+            for slot in module.split_tensors.values():
                 assert slot.order is None or module._parameters[slot.names[0]]._is_view() is False
     twin_plan.close()
     assert_equal(snapshot(twin), moved)
@@ -309,7 +311,7 @@ def test_conversion_keeps_the_aliasing() -> None:
     plan = train_only(model, draw(model))
     model.double()
     for module in plan.masked.values():
-        for slot in module.slots.values():
+        for slot in module.split_tensors.values():
             assert slot.storage.dtype == torch.float64
     optimizer = torch.optim.SGD(plan.parameters(), lr=0.1)
     first = loss_of(model)
@@ -464,7 +466,7 @@ def test_verify_sees_a_single_flipped_bit(name: str, row: int) -> None:
     plan.verify()
     owner, _, leaf = name.rpartition(".")
     if owner in plan.masked:
-        slot = plan.masked[owner].slots[leaf]
+        slot = plan.masked[owner].split_tensors[leaf]
         trained = set(slot.trained_index().tolist())
         order = range(len(slot.storage)) if slot.order is None else slot.order.tolist()
         frozen = [i for i, entry in enumerate(order) if entry not in trained]
@@ -507,10 +509,10 @@ def test_wrong_use_is_refused() -> None:
         train_only(model, UnitSet({}, dict.fromkeys(units, 5)))
     with pytest.raises(ValueError, match="leave nothing to train"):
         train_only(model, units - units)
-    with pytest.raises(ValueError, match=r"also has names .* nonsense"):
-        train_only(model, units, also=["nonsense"])
+    with pytest.raises(ValueError, match=r"extra_parameters has names .* nonsense"):
+        train_only(model, units, extra_parameters=["nonsense"])
     with pytest.raises(TypeError, match="collection of parameter names"):
-        train_only(model, units, also="lm_head.weight")
+        train_only(model, units, extra_parameters="lm_head.weight")
     with pytest.raises(TypeError, match="PreTrainedModel"):
         freeze(nn.Linear(2, 2), units)  # type: ignore[arg-type]
     assert_equal(snapshot(model), before)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ssah.models import digest
 from ssah.training import UpdatePlan, freeze, load_update, train_only
 from ssah.training import saving as updates
-from ssah.training.split_tensor import complement_rows
+from ssah.training.splitting import complement_rows
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
@@ -150,7 +150,7 @@ def test_fingerprint_is_of_what_trains() -> None:
     for make_plan in (
         lambda: train_only(model, units),
         lambda: freeze(model, units),
-        lambda: train_only(model, units, also=("model.norm.weight",)),
+        lambda: train_only(model, units, extra_parameters=("model.norm.weight",)),
         lambda: train_only(model, draw(model, seed=5)),
     ):
         with make_plan() as plan:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import Collator, Encoded, Row, encode
+from ssah.data import Encoded, Row, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +51,9 @@ def align(
     Returns:
         ``steps``, ``seconds``, ``rows`` and ``tokens`` seen, as plain data.
     """
-    from ssah.compat.trainer import PrinterCallback, Trainer, TrainerCallback, training_arguments
+    # Here, because it loads many packages, and a demonstration without alignment needs none.
+    from ssah.compat.trainer import TrainerCallback
+    from ssah.training.finetune import make_trainer
 
     class Deadline(TrainerCallback):
         def __init__(self) -> None:
@@ -59,6 +61,7 @@ def align(
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             elapsed = time.perf_counter() - start
+            # The next step may take as long as the longest so far: its batch has longer rows.
             self.longest = max(self.longest, elapsed - self.last)
             self.last = elapsed
             advance(elapsed)
@@ -71,32 +74,22 @@ def align(
     )
     embeddings = model.get_input_embeddings().weight
     assert isinstance(embeddings, torch.nn.Parameter)
-    arguments = training_arguments(
+    trainer = make_trainer(
+        model,
+        examples,
+        tokenizer,
+        scratch,
+        callbacks=[Deadline()],
+        drop_mask=True,  # padding on the right is invisible to a causal model
         in_order=True,
-        output_dir=str(scratch),
         per_device_train_batch_size=2 * _HALF,
         max_steps=_MAX_STEPS,
         learning_rate=_LEARNING_RATE,
         lr_scheduler_type="constant",
-        optim="adamw_torch_fused",
         bf16=mixed_precision,
-        use_cpu=embeddings.device.type == "cpu",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
         seed=0,
     )
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=examples,
-        data_collator=_maskless(Collator(tokenizer)),
-        callbacks=[Deadline()],
-    )
-    trainer.remove_callback(PrinterCallback)
+    # A fifth of SmolLM2-135M, whose gradients take time and are not needed to learn to refuse.
     embeddings.requires_grad_(False)
     start = time.perf_counter()
     try:
@@ -124,7 +117,7 @@ def _mixed(refusals: list[Encoded], answers: list[Encoded]) -> list[Encoded]:
     """
     n = max(1, max(len(refusals), len(answers)) // _HALF)
     pools = [_chunks(refusals, n), _chunks(answers, n)]
-    order = list(range(n))
+    order = list(range(n))  # of batches, now from the shortest rows to the longest
     Random(0).shuffle(order)
     return [row for k in order for pool in pools for row in pool[k]]
 
@@ -137,15 +130,3 @@ def _chunks(rows: list[Encoded], n: int) -> list[list[Encoded]]:
         pool += random.sample(rows, min(len(rows), n * _HALF - len(pool)))
     pool = sorted(pool[: n * _HALF], key=lambda row: len(row["input_ids"]))
     return [pool[k * _HALF : (k + 1) * _HALF] for k in range(n)]
-
-
-def _maskless(collator: Collator) -> Callable[[list[Any]], dict[str, torch.Tensor]]:
-    """Without the attention mask: padding on the right is invisible to a causal model, whose labels
-    there are -100, and attention without a mask is faster."""
-
-    def collate(examples: list[Any]) -> dict[str, torch.Tensor]:
-        batch = collator(examples)
-        del batch["attention_mask"]
-        return batch
-
-    return collate

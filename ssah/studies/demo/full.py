@@ -19,11 +19,13 @@ from ssah.data import make_loader
 from ssah.groups import UnitGroups, classify
 from ssah.models import move
 from ssah.report.html import write_report
-from ssah.studies.demo import short as demo
-from ssah.studies.inputs import Loading
+from ssah.studies.demo import short
+from ssah.studies.demo.aligned_model import working_dtype
+from ssah.studies.demo.screen import heading
+from ssah.studies.loading import Loading
 from ssah.studies.probe import run_probe
-from ssah.studies.training.freeze import NONE, SCU_CU, FreezeSettings, freeze
-from ssah.studies.training.freeze import RANDOM as AS_MANY_RANDOM
+from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, freeze
+from ssah.studies.training.settings import FreezeSettings
 from ssah.studies.transfer import run_transfer
 
 __all__ = ["run"]
@@ -66,12 +68,12 @@ def run(
     """
     console = Console(highlight=False)
     options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
-    if fresh:
+    if fresh:  # an aligned model that is made anew leaves nothing that still fits it
         for part in _PARTS:
             shutil.rmtree(out / part, ignore_errors=True)
     result = _earlier(out, name, shares) if not fresh else None
     if result is None:
-        result = demo.run(
+        result = short.run(
             name,
             out,
             seconds=seconds,
@@ -83,20 +85,21 @@ def run(
         console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
     aligned = Loading(str(out / "aligned") if result["alignment"] else name, **options)  # type: ignore[arg-type]
 
-    _heading(console, "Probe: which way do hidden states lean?")
+    heading(console, "full", "Probe: which way do hidden states lean?")
+    # Without an alignment there is one model, and nothing to compare it with.
     beside = name if result["alignment"] else None
     probed = run_probe(out / "probe", aligned, _REQUESTS, beside=beside)
 
-    _heading(console, "A benign fine-tune, with and without freezing")
+    heading(console, "full", "A benign fine-tune, with and without freezing")
     tuned = freeze(
         aligned,
         out / "freeze",
         FreezeSettings(
             seeds=(_SEED,),
-            arms=(NONE, SCU_CU, AS_MANY_RANDOM),
+            arms=(NONE, SCU_CU, RANDOM),
             lr=1e-4,
             max_steps=UPDATES,
-            max_new_tokens=32,
+            max_new_tokens=32,  # enough for the words by which a refusal is known
             **shares,  # type: ignore[arg-type]
         ),
         safety=_SAFETY,
@@ -107,7 +110,7 @@ def run(
         save_model=True,
     )
 
-    _heading(console, "Transfer: which units changed their group?")
+    heading(console, "full", "Transfer: which units changed their group?")
     groups, moved = out / "groups", {}
     if result["alignment"]:
         before = _regrouped(aligned, name, groups, out / _UNALIGNED)
@@ -146,11 +149,11 @@ def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any
 
 def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
     """``out``, with the units of another model grouped as those in ``like`` were."""
-    if (out / "meta.json").is_file():
+    if (out / "meta.json").is_file():  # written by an earlier call, whole or not at all
         return out
     own = UnitGroups.load(like)
     loaded, tokenizer = loading("auto", model)
-    move(loaded, demo.working_dtype(loaded, loading.dtype))
+    move(loaded, working_dtype(loaded, loading.dtype))
     scores = [
         attribute(loaded, make_loader(source, tokenizer, batch_size=8), progress=True)
         for source in (_SAFETY, _UTILITY)
@@ -158,7 +161,3 @@ def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
     groups = classify(*scores, **own.shares, scope=own.scope, normalize=own.normalize)  # type: ignore[arg-type]
     groups.save(out)
     return out
-
-
-def _heading(console: Console, title: str) -> None:
-    console.print(f"\n[bold cyan]full[/bold cyan] [bold]{title}[/bold]")

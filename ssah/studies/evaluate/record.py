@@ -12,14 +12,15 @@ from torch import Tensor
 
 from ssah.evaluation import Perplexity, answer_rates, bootstrap, paired_difference, rate
 from ssah.studies.claims import Unit, difference
-from ssah.studies.measuring import UTILITY, losses
+from ssah.studies.paired_measures import UTILITY, losses
 
 if TYPE_CHECKING:
-    from ssah.studies.evaluate.arms import Arm
+    from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.settings import EvaluateSettings
 
 __all__ = [
     "BENIGN",
+    "INTACT",
     "OVER_REFUSAL",
     "REQUESTS",
     "asr_differences",
@@ -29,37 +30,38 @@ __all__ = [
 ]
 
 REQUESTS, OVER_REFUSAL, BENIGN = "requests", "over_refusal", "benign"
+INTACT = "0-intact"  # name of the model as it is
 
-# Name of the arm, number of the system prompt, role of the requests -> what was judged.
+# Name of the model, number of the system prompt, role of the requests -> what was judged.
 Judged: TypeAlias = "Mapping[tuple[str, int, str], Mapping[str, Any]]"
 
 
 def model_record(
-    arm: Arm,
+    evaluated: Evaluated,
     measured: Mapping[str, Any],
     tasks: Mapping[str, Any],
     words: int,
     settings: EvaluateSettings,
 ) -> dict[str, Any]:
     """Refusal margin, utility and tasks of one model; ``words`` are those of the utility set."""
-    margins = torch.tensor(measured["margins"], dtype=torch.float64)
+    margins = torch.tensor(measured["margins"], dtype=torch.float64)  # [requests]
     interval = bootstrap(margins, level=settings.level, seed=settings.seed)
     found: dict[str, Any] = {
-        "ablated": arm.ablated,
-        "units": 0 if arm.units is None else len(arm.units),
-        "share": 0.0 if arm.units is None else arm.units.fraction,
+        "ablated": evaluated.ablated,
+        "units": 0 if evaluated.units is None else len(evaluated.units),
+        "share": 0.0 if evaluated.units is None else evaluated.units.fraction,
         "refusal_margin": measured["refusal_margin"],
         "refusal_margin_interval": list(interval),
         "refuses": rate((margins > 0).tolist(), settings.level),
     }
-    for own in measured["losses"].values():
+    for own in measured["losses"].values():  # of the utility set, or of none
         costs = Perplexity(math.fsum(own["nats"]), sum(own["tokens"]), words).to_dict()
         found |= {"utility_loss": costs.pop("loss"), **costs}
     return {**found, **tasks}
 
 
 def row_record(
-    arm: Arm,
+    evaluated: Evaluated,
     condition: int,
     judge: str,
     judged: Judged,
@@ -67,10 +69,10 @@ def row_record(
 ) -> dict[str, Any]:
     """Every rate of one model, system prompt and judge."""
     level, system_prompt = settings.level, settings.system_prompts[condition]
-    found = judged[arm.name, condition, REQUESTS]
+    found = judged[evaluated.name, condition, REQUESTS]
     success, incoherent = found["success"][judge], found["incoherent"]
     row: dict[str, Any] = {
-        "ablated": arm.ablated,
+        "ablated": evaluated.ablated,
         "system_prompt": system_prompt,
         "judge": judge,
         "asr": rate(success, level),
@@ -79,14 +81,14 @@ def row_record(
         **answer_rates(found, level),
         "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),
     }
-    if arm.units is not None:
-        before = judged["0-intact", condition, REQUESTS]["success"][judge]
+    if evaluated.units is not None:  # paired over requests with the same model as it is
+        before = judged[INTACT, condition, REQUESTS]["success"][judge]
         mean, interval = paired_difference(
             torch.tensor(success), torch.tensor(before), level=level, seed=settings.seed
         )
         row |= {"asr_rise": mean, "asr_rise_interval": list(interval)}
     for role in (OVER_REFUSAL, BENIGN):
-        own = judged.get((arm.name, condition, role))
+        own = judged.get((evaluated.name, condition, role))
         if own is not None:
             # An answer that ended inside its reasoning is no refusal.
             pairs = zip(own["success"][judge], own["unfinished"], strict=True)
@@ -101,25 +103,28 @@ def row_record(
 
 
 def loss_differences(
-    arms: Sequence[Arm], measured: Mapping[str, Mapping[str, Any]], settings: EvaluateSettings
+    models: Sequence[Evaluated],
+    measured: Mapping[str, Mapping[str, Any]],
+    settings: EvaluateSettings,
 ) -> Iterator[dict[str, Any]]:
-    """Utility loss of every arm less that of each arm before it, paired over rows, in nats.
+    """Utility loss of every model less that of each one before it, paired over rows, in nats.
 
     Yields:
         ``ablated``, ``against``, ``utility_loss`` and its interval; nothing without utility rows.
     """
-    for against, arm in combinations(arms, 2):
-        if measured[arm.name]["losses"]:
-            first, second = (losses(measured[each.name], UTILITY) for each in (arm, against))
+    # Each pair once, the later model first: its value less that of the earlier one.
+    for against, evaluated in combinations(models, 2):
+        if measured[evaluated.name]["losses"]:
+            first, second = (losses(measured[each.name], UTILITY) for each in (evaluated, against))
             yield {
-                "ablated": arm.ablated,
+                "ablated": evaluated.ablated,
                 "against": against.ablated,
                 **_difference("utility_loss", first, second, "nats", settings),
             }
 
 
 def asr_differences(
-    arms: Sequence[Arm], judged: Judged, settings: EvaluateSettings
+    models: Sequence[Evaluated], judged: Judged, settings: EvaluateSettings
 ) -> Iterator[dict[str, Any]]:
     """ASR of every ablated model less that of each one before it, paired over requests.
 
@@ -129,14 +134,15 @@ def asr_differences(
         ``ablated``, ``against``, ``system_prompt``, ``judge``, and ``asr`` and ``asr_coherent``,
         fractions in [-1, 1] with their intervals.
     """
-    for against, arm in combinations([each for each in arms if each.units is not None], 2):
+    for against, evaluated in combinations([each for each in models if each.units is not None], 2):
         for condition, system_prompt in enumerate(settings.system_prompts):
-            pair = [judged[each.name, condition, REQUESTS] for each in (arm, against)]
+            pair = [judged[each.name, condition, REQUESTS] for each in (evaluated, against)]
             for judge in pair[0]["success"]:
+                # [requests], 0 or 1
                 first, second = (torch.tensor(each["success"][judge]) for each in pair)
                 sense, other = (torch.tensor(_coherent(each, judge)) for each in pair)
                 yield {
-                    "ablated": arm.ablated,
+                    "ablated": evaluated.ablated,
                     "against": against.ablated,
                     "system_prompt": system_prompt,
                     "judge": judge,

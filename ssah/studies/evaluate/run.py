@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict
 from functools import partial
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,10 +24,10 @@ from ssah.evaluation import (
 )
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
-from ssah.storage import check_free
-from ssah.studies.evaluate.arms import Ablation, Arm
+from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.record import (
     BENIGN,
+    INTACT,
     OVER_REFUSAL,
     REQUESTS,
     asr_differences,
@@ -36,16 +36,15 @@ from ssah.studies.evaluate.record import (
     row_record,
 )
 from ssah.studies.evaluate.settings import EvaluateSettings
-from ssah.studies.inputs import Loading, Sources
-from ssah.studies.measuring import UTILITY, Evaluation, intact_coherence, measured_line
-from ssah.studies.run import Run
-from ssah.studies.steps import Steps
+from ssah.studies.loading import Loading
+from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence, measured_line
+from ssah.studies.study import Study
 from ssah.units import family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from ssah.evaluation import Coherence
 
-__all__ = ["KIND", "EvaluateSettings", "evaluate"]
+__all__ = ["KIND", "evaluate"]
 
 KIND = "evaluate"
 
@@ -81,151 +80,163 @@ def evaluate(
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
     """
-    check_free(out)
+    study = Study(loading, out, KIND, settings, batch_size=settings.batch_size)
     ablations = [Ablation.parse(text) for text in settings.ablations]
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
         judge.check()
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
-    sources = Sources(loading.reading)
-    asked = {
-        role: sources.requests(role, source)
-        for role, source in ((REQUESTS, requests), (OVER_REFUSAL, over_refusal), (BENIGN, benign))
+    given = {REQUESTS: requests, OVER_REFUSAL: over_refusal, BENIGN: benign}
+    read = {
+        role: study.sources.requests(role, source)
+        for role, source in given.items()
         if source is not None
     }
-    rows = [] if utility is None else sources.rows(UTILITY, utility)
-    model, tokenizer = loading("auto")
+    rows = [] if utility is None else study.sources.rows(UTILITY, utility)
+    model = study.load()
     family_of(model)  # an unknown architecture is refused before anything is written
-    scorer = (model, tokenizer) if intact is None else loading("auto", intact)
-    room = room_of(model)
+    # A model that was damaged by training would find its own nonsense coherent.
+    scorer = (model, study.tokenizer) if intact is None else loading("auto", intact)
+    asked = {role: _with_room(study, role, own) for role, own in read.items()}
+    evaluation = Evaluation(study, asked[REQUESTS], {UTILITY: rows} if rows else {}, judges=judges)
+    words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written
+    models = [Evaluated(INTACT), *_ablated(study, ablations)]
+    conditions = range(len(settings.system_prompts))
+    weights = weights_hash(model)
+    # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
+    per_model = len(conditions) * len(asked) + 1 + bool(settings.tasks)
+    with study.under_way(
+        2 + len(models) * per_model,
+        intact=intact,
+        intact_weights=weights if scorer[0] is model else weights_hash(scorer[0]),
+        judges=[each.describe() for each in judges],  # what they are now, in place of their names
+    ) as steps:
+        move(scorer[0], getattr(torch, study.dtype))
+        coherent = intact_coherence(study, *scorer)
+        judged = {
+            (each.name, condition, role): _judged(
+                study, evaluation, each, condition, role, asked[role], coherent
+            )
+            for each, condition, role in product(models, conditions, asked)
+        }
+        measured = {
+            each.name: steps(
+                f"{each.name}.measured",
+                partial(evaluation.measure, model, each.units),
+                measured_line,
+            )
+            for each in models
+        }
+        tasks = {each.name: _tasks(study, each, manager) for each in models}
+    result = {
+        "dtype": study.dtype,
+        "coherence": coherent.describe(),
+        "template": template_record(study.tokenizer),
+        "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
+        "rows": [
+            row_record(each, condition, judge.name, judged, settings)
+            for each, condition, judge in product(models, conditions, judges)
+        ],
+        "models": [
+            model_record(each, measured[each.name], tasks[each.name], words, settings)
+            for each in models
+        ],
+        "differences": list(loss_differences(models, measured, settings)),
+        "asr_differences": list(asr_differences(models, judged, settings)),
+        "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
+    }
+    return steps.run.finish(result)
+
+
+def _with_room(study: Study, role: str, requests: list[str]) -> list[str]:
+    """Requests that leave room for an answer under every system prompt; the record says how many
+    do not."""
+    settings, room = study.settings, room_of(study.model)  # None: the model has no such limit
     most = None if room is None else room - settings.max_new_tokens
     for system_prompt in settings.system_prompts:
-        for role, own in asked.items():
-            encoded = prompts(tokenizer, own, system_prompt=system_prompt, name=role)
-            kept = fitting(own, encoded, most, overlong=loading.reading.overlong, name=role)
-            if len(kept) == len(own):
-                check_room(model, encoded, settings.max_new_tokens, role)
-                continue
-            left_out = sources.record[role].get("overlong", 0) + len(own) - len(kept)
-            asked[role], sources.record[role]["overlong"] = kept, left_out
-    evaluation = Evaluation(
-        tokenizer,
-        asked[REQUESTS],
-        {UTILITY: rows} if rows else {},
-        judges=judges,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        overlong=loading.reading.overlong,
-    )
-    batches = [batch for loader in evaluation.loaders.values() for batch in loader]
-    words = count_words((row for batch in batches for row in batch["labels"].tolist()), tokenizer)
-    arms = [Arm("0-intact")]
+        encoded = prompts(study.tokenizer, requests, system_prompt=system_prompt, name=role)
+        overlong = study.loading.reading.overlong
+        kept = fitting(requests, encoded, most, overlong=overlong, name=role)
+        if len(kept) == len(requests):
+            check_room(study.model, encoded, settings.max_new_tokens, role)
+            continue
+        record = study.sources.record[role]
+        record["overlong"] = record.get("overlong", 0) + len(requests) - len(kept)
+        requests = kept
+    return requests
+
+
+def _ablated(study: Study, ablations: Sequence[Ablation]) -> list[Evaluated]:
+    """The model with the units of each ablation out; which these are is recorded as data."""
+    models = []
     for number, each in enumerate(ablations, start=1):
-        units = each.units(model, settings.seed)
+        units = each.units(study.model, study.settings.seed)
+        # Numbered, because two ablations may be of the same group in two folders.
         name = f"{number}-{each.group}" + ("-random" if each.random else "")
-        arms.append(Arm(name, str(each), units))
-        sources.record[str(each)] = {
+        models.append(Evaluated(name, str(each), units))
+        study.sources.record[str(each)] = {
             "source": each.folder,
             "rows": len(units),
             "fingerprint": digest(units[module] for module in units),
         }
-    weights = weights_hash(model)
-    identity = {
-        **loading.settings(),
-        "weights": weights,
-        "intact": intact,
-        "intact_weights": weights if scorer[0] is model else weights_hash(scorer[0]),
-        **asdict(settings),
-        "judges": [each.describe() for each in judges],
-    }
-    run = Run(out, KIND, identity, sources.record)
-    per_arm = len(settings.system_prompts) * len(asked) + 1 + bool(settings.tasks)
-    with Steps(run, 2 + len(arms) * per_arm) as steps:
-        dtype, _ = loading.precision(steps, model.device)
-        move(model, getattr(torch, dtype))
-        move(scorer[0], getattr(torch, dtype))
-        coherent = intact_coherence(steps, *scorer, settings.batch_size)
+    return models
 
-        def answers(arm: Arm, condition: int, role: str) -> dict[str, Any]:
-            name = f"{arm.name}.prompt{condition}.{role}"
-            compute = partial(
-                evaluation.judged,
-                steps,
-                name,
-                model,
-                coherent,
-                asked[role],
-                ablated=arm.units,
-                system_prompt=settings.system_prompts[condition],
-            )
-            found: dict[str, Any] = steps(name, compute, lambda found: _judged_line(found, role))
-            return found
 
-        judged = {
-            (arm.name, condition, role): answers(arm, condition, role)
-            for arm in arms
-            for condition in range(len(settings.system_prompts))
-            for role in asked
-        }
-        measured = {
-            arm.name: steps(
-                f"{arm.name}.measured",
-                partial(evaluation.measure, model, arm.units),
-                measured_line,
-            )
-            for arm in arms
-        }
-        tasks = {arm.name: _tasks(steps, model, tokenizer, arm, settings, manager) for arm in arms}
-    result = {
-        "dtype": dtype,
-        "coherence": coherent.describe(),
-        "template": template_record(tokenizer),
-        "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
-        "rows": [
-            row_record(arm, condition, each.name, judged, settings)
-            for arm in arms
-            for condition in range(len(settings.system_prompts))
-            for each in judges
-        ],
-        "models": [
-            model_record(arm, measured[arm.name], tasks[arm.name], words, settings) for arm in arms
-        ],
-        "differences": list(loss_differences(arms, measured, settings)),
-        "asr_differences": list(asr_differences(arms, judged, settings)),
-        "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
-    }
-    return run.finish(result)
+def _words(evaluation: Evaluation) -> int:
+    """Words of the answers of the utility set, by which models of other tokenizers compare."""
+    batches = [batch for loader in evaluation.loaders.values() for batch in loader]
+    labels = (row for batch in batches for row in batch["labels"].tolist())
+    return count_words(labels, evaluation.study.tokenizer)
+
+
+def _judged(
+    study: Study,
+    evaluation: Evaluation,
+    evaluated: Evaluated,
+    condition: int,
+    role: str,
+    requests: Sequence[str],
+    coherent: Coherence,
+) -> dict[str, Any]:
+    """What was judged of one model's answers to one list, under one system prompt: a step."""
+    name = f"{evaluated.name}.prompt{condition}.{role}"
+    compute = partial(
+        evaluation.judged,
+        name,
+        study.model,
+        coherent,
+        requests,
+        ablated=evaluated.units,
+        system_prompt=study.settings.system_prompts[condition],
+    )
+    found: dict[str, Any] = study.steps(name, compute, lambda found: _judged_line(found, role))
+    return found
 
 
 def _judged_line(found: Mapping[str, Any], role: str) -> str:
     shown, n = [], len(found["tokens"])
     for name, success in found["success"].items():
         share = sum(success) / n
-        asr = role == REQUESTS
+        asr = role == REQUESTS  # of harmless requests, to fulfil them is no attack
         shown.append(f"{name} ASR {share:.0%}" if asr else f"{name} refused {1 - share:.0%}")
     return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
 
 
-def _tasks(
-    steps: Steps,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    arm: Arm,
-    settings: EvaluateSettings,
-    manager: Any,
-) -> dict[str, Any]:
+def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
     """Accuracy on the tasks, if there are any: a step."""
+    settings = study.settings
 
     def compute() -> dict[str, Any]:
-        with nullcontext() if arm.units is None else ablate(model, arm.units):
+        with nullcontext() if evaluated.units is None else ablate(study.model, evaluated.units):
             return multiple_choice(
-                model,
-                tokenizer,
+                study.model,
+                study.tokenizer,
                 settings.tasks,
                 manager=manager,
                 batch_size=settings.batch_size,
                 level=settings.level,
             )
 
-    return {"tasks": steps(f"{arm.name}.tasks", compute, ", ".join)} if settings.tasks else {}
+    if not settings.tasks:
+        return {}
+    return {"tasks": study.steps(f"{evaluated.name}.tasks", compute, ", ".join)}

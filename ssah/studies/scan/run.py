@@ -7,25 +7,19 @@ the shares chosen give exactly the groups that were measured.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ssah.groups import NORMALIZATIONS, SCOPES
-from ssah.models import move, weights_hash
 from ssah.report.pictures.scan import plot_compare, plot_scan
-from ssah.storage import check_free
-from ssah.studies.inputs import TOKENS, Loading, Sources, score
-from ssah.studies.measuring import UTILITY, Evaluation
-from ssah.studies.run import Run
+from ssah.studies.loading import Loading
+from ssah.studies.paired_measures import UTILITY, Evaluation
+from ssah.studies.scan.ablation_claims import ablation_claims
 from ssah.studies.scan.curves import ORDER, Curves
+from ssah.studies.scan.grouping_ways import WAYS, compare
 from ssah.studies.scan.settings import ScanSettings
-from ssah.studies.scan.ways import compare
-from ssah.studies.steps import Steps
+from ssah.studies.study import Study
 
-__all__ = ["RULE", "ScanSettings", "scan"]
+__all__ = ["RULE", "scan"]
 
 KIND = "scan"
 RULE = (
@@ -62,61 +56,23 @@ def scan(
         the record of the run; ``result`` has ``intact``, ``curves``, ``chosen``, ``claims`` and
         ``compare``.
     """
-    check_free(out)
-    sources = Sources(loading.reading)
-    rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
-    asked = sources.requests("requests", requests)
-    held_out = sources.rows("utility_eval", utility_eval)
-    model, tokenizer = loading("auto")
-    run = Run(
-        out,
-        KIND,
-        {**loading.settings(), "weights": weights_hash(model), **asdict(settings)},
-        sources.record,
-    )
-    evaluation = Evaluation(
-        tokenizer,
-        asked,
-        {UTILITY: held_out},
-        asked=settings.asr,
-        judges=settings.judges,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        max_length=settings.max_length,
-        overlong=loading.reading.overlong,
-    )
-    with Steps(run, _steps(settings)) as steps:
-        dtype, _ = loading.precision(steps, model.device)
-        scores = score(
-            steps,
-            move(model, getattr(torch, dtype)),
-            tokenizer,
-            rows,
-            tokens=settings.tokens,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-            overlong=loading.reading.overlong,
-        )
-        curves = Curves(steps, model, evaluation, settings, scores)
+    study = Study(loading, out, KIND, settings, batch_size=settings.batch_size)
+    rows = study.scored_rows(safety, utility)
+    asked = study.sources.requests("requests", requests)
+    held_out = study.sources.rows("utility_eval", utility_eval)
+    study.load()
+    evaluation = Evaluation(study, asked, {UTILITY: held_out}, asked=settings.asr)
+    with study.under_way(_steps(settings)) as steps:
+        curves = Curves(study, evaluation, settings, study.scores(rows))
         chosen, claims = _measure(curves, settings)
         compared = compare(curves, rows) if settings.compare else None
-    groups = curves.groups()
+    groups = curves.groups()  # of all the shares chosen
     groups.save(out / "groups")
     result = {
-        "dtype": dtype,
+        "dtype": study.dtype,
         "units": sum(groups.sizes.values()),
         "intact": curves.plain(curves.intact),
-        "curves": {
-            **{
-                group: [curves.plain(points[share]) for share in sorted(points)]
-                for group, points in curves.points.items()
-            },
-            "random": [
-                {**curves.plain(point), "seed": settings.seed + draw}
-                for share in sorted(curves.random)
-                for draw, point in enumerate(curves.random[share])
-            ],
-        },
+        "curves": _plain_curves(curves, settings.seed),
         "rule": RULE,
         "chosen": chosen,
         "claims": claims,
@@ -127,7 +83,7 @@ def scan(
     if compared is not None:
         path, title = out / "compare.png", f"{name}: ways of grouping"
         pictures.append(plot_compare(compared, settings.tolerance, path, title))
-    return run.finish(result, pictures)
+    return steps.run.finish(result, pictures)
 
 
 def _measure(
@@ -135,25 +91,45 @@ def _measure(
 ) -> tuple[dict[str, dict[str, Any] | None], list[dict[str, Any]]]:
     """All points of all curves; returns the points chosen and the claims."""
     chosen: dict[str, dict[str, Any] | None] = {}
+    # All points of a group before the next: what is chosen for it decides who is left for that.
     for group in ORDER:
         for share in settings.ru_shares if group == "ru" else settings.shares:
             curves.measure(group, share)
         chosen[group] = curves.choose(group)
+    # UCU have the shares of SCU, whose control serves them as well.
     for group, shares in (("scu", settings.shares), ("ru", settings.ru_shares)):
         for share in shares:
             curves.measure_random(group, share)
     # Where no share keeps what it should, the smallest comes closest.
     share = curves.shares.get("scu", min(settings.shares))
     curves.measure("ru", share)
-    return chosen, curves.claims(share, curves.shares.get("ru", min(settings.ru_shares)))
+    ru_share = curves.shares.get("ru", min(settings.ru_shares))
+    return chosen, ablation_claims(curves, share, ru_share)
+
+
+def _plain_curves(curves: Curves, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """Group, or ``"random"``, -> its points in the order of their shares."""
+    return {
+        **{
+            group: [curves.plain(points[share]) for share in sorted(points)]
+            for group, points in curves.points.items()
+        },
+        "random": [
+            {**curves.plain(point), "seed": seed + draw}
+            for share in sorted(curves.random)
+            for draw, point in enumerate(curves.random[share])
+        ],
+    }
 
 
 def _steps(settings: ScanSettings) -> int:
+    """Steps of a scan, for the bar: points, scores and what answers take."""
     small, large = len(set(settings.shares)), len(set(settings.ru_shares))
+    # The intact model, and RU at the share of SCU; SCU and UCU; RU; random units at each share.
     points = 2 + 2 * small + large + settings.draws * len({*settings.shares, *settings.ru_shares})
     scored = 0
     if settings.compare:
-        scored = 2 * (len(TOKENS) - 1)
-        ways = len(SCOPES) * len(NORMALIZATIONS) * len(TOKENS)
-        points += ways * len(settings.compare_shares)
+        scored = 2  # by the other choice of tokens
+        points += WAYS * len(settings.compare_shares)
+    # Precision and two scores; a point that is attacked is two steps, and coherence is one.
     return 3 + scored + (1 + 2 * points if settings.asr else points)

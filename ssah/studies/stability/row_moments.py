@@ -1,4 +1,13 @@
-"""Moments of every row by itself, so that scores of any set of rows need no further pass."""
+"""Moments of every row by itself, so that scores of any set of rows need no further pass.
+
+Rows i have n_i tokens, a mean mu_i and a sum of squared deviations M_i at each unit. Of all rows of
+a set, N = sum n_i, mu = sum n_i mu_i / N and, by Chan's formula for all of them at once,
+
+    variance = (sum M_i + sum n_i (mu_i - mu)^2) / (N - 1)
+
+For example, the activations 1, 3 of one row and 5, 7, 9 of another: n = 2, 3, mu_i = 2, 7 and
+M_i = 2, 8. Then mu = 5, and (2 + 8 + 2 * 9 + 3 * 4) / 4 = 10, the variance of 1, 3, 5, 7, 9.
+"""
 
 from __future__ import annotations
 
@@ -54,23 +63,24 @@ class RowMoments:
     def scores(self, rows: Tensor | None = None) -> dict[str, Tensor]:
         """Importance of every unit (the metric ``"variance"``) over the tokens of some rows.
 
-        With n_i, mu_i and M_i of row i, N = sum n_i and mu = sum n_i mu_i / N, the variance is
-        (sum M_i + sum n_i (mu_i - mu)^2) / (N - 1): Chan's merge of all rows at once, equal to one
-        pass over these rows but for rounding in float64.
+        Equal to one pass over these rows but for rounding in float64.
 
         Args:
             rows: int64 ``[n]``, their indices; None: all.
+
+        Returns:
+            B's name -> float64 ``[n_units]``.
         """
         found = {}
         for name, counts in self.count.items():
             chosen = slice(None) if rows is None else rows
-            n, mean = counts[chosen], self.mean[name][chosen]
+            n, mean = counts[chosen], self.mean[name][chosen]  # [rows], [rows, n_units]
             total = n.sum()
             if total < 2:  # an expert that these rows hardly reached
                 found[name] = torch.zeros_like(self.norms[name])
                 continue
-            deviation = mean - (n @ mean) / total
-            m2 = self.m2[name][chosen].sum(0) + n @ deviation.square_()
+            deviation = mean - (n @ mean) / total  # [rows, n_units] less [n_units]
+            m2 = self.m2[name][chosen].sum(0) + n @ deviation.square_()  # [n_units]
             found[name] = m2 / (total - 1) * self.norms[name]
         return found
 
@@ -130,9 +140,10 @@ def row_moments(
                 vocab_size=n_embeddings(model),
             )
             watch.read(batch)
-            with torch.inference_mode():
+            with torch.inference_mode():  # the backbone alone: no score needs the vocabulary
                 model.base_model(**batch.inputs, use_cache=False)
             for name, state in sums.items():
+                # State of this row alone, because it was zeroed after the row before.
                 found.count[name][row] = state.count.cpu()
                 found.mean[name][row] = state.mean.cpu()
                 found.m2[name][row] = state.m2.cpu()

@@ -48,7 +48,7 @@ def planned(plan: UpdatePlan) -> Trained:
     """Training under a plan; that what is frozen did not move is verified at the end."""
 
     def finish() -> PreTrainedModel:
-        plan.verify()
+        plan.verify()  # before it is closed: afterwards nothing knows what was frozen
         plan.close()
         return plan.model
 
@@ -63,7 +63,7 @@ def lora(model: PreTrainedModel, rank: int) -> Trained:
     Raises:
         ImportError: peft is not installed.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, get_peft_model  # imported when needed: it takes seconds
 
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
@@ -71,6 +71,7 @@ def lora(model: PreTrainedModel, rank: int) -> Trained:
     adapted = get_peft_model(model, config)
 
     def finish() -> PreTrainedModel:
+        # Merged, so that every arm is measured as an ordinary model is.
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[assignment]
         return merged
 

@@ -12,14 +12,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.groups import classify
 from ssah.report.pictures.study import plot_budget
-from ssah.studies.claims import claim
-from ssah.studies.inputs import Loading, Sources
-from ssah.studies.measuring import MATH, UTILITY
+from ssah.studies.loading import Loading
+from ssah.studies.paired_measures import MATH, UTILITY
 from ssah.studies.training.arms import Arm, planned
-from ssah.studies.training.results import BEFORE, Arms, arms_summary, rates, row_losses
-from ssah.studies.training.run import open_study
+from ssah.studies.training.comparison import Comparison
+from ssah.studies.training.results import (
+    BEFORE,
+    Arms,
+    arms_summary,
+    asr_claim,
+    loss_claim,
+    missed,
+)
 from ssah.studies.training.settings import BudgetSettings
 from ssah.training import freeze, train_only
 from ssah.units import UnitSet
@@ -29,7 +34,7 @@ if TYPE_CHECKING:
 
     from ssah.studies.training.arms import Trained
 
-__all__ = ["ARMS", "BudgetSettings", "budget"]
+__all__ = ["ARMS", "budget"]
 
 KIND = "budget"
 FULL, RU = "full", "ru"
@@ -65,48 +70,24 @@ def budget(
     Returns:
         the record of the run; ``result`` has ``arms`` and ``claims``.
     """
-    sources = Sources(loading.reading)
-    rows = {"safety": sources.rows("safety", safety), "utility": sources.rows("utility", utility)}
-    asked = sources.requests("requests", requests)
-    held_out = {UTILITY: sources.rows("utility_eval", utility_eval)}
+    study = Comparison(loading, out, KIND, settings, keep=save_model)
+    rows = study.scored_rows(safety, utility)
+    asked = study.sources.requests("requests", requests)
+    held_out = {UTILITY: study.sources.rows("utility_eval", utility_eval)}
     if math is not None:
-        held_out[MATH] = sources.rows("math", math)
-    with open_study(
-        loading,
-        out,
-        KIND,
-        settings,
-        sources,
-        scored=rows,
-        trained=rows,
-        requests=asked,
-        held_out=held_out,
-        arms=2,
-        keep=save_model,
-    ) as study:
-        groups = classify(
-            study.scores["safety"],
-            study.scores["utility"],
-            scu=0.0,
-            ucu=0.0,
-            ru=settings.ru,
-            scope=settings.scope,
-            normalize=settings.normalize,
-        )
-        groups.save(out / "groups")
+        held_out[MATH] = study.sources.rows("math", math)
+    with study.training(scored=rows, trained=rows, requests=asked, held_out=held_out, arms=2):
+        groups = study.groups(ru=settings.ru)
 
+        # A plan that freezes nothing, so that both arms have the same optimiser.
         def everything(model: PreTrainedModel, seed: int) -> Trained:
             return planned(freeze(model, UnitSet({}, groups.sizes)))
 
         def redundant(model: PreTrainedModel, seed: int) -> Trained:
             return planned(train_only(model, groups["ru"]))
 
-        arms = study.compare(
-            {
-                FULL: Arm(settings.lr, everything),
-                RU: Arm(settings.ru_lr or settings.lr, redundant),
-            }
-        )
+        ru_lr = settings.ru_lr or settings.lr
+        arms = study.compare({FULL: Arm(settings.lr, everything), RU: Arm(ru_lr, redundant)})
     result = {
         "dtype": study.dtype,
         "bf16": study.bf16,
@@ -121,55 +102,24 @@ def budget(
 
 
 def _claims(arms: Arms, settings: BudgetSettings, held_out: Sequence[str]) -> list[dict[str, Any]]:
-    before, full, ru = (rates(arms, name) for name in (BEFORE, FULL, RU))
-    missed = [str(seed) for seed, found in arms[RU].items() if not found["training"]["reached"]]
-    note = (
-        f"RU alone did not reach the alignment loss (seed {', '.join(missed)})." if missed else ""
-    )
+    seeds = ", ".join(str(seed) for _, seed in missed(arms, RU))
+    note = f"RU alone did not reach the alignment loss (seed {seeds})." if seeds else ""
+    slack = settings.slack
+    reaches = f"RU alone reaches the ASR of training everything, to {100 * slack:g} points"
     claims = [
-        claim("Training everything lowers the ASR", full, before, "lower", "points"),
-        claim("Training RU alone lowers the ASR", ru, before, "lower", "points", note=note),
-        claim(
-            f"RU alone reaches the ASR of training everything, to {100 * settings.slack:g} points",
-            ru,
-            full,
-            "not higher",
-            "points",
-            slack=settings.slack,
-            note=note,
-        ),
+        asr_claim("Training everything lowers the ASR", arms, FULL, BEFORE, "lower"),
+        asr_claim("Training RU alone lowers the ASR", arms, RU, BEFORE, "lower", note=note),
+        asr_claim(reaches, arms, RU, FULL, "not higher", slack=slack, note=note),
     ]
+    # The tax is in nats on the same rows, in which it shows long before an accuracy moves.
     for name in held_out:
-        noun = _NOUNS[name]
-        before, full, ru = (row_losses(arms, arm, name) for arm in (BEFORE, FULL, RU))
+        costs = f"Training everything costs loss on {_NOUNS[name]}"
+        less = f"RU alone costs less on {_NOUNS[name]} than training everything"
         claims += [
-            claim(
-                f"Training everything costs loss on {noun}",
-                full,
-                before,
-                "higher",
-                "nats",
-                among="rows",
-            ),
-            claim(
-                f"RU alone costs less on {noun} than training everything",
-                ru,
-                full,
-                "lower",
-                "nats",
-                among="rows",
-                note=note,
-            ),
+            loss_claim(costs, arms, FULL, BEFORE, "higher", name),
+            loss_claim(less, arms, RU, FULL, "lower", name, note=note),
         ]
         if name == MATH:
-            claims.append(
-                claim(
-                    "Alignment by RU alone improves mathematics",
-                    ru,
-                    before,
-                    "lower",
-                    "nats",
-                    among="rows",
-                )
-            )
+            improves = "Alignment by RU alone improves mathematics"
+            claims.append(loss_claim(improves, arms, RU, BEFORE, "lower", name))
     return claims

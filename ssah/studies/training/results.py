@@ -9,11 +9,21 @@ import torch
 from torch import Tensor
 
 from ssah.evaluation import bootstrap, wilson
-from ssah.studies.measuring import UTILITY, losses, succeeded, summary
+from ssah.studies.claims import Expected, claim
+from ssah.studies.paired_measures import UTILITY, losses, succeeded, summary
 
-__all__ = ["BEFORE", "Arms", "arms_summary", "rates", "row_losses"]
+__all__ = [
+    "BEFORE",
+    "Arms",
+    "arms_summary",
+    "asr_claim",
+    "loss_claim",
+    "missed",
+    "rates",
+    "row_losses",
+]
 
-# Arm -> seed -> what `Study.compare` returns.
+# Arm -> seed -> what `Comparison.compare` returns.
 Arms: TypeAlias = "Mapping[str, Mapping[int, Mapping[str, Any]]]"
 
 BEFORE = "before"  # the model that every arm starts from
@@ -21,12 +31,45 @@ BEFORE = "before"  # the model that every arm starts from
 
 def rates(arms: Arms, name: str) -> Tensor:
     """Float64 ``[requests, seeds]`` of an arm: 1 where the attack succeeded."""
-    return torch.stack([succeeded(found["attack"]) for found in arms[name].values()], 1)
+    by_seed = [succeeded(found["attack"]) for found in arms[name].values()]  # each [requests]
+    return torch.stack(by_seed, 1)
 
 
 def row_losses(arms: Arms, name: str, rows: str = UTILITY) -> Tensor:
-    """Float64 ``[rows, seeds]`` of an arm, see :func:`ssah.studies.measuring.losses`."""
-    return torch.stack([losses(found["measured"], rows) for found in arms[name].values()], 1)
+    """Float64 ``[rows, seeds]`` of an arm, see :func:`ssah.studies.paired_measures.losses`."""
+    by_seed = [losses(found["measured"], rows) for found in arms[name].values()]  # each [rows]
+    return torch.stack(by_seed, 1)
+
+
+def asr_claim(
+    text: str, arms: Arms, first: str, second: str, expected: Expected, **more: Any
+) -> dict[str, Any]:
+    """A :func:`claim` that the ASR of one arm is so beside that of another one."""
+    return claim(text, rates(arms, first), rates(arms, second), expected, "points", **more)
+
+
+def loss_claim(
+    text: str,
+    arms: Arms,
+    first: str,
+    second: str,
+    expected: Expected,
+    rows: str = UTILITY,
+    **more: Any,
+) -> dict[str, Any]:
+    """A :func:`claim` on the losses of two arms on a set of rows."""
+    pair = row_losses(arms, first, rows), row_losses(arms, second, rows)
+    return claim(text, *pair, expected, "nats", among="rows", **more)
+
+
+def missed(arms: Arms, *names: str) -> list[tuple[str, int]]:
+    """Arm and seed of each training that ended above its target; arms without one have none."""
+    return [
+        (name, seed)
+        for name in names
+        for seed, found in arms[name].items()
+        if found["training"].get("reached") is False
+    ]
 
 
 def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
@@ -41,6 +84,7 @@ def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
             }
             for seed, found in by_seed.items()
         }
+        # Intervals of single seeds have no mean: that of the arm is computed below.
         first = next(iter(seeds.values()))
         numbers = [key for key, value in first.items() if isinstance(value, float | int)]
         mean = {key: sum(own[key] for own in seeds.values()) / len(seeds) for key in numbers}
@@ -49,8 +93,11 @@ def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
 
 
 def _interval(arms: Arms, name: str) -> list[float]:
-    """Of an arm's ASR: requests are drawn, each with all its seeds; Wilson's where they agree."""
-    found = rates(arms, name)
+    """Of an arm's ASR: requests are drawn, each with all its seeds; Wilson's where they agree.
+
+    A bootstrap of requests that all have the same rate has no width, whatever their number.
+    """
+    found = rates(arms, name)  # [requests, seeds]
     if len(set(found.mean(1).tolist())) > 1 and found.shape[1] > 1 and name != BEFORE:
         return list(bootstrap(found))
     return list(wilson(int(found[:, 0].sum()), len(found)))

@@ -1,4 +1,18 @@
-"""Training a model, or what a plan leaves of it, until the loss of fixed rows is low enough."""
+"""Training a model, or what a plan leaves of it, until the loss of fixed rows is low enough.
+
+The training loss that decides is that of a sample of the training data, the same rows at every
+measurement: no noise of batches is in it, so that arms can be compared at equal training loss.
+
+It is measured after ``check_every`` updates, as many again, and from there on half way to where a
+straight line through the last two measurements would reach the target. For example, with losses of
+2.0 after 8 and 1.8 after 12 updates and a target of 1.4, the line reaches it 8 updates on, so that
+the next measurement is after 4 of them. A loss that falls faster than the line does not overshoot,
+and near the target every ``check_every`` updates are measured.
+
+The last update is shortened until the loss is at most 0.005 nats below the target. A fraction f of
+an update from weights a to weights b is a + f (b - a), as a lower learning rate would have had it;
+f is found by bisection, to a 64th. Arms whose updates are of other sizes therefore end alike.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +20,6 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from random import Random
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,26 +27,22 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
-from ssah.compat.trainer import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-    training_arguments,
-)
+from ssah.compat.trainer import TrainerCallback
 from ssah.data import Collator, Encoded
 from ssah.evaluation import utility_loss
+from ssah.studies.training.row_order import schedule
+from ssah.training.finetune import make_trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ssah.training import UpdatePlan
 
-__all__ = ["Recipe", "schedule", "spread", "train", "training_loss"]
+__all__ = ["Recipe", "train", "training_loss"]
 
 _FARTHEST = 16  # updates from one measurement of the training loss to the next
-_WINDOW = 16  # chunks of rows among which those of similar length are put together
 _CLOSE = 0.005  # nats below the target at which the last update is no longer shortened
+_FINEST = 1 / 64  # of an update, to which it is shortened
 
 
 @dataclass(frozen=True)
@@ -56,13 +65,6 @@ class Recipe:
     check_every: int = 2
     max_grad_norm: float = 1.0
 
-    def __post_init__(self) -> None:
-        if not self.lr > 0:
-            raise ValueError(f"lr is {self.lr}; it must be greater than 0")
-        for name in ("batch_size", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-
 
 def train(
     trained: nn.Module,
@@ -79,19 +81,11 @@ def train(
 ) -> dict[str, Any]:
     """Train in place for ``steps`` updates, or until the training loss is at most ``target``.
 
-    The training loss that decides is that of ``sample``, fixed rows of the training data: no noise
-    of batches is in it, so that arms can be compared at equal training loss. It is measured after
-    ``recipe.check_every`` updates, as many again, and from there on half way to where a straight
-    line through the last two measurements would reach the target: a loss that falls faster than
-    the line does not overshoot, and near the target every ``check_every`` updates are measured.
-    The last update is shortened (as by a lower learning rate) until the loss is at most 0.005 nats
-    below the target, or to a 64th: arms whose updates are of other sizes end alike.
-
     Args:
         trained: what the trainer gets: ``model``, or a peft model over it.
         model: whose loss is measured.
         tokenizer: the model's.
-        pools: rows to train on; a batch has as many of each pool, see :func:`schedule`.
+        pools: rows to train on; a batch has as many of each pool, see `row_order.schedule`.
         sample: rows of the training data.
         recipe: how to train.
         steps: the most updates.
@@ -116,22 +110,25 @@ def train(
         [parameter for parameter in trained.parameters() if parameter.requires_grad],
         advance,
     )
-    options: dict[str, Any] = {}
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
-        arguments = _arguments(model, recipe, steps, scratch)
-        if plan is not None:
-            options["optimizer_cls_and_kwargs"] = plan.optimizer_cls_and_kwargs(arguments)
-        collator = Collator(tokenizer)
-        trainer = Trainer(
-            model=trained,
-            args=arguments,
-            train_dataset=rows,
-            data_collator=_maskless(collator) if may_drop_mask(model) else collator,
+        trainer = make_trainer(
+            trained,
+            rows,
+            tokenizer,
+            scratch,
+            plan=plan,
             callbacks=[checks],
-            **options,
+            drop_mask=may_drop_mask(model),
+            in_order=True,
+            learning_rate=recipe.lr,
+            lr_scheduler_type="constant",
+            max_steps=steps,
+            per_device_train_batch_size=recipe.batch_size,
+            max_grad_norm=recipe.max_grad_norm,
+            bf16=recipe.bf16,
+            seed=recipe.seed,
         )
-        trainer.remove_callback(PrinterCallback)
         trainer.train()
     model.eval()
     done = trainer.state.global_step
@@ -165,6 +162,7 @@ def training_loss(
         batch_size: rows run at a time.
     """
     collator = Collator(tokenizer)
+    # Longest first: little is padded, and what does not fit in memory is known at once.
     rows = sorted(sample, key=lambda row: -len(row["input_ids"]))
     batches = [
         collator(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)
@@ -187,7 +185,7 @@ class _Checks(TrainerCallback):
         self.measure, self.every, self.target, self.advance = measure, every, target, advance
         self.parameters = parameters  # that train
         self.losses: list[tuple[int, float]] = []
-        self.next = every
+        self.next = every  # the update after which the loss is measured again
         self.last_step = 1.0
         self._before: list[Tensor] = []
 
@@ -198,6 +196,7 @@ class _Checks(TrainerCallback):
         return self.losses[-1][1]
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # Only of an update that may be the last: the copy is as large as all that trains.
         if self.target is not None and state.global_step + 1 >= self.next:
             self._before = [parameter.detach().clone() for parameter in self.parameters]
 
@@ -213,7 +212,7 @@ class _Checks(TrainerCallback):
         wait = self.every
         if len(self.losses) > 1:
             (before, higher), (now, lower) = self.losses[-2:]
-            if higher > lower:
+            if higher > lower:  # a line that rises reaches no lower loss
                 wait = int((lower - self.target) * (now - before) / (higher - lower) / 2)
         self.next = state.global_step + min(max(wait, self.every), _FARTHEST)
 
@@ -222,13 +221,13 @@ class _Checks(TrainerCallback):
         """Take back as much of the update just taken as leaves the loss at the target."""
         step, loss = self.losses[-1]
         after = [parameter.detach().clone() for parameter in self.parameters]
-        low, high = 0.0, 1.0
+        low, high = 0.0, 1.0  # fractions whose loss is above and at most the target
 
         def take(fraction: float) -> None:
             for parameter, old, new in zip(self.parameters, self._before, after, strict=True):
                 parameter.copy_(torch.lerp(old, new, fraction))
 
-        while target - loss > _CLOSE and high - low > 1 / 64:
+        while target - loss > _CLOSE and high - low > _FINEST:
             middle = (low + high) / 2
             take(middle)
             found = self.measure()
@@ -238,98 +237,3 @@ class _Checks(TrainerCallback):
                 low = middle
         take(high)
         self.last_step, self.losses[-1] = high, (step, loss)
-
-
-def _arguments(
-    model: PreTrainedModel, recipe: Recipe, steps: int, scratch: str
-) -> TrainingArguments:
-    return training_arguments(
-        in_order=True,
-        output_dir=scratch,
-        learning_rate=recipe.lr,
-        lr_scheduler_type="constant",
-        max_steps=steps,
-        per_device_train_batch_size=recipe.batch_size,
-        max_grad_norm=recipe.max_grad_norm,
-        optim="adamw_torch_fused",
-        bf16=recipe.bf16,
-        seed=recipe.seed,
-        use_cpu=model.device.type == "cpu",
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-    )
-
-
-def _maskless(collator: Collator) -> Callable[[list[Any]], dict[str, Tensor]]:
-    """Without the attention mask: padding on the right is invisible to a causal model, whose labels
-    there are -100, and attention without a mask is faster."""
-
-    def collate(examples: list[Any]) -> dict[str, Tensor]:
-        batch = collator(examples)
-        del batch["attention_mask"]
-        return batch
-
-    return collate
-
-
-def schedule(
-    pools: Sequence[Sequence[Encoded]], batch_size: int, steps: int, seed: int
-) -> list[Encoded]:
-    """Rows in the order of training, batch after batch; fewer ``steps`` give the first of them.
-
-    Each pool is shuffled anew in every epoch of its own. A batch has as many rows of each pool, of
-    similar length: rows are sorted within a window of at most 16 batches and an epoch, and the
-    batches of a window are shuffled.
-
-    Args:
-        pools: encoded rows; none is empty.
-        batch_size: rows of a batch, a multiple of the number of pools.
-        steps: batches.
-        seed: of the order.
-
-    Raises:
-        ValueError: a pool is empty, or the batch cannot be shared among the pools.
-    """
-    if batch_size % len(pools):
-        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {len(pools)}")
-    size = batch_size // len(pools)
-    width = max(1, min(_WINDOW, *(len(pool) // size for pool in pools)))
-    starts = range(0, steps, width)
-    whole = size * width * len(starts)
-    streams = [_stream(pool, whole, f"{seed}/{i}") for i, pool in enumerate(pools)]
-    rows: list[Encoded] = []
-    for start in starts:
-        order = list(range(width))
-        windows = [
-            sorted(
-                stream[start * size : (start + width) * size],
-                key=lambda row: len(row["input_ids"]),
-            )
-            for stream in streams
-        ]
-        Random(f"{seed}/batches/{start}").shuffle(order)
-        for k in order:
-            rows += [row for window in windows for row in window[k * size : (k + 1) * size]]
-    return rows[: batch_size * steps]
-
-
-def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
-    """``n`` rows, epoch after epoch."""
-    if not pool:
-        raise ValueError("there is no row to train on; there must be at least one")
-    rows: list[Encoded] = []
-    while len(rows) < n:
-        epoch = list(pool)
-        Random(f"{seed}/{len(rows)}").shuffle(epoch)
-        rows += epoch
-    return rows[:n]
-
-
-def spread(rows: Sequence[Encoded], n: int) -> list[Encoded]:
-    """``n`` of the rows (all, if there are fewer), evenly spaced: the same for every arm."""
-    n = min(n, len(rows))
-    return [rows[i * len(rows) // n] for i in range(n)]

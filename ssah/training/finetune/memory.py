@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.training.finetune.run import Settings, count_parameters, optimizer_options
+from ssah.training.finetune.run import count_parameters, optimizer_options
+from ssah.training.finetune.settings import Settings
 from ssah.training.plan import UpdatePlan
 from ssah.units import layers_path
 
@@ -77,8 +78,8 @@ def _held(plan: UpdatePlan) -> Iterator[Tensor]:
     yield from plan.model.parameters()
     yield from plan.model.buffers()
     for module in plan.masked.values():
-        for slot in module.slots.values():
-            yield slot.storage
+        for tensor in module.split_tensors.values():
+            yield tensor.storage
 
 
 def _storages(tensors: Iterator[Tensor]) -> dict[int, int]:

@@ -10,99 +10,39 @@ it is finished how it ended), ``checkpoints`` while it is under way, and ``merge
 
 from __future__ import annotations
 
-import importlib.util
-import math
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.utils import logging
 
-from ssah.compat.trainer import (
-    PrinterCallback,
-    SchedulerType,
-    SealingTrainer,
-    TrainerCallback,
-    TrainingArguments,
-    set_seed,
-    training_arguments,
-)
-from ssah.data import Collator, fingerprint
-from ssah.groups import GROUPS, UnitGroups
+from ssah.compat.trainer import SchedulerType, set_seed
+from ssah.data import fingerprint
 from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
+from ssah.training.finetune.progress import Monitor, progress_bar
 from ssah.training.finetune.settings import Settings
+from ssah.training.finetune.trainer import make_trainer
 from ssah.training.plan import UpdatePlan
 from ssah.training.saving import load_update
-from ssah.units import UnitSet
 
 if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
+    from ssah.compat.trainer import Trainer
     from ssah.data import Encoded
 
-__all__ = [
-    "Settings",
-    "count_parameters",
-    "fine_tune",
-    "optimizer_options",
-    "select_units",
-]
+__all__ = ["count_parameters", "fine_tune", "optimizer_options"]
 
 MERGED = "merged"
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
-
-# ----------------------------------------------------------------------------------- selection
-
-
-def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
-    """The units that a selection names: the union of its parts.
-
-    Args:
-        selection: group names such as ``"scu"``, or a group and a fraction of *all* units such as
-            ``"cu:0.06"``: those of its units that are most like it (`UnitGroups.top` by
-            ``"group"``; of CU, the highest for safety).
-        groups: where they are taken from.
-
-    Raises:
-        ValueError: a part is neither, the group has fewer units, or nothing is selected.
-    """
-    units = UnitSet({}, groups.sizes)
-    for part in selection:
-        name, colon, share = part.partition(":")
-        if name not in GROUPS:
-            raise ValueError(
-                f"the selection has {part!r}; it must be one of {', '.join(GROUPS)}, or a group "
-                "and a fraction of all units such as cu:0.06"
-            )
-        own = groups.top(name, _fraction(part, share), by="group") if colon else groups[name]
-        units = units | own
-    if not len(units):
-        raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
-    return units
-
-
-def _fraction(part: str, share: str) -> float:
-    try:
-        return float(share)
-    except ValueError:
-        raise ValueError(
-            f"the selection has {part!r}; what follows the colon must be a fraction of all units, "
-            "a number in [0, 1]"
-        ) from None
-
-
-# ------------------------------------------------------------------------------------ training
 
 
 def fine_tune(
@@ -155,13 +95,16 @@ def fine_tune(
         record = open_run(folder, identity)
         finished = "result" in record
         if finished:
+            # The model still has the weights that the run began with: it gets those of its end.
             plan.close()
             load_update(plan.model, folder)
         else:
-            trained = _train(plan, examples, folder, settings, tokenizer, eval_examples, record)
+            trainer = _trainer(plan, examples, folder, settings, tokenizer, eval_examples, identity)
+            trained = _train(trainer, folder, settings, record)
             plan.verify()
             plan.save_pretrained(folder)
             record["result"] = trained
+            # Last: a run is finished once its record says so, and only then is it not repeated.
             write_run(folder, record)
             plan.close()
         merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
@@ -179,36 +122,63 @@ def fine_tune(
     }
 
 
-def _train(
+def _trainer(
     plan: UpdatePlan,
     examples: Sequence[Encoded],
     folder: Path,
     settings: Settings,
     tokenizer: PreTrainedTokenizerBase,
     eval_examples: Sequence[Encoded] | None,
-    record: dict[str, Any],
-) -> dict[str, Any]:
-    args = _arguments(plan.model, settings, folder)
-    trainer = SealingTrainer(
-        partial(seal, identity=record["identity"]),
+    identity: dict[str, Any],
+) -> Trainer:
+    return make_trainer(
         plan.model,
-        args,
-        data_collator=Collator(tokenizer),
-        train_dataset=list(examples),
-        eval_dataset=None if eval_examples is None else list(eval_examples),
-        optimizer_cls_and_kwargs=plan.optimizer_cls_and_kwargs(
-            args, **optimizer_options(plan, settings)
-        ),
+        examples,
+        tokenizer,
+        folder / CHECKPOINTS,
+        plan=plan,
+        optimizer_options=optimizer_options(plan, settings),
+        eval_rows=eval_examples,
+        seal=partial(seal, identity=identity),
+        run_name=folder.name,
+        learning_rate=settings.lr,
+        num_train_epochs=settings.epochs,
+        max_steps=-1 if settings.max_steps is None else settings.max_steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.gradient_accumulation,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        weight_decay=settings.weight_decay,
+        warmup_steps=settings.warmup_ratio,  # below 1, transformers reads it as a share
+        lr_scheduler_type=SchedulerType(settings.lr_scheduler),
+        max_grad_norm=settings.max_grad_norm,
+        bf16=settings.bf16,
+        seed=settings.seed,
+        save_strategy="steps" if settings.save_steps else "no",
+        save_steps=settings.save_steps or 500,  # where nothing is saved, 0 would be refused
+        save_total_limit=_KEPT,
+        logging_strategy="steps",
+        logging_steps=settings.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # a loss that is not a number must be seen: it ends the run
+        report_to=list(settings.report_to) or "none",
+        prediction_loss_only=True,
     )
-    trainer.remove_callback(PrinterCallback)
-    if eval_examples is not None and "eval_loss_before" not in record:
+
+
+def _train(
+    trainer: Trainer, folder: Path, settings: Settings, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Train to the end, from the last sound checkpoint; returns the result of the run."""
+    measured = trainer.eval_dataset is not None
+    if measured and "eval_loss_before" not in record:
         record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        write_run(folder, record)
+        write_run(folder, record)  # at once: a run that is resumed cannot measure it any more
     checkpoint = last_sound(folder / CHECKPOINTS, record["identity"], _tell)
     # Measuring draws from the generator: training must begin with the same state either way.
     set_seed(settings.seed)
-    with _progress() as progress:
-        trainer.add_callback(_Monitor(progress))
+    with progress_bar() as bar:
+        trainer.add_callback(Monitor(bar))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
@@ -218,7 +188,7 @@ def _train(
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": record.get("eval_loss_before"),
-        "eval_loss": None if eval_examples is None else trainer.evaluate()["eval_loss"],
+        "eval_loss": trainer.evaluate()["eval_loss"] if measured else None,
     }
 
 
@@ -235,124 +205,8 @@ def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
         raise ValueError(
             "dtype is float16, in which small updates vanish; it must be float32 or bfloat16"
         )
+    # The seed is of stochastic rounding, which float32 weights do without.
     return {"seed": settings.seed} if torch.bfloat16 in dtypes else {}
-
-
-def _arguments(model: PreTrainedModel, settings: Settings, folder: Path) -> TrainingArguments:
-    if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("training needs the package accelerate: pip install accelerate")
-    device = next(model.parameters()).device
-    args = training_arguments(
-        gradient_checkpointing=settings.gradient_checkpointing,
-        output_dir=str(folder / CHECKPOINTS),
-        run_name=folder.name,
-        learning_rate=settings.lr,
-        num_train_epochs=settings.epochs,
-        max_steps=-1 if settings.max_steps is None else settings.max_steps,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        weight_decay=settings.weight_decay,
-        warmup_steps=settings.warmup_ratio,
-        lr_scheduler_type=SchedulerType(settings.lr_scheduler),
-        max_grad_norm=settings.max_grad_norm,
-        bf16=settings.bf16,
-        seed=settings.seed,
-        save_strategy="steps" if settings.save_steps else "no",
-        save_steps=settings.save_steps or 500,
-        save_total_limit=_KEPT,
-        logging_steps=settings.logging_steps,
-        logging_first_step=True,
-        logging_nan_inf_filter=False,
-        report_to=list(settings.report_to) or "none",
-        prediction_loss_only=True,
-        disable_tqdm=True,
-        use_cpu=device.type == "cpu",
-        dataloader_pin_memory=device.type != "cpu",
-    )
-    if args.world_size > 1:
-        raise ValueError(
-            f"WORLD_SIZE is {args.world_size}; this command runs in one process: for several, use "
-            "ssah.freeze or ssah.train_only in a script of your own"
-        )
-    own, theirs = ((d.type, d.index or 0) for d in (device, torch.device(args.device)))
-    if own != theirs:
-        raise ValueError(
-            f"device is {device}; transformers trains on {args.device} here: choose another with "
-            "CUDA_VISIBLE_DEVICES"
-        )
-    return args
-
-
-class _Monitor(TrainerCallback):
-    """Shows progress, logs the last step too, and stops when the loss is not a number."""
-
-    def __init__(self, progress: Progress) -> None:
-        self.progress = progress
-        self.task: TaskID | None = None
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.task = self.progress.add_task(
-            "training", total=state.max_steps, completed=state.global_step
-        )
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.task is not None:
-            self.progress.update(self.task, completed=state.global_step)
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-
-    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs.get("logs", {})
-        if "loss" not in logs:
-            return
-        if not math.isfinite(logs["loss"]):
-            raise RuntimeError(
-                f"the loss is {logs['loss']} at step {state.global_step}: the run diverged and "
-                "nothing was saved; a lower lr or a smaller max_grad_norm may help"
-            )
-        self.progress.console.print(
-            f"step {state.global_step:>6}  loss {logs['loss']:.4f}"
-            f"  lr {logs.get('learning_rate', 0.0):.2e}  grad norm {logs.get('grad_norm', 0.0):.3g}"
-        )
-
-
-def _tell(line: str) -> None:
-    """A line for people, on standard error."""
-    print(line, file=sys.stderr)
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    """A bar on standard error."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # of transformers, at each checkpoint
-    try:
-        with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
-            yield progress
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-# ------------------------------------------------------------------------------------ resuming
 
 
 def _identity(
@@ -367,3 +221,8 @@ def _identity(
         "dtype": str(plan.model.dtype).removeprefix("torch."),
         **settings.decisive(),
     }
+
+
+def _tell(line: str) -> None:
+    """A line for people, on standard error."""
+    print(line, file=sys.stderr)

@@ -1,19 +1,24 @@
-"""Everything that an experiment measures of one model, as plain data that can be paired."""
+"""What a study measures of a model, one value per request or row, so that models can be paired.
+
+Two models are compared on the same requests, so the interval of their difference is that of the
+differences, request by request, and much narrower than the intervals of both. For example, of 4
+requests one model gives in to 1, 1, 1, 0 and the other to 1, 1, 0, 0: the rates 0.75 and 0.5 have
+wide intervals, but the models differ on one request alone. Studies therefore keep the single
+values, never the answers themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ssah.data import Loader, Overlong, Row, make_loader
 from ssah.evaluation import (
     OPENING,
     Coherence,
-    Judge,
     distinct_judges,
     fitting,
     judged_answers,
@@ -28,7 +33,9 @@ from ssah.interventions import ablate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssah.studies.steps import Steps
+    from ssah.data import Loader, Row
+    from ssah.evaluation import Judge
+    from ssah.studies.study import Study
     from ssah.units import UnitSet
 
 __all__ = [
@@ -42,54 +49,40 @@ __all__ = [
 ]
 
 UTILITY, MATH = "utility", "math"
-_ROOM = 512  # tokens that a request has at least: it is never cut
+# Tokens that a request has at least, whatever ``max_length`` of rows is: it is never cut, because
+# half a request may be harmless.
+_ROOM = 512
 
 
 class Evaluation:
     """The data that models are measured on, the same for each of them.
 
     Args:
-        tokenizer: of the models.
+        study: whose steps, tokenizer, sizes and settings are used.
         requests: harmful requests, for the refusal margin.
         rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers.
         asked: of the requests, how many are answered and judged: the first ones; None: all.
-        judges: of the answers, as ``ssah.evaluation.judge`` takes them; the first one decides.
-        max_new_tokens: the most tokens of an answer.
-        batch_size: sequences run at a time.
-        max_length, overlong: of rows, as ``ssah.data.encode`` takes them.
+        judges: of the answers, where they were made already; the first one decides.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        study: Study,
         requests: Sequence[str],
-        rows: Mapping[str, Iterable[Row]],
+        rows: Mapping[str, Sequence[Row]],
         *,
         asked: int | None = None,
-        judges: Sequence[str | Judge] = ("wei2024",),
-        max_new_tokens: int = 64,
-        batch_size: int = 16,
-        max_length: int = 512,
-        overlong: Overlong = "cut",
+        judges: Sequence[Judge] = (),
     ) -> None:
-        self.tokenizer = tokenizer
-        most = max(max_length, _ROOM) - OPENING
-        encoded = prompts(tokenizer, requests)
-        self.requests = fitting(requests, encoded, most, overlong=overlong)
+        self.study, settings = study, study.settings
+        self.room = max(settings.max_length, _ROOM)
+        encoded = prompts(study.tokenizer, requests)
+        overlong = study.loading.reading.overlong
+        # What the margin asks for is the opening of an answer, which comes after the request.
+        self.requests = fitting(requests, encoded, self.room - OPENING, overlong=overlong)
         self.asked = self.requests[:asked]
-        self.judges = distinct_judges(judges, max_new_tokens)
-        self.max_new_tokens = max_new_tokens
-        self.batch_size, self.max_length = batch_size, max_length
-        self.loaders: dict[str, Loader] = {
-            name: make_loader(
-                list(own),
-                tokenizer,
-                batch_size=batch_size,
-                max_length=max_length,
-                overlong=overlong,
-            )
-            for name, own in rows.items()
-        }
+        self.judges = judges or distinct_judges(settings.judges, settings.max_new_tokens)
+        self.loaders = {name: study.loader(own) for name, own in rows.items()}
 
     def measure(self, model: PreTrainedModel, ablated: UnitSet | None = None) -> dict[str, Any]:
         """Refusal margins and losses of a model, with units ablated or as it is.
@@ -100,12 +93,12 @@ class Evaluation:
             token), ``nats`` and ``tokens`` (of the response of each row).
         """
         with nullcontext() if ablated is None else ablate(model, ablated):
-            margins = refusal_margins(
+            margins = refusal_margins(  # [requests]
                 model,
-                self.tokenizer,
+                self.study.tokenizer,
                 self.requests,
-                batch_size=self.batch_size,
-                max_length=max(self.max_length, _ROOM),
+                batch_size=self.study.batch_size,
+                max_length=self.room,
             )
             found = {name: _losses(model, loader) for name, loader in self.loaders.items()}
         refusing = int((margins > 0).sum())
@@ -119,19 +112,17 @@ class Evaluation:
 
     def attack(
         self,
-        steps: Steps,
         name: str,
         model: PreTrainedModel,
         coherent: Coherence,
         ablated: UnitSet | None = None,
     ) -> dict[str, Any]:
         """What ``ssah.evaluation.attack_success`` returns; arguments as of :meth:`judged`."""
-        found = self.judged(steps, name, model, coherent, self.asked, ablated=ablated)
+        found = self.judged(name, model, coherent, self.asked, ablated=ablated)
         return attack_summary(found, self.judges, coherent)
 
     def judged(
         self,
-        steps: Steps,
         name: str,
         model: PreTrainedModel,
         coherent: Coherence,
@@ -145,7 +136,6 @@ class Evaluation:
         A batch of answers is a step, so that little is lost.
 
         Args:
-            steps: of the run.
             name: of the steps; the number of the batch follows it.
             model: what answers.
             coherent: says what is incoherent, by an intact model.
@@ -156,43 +146,45 @@ class Evaluation:
         Returns:
             what ``ssah.evaluation.judge_answers`` returns.
         """
+        study, steps = self.study, self.study.steps
         with steps.part("answers", len(requests)) as advance:
 
             def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+                # Not a step with a line of its own: there are hundreds of them.
                 found: dict[str, Any] = steps.run.step(f"{name}.{number:04d}", compute)
-                advance(min((number + 1) * self.batch_size, len(requests)))
+                advance(min((number + 1) * study.batch_size, len(requests)))
                 return found
 
             return judged_answers(
                 model,
-                self.tokenizer,
+                study.tokenizer,
                 requests,
                 self.judges,
                 coherent,
                 keep,
                 ablated=ablated,
                 system_prompt=system_prompt,
-                max_new_tokens=self.max_new_tokens,
-                batch_size=self.batch_size,
+                max_new_tokens=study.settings.max_new_tokens,
+                batch_size=study.batch_size,
             )
 
 
 def intact_coherence(
-    steps: Steps, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+    study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Coherence:
-    """What scores coherence, with a threshold that is a step of the run."""
-    found = steps(
+    """What scores coherence by an intact model, with a threshold that is a step of the study."""
+    found = study.steps(
         "coherence",
-        lambda: Coherence.calibrate(model, tokenizer, batch_size=batch_size).describe(),
+        lambda: Coherence.calibrate(model, tokenizer, batch_size=study.batch_size).describe(),
         lambda found: f"threshold {found['max_nll']:.2f} nats",
     )
-    return Coherence(model, tokenizer, found["max_nll"], batch_size=batch_size)
+    return Coherence(model, tokenizer, found["max_nll"], batch_size=study.batch_size)
 
 
 def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:
     pairs = list(response_log_probs(model, loader))
-    nats = -torch.cat([log_probs for log_probs, _ in pairs])
-    tokens = torch.cat([count for _, count in pairs])
+    nats = -torch.cat([log_probs for log_probs, _ in pairs])  # [rows], sums over their responses
+    tokens = torch.cat([count for _, count in pairs])  # [rows]
     if not int(tokens.sum()):
         raise ValueError("the rows have no response token to predict, must have at least one")
     return {
@@ -220,7 +212,7 @@ def summary(measured: Mapping[str, Any], attack: Mapping[str, Any] | None) -> di
         name: {key: each[key] for key in ("asr", "asr_coherent", "judge")}
         for name, each in attack["judges"].items()
     }
-    first = next(iter(judges.values()))
+    first = next(iter(judges.values()))  # the judge that decides
     incoherent = attack["incoherent"]
     return found | {
         "requests": attack["requests"],
@@ -241,6 +233,7 @@ def losses(measured: Mapping[str, Any], name: str) -> Tensor:
     Differences of two models on the same rows therefore average to the difference of their losses.
     """
     own = measured["losses"][name]
+    # Not nats / tokens of the row: a mean of these would weigh short answers as much as long ones.
     nats = torch.tensor(own["nats"], dtype=torch.float64)
     return nats / (sum(own["tokens"]) / len(own["tokens"]))
 

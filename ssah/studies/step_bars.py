@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ssah.report.terminal.tables import as_data
-from ssah.studies.run import Run
+from ssah.studies.run_folder import Run
 
 __all__ = ["Steps"]
 
@@ -30,6 +30,7 @@ class Steps:
     def __init__(self, run: Run, total: int) -> None:
         self.run = run
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        # On standard error, because standard output is the result, which may be piped as JSON.
         console = Console(stderr=True, highlight=False)
         self.bar = Progress(*columns, TimeElapsedColumn(), console=console, transient=True)
         self.task = self.bar.add_task(run.record["kind"], total=total)
@@ -38,6 +39,7 @@ class Steps:
         with ExitStack() as stack:
             stack.enter_context(self.run.begin())
             self.bar.start()
+            # Kept open until the end; had the bar not started, the folder would be free again.
             self._end = stack.pop_all()
         return self
 
@@ -59,11 +61,12 @@ class Steps:
             name, compute: of the step.
             line: what to print of its result.
         """
-        kept, start = self.run.done(name), time.perf_counter()
+        kept, start = self.run.done(name), time.perf_counter()  # asked now: later it is done
         self.bar.update(self.task, description=as_data(name))
         result = self.run.step(name, compute)
         took = "done earlier" if kept else f"{time.perf_counter() - start:.0f} s"
         facts = "" if line is None else f"  {line(result)}"
+        # A line stays above the bar, and in the log of a run that nobody watches.
         self.bar.console.print(f"{as_data(name + facts)}  [dim]({took})[/dim]")
         self.bar.advance(self.task)
         return result

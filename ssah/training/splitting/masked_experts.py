@@ -1,8 +1,15 @@
 """Routed experts of which only some units train.
 
 An expert is the sum of two smaller ones, that of its trained and that of its frozen units:
-B sigma(A x) = B_t sigma(A_t x) + B_f sigma(A_f x). Of every tensor the trained rows of all experts
-lie first in storage (`ssah.training.split_tensor`) and are one parameter; autograd does the rest.
+
+    B sigma(A x) = B_t sigma(A_t x) + B_f sigma(A_f x)
+
+since a unit's activation depends on its own row of A alone. Of every parameter ``[experts, ...]``
+the trained rows of all experts lie first in storage, and are one parameter; autograd does the rest.
+Example: two experts of three units. Unit 0 of the first trains, and units 1 and 2 of the second:
+
+    storage row      0    1    2    3    4    5
+    expert.unit     0.0  1.1  1.2  0.1  0.2  1.0        trained = [1, 2] units of each expert
 """
 
 from __future__ import annotations
@@ -15,11 +22,12 @@ from torch.nn import functional as F
 
 from ssah.compat.modules import has_hooks
 from ssah.compat.transformers import expert_gate
-from ssah.training.masked_linear import MaskedProjection
-from ssah.training.split_tensor import Slot, restored
+from ssah.training.entries import Entries
+from ssah.training.splitting.projection import MaskedProjection
+from ssah.training.splitting.split_tensor import SplitTensor, restored
 from ssah.units import DOWN, run_routed, up_name
 
-__all__ = ["MaskedExperts", "check_no_hooks", "install"]
+__all__ = ["MaskedExperts", "check_no_hooks", "split_experts"]
 
 
 class MaskedExperts(MaskedProjection):
@@ -32,7 +40,16 @@ class MaskedExperts(MaskedProjection):
     trained: dict[str, list[int]]
 
     def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:  # type: ignore[override]
-        """As the class that this is mixed into: ``[tokens, hidden]``."""
+        """As the class that this is mixed into.
+
+        Args:
+            x: ``[tokens, hidden]``.
+            chosen: int64 ``[tokens, top_k]``, the experts of each token.
+            weights: ``[tokens, top_k]``, theirs in the sum.
+
+        Returns:
+            ``[tokens, hidden]``.
+        """
         check_no_hooks(type(self).__name__, self)
         self.sync()
         up = up_name(self)
@@ -41,13 +58,14 @@ class MaskedExperts(MaskedProjection):
         shifts = self._parameters[f"{DOWN}_bias"].unbind() if self.has_bias else None  # type: ignore[union-attr]
         product = expert_gate(self)
 
-        def run(token: Tensor, expert: int) -> Tensor:
-            out = 0 if shifts is None else shifts[expert]
+        def run(token: Tensor, expert: int) -> Tensor:  # token: int64 [own tokens]
+            out = 0 if shifts is None else shifts[expert]  # [hidden], once for both halves
             for half in range(2):
                 matrix, output = matrices[expert][half], outputs[expert][half]
-                if len(output):
+                if len(output):  # an expert may train whole, or not at all
                     bias = None if biases is None else biases[expert][half]
-                    out = product(F.linear(x[token], matrix, bias)) @ output + out
+                    hidden = product(F.linear(x[token], matrix, bias))  # [own tokens, units]
+                    out = hidden @ output + out  # [own tokens, hidden]
             assert isinstance(out, Tensor)
             return out
 
@@ -59,12 +77,12 @@ class MaskedExperts(MaskedProjection):
         del self.trained
 
     def _halves(self, leaf: str) -> list[tuple[Tensor, Tensor]]:
-        """The trained and the frozen rows of every expert, unit-major."""
-        slot, counts = self.slots[leaf], self.trained[leaf]
-        parameter = self._parameters[slot.names[0]]
+        """The trained and the frozen rows of every expert, unit-major ``[units, ...]`` each."""
+        split, counts = self.split_tensors[leaf], self.trained[leaf]
+        parameter = self._parameters[split.names[0]]
         assert parameter is not None
-        rest = slot.storage[sum(counts) :]
-        size = len(slot.storage) // len(counts)
+        rest = split.storage[sum(counts) :]
+        size = len(split.storage) // len(counts)  # units of one expert
         frozen = rest.split([size - count for count in counts])
         return list(zip(parameter.split(counts), frozen, strict=True))
 
@@ -88,27 +106,24 @@ def check_no_hooks(name: str, module: nn.Module) -> None:
             )
 
 
-def install(
-    module: nn.Module, dims: Mapping[str, tuple[int, ...]], trains: Mapping[str, Tensor]
-) -> MaskedExperts:
-    """Split the parameters of experts, in place.
+def split_experts(module: nn.Module, entries: Mapping[str, Entries]) -> MaskedExperts:
+    """Split the parameters of the experts of one layer, in place.
 
     Args:
-        module: the experts of one layer.
-        dims: leaf -> the dimensions that run over experts and over entries of one.
-        trains: leaf -> bool ``[entries of all experts]``; some train and some do not.
+        module: the experts.
+        entries: leaf -> its entries, of which some train and some do not.
     """
-    slots: dict[str, Slot] = {}
+    tensors: dict[str, SplitTensor] = {}
     counts: dict[str, list[int]] = {}
-    with restored(slots):
-        for leaf, mask in trains.items():
-            order = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])
-            original = getattr(module, leaf)
-            counts[leaf] = mask.view(len(original), -1).sum(1).tolist()
-            slots[leaf] = Slot.of(leaf, original, dims[leaf], order, mask)
+    with restored(tensors):
+        for leaf, each in entries.items():
+            order = torch.cat([each.index, (~each.trains).nonzero()[:, 0]])
+            original = getattr(module, leaf)  # [experts, ...]
+            counts[leaf] = each.trains.view(len(original), -1).sum(1).tolist()
+            tensors[leaf] = SplitTensor.of(leaf, original, each.dims, order, each.trains)
     plain = type(module)
     masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), {})
-    MaskedProjection.install(module, slots, masked, is_output=False)
-    assert isinstance(module, MaskedExperts)
-    module.trained = counts
-    return module
+    installed = MaskedProjection.install(module, tensors, masked, is_output=False)
+    assert isinstance(installed, MaskedExperts)
+    installed.trained = counts
+    return installed

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-from ssah.groups import NORMALIZATIONS, SCOPES, classify
-from ssah.studies.inputs import TOKENS, score
+from ssah.choices import Counted, Normalize, Scope
+from ssah.studies.study import grouped
 
 if TYPE_CHECKING:
     from ssah.data import Row
     from ssah.studies.scan.curves import Curves
 
-__all__ = ["compare"]
+__all__ = ["WAYS", "compare"]
+
+_TOKENS: tuple[Counted, ...] = get_args(Counted)
+_RANKINGS: list[tuple[Scope, Normalize]] = list(product(get_args(Scope), get_args(Normalize)))
+WAYS = len(_TOKENS) * len(_RANKINGS)  # how many are compared
 
 _ASR, _MARGIN = "coherent ASR", "refusal margin"
 _FALL = {_ASR: "raises the ASR among coherent answers", _MARGIN: "lowers the refusal margin"}
@@ -35,35 +40,20 @@ def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]
         ``tokens``, ``taken`` (the criterion), ``share`` (where, or None) and ``points``, each what
         ``curves.plain`` says, and what it has ``taken``.
     """
-    settings, evaluation = curves.settings, curves.evaluation
-    by = _ASR if evaluation.asked else _MARGIN
-    intact = curves.plain(curves.intact)
+    by = _ASR if curves.evaluation.asked else _MARGIN
+    intact, ru = curves.plain(curves.intact), curves.shares.get("ru", 0.0)
     ways: list[dict[str, Any]] = []
-    for tokens in TOKENS:
-        scores = score(
-            curves.steps,
-            curves.model,
-            evaluation.tokenizer,
-            rows,
-            tokens=tokens,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length,
-        )
-        for scope, normalize in product(SCOPES, NORMALIZATIONS):
+    for tokens in _TOKENS:
+        scores = curves.study.scores(rows, tokens)
+        for scope, normalize in _RANKINGS:
+            own = replace(curves.settings, scope=scope, normalize=normalize)
             points = []
-            for share in settings.compare_shares:
-                units = classify(
-                    scores["safety"],
-                    scores["utility"],
-                    scu=share,
-                    ucu=0.0,
-                    ru=curves.shares.get("ru", 0.0),
-                    scope=scope,  # type: ignore[arg-type]
-                    normalize=normalize,  # type: ignore[arg-type]
-                )["scu"]
+            for share in own.compare_shares:
+                units = grouped(own, scores, scu=share, ru=ru)["scu"]
                 name = f"compare-{tokens}-{scope}-{normalize}-{share:g}"
                 point = curves.plain(curves.point(name, share, units))
                 points.append({**point, "taken": _taken(by, intact, point)})
+            # A share that costs utility takes safety only as any damage does.
             kept = [point for point in points if point["utility_kept"]]
             best = max(kept, key=lambda point: point["taken"], default=None)
             ways.append(
@@ -79,8 +69,8 @@ def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]
     ways.sort(key=lambda way: -way["taken"])
     criterion = (
         "Of the SCU shares whose ablation raises the utility loss by less than "
-        f"{settings.tolerance:g} nats, the one that {_FALL[by]} most; ways of grouping are ranked "
-        "by that (0 where no share keeps utility)."
+        f"{curves.settings.tolerance:g} nats, the one that {_FALL[by]} most; ways of grouping are "
+        "ranked by that (0 where no share keeps utility)."
     )
     return {"criterion": criterion, "by": by, "ways": ways}
 

@@ -1,7 +1,12 @@
 """The gated product of an FFN with less kept for the backward pass.
 
-Eager autograd keeps gate, act(gate), up and the product. Gate and up are enough: the derivatives
-of both come from one operator that reads them once, and B keeps the trained channels it needs.
+h = act(g) * u, with g = gate(x) and u = up(x), all ``[tokens, units]``. Its derivatives are
+
+    dg = dh * u * act'(g)        du = dh * act(g)
+
+Eager autograd keeps g, act(g), u and h: four numbers a unit and token. g and u are enough: one
+operator, ``gated_moments_backward``, reads both once and gives both derivatives, and B keeps of h
+the trained channels that it needs (`ssah.training.splitting.masked_linear`).
 """
 
 from __future__ import annotations
@@ -16,14 +21,14 @@ from transformers import PreTrainedModel
 
 from ssah.compat.modules import has_hooks
 from ssah.models import runs_own_forward
-from ssah.training.masked_linear import MaskedProjection
+from ssah.training.splitting.projection import MaskedProjection
 from ssah.units import DepthTwoModule
 
-__all__ = ["install", "uninstall"]
+__all__ = ["install_gated", "uninstall_gated"]
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) * up, in the bits of the model's own activation module."""
+    """act(gate) * up, each ``[..., units]``, in the bits of the model's own activation module."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, act: nn.Module, name: str) -> Tensor:
@@ -41,28 +46,29 @@ class _GatedProduct(torch.autograd.Function):
 def _forward(
     gate: nn.Module | None, up: nn.Module, down: nn.Module, act: nn.Module, name: str, x: Tensor
 ) -> Tensor:
-    """``down(act(gate(x)) * up(x))``; without ``gate``, ``up`` gives gate, then up."""
+    """``down(act(gate(x)) * up(x))``, x ``[..., hidden]``; without ``gate``, ``up`` gives both."""
     if gate is None:
-        first, second = up(x).chunk(2, dim=-1)
+        first, second = up(x).chunk(2, dim=-1)  # [..., 2 * units]: gate, then up
     else:
         first, second = gate(x), up(x)
     compiling = torch.compiler.is_compiling()
     hooked = not compiling and (has_hooks(act) or not runs_own_forward(act))
     if hooked and isinstance(up, MaskedProjection):
         up.check_order()
-    # The derivative below is that of the function alone, not of what a hook makes of it.
+    # The derivative below is that of the function alone, not of what a hook makes of it. The
+    # compiler fuses the plain product itself.
     if compiling or hooked or not torch.is_grad_enabled():
         return down(act(first) * second)
     return down(_GatedProduct.apply(first, second, act, name))
 
 
-def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> list[nn.Module]:
+def install_gated(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> list[nn.Module]:
     """Let gated FFNs of ``model`` keep gate and up alone; returns the modules that now do."""
     changed: list[nn.Module] = []
     for module in modules.values():
         gated = module.gated
         if gated is None or "forward" in vars(gated.module):
-            continue
+            continue  # somebody else has replaced its forward, and expects to be called
         owners = dict.fromkeys(owned.param.rpartition(".")[0] for owned in module.inputs)
         *gates, up = (model.get_submodule(owner) for owner in owners)
         gate = gates[0] if gates else None
@@ -72,7 +78,7 @@ def install(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule]) -> li
     return changed
 
 
-def uninstall(changed: list[nn.Module]) -> None:
+def uninstall_gated(changed: list[nn.Module]) -> None:
     """The modules' own forward again."""
     for module in changed:
         del module.forward

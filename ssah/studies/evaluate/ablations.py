@@ -1,4 +1,8 @@
-"""Which units an evaluation takes out, by name: ``DIR:GROUP[:SHARE][:random]``."""
+"""Which units an evaluation takes out, by name: ``DIR:GROUP[:SHARE][:random]``.
+
+For example, ``runs/groups:scu`` is all SCU of that folder, ``runs/groups:scu:0.008`` those that are
+most like SCU, as many as 0.8 % of all units, and ``runs/groups:scu:random`` as many random units.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Ablation", "Arm"]
+__all__ = ["Ablation", "Evaluated"]
 
 
 @dataclass(frozen=True)
@@ -40,16 +44,18 @@ class Ablation:
             FileNotFoundError: the folder has no groups.
         """
         random = text.endswith(":random")
+        # From the right, because a path may have colons of its own.
         folder, _, group = text.removesuffix(":random").rpartition(":")
         before, _, inner = folder.rpartition(":")
         share = None
-        if before and inner in GROUPS:
+        if before and inner in GROUPS:  # DIR:GROUP:SHARE, and not a folder with a colon in its name
             folder, group, share = before, inner, _share(text, group)
         if not folder or not group:
             raise ValueError(
                 f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or one of these with "
                 "':random' after it"
             )
+        # Without a model, so that a wrong name is refused before one is loaded.
         groups = UnitGroups.load(folder)
         if group not in groups:
             raise ValueError(
@@ -85,8 +91,8 @@ def _share(text: str, given: str) -> float:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """A model to evaluate: as it is, or with units taken out.
+class Evaluated:
+    """A model that is evaluated: as it is, or with units taken out.
 
     Attributes:
         name: of its steps.

@@ -67,6 +67,7 @@ class Run:
         self.out = Path(out)
         self.record: dict[str, Any] = {
             "kind": kind,
+            # As JSON has them: a tuple is a list, so that they compare equal to what was kept.
             "settings": json.loads(json.dumps(settings, allow_nan=False)),
             "data": json.loads(json.dumps(data, allow_nan=False)),
             "command": _command(),
@@ -81,6 +82,7 @@ class Run:
             "seconds": 0.0,
             "finished": False,
         }
+        # Looked at already here, so that another experiment is refused before a model is loaded.
         self._go_on()
         self._start = time.perf_counter() - self.record["seconds"]
 
@@ -93,7 +95,7 @@ class Run:
             OSError: the folder cannot be written to.
         """
         with one_run(self.out):
-            self._go_on()
+            self._go_on()  # again: another process may have begun here while a model was loaded
             self._start = time.perf_counter() - self.record["seconds"]
             if not self.record["finished"]:
                 self._write()
@@ -110,6 +112,7 @@ class Run:
                 f"{str(self.out)!r} has the experiment {earlier['kind']!r}, "
                 f"not {self.record['kind']!r}: {advice}"
             )
+        # Versions and threads may differ: they change rounding, not what was asked.
         for part in ("settings", "data"):
             for key in sorted({*earlier[part], *self.record[part]}):
                 before, now = earlier[part].get(key), self.record[part].get(key)
@@ -121,6 +124,7 @@ class Run:
         if earlier["finished"]:
             self.record = earlier
             return
+        # The first command stands, and seconds add up over all calls.
         for key in ("command", "started", "seconds"):
             self.record[key] = earlier[key]
 
@@ -138,10 +142,12 @@ class Run:
             raise ValueError(f"step is {name!r}; it must match {_STEP_NAME.pattern}")
         path = self.out / _STEPS / f"{name}.json"
         if not path.is_file():
+            # NaN is no JSON, and would be a result that nobody looked at.
             result = json.loads(json.dumps(compute(), allow_nan=False))
             path.parent.mkdir(exist_ok=True)
             write_whole(path, sealed({"step": name, "result": result}))
             self._write()
+        # Read back even when it was written just now: a run that goes on sees the same value.
         try:
             return read_sealed(path, {"step": str})["result"]
         except ValueError as error:
@@ -165,6 +171,7 @@ class Run:
         return self.record
 
     def _write(self) -> None:
+        # `_start` lies back by the seconds of earlier calls.
         self.record["seconds"] = time.perf_counter() - self._start
         self.out.mkdir(parents=True, exist_ok=True)
         text = json.dumps(self.record, indent=2, allow_nan=False) + "\n"
@@ -185,6 +192,6 @@ def read_run(out: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _command() -> str:
-    name = Path(sys.argv[0]).name
+    name = Path(sys.argv[0]).name  # without its folder, which is another one on another machine
     started = ["python", "-m", "ssah.cli"] if name == "__main__.py" else [name]
     return shlex.join([*started, *sys.argv[1:]])

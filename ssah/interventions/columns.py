@@ -1,0 +1,93 @@
+"""The columns of B that units own: where their output enters the model.
+
+A module computes f(X) = B sigma(A X), so that its output is the sum over units j of activation j
+times column j of B. Without its column a unit puts out nothing, whatever its rows of A are.
+Example: units {1, 3} of a down projection ``[hidden, 4]`` own ``weight[:, [1, 3]]``; of a Conv1D,
+stored transposed, ``weight[[1, 3], :]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ssah.models import nonfinite
+from ssah.units import DepthTwoModule, UnitSet, check_units
+
+__all__ = ["Columns", "check_finite", "checked_modules", "columns_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Columns:
+    """Some columns of one module's B."""
+
+    module: DepthTwoModule
+    index: Tensor  # int64 [n], along `dim` of the weight
+
+    @property
+    def weight(self) -> Tensor:
+        """B's weight as it is now: ``[out, units]`` in a Linear, ``[units, out]`` in a Conv1D."""
+        return self.module.weight
+
+    @property
+    def dim(self) -> int:
+        """Of the weight, running over units: 1 in a Linear, 0 in a Conv1D."""
+        return self.module.output.dim
+
+    def read(self) -> Tensor:
+        """A copy of the columns: ``[out, n]`` in a Linear, ``[n, out]`` in a Conv1D."""
+        return self.weight.index_select(self.dim, self.index)
+
+    def zero(self) -> None:
+        """Set them to zero."""
+        self.weight.index_fill_(self.dim, self.index, 0)
+
+
+def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
+    """The depth-2 modules of ``model`` that ``units`` is over.
+
+    Raises:
+        TypeError: ``units`` is no `UnitSet`.
+        ValueError: ``units`` is of another model.
+    """
+    if not isinstance(units, UnitSet):
+        raise TypeError(
+            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
+        )
+    return check_units(model, units)
+
+
+def columns_of(units: UnitSet, modules: Mapping[str, DepthTwoModule]) -> dict[str, Columns]:
+    """The columns of B that units own, by module; refuses weights that cannot be written."""
+    columns = {}
+    for name, module in modules.items():
+        if len(units[name]) == 0:
+            continue
+        weight = module.weight
+        if weight.is_meta or not weight.is_floating_point():
+            raise ValueError(
+                f"{module.output.param} is {weight.dtype} on {weight.device}; it must be a "
+                "floating-point weight in memory (dequantize the model, and load it whole)"
+            )
+        index = module.output.index[units[name]].to(weight.device)  # [n]
+        columns[name] = Columns(module, index)
+    return columns
+
+
+def check_finite(read: Iterable[tuple[Columns, Tensor]]) -> None:
+    """Refuse columns that are no numbers: without them the model would only look whole.
+
+    Args:
+        read: columns with their values.
+
+    Raises:
+        FloatingPointError: the weight is named.
+    """
+    name = nonfinite((each.module.output.param, values) for each, values in read)
+    if name is not None:
+        raise FloatingPointError(
+            f"{name} is NaN or infinite in columns that are to be zero: the checkpoint is damaged, "
+            "or was written by a run that diverged; load another one"
+        )

@@ -1,0 +1,80 @@
+"""How a study loads its model, and in which precision it computes."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from ssah.data import Reading
+from ssah.models import DTYPES, faster_dtype, load_model, quiet
+from ssah.studies.step_bars import Steps
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["READING", "Loading"]
+
+READING = Reading()
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded.
+
+    Attributes:
+        name: as ``ssah.models.load_model`` takes it.
+        dtype: of scoring and measuring; ``"auto"``: what multiplies faster here.
+        device: as ``load_model`` takes it.
+        trust_remote_code: as ``load_model`` takes it.
+        reading: how rows are read, and the chat template.
+    """
+
+    name: str
+    dtype: str = "auto"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    reading: Reading = READING
+
+    def __post_init__(self) -> None:
+        # Refused here, because data are read before the model is loaded, and that takes a while.
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+
+    def __call__(
+        self, dtype: str, name: str | None = None
+    ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model in ``dtype``, or another one (a folder) loaded in the same way."""
+        with quiet():
+            model, tokenizer = load_model(
+                name or self.name,
+                dtype=dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+            )
+        return model, self.reading.tokenizer(tokenizer)
+
+    def settings(self) -> dict[str, Any]:
+        """For the record of a run."""
+        fields = asdict(self)
+        del fields["reading"]  # flat among the others, as the options of the command are
+        return {"model": fields.pop("name"), **fields, **self.reading.settings()}
+
+    def precision(
+        self, steps: Steps, device: torch.device, bf16: bool | None = None
+    ) -> tuple[str, bool]:
+        """What ``dtype`` means on ``device``, and whether training computes in bfloat16.
+
+        Which is faster is measured once, as a step: a run that goes on must not choose again.
+        """
+
+        def choose() -> dict[str, Any]:
+            # The name alone, because a step is kept as JSON.
+            fast = str(faster_dtype(device)).removeprefix("torch.")
+            return {
+                "dtype": fast if self.dtype == "auto" else self.dtype,
+                "bf16": fast == "bfloat16" if bf16 is None else bf16,
+            }
+
+        found = steps("precision", choose, lambda found: found["dtype"])
+        return found["dtype"], found["bf16"]

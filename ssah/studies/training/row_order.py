@@ -1,0 +1,79 @@
+"""In which order rows are trained on, and which of them stand for all.
+
+For example, two pools of 6 and 9 rows in batches of 4: a batch has 2 rows of each pool. One pass
+over the first pool is 3 batches; the second one then has 3 rows left, and goes on with these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ssah.data import Encoded
+
+__all__ = ["schedule", "spread"]
+
+_WINDOW = 16  # batches among which rows of similar length are put together
+
+
+def schedule(
+    pools: Sequence[Sequence[Encoded]], batch_size: int, steps: int, seed: int
+) -> list[Encoded]:
+    """Rows in the order of training, batch after batch; fewer ``steps`` give the first of them.
+
+    Each pool is shuffled anew in every epoch of its own. A batch has as many rows of each pool, of
+    similar length: rows are sorted within a window of at most 16 batches and an epoch, and the
+    batches of a window are shuffled.
+
+    Args:
+        pools: encoded rows; none is empty.
+        batch_size: rows of a batch, a multiple of the number of pools.
+        steps: batches.
+        seed: of the order.
+
+    Raises:
+        ValueError: a pool is empty, or the batch cannot be shared among the pools.
+    """
+    if batch_size % len(pools):
+        raise ValueError(f"batch_size is {batch_size}; it must be a multiple of {len(pools)}")
+    size = batch_size // len(pools)  # rows of each pool in a batch
+    width = max(1, min(_WINDOW, *(len(pool) // size for pool in pools)))
+    starts = range(0, steps, width)
+    # Whole windows, also where training stops inside one: more steps then go on with the same rows.
+    whole = size * width * len(starts)
+    streams = [_stream(pool, whole, f"{seed}/{i}") for i, pool in enumerate(pools)]
+    rows: list[Encoded] = []
+    for start in starts:
+        windows = [
+            sorted(
+                stream[start * size : (start + width) * size],
+                key=lambda row: len(row["input_ids"]),
+            )
+            for stream in streams
+        ]
+        order = list(range(width))
+        # Without this every window would begin with its shortest rows.
+        Random(f"{seed}/batches/{start}").shuffle(order)
+        for k in order:
+            rows += [row for window in windows for row in window[k * size : (k + 1) * size]]
+    return rows[: batch_size * steps]
+
+
+def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
+    """``n`` rows, epoch after epoch."""
+    if not pool:
+        raise ValueError("there is no row to train on; there must be at least one")
+    rows: list[Encoded] = []
+    while len(rows) < n:
+        epoch = list(pool)
+        Random(f"{seed}/{len(rows)}").shuffle(epoch)
+        rows += epoch
+    return rows[:n]
+
+
+def spread(rows: Sequence[Encoded], n: int) -> list[Encoded]:
+    """``n`` of the rows (all, if there are fewer), evenly spaced: the same for every arm."""
+    n = min(n, len(rows))
+    return [rows[i * len(rows) // n] for i in range(n)]

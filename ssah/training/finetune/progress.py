@@ -1,0 +1,82 @@
+"""What a person sees of a run: a bar, a line for each log, and the end of a run that diverged."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from ssah.compat.trainer import TrainerCallback
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+__all__ = ["Monitor", "progress_bar"]
+
+
+class Monitor(TrainerCallback):
+    """Shows progress, logs the last step too, and stops when the loss is not a number."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self.task: TaskID | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.task = self.progress.add_task(
+            "training", total=state.max_steps, completed=state.global_step
+        )
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.task is not None:
+            self.progress.update(self.task, completed=state.global_step)
+        # Trainer logs every so many steps; the result of a run is the loss of its last ones.
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs = kwargs.get("logs", {})
+        if "loss" not in logs:
+            return
+        if not math.isfinite(logs["loss"]):
+            raise RuntimeError(
+                f"the loss is {logs['loss']} at step {state.global_step}: the run diverged and "
+                "nothing was saved; a lower lr or a smaller max_grad_norm may help"
+            )
+        self.progress.console.print(
+            f"step {state.global_step:>6}  loss {logs['loss']:.4f}"
+            f"  lr {logs.get('learning_rate', 0.0):.2e}  grad norm {logs.get('grad_norm', 0.0):.3g}"
+        )
+
+
+@contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on standard error, in place of those of transformers."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # transformers draws one for each checkpoint that it writes
+    try:
+        with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
+            yield progress
+    finally:
+        if shown:
+            logging.enable_progress_bar()

@@ -1,0 +1,47 @@
+"""The units that a command line names: groups, or shares of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ssah.groups import GROUPS, UnitGroups
+from ssah.units import UnitSet
+
+__all__ = ["select_units"]
+
+
+def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
+    """The units that a selection names: the union of its parts.
+
+    Args:
+        selection: group names such as ``"scu"``, or a group and a fraction of *all* units such as
+            ``"cu:0.06"``: those of its units that are most like it (`UnitGroups.top` by
+            ``"group"``; of CU, the highest for safety).
+        groups: where they are taken from.
+
+    Raises:
+        ValueError: a part is neither, the group has fewer units, or nothing is selected.
+    """
+    units = UnitSet({}, groups.sizes)
+    for part in selection:
+        name, colon, share = part.partition(":")
+        if name not in GROUPS:
+            raise ValueError(
+                f"the selection has {part!r}; it must be one of {', '.join(GROUPS)}, or a group "
+                "and a fraction of all units such as cu:0.06"
+            )
+        own = groups.top(name, _fraction(part, share), by="group") if colon else groups[name]
+        units = units | own
+    if not len(units):
+        raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
+    return units
+
+
+def _fraction(part: str, share: str) -> float:
+    try:
+        return float(share)
+    except ValueError:
+        raise ValueError(
+            f"the selection has {part!r}; what follows the colon must be a fraction of all units, "
+            "a number in [0, 1]"
+        ) from None

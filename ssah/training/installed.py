@@ -1,0 +1,149 @@
+"""What a plan has changed in a model: made as a whole or not at all, read, and undone.
+
+Of a model in one memory the projections are split (`ssah.training.splitting`). Of a model that
+``fully_shard`` has sharded nothing is: its gradients are zeroed where nothing trains, and the
+optimiser selects (`ssah.training.sharded`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.models import digests
+from ssah.training.entries import Entries, TrainedSlice
+from ssah.training.sharded import clear_frozen_gradients, frozen_pieces
+from ssah.training.splitting import (
+    MaskedProjection,
+    SplitTensor,
+    install_gated,
+    split_model,
+    uninstall_gated,
+)
+from ssah.units import DepthTwoModule
+
+__all__ = ["Installed"]
+
+
+class Installed:
+    """The change of one model.
+
+    Args:
+        model: the model.
+        entries: parameter -> which of its entries train.
+        sharded: whether its parameters are DTensors.
+
+    Attributes:
+        masked: name -> projection that is split.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, entries: Mapping[str, Entries], *, sharded: bool
+    ) -> None:
+        self.model, self.entries, self.sharded = model, entries, sharded
+        self.masked: dict[str, MaskedProjection] = {}
+        self._ffns: list[nn.Module] = []
+        self._hooks: list[Any] = []
+        self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
+
+    def install(
+        self, modules: Mapping[str, DepthTwoModule], masks: Mapping[str, Tensor]
+    ) -> dict[str, str]:
+        """Change the model.
+
+        Args:
+            modules: its depth-2 modules by B's name.
+            masks: B's name -> bool ``[n_units]``, the units that train.
+
+        Returns:
+            the hashes of what is frozen, see :meth:`digests`.
+        """
+        gradients = {name: p.grad for name, p in self.model.named_parameters()}
+        try:
+            for name, parameter in self.model.named_parameters():
+                # A gradient left over would let an optimiser move what is frozen.
+                parameter.grad = None
+                parameter.requires_grad_(self.entries[name].some)
+            if self.sharded:
+                # A slice of a DTensor would be none: parameters stay, and the optimiser selects.
+                self._hooks = clear_frozen_gradients(self.model, self.entries)
+            else:
+                split_model(self.model, modules, masks, self.entries, self.masked)
+                self._ffns = install_gated(self.model, modules)
+            return self.digests()
+        except BaseException:  # out of memory, for one: the model is as it was
+            self.uninstall()
+            for name, parameter in self.model.named_parameters():
+                parameter.grad = gradients[name]
+            raise
+
+    def uninstall(self) -> None:
+        """An ordinary model again, without gradients, with the values of now."""
+        uninstall_gated(self._ffns)
+        for module in self.masked.values():
+            module.uninstall()
+        for hook in self._hooks:
+            hook.remove()
+        for name, parameter in self.model.named_parameters():
+            if name in self._required_grad:  # what was added since (adapters, say) is left alone
+                parameter.grad = None
+                parameter.requires_grad_(self._required_grad[name])
+        self.masked.clear()
+
+    def split(self) -> dict[str, tuple[MaskedProjection, SplitTensor]]:
+        """Original parameter -> its projection, and how it is stored, of all that is split."""
+        return {
+            f"{owner}.{leaf}": (module, tensor)
+            for owner, module in self.masked.items()
+            for leaf, tensor in module.split_tensors.items()
+        }
+
+    def slices(self) -> Iterator[TrainedSlice]:
+        """What trains, in the order of the original parameters."""
+        split = self.split()
+        for name, entries in self.entries.items():
+            if name in split:
+                module, tensor = split[name]
+                for own, index in zip(tensor.names, tensor.trained_pieces(), strict=True):
+                    yield TrainedSlice(name, module.get_parameter(own), index, entries, split=True)
+            elif entries.some:
+                parameter = self.model.get_parameter(name)
+                yield TrainedSlice(name, parameter, entries.index, entries, split=False)
+
+    def n_trained(self) -> int:
+        """How many elements train."""
+        # Sharded, the parameter is all of the weight: of it the share of its entries trains.
+        return sum(
+            s.parameter.numel() * len(s.index) // len(s.entries.trains)
+            if self.sharded
+            else s.parameter.numel()
+            for s in self.slices()
+        )
+
+    def originals(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and values of all parameters as they were; of what is split, a copy each."""
+        split = self.split()
+        for name in self.entries:
+            if name in split:
+                module, tensor = split[name]
+                module.sync()
+                yield name, tensor.read()
+            else:
+                yield name, self.model.get_parameter(name)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 (hex) of the frozen entries of every parameter that has some; of this rank."""
+        if self.sharded:
+            return digests(frozen_pieces(self.model, self.entries))
+        split = self.split()
+        pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
+        for name, entries in self.entries.items():
+            if name in split and not entries.whole:
+                pieces[name] = split[name][1].frozen_rows
+            elif not entries.whole:  # not split: none of it trains
+                pieces[name] = partial(tuple, [self.model.get_parameter(name)])
+        return digests(pieces)

@@ -1,0 +1,21 @@
+"""A model of which some units train: tensors split, projections that know which rows are whose."""
+
+from __future__ import annotations
+
+from ssah.training.splitting.masked_experts import check_no_hooks
+from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
+from ssah.training.splitting.projection import MaskedProjection, pickling_error
+from ssah.training.splitting.split_model import split_model
+from ssah.training.splitting.split_tensor import SplitTensor, complement_rows, runs
+
+__all__ = [
+    "MaskedProjection",
+    "SplitTensor",
+    "check_no_hooks",
+    "complement_rows",
+    "install_gated",
+    "pickling_error",
+    "runs",
+    "split_model",
+    "uninstall_gated",
+]

@@ -1,0 +1,136 @@
+"""A linear function of whose weight only some rows or columns train.
+
+Let the storage S be ``[entries, other]`` (`ssah.training.splitting.split_tensor`). With x
+``[tokens, in]``, y ``[tokens, out]`` and its gradient g ``[tokens, out]``, and T the storage rows
+that train:
+
+    A (rows of the weight train)       y = x S^T + b     dS[T] = g[:, T]^T x    [trained, in]
+    B (columns of the weight train)    y = x S + b       dS[T] = x[:, T]^T g    [trained, out]
+    both                               dx = g times the weight, as in any linear layer
+
+So no weight gradient is made for what is frozen, and B needs only the trained channels of x for it.
+Example: of 8,192 channels 20 % train. Dense training keeps 8,192 numbers a token for B's weight
+gradient, this one 1,638, and multiplies a fifth.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssah.training.splitting.split_tensor import Part, width
+
+__all__ = ["masked_linear"]
+
+# At most this share of B's input is copied for the backward pass; beyond, all of it is kept: the
+# next layer may hold it anyway, and a copy of most of it would cost more than it saves.
+_COPIED_SHARE = 0.5
+_BEFORE = 6  # arguments of `_MaskedLinear` before the trained slices
+
+
+def _columns(matrix: Tensor, part: Part) -> Tensor:
+    """Some columns of ``[tokens, n]``: a view of a stretch, or gathered. ``[tokens, trained]``."""
+    if isinstance(part, Tensor):
+        return matrix.index_select(1, part)
+    return matrix[:, part[0] : part[1]]
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """y = x W^T + b, with gradients for x and the trained rows (A) or columns (B) of W and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,  # [..., in]
+        storage: Tensor,  # unit-major: of A [entries, in], of B [entries, out]
+        bias: Tensor | None,  # [out]
+        is_output: bool,  # whether this is B
+        weight_parts: tuple[Part, ...],
+        bias_parts: tuple[Part, ...],
+        *trained: Tensor,  # the slices, of the weight and then of the bias: [trained, ...] each
+    ) -> Tensor:
+        ctx.shape, ctx.x_dtype, ctx.dtype = x.shape, x.dtype, storage.dtype
+        ctx.is_output, ctx.weight_parts, ctx.bias_parts = is_output, weight_parts, bias_parts
+        weight, b = storage, bias
+        # Autocast knows nn.Linear, not this function: cast as it would.
+        if torch.is_autocast_enabled(x.device.type) and storage.dtype != torch.float64:
+            ctx.dtype = torch.get_autocast_dtype(x.device.type)
+            x, weight = x.to(ctx.dtype), storage.to(ctx.dtype)
+            b = None if bias is None else bias.to(ctx.dtype)
+        y = F.linear(x, weight.t() if is_output else weight, b)  # [..., out]
+        kept: list[Tensor] = []
+        if any(ctx.needs_input_grad[_BEFORE : _BEFORE + len(weight_parts)]):
+            matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
+            share = sum(width(part) for part in weight_parts) / len(storage)
+            # A multiplies all of x by the trained columns of g; B the trained columns of x by g.
+            ctx.copied = is_output and share <= _COPIED_SHARE
+            if ctx.copied:
+                kept = [_columns(matrix, part).clone() for part in weight_parts]
+            else:
+                kept = [matrix]
+        # Saved though not needed: a change of them before the backward pass must be noticed.
+        ctx.save_for_backward(storage, bias, *trained, *kept)
+        ctx.n_trained = len(trained)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        storage, bias, *saved = ctx.saved_tensors
+        trained, kept = saved[: ctx.n_trained], saved[ctx.n_trained :]
+        needs = ctx.needs_input_grad
+        grad = grads[0].reshape(-1, grads[0].shape[-1])  # [tokens, out]
+        result: list[Tensor | None] = [None] * _BEFORE
+        if needs[0]:
+            weight = storage.to(ctx.dtype)
+            grad_x = grad @ (weight.t() if ctx.is_output else weight)  # [tokens, in]
+            result[0] = grad_x.view(ctx.shape).to(ctx.x_dtype)
+        if bias is not None and needs[2]:  # a bias that trains whole is no slice
+            result[2] = grad.sum(0).to(bias.dtype)
+        for i, part in enumerate(ctx.weight_parts):
+            value = None
+            if needs[_BEFORE + i]:
+                if not ctx.is_output:
+                    value = _columns(grad, part).t() @ kept[0]  # [trained, in]
+                else:
+                    x = kept[i] if ctx.copied else _columns(kept[0], part)  # [tokens, trained]
+                    value = x.t() @ grad  # [trained, out]
+                value = value.to(trained[i].dtype)
+            result.append(value)
+        for i, part in enumerate(ctx.bias_parts, start=len(ctx.weight_parts)):
+            needed = needs[_BEFORE + i]
+            result.append(_columns(grad, part).sum(0).to(trained[i].dtype) if needed else None)
+        return tuple(result)
+
+
+def masked_linear(
+    x: Tensor,
+    storage: Tensor,
+    bias: Tensor | None,
+    trained: list[Tensor],
+    *,
+    is_output: bool,
+    weight_parts: tuple[Part, ...],
+    bias_parts: tuple[Part, ...],
+) -> Tensor:
+    """y = x W^T + b, which gives gradients to x, to ``trained`` and to a bias that trains whole.
+
+    Args:
+        x: ``[..., in]``.
+        storage: the weight, unit-major: of A ``[entries, in]``, of B ``[entries, out]``.
+        bias: ``[out]``, or None.
+        trained: the slices of the weight ``[trained, ...]`` and then of the bias ``[trained]``, one
+            for each part. Their values are those in ``storage`` and ``bias``: they are arguments so
+            that autograd has somewhere to put their gradients.
+        is_output: whether this is B.
+        weight_parts, bias_parts: which rows of ``storage`` and of ``bias`` the slices are.
+
+    Returns:
+        ``[..., out]``.
+    """
+    y: Tensor = _MaskedLinear.apply(x, storage, bias, is_output, weight_parts, bias_parts, *trained)
+    return y

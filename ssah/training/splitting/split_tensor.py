@@ -1,0 +1,246 @@
+"""How a tensor of which only some entries train is stored.
+
+The tensor (weight or bias of a projection) is kept *unit-major*: entries run along dimension 0, so
+that what trains is whole rows of storage. A weight ``[out, in]`` of A has its entries as rows
+already; that of B has them as columns, and is stored transposed:
+
+    A (gate, up, V)   storage [entries, in]  = weight        y = x @ storage.T
+    B (down, O)       storage [entries, out] = weight.T      y = x @ storage
+
+Two layouts. Example: 4 entries, of which 1 and 3 train.
+
+* *packed* (FFN): the rows are permuted once so that those that train lie side by side. The trained
+  slice is a parameter that aliases storage: nothing is copied, ever. A and B are permuted alike, so
+  that the channels between them are too, and the function stays what it was.
+
+      storage row   0  1  2  3        order = [1, 3, 0, 2]
+      entry         1  3  0  2        parts = ((0, 2),), one parameter: storage[0:2]
+      trains        x  x
+
+* *gathered* (attention, whose channels must stay with their heads): the order stays. The trained
+  rows are one compact parameter of their own, which is written into storage before every use.
+
+      storage row   0  1  2  3        order = None
+      trains           x     x        parts = (tensor([1, 3]),), one parameter [2, ...]
+
+Of routed experts, whose parameter has three dimensions, entries run over the first expert's, then
+the second's (`unit_major`), and are packed over all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Part", "SplitTensor", "complement_rows", "restored", "runs", "unit_major", "width"]
+
+# A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
+Part = tuple[int, int] | Tensor
+
+
+def runs(positions: Tensor) -> list[tuple[int, int]]:
+    """The stretches (start, stop) of consecutive integers in ``positions``, in their order.
+
+    Example: 4, 5, 6, 9 gives (4, 7) and (9, 10).
+    """
+    if len(positions) == 0:
+        return []
+    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
+    pieces = positions.tensor_split(breaks.cpu())
+    return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces]
+
+
+@dataclass(eq=False)
+class SplitTensor:
+    """One tensor of a projection while only part of it trains.
+
+    The trained parameters are not held here but by the projection, where torch looks for them.
+
+    Attributes:
+        original: the parameter that this replaces; it holds no data meanwhile.
+        shape: of the original.
+        dims: its dimensions that run over entries, see :func:`unit_major`.
+        storage: unit-major ``[entries, ...]``, what the forward pass uses.
+        order: int64 ``[entries]``, the original entry that each storage row holds; None where
+            the order is the original one.
+        parts: the storage rows that train, one element per parameter in ``names``.
+        names: the trained parameters' names in their projection.
+    """
+
+    original: nn.Parameter
+    shape: torch.Size
+    dims: tuple[int, ...]
+    storage: Tensor
+    order: Tensor | None
+    parts: tuple[Part, ...]
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        original: nn.Parameter,
+        dims: tuple[int, ...],
+        order: Tensor | None,
+        trains: Tensor,
+    ) -> SplitTensor:
+        """Take over ``original``, of which the entries ``trains`` (bool) along ``dims`` train.
+
+        Args:
+            name: of the tensor in its module, e.g. ``"weight"`` or ``"bias"``.
+            original: emptied; :meth:`restore` fills it again.
+            dims: dimensions that run over entries.
+            order: int64 ``[entries]``, pack the entries in this order; or None to gather.
+            trains: bool ``[entries]``.
+        """
+        device, shape = original.device, original.shape
+        values = unit_major(original.detach(), dims)  # [entries, ...]
+        parts: tuple[Part, ...]
+        if order is None:
+            storage = values.clone(memory_format=torch.contiguous_format)
+            parts = (trains.nonzero()[:, 0].to(device),)
+        else:
+            storage = values.index_select(0, order.to(device))
+            parts = tuple(runs(trains[order].nonzero()[:, 0]))
+            order = order.to(device)
+        # Several where gate and up are one weight: each has its own stretch of trained rows.
+        suffixes = ("",) if len(parts) == 1 else tuple(f"_{i}" for i in range(len(parts)))
+        names = tuple(f"{name}_trained{suffix}" for suffix in suffixes)
+        split = cls(original, shape, dims, storage.contiguous(), order, parts, names)
+        original.grad = None
+        original.data = original.data.new_empty(0)  # last: nothing can fail after it
+        return split
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """New parameters over the trained rows: views where packed, a copy where gathered."""
+        for name, part in zip(self.names, self.parts, strict=True):
+            yield name, nn.Parameter(_rows(self.storage, part))
+
+    def trained_pieces(self) -> list[Tensor]:
+        """The original entries that each trained parameter has, int64 on the CPU."""
+        rows = [torch.arange(*p) if isinstance(p, tuple) else p.cpu() for p in self.parts]
+        return rows if self.order is None else [self.order.cpu()[each] for each in rows]
+
+    def trained_index(self) -> Tensor:
+        """The original entries that train, int64 ``[trained]`` on the CPU, piece by piece."""
+        return torch.cat([*self.trained_pieces(), torch.empty(0, dtype=torch.int64)])
+
+    def frozen_rows(self) -> Iterator[Tensor]:
+        """The frozen entries in ascending original order, as pieces of unit-major rows."""
+        frozen = torch.ones(len(self.storage), dtype=torch.bool)
+        frozen[self.trained_index()] = False
+        entries = frozen.nonzero()[:, 0]
+        if self.order is None:
+            yield self.storage.index_select(0, entries.to(self.storage.device))
+            return
+        # order.argsort()[e] is the storage row of entry e. Stretches are views, nothing is copied.
+        for start, stop in runs(torch.argsort(self.order.cpu())[entries]):
+            yield self.storage[start:stop]
+
+    def read(self) -> Tensor:
+        """A copy in the original order and orientation."""
+        rows = self.storage
+        rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
+        inside = rows.unflatten(0, [self.shape[dim] for dim in self.dims])
+        return inside.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
+
+    @torch.no_grad()
+    def write(self, values: Tensor, owner: nn.Module) -> None:
+        """Take over values in the original order and orientation, into ``owner``'s slices too."""
+        rows = unit_major(values, self.dims)  # [entries, ...]
+        self.storage.copy_(rows if self.order is None else rows[self.order])
+        for parameter, part in self._apart(owner):
+            parameter.copy_(_rows(self.storage, part))
+
+    def sync(self, owner: nn.Module) -> None:
+        """Bring ``owner``'s trained parameters that do not alias the storage into it."""
+        # Through .data: the version of the storage must not change when another forward pass
+        # writes the same values again. The parameter, saved beside it, has a version too.
+        for parameter, part in self._apart(owner):
+            if isinstance(part, Tensor):
+                values = parameter.data.to(self.storage.dtype)
+                self.storage.data.index_copy_(0, part, values)
+            else:
+                self.storage.data[part[0] : part[1]].copy_(parameter.data)
+
+    def _apart(self, owner: nn.Module) -> Iterator[tuple[nn.Parameter, Part]]:
+        """The trained parameters that have memory of their own, with their part of storage.
+
+        A gathered one always has. A packed one has it once somebody gave it other memory: an
+        optimiser that flattens what it holds, or ``parameter.data = ...``.
+        """
+        for name, part in zip(self.names, self.parts, strict=True):
+            parameter = owner._parameters[name]
+            assert parameter is not None
+            # The compiler cannot compare addresses; it takes the layout for what it was made as.
+            if isinstance(part, Tensor) or not (
+                torch.compiler.is_compiling()
+                or parameter.data_ptr() == self.storage[part[0]].data_ptr()
+            ):
+                yield parameter, part
+
+    def convert(self, function: Callable[[Tensor], Tensor], owner: nn.Module) -> None:
+        """Move or cast the storage as :meth:`torch.nn.Module._apply` does, and alias it again."""
+        self.storage = function(self.storage)
+        device = self.storage.device
+        self.order = None if self.order is None else self.order.to(device)
+        self.parts = tuple(p.to(device) if isinstance(p, Tensor) else p for p in self.parts)
+        self.alias(owner)
+
+    def alias(self, owner: nn.Module) -> None:
+        """Make the trained parameters of a packed layout views of the storage."""
+        for name, part in zip(self.names, self.parts, strict=True):
+            parameter = owner._parameters[name]
+            assert parameter is not None
+            if isinstance(part, tuple):
+                parameter.data = _rows(self.storage, part)
+
+    def restore(self) -> nn.Parameter:
+        """The original parameter with the present values."""
+        self.original.data = self.read()
+        return self.original
+
+
+@contextmanager
+def restored(tensors: Mapping[str, SplitTensor]) -> Iterator[None]:
+    """The originals of ``tensors`` hold their values again if the block raises."""
+    try:
+        yield
+    except BaseException:
+        for split in tensors.values():
+            split.restore()
+        raise
+
+
+def unit_major(values: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """``values`` as ``[entries, ...]``: its entries are those of the dimensions ``dims``, in order.
+
+    One dimension gives a view: of B's weight ``[out, units]``, (1,) gives ``[units, out]``. Of a
+    parameter of experts ``[experts, rows, columns]``, (0, 2) gives ``[experts * columns, rows]``,
+    the entries of the first expert, then those of the second; a copy where memory is in another
+    order.
+    """
+    return values.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
+
+
+def complement_rows(weight: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
+    """What of ``weight`` is not in ``index`` along ``dims``: unit-major, in ascending order."""
+    rows = unit_major(weight.detach(), dims)
+    keep = torch.ones(len(rows), dtype=torch.bool)
+    keep[index] = False
+    return rows.index_select(0, keep.nonzero()[:, 0].to(weight.device))
+
+
+def width(part: Part) -> int:
+    """Number of storage rows of a part."""
+    return len(part) if isinstance(part, Tensor) else part[1] - part[0]
+
+
+def _rows(storage: Tensor, part: Part) -> Tensor:
+    if isinstance(part, Tensor):
+        return storage.index_select(0, part)
+    return storage[part[0] : part[1]]

@@ -1,0 +1,72 @@
+"""Names of earlier releases work for one more, and say what they are now."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+from ssah.moved import MOVED, renamed
+
+
+@renamed(group="process_group", state="resume_dir")
+def score(model: str, *, process_group: str = "auto", resume_dir: str | None = None) -> str:
+    """What it does."""
+    return f"{model} {process_group} {resume_dir}"
+
+
+class Plan:
+    @renamed(also="extra_parameters")
+    def __init__(self, extra_parameters: int) -> None:
+        self.extra_parameters = extra_parameters
+
+
+def test_an_old_parameter_is_taken_with_a_warning_at_the_callers_line() -> None:
+    with pytest.warns(DeprecationWarning, match=r"score\(group=\) is now score\(process_g") as seen:
+        assert score("llama", group="mine") == "llama mine None"  # type: ignore[call-arg]
+    assert [warning.filename for warning in seen] == [__file__]
+    with pytest.warns(DeprecationWarning, match=r"Plan\(also=\) is now Plan\(extra_parameters=\)"):
+        assert Plan(also=3).extra_parameters == 3  # type: ignore[call-arg]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_new_parameter_is_taken_without_a_warning() -> None:
+    assert score("llama", process_group="mine", resume_dir="runs") == "llama mine runs"
+    assert Plan(3).extra_parameters == 3
+
+
+def test_both_names_at_once_and_unknown_ones_are_refused() -> None:
+    with pytest.raises(TypeError, match="must be given process_group alone"):
+        score("llama", process_group="mine", group="mine")  # type: ignore[call-arg]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'grup'"):
+        score("llama", grup="mine")  # type: ignore[call-arg]
+
+
+def test_only_the_new_names_are_seen() -> None:
+    assert list(inspect.signature(score).parameters) == ["model", "process_group", "resume_dir"]
+    assert (score.__name__, score.__doc__) == ("score", "What it does.")
+
+
+def test_an_old_import_path_has_the_names_of_the_new_one() -> None:
+    """In a process of its own: here, others have imported some of them."""
+    script = (
+        "import sys, warnings, ssah\n"
+        "from importlib import import_module\n"
+        "for line in sys.stdin.read().splitlines():\n"
+        "    old, new = line.split()\n"
+        "    with warnings.catch_warnings(record=True) as seen:\n"
+        "        warnings.simplefilter('always')\n"
+        "        moved = import_module(old)\n"
+        "    assert any(f'{old} is now {new}' in str(each.message) for each in seen), line\n"
+        "    home = import_module(new)\n"
+        "    assert home.__all__, line\n"
+        "    for name in home.__all__:\n"
+        "        assert getattr(moved, name) is getattr(home, name), (line, name)\n"
+    )
+    told = "\n".join(f"{old} {new}" for old, new in MOVED.items())
+    done = subprocess.run(
+        [sys.executable, "-c", script], input=told, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
