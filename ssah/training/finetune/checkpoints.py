@@ -65,12 +65,8 @@ def sealed_identities(folder: Path) -> list[Mapping[str, Any]]:
 
     A seal that cannot be read is left to :func:`last_sound`.
     """
-    found = []
-    for checkpoint in _sealed(folder):
-        record = _read_seal(checkpoint)
-        if not isinstance(record, str):
-            found.append(record["identity"])
-    return found
+    records = [_read_seal(checkpoint) for checkpoint in _sealed(folder)]
+    return [record["identity"] for record in records if not isinstance(record, str)]
 
 
 def last_sound(
