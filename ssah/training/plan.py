@@ -88,6 +88,7 @@ class UpdatePlan:
                 f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
                 "units that own something, or name parameters in extra_parameters="
             )
+        # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
