@@ -70,7 +70,9 @@ def _parameter(
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:
         # typer knows lists. The option's own default is none: the field has the real one.
-        hint, default = _known_to_typer(list[_element(hint)] | None), None  # type: ignore[misc]
+        hint = _known_to_typer(list[_element(hint)])  # type: ignore[misc]
+        if field.default is not MISSING:
+            hint, default = hint | None, None
     elif hint == bool | None:  # three values, so that there is an option to say no
         spelled += f"/--no-{spelled.removeprefix('--')}"
     option = typer.Option(
