@@ -1,16 +1,24 @@
 """The command line: ``ssah --help`` lists the commands.
 
-Only typer is imported here; each command imports what it needs, so that ``ssah --help`` is quick.
+Every file in ``commands/`` is one: ``commands/scan.py`` has a function ``scan``, which is ``ssah
+scan``, and every folder there is a group of commands. Only typer is imported here and at the head
+of these files; a command imports what it needs when it runs, so that ``ssah --help`` is quick.
 """
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
 import ssah
-from ssah.cli import evaluating, experiments, findings, measuring, scoring, study, training
+from ssah.cli import commands
+from ssah.cli.options import several_at_once
+from ssah.cli.running import as_command
+from ssah.cli.several_values import several_values
 
 __all__ = ["app"]
 
@@ -43,14 +51,24 @@ def main(
     """
 
 
-app.command("attribute")(scoring.attribute)
-app.command("classify")(scoring.classify)
-app.command("ablate")(scoring.ablate)
-evaluating.register(app)
-training.register(app)
-findings.register(app)
-experiments.register(app)
-study.register(app)
-app.command("info")(measuring.info)
-app.command("demo")(measuring.demo)
-app.command("bench")(measuring.bench)
+def _add_commands(group: typer.Typer, package: ModuleType) -> None:
+    """Add a command for each file of ``package``, and a group for each folder.
+
+    A file says by ``ORDER`` where it stands in ``--help``; the last are those that do not.
+    """
+    found = [
+        import_module(f"{package.__name__}.{each.name}") for each in iter_modules(package.__path__)
+    ]
+    for module in sorted(found, key=lambda each: (getattr(each, "ORDER", 1000), each.__name__)):
+        name = module.__name__.rpartition(".")[2]
+        if hasattr(module, "__path__"):
+            inner = typer.Typer(help=module.__doc__, no_args_is_help=True)
+            _add_commands(inner, module)
+            group.add_typer(inner, name=name)
+        else:
+            command = as_command(getattr(module, name))
+            several = several_values(several_at_once(command))
+            group.command(name.replace("_", "-"), cls=several)(command)
+
+
+_add_commands(app, commands)

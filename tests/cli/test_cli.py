@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import tiny_chat
@@ -18,8 +19,10 @@ import typer
 from commands import SHARES, as_json, call, commands, fails, prepare
 
 import ssah
+from ssah import choices
 from ssah.attribution import METRICS, TOKENS, Attribution
-from ssah.cli import app, support
+from ssah.cli import app
+from ssah.data import Overlong
 from ssah.evaluation import utility_loss
 from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import describe
@@ -47,7 +50,11 @@ def runs(tmp_path_factory) -> Path:
 
 
 def test_start_up_imports_neither_torch_nor_transformers():
-    code = "import sys, ssah.cli; print({'torch', 'transformers', 'rich'} & set(sys.modules))"
+    """Nor do the options of any command, which are those of the library's settings."""
+    code = (
+        "import sys, typer, ssah.cli; typer.main.get_command(ssah.cli.app);"
+        "print({'torch', 'transformers', 'numpy', 'rich'} & set(sys.modules))"
+    )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "set()"
 
@@ -70,16 +77,17 @@ def test_version_and_list_of_commands():
 
 
 def test_choices_are_those_of_the_library():
-    for choices, expected in (
-        (support.Metric, METRICS),
-        (support.Tokens, TOKENS),
-        (support.Modules, KINDS),
-        (support.Group, GROUPS),
-        (support.Scope, SCOPES),
-        (support.Normalize, NORMALIZATIONS),
-        (support.Dtype, DTYPES),
+    for choice, expected in (
+        (choices.Metric, METRICS),
+        (choices.Tokens, TOKENS),
+        (choices.Kind, KINDS),
+        (choices.Group, GROUPS),
+        (choices.Scope, SCOPES),
+        (choices.Normalize, NORMALIZATIONS),
+        (choices.Dtype, DTYPES),
+        (choices.Overlong, get_args(Overlong)),
     ):
-        assert [choice.value for choice in choices] == list(expected)
+        assert get_args(choice) == tuple(expected)
     assert {*GROUPS, "random"} == set(COLOURS) == set(NAMES)
     assert set(BACKENDS) < set(IMPLEMENTATIONS)
 

@@ -11,11 +11,10 @@ from tiny_studies import MEASURED, SOURCES
 from typer.testing import CliRunner
 
 from ssah.cli import app
-from ssah.cli.study import FreezeArm
 from ssah.studies.claims import claim
 from ssah.studies.scan.settings import ScanSettings
 from ssah.studies.stability.settings import StabilitySettings
-from ssah.studies.training.settings import FREEZE_ARMS, BudgetSettings, FreezeSettings
+from ssah.studies.training.settings import BudgetSettings, FreezeSettings
 
 
 def test_claims_say_what_their_interval_says():
@@ -111,7 +110,3 @@ def test_studies_as_commands(model_folder, tmp_path):
     )  # fmt: skip
     assert found["result"]["arms"]["full"]["seeds"]["0"]["training"]["steps"] == 2
     assert not (tmp_path / "budget" / "models" / "full-0").exists()
-
-
-def test_choices_are_those_of_the_library():
-    assert [arm.value for arm in FreezeArm] == list(FREEZE_ARMS)

@@ -1,0 +1,50 @@
+"""``ssah finetune``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssah.cli.running import Result
+from ssah.cli.shared import Data, Model, Rows, Weights
+from ssah.cli.training_run import RunOptions, Selected, train
+from ssah.training.finetune.settings import Settings
+
+ORDER = 50
+
+
+def finetune(
+    model: Model,
+    data: Data,
+    freeze: Annotated[
+        list[str],
+        typer.Option(
+            help="`scu`, `cu:0.06` (its top, as a fraction of all units), ...; may be repeated. "
+            "`none`: everything trains."
+        ),
+    ],
+    *,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            "--groups", metavar="DIR", help="What `ssah classify` saved; not for `--freeze none`."
+        ),
+    ] = None,
+    options: RunOptions,
+    settings: Settings,
+    weights: Weights,
+    rows: Rows,
+) -> Result:
+    """Fine-tune a model while the units you name stay bit for bit what they are.
+
+    Example: `ssah finetune smollm2 --data task.jsonl --groups runs/groups --freeze scu
+    --freeze cu:0.06 --out runs/tuned`
+
+    The loss is that of the response. An interrupted run goes on when the same command is given
+    again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
+    model.
+    """
+    selected = Selected("freeze", freeze, groups)
+    return train(selected, model, data, settings, options, weights, rows)

@@ -1,0 +1,53 @@
+"""``ssah scan``."""
+
+from __future__ import annotations
+
+from ssah.cli.running import Result, quiet_threads
+from ssah.cli.shared import (
+    FastWeights,
+    Model,
+    Requests,
+    Rows,
+    RunFolder,
+    Safety,
+    Utility,
+    UtilityEval,
+)
+from ssah.studies.scan.settings import ScanSettings
+
+ORDER = 100
+
+
+def scan(
+    model: Model,
+    safety: Safety,
+    utility: Utility,
+    requests: Requests,
+    utility_eval: UtilityEval,
+    out: RunFolder,
+    settings: ScanSettings,
+    weights: FastWeights,
+    rows: Rows,
+) -> Result:
+    """Measure what ablating growing shares of each group costs, and choose the shares.
+
+    Example: `ssah scan runs/aligned --safety builtin:safety --utility builtin:utility
+    --requests builtin:safety_eval --utility-eval builtin:utility_eval --out runs/scan`
+
+    The groups with the shares chosen are saved to DIR/groups. An interrupted scan goes on when the
+    same command is given again.
+    """
+    quiet_threads()
+    from ssah.report.terminal.experiments import scan_tables
+    from ssah.studies.scan.run import scan as run
+
+    record = run(
+        weights.loading(model, rows),
+        out,
+        settings,
+        safety=safety,
+        utility=utility,
+        requests=requests,
+        utility_eval=utility_eval,
+    )
+    return Result(record, tuple(scan_tables(record, out)))

@@ -1,0 +1,36 @@
+"""``ssah stability``."""
+
+from __future__ import annotations
+
+from ssah.cli.running import Result, quiet_threads
+from ssah.cli.shared import FastWeights, Model, Rows, RunFolder, Safety, Utility
+from ssah.studies.stability.settings import StabilitySettings
+
+ORDER = 110
+
+
+def stability(
+    model: Model,
+    safety: Safety,
+    utility: Utility,
+    out: RunFolder,
+    settings: StabilitySettings,
+    weights: FastWeights,
+    rows: Rows,
+) -> Result:
+    """Measure how far the groups depend on the prompts that they were found with.
+
+    Example: `ssah stability runs/aligned --safety builtin:safety --utility builtin:utility
+    --sizes 8 16 32 --out runs/stability`
+
+    Groups from two disjoint draws of as many prompts are compared, again and again. Each row runs
+    through the model once. Needs twice the largest size of rows of both kinds, and 16 bytes a unit
+    and row of memory.
+    """
+    quiet_threads()
+    from ssah.report.terminal.experiments import stability_tables
+    from ssah.studies.stability.run import stability as run
+
+    loading = weights.loading(model, rows)
+    record = run(loading, out, settings, safety=safety, utility=utility)
+    return Result(record, tuple(stability_tables(record, out)))

@@ -1,0 +1,173 @@
+"""Options that several commands have: the model and its weights, rows, folders."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ssah.choices import Dtype, Overlong
+from ssah.settings import setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.data import Reading
+    from ssah.studies.loading import Loading
+
+__all__ = [
+    "BatchSize",
+    "Data",
+    "FastWeights",
+    "Groups",
+    "Limit",
+    "MaxLength",
+    "Model",
+    "Out",
+    "PackedWeights",
+    "Requests",
+    "Rows",
+    "RunFolder",
+    "Safety",
+    "SaveModel",
+    "Utility",
+    "UtilityEval",
+    "Weights",
+]
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id or `smollm2`.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the result.")]
+Groups = Annotated[
+    Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
+]
+Data = Annotated[str, typer.Option("--data", help="File, `builtin:safety` or the like, or hub id.")]
+BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows run at a time.")]
+MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Tokens kept of a row.")]
+Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Rows read.")]
+
+# Of the studies that score a model, group its units and measure them.
+RunFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")]
+Safety = Annotated[
+    str,
+    typer.Option(
+        "--safety",
+        help="Scored for safety: File, `builtin:safety` or the like, or hub id; `FILE[a:b]`: rows "
+        "a to b - 1.",
+        rich_help_panel="Data",
+    ),
+]
+Utility = Annotated[
+    str,
+    typer.Option("--utility", help="Scored for utility: likewise.", rich_help_panel="Data"),
+]
+Requests = Annotated[
+    list[str],
+    typer.Option(
+        "--requests",
+        help="Harmful requests: .txt, CSV, JSONL or `builtin:...`, `FILE[a:b]`; may be repeated.",
+        rich_help_panel="Data",
+    ),
+]
+UtilityEval = Annotated[
+    str,
+    typer.Option("--utility-eval", help="Rows for the utility loss.", rich_help_panel="Data"),
+]
+SaveModel = Annotated[
+    bool,
+    typer.Option(
+        "--save-model", help="Keep the trained models in DIR/models.", rich_help_panel="Training"
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How the weights of a model are loaded."""
+
+    dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
+    device: str = setting("auto", "`auto`: a GPU if there is one.")
+    trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    packed: bool = False
+
+    def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        """The model and its tokenizer, with a spinner on standard error meanwhile."""
+        from rich.console import Console
+
+        from ssah.models import load_model, quiet
+        from ssah.report.terminal.tables import as_data
+
+        with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
+            return load_model(
+                name,
+                dtype=self.dtype,
+                device=self.device,
+                trust_remote_code=self.trust_remote_code,
+                packed=self.packed,
+            )
+
+    def loading(self, name: str, rows: Rows) -> Loading:
+        """How a study loads the model, which it does when it has read its rows."""
+        from ssah.studies.loading import Loading
+
+        return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
+
+
+@dataclass(frozen=True)
+class PackedWeights(Weights):
+    """Weights that may stay as a file packs them."""
+
+    packed: bool = setting(False, "Keep a .gguf in its blocks: less memory, slower.")
+
+
+@dataclass(frozen=True)
+class FastWeights(Weights):
+    """Weights of a model that is measured: a study computes in what is fast."""
+
+    dtype: Dtype = setting("auto", "`auto`: what is faster here.")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a command reads its rows and renders them: one choice for all of its data sets."""
+
+    prompt_column: str | None = setting(None, "Where the prompt stands.", panel="Rows and template")
+    response_column: str | None = setting(
+        None, "Where the response stands.", panel="Rows and template"
+    )
+    skip_invalid: bool = setting(
+        False, "Leave empty and unreadable rows out, and count them.", panel="Rows and template"
+    )
+    overlong: Overlong = setting(
+        "cut",
+        "Rows beyond --max-length: `cut` the response; `skip`: leave rows out whose prompt alone "
+        "is too long; `error`.",
+        panel="Rows and template",
+    )
+    template: str | None = setting(
+        None,
+        "Chat template in place of the model's.",
+        panel="Rows and template",
+        metavar="FILE|NAME",
+    )
+    template_option: tuple[str, ...] = setting(
+        (),
+        "For the chat template, `enable_thinking=false`; its date: `strftime_now=2024-07-26`. May "
+        "be repeated.",
+        panel="Rows and template",
+        metavar="KEY=VALUE",
+    )
+
+    def reading(self) -> Reading:
+        """The same for the library, which parses the options of the template."""
+        from ssah.data import Reading, template_options
+
+        return Reading(
+            prompt_column=self.prompt_column,
+            response_column=self.response_column,
+            invalid="skip" if self.skip_invalid else "error",
+            overlong=self.overlong,
+            template=self.template,
+            template_options=template_options(self.template_option),
+        )

@@ -1,0 +1,171 @@
+"""A run of training, under ``ssah finetune`` and under ``ssah align``: one differs by its plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from ssah.cli.running import Result
+from ssah.cli.shared import Rows, Weights
+from ssah.settings import setting
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from transformers import PreTrainedTokenizerBase
+
+    from ssah.choices import Overlong
+    from ssah.data import Counts
+    from ssah.training.finetune import Settings
+    from ssah.units import UnitSet
+
+__all__ = ["NOTHING", "RunOptions", "Selected", "train"]
+
+NOTHING = "none"  # what `--freeze` says where everything trains
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The rows of a run, and what it leaves behind."""
+
+    out: Path | None = setting(
+        None, "Folder of the run; not for `--dry-run`.", option="--out -o", metavar="DIR"
+    )
+    eval_data: str | None = setting(
+        None, "Rows whose loss is measured before and after.", panel="Data"
+    )
+    split: str | None = setting(None, "Of a hub data set.", panel="Data")
+    limit: int | None = setting(None, "Rows read.", panel="Data", min=1)
+    max_length: int = setting(512, "Tokens kept of a row.", panel="Data", min=2)
+    merge: bool = setting(False, "Also save the whole model.", panel="Run")
+    keep_checkpoints: bool = setting(False, "Also when the run is finished.", panel="Run")
+    dry_run: bool = setting(False, "Show what trains and the memory it takes.", panel="Run")
+
+
+@dataclass(frozen=True)
+class Selected:
+    """Units that a command names.
+
+    Attributes:
+        mode: whether they are frozen, or they alone train.
+        names: groups and shares of groups, such as ``["scu", "cu:0.06"]``, or ``["none"]``.
+        groups: folder that has the groups, or None.
+    """
+
+    mode: Literal["freeze", "train"]
+    names: list[str]
+    groups: Path | None = None
+
+    def check(self) -> None:
+        """Refuse, before a model is loaded, a selection that cannot be."""
+        from ssah.groups import UnitGroups
+        from ssah.training.finetune import select_units
+
+        if self.mode == "freeze" and NOTHING in self.names:
+            if len(self.names) > 1 or self.groups is not None:
+                raise ValueError("freeze is none: it must stand alone, and without --groups")
+        elif self.groups is None:
+            raise ValueError("groups is missing: give --groups DIR, or --freeze none")
+        else:
+            select_units(self.names, UnitGroups.load(self.groups))
+
+    def units(self, model: Any) -> UnitSet:
+        """The units of ``model`` that are selected; none for ``none``."""
+        from ssah.groups import UnitGroups
+        from ssah.training.finetune import select_units
+        from ssah.units import UnitSet, find_modules
+
+        if self.groups is None:
+            return UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
+        return select_units(self.names, UnitGroups.load(self.groups, model))
+
+
+def train(
+    selected: Selected,
+    model: str,
+    data: str,
+    settings: Settings,
+    options: RunOptions,
+    weights: Weights,
+    rows: Rows,
+) -> Result:
+    """Train a model with units selected, or show what that would take."""
+    from ssah.data import Counts, rows_read, warn_of_shared
+    from ssah.report.terminal.training import preview_table, trained_table
+    from ssah.storage import check_free
+    from ssah.training import freeze, train_only
+    from ssah.training.finetune import fine_tune
+    from ssah.training.finetune.folder import check_folder
+    from ssah.training.finetune.memory import preview
+
+    # Everything that needs no model is refused before one is loaded.
+    out = options.out
+    if out is None and not options.dry_run:
+        raise ValueError("out is missing: give --out DIR, or --dry-run")
+    if out is not None and not options.dry_run:
+        check_folder(out)
+        check_free(out)
+    selected.check()
+    reading, counts, eval_counts = rows.reading(), Counts(), Counts()
+    source = reading.rows(data, options.split, options.limit, counts)
+    held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)
+    if isinstance(source, list) and isinstance(held_out, list):
+        prompts, own = ([row["prompt"] for row in each] for each in (held_out, source))
+        warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
+    loaded, tokenizer = weights.load(model)
+    reading.tokenizer(tokenizer)
+    units = selected.units(loaded)
+    how = reading.overlong, options.max_length
+    examples = _encoded(source, data, tokenizer, counts, *how)
+    eval_examples = None
+    if held_out:
+        name = str(options.eval_data)
+        eval_examples = _encoded(held_out, name, tokenizer, eval_counts, *how)
+    plan = (freeze if selected.mode == "freeze" else train_only)(loaded, units)
+    result: dict[str, Any] = {
+        "model": plan.base_name,
+        "data": data,
+        "groups": None if selected.groups is None else str(selected.groups),
+        selected.mode: selected.names,
+        "units": len(units),
+        "unit_fraction": units.fraction,
+        "rows": len(examples),
+        "rows_read": rows_read(tokenizer, counts),
+        "dry_run": options.dry_run,
+    }
+    if options.dry_run:
+        length = max(len(example["input_ids"]) for example in examples)
+        result |= {"longest_row": length, **preview(plan, settings, length)}
+        return Result(result, (preview_table(result, settings.batch_size),))
+    assert out is not None
+    result |= fine_tune(
+        plan,
+        examples,
+        out,
+        settings,
+        tokenizer=tokenizer,
+        eval_examples=eval_examples,
+        merge=options.merge,
+        keep_checkpoints=options.keep_checkpoints,
+    )
+    result |= {"frozen_verified": True, "out": str(out)}
+    return Result(result, (trained_table(result),))
+
+
+def _encoded(
+    source: Iterable[Any],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    counts: Counts,
+    overlong: Overlong,
+    max_length: int,
+) -> list[Any]:
+    """Rows as token ids and labels; refused where none is left."""
+    from ssah.data import DataError, encode
+
+    rows = encode(source, tokenizer, max_length=max_length, overlong=overlong, counts=counts)
+    examples = list(rows)
+    if not examples:
+        raise DataError(f"{name}: every prompt is overlong, so that no row is left")
+    return examples
