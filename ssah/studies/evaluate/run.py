@@ -111,6 +111,7 @@ def evaluate(
         intact_weights=weights if scorer[0] is model else weights_hash(scorer[0]),
         judges=[each.describe() for each in judges],  # what they are now, in place of their names
     ) as steps:
+        # The model itself was moved already; that this is it again does no harm.
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
         judged = {
