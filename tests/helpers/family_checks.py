@@ -224,32 +224,38 @@ def _row(name: str, cells: Iterable[str]) -> str:
 _HEAD = """\
 # Families
 
-Which architectures are covered, by `config.model_type` (of a model that also sees or hears: that of
-its text part). `ssah info --model ID` says it of one model, from its configuration alone. To add
-one, describe it: `ssah.register_family`.
+Which architectures are covered, and what works with each of them.
 
-A cell says "yes" where a check on tiny random models held:
+```bash
+ssah info --model Qwen/Qwen3-0.6B
+```
 
-* **score**: every metric, beside scores computed in float64 from activations captured by hooks; of
-  routed experts also with `all_experts=True`;
-* **ablate**: in float64, beside a model that keeps the units' channels from passing;
-* **freeze**, **train_only**: gradients in float64, beside those of the whole model, while what is
-  frozen stays the same bit for bit;
-* **stream**: the scores of the model in memory, to the bit;
-* **FSDP2**: two processes that hold a half of every weight each; scores are those of one process to
-  1e-12, a step of `freeze` and of `train_only` likewise to 1e-9 of the largest change, and what is
-  frozen stays the same bit for bit.
+This command says it of one model, from its configuration alone. The table goes by
+`config.model_type`. For a model that also sees or hears, it is the `model_type` of its text part.
+To add an architecture, describe it with `ssah.register_family`. Mixtures of experts have
+[a page of their own](experts.md).
 
-A cell that says "no" has the reason from the error with which the library refuses; after it, "else
-yes" means other configurations of that family. This page is written by
-`python tests/helpers/family_checks.py`, and a test fails where it is out of date. How mixtures of
-experts are treated is on [a page of their own](experts.md).
+"yes" means that a check on tiny random models of this family holds. What each check compares:
+
+* **score**: every metric with a float64 computation, from activations that hooks captured. Routed
+  experts are also checked with `all_experts=True`.
+* **ablate**: the ablated model with one that keeps the units' channels from passing, in float64.
+* **freeze**, **train_only**: gradients with those of the whole model, in float64. What is frozen
+  keeps every bit.
+* **stream**: scores with those of the model in memory. The bits are the same.
+* **FSDP2**: two processes, each with half of every weight, with one process. Scores agree to 1e-12,
+  and a step of `freeze` and of `train_only` to 1e-9 of the largest change. What is frozen keeps
+  every bit.
+
+"no: ..." quotes the error that ssah raises. "else yes" means that other configurations of the same
+family work. `python tests/helpers/family_checks.py` writes this page, and a test fails where it is
+out of date.
 """
 _NOT_COVERED = """
-## What holds no units
+## Parts that hold no units
 
-Such a part runs as ever; it trains under `freeze` and does not under `train_only`, like everything
-that belongs to no unit.
+Such a part runs as always. Like everything that belongs to no unit, it trains under `freeze` and
+does not train under `train_only`.
 
 | `model_type` | part of a layer | in place of | why |
 |---|---|---|---|"""

@@ -19,7 +19,7 @@ def process_as_it_was() -> Iterator[None]:
     environment, folder, path = dict(os.environ), Path.cwd(), list(sys.path)
     dtype, threads = torch.get_default_dtype(), torch.get_num_threads()
     torch_state, state = torch.get_rng_state(), random.getstate()
-    plans = set(active_plans())
+    plans, families = set(active_plans()), dict(known_families())
     yield
     os.environ.clear()
     os.environ.update(environment)
@@ -31,9 +31,18 @@ def process_as_it_was() -> Iterator[None]:
     random.setstate(state)
     for plan in set(active_plans()) - plans:
         active_plans().discard(plan)
+    if families:
+        known_families().clear()
+        known_families().update(families)
 
 
 def active_plans() -> Any:
     """Plans in force. Tests of operators alone do not import the library."""
     module = sys.modules.get("ssah.training.active")
     return module.ACTIVE if module else set()
+
+
+def known_families() -> Any:
+    """Architectures that the library knows; a test may teach it another one."""
+    module = sys.modules.get("ssah.units.families")
+    return module.FAMILIES if module else {}

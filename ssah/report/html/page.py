@@ -115,7 +115,7 @@ def write_report(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     template = environment.from_string(
-        files("ssah.report").joinpath("report.html.j2").read_text(encoding="utf-8")
+        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
     )
     page = template.render(
         title=title,
