@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ssah.compat import find
 
-__all__ = ["architectures", "config", "dequantize", "install_kernel", "unpacks", "weight_of"]
-
 _ROOM = "transformers.integrations.gguf"
 _WORKS = ">=5.17,<5.25"
 

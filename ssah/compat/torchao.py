@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 
-__all__ = ["leave_out_notes"]
-
 _NOTES = {
     "torchao": ("Failed to load ", "Skipping import of cpp extensions"),
     "torch.utils._pytree": ("register_constant() on Enum subclasses",),

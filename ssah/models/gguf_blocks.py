@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ssah.compat import gguf
 
-__all__ = ["TorchKernel", "keep_blocks"]
-
 
 class TorchKernel:
     """What transformers calls a GGUF kernel, in PyTorch; ``weight`` is uint8 ``[rows, bytes]``."""

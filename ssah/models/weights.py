@@ -16,8 +16,6 @@ from ssah.models.offload import at_hand
 from ssah.models.packed import identity, packed_modules
 from ssah_kernels.sharded import is_sharded, local
 
-__all__ = ["cheap_weights_hash", "check_same_weights", "weights_hash"]
-
 # Model -> what :func:`_traces` said when its weights were hashed, and the hash.
 _HASHED: WeakKeyDictionary[nn.Module, tuple[str, str]] = WeakKeyDictionary()
 _SAMPLE = 64  # elements of each tensor

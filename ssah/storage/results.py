@@ -20,12 +20,6 @@ from torch import Tensor
 from ssah.storage.files import read_sealed, sealed, write_whole
 from ssah.storage.folder_lock import one_writer
 
-__all__ = [
-    "check_kind",
-    "load_tensors",
-    "save_tensors",
-]
-
 META = "meta.json"
 _OWN = "meta_sha256"  # key of the checksum of everything else in that file
 

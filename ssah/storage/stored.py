@@ -17,8 +17,6 @@ from torch import Tensor
 from ssah.storage.files import Fields, check_fields
 from ssah.storage.results import META, load_tensors
 
-__all__ = ["Stored"]
-
 
 class Stored:
     """The content of a folder that a result was saved to.
