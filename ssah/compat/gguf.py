@@ -14,23 +14,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssah.compat import find
+from ssah.compat import Library
 
-_ROOM = "transformers.integrations.gguf"
-_WORKS = ">=5.17,<5.25"
+_LIBRARY = Library("transformers", ">=5.17,<5.25")
 _PACKED = "to keep GGUF weights packed"
 _UNPACK = "to unpack GGUF blocks"
 
 
 def _in_gguf(place: str, purpose: str) -> Any:
-    return find("transformers", f"{_ROOM}.{place}", purpose=purpose, works=_WORKS)
+    return _LIBRARY.find(f"transformers.integrations.gguf.{place}", purpose)
 
 
 def config(*, packed: bool) -> Any:
     """What tells ``from_pretrained`` to keep the blocks of a GGUF file, or to unpack them."""
-    made = find(
-        "transformers", "transformers:GgufConfig", purpose="to load a GGUF file", works=_WORKS
-    )
+    made = _LIBRARY.find("transformers:GgufConfig", "to load a GGUF file")
     return made(dequantize=not packed)
 
 

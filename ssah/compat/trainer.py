@@ -16,9 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from ssah.compat import lacking
 from ssah.compat.notes import Without
-from ssah.compat.transformers import WORKS, gone
+from ssah.compat.transformers import LIBRARY
 
 __all__ = [
     "PrinterCallback",
@@ -47,7 +46,7 @@ try:
     from transformers.integrations import get_available_reporting_integrations
     from transformers.trainer_utils import SchedulerType
 except ImportError as error:
-    raise lacking("transformers", "Trainer that fits", "to train", WORKS, str(error)) from error
+    raise LIBRARY.lacks("Trainer that fits", "to train", str(error)) from error
 finally:
     _LOGGER.removeFilter(_NOTE)
 
@@ -120,4 +119,4 @@ def training_arguments(
             args._n_gpu = min(n_gpu, 1)
             return args
         missing = ["_n_gpu"]
-    raise gone(f"TrainingArguments.{missing[0]}", "to train")
+    raise LIBRARY.lacks(f"TrainingArguments.{missing[0]}", "to train")
