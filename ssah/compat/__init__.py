@@ -1,60 +1,68 @@
 """What this library uses of others although they may move it: here and nowhere else.
 
 A name is looked up when it is first needed, so that a release without it takes away no more than
-what needs it. :func:`find` then says what is gone, and which releases have it.
+what needs it. The error then says what is gone, and which releases have it.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
 from ssah.lazy import submodules_of
 
-__all__ = ["LibraryError", "find", "lacking"]
+__all__ = ["Library", "LibraryError"]
 
 
 class LibraryError(ImportError):
     """A library that this one builds on lacks a name that is needed."""
 
 
-def find(library: str, place: str, *, purpose: str, works: str) -> Any:
-    """The object at ``place``.
+@dataclass(frozen=True)
+class Library:
+    """A library whose private names are used.
 
-    Args:
-        library: name of its distribution, e.g. ``"transformers"``.
-        place: module and name, e.g. ``"transformers.utils:logging"``.
-        purpose: what ssah needs it for, e.g. ``"to load a GGUF file"``.
-        works: the releases that have it, as pip takes them, e.g. ``">=5.20,<5.25"``.
-
-    Raises:
-        LibraryError: it is not there, or cannot be imported.
+    Attributes:
+        name: of its distribution, e.g. ``"transformers"``.
+        works: the releases that have what is used, as pip takes them, e.g. ``">=5.20,<5.25"``.
     """
-    module, _, name = place.partition(":")
-    try:
-        return getattr(import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise lacking(library, f"{module}.{name}", purpose, works, str(error)) from error
 
+    name: str
+    works: str
 
-def lacking(
-    library: str, name: str, purpose: str, works: str, reason: str | None = None
-) -> LibraryError:
-    """The error that says what the installed release of ``library`` lacks, and what to install.
+    def find(self, place: str, purpose: str) -> Any:
+        """The object at ``place``, module and name, e.g. ``"transformers.utils:logging"``.
 
-    Arguments as of :func:`find`; ``reason`` is what Python said.
-    """
-    from importlib.metadata import PackageNotFoundError, version  # 10 ms, and hardly ever needed
+        Args:
+            place: where it is.
+            purpose: what ssah needs it for, e.g. ``"to load a GGUF file"``.
 
-    try:
-        release = version(library)
-    except PackageNotFoundError:
-        release = "(not installed)"
-    why = "" if reason is None else f" ({reason})"
-    return LibraryError(
-        f"{library} {release} has no {name}, which ssah needs {purpose}{why}; it must be a release "
-        f"that has it: pip install '{library}{works}'"
-    )
+        Raises:
+            LibraryError: it is not there, or cannot be imported.
+        """
+        module, _, name = place.partition(":")
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError) as error:
+            raise self.lacks(f"{module}.{name}", purpose, str(error)) from error
+
+    def lacks(self, what: str, purpose: str, reason: str | None = None) -> LibraryError:
+        """The error that says that the installed release has no ``what``, and what to install.
+
+        Arguments as of :meth:`find`; ``reason`` is what Python said.
+        """
+        from importlib.metadata import PackageNotFoundError, version  # 10 ms, hardly ever needed
+
+        try:
+            release = version(self.name)
+        except PackageNotFoundError:
+            release = "(not installed)"
+        why = "" if reason is None else f" ({reason})"
+        return LibraryError(
+            f"{self.name} {release} has no {what}, which ssah needs {purpose}{why}; it must be a "
+            f"release that has it: pip install '{self.name}{self.works}'"
+        )
 
 
 __getattr__ = submodules_of(__name__)

@@ -13,14 +13,12 @@ from typing import Any
 
 from torch import nn
 
-from ssah.compat import find, lacking
-
-__all__ = ["OWN_FORWARD", "hook_of", "offloading_hook", "unconverted_forward"]
+from ssah.compat import Library
 
 OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
 _HOOK = "_hf_hook"
 _UNCONVERTED = "_original_forward"
-_WORKS = ">=1.10,<1.16"
+_LIBRARY = Library("accelerate", ">=1.10,<1.16")
 _PURPOSE = "to know which weights are offloaded"
 
 
@@ -56,11 +54,9 @@ def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
     unconverted: Callable[..., Any] | None = own.get(_UNCONVERTED)
     made_by = getattr(getattr(own["forward"], "__func__", None), "__module__", "")
     if unconverted is None and made_by == "accelerate.utils.operations":
-        raise lacking(
-            "accelerate",
+        raise _LIBRARY.lacks(
             f"{_UNCONVERTED} on a model that it trains in mixed precision",
             "to run the model in its own dtype",
-            _WORKS,
         )
     return unconverted
 
@@ -69,10 +65,7 @@ def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
 def _check() -> None:
     """Put a hook on a module, and look for what this file reads."""
     names = ("add_hook_to_module", "AlignDevicesHook", "SequentialHook")
-    add, align, sequence = (
-        find("accelerate", f"accelerate.hooks:{name}", purpose=_PURPOSE, works=_WORKS)
-        for name in names
-    )
+    add, align, sequence = (_LIBRARY.find(f"accelerate.hooks:{name}", _PURPOSE) for name in names)
     probe = add(nn.Identity(), align(execution_device="cpu"))
     wanted = {
         _HOOK: vars(probe),
@@ -83,4 +76,4 @@ def _check() -> None:
     }
     for name, there in wanted.items():
         if name not in there:
-            raise lacking("accelerate", f"{name} on what it hooks", _PURPOSE, _WORKS)
+            raise _LIBRARY.lacks(f"{name} on what it hooks", _PURPOSE)

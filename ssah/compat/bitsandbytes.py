@@ -19,20 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.compat import find
+from ssah.compat import Library
 
-__all__ = ["differentiable", "identity_4bit", "weight_4bit", "weight_8bit"]
-
-_WORKS = ">=0.50,<0.51"
+_LIBRARY = Library("bitsandbytes", ">=0.50,<0.51")
 
 
 def _functional(name: str) -> Any:
-    return find(
-        "bitsandbytes",
-        f"bitsandbytes.functional:{name}",
-        purpose="to read packed weights",
-        works=_WORKS,
-    )
+    return _LIBRARY.find(f"bitsandbytes.functional:{name}", "to read packed weights")
 
 
 def weight_8bit(module: Any) -> Tensor:

@@ -12,22 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.compat import LibraryError, find, lacking
+from ssah.compat import Library, LibraryError
 
-__all__ = [
-    "WORKS",
-    "WeightReader",
-    "attention_implementation",
-    "dispatches",
-    "expert_gate",
-    "gone",
-    "has_expert_layout",
-    "has_usual_gate",
-    "tie_weights",
-    "tied_weights",
-]
-
-WORKS = ">=5.20,<5.25"
+LIBRARY = Library("transformers", ">=5.20,<5.25")
 
 # What `use_experts_implementation` says of a class of experts.
 _EXPERT_FLAGS = (
@@ -48,7 +35,9 @@ def has_expert_layout(module: nn.Module) -> bool:
     """
     missing = [flag for flag in _EXPERT_FLAGS if not hasattr(module, flag)]
     if missing and len(missing) < len(_EXPERT_FLAGS):
-        raise gone(f"{type(module).__name__}.{missing[0]}", "to read the layout of experts")
+        raise LIBRARY.lacks(
+            f"{type(module).__name__}.{missing[0]}", "to read the layout of experts"
+        )
     return not missing
 
 
@@ -75,11 +64,8 @@ def has_usual_gate(module: Any) -> bool:
     if not (module.has_gate and module.is_concatenated):
         return False
     try:
-        usual = find(
-            "transformers",
-            "transformers.integrations.moe:_default_apply_gate",
-            purpose="to tell the usual gate of experts",
-            works=WORKS,
+        usual = LIBRARY.find(
+            "transformers.integrations.moe:_default_apply_gate", "to tell the usual gate of experts"
         )
     except LibraryError:
         return False
@@ -144,7 +130,7 @@ def tie_weights(model: Any, missing: set[str]) -> None:
     """Tie the weights of ``model`` of which those called ``missing`` were in no file."""
     options = {"missing_keys": missing, "recompute_mapping": False}
     if not options.keys() <= inspect.signature(model.tie_weights).parameters.keys():
-        raise gone(f"{type(model).__name__}.tie_weights({', '.join(options)})", _READING)
+        raise LIBRARY.lacks(f"{type(model).__name__}.tie_weights({', '.join(options)})", _READING)
     model.tie_weights(**options)
 
 
@@ -152,7 +138,7 @@ _READING = "to read the weights of a checkpoint layer by layer"
 
 
 def _for_weights(place: str) -> Any:
-    return find("transformers", f"transformers.{place}", purpose=_READING, works=WORKS)
+    return LIBRARY.find(f"transformers.{place}", _READING)
 
 
 def _own(thing: Any, name: str, purpose: str) -> Any:
@@ -160,9 +146,4 @@ def _own(thing: Any, name: str, purpose: str) -> Any:
     try:
         return getattr(thing, name)
     except AttributeError as error:
-        raise gone(f"{type(thing).__name__}.{name}", purpose) from error
-
-
-def gone(name: str, purpose: str) -> LibraryError:
-    """The error of a release that has no ``name``, in a class or an object, needed ``purpose``."""
-    return lacking("transformers", name, purpose, WORKS)
+        raise LIBRARY.lacks(f"{type(thing).__name__}.{name}", purpose) from error
