@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssah.attribution.watch import Sums
+from ssah.attribution.sums import Sums
 from ssah.storage import META, check_fields, load_tensors, save_tensors
 
 __all__ = ["damaged", "discard", "keep", "load", "refuse_other"]

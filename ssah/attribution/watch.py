@@ -7,51 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssah.attribution.batches import Batch
+from ssah.attribution.sums import Sums
 from ssah.compat.modules import has_hooks
-from ssah.models import at_hand, device_of, replaced_forward, runs_own_forward
+from ssah.models import at_hand, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
 from ssah_kernels import ops
 
-__all__ = ["Sums", "Watch", "check_finite", "check_ran", "watching"]
+__all__ = ["Watch", "watching"]
 
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Running state of one module, float64, on the device of its B.
-
-    Attributes:
-        count: ``[]``, tokens seen.
-        mean, m2: ``[n_units]``, mean of the activation and sum of squared deviations from it.
-        signed, squared: ``[n_units]``, sums over tokens of a * dL/da and of its square.
-    """
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-    signed: Tensor
-    squared: Tensor
-
-    @classmethod
-    def zeros(cls, module: DepthTwoModule) -> Sums:
-        """No token seen yet."""
-        device = device_of(module.down)
-        channels = (
-            torch.zeros(module.n_units, dtype=torch.float64, device=device) for _ in range(4)
-        )
-        return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
-
-    def to(self, device: str) -> Sums:
-        """The same on another device."""
-        return Sums(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass
@@ -262,26 +233,3 @@ def _hook(sums: Sums, watch: Watch) -> Any:
         return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook
-
-
-def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
-    """Raise RuntimeError, with the module's name, where nothing was summed."""
-    # Of a layer's experts, some may see no token: all are the same module.
-    ran = {modules[name].down for name, state in sums.items() if state.count}
-    for name in sums:
-        if modules[name].down not in ran:
-            raise RuntimeError(f"module {name!r} never ran: its units have no score")
-
-
-def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
-    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
-    for name, state in sums.items():
-        if not _finite(state.mean, state.m2):
-            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
-    for name, state in reversed(list(sums.items())) if gradient else ():
-        if not _finite(state.signed, state.squared):
-            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -109,7 +109,7 @@ def attribute(
         "modules": tuple(kind.value for kind in modules or ()) or KINDS,
         "tokens": tokens.value,
         "progress": True,
-        "state": out / _UNFINISHED,
+        "resume_dir": out / _UNFINISHED,
     }
     # The folder is this command's until the scores are saved.
     with launched() as ranks, ExitStack() as stack:
@@ -149,7 +149,7 @@ def attribute(
             )
         else:
             if save_every is not None:
-                options["save_every"] = save_every
+                options["save_every_seconds"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         seconds = time.perf_counter() - start
         attribution = replace(attribution, rows_read=rows_read(tokenizer, counts))

@@ -17,7 +17,7 @@ from tiny_models import IGNORED, LENGTHS, build, collate, rows
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ssah.attribution import METRICS, Attribution, attribute, backward
+from ssah.attribution import METRICS, Attribution, attribute, forward_backward
 from ssah.storage import files as records
 from ssah.storage import load_tensors, save_tensors
 from ssah.units import find_modules
@@ -170,7 +170,7 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     whole = attribute(model, ragged(), metric="taylor")
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel() // 128))
-    monkeypatch.setattr(backward, "_LOGITS_AT_ONCE", 5 * 128)
+    monkeypatch.setattr(forward_backward, "_LOGITS_AT_ONCE", 5 * 128)
     chunked = attribute(model, ragged(), metric="taylor")
     predicted = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in ragged())
     assert max(sizes) <= 5

@@ -42,7 +42,7 @@ def interrupt(n: int, state: Path) -> None:
     """Leave a state of ``n`` batches of the tiny model."""
     loader = killed_after(n, batches())
     with pytest.raises(InterruptedError):
-        attribute(build("llama"), loader, state=state, save_every=0)
+        attribute(build("llama"), loader, resume_dir=state, save_every_seconds=0)
 
 
 # ------------------------------------------------------------------------------------ the same bits
@@ -53,7 +53,9 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bits(metric: str, tmp_path: 
     expected = attribute(build("llama"), batches(), metric=metric)
 
     def run(state: Path) -> Attribution:
-        return attribute(build("llama"), batches(), metric=metric, state=state, save_every=0)
+        return attribute(
+            build("llama"), batches(), metric=metric, resume_dir=state, save_every_seconds=0
+        )
 
     nth, killed = 1, True
     while killed:
@@ -68,15 +70,15 @@ def test_batches_that_are_done_do_not_run_again(tmp_path: Path) -> None:
     interrupt(2, tmp_path / "state")
     model, ran = build("llama"), []
     model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append("a batch"))
-    result = attribute(model, batches(), state=tmp_path / "state", save_every=0)
+    result = attribute(model, batches(), resume_dir=tmp_path / "state", save_every_seconds=0)
     assert len(ran) == 1
     assert_same(result, attribute(build("llama"), batches()))
-    assert_same(attribute(model, batches(), state=tmp_path / "state"), result)  # none is left
+    assert_same(attribute(model, batches(), resume_dir=tmp_path / "state"), result)  # none is left
     assert len(ran) == 1
 
 
 def test_experts_and_the_callers_mode(tmp_path: Path) -> None:
-    options = {"state": tmp_path / "state", "save_every": 0, "all_experts": True}
+    options = {"resume_dir": tmp_path / "state", "save_every_seconds": 0, "all_experts": True}
     expected = attribute(build("olmoe"), batches(), all_experts=True)
     with torch.inference_mode():
         with pytest.raises(InterruptedError):
@@ -100,7 +102,7 @@ def test_it_writes_when_it_is_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             written.append(self.done)
 
     monkeypatch.setattr(attribution.BatchState, "add", add)
-    attribute(build("llama"), batches(7), state=tmp_path / "state", save_every=25)
+    attribute(build("llama"), batches(7), resume_dir=tmp_path / "state", save_every_seconds=25)
     assert written == [3, 6]
 
 
@@ -110,7 +112,7 @@ def test_without_a_state_nothing_is_written(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(attribution, "BatchState", None)
     for metric in METRICS:
-        attribute(build("llama"), batches(), metric=metric, save_every=0)
+        attribute(build("llama"), batches(), metric=metric, save_every_seconds=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -151,16 +153,18 @@ def test_the_state_of_another_run_is_refused(
     model.set_attn_implementation(options.pop("implementation", "sdpa"))
     message = f"'{tmp_path / 'state'}' has an unfinished run with {field}.*take another folder"
     with pytest.raises(ValueError, match=message):
-        attribute(model, batches(), state=tmp_path / "state", **options)
+        attribute(model, batches(), resume_dir=tmp_path / "state", **options)
     monkeypatch.undo()
     interrupt(3, tmp_path / "state")  # the state is what it was
 
 
 def test_all_experts_is_part_of_the_run(tmp_path: Path) -> None:
     with pytest.raises(InterruptedError):
-        attribute(build("olmoe"), killed_after(1, batches()), state=tmp_path, save_every=0)
+        attribute(
+            build("olmoe"), killed_after(1, batches()), resume_dir=tmp_path, save_every_seconds=0
+        )
     with pytest.raises(ValueError, match="run with all_experts False, not True"):
-        attribute(build("olmoe"), batches(), all_experts=True, state=tmp_path)
+        attribute(build("olmoe"), batches(), all_experts=True, resume_dir=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_a_loader_with_other_batches_is_refused(
     change: Callable[[Batches], Any], message: str, tmp_path: Path
 ) -> None:
     interrupt(2, tmp_path / "state")
-    options = {"state": tmp_path / "state", "tokens": "labels"}
+    options = {"resume_dir": tmp_path / "state", "tokens": "labels"}
     with pytest.raises(ValueError, match=message):
         attribute(build("llama"), change(batches()), **options)
     result = attribute(build("llama"), batches(), **options)
@@ -194,14 +198,14 @@ def test_data_that_a_loader_knows_by_a_fingerprint(tmp_path: Path) -> None:
             return killed_after(2, batches())
 
     with pytest.raises(InterruptedError):
-        attribute(build("llama"), Ending(), state=tmp_path / "state", save_every=0)
+        attribute(build("llama"), Ending(), resume_dir=tmp_path / "state", save_every_seconds=0)
     other = Fingerprinted(batches())
     other.fingerprint = "two"  # what is left of the data may be other than it was
     with pytest.raises(ValueError, match="run with data 'one', not 'two'"):
-        attribute(build("llama"), other, state=tmp_path / "state")
+        attribute(build("llama"), other, resume_dir=tmp_path / "state")
     with pytest.raises(ValueError, match="does not begin with"):
-        attribute(build("llama"), Fingerprinted(batches()[::-1]), state=tmp_path / "state")
-    result = attribute(build("llama"), Fingerprinted(batches()), state=tmp_path / "state")
+        attribute(build("llama"), Fingerprinted(batches()[::-1]), resume_dir=tmp_path / "state")
+    result = attribute(build("llama"), Fingerprinted(batches()), resume_dir=tmp_path / "state")
     assert_same(result, attribute(build("llama"), Fingerprinted(batches())))
 
 
@@ -221,8 +225,10 @@ def test_the_hash_of_weights_sees_each_of_them(tmp_path: Path) -> None:
 
 def test_save_every_that_means_nothing_is_refused() -> None:
     for wrong in (-1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"save_every is {wrong}, must be 0 or more seconds"):
-            attribute(build("llama"), batches(), save_every=wrong)
+        with pytest.raises(
+            ValueError, match=f"save_every_seconds is {wrong}, must be 0 or more seconds"
+        ):
+            attribute(build("llama"), batches(), save_every_seconds=wrong)
 
 
 # ----------------------------------------------------------------------------------- damaged files
@@ -235,7 +241,7 @@ def test_damaged_state_is_named(what: str, cut: bool, tmp_path: Path) -> None:
     (path,) = (tmp_path / PART).glob(what)
     spoil(path, cut=cut)
     with pytest.raises(ValueError, match=rf"{path}' is damaged.*remove '{tmp_path}'"):
-        attribute(build("llama"), batches(), state=tmp_path)
+        attribute(build("llama"), batches(), resume_dir=tmp_path)
 
 
 def test_an_edited_result_is_named(tmp_path: Path) -> None:
@@ -299,7 +305,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
 
     def score() -> str | None:
         try:
-            attribute(model, batches(), state=tmp_path / "state", save_every=0)
+            attribute(model, batches(), resume_dir=tmp_path / "state", save_every_seconds=0)
         except OSError as error:
             return str(error)
         return None
@@ -318,7 +324,7 @@ def test_a_full_disk_keeps_what_was_there(tmp_path: Path) -> None:
     assert_same(Attribution.load(tmp_path / "out"), before)
     for folder in (tmp_path / "out", tmp_path / "state" / PART):
         assert len(list(folder.iterdir())) == 2  # nothing is left of what could not be written
-    result = attribute(model, batches(), state=tmp_path / "state")
+    result = attribute(model, batches(), resume_dir=tmp_path / "state")
     assert_same(result, attribute(model, batches()))
 
 
@@ -337,9 +343,9 @@ def test_a_full_disk_in_a_streamed_run(tmp_path: Path, monkeypatch: pytest.Monke
 
         monkeypatch.setattr(Path, "write_bytes", full)
         with pytest.raises(OSError, match=f"No space left on device: '{state}/layer-000"):
-            stream(folder, batches(2), state=state)
+            stream(folder, batches(2), resume_dir=state)
         monkeypatch.undo()
-        result, _ = stream(folder, batches(2), state=state)
+        result, _ = stream(folder, batches(2), resume_dir=state)
         assert_same(result, stream(folder, batches(2))[0])
         discard(state)
 
@@ -357,7 +363,7 @@ def poisoned(at: int) -> PreTrainedModel:
 
 @pytest.mark.parametrize("save_every", [0.0, 1e9])
 def test_sums_that_are_not_finite_are_not_kept(save_every: float, tmp_path: Path) -> None:
-    options = {"state": tmp_path, "save_every": save_every}
+    options = {"resume_dir": tmp_path, "save_every_seconds": save_every}
     with pytest.raises(FloatingPointError, match=r"enter 'model.layers.1.mlp.down_proj' are NaN"):
         attribute(poisoned(at=1), batches(), **options)
     kept = list(tmp_path.glob("rank-*/tensors-*"))
@@ -375,7 +381,7 @@ def test_a_weight_that_is_not_finite_is_named_each_time(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[3, 3] = torch.nan
     for _ in range(2):
         with pytest.raises(FloatingPointError, match=r"model.layers.1.mlp.down_proj"):
-            attribute(model, batches(), state=tmp_path, save_every=0)
+            attribute(model, batches(), resume_dir=tmp_path, save_every_seconds=0)
     assert not list(tmp_path.glob("rank-*/*"))
 
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import bnb_layouts
 import pytest
-from attribution import test_streaming
 import torch
+from attribution import test_streaming
 from attribution.test_attribution import ragged
 from tiny_models import _LLAMA, build
 from transformers import AutoModelForCausalLM, LlamaConfig

@@ -15,29 +15,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.attribution.batches import (
-    Batch,
-    Fingerprint,
-    Trail,
-    counted_tokens,
-    n_embeddings,
-    read_batch,
-)
-from ssah.attribution.positions import with_positions
-from ssah.attribution.scoring import (
-    METRICS,
-    TOKENS,
-    Attribution,
-    check_loader,
-    check_option,
-    column_sq_norms,
-    finish,
-    may_drop_mask,
-)
+from ssah.attribution.batches import Batch, BatchReader, counted_tokens, may_drop_mask
+from ssah.attribution.result import METRICS, TOKENS, Attribution
+from ssah.attribution.scores import check_option, column_sq_norms, score_all
 from ssah.attribution.streaming.layers import LayeredModel, alone, moved
 from ssah.attribution.streaming.resuming import FileState, MemoryState
-from ssah.attribution.watch import Sums, check_finite, check_ran, watching
+from ssah.attribution.sums import Sums, check_finite, check_ran
+from ssah.attribution.tally import BatchHash, Tally
+from ssah.attribution.watch import watching
+from ssah.distributed import Ranks
 from ssah.models import naming_weights
+from ssah.moved import renamed
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
 from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
@@ -65,6 +53,7 @@ class Traffic:
     wait_seconds: float
 
 
+@renamed(state="resume_dir")
 def stream(
     name: str,
     loader: Iterable[Mapping[str, Any]],
@@ -75,7 +64,7 @@ def stream(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    state: str | os.PathLike[str] | None = None,
+    resume_dir: str | os.PathLike[str] | None = None,
     hidden_memory: int = 2**30,
     progress: bool = False,
 ) -> tuple[Attribution, Traffic]:
@@ -93,7 +82,7 @@ def stream(
         metric: ``"variance"`` or ``"norm"``.
         modules, tokens: as of `attribute`.
         dtype, device, trust_remote_code: as of ``load_model``.
-        state: a folder that keeps what is done after each layer. The same call with the same
+        resume_dir: a folder that keeps what is done after each layer. The same call with the same
             folder goes on after the last layer that was done, and gives the same bits. It is not
             removed: do so when the result is saved.
         hidden_memory: bytes; hidden states that take more are kept in temporary files.
@@ -105,7 +94,7 @@ def stream(
     Raises:
         ModelError: the model cannot be found, has no safetensors, or is quantised.
         ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
-            gradient metric, or a ``state`` that is damaged, of another run or in use by one.
+            gradient metric, or a ``resume_dir`` that is damaged, of another run or in use by one.
     """
     check_option("metric", metric, METRICS)
     check_option("tokens", tokens, TOKENS)
@@ -119,7 +108,7 @@ def stream(
     layered = LayeredModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     modules = (modules,) if isinstance(modules, str) else tuple(modules)
     found = find_modules(layered.model, modules)
-    batches, tokens, fingerprint, trail = _read_loader(loader, layered, metric, tokens)
+    batches, tokens, fingerprint, order = _read_loader(loader, layered, metric, tokens)
     identity = {
         "version": __version__,
         "torch": torch.__version__,
@@ -129,11 +118,11 @@ def stream(
         "device": layered.device.type,
         "modules": sorted(modules),
         "tokens": tokens,
-        "data": trail,
+        "data": order,
     }
     with ExitStack() as stack:
-        folder = state
-        if state is None and _hidden_bytes(layered, batches) > hidden_memory:
+        folder = resume_dir
+        if folder is None and _hidden_bytes(layered, batches) > hidden_memory:
             folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
         if folder is not None:
             stack.enter_context(one_run(folder))
@@ -141,7 +130,7 @@ def stream(
         advance = stack.enter_context(_progress(layered, done)) if progress else None
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))
         waited = _run(layered, found, batches, done, advance)
-    attribution = finish(
+    attribution = score_all(
         layered.model,
         found,
         done.sums,
@@ -235,31 +224,26 @@ def _run_layer(
 def _read_loader(
     loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
 ) -> tuple[list[Batch], str, str, str]:
-    """All batches, which tokens count, the fingerprint of the data, and that of the batches."""
-    maskless, vocab_size = may_drop_mask(layered.model), n_embeddings(layered.model)
-    fingerprint, trail = Fingerprint(), Trail()
-    own_fingerprint = getattr(loader, "fingerprint", None)
+    """All batches, which tokens count, the fingerprint of the data, and the hash of the batches."""
+    tally, order = Tally(getattr(loader, "fingerprint", None)), BatchHash()
     batches: list[Batch] = []
+    reader = None
     for number, raw in enumerate(loader):
-        if tokens == "auto":
-            tokens = counted_tokens(raw)
-        batch = read_batch(
-            raw,
-            number,
-            tokens=tokens,
-            maskless=maskless,
-            device=layered.device,
-            vocab_size=vocab_size,
-        )
-        batch = with_positions(layered.model, batch)
-        if own_fingerprint is None:
-            fingerprint.update(batch)
-        trail.update(raw)
+        if reader is None:  # the first batch says what "auto" means
+            tokens = counted_tokens(raw) if tokens == "auto" else tokens
+            reader = BatchReader(
+                layered.model,
+                tokens=tokens,
+                maskless=may_drop_mask(layered.model),
+                device=layered.device,  # the model's own is the meta device until weights are read
+            )
+        batch = reader.read(raw, number)
+        tally.add(batch)
+        order.update(raw)
         batches.append(batch)
-    counted = sum(int(batch.token_mask.sum()) for batch in batches)
-    check_loader(len(batches), counted, metric=metric, tokens=tokens)
-    own = str(own_fingerprint or fingerprint.hexdigest())
-    return batches, tokens, own, trail.hexdigest()
+    tally.join(Ranks())
+    tally.check(metric=metric, tokens=tokens)
+    return batches, tokens, str(tally.fingerprint), order.hexdigest()
 
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
