@@ -86,6 +86,7 @@ class Ranks:
         for parameter in model.parameters():
             if is_sharded(parameter):
                 mesh = parameter.device_mesh
+                # A mesh of several dimensions (shards, and copies of them) has no one group.
                 return cls.of(mesh.get_group() if mesh.ndim == 1 else "auto")
         return None
 
@@ -97,6 +98,7 @@ class Ranks:
         """
         if self.size == 1:
             return tensor[None]
+        # NCCL serves GPUs alone, Gloo the CPU: what is on another device goes by way of one served.
         served = [entry.split(":")[0] for entry in dist.get_backend_config(self.group).split(",")]
         device = tensor.device if tensor.device.type in served else torch.device(served[0])
         own = tensor.to(device).contiguous()
@@ -115,6 +117,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # all_gather wants tensors of one size.
         sizes = self.gather(torch.tensor(len(text))).tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(text)] = text
@@ -140,6 +143,7 @@ class Ranks:
                 if isinstance(error, RuntimeError) and not isinstance(error, RankLostError):
                     raise RankLostError(f"{lost}; before that: {error}") from error
             raise
+        # No error here: None for that, while another rank may tell of one.
         for rank, told in enumerate(self.tell(None)):
             if told is not None:
                 kind, message = told
@@ -186,6 +190,7 @@ class Dealt:
         self.loader, self.ranks = loader, ranks
 
     def __iter__(self) -> Iterator[Any]:
+        # Rank 1 of 3 has batches 1, 4, 7, ...
         return islice(iter(self.loader), self.ranks.rank, None, self.ranks.size)
 
     def __length_hint__(self) -> int:
@@ -234,6 +239,7 @@ def launched() -> Iterator[Ranks]:
     if not launches or dist.is_initialized():
         yield Ranks.of()
         return
+    # Before the group is made, since NCCL takes the device that is current then.
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group()

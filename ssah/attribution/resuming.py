@@ -56,7 +56,7 @@ class BatchState:
             if ranks.rank == 0:  # the other ranks are of the same run
                 stack.enter_context(one_run(folder))
             self._load(ranks)
-            self._lock = stack.pop_all()
+            self._lock = stack.pop_all()  # kept only where nothing was refused
 
     def _load(self, ranks: Ranks) -> None:
         """Take over what the folder has."""
@@ -75,10 +75,10 @@ class BatchState:
                 raise partial_runs.damaged(folder, f"{str(self.part)!r} has sums of other modules")
             self.done, self._expected = reached["batches"], reached["trail"]
             for name, own in self.sums.items():
-                for field in fields(Sums):
+                for field in fields(Sums):  # in place: modules are watched with these tensors
                     getattr(own, field.name).copy_(getattr(before[name], field.name))
         self.part.mkdir(parents=True, exist_ok=True)
-        self._written = time.monotonic()
+        self._written = time.monotonic()  # a clock that nobody sets
 
     def close(self) -> None:
         """Another run may use the folder now."""
@@ -92,6 +92,7 @@ class BatchState:
         """
         self._hash.update(batch)
         self._seen += 1
+        # Compared once, at the last batch that was done: the hash is of all up to there.
         if self._seen == self.done and self._hash.hexdigest() != self._expected:
             raise ValueError(
                 f"loader does not begin with the {self.done} batches that the unfinished run in "

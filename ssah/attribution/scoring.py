@@ -1,43 +1,25 @@
 """``attribute``: how important every unit is on a data set, in one pass over it.
 
-A call has three stages. The plan is checked on this rank and compared with the other ranks'. The
-run sends every batch through the model, whose modules add to their sums as it passes. The end joins
-the sums of all ranks, and makes scores of them.
+A call has three stages. What is asked is checked on this rank and compared with the other ranks.
+Then every batch passes through the model, whose modules add to their sums meanwhile. In the end the
+sums of all ranks are joined, and scores are made of them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import nn
 
-from ssah.attribution.batches import Batch, BatchReader, may_drop_mask
-from ssah.attribution.forward_backward import nothing, run_batch
-from ssah.attribution.plan import Plan, make_plan
 from ssah.attribution.result import Attribution
-from ssah.attribution.resuming import BatchState
-from ssah.attribution.scores import column_sq_norms, score_all
-from ssah.attribution.sums import Sums, check_finite, check_ran, join
-from ssah.attribution.tally import Tally
-from ssah.attribution.watch import watching
-from ssah.compat.transformers import attention_implementation
-from ssah.distributed import Group, Ranks, reshard
-from ssah.models import (
-    as_it_was,
-    device_of,
-    packed_modules,
-    passing_gradients,
-    weights_hash,
-)
+from ssah.attribution.run import Run
+from ssah.attribution.scores import score_all
+from ssah.distributed import Group, Ranks
 from ssah.moved import renamed
-from ssah.progress import token_bar
 from ssah.units import KINDS
-from ssah.version import __version__
 
 __all__ = ["attribute"]
 
@@ -120,122 +102,21 @@ def attribute(
             raise ValueError(
                 f"save_every_seconds is {save_every_seconds}, must be 0 or more seconds"
             )
-        kinds = (modules,) if isinstance(modules, str) else tuple(modules)
+    kinds = (modules,) if isinstance(modules, str) else tuple(modules)
     resumes = resume_dir is not None
-    plan = make_plan(model, loader, ranks, metric, kinds, tokens, all_experts, resumes)
-    gradient = plan.gradient
-    with torch.inference_mode(False):  # a caller's inference tensors could not change later
-        sums = {name: Sums.zeros(module) for name, module in plan.modules.items()}
-    tally = Tally(plan.fingerprint)
-    with _resuming(plan, sums, resume_dir, save_every_seconds) as state:
-        _run(plan, sums, tally, state, progress)
-    tally.join(ranks)
-    tally.check(metric=metric, tokens=plan.tokens)
-    if gradient and tally.n_targets == 0:
-        raise ValueError("loader has no token to predict: the loss is empty")
-    join(ranks, sums, gradient=gradient)
-    check_ran(plan.modules, sums)
-    with ranks.agreeing():
-        scaled = {} if gradient else plan.modules
-        norms = {name: column_sq_norms(module) for name, module in scaled.items()}
-    return score_all(
-        model,
-        plan.modules,
-        sums,
-        norms,
-        metric=metric,
-        tokens=plan.tokens,
-        fingerprint=str(tally.fingerprint),
-        all_experts=all_experts,
-        weights_hash=plan.weights_hash,
-    )
-
-
-@contextmanager
-def _resuming(
-    plan: Plan,
-    sums: Mapping[str, Sums],
-    resume_dir: str | os.PathLike[str] | None,
-    every: float,
-) -> Iterator[BatchState | None]:
-    """What an interrupted run has left in ``resume_dir`` goes into ``sums``."""
-    if resume_dir is None:
-        yield None
-        return
-    model = plan.model
+    run = Run(model, loader, ranks, metric, kinds, tokens, all_experts, resumes)
     with ExitStack() as stack:
-        with plan.ranks.agreeing():
-            identity = {
-                "version": __version__,
-                "torch": torch.__version__,
-                "model": plan.config_hash,
-                "weights": plan.weights_hash or weights_hash(model),
-                "attention": attention_implementation(model),
-                "dtype": str(model.dtype),
-                "device": device_of(model.get_input_embeddings()).type,
-                "metric": plan.metric,
-                "modules": sorted(plan.kinds),
-                "tokens": plan.tokens,
-                "all_experts": plan.all_experts,
-                "data": plan.fingerprint,
-            }
-            state = BatchState(
-                Path(resume_dir),
-                identity,
-                sums,
-                ranks=plan.ranks,
-                gradient=plan.gradient,
-                every=every,
-            )
-            stack.callback(state.close)
-        yield state
-
-
-def _run(
-    plan: Plan,
-    sums: Mapping[str, Sums],
-    tally: Tally,
-    state: BatchState | None,
-    progress: bool,
-) -> None:
-    """Pass this rank's batches through the model; ``sums`` and ``tally`` take what they hold."""
-    model, ranks, gradient = plan.model, plan.ranks, plan.gradient
-    packed = bool(packed_modules(model))
-    # Of a packed model even what padding computes may be seen: a scale may be a batch's.
-    maskless = may_drop_mask(model) and not packed
-    reader = BatchReader(model, tokens=plan.tokens, maskless=maskless)
-
-    def read() -> Iterator[Batch]:
-        """The batches that are to run; where the forward pass is collective, an error in here is
-        told to the other ranks before any goes on."""
-        for number, raw in enumerate(plan.batches):
-            batch = reader.read(raw, number)
-            tally.add(batch)
-            if state is not None and state.has(raw):
-                continue
-            yield batch
-            if state is not None:
-                state.add()
-        if state is not None:
-            state.end()
-
-    with ranks.agreeing(), ExitStack() as stack:
-        advance = None
-        if progress and ranks.rank == 0:
-            done = 0 if state is None else state.done
-            advance = stack.enter_context(token_bar(plan.n_expected, done))
-        stack.enter_context(as_it_was(model))
-        watch = stack.enter_context(
-            watching(plan.modules, sums, gradient=gradient, all_experts=plan.all_experts)
-        )
-        stack.callback(reshard, model)
-        if gradient:
-            stack.enter_context(passing_gradients(model))
-        # The forward pass of a sharded model waits for the other ranks: a rank that has no more
-        # batches runs empty ones until all are through.
-        for each in ranks.in_step(read()) if plan.sharded else read():
-            batch = each or nothing(reader.device)
-            run_batch(model, batch, watch, sharded=plan.sharded, packed=packed)
-            if advance is not None:
-                advance(int(batch.attended.sum()))
-        check_finite(sums, gradient)
+        if resume_dir is not None:
+            run.resume(resume_dir, save_every_seconds, stack)
+        run.run(progress)
+    return score_all(
+        run.model,
+        run.modules,
+        run.sums,
+        run.join(),
+        metric=metric,
+        tokens=run.tokens,
+        fingerprint=str(run.tally.fingerprint),
+        all_experts=all_experts,
+        weights_hash=run.weights_hash,
+    )

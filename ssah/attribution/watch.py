@@ -1,6 +1,14 @@
 """Watching the activation that enters every B: its moments, and its product with its gradient.
 
 Of a routed expert these are taken over the tokens that chose it, before the routing weight.
+
+    x ``[rows, length, hidden]`` -> A, sigma -> a ``[rows, length, n_units]`` -> B
+                                                |
+                                                moments of a; in the backward pass a * dL/da
+
+Positions that are not needed (padding that nobody sees) may be left out of A and of the product:
+``[rows, length, hidden]`` becomes ``[n, hidden]``, and the output is put back among zeros. Example:
+a row of length 4 with 1 padding position has needed = (0, 1, 2), and the output's last row is 0.
 """
 
 from __future__ import annotations
@@ -85,8 +93,8 @@ class Watch:
 
     def take(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The needed positions of ``x``, ``[n, channels]``, and their token mask ``[n]``."""
-        flat, mask = x.flatten(0, -2), self.mask(x)
-        mask = None if mask is None else mask.flatten()
+        flat, mask = x.flatten(0, -2), self.mask(x)  # [rows * length, channels]
+        mask = None if mask is None else mask.flatten()  # [rows * length]
         if self.needed is None:
             return flat, mask
         needed = self.needed.to(x.device)
@@ -95,7 +103,7 @@ class Watch:
     def put_back(self, out: Tensor, leading: torch.Size) -> Tensor:
         """``out`` of the needed positions among all, the rest zeros: ``[*leading, channels]``."""
         if self.needed is not None:
-            every = out.new_zeros(leading.numel(), out.shape[-1])
+            every = out.new_zeros(leading.numel(), out.shape[-1])  # [rows * length, channels]
             out = every.index_copy_(0, self.needed.to(out.device), out)
         return out.view(*leading, out.shape[-1])
 
@@ -124,7 +132,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+        (x,) = ctx.saved_tensors  # [..., n_units], as grad
         ops.taylor_moments_(x, grad, ctx.sums.signed, ctx.sums.squared, ctx.mask)
         return grad, None, None
 
@@ -145,6 +153,7 @@ def watching(
     happens in it.
     """
     watch = Watch(gradient, all_experts)
+    # Experts of one layer share one packed B: its forward is replaced once, with all their sums.
     experts: dict[nn.Module, dict[int, Sums]] = {}
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -198,7 +207,7 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
         """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
         own, projected = sums[expert], routed.project(x, expert)
         if act is not None:
-            gate, up = projected.chunk(2, dim=-1)
+            gate, up = projected.chunk(2, dim=-1)  # [tokens, n_units] each
             return ops.gated_moments(gate, up, *watch.moments(own), mask, act=act)
         a = routed.gate(projected)
         ops.channel_moments_(a.detach(), *watch.moments(own), mask)
@@ -207,10 +216,11 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
         leading = x.shape[:-1]
         x, mask = watch.take(x)
-        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))
+        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))  # [n, top_k] each
 
         def run(token: Tensor, expert: int) -> Tensor:
             if watch.all_experts:
+                # All tokens are counted; of them the model gets those that chose this expert.
                 a = product(x, expert, mask)[token]
             else:
                 counted = None if mask is None else mask[token]
@@ -230,6 +240,7 @@ def _hook(sums: Sums, watch: Watch) -> Any:
         x = args[0]
         mask = watch.mask(x)
         ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
+        # Without a gradient nothing is returned: then B gets the very tensor that it would get.
         return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import METRICS, Attribution, attribute, discard, stream
-from ssah.attribution import scoring as attribution
+from ssah.attribution import run as attribution
 from ssah.models import weights_hash
 from ssah.storage import load_tensors, save_tensors
 
@@ -145,7 +145,7 @@ def test_the_state_of_another_run_is_refused(
 ) -> None:
     interrupt(2, tmp_path / "state")
     if "torch" in options:
-        monkeypatch.setattr("ssah.attribution.scoring.torch.__version__", options.pop("torch"))
+        monkeypatch.setattr("ssah.attribution.run.torch.__version__", options.pop("torch"))
     if "version" in options:
         monkeypatch.setattr(attribution, "__version__", options.pop("version"))
     made = {"dtype": options.pop("dtype", torch.float32)}

@@ -17,7 +17,7 @@ from streamed import assert_same
 from tiny_models import build, collate, rows
 
 from ssah.attribution import Attribution, attribute
-from ssah.attribution import scoring as attribution
+from ssah.attribution import run as attribution
 from ssah.storage import LOCK, one_run
 from ssah.studies.run import Run
 

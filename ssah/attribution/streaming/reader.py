@@ -2,6 +2,11 @@
 
 A mapped file counts as resident memory once it is touched. What is read here lies in memory of its
 own, which goes with the tensor; pages that the system keeps of the file are nobody's.
+
+A safetensors file has the length of its header (8 bytes, little endian), the header (JSON), and
+the tensors, whose offsets count from the end of the header. Example: a file begins with the number
+80, and its header has ``"b": {"dtype": "BF16", "shape": [2, 3], "data_offsets": [24, 36]}``. Then
+b's 12 bytes are at position 8 + 80 + 24 = 112.
 """
 
 from __future__ import annotations
@@ -99,6 +104,7 @@ class Checkpoint:
     @property
     def fingerprint(self) -> str:
         """A hash of the names, sizes and times of the files: another one once they have changed."""
+        # Not of the contents: to read them all would take as long as the run.
         about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
@@ -115,6 +121,7 @@ class Checkpoint:
         """
         start = time.perf_counter()
         chosen = [(self._entries[name], name) for name in names]
+        # A disk is fastest from front to back.
         chosen.sort(key=lambda pair: (pair[0].file, pair[0].start))
         tensors = {}
         for file, entries in groupby(chosen, key=lambda pair: pair[0].file):
@@ -132,11 +139,11 @@ def _read_tensor(handle: FileIO, start: int, dtype: torch.dtype, shape: tuple[in
     Raises:
         ValueError: the file ends before it.
     """
-    content = torch.empty(_size(dtype, shape), dtype=torch.uint8)
-    rest = content.numpy().data
+    content = torch.empty(_size(dtype, shape), dtype=torch.uint8)  # [bytes]
+    rest = content.numpy().data  # a view, into which the file is read without a copy
     handle.seek(start)
     while rest:
-        n = handle.readinto(rest)
+        n = handle.readinto(rest)  # at most 2 GiB at a time on Linux
         if not n:
             raise ValueError(f"file {str(handle.name)!r} ends early: it was cut off")
         rest = rest[n:]
@@ -154,6 +161,7 @@ def _shards(index: Path) -> list[str]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"file {str(index)!r} is damaged: it has no weight_map") from error
     for shard in shards:
+        # An index from elsewhere must not have us read files outside of its folder.
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise ValueError(
                 f"file {str(index)!r} names {shard!r}, which must be a file of its own folder"
@@ -162,7 +170,7 @@ def _shards(index: Path) -> list[str]:
 
 
 def _header(file: Path) -> dict[str, _Entry]:
-    """Format: length of the header (8 bytes, little endian), header (JSON), tensors."""
+    """Where each tensor of a file is."""
     try:
         with safe_open(file, framework="pt"):  # overlaps, holes, offsets, sizes: all its rules
             pass
@@ -173,7 +181,7 @@ def _header(file: Path) -> dict[str, _Entry]:
     with file.open("rb") as handle:
         (length,) = struct.unpack("<Q", handle.read(8))
         header = json.loads(handle.read(length))
-    header.pop("__metadata__", None)
+    header.pop("__metadata__", None)  # text of whoever wrote the file
     entries = {}
     for name, about in header.items():
         start = 8 + length + about["data_offsets"][0]

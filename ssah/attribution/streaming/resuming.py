@@ -79,6 +79,7 @@ class FileState(MemoryState):
         self._of(self.layer).mkdir(parents=True, exist_ok=True)
 
     def get(self, number: int) -> Hidden:
+        # Checked here and not as the run began: each file is read once, when it is needed.
         path = self._hidden_file(self.layer - 1, number)
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self._digests[number]:

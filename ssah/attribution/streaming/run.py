@@ -1,4 +1,14 @@
-"""``stream``: scores of a model that is larger than memory, layer by layer from its files."""
+"""``stream``: scores of a model that is larger than memory, layer by layer from its files.
+
+Usually every layer is in memory, and batches pass one after another. Here every batch is in memory,
+and layers pass one after another. Example: 3 batches, 2 layers, and a thread that reads ahead.
+
+    thread    read 0 | read 1              |
+    compute          | 0: batches 0, 1, 2  | 1: batches 0, 1, 2
+    memory    0      | 0, 1                | 1
+
+Hidden states wait between two layers: for each batch one tensor ``[rows, length, hidden]``.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +28,7 @@ from torch import Tensor
 from ssah.attribution.batches import Batch, BatchReader, counted_tokens, may_drop_mask
 from ssah.attribution.result import METRICS, TOKENS, Attribution
 from ssah.attribution.scores import check_option, column_sq_norms, score_all
-from ssah.attribution.streaming.layers import LayeredModel, alone, moved
+from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
 from ssah.attribution.streaming.resuming import FileState, MemoryState
 from ssah.attribution.sums import Sums, check_finite, check_ran
 from ssah.attribution.tally import BatchHash, Tally
@@ -122,12 +132,14 @@ def stream(
     }
     with ExitStack() as stack:
         folder = resume_dir
+        # Without a folder to resume from, files serve where memory does not suffice.
         if folder is None and _hidden_bytes(layered, batches) > hidden_memory:
             folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
         if folder is not None:
             stack.enter_context(one_run(folder))
         done = MemoryState() if folder is None else FileState(Path(folder), identity)
         advance = stack.enter_context(_progress(layered, done)) if progress else None
+        # What a Trainer has left on would compute in another dtype than the weights'.
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))
         waited = _run(layered, found, batches, done, advance)
     attribution = score_all(
@@ -139,11 +151,8 @@ def stream(
         tokens=tokens,
         fingerprint=fingerprint,
     )
-    checkpoint = layered.checkpoint
-    traffic = Traffic(
-        layered.bytes_needed, checkpoint.bytes_read, checkpoint.seconds, wait_seconds=waited
-    )
-    return attribution, traffic
+    read = layered.checkpoint
+    return attribution, Traffic(layered.bytes_needed, read.bytes_read, read.seconds, waited)
 
 
 def _run(
@@ -156,7 +165,7 @@ def _run(
     """Pass the batches through the layers that are left; seconds that computing has waited."""
     waited = 0.0
     left = range(done.layer, len(layered.layers))
-    if not left:
+    if not left:  # an earlier run has done all: nothing is to be read
         return waited
     layered.load_rest()
     with closing(_read_ahead(layered.read, left)) as ahead:
@@ -168,10 +177,12 @@ def _run(
             prefix = f"{layered.path}.{index}."
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
             sums = {name: Sums.zeros(module) for name, module in own.items()}
+            # Checked layer by layer: a NaN would reach all that follow, and be found hours later.
             with naming_weights(layered.model):
                 _run_layer(layered, index, own, sums, batches, done)
                 check_ran(own, sums)
                 check_finite(sums, gradient=False)
+            # Now, as the weights are about to go.
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
@@ -184,6 +195,7 @@ def _read_ahead(
     read: Callable[[int], dict[str, Tensor]], indices: Sequence[int]
 ) -> Generator[dict[str, Tensor]]:
     """What ``read`` gives for each index, while the next one is being read by a thread."""
+    # One reading at a time, started when the one before is handed out: two layers in memory.
     with ThreadPoolExecutor(max_workers=1) as thread:
         reading = [thread.submit(read, index) for index in indices[:1]]
         for following in [*indices[1:], None]:
@@ -209,16 +221,16 @@ def _run_layer(
     last = index == len(layered.layers) - 1
     with (
         watching(modules, sums, gradient=False) as watch,
-        alone(layered.layers, index) as relay,
+        alone(layered.layers, index) as handed,
         torch.inference_mode(),
     ):
         for number, batch in enumerate(batches):
             watch.read(batch)
-            if index:
-                relay.before = moved(done.get(number), layered.device)
+            if index:  # the first layer takes what the model makes of its embeddings
+                handed.input = on_device(done.get(number), layered.device)
             layered.model.base_model(**batch.inputs, use_cache=False)
             if not last:
-                done.put(number, moved(relay.after, torch.device("cpu")))
+                done.put(number, on_device(handed.output, torch.device("cpu")))
 
 
 def _read_loader(
@@ -247,6 +259,7 @@ def _read_loader(
 
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
+    """Of one tensor ``[rows, length, hidden]`` for each batch."""
     width = layered.model.config.get_text_config(decoder=True).hidden_size
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
 
