@@ -18,8 +18,6 @@ import struct
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from io import FileIO
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -51,6 +49,24 @@ class _Entry:
     start: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> Tensor:
+        """The tensor, ``[*shape]``.
+
+        Raises:
+            ValueError: the file ends before it.
+        """
+        content = torch.empty(self.n_bytes, dtype=torch.uint8)  # [bytes]
+        with self.file.open("rb") as handle:
+            handle.seek(self.start)
+            # Large reads go past the handle's buffer, straight into the tensor.
+            if handle.readinto(content.numpy().data) < self.n_bytes:
+                raise ValueError(f"file {str(self.file)!r} ends early: it was cut off")
+        return content.view(self.dtype).view(self.shape)
 
 
 class Checkpoint:
@@ -110,8 +126,7 @@ class Checkpoint:
 
     def n_bytes(self, names: Iterable[str]) -> int:
         """Size of some tensors."""
-        entries = (self._entries[name] for name in names)
-        return sum(_size(entry.dtype, entry.shape) for entry in entries)
+        return sum(self._entries[name].n_bytes for name in names)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some tensors, read from the first byte to the last in the order of the files.
@@ -120,38 +135,13 @@ class Checkpoint:
             ValueError: a file has become shorter than it was.
         """
         start = time.perf_counter()
-        chosen = [(self._entries[name], name) for name in names]
         # A disk is fastest from front to back.
+        chosen = [(self._entries[name], name) for name in names]
         chosen.sort(key=lambda pair: (pair[0].file, pair[0].start))
-        tensors = {}
-        for file, entries in groupby(chosen, key=lambda pair: pair[0].file):
-            with FileIO(file) as handle:
-                for entry, name in entries:
-                    tensors[name] = _read_tensor(handle, entry.start, entry.dtype, entry.shape)
-                    self.bytes_read += tensors[name].nbytes
+        tensors = {name: entry.read() for entry, name in chosen}
+        self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
         self.seconds += time.perf_counter() - start
         return tensors
-
-
-def _read_tensor(handle: FileIO, start: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-    """The tensor at position ``start`` (bytes) of an open file.
-
-    Raises:
-        ValueError: the file ends before it.
-    """
-    content = torch.empty(_size(dtype, shape), dtype=torch.uint8)  # [bytes]
-    rest = content.numpy().data  # a view, into which the file is read without a copy
-    handle.seek(start)
-    while rest:
-        n = handle.readinto(rest)  # at most 2 GiB at a time on Linux
-        if not n:
-            raise ValueError(f"file {str(handle.name)!r} ends early: it was cut off")
-        rest = rest[n:]
-    return content.view(dtype).view(shape)
-
-
-def _size(dtype: torch.dtype, shape: Iterable[int]) -> int:
-    return math.prod(shape) * dtype.itemsize
 
 
 def _shards(index: Path) -> list[str]:
