@@ -80,7 +80,8 @@ class BatchReader:
     Args:
         model: of transformers.
         tokens: ``"all"``, ``"after_first"`` or ``"labels"``: which positions count.
-        maskless: whether the model may be run without the mask of a right-padded batch.
+        keep_mask: whether the model gets the mask of a right-padded batch even where it may do
+            without.
         device: where the batches are to be; None: where the model's embeddings are.
     """
 
@@ -89,10 +90,11 @@ class BatchReader:
         model: PreTrainedModel,
         *,
         tokens: str,
-        maskless: bool,
+        keep_mask: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self.model, self.tokens, self.maskless = model, tokens, maskless
+        self.model, self.tokens = model, tokens
+        self._maskless = may_drop_mask(model) and not keep_mask
         embeddings = model.get_input_embeddings()
         self.device = device_of(embeddings) if device is None else device
         # How many token ids the model has an embedding for. Some tables do not say it themselves.
@@ -195,7 +197,7 @@ class BatchReader:
         # A causal model computes the same without a mask where padding stands on the right alone,
         # and its attention is faster then.
         plain = by_position and _PLAIN_KEYS.issuperset(batch)
-        if self.maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
+        if self._maskless and plain and not bool((attended[:, 1:] > attended[:, :-1]).any()):
             del inputs["attention_mask"]
         # With learned absolute positions (GPT-2) a token three places to the right of padding would
         # be taken for the fourth one of its row. So positions begin at the first attended token.

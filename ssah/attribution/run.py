@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.attribution.batches import Batch, BatchReader, counted_tokens, may_drop_mask
+from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.forward_backward import check_sharded, nothing, run_batch
 from ssah.attribution.result import GRADIENT_METRICS, METRICS, TOKENS
 from ssah.attribution.resuming import BatchState
@@ -104,8 +104,7 @@ class Run:
             self.sums = {name: Sums.zeros(module) for name, module in self.modules.items()}
         self._packed = bool(packed_modules(model))
         # Of a packed model even what padding computes may be seen: a scale may be a batch's.
-        maskless = may_drop_mask(model) and not self._packed
-        self._reader = BatchReader(model, tokens=self.tokens, maskless=maskless)
+        self._reader = BatchReader(model, tokens=self.tokens, keep_mask=self._packed)
         self._state: BatchState | None = None
 
     def _check_model(self) -> None:

@@ -98,11 +98,11 @@ def attribute(
     """
     ranks = Ranks.of(process_group)
     with ranks.agreeing():
+        kinds = (modules,) if isinstance(modules, str) else tuple(modules)
         if not save_every_seconds >= 0:
             raise ValueError(
                 f"save_every_seconds is {save_every_seconds}, must be 0 or more seconds"
             )
-    kinds = (modules,) if isinstance(modules, str) else tuple(modules)
     resumes = resume_dir is not None
     run = Run(model, loader, ranks, metric, kinds, tokens, all_experts, resumes)
     with ExitStack() as stack:

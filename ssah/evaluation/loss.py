@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssah.attribution import IGNORED, Batch, BatchReader, may_drop_mask
+from ssah.attribution import IGNORED, Batch, BatchReader
 from ssah.models import as_it_was, check_whole
 
 __all__ = ["response_log_probs", "utility_loss"]
@@ -60,8 +60,7 @@ def response_log_probs(
             not hold its weights.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    maskless = may_drop_mask(check_whole(model))
-    reader = BatchReader(model, tokens="labels", maskless=maskless)
+    reader = BatchReader(check_whole(model), tokens="labels")
     choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)

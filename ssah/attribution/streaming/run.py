@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.attribution.batches import Batch, BatchReader, counted_tokens, may_drop_mask
+from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.result import METRICS, TOKENS, Attribution
 from ssah.attribution.scores import check_option, column_sq_norms, score_all
 from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
@@ -243,12 +243,8 @@ def _read_loader(
     for number, raw in enumerate(loader):
         if reader is None:  # the first batch says what "auto" means
             tokens = counted_tokens(raw) if tokens == "auto" else tokens
-            reader = BatchReader(
-                layered.model,
-                tokens=tokens,
-                maskless=may_drop_mask(layered.model),
-                device=layered.device,  # the model's own is the meta device until weights are read
-            )
+            # The device is named, as embeddings are on the meta device until weights are read.
+            reader = BatchReader(layered.model, tokens=tokens, device=layered.device)
         batch = reader.read(raw, number)
         tally.add(batch)
         order.update(raw)

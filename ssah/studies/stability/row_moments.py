@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssah.attribution import BatchReader, Sums, column_sq_norms, may_drop_mask, watching
+from ssah.attribution import BatchReader, Sums, column_sq_norms, watching
 from ssah.data import Collator, Encoded
 from ssah.models import as_it_was
 from ssah.storage import load_tensors, save_tensors
@@ -109,7 +109,7 @@ def row_moments(
     )
     sums = {name: Sums.zeros(module) for name, module in modules.items()}
     collator = Collator(tokenizer)
-    reader = BatchReader(model, tokens=tokens, maskless=may_drop_mask(model))
+    reader = BatchReader(model, tokens=tokens)
     with (
         as_it_was(model),
         watching(modules, sums, gradient=False) as watch,
