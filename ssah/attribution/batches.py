@@ -234,6 +234,7 @@ def may_drop_mask(model: PreTrainedModel) -> bool:
 
 
 def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:
+    """Integers ``[rows, length]``, or None where the batch has none."""
     value = batch.get(key)
     if value is None:
         return None

@@ -63,6 +63,7 @@ def _applies(
     is_causal: bool = False,
     **_: Any,
 ) -> bool:
+    """Query ``[rows, heads, length, width]``, key and value with as many heads or fewer."""
     return (
         is_causal
         and attn_mask is None

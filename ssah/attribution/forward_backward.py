@@ -130,7 +130,8 @@ def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor)
 
 @contextmanager
 def _head(model: PreTrainedModel, output: ModelOutput) -> Iterator[Any]:
-    """What the model does with its backbone's output: a function from states to logits.
+    """What the model does with its backbone's output: a function from states ``[rows, n, hidden]``
+    to logits ``[rows, n, vocabulary]``.
 
     The model's own forward with the backbone replaced: whatever it does to the logits (soft
     capping, scaling) is done here too.

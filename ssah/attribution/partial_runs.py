@@ -57,7 +57,7 @@ def keep(
 def load(
     part: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Sums], dict[str, Tensor], dict[str, Any]] | None:
-    """What :func:`keep` was given, on the CPU: sums, norms and how far the part has come.
+    """What :func:`keep` was given, on the CPU: sums, norms ``[n_units]`` and how far it has come.
 
     Returns:
         None if the part was never written.

@@ -59,7 +59,10 @@ class Watch:
         self.again = False
 
     def moments(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and M2 that take what runs now; nobody reads what comes a second time."""
+        """Count ``[]``, mean and M2 ``[n_units]`` that take what runs now.
+
+        Recomputation for the backward pass gives new ones, which nobody reads.
+        """
         return ops.new_moments(sums.mean) if self.again else (sums.count, sums.mean, sums.m2)
 
     def read(self, batch: Batch) -> None:
@@ -72,7 +75,8 @@ class Watch:
             self.needed = batch.attended.to(device).flatten().nonzero()[:, 0]
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The token mask with the leading shape of ``x`` (some models flatten rows and length)."""
+        """The token mask, with the leading shape of ``x``: ``[rows, length]`` or ``[tokens]``, as
+        some models flatten rows and length."""
         if self.token_mask is None:
             return None
         return self.token_mask.to(x.device).reshape(x.shape[:-1])
@@ -81,7 +85,7 @@ class Watch:
         """``run`` on the needed positions of ``x`` and their token mask, some rows at a time.
 
         Positions that are not needed come out as zeros. A CPU keeps the rows of one piece in its
-        cache, and its allocator keeps their memory.
+        cache, and its allocator keeps their memory. ``x``: ``[rows, length, channels]``.
         """
         flat, mask = self.take(x)
         size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
@@ -108,7 +112,10 @@ class Watch:
         return out.view(*leading, out.shape[-1])
 
     def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
-        """``x``, such that its gradient is added to ``sums`` when it arrives."""
+        """``x``, such that its gradient is added to ``sums`` when it arrives.
+
+        ``x``: ``[..., n_units]``, ``mask``: ``[...]``.
+        """
         if not self.gradient:
             return x
         if not torch.is_grad_enabled():
@@ -122,7 +129,7 @@ class Watch:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity; backward accumulates input * gradient."""
+    """Identity; backward accumulates input * gradient, ``[..., n_units]``, where mask is True."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
@@ -178,6 +185,7 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
     assert gated is not None
 
     def product(x: Tensor, mask: Tensor | None) -> Tensor:
+        # x: [tokens, hidden] and mask: [tokens], or with [rows, length] for tokens.
         gate, up = gated.project(x)
         return ops.gated_moments(gate, up, *watch.moments(sums), mask, act=gated.act)
 
@@ -204,7 +212,10 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
     act = act_name(activation) if activation is not None and fused else None
 
     def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
-        """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
+        """The activation entering the expert's B, ``[tokens, n_units]``, whose moments are taken.
+
+        ``x``: ``[tokens, hidden]``, ``mask``: ``[tokens]``.
+        """
         own, projected = sums[expert], routed.project(x, expert)
         if act is not None:
             gate, up = projected.chunk(2, dim=-1)  # [tokens, n_units] each
@@ -214,11 +225,12 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
         return a
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # x: [..., hidden]; chosen, weights: [..., top_k], the experts of each token and their part.
         leading = x.shape[:-1]
         x, mask = watch.take(x)
         chosen, weights = (watch.take(each)[0] for each in (chosen, weights))  # [n, top_k] each
 
-        def run(token: Tensor, expert: int) -> Tensor:
+        def run(token: Tensor, expert: int) -> Tensor:  # token: [chosen], indices into x
             if watch.all_experts:
                 # All tokens are counted; of them the model gets those that chose this expert.
                 a = product(x, expert, mask)[token]
@@ -237,7 +249,7 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
 
 def _hook(sums: Sums, watch: Watch) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = args[0]
+        x = args[0]  # [..., n_units]
         mask = watch.mask(x)
         ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
         # Without a gradient nothing is returned: then B gets the very tensor that it would get.

@@ -99,7 +99,10 @@ class UnitGroups(Mapping[str, UnitSet]):
         normalize: Normalize = "zscore",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises ValueError where groups overlap, leave a unit out or differ from the scores."""
+        """Raises ValueError where groups overlap, leave a unit out or differ from the scores.
+
+        ``safety``, ``utility``: B's name to numbers [n_units].
+        """
         choice("scope", scope, SCOPES)
         choice("normalize", normalize, NORMALIZATIONS)
         if sorted(groups) != sorted(GROUPS):

@@ -44,7 +44,8 @@ class MemoryState:
         self._hidden[number] = hidden
 
     def finish_layer(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
-        """All batches have passed through this layer, whose modules have these sums and norms."""
+        """All batches have passed through this layer, whose modules have these sums and norms,
+        ``[n_units]`` each."""
         self.sums |= sums
         self.norms |= norms
         self.layer += 1
