@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -138,10 +138,13 @@ def stream(
         if folder is not None:
             stack.enter_context(one_run(folder))
         done = MemoryState() if folder is None else FileState(Path(folder), identity)
-        advance = stack.enter_context(_progress(layered, done)) if progress else None
+        show = None
+        if progress:
+            bar = scoring_bar("scoring layers", "{:,.2f} GB read", len(layered.layers), done.layer)
+            show = stack.enter_context(bar)
         # What a Trainer has left on would compute in another dtype than the weights'.
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))
-        waited = _run(layered, found, batches, done, advance)
+        waited = _run(layered, found, batches, done, show)
     attribution = score_all(
         layered.model,
         found,
@@ -160,7 +163,7 @@ def _run(
     found: Mapping[str, DepthTwoModule],
     batches: Sequence[Batch],
     done: MemoryState,
-    advance: Callable[[], None] | None,
+    show: Callable[[float], None] | None,
 ) -> float:
     """Pass the batches through the layers that are left; seconds that computing has waited."""
     waited = 0.0
@@ -186,8 +189,8 @@ def _run(
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
-            if advance is not None:
-                advance()
+            if show is not None:
+                show(layered.checkpoint.bytes_read / 1e9)
     return waited
 
 
@@ -258,10 +261,3 @@ def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
     """Of one tensor ``[rows, length, hidden]`` for each batch."""
     width = layered.model.config.get_text_config(decoder=True).hidden_size
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
-
-
-@contextmanager
-def _progress(layered: LayeredModel, done: MemoryState) -> Iterator[Callable[[], None]]:
-    total = len(layered.layers)
-    with scoring_bar("scoring layers", "{:,.2f} GB read", total, done.layer) as show:
-        yield lambda: show(layered.checkpoint.bytes_read / 1e9)
