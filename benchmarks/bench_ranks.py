@@ -47,7 +47,7 @@ def alone(model: PreTrainedModel, batches: Any, ranks: Ranks, metric: str, _: in
     dist.barrier()
     if ranks.rank == 0:
         torch.set_num_threads(ranks.size)
-        attribute(model, batches, metric=metric, group=None)
+        attribute(model, batches, metric=metric, process_group=None)
         torch.set_num_threads(1)
 
 

@@ -277,7 +277,7 @@ _PYTHON = (
         pytest("groups/test_groups.py", "equals_loops or ties"),
     ),
     Mutation(
-        "ssah/attribution/scoring.py",
+        "ssah/attribution/scores.py",
         "sums.m2 / (sums.count - 1)",
         "sums.m2 / sums.count",
         pytest("attribution/test_attribution.py", "mean_and_variance"),

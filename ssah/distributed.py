@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ssah.moved import renamed
 from ssah_kernels.sharded import is_sharded
 
 __all__ = ["Dealt", "Group", "RankLostError", "Ranks", "deal", "launched", "reshard"]
@@ -50,30 +51,33 @@ class Ranks:
     group: dist.ProcessGroup | None = None
 
     @classmethod
-    def of(cls, group: Group = "auto") -> Ranks:
-        """The ranks of ``group``.
+    @renamed(group="process_group")
+    def of(cls, process_group: Group = "auto") -> Ranks:
+        """The ranks of ``process_group``.
 
         Args:
-            group: a process group of ``torch.distributed``; ``"auto"``: the default one if it is
-                initialised, else this process alone; None: this process alone.
+            process_group: a process group of ``torch.distributed``; ``"auto"``: the default one if
+                it is initialised, else this process alone; None: this process alone.
 
         Raises:
-            TypeError: ``group`` is something else.
-            ValueError: ``group`` is another string, or this process is not in it.
+            TypeError: ``process_group`` is something else.
+            ValueError: ``process_group`` is another string, or this process is not in it.
         """
-        if isinstance(group, str):
-            if group != "auto":
-                raise ValueError(f"group is {group!r}, must be 'auto', None or a process group")
+        if isinstance(process_group, str):
+            if process_group != "auto":
+                raise ValueError(
+                    f"process_group is {process_group!r}, must be 'auto', None or a process group"
+                )
             initialised = dist.is_available() and dist.is_initialized()
-            group = dist.group.WORLD if initialised else None
-        if group is None:
+            process_group = dist.group.WORLD if initialised else None
+        if process_group is None:
             return cls()
-        if not isinstance(group, dist.ProcessGroup):
+        if not isinstance(process_group, dist.ProcessGroup):
             raise TypeError(
-                f"group is {group!r}, must be 'auto', None or a process group that this process is "
-                "a member of"
+                f"process_group is {process_group!r}, must be 'auto', None or a process group that "
+                "this process is a member of"
             )
-        return cls(dist.get_rank(group), dist.get_world_size(group), group)
+        return cls(dist.get_rank(process_group), dist.get_world_size(process_group), process_group)
 
     @classmethod
     def over(cls, model: nn.Module) -> Ranks | None:
@@ -82,6 +86,7 @@ class Ranks:
         for parameter in model.parameters():
             if is_sharded(parameter):
                 mesh = parameter.device_mesh
+                # A mesh of several dimensions (shards, and copies of them) has no one group.
                 return cls.of(mesh.get_group() if mesh.ndim == 1 else "auto")
         return None
 
@@ -93,6 +98,7 @@ class Ranks:
         """
         if self.size == 1:
             return tensor[None]
+        # NCCL serves GPUs alone, Gloo the CPU: what is on another device goes by way of one served.
         served = [entry.split(":")[0] for entry in dist.get_backend_config(self.group).split(",")]
         device = tensor.device if tensor.device.type in served else torch.device(served[0])
         own = tensor.to(device).contiguous()
@@ -111,6 +117,7 @@ class Ranks:
         if self.size == 1:
             return [value]
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        # all_gather wants tensors of one size.
         sizes = self.gather(torch.tensor(len(text))).tolist()
         padded = torch.zeros(max(sizes), dtype=torch.uint8)
         padded[: len(text)] = text
@@ -136,6 +143,7 @@ class Ranks:
                 if isinstance(error, RuntimeError) and not isinstance(error, RankLostError):
                     raise RankLostError(f"{lost}; before that: {error}") from error
             raise
+        # No error here: None for that, while another rank may tell of one.
         for rank, told in enumerate(self.tell(None)):
             if told is not None:
                 kind, message = told
@@ -182,6 +190,7 @@ class Dealt:
         self.loader, self.ranks = loader, ranks
 
     def __iter__(self) -> Iterator[Any]:
+        # Rank 1 of 3 has batches 1, 4, 7, ...
         return islice(iter(self.loader), self.ranks.rank, None, self.ranks.size)
 
     def __length_hint__(self) -> int:
@@ -193,7 +202,8 @@ class Dealt:
         return getattr(self.loader, "fingerprint", None)
 
 
-def deal(loader: Iterable[Any], group: Group = "auto") -> Dealt:
+@renamed(group="process_group")
+def deal(loader: Iterable[Any], process_group: Group = "auto") -> Dealt:
     """This rank's share of the batches of ``loader``, dealt whole, one at a time.
 
     No batch is repeated to make shares even, as ``DistributedSampler`` and accelerate's
@@ -201,9 +211,9 @@ def deal(loader: Iterable[Any], group: Group = "auto") -> Dealt:
 
     Args:
         loader: the same on every rank.
-        group: as in :func:`ssah.attribute`.
+        process_group: as in :func:`ssah.attribute`.
     """
-    return Dealt(loader, Ranks.of(group))
+    return Dealt(loader, Ranks.of(process_group))
 
 
 def reshard(model: nn.Module) -> None:
@@ -229,6 +239,7 @@ def launched() -> Iterator[Ranks]:
     if not launches or dist.is_initialized():
         yield Ranks.of()
         return
+    # Before the group is made, since NCCL takes the device that is current then.
     if torch.accelerator.is_available():
         torch.accelerator.set_device_index(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group()

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-from ssah.attribution.batches import IGNORED, Batch, n_embeddings, read_batch
+from ssah.attribution.batches import IGNORED, Batch, BatchReader, may_drop_mask
 from ssah.attribution.partial_runs import discard
-from ssah.attribution.positions import with_positions
-from ssah.attribution.scoring import (
-    CONTENT,
-    METRICS,
-    TOKENS,
-    Attribution,
-    attribute,
-    column_sq_norms,
-    may_drop_mask,
-)
+from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
+from ssah.attribution.scores import column_sq_norms
+from ssah.attribution.scoring import attribute
 from ssah.attribution.streaming.run import stream
-from ssah.attribution.watch import Sums, watching
+from ssah.attribution.sums import Sums
+from ssah.attribution.watch import watching
 from ssah.lazy import submodules_of
 
 __all__ = [

@@ -3,6 +3,10 @@
 A run has parts, each a folder of its own: a layer of a streamed run, a rank of one in memory. A
 part is written whole or not at all, with checksums, and with the identity of its run: everything
 that changes the result.
+
+Example: rank 1 of 2 has done 40 batches. Its part ``rank-0001-of-0002`` holds ``mean/NAME`` and the
+other sums of every module, ``{"batches": 40, ...}`` as how far it has come, and an identity such as
+``{"metric": "variance", "tokens": "labels", ...}``.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssah.attribution.watch import Sums
+from ssah.attribution.sums import Sums
 from ssah.storage import META, check_fields, load_tensors, save_tensors
 
 __all__ = ["damaged", "discard", "keep", "load", "refuse_other"]
@@ -44,7 +48,7 @@ def keep(
     Raises:
         OSError: the disk is full, or the like; what the part was before is still there.
     """
-    tensors = {f"norms/{name}": norm for name, norm in (norms or {}).items()}
+    tensors = {f"norms/{name}": norm for name, norm in (norms or {}).items()}  # [n_units] each
     for kind in _SUMS:
         tensors |= {f"{kind}/{name}": getattr(each, kind) for name, each in sums.items()}
     save_tensors(part, tensors, {"identity": dict(identity), "reached": reached})
@@ -53,7 +57,7 @@ def keep(
 def load(
     part: Path, identity: Mapping[str, Any]
 ) -> tuple[dict[str, Sums], dict[str, Tensor], dict[str, Any]] | None:
-    """What :func:`keep` was given, on the CPU: sums, norms and how far the part has come.
+    """What :func:`keep` was given, on the CPU: sums, norms ``[n_units]`` and how far it has come.
 
     Returns:
         None if the part was never written.
@@ -68,6 +72,7 @@ def load(
         check_fields(part / META, meta, {"identity": dict, "reached": dict})
     except ValueError as error:
         raise damaged(part.parent, f"{error}") from error
+    # A field that only one of the two has, as of another release, differs as well.
     for key in sorted({*meta["identity"], *identity}):
         refuse_other(part.parent, key, meta["identity"].get(key), identity.get(key))
     own: dict[str, dict[str, Tensor]] = {}
@@ -103,8 +108,9 @@ def discard(folder: Path) -> None:
         folder: with all parts; it need not be there.
     """
     gone = folder.with_name(f".{folder.name}.gone")
-    if gone.exists():
+    if gone.exists():  # of a process that was killed in here
         shutil.rmtree(gone)
     if folder.exists():
+        # A rename happens at once; a folder that is half removed would look like a damaged run.
         os.replace(folder, gone)
         shutil.rmtree(gone)

@@ -9,9 +9,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from ssah.attribution import partial_runs as unfinished
-from ssah.attribution.batches import Trail
-from ssah.attribution.watch import Sums, check_finite
+from ssah.attribution import partial_runs
+from ssah.attribution.sums import Sums, check_finite
+from ssah.attribution.tally import BatchHash
 from ssah.distributed import Ranks
 from ssah.storage import META, check_fields, one_run
 
@@ -51,12 +51,12 @@ class BatchState:
         self.folder, self.identity, self.sums = folder, dict(identity), sums
         self.gradient, self.every = gradient, every
         self.done = self._seen = 0
-        self._trail, self._expected = Trail(), ""
+        self._hash, self._expected = BatchHash(), ""
         with ExitStack() as stack:
             if ranks.rank == 0:  # the other ranks are of the same run
                 stack.enter_context(one_run(folder))
             self._load(ranks)
-            self._lock = stack.pop_all()
+            self._lock = stack.pop_all()  # kept only where nothing was refused
 
     def _load(self, ranks: Ranks) -> None:
         """Take over what the folder has."""
@@ -65,20 +65,20 @@ class BatchState:
         # that ranks which had written nothing yet see it too.
         for other in folder.glob(f"rank-*-of-*/{META}"):
             n_ranks = int(other.parent.name.rpartition("-")[2])
-            unfinished.refuse_other(folder, "ranks", n_ranks, ranks.size)
+            partial_runs.refuse_other(folder, "ranks", n_ranks, ranks.size)
         self.part = folder / f"rank-{ranks.rank:04d}-of-{ranks.size:04d}"
-        found = unfinished.load(self.part, self.identity)
+        found = partial_runs.load(self.part, self.identity)
         if found is not None:
             before, _, reached = found
             check_fields(self.part / META, reached, {"batches": int, "trail": str})
             if before.keys() != self.sums.keys():
-                raise unfinished.damaged(folder, f"{str(self.part)!r} has sums of other modules")
+                raise partial_runs.damaged(folder, f"{str(self.part)!r} has sums of other modules")
             self.done, self._expected = reached["batches"], reached["trail"]
             for name, own in self.sums.items():
-                for field in fields(Sums):
+                for field in fields(Sums):  # in place: modules are watched with these tensors
                     getattr(own, field.name).copy_(getattr(before[name], field.name))
         self.part.mkdir(parents=True, exist_ok=True)
-        self._written = time.monotonic()
+        self._written = time.monotonic()  # a clock that nobody sets
 
     def close(self) -> None:
         """Another run may use the folder now."""
@@ -90,9 +90,10 @@ class BatchState:
         Raises:
             ValueError: the batches that they have are others than those of this loader.
         """
-        self._trail.update(batch)
+        self._hash.update(batch)
         self._seen += 1
-        if self._seen == self.done and self._trail.hexdigest() != self._expected:
+        # Compared once, at the last batch that was done: the hash is of all up to there.
+        if self._seen == self.done and self._hash.hexdigest() != self._expected:
             raise ValueError(
                 f"loader does not begin with the {self.done} batches that the unfinished run in "
                 f"{str(self.folder)!r} has done, it must yield the same ones in the same order: "
@@ -112,8 +113,8 @@ class BatchState:
             return
         check_finite(self.sums, self.gradient)
         sums = {name: own.to("cpu") for name, own in self.sums.items()}
-        unfinished.keep(
-            self.part, self.identity, sums, batches=self.done, trail=self._trail.hexdigest()
+        partial_runs.keep(
+            self.part, self.identity, sums, batches=self.done, trail=self._hash.hexdigest()
         )
         self._written = time.monotonic()
 

@@ -1,57 +1,36 @@
 """Watching the activation that enters every B: its moments, and its product with its gradient.
 
 Of a routed expert these are taken over the tokens that chose it, before the routing weight.
+
+    x ``[rows, length, hidden]`` -> A, sigma -> a ``[rows, length, n_units]`` -> B
+                                                |
+                                                moments of a; in the backward pass a * dL/da
+
+Positions that are not needed (padding that nobody sees) may be left out of A and of the product:
+``[rows, length, hidden]`` becomes ``[n, hidden]``, and the output is put back among zeros. Example:
+a row of length 4 with 1 padding position has needed = (0, 1, 2), and the output's last row is 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssah.attribution.batches import Batch
+from ssah.attribution.sums import Sums
 from ssah.compat.modules import has_hooks
-from ssah.models import at_hand, device_of, replaced_forward, runs_own_forward
+from ssah.models import at_hand, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
 from ssah_kernels import ops
 
-__all__ = ["Sums", "Watch", "check_finite", "check_ran", "watching"]
+__all__ = ["Watch", "watching"]
 
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Running state of one module, float64, on the device of its B.
-
-    Attributes:
-        count: ``[]``, tokens seen.
-        mean, m2: ``[n_units]``, mean of the activation and sum of squared deviations from it.
-        signed, squared: ``[n_units]``, sums over tokens of a * dL/da and of its square.
-    """
-
-    count: Tensor
-    mean: Tensor
-    m2: Tensor
-    signed: Tensor
-    squared: Tensor
-
-    @classmethod
-    def zeros(cls, module: DepthTwoModule) -> Sums:
-        """No token seen yet."""
-        device = device_of(module.down)
-        channels = (
-            torch.zeros(module.n_units, dtype=torch.float64, device=device) for _ in range(4)
-        )
-        return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
-
-    def to(self, device: str) -> Sums:
-        """The same on another device."""
-        return Sums(*(getattr(self, field.name).to(device) for field in fields(self)))
 
 
 @dataclass
@@ -80,7 +59,10 @@ class Watch:
         self.again = False
 
     def moments(self, sums: Sums) -> tuple[Tensor, Tensor, Tensor]:
-        """Count, mean and M2 that take what runs now; nobody reads what comes a second time."""
+        """Count ``[]``, mean and M2 ``[n_units]`` that take what runs now.
+
+        Recomputation for the backward pass gives new ones, which nobody reads.
+        """
         return ops.new_moments(sums.mean) if self.again else (sums.count, sums.mean, sums.m2)
 
     def read(self, batch: Batch) -> None:
@@ -93,7 +75,8 @@ class Watch:
             self.needed = batch.attended.to(device).flatten().nonzero()[:, 0]
 
     def mask(self, x: Tensor) -> Tensor | None:
-        """The token mask with the leading shape of ``x`` (some models flatten rows and length)."""
+        """The token mask, with the leading shape of ``x``: ``[rows, length]`` or ``[tokens]``, as
+        some models flatten rows and length."""
         if self.token_mask is None:
             return None
         return self.token_mask.to(x.device).reshape(x.shape[:-1])
@@ -102,7 +85,7 @@ class Watch:
         """``run`` on the needed positions of ``x`` and their token mask, some rows at a time.
 
         Positions that are not needed come out as zeros. A CPU keeps the rows of one piece in its
-        cache, and its allocator keeps their memory.
+        cache, and its allocator keeps their memory. ``x``: ``[rows, length, channels]``.
         """
         flat, mask = self.take(x)
         size = _ROWS_AT_ONCE if x.device.type == "cpu" else max(1, len(flat))
@@ -114,8 +97,8 @@ class Watch:
 
     def take(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """The needed positions of ``x``, ``[n, channels]``, and their token mask ``[n]``."""
-        flat, mask = x.flatten(0, -2), self.mask(x)
-        mask = None if mask is None else mask.flatten()
+        flat, mask = x.flatten(0, -2), self.mask(x)  # [rows * length, channels]
+        mask = None if mask is None else mask.flatten()  # [rows * length]
         if self.needed is None:
             return flat, mask
         needed = self.needed.to(x.device)
@@ -124,12 +107,15 @@ class Watch:
     def put_back(self, out: Tensor, leading: torch.Size) -> Tensor:
         """``out`` of the needed positions among all, the rest zeros: ``[*leading, channels]``."""
         if self.needed is not None:
-            every = out.new_zeros(leading.numel(), out.shape[-1])
+            every = out.new_zeros(leading.numel(), out.shape[-1])  # [rows * length, channels]
             out = every.index_copy_(0, self.needed.to(out.device), out)
         return out.view(*leading, out.shape[-1])
 
     def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
-        """``x``, such that its gradient is added to ``sums`` when it arrives."""
+        """``x``, such that its gradient is added to ``sums`` when it arrives.
+
+        ``x``: ``[..., n_units]``, ``mask``: ``[...]``.
+        """
         if not self.gradient:
             return x
         if not torch.is_grad_enabled():
@@ -143,7 +129,7 @@ class Watch:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity; backward accumulates input * gradient."""
+    """Identity; backward accumulates input * gradient, ``[..., n_units]``, where mask is True."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
@@ -153,7 +139,7 @@ class _Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (x,) = ctx.saved_tensors
+        (x,) = ctx.saved_tensors  # [..., n_units], as grad
         ops.taylor_moments_(x, grad, ctx.sums.signed, ctx.sums.squared, ctx.mask)
         return grad, None, None
 
@@ -174,6 +160,7 @@ def watching(
     happens in it.
     """
     watch = Watch(gradient, all_experts)
+    # Experts of one layer share one packed B: its forward is replaced once, with all their sums.
     experts: dict[nn.Module, dict[int, Sums]] = {}
     with ExitStack() as stack:
         for name, module in modules.items():
@@ -198,6 +185,7 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
     assert gated is not None
 
     def product(x: Tensor, mask: Tensor | None) -> Tensor:
+        # x: [tokens, hidden] and mask: [tokens], or with [rows, length] for tokens.
         gate, up = gated.project(x)
         return ops.gated_moments(gate, up, *watch.moments(sums), mask, act=gated.act)
 
@@ -224,22 +212,27 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
     act = act_name(activation) if activation is not None and fused else None
 
     def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
-        """The activation entering the expert's B for the tokens ``x``, whose moments are taken."""
+        """The activation entering the expert's B, ``[tokens, n_units]``, whose moments are taken.
+
+        ``x``: ``[tokens, hidden]``, ``mask``: ``[tokens]``.
+        """
         own, projected = sums[expert], routed.project(x, expert)
         if act is not None:
-            gate, up = projected.chunk(2, dim=-1)
+            gate, up = projected.chunk(2, dim=-1)  # [tokens, n_units] each
             return ops.gated_moments(gate, up, *watch.moments(own), mask, act=act)
         a = routed.gate(projected)
         ops.channel_moments_(a.detach(), *watch.moments(own), mask)
         return a
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # x: [..., hidden]; chosen, weights: [..., top_k], the experts of each token and their part.
         leading = x.shape[:-1]
         x, mask = watch.take(x)
-        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))
+        chosen, weights = (watch.take(each)[0] for each in (chosen, weights))  # [n, top_k] each
 
-        def run(token: Tensor, expert: int) -> Tensor:
+        def run(token: Tensor, expert: int) -> Tensor:  # token: [chosen], indices into x
             if watch.all_experts:
+                # All tokens are counted; of them the model gets those that chose this expert.
                 a = product(x, expert, mask)[token]
             else:
                 counted = None if mask is None else mask[token]
@@ -256,32 +249,10 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
 
 def _hook(sums: Sums, watch: Watch) -> Any:
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        x = args[0]
+        x = args[0]  # [..., n_units]
         mask = watch.mask(x)
         ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
+        # Without a gradient nothing is returned: then B gets the very tensor that it would get.
         return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
 
     return hook
-
-
-def check_ran(modules: Mapping[str, DepthTwoModule], sums: Mapping[str, Sums]) -> None:
-    """Raise RuntimeError, with the module's name, where nothing was summed."""
-    # Of a layer's experts, some may see no token: all are the same module.
-    ran = {modules[name].down for name, state in sums.items() if state.count}
-    for name in sums:
-        if modules[name].down not in ran:
-            raise RuntimeError(f"module {name!r} never ran: its units have no score")
-
-
-def check_finite(sums: Mapping[str, Sums], gradient: bool) -> None:
-    """Raise FloatingPointError, with the module's name, where a sum is not finite."""
-    for name, state in sums.items():
-        if not _finite(state.mean, state.m2):
-            raise FloatingPointError(f"activations that enter {name!r} are NaN or infinite")
-    for name, state in reversed(list(sums.items())) if gradient else ():
-        if not _finite(state.signed, state.squared):
-            raise FloatingPointError(f"gradients at the input of {name!r} are NaN or infinite")
-
-
-def _finite(*tensors: Tensor) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ssah.attribution import IGNORED, Batch, may_drop_mask, n_embeddings, read_batch, with_positions
+from ssah.attribution import IGNORED, Batch, BatchReader
 from ssah.models import as_it_was, check_whole
 
 __all__ = ["response_log_probs", "utility_loss"]
@@ -60,16 +60,10 @@ def response_log_probs(
             not hold its weights.
         FloatingPointError: the model's log-probabilities are not finite.
     """
-    maskless = may_drop_mask(check_whole(model))
-    device = model.get_input_embeddings().weight.device
-    assert isinstance(device, torch.device)
-    vocab_size = n_embeddings(model)
+    reader = BatchReader(check_whole(model), tokens="labels")
     choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
     for number, raw in enumerate(loader):
-        batch = read_batch(
-            raw, number, tokens="labels", maskless=maskless, device=device, vocab_size=vocab_size
-        )
-        batch = with_positions(model, batch)
+        batch = reader.read(raw, number)
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
             if not bool(log_probs.isfinite().all()):
@@ -78,7 +72,7 @@ def response_log_probs(
 
 
 def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tuple[Tensor, Tensor]:
-    targets = batch.targets()  # [rows, length]
+    targets = batch.targets  # [rows, length]
     columns = (targets != IGNORED).any(0).nonzero()[:, 0]
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     if len(columns) == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ssah.groups.checks import GROUPS, NORMALIZATIONS, ORDERS, SCOPES
+from ssah.groups.classification import classify
 from ssah.groups.transfers import Transfer, transfer
-from ssah.groups.unit_groups import GROUPS, NORMALIZATIONS, ORDERS, SCOPES, UnitGroups, classify
+from ssah.groups.unit_groups import UnitGroups
 from ssah.lazy import submodules_of
 
 __all__ = [

@@ -3,24 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Checked", "check_same_modules", "checked_scores", "choice", "fraction_of"]
+from ssah.units import UnitSet, split
+
+__all__ = [
+    "GROUPS",
+    "NORMALIZATIONS",
+    "ORDERS",
+    "SCOPES",
+    "SLACK",
+    "By",
+    "Checked",
+    "Normalize",
+    "Scope",
+    "check_same_modules",
+    "checked_scores",
+    "choice",
+    "fraction_of",
+    "labels_of",
+    "sizes_of",
+]
+
+Scope = Literal["module", "model"]
+Normalize = Literal["none", "zscore", "rank"]
+By = Literal["safety", "utility", "difference", "sum", "group"]
+GROUPS = ("scu", "ucu", "ru", "cu")
+SCOPES: tuple[str, ...] = get_args(Scope)
+NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
+ORDERS: tuple[str, ...] = get_args(By)
+SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
 
 
 def choice(argument: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse a value that is not among the allowed ones."""
     if value not in allowed:
         raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def fraction_of(argument: str, value: object) -> float:
+    """A number from 0 to 1, and nothing else."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
     return float(value)
+
+
+def sizes_of(scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many units each module has. ``scores``: B's name -> ``[n_units]``."""
+    return {name: len(x) for name, x in scores.items()}
 
 
 class Checked(dict[str, Tensor]):
@@ -35,7 +70,7 @@ def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
         raise ValueError(f"{role} has no modules; it must have scores for at least one")
     checked = Checked()
     for name, value in scores.items():
-        # a copy: scores of the caller may share memory, or change later
+        # A copy: scores of the caller may share memory, or change later.
         try:
             given = torch.as_tensor(value)
         except (RuntimeError, TypeError, ValueError) as error:
@@ -44,7 +79,7 @@ def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
             ) from error
         if given.is_complex():
             raise TypeError(f"{role}: the scores of {name} are complex; they must be real")
-        x = given.detach().to("cpu", torch.float64, copy=True)
+        x = given.detach().to("cpu", torch.float64, copy=True)  # [n_units]
         if x.dim() != 1 or len(x) == 0:
             raise ValueError(
                 f"{role}: the scores of {name} have shape {list(x.shape)}; "
@@ -67,6 +102,7 @@ def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
 def check_same_modules(
     left_name: str, left: Mapping[str, int], right_name: str, right: Mapping[str, int]
 ) -> None:
+    """Refuse two results that are not of the same modules, with the same numbers of units."""
     for here, there, a, b in (
         (left_name, right_name, left, right),
         (right_name, left_name, right, left),
@@ -83,3 +119,26 @@ def check_same_modules(
                 f"{name} has {n} units in {left_name} and {right[name]} in {right_name}; "
                 "both must be of the same model"
             )
+
+
+def labels_of(groups: Mapping[str, UnitSet], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """The group of every unit: B's name -> uint8 ``[n_units]``, positions in `GROUPS`.
+
+    Raises:
+        ValueError: a unit is in no group, or in several; the first one is named.
+    """
+    times = torch.zeros(sum(sizes.values()), dtype=torch.uint8)  # [units]: how many groups have it
+    labels = torch.zeros_like(times)
+    for number, group in enumerate(GROUPS):
+        mask = groups[group].over(sizes)  # bool [units], all modules in one row
+        times += mask
+        labels[mask] = number
+    wrong = (times != 1).nonzero()[:, 0]
+    if len(wrong):
+        of = split(wrong[:1], [*sizes], sizes)
+        name = next(name for name, index in of.items() if len(index))
+        raise ValueError(
+            f"unit {int(of[name])} of {name} is in {int(times[wrong[0]])} groups; "
+            f"each of its {sizes[name]} units must be in exactly one"
+        )
+    return dict(zip(sizes, labels.split([*sizes.values()]), strict=True))

@@ -1,9 +1,4 @@
-"""Sorting units into safety-critical, utility-critical, redundant and complex ones.
-
-`classify` ranks units by two attributions, one measured on a safety set (I_S) and one on a utility
-set (I_U). Redundant units are chosen first, then safety-critical, then utility-critical ones, each
-from what is left; the rest is complex (Li & Kim, arXiv 2410.10862, section 4).
-"""
+"""``UnitGroups``: the four groups of units of a model, with the scores that they were made of."""
 
 from __future__ import annotations
 
@@ -12,13 +7,28 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ssah.groups.checks import Checked, check_same_modules, checked_scores, choice, fraction_of
-from ssah.models import check_same_weights
+from ssah.groups.checks import (
+    GROUPS,
+    NORMALIZATIONS,
+    ORDERS,
+    SCOPES,
+    SLACK,
+    By,
+    Checked,
+    Normalize,
+    Scope,
+    check_same_modules,
+    checked_scores,
+    choice,
+    fraction_of,
+    labels_of,
+    sizes_of,
+)
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.units import (
     UnitSet,
@@ -30,19 +40,11 @@ from ssah.units import (
     order_key,
     share_count,
     split,
-    without,
 )
 from ssah.version import __version__
 
-if TYPE_CHECKING:
-    from torch import nn
+__all__ = ["UnitGroups"]
 
-    from ssah.attribution import Attribution
-
-GROUPS = ("scu", "ucu", "ru", "cu")
-SCOPES = ("module", "model")
-NORMALIZATIONS = ("none", "zscore", "rank")
-ORDERS = ("safety", "utility", "difference", "sum", "group")
 # By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
 _OWN: dict[str, tuple[str, int]] = {
     "scu": ("difference", 1),
@@ -50,15 +52,8 @@ _OWN: dict[str, tuple[str, int]] = {
     "ru": ("sum", -1),
     "cu": ("safety", 1),
 }
-METADATA = ("metric", "tokens", "model_name", "units_hash", "weights_hash", "data_fingerprint")
-
 _CONTENT = "ssah unit groups"
-_FIELDS: Fields = {
-    "modules": list,
-    "groups": list,
-    "shares": dict,
-    "scope": str,
-    "normalize": str,
+_METADATA: Fields = {
     "metric": TEXT,
     "tokens": TEXT,
     "model_name": TEXT,
@@ -66,74 +61,15 @@ _FIELDS: Fields = {
     "weights_hash": TEXT,
     "data_fingerprint": (dict, type(None)),
 }
-_SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
-
-Scope = Literal["module", "model"]
-Normalize = Literal["none", "zscore", "rank"]
-By = Literal["safety", "utility", "difference", "sum", "group"]
-
-
-# ---------------------------------------------------------------------------------- validation
-
-
-def _scores(attribution: Attribution | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    return attribution if isinstance(attribution, Mapping) else attribution.scores
-
-
-def _shared_metadata(
-    safety: Attribution | Mapping[str, Tensor], utility: Attribution | Mapping[str, Tensor]
-) -> dict[str, Any] | None:
-    """Where both attributions come from; refuses two that cannot be compared."""
-    if isinstance(safety, Mapping) and isinstance(utility, Mapping):
-        return None
-    kinds = [type(each).__name__ for each in (safety, utility)]
-    if kinds != ["Attribution", "Attribution"]:
-        raise TypeError(
-            f"safety is {kinds[0]} and utility is {kinds[1]}; both must be Attribution, or both "
-            "mappings of module name to scores"
-        )
-    assert not isinstance(safety, Mapping)
-    assert not isinstance(utility, Mapping)
-    for field, meaning in (
-        ("metric", "metric"),
-        ("tokens", "token selection"),
-        ("model_name", "model"),
-        ("units_hash", "units of the model"),
-        ("all_experts", "routing to experts"),
-    ):
-        a, b = getattr(safety, field), getattr(utility, field)
-        if a != b:
-            raise ValueError(
-                f"safety and utility differ in {meaning}: {field} is {a!r} in safety and {b!r} in "
-                "utility; both must be measured in the same way on the same model"
-            )
-    check_same_weights(
-        safety.weights_hash,
-        utility.weights_hash,
-        "safety and utility",
-        "score both sets on the same model (classify(safety.scores, utility.scores, ...) compares "
-        "them all the same)",
-    )
-    if safety.data_fingerprint == utility.data_fingerprint:
-        raise ValueError(
-            "safety and utility were measured on the same data (fingerprint "
-            f"{safety.data_fingerprint[:12]}); they must be of two sets, harmful requests with "
-            "refusals and ordinary instructions with answers"
-        )
-    return {
-        "metric": safety.metric,
-        "tokens": safety.tokens,
-        "model_name": safety.model_name,
-        "units_hash": safety.units_hash,
-        "weights_hash": safety.weights_hash or utility.weights_hash,
-        "data_fingerprint": {
-            "safety": safety.data_fingerprint,
-            "utility": utility.data_fingerprint,
-        },
-    }
-
-
-# --------------------------------------------------------------------------------- unit groups
+_NO_METADATA = dict.fromkeys(_METADATA)  # of plain mappings of scores, and of older results
+_FIELDS: Fields = {
+    "modules": list,
+    "groups": list,
+    "shares": dict,
+    "scope": str,
+    "normalize": str,
+    **_METADATA,
+}
 
 
 class UnitGroups(Mapping[str, UnitSet]):
@@ -163,47 +99,28 @@ class UnitGroups(Mapping[str, UnitSet]):
         normalize: Normalize = "zscore",
         metadata: Mapping[str, Any] | None = None,
     ) -> None:
-        """Raises ValueError where groups overlap, leave a unit out or differ from the scores."""
+        """Raises ValueError where groups overlap, leave a unit out or differ from the scores.
+
+        ``safety``, ``utility``: B's name to numbers [n_units].
+        """
         choice("scope", scope, SCOPES)
         choice("normalize", normalize, NORMALIZATIONS)
         if sorted(groups) != sorted(GROUPS):
             raise ValueError(f"groups are named {sorted(groups)}; they must be {list(GROUPS)}")
         self.safety: Mapping[str, Tensor] = checked_scores("safety", safety)
         self.utility: Mapping[str, Tensor] = checked_scores("utility", utility)
-        self.sizes = {name: len(x) for name, x in self.safety.items()}
-        check_same_modules(
-            "safety", self.sizes, "utility", {name: len(x) for name, x in self.utility.items()}
-        )
+        self.sizes = sizes_of(self.safety)
+        check_same_modules("safety", self.sizes, "utility", sizes_of(self.utility))
+        # In the order of safety, so that a row of all units means the same units in both.
         self.utility = Checked({name: self.utility[name] for name in self.sizes})
         self.shares = dict(shares)
         self.scope = scope
         self.normalize = normalize
-        self.metadata = dict.fromkeys(METADATA) | dict(metadata or {})
+        self.metadata = _NO_METADATA | dict(metadata or {})
         self._groups = {group: groups[group] for group in GROUPS}
         for group, units in self._groups.items():
             check_same_modules("safety", self.sizes, f"group {group}", units.sizes)
-        self._labels = self._check_partition()
-
-    def _check_partition(self) -> dict[str, Tensor]:
-        """The group of every unit: B's name to uint8 [n_units], positions in GROUPS."""
-        masks = [self._groups[group].over(self.sizes) for group in GROUPS]
-        times = torch.zeros(sum(self.sizes.values()), dtype=torch.uint8)
-        labels = torch.zeros_like(times)
-        for number, mask in enumerate(masks):
-            times += mask
-            labels[mask] = number
-        wrong = (times != 1).nonzero()[:, 0]
-        if len(wrong):
-            ((name, own),) = (
-                (name, index)
-                for name, index in split(wrong[:1], [*self.sizes], self.sizes).items()
-                if len(index)
-            )
-            raise ValueError(
-                f"unit {int(own[0])} of {name} is in {int(times[wrong[0]])} groups; "
-                f"each of its {self.sizes[name]} units must be in exactly one"
-            )
-        return dict(zip(self.sizes, labels.split([*self.sizes.values()]), strict=True))
+        self._labels = labels_of(self._groups, self.sizes)
 
     def __getitem__(self, group: str) -> UnitSet:
         return self._groups[group]
@@ -243,8 +160,9 @@ class UnitGroups(Mapping[str, UnitSet]):
         choice("group", group, GROUPS)
         choice("by", by, ORDERS)
         fraction = fraction_of("fraction", fraction)
+        # What was asked for, not what rounding made of it: a share that was given may be taken.
         share = self.shares[group] if group != "cu" else 1.0 - math.fsum(self.shares.values())
-        if fraction > share + _SLACK:
+        if fraction > share + SLACK:
             raise ValueError(
                 f"fraction is {fraction}; the group {group} is {share:.6g} of all units, so that "
                 "fraction must be at most that (it counts units of the scope, not of the group)"
@@ -252,8 +170,8 @@ class UnitGroups(Mapping[str, UnitSet]):
         order, sign = _OWN[group] if by == "group" else (by, 1)
         indices: dict[str, Tensor] = {}
         for names in blocks(list(self.sizes), self.scope):
-            key = sign * order_key(*self._ranked, names, order)
-            labels = torch.cat([self._labels[name] for name in names])
+            key = sign * order_key(*self._ranked, names, order)  # [units] that rank together
+            labels = torch.cat([self._labels[name] for name in names])  # [units]
             candidates = (labels == GROUPS.index(group)).nonzero().flatten()
             chosen = lowest(-key, candidates, share_count(fraction, len(key)))
             indices |= split(chosen, names, self.sizes)
@@ -267,18 +185,15 @@ class UnitGroups(Mapping[str, UnitSet]):
         `units`, and one count per group) and `layers` (the same, summed over each layer). A
         layer is the first number in a module's name, or None where there is none.
         """
-        modules = []
+        modules: list[dict[str, Any]] = []
+        layers: dict[int | None, dict[str, int]] = {}
         for name, labels in self._labels.items():
-            counts = torch.bincount(labels, minlength=len(GROUPS)).tolist()
-            row: dict[str, Any] = {"module": name, "layer": _layer(name), "units": len(labels)}
-            modules.append(row | dict(zip(GROUPS, counts, strict=True)))
-        layers: dict[int | None, dict[str, Any]] = {}
-        for row in modules:
-            layer = layers.setdefault(
-                row["layer"], {"layer": row["layer"]} | dict.fromkeys(("units", *GROUPS), 0)
-            )
-            for column in ("units", *GROUPS):
-                layer[column] += row[column]
+            members = torch.bincount(labels, minlength=len(GROUPS)).tolist()  # [4]
+            counts = {"units": len(labels), **dict(zip(GROUPS, members, strict=True))}
+            modules.append({"module": name, "layer": _layer(name), **counts})
+            layer = layers.setdefault(_layer(name), dict.fromkeys(counts, 0))
+            for column, n in counts.items():
+                layer[column] += n
         total = sum(self.sizes.values())
         return {
             "units": total,
@@ -287,7 +202,7 @@ class UnitGroups(Mapping[str, UnitSet]):
                 for group, units in self.items()
             },
             "modules": modules,
-            "layers": list(layers.values()),
+            "layers": [{"layer": number, **counts} for number, counts in layers.items()],
         }
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -296,11 +211,8 @@ class UnitGroups(Mapping[str, UnitSet]):
         Tensors are `group/<module>` (uint8 [n_units], see `labels`), `safety/<module>` and
         `utility/<module>` (float64 [n_units]); the rest is in the JSON.
         """
-        tensors: dict[str, Tensor] = {}
-        for name in self.sizes:
-            tensors[f"group/{name}"] = self._labels[name]
-            tensors[f"safety/{name}"] = self.safety[name]
-            tensors[f"utility/{name}"] = self.utility[name]
+        kinds = {"group": self._labels, "safety": self.safety, "utility": self.utility}
+        tensors = {f"{kind}/{name}": x for kind, of in kinds.items() for name, x in of.items()}
         meta = {
             "content": _CONTENT,
             "format": FORMAT,
@@ -327,7 +239,7 @@ class UnitGroups(Mapping[str, UnitSet]):
                 named), or `model` has other units (where scores came from plain mappings: other
                 modules or numbers of units).
         """
-        stored = Stored(directory, _CONTENT, _FIELDS, dict.fromkeys(METADATA))
+        stored = Stored(directory, _CONTENT, _FIELDS, _NO_METADATA)
         stored.choice("scope", SCOPES)
         stored.choice("normalize", NORMALIZATIONS)
         meta, names = stored.meta, stored.names("modules")
@@ -335,7 +247,7 @@ class UnitGroups(Mapping[str, UnitSet]):
             raise stored.damaged(f"the field 'groups' must have {', '.join(GROUPS)}")
         check_fields(stored.path, meta["shares"], {"scu": float, "ucu": float, "ru": float})
         safety = {name: stored.tensor(f"safety/{name}") for name in names}
-        sizes = {name: len(x) for name, x in safety.items()}
+        sizes = sizes_of(safety)
         utility = {name: stored.tensor(f"utility/{name}", shape=(n,)) for name, n in sizes.items()}
         labels = {
             name: stored.tensor(f"group/{name}", dtype=torch.uint8, shape=(n,))
@@ -353,11 +265,12 @@ class UnitGroups(Mapping[str, UnitSet]):
                 shares=meta["shares"],
                 scope=meta["scope"],
                 normalize=meta["normalize"],
-                metadata={key: meta[key] for key in METADATA},
+                metadata={key: meta[key] for key in _METADATA},
             )
         except ValueError as error:  # a unit in no group
             raise stored.damaged(str(error)) from error
         if model is not None:
+            # Groups of plain scores have no hash of the units: compare names and sizes too.
             check_same_model(
                 model,
                 groups.metadata["units_hash"],
@@ -369,9 +282,7 @@ class UnitGroups(Mapping[str, UnitSet]):
 
     def __repr__(self) -> str:
         total = sum(self.sizes.values())
-        counts = ", ".join(
-            f"{group}={len(units)} ({len(units) / total:.2%})" for group, units in self.items()
-        )
+        counts = ", ".join(f"{g}={len(own)} ({len(own) / total:.2%})" for g, own in self.items())
         return (
             f"UnitGroups({counts}; {total} units in {len(self.sizes)} modules, "
             f"scope={self.scope!r}, normalize={self.normalize!r}, "
@@ -382,85 +293,3 @@ class UnitGroups(Mapping[str, UnitSet]):
 def _layer(name: str) -> int | None:
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found.group(1)) if found else None
-
-
-def classify(
-    safety: Attribution | Mapping[str, Tensor],
-    utility: Attribution | Mapping[str, Tensor],
-    *,
-    scu: float,
-    ucu: float,
-    ru: float,
-    scope: Scope = "model",
-    normalize: Normalize = "zscore",
-) -> UnitGroups:
-    """Sort every unit into one of four groups by its importance for safety and for utility.
-
-    A share f of a scope with n units is floor(f * n + 0.5) units. Redundant units are the lowest
-    I_S + I_U; of the rest, safety-critical units are the highest I_S - I_U; of the rest,
-    utility-critical units are the lowest I_S - I_U; complex units are what is left. Ties go to the
-    lower index: model order of modules, then unit index. Where rounding asks for more than is
-    left, a group takes what is left.
-
-    Args:
-        safety, utility: I_S and I_U, as `attribute` returns them, or plain mappings of B's name to
-            scores [n_units]. Modules are taken in the order of `safety`.
-        scu, ucu, ru: shares of safety-critical, utility-critical and redundant units, fractions
-            in [0, 1] of all units, at most 1 together.
-        scope: `"model"` ranks all units together; `"module"` ranks every depth-2 module by itself,
-            so that each gives the same share.
-        normalize: what scores are ranked as. `"zscore"`: (x - mean) / standard deviation, per
-            module and attribute, ddof 0, and 0 where all are equal; `"none"`: as measured;
-            `"rank"`: position / (n - 1) in ascending order, per module and attribute, equal scores
-            in order of their index, and 0 for a single unit.
-
-    Raises:
-        ValueError: for shares outside [0, 1] or above 1 together; scores that are NaN or infinite;
-            attributions of different modules, models, weights, metrics or token selections; or of
-            the same data, where no unit matters more for one than for the other.
-
-    Source: Li & Kim, arXiv 2410.10862.
-    """
-    shares = {
-        "scu": fraction_of("scu", scu),
-        "ucu": fraction_of("ucu", ucu),
-        "ru": fraction_of("ru", ru),
-    }
-    if math.fsum(shares.values()) > 1.0 + _SLACK:
-        raise ValueError(
-            f"scu + ucu + ru is {scu} + {ucu} + {ru} = {math.fsum(shares.values()):.6g}; "
-            "together they must be at most 1"
-        )
-    choice("scope", scope, SCOPES)
-    choice("normalize", normalize, NORMALIZATIONS)
-    metadata = _shared_metadata(safety, utility)
-    safety_scores = checked_scores("safety", _scores(safety))
-    utility_scores = checked_scores("utility", _scores(utility))
-    sizes = {name: len(x) for name, x in safety_scores.items()}
-    check_same_modules(
-        "safety", sizes, "utility", {name: len(x) for name, x in utility_scores.items()}
-    )
-
-    ranked = normalized(safety_scores, normalize), normalized(utility_scores, normalize)
-    indices: dict[str, dict[str, Tensor]] = {group: {} for group in GROUPS}
-    for names in blocks(list(sizes), scope):
-        s, u = (torch.cat([scores[name] for name in names]) for scores in ranked)
-        total, difference = s + u, s - u
-        n = len(total)
-        left = torch.arange(n)
-        for group, key in (("ru", total), ("scu", -difference), ("ucu", difference)):
-            chosen = lowest(key, left, share_count(shares[group], n))
-            left = without(left, chosen, n)
-            indices[group] |= split(chosen, names, sizes)
-        indices["cu"] |= split(left, names, sizes)
-    groups = UnitGroups(
-        {group: UnitSet(indices[group], sizes) for group in GROUPS},
-        safety=safety_scores,
-        utility=utility_scores,
-        shares=shares,
-        scope=scope,
-        normalize=normalize,
-        metadata=metadata,
-    )
-    groups._ranked = ranked  # `top` ranks by the same
-    return groups

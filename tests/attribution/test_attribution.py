@@ -5,9 +5,7 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +15,7 @@ from tiny_models import IGNORED, LENGTHS, build, collate, rows
 from torch import Tensor, nn
 from transformers import AutoModel, PreTrainedModel
 
-from ssah.attribution import METRICS, Attribution, attribute, backward
-from ssah.storage import files as records
-from ssah.storage import load_tensors, save_tensors
+from ssah.attribution import METRICS, attribute, forward_backward
 from ssah.units import find_modules
 
 
@@ -170,7 +166,7 @@ def test_logits_exist_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
     whole = attribute(model, ragged(), metric="taylor")
     sizes: list[int] = []
     model.lm_head.register_forward_hook(lambda _m, _a, out: sizes.append(out.numel() // 128))
-    monkeypatch.setattr(backward, "_LOGITS_AT_ONCE", 5 * 128)
+    monkeypatch.setattr(forward_backward, "_LOGITS_AT_ONCE", 5 * 128)
     chunked = attribute(model, ragged(), metric="taylor")
     predicted = sum(int((b["labels"][:, 1:] != IGNORED).sum()) for b in ragged())
     assert max(sizes) <= 5
@@ -350,52 +346,6 @@ def test_far_means_do_not_hurt_the_variance() -> None:
     torch.testing.assert_close(attribute(model, [batch]).variance[name], exact, rtol=1e-4, atol=0)
 
 
-ONE = {"input_ids": torch.tensor([[5]])}
-TWO = {"input_ids": torch.tensor([[5, 6]])}
-
-
-@pytest.mark.parametrize(
-    ("batches", "options", "error", "message"),
-    [
-        ([], {}, ValueError, "yielded no batch"),
-        (TWO, {}, TypeError, "yielded a str as batch 0"),
-        ([TWO["input_ids"]], {}, TypeError, "yielded a Tensor as batch 0"),
-        ([{"ids": 1}], {}, ValueError, r"keys \['ids'\], must have 'input_ids'"),
-        ([{"input_ids": [[1]]}], {}, TypeError, "input_ids is a list"),
-        ([{"input_ids": torch.tensor([1])}], {}, TypeError, r"shape \(1,\)"),
-        ([TWO, {"input_ids": torch.rand(1, 2)}], {}, TypeError, "batch 1: .*float32"),
-        ([{**TWO, "labels": torch.tensor([[1]])}], {}, ValueError, r"labels have shape \(1, 1\)"),
-        (
-            [{**TWO, "attention_mask": torch.ones(1, 3)}],
-            {},
-            ValueError,
-            r"attention_mask is of shape \(1, 3\)",
-        ),
-        ([{**TWO, "attention_mask": {"full": 1}}], {}, ValueError, "attention_mask is dict"),
-        ([TWO], {"tokens": "labels"}, ValueError, "batch 0 has no labels"),
-        ([{**TWO, "labels": TWO["input_ids"]}, TWO], {}, ValueError, "batch 1 has no labels"),
-        ([{**TWO, "labels": torch.full((1, 2), -100)}], {}, ValueError, "has the label -100"),
-        ([{**TWO, "attention_mask": torch.zeros(1, 2)}], {}, ValueError, "is padding"),
-        ([ONE], {}, ValueError, "single token that counts"),
-        ([ONE], {"metric": "taylor"}, ValueError, "no token to predict"),
-        ([TWO], {"metric": "hessian"}, ValueError, "metric is 'hessian', must be one of variance"),
-        ([TWO], {"tokens": "some"}, ValueError, "tokens is 'some', must be one of auto"),
-        ([TWO], {"modules": ()}, ValueError, "modules is"),
-    ],
-)
-def test_what_is_wrong_is_said(
-    batches: Any, options: dict[str, Any], error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=message):
-        attribute(build("llama"), batches, **options)
-
-
-def test_a_single_token_has_a_norm() -> None:
-    result = attribute(build("llama"), [ONE], metric="norm")
-    assert all(score.isfinite().all() for score in result.scores.values())
-    assert all(variance.isnan().all() for variance in result.variance.values())
-
-
 def test_a_model_without_a_head() -> None:
     model = build("llama")
     backbone = AutoModel.from_config(model.config)
@@ -407,150 +357,8 @@ def test_a_model_without_a_head() -> None:
         attribute(backbone, ragged(), metric="fisher")
 
 
-# The result
-
-
-def test_save_and_load(tmp_path: Path) -> None:
-    model = build("llama")
-    result = attribute(model, ragged(), metric="norm")
-    result.save(tmp_path / "a")
-    other = Attribution.load(tmp_path / "a", model)
-    assert vars(other).keys() == vars(result).keys()
-    for field in ("scores", "mean", "variance"):
-        for key, tensor in getattr(result, field).items():
-            assert torch.equal(getattr(other, field)[key], tensor)
-    for field in ("count", "metric", "tokens", "model_name", "units_hash", "version"):
-        assert getattr(other, field) == getattr(result, field)
-    meta = json.loads((tmp_path / "a" / "meta.json").read_text())
-    assert meta["data_fingerprint"] == result.data_fingerprint
-    assert other.data_fingerprint == result.data_fingerprint
-    Attribution.load(tmp_path / "a", build("llama", dtype=torch.bfloat16, seed=3))
-    headless = AutoModel.from_config(model.config)  # its modules have other names
-    with pytest.raises(ValueError, match=r"attribution was made on .*Llama.*units are others"):
-        Attribution.load(tmp_path / "a", headless)
-
-
-def test_a_result_belongs_to_the_units(tmp_path: Path) -> None:
-    """Settings that shape no unit do not matter, nor what a later release adds."""
-    model = build("llama")
-    attribute(model, ragged()).save(tmp_path)
-    model.resize_token_embeddings(len(model.get_input_embeddings().weight) + 3)
-    model.config.attention_dropout = 0.1
-    model.config.a_setting_of_next_year = "new"
-    Attribution.load(tmp_path, model)
-    meta = json.loads((tmp_path / "meta.json").read_text())
-    tensors, _ = load_tensors(tmp_path)
-    record = {k: v for k, v in meta.items() if k not in ("tensors", "sha256", "meta_sha256")}
-    save_tensors(tmp_path, tensors, {**record, "format": 3, "a_field_of_next_year": [1]})
-    Attribution.load(tmp_path, model)
-    older = {k: v for k, v in record.items() if k not in ("format", "units_hash")}
-    save_tensors(tmp_path, tensors, {**older, "config_hash": "of every setting"})
-    assert Attribution.load(tmp_path, model).units_hash is None
-    with pytest.raises(ValueError, match="units in"):
-        Attribution.load(tmp_path, build("gpt2"))
-
-
-def test_a_result_of_one_kind_does_not_replace_another(tmp_path: Path) -> None:
-    scores = {"a": torch.ones(2)}
-    save_tensors(tmp_path, scores, {"content": "scores", "n": 1})
-    with pytest.raises(ValueError, match="holds 'scores', which 'groups' must not replace"):
-        save_tensors(tmp_path, scores, {"content": "groups"})
-    assert load_tensors(tmp_path)[1] == {"content": "scores", "n": 1}
-    save_tensors(tmp_path, scores, {"content": "scores", "n": 2})
-    assert load_tensors(tmp_path)[1]["n"] == 2
-
-
-def test_a_save_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save_tensors(tmp_path, {"x": torch.ones(3)}, {"n": 1})
-    monkeypatch.setattr("ssah.storage.files.json.dumps", lambda *_, **__: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
-    monkeypatch.undo()
-    replace = records.os.replace
-
-    def fail(source: Path, target: Path) -> None:
-        if Path(target).name == "meta.json":
-            raise Boom
-        replace(source, target)
-
-    monkeypatch.setattr("ssah.storage.files.os.replace", fail)
-    with pytest.raises(Boom):
-        save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 2})
-    monkeypatch.undo()
-    tensors, meta = load_tensors(tmp_path)
-    assert torch.equal(tensors["x"], torch.ones(3))
-    assert meta == {"n": 1}
-    save_tensors(tmp_path, {"x": torch.zeros(3)}, {"n": 3})
-    assert load_tensors(tmp_path)[1] == {"n": 3}
-    assert len(list(tmp_path.iterdir())) == 2
-    with pytest.raises(ValueError, match="it must hold 'attribution'"):
-        Attribution.load(tmp_path)
-    next(tmp_path.glob("*.safetensors")).write_bytes(b"no")
-    with pytest.raises(ValueError, match="not those"):
-        load_tensors(tmp_path)
-    with pytest.raises(FileNotFoundError, match="nothing was saved there"):
-        Attribution.load(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="reserved keys"):
-        save_tensors(tmp_path, {}, {"sha256": 1})
-
-
-def test_the_fingerprint_is_of_the_data() -> None:
-    model = build("llama")
-    data = rows()
-    first = attribute(model, [collate(data)]).data_fingerprint
-    assert attribute(model, [collate(data, side="left")]).data_fingerprint == first
-    assert attribute(model, [collate(data[::-1])]).data_fingerprint == first
-    assert attribute(model, [collate(rows(seed=1))]).data_fingerprint != first
-    assert attribute(model, [collate(data, labels=False)]).data_fingerprint != first
-
-    class Loader(list[dict[str, Tensor]]):
-        fingerprint = "abc"
-
-    assert attribute(model, Loader([collate(data)])).data_fingerprint == "abc"
-
-
 def test_progress_shows_tokens_per_second(capsys: pytest.CaptureFixture[str]) -> None:
     attribute(build("llama"), iter(ragged()), progress=True)
     shown = capsys.readouterr().err
     assert "tokens/s" in shown
     assert "2/2" in shown
-
-
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(
-    ("key", "value", "words"),
-    [
-        ("labels", -1, r"batch 0: labels\[1, 2\] is -1, must be from 0 to .* \(or -100"),
-        ("labels", 10**6, r"labels\[1, 2\] is 1000000"),
-        ("input_ids", -3, r"input_ids\[1, 2\] is -3"),
-        ("input_ids", 10**6, r"input_ids\[1, 2\] is 1000000"),
-    ],
-)
-def test_tokens_out_of_range_are_named(metric: str, key: str, value: int, words: str) -> None:
-    batch = ragged()[0]
-    batch[key][1, 2] = value
-    with pytest.raises(ValueError, match=words):
-        attribute(build("llama"), [batch], metric=metric)
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_a_padding_token_without_an_embedding_changes_nothing(metric: str) -> None:
-    model, expected = build("llama"), attribute(build("llama"), ragged(), metric=metric)
-    batches = ragged()
-    for batch in batches:
-        batch["input_ids"][batch["attention_mask"] == 0] = 10**6
-    result = attribute(model, batches, metric=metric)
-    assert result.data_fingerprint == expected.data_fingerprint
-    assert all(torch.equal(result.scores[name], x) for name, x in expected.scores.items())
-
-
-def test_input_ids_of_other_types() -> None:
-    model, batch = build("llama"), ragged()[0]
-    expected = attribute(model, [batch]).scores
-    for dtype in (torch.int32, torch.uint8, torch.int16):
-        scores = attribute(model, [{**batch, "input_ids": batch["input_ids"].to(dtype)}]).scores
-        assert all(torch.equal(scores[name], x) for name, x in expected.items())
-    with pytest.raises(TypeError, match="input_ids is a bool tensor"):
-        attribute(model, [{**batch, "input_ids": batch["attention_mask"].bool()}])
-    with pytest.raises(ValueError, match="at least one row"):
-        attribute(model, [{key: value[:0] for key, value in batch.items()}])

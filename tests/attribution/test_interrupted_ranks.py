@@ -43,7 +43,7 @@ def die(rank: int, n: int, folder: Path, kind: str, metric: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     model.model.layers[1].register_forward_pre_hook(kill)
-    state = {"state": folder.parent / "state", "save_every": 0}
+    state = {"resume_dir": folder.parent / "state", "save_every_seconds": 0}
     with pytest.raises(RuntimeError, match=f"rank {rank} of {n} {OTHERS}"):
         attribute(model, deal(batches()), metric=metric, **state)
     os._exit(0)
@@ -52,7 +52,7 @@ def die(rank: int, n: int, folder: Path, kind: str, metric: str) -> None:
 def go_on(rank: int, n: int, folder: Path, kind: str, metric: str) -> None:
     model, ran = MODELS[kind](n), []
     model.model.layers[0].register_forward_pre_hook(lambda *_: ran.append("a batch"))
-    state = {"state": folder.parent / "state", "save_every": 0}
+    state = {"resume_dir": folder.parent / "state", "save_every_seconds": 0}
     result = attribute(model, deal(batches()), metric=metric, **state)
     assert same_bits(result)
     assert len(ran) <= 2
@@ -61,7 +61,7 @@ def go_on(rank: int, n: int, folder: Path, kind: str, metric: str) -> None:
 
 def refuse(rank: int, n: int, folder: Path) -> None:
     state = folder.parent / "state"
-    expect(ValueError, f"run with ranks 2, not {n}", rank, None, state=state)
+    expect(ValueError, f"run with ranks 2, not {n}", rank, None, resume_dir=state)
 
 
 def kept(state: Path) -> list[int]:
@@ -84,7 +84,7 @@ def test_each_rank_goes_on_from_its_own_part(kind: str, metric: str, tmp_path: P
     assert second == 2
     start(refuse, 3, tmp_path / "three")
     with pytest.raises(ValueError, match="run with ranks 2, not 1"):
-        attribute(tiny_models.build("llama_bias"), batches(), state=tmp_path / "state")
+        attribute(tiny_models.build("llama_bias"), batches(), resume_dir=tmp_path / "state")
     start(with_(go_on, **how), 2, tmp_path / "again")
     for rank in range(2):
         result = Attribution.load(tmp_path / "again" / f"result-{rank}")
@@ -104,7 +104,7 @@ def fail(rank: int, n: int, folder: Path) -> None:
 
     for kind, build in MODELS.items():
         state = folder / kind
-        options = {"state": state, "save_every": 0}
+        options = {"resume_dir": state, "save_every_seconds": 0}
         if rank == 1:
             Path.write_bytes = full  # type: ignore[assignment, method-assign]
         where = rf"No space left on device: '{state}/rank-0001-of-0002"
@@ -125,7 +125,9 @@ def fail(rank: int, n: int, folder: Path) -> None:
         where = r"rank-0001-of-0002/tensors.* is damaged"
         expect(ValueError, where, rank, 1, model=build(n), **options)
     state = folder / "one" if rank == 1 else None
-    expect(ValueError, "state is True on rank 1 and False on rank 0", rank, None, state=state)
+    expect(
+        ValueError, "resume_dir is True on rank 1 and False on rank 0", rank, None, resume_dir=state
+    )
     assert same_bits(attribute(tiny_models.build("llama"), deal(batches())))  # still in step
 
 
@@ -152,7 +154,7 @@ def stop(rank: int, n: int, folder: Path) -> None:
 
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match=f"rank {rank} of {n} {OTHERS}"):
-        attribute(tiny_models.build("llama"), loader(), group=group)
+        attribute(tiny_models.build("llama"), loader(), process_group=group)
     assert time.monotonic() - begun < PATIENCE  # by default it would be 30 minutes
     os._exit(0)
 

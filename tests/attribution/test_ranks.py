@@ -58,7 +58,7 @@ def score(rank: int, n: int, folder: Path) -> None:
     with redirect_stderr(bar):
         attribute(model, deal(batches()), tokens="all", progress=True)
     assert ("scoring units" in bar.getvalue()) == (rank == 0)
-    alone = attribute(model, batches(2), group=None)
+    alone = attribute(model, batches(2), process_group=None)
     assert_close(alone, result, 1e-12)
 
 
@@ -270,8 +270,8 @@ def refuse(rank: int, n: int, folder: Path) -> None:
     if rank == 1:
         loader[1] = {"input_ids": torch.zeros(3)}
     expect(TypeError, "batch 1: input_ids", rank, 1, model=model, loader=loader)
-    with pytest.raises(ValueError, match="group has 1 ranks"):
-        attribute(model, batches(1), group=None)
+    with pytest.raises(ValueError, match="process_group has 1 ranks"):
+        attribute(model, batches(1), process_group=None)
     plan = make(model, "train_only")
     optimizer = torch.optim.AdamW(plan.param_groups())
     loss_on(model, rows_of(0, rank, n)).backward()

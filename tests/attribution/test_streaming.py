@@ -27,8 +27,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from ssah.attribution import METRICS, Attribution, attribute, stream
-from ssah.attribution import watching as watch
+from ssah.attribution import METRICS, Attribution, attribute, stream, watch
 from ssah.attribution.streaming import run as streaming
 from ssah.attribution.streaming.layers import LayeredModel
 from ssah.attribution.streaming.reader import Checkpoint
@@ -66,7 +65,7 @@ def test_layers_that_return_tuples(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     expected = in_memory(folder, batches())
     for state in (None, tmp_path / "state"):
-        assert_same(stream(folder, batches(), state=state)[0], expected)
+        assert_same(stream(folder, batches(), resume_dir=state)[0], expected)
 
 
 def test_weights_that_are_converted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,8 +172,8 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path: Path) -> None
     nth, killed = 1, True
     while killed:
         state = tmp_path / f"state-{nth}"
-        killed = dying(nth, lambda state=state: stream(folder, batches(), state=state))
-        result, traffic = stream(folder, batches(), state=state)
+        killed = dying(nth, lambda state=state: stream(folder, batches(), resume_dir=state))
+        result, traffic = stream(folder, batches(), resume_dir=state)
         assert_same(result, expected)
         nth += 1
     # Two hidden states, sums and meta of the first layer; sums and meta of the last.
@@ -184,8 +183,8 @@ def test_killed_at_any_write_it_goes_on_to_the_same_bits(tmp_path: Path) -> None
 
 def test_a_resumed_run_reads_what_is_left(tmp_path: Path) -> None:
     folder, state = saved(tmp_path / "model"), tmp_path / "state"
-    assert dying(5, lambda: stream(folder, batches(), state=state))
-    result, traffic = stream(folder, batches(), state=state)
+    assert dying(5, lambda: stream(folder, batches(), resume_dir=state))
+    result, traffic = stream(folder, batches(), resume_dir=state)
     assert_same(result, in_memory(folder, batches()))
     weights = weights_of(folder)
     first = sum(w.nbytes for name, w in weights.items() if name.startswith("model.layers.0."))
@@ -196,21 +195,21 @@ def test_a_resumed_run_reads_what_is_left(tmp_path: Path) -> None:
 @pytest.mark.parametrize("cut", [True, False])
 def test_damaged_state_is_named(what: str, cut: bool, tmp_path: Path) -> None:
     folder, state = saved(tmp_path / "model"), tmp_path / "state"
-    assert dying(5, lambda: stream(folder, batches(), state=state))
+    assert dying(5, lambda: stream(folder, batches(), resume_dir=state))
     (path,) = (state / "layer-0000").glob(what)
     spoil(path, cut=cut)
     with pytest.raises(ValueError, match=rf"{path.name}' is damaged.*remove '{state}'"):
-        stream(folder, batches(), state=state)
+        stream(folder, batches(), resume_dir=state)
 
 
 def test_state_of_another_run_is_refused(tmp_path: Path) -> None:
     folder, state = saved(tmp_path / "model"), tmp_path / "state"
-    stream(folder, batches(), state=state)
+    stream(folder, batches(), resume_dir=state)
     with pytest.raises(ValueError, match="unfinished run with data"):
-        stream(folder, batches()[::-1], state=state)
+        stream(folder, batches()[::-1], resume_dir=state)
     with pytest.raises(ValueError, match="unfinished run with modules"):
-        stream(folder, batches(), state=state, modules="mlp")
-    stream(folder, batches(), state=state, metric="norm")  # the same sums serve both
+        stream(folder, batches(), resume_dir=state, modules="mlp")
+    stream(folder, batches(), resume_dir=state, metric="norm")  # the same sums serve both
 
 
 def test_not_a_number_is_named_and_earlier_layers_are_kept(tmp_path: Path) -> None:
@@ -219,7 +218,7 @@ def test_not_a_number_is_named_and_earlier_layers_are_kept(tmp_path: Path) -> No
     weights["model.layers.1.mlp.up_proj.weight"][3, 3] = torch.nan
     write_weights(folder, weights)
     with pytest.raises(FloatingPointError, match=r"model.layers.1.mlp.down_proj"):
-        stream(folder, batches(), state=state)
+        stream(folder, batches(), resume_dir=state)
     assert (state / "layer-0000" / "meta.json").is_file()
     assert not (state / "layer-0001" / "meta.json").exists()
 

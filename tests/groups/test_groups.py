@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from commands import call
+from group_scores import Scores, tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from ssah.attribution import Attribution
-from ssah.groups import GROUPS, UnitGroups, classify, transfer
-from ssah.storage import save_tensors
-from ssah.units import UnitSet, find_modules, model_name, normalized, units_hash
+from ssah.groups import GROUPS, UnitGroups, classify
+from ssah.units import UnitSet
 
-Scores = dict[str, list[float]]
 Unit = tuple[str, int]
 
 
@@ -78,10 +72,6 @@ def as_sets(groups: UnitGroups) -> dict[str, set[Unit]]:
         group: {(name, j) for name in units for j in units[name].tolist()}
         for group, units in groups.items()
     }
-
-
-def tensors(scores: Scores) -> dict[str, Tensor]:
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in scores.items()}
 
 
 def lists(scores: dict[str, Tensor]) -> Scores:
@@ -298,311 +288,6 @@ def test_two_million_units_are_quick(scope: Any, normalize: Any) -> None:
     assert elapsed < 10, "far from linear in the number of units"
 
 
-# ------------------------------------------------------------------------------------- refusals
-
-
-def attribution(scores: dict[str, Tensor] | None = None, **changed: Any) -> Attribution:
-    scores = {"a": torch.arange(4.0, dtype=torch.float64)} if scores is None else scores
-    fields: dict[str, Any] = {
-        "metric": "variance",
-        "tokens": "labels",
-        "model_name": "tiny",
-        "units_hash": "c0ffee",
-        "data_fingerprint": "data",
-    }
-    counts = dict.fromkeys(scores, 2)
-    mean, variance = ({name: x + i for name, x in scores.items()} for i in (1, 2))
-    return Attribution(scores, mean, variance, counts, **(fields | changed))
-
-
-def test_metadata_of_attributions_is_kept() -> None:
-    safety, utility = attribution(data_fingerprint="s"), attribution(data_fingerprint="u")
-    groups = classify(safety, utility, scu=0, ucu=0, ru=0)
-    assert groups.metadata == {
-        "metric": "variance",
-        "tokens": "labels",
-        "model_name": "tiny",
-        "units_hash": "c0ffee",
-        "weights_hash": None,
-        "data_fingerprint": {"safety": "s", "utility": "u"},
-    }
-
-
-def test_the_same_data_for_both_is_refused() -> None:
-    with pytest.raises(ValueError, match="measured on the same data"):
-        classify(attribution(), attribution(), scu=0.25, ucu=0.25, ru=0)
-
-
-def test_defaults_are_those_that_were_measured_best(tmp_path: Path) -> None:
-    scores = {"a": torch.arange(8.0), "b": 100 * torch.arange(8.0).flip(0)}
-    other = {"a": torch.arange(8.0).flip(0), "b": 70 * torch.arange(8.0)}
-    shares = {"scu": 0.2, "ucu": 0.1, "ru": 0.1}
-    best = classify(scores, other, **shares, scope="model", normalize="zscore")
-    assert classify(scores, other, **shares) == best
-    assert classify(scores, other, **shares, scope="module", normalize="none") != best
-    for name, data, role in (("s", "harm", scores), ("u", "help", other)):
-        attribution({key: x.double() for key, x in role.items()}, data_fingerprint=data).save(
-            tmp_path / name
-        )
-    folders = [str(tmp_path / name) for name in ("s", "u", "groups")]
-    given = [f"--{name}={share}" for name, share in shares.items()]
-    call("classify", *folders[:2], *given, "--out", folders[2])
-    assert dict(UnitGroups.load(folders[2])) == dict(best)
-
-
-@pytest.mark.parametrize(
-    ("changed", "words"),
-    [
-        ({"metric": "norm"}, "metric.*'variance'.*'norm'"),
-        ({"tokens": "all"}, "tokens.*'labels'.*'all'"),
-        ({"model_name": "other"}, "model_name.*'tiny'.*'other'"),
-        ({"units_hash": "beef"}, "units of the model.*'c0ffee'.*'beef'"),
-    ],
-)
-def test_attributions_that_differ_are_refused(changed: dict[str, str], words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        classify(attribution(), attribution(**changed), scu=0, ucu=0, ru=0)
-
-
-def test_attribution_with_mapping_is_refused() -> None:
-    with pytest.raises(TypeError, match="safety is Attribution and utility is dict"):
-        classify(attribution(), {"a": torch.zeros(4)}, scu=0, ucu=0, ru=0)
-
-
-@pytest.mark.parametrize(
-    ("shares", "words"),
-    [
-        ((-0.1, 0, 0), "scu is -0.1"),
-        ((0, 1.1, 0), "ucu is 1.1"),
-        ((0, 0, math.nan), "ru is nan"),
-        ((0.5, 0.3, 0.3), r"scu \+ ucu \+ ru is 0.5 \+ 0.3 \+ 0.3 = 1.1"),
-    ],
-)
-def test_impossible_shares_are_refused(shares: tuple[float, ...], words: str) -> None:
-    scores = {"a": torch.zeros(4)}
-    with pytest.raises(ValueError, match=words):
-        classify(scores, scores, scu=shares[0], ucu=shares[1], ru=shares[2])
-
-
-@pytest.mark.parametrize("share", ["0.1", None, True])
-def test_shares_that_are_no_numbers_are_refused(share: Any) -> None:
-    scores = {"a": torch.zeros(4)}
-    with pytest.raises(TypeError, match="scu is"):
-        classify(scores, scores, scu=share, ucu=0, ru=0)
-
-
-@pytest.mark.parametrize(
-    ("safety", "utility", "words"),
-    [
-        ({"a": [0.0]}, {}, "utility has no modules"),
-        ({"a": [0.0], "b": [0.0]}, {"a": [0.0]}, "utility lacks 1 .*of safety, b"),
-        ({"a": [0.0]}, {"a": [0.0], "b": [0.0]}, "safety lacks 1 .*of utility, b"),
-        ({"a": [0.0]}, {"a": [0.0, 1.0]}, "a has 1 units in safety and 2 in utility"),
-        ({"a": [0.0, math.nan]}, {"a": [0.0, 1.0]}, "safety: 1 of 2 scores of a are NaN"),
-        ({"a": [0.0, 1.0]}, {"a": [math.inf, 1.0]}, "utility: 1 of 2 scores of a .*infinite"),
-        ({"a": [[0.0]]}, {"a": [[0.0]]}, r"safety: .*a have shape \[1, 1\]"),
-        ({"a": []}, {"a": []}, r"safety: .*a have shape \[0\]"),
-    ],
-)
-def test_unusable_scores_are_refused(safety: Any, utility: Any, words: str) -> None:
-    with pytest.raises(ValueError, match=words):
-        classify(tensors(safety), tensors(utility), scu=0, ucu=0, ru=0)
-
-
-def test_unknown_choices_are_refused() -> None:
-    scores = {"a": torch.arange(10.0)}
-    with pytest.raises(ValueError, match=r"scope is 'layer'.*module, model"):
-        classify(scores, scores, scu=0, ucu=0, ru=0, scope="layer")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"normalize is 'max'.*none, zscore, rank"):
-        classify(scores, scores, scu=0, ucu=0, ru=0, normalize="max")  # type: ignore[arg-type]
-    groups = classify(scores, scores, scu=0.1, ucu=0, ru=0)
-    with pytest.raises(ValueError, match="group is 'esu'"):
-        groups.top("esu", 0.1)
-    with pytest.raises(ValueError, match="by is 'score'"):
-        groups.top("scu", 0.1, by="score")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"fraction is 0.2; the group scu is 0.1 of all units"):
-        groups.top("scu", 0.2)
-    with pytest.raises(ValueError, match=r"fraction is 1.5"):
-        groups.top("scu", 1.5)
-
-
-def test_groups_must_be_disjoint_and_complete() -> None:
-    scores = {"a": torch.arange(4.0)}
-    good = dict(classify(scores, scores, scu=0.25, ucu=0.25, ru=0.25))
-    arguments: dict[str, Any] = {
-        "safety": scores,
-        "utility": scores,
-        "shares": {"scu": 0.25, "ucu": 0.25, "ru": 0.25},
-    }
-    UnitGroups(good, **arguments)
-    nothing = UnitSet({}, {"a": 4})
-    with pytest.raises(ValueError, match="is in 0 groups"):
-        UnitGroups(good | {"ru": nothing}, **arguments)
-    with pytest.raises(ValueError, match="is in 2 groups"):
-        UnitGroups(good | {"ru": good["ru"] | good["scu"]}, **arguments)
-    with pytest.raises(ValueError, match="a has 4 units in safety and 5 in group ru"):
-        UnitGroups(good | {"ru": UnitSet({}, {"a": 5})}, **arguments)
-    with pytest.raises(ValueError, match="groups are named"):
-        UnitGroups({"scu": nothing}, **arguments)
-
-
-# ----------------------------------------------------------------------- summary, repr and files
-
-
-def test_summary_is_plain_data() -> None:
-    safety = {"m.0.o": torch.arange(4.0), "m.0.down": torch.arange(8.0), "x": torch.arange(4.0)}
-    zero = {name: torch.zeros_like(x) for name, x in safety.items()}
-    summary = classify(safety, zero, scu=0.25, ucu=0.25, ru=0.25).summary()
-    assert json.loads(json.dumps(summary)) == summary
-    assert summary["units"] == 16
-    assert summary["groups"]["scu"] == {"units": 4, "fraction": 0.25}
-    assert summary["modules"][1] == {
-        "module": "m.0.down", "layer": 0, "units": 8, "scu": 2, "ucu": 2, "ru": 2, "cu": 2
-    }  # fmt: skip
-    assert summary["layers"] == [
-        {"layer": 0, "units": 12, "scu": 3, "ucu": 3, "ru": 3, "cu": 3},
-        {"layer": None, "units": 4, "scu": 1, "ucu": 1, "ru": 1, "cu": 1},
-    ]
-
-
-def test_repr_says_what_is_in_it() -> None:
-    scores = {"a": torch.arange(4.0)}
-    text = repr(classify(scores, scores, scu=0.25, ucu=0, ru=0.5))
-    assert "scu=1 (25.00%)" in text
-    assert "4 units in 1 modules, scope='model', normalize='zscore'" in text
-
-
-@pytest.fixture(scope="module")
-def llama() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            hidden_size=16,
-            intermediate_size=24,
-            num_hidden_layers=11,  # layers.10 sorts before layers.2 in a file
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            vocab_size=32,
-        )
-    )
-
-
-def attributions(model: LlamaForCausalLM) -> list[Attribution]:
-    generator = torch.Generator().manual_seed(0)
-    return [
-        attribution(
-            {
-                name: torch.randint(0, 9, (module.n_units,), generator=generator).double()
-                for name, module in find_modules(model).items()
-            },
-            model_name=model_name(model),
-            units_hash=units_hash(model),
-            data_fingerprint=part,
-        )
-        for part in ("harm", "help")
-    ]
-
-
-@pytest.mark.parametrize("scope", ["module", "model"])
-@pytest.mark.parametrize("normalize", ["none", "zscore", "rank"])
-def test_saved_groups_are_the_same(
-    llama: LlamaForCausalLM, tmp_path: Any, scope: Any, normalize: Any
-) -> None:
-    groups = classify(
-        *attributions(llama), scu=0.1, ucu=0.2, ru=0.3, scope=scope, normalize=normalize
-    )
-    groups.save(tmp_path / "groups")
-    again = UnitGroups.load(tmp_path / "groups", model=llama)
-    assert again == groups
-    assert list(again.sizes.items()) == list(groups.sizes.items())
-    assert (again.metadata, again.shares) == (groups.metadata, groups.shares)
-    for by in ("safety", "utility", "difference", "sum"):
-        assert again.top("cu", 0.13, by=by) == groups.top("cu", 0.13, by=by)
-    assert not list((tmp_path / "groups").glob("*.p*k*l*"))
-
-
-def test_groups_of_another_model_are_refused(llama: LlamaForCausalLM, tmp_path: Any) -> None:
-    other = LlamaForCausalLM(
-        LlamaConfig(**{**llama.config.to_dict(), "rope_parameters": None, "num_hidden_layers": 10})
-    )
-    classify(*attributions(llama), scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)
-    with pytest.raises(ValueError, match=r"unit groups was made on .*its units are others"):
-        UnitGroups.load(tmp_path, model=other)
-    plain = [each.scores for each in attributions(llama)]
-    classify(*plain, scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)
-    assert UnitGroups.load(tmp_path, model=llama).metadata["model_name"] is None
-    with pytest.raises(ValueError, match=r"lacks: .*layers\.10\."):
-        UnitGroups.load(tmp_path, model=other)
-
-
-def test_scores_that_share_memory_can_be_saved(tmp_path: Any) -> None:
-    whole = torch.arange(8.0, dtype=torch.float64)
-    scores = {"a": whole[:4], "b": whole[4:], "c": whole}
-    groups = classify(scores, scores, scu=0, ucu=0, ru=0.25)
-    groups.save(tmp_path)
-    whole.zero_()
-    assert groups.safety["a"].tolist() == [0, 1, 2, 3]
-    assert UnitGroups.load(tmp_path) == groups
-
-
-def test_attributions_from_files_give_the_same_groups(
-    llama: LlamaForCausalLM, tmp_path: Any
-) -> None:
-    both = attributions(llama)
-    for each in both:
-        each.save(tmp_path / each.data_fingerprint)
-    again = [Attribution.load(tmp_path / name, model=llama) for name in ("harm", "help")]
-    shares = {"scu": 0.1, "ucu": 0.2, "ru": 0.3}
-    assert classify(*again, **shares, scope="model") == classify(*both, **shares, scope="model")
-
-
-def test_what_is_no_group_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(FileNotFoundError, match="nothing was saved"):
-        UnitGroups.load(tmp_path)
-    save_tensors(tmp_path, {"scores/a": torch.zeros(3)}, {"metric": "variance"})
-    with pytest.raises(ValueError, match="must hold 'ssah unit groups'"):
-        UnitGroups.load(tmp_path)
-
-
-# ------------------------------------------------------------------------------ exactly rounded
-
-
-def one_by_one(x: torch.Tensor) -> torch.Tensor:
-    """z-scores of one module by math.fsum, which rounds the exact sum once."""
-    deviation = x - math.fsum(x.tolist()) / len(x)
-    deviation = deviation / deviation.abs().max()
-    return deviation / math.sqrt(math.fsum((deviation * deviation).tolist()) / len(x))
-
-
-@pytest.mark.parametrize("n", [2, 3, 7, 100, 768, 1536])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 8.0, 300.0])
-def test_z_scores_of_many_modules_have_the_bits_of_exactly_rounded_sums(
-    n: int, spread: float
-) -> None:
-    """Together or one by one, over magnitudes far apart, denormal numbers included."""
-    generator = torch.Generator().manual_seed(n)
-    draw = {"generator": generator, "dtype": torch.float64}
-    scores = {
-        str(i): torch.randn(n, **draw) * torch.exp(spread * torch.randn(n, **draw)).clamp(max=1e250)
-        for i in range(20)
-    }
-    scores["denormal"] = torch.randn(n, **draw) * 1e-310
-    scores["of another size"] = torch.randn(n + 1, **draw)
-    scores["constant"] = torch.full((n,), 0.1, dtype=torch.float64)
-    found = normalized(scores, "zscore")
-    assert list(found) == list(scores)
-    assert not found.pop("constant").any()
-    for name, values in found.items():
-        assert torch.equal(values, one_by_one(scores[name])), name
-
-
-def test_scores_near_the_largest_number_have_z_scores() -> None:
-    """Their sum is beyond float64, their mean is not."""
-    values = torch.tensor([1e308, 1.5e308, -1e308], dtype=torch.float64)
-    found = normalized({"a": values}, "zscore")["a"]
-    assert torch.allclose(found, one_by_one(values / 2.0**200), rtol=1e-15, atol=0)
-
-
 def test_the_algebra_of_sets_over_different_scopes() -> None:
     one = UnitSet({"a": [0, 2], "b": [1]}, {"a": 3, "b": 2})
     other = UnitSet({"c": [0], "b": [0, 1]}, {"c": 1, "b": 2})
@@ -622,11 +307,3 @@ def test_sizes_of_a_set_are_numbers_of_units() -> None:
         UnitSet({}, {"a": -3})
     with pytest.raises(TypeError):
         UnitSet({}, {"a": 2.5})
-
-
-@pytest.mark.parametrize("wrong", [None, [1.0], 3])
-def test_what_is_no_attribution_is_named(wrong: object) -> None:
-    with pytest.raises(TypeError, match="both must be Attribution, or both mappings"):
-        classify(wrong, wrong, scu=0.1, ucu=0.1, ru=0.1)
-    with pytest.raises(TypeError, match="groups_before is"):
-        transfer(wrong, wrong)

@@ -58,7 +58,7 @@ def test_the_state_of_an_unfinished_run_names_it_too(tmp_path: Path) -> None:
     with torch.no_grad():
         model.get_parameter(f"{DOWN}.weight")[1, 2] = math.nan
     with pytest.raises(FloatingPointError, match=f"The weight '{DOWN}.weight'"):
-        ssah.attribute(model, [batch()], state=tmp_path, save_every=0)
+        ssah.attribute(model, [batch()], resume_dir=tmp_path, save_every_seconds=0)
 
 
 def test_every_measurement_names_the_weight() -> None:

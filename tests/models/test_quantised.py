@@ -62,11 +62,11 @@ def test_an_unfinished_run_goes_on(build: Build, scheme: str, tmp_path: Path) ->
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        attribute(build(scheme), broken(), state=tmp_path, save_every=0)
+        attribute(build(scheme), broken(), resume_dir=tmp_path, save_every_seconds=0)
     ran: list[int] = []
     embedding = model.get_input_embeddings()
     handle = embedding.register_forward_hook(lambda *_: ran.append(1))
-    found = attribute(model, ragged(), state=tmp_path, save_every=0)
+    found = attribute(model, ragged(), resume_dir=tmp_path, save_every_seconds=0)
     handle.remove()
     assert len(ran) == len(ragged()) - 1
     assert all(torch.equal(found.scores[name], whole.scores[name]) for name in whole.scores)
@@ -128,7 +128,7 @@ def test_a_wrong_weight_is_noticed(
         assert plain is not None
         return torch.cat([plain[:, :1] * 1.01, plain[:, 1:]], dim=1)
 
-    monkeypatch.setattr("ssah.attribution.scoring.dequantised", wrong)
+    monkeypatch.setattr("ssah.attribution.scores.dequantised", wrong)
     result = attribute(model, ragged())
     with pytest.raises(AssertionError, match="times the tolerance"):
         assert_close(

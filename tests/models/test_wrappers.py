@@ -72,7 +72,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scores, groups and an update of the model that the tests here begin with."""
     folder = tmp_path_factory.mktemp("results")
     model = build("llama")
-    scores = [ssah.attribute(model, [batch(seed)], group=None) for seed in (0, 1)]
+    scores = [ssah.attribute(model, [batch(seed)], process_group=None) for seed in (0, 1)]
     scores[0].save(folder / "scores")
     ssah.classify(*scores, scu=0.1, ucu=0.1, ru=0.1).save(folder / "groups")
     with ssah.freeze(model, draw(model)) as plan:
@@ -89,7 +89,7 @@ def test_wrappers_are_refused_by_name(name: str, results: Path) -> None:
     before = snapshot(model)
     tokenizer = tiny_chat.tokenizer()
     attempts: dict[str, Callable[[], Any]] = {
-        "attribute": lambda: ssah.attribute(wrapped, [batch()], group=None),
+        "attribute": lambda: ssah.attribute(wrapped, [batch()], process_group=None),
         "find_modules": lambda: ssah.find_modules(wrapped),
         "ablate": lambda: ssah.ablate(wrapped, units),
         "prune": lambda: ssah.prune(wrapped, units),
@@ -111,23 +111,23 @@ def test_wrappers_are_refused_by_name(name: str, results: Path) -> None:
 
 def test_what_wraps_nothing_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model is a Linear, must be a transformers\.PreTrained"):
-        ssah.attribute(nn.Linear(2, 2), [batch()], group=None)
+        ssah.attribute(nn.Linear(2, 2), [batch()], process_group=None)
     with pytest.raises(TypeError, match=r"model is a str, must be a transformers\.PreTrained"):
-        ssah.attribute("llama", [batch()], group=None)
+        ssah.attribute("llama", [batch()], process_group=None)
 
 
 def test_a_model_compiled_in_place_is_scored() -> None:
     model = build("llama")
-    expected = ssah.attribute(model, [batch()], group=None).scores
+    expected = ssah.attribute(model, [batch()], process_group=None).scores
     model.compile(backend="eager")
-    found = ssah.attribute(model, [batch()], group=None).scores
+    found = ssah.attribute(model, [batch()], process_group=None).scores
     for name, scores in expected.items():
         torch.testing.assert_close(found[name], scores)
 
 
 def refused_by_all(model: PreTrainedModel, units: ssah.UnitSet, results: Path, match: str) -> None:
     attempts: list[Callable[[], Any]] = [
-        lambda: ssah.attribute(model, [batch()], group=None),
+        lambda: ssah.attribute(model, [batch()], process_group=None),
         lambda: ssah.ablate(model, units),
         lambda: ssah.prune(model, units),
         lambda: ssah.freeze(model, units),
@@ -208,9 +208,9 @@ def measured(model: PreTrainedModel) -> dict[str, Any]:
         "margin": refusal_margin(model, tokenizer, ["a b c", "d"]),
         "answers": answers(model, tokenizer, ["a b c"], max_new_tokens=8),
         "probe": ssah.probe(model, tokenizer, ["a b", "c d"], tokens=2).refusal_distances,
-        "taylor": ssah.attribute(model, [batch()], metric="taylor", group=None).scores,
-        "fisher": ssah.attribute(model, [batch()], metric="fisher", group=None).scores,
-        "variance": ssah.attribute(model, [batch()], group=None).scores,
+        "taylor": ssah.attribute(model, [batch()], metric="taylor", process_group=None).scores,
+        "fisher": ssah.attribute(model, [batch()], metric="fisher", process_group=None).scores,
+        "variance": ssah.attribute(model, [batch()], process_group=None).scores,
     }
 
 
@@ -237,10 +237,12 @@ def test_a_trainer_in_bf16_changes_no_measurement(tmp_path: Path) -> None:
 def test_the_callers_autocast_changes_no_measurement(metric: str) -> None:
     model = build("llama")
     before = utility_loss(model, [batch()])
-    scores = ssah.attribute(model, [batch()], metric=metric, group=None).scores
+    scores = ssah.attribute(model, [batch()], metric=metric, process_group=None).scores
     with torch.autocast("cpu", torch.bfloat16):
         assert utility_loss(model, [batch()]) == before
-        assert_same(scores, ssah.attribute(model, [batch()], metric=metric, group=None).scores)
+        assert_same(
+            scores, ssah.attribute(model, [batch()], metric=metric, process_group=None).scores
+        )
 
 
 def test_a_forward_of_the_user_is_used() -> None:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import inspect
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from tiny_models import build, collate, rows
 
+import ssah
+from ssah.distributed import Ranks, deal
 from ssah.moved import MOVED, renamed
 
 
@@ -70,3 +74,27 @@ def test_an_old_import_path_has_the_names_of_the_new_one() -> None:
         [sys.executable, "-c", script], input=told, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_scoring_takes_its_old_parameters(tmp_path: Path) -> None:
+    model, batches = build("llama"), [collate(rows())]
+    new = ssah.attribute(
+        model, batches, process_group=None, resume_dir=tmp_path / "new", save_every_seconds=0
+    )
+    old = {"group": None, "state": tmp_path / "old", "save_every": 0}
+    with pytest.warns(DeprecationWarning, match="is now attribute") as seen:
+        found = ssah.attribute(model, batches, **old)
+    told = [str(warning.message) for warning in seen]
+    for parameter in old:
+        assert any(f"attribute({parameter}=) is now attribute(" in each for each in told)
+    assert found.scores.keys() == new.scores.keys()
+    assert list((tmp_path / "old").iterdir())
+    with pytest.warns(DeprecationWarning, match=r"deal\(group=\) is now deal\(process_group=\)"):
+        assert list(deal(batches, group=None)) == batches  # type: ignore[call-arg]
+    with pytest.warns(DeprecationWarning, match=r"Ranks.of\(group=\) is now Ranks.of\(process_g"):
+        assert Ranks.of(group=None).size == 1  # type: ignore[call-arg]
+    folder = tmp_path / "model"
+    model.save_pretrained(folder)
+    with pytest.warns(DeprecationWarning, match=r"stream\(state=\) is now stream\(resume_dir=\)"):
+        ssah.stream(str(folder), batches, state=tmp_path / "streamed")  # type: ignore[call-arg]
+    assert list((tmp_path / "streamed").iterdir())

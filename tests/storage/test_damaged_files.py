@@ -51,7 +51,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
         raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        attribute(model(), cut(), state=folder / "unfinished", save_every=0)
+        attribute(model(), cut(), resume_dir=folder / "unfinished", save_every_seconds=0)
     checkpoint = folder / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     for name, size in (("model.safetensors", 3000), ("optimizer.pt", 2000), ("rng.pth", 300)):
@@ -72,7 +72,7 @@ def _update(folder: Path) -> Any:
 
 
 def _unfinished(folder: Path) -> Any:
-    result = attribute(model(), batches(), state=folder)
+    result = attribute(model(), batches(), resume_dir=folder)
     return {**result.scores, **result.mean, **result.variance}
 
 

@@ -17,7 +17,7 @@ from streamed import assert_same
 from tiny_models import build, collate, rows
 
 from ssah.attribution import Attribution, attribute
-from ssah.attribution import scoring as attribution
+from ssah.attribution import run as attribution
 from ssah.storage import LOCK, one_run
 from ssah.studies.run_folder import Run
 
@@ -127,23 +127,23 @@ def test_a_state_is_of_one_call_at_a_time(tmp_path: Path) -> None:
     def during() -> Any:
         yield batches[0]
         with pytest.raises(ValueError, match=f"is running in '{tmp_path / 'state'}'"):
-            attribute(build("llama"), batches, state=tmp_path / "state")
+            attribute(build("llama"), batches, resume_dir=tmp_path / "state")
 
-    result = attribute(build("llama"), during(), state=tmp_path / "state")
-    again = attribute(build("llama"), batches, state=tmp_path / "state", save_every=0)
+    result = attribute(build("llama"), during(), resume_dir=tmp_path / "state")
+    again = attribute(build("llama"), batches, resume_dir=tmp_path / "state", save_every_seconds=0)
     assert_same(result, again)
 
 
 def test_a_state_that_is_refused_is_not_kept_locked(tmp_path: Path) -> None:
     batches = [collate(rows((11, 4, 9)))]
-    attribute(build("llama"), batches, state=tmp_path, save_every=0)
+    attribute(build("llama"), batches, resume_dir=tmp_path, save_every_seconds=0)
     with pytest.raises(ValueError, match="unfinished run with metric"):
-        attribute(build("llama"), batches, state=tmp_path, metric="norm")
+        attribute(build("llama"), batches, resume_dir=tmp_path, metric="norm")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attribution, "check_finite", None)
         with pytest.raises(TypeError):
-            attribute(build("llama"), batches, state=tmp_path)
-    attribute(build("llama"), batches, state=tmp_path)
+            attribute(build("llama"), batches, resume_dir=tmp_path)
+    attribute(build("llama"), batches, resume_dir=tmp_path)
 
 
 # --------------------------------------------------------------------------------- experiments

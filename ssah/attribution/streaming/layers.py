@@ -28,10 +28,10 @@ from ssah.models import (
 )
 from ssah.units import layers_path
 
-__all__ = ["LayeredModel", "Relay", "alone", "moved"]
+__all__ = ["LayerIO", "LayeredModel", "alone", "on_device"]
 
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
-_REST = -1
+_REST = -1  # in the place of a layer's index: embeddings, norms, what is in no layer
 
 
 class LayeredModel:
@@ -82,7 +82,7 @@ class LayeredModel:
             raise ModelError(f"model {name!r} is quantised, must be plain weights to be streamed")
         stored = config.dtype or self.checkpoint.dtype
         self.dtype = stored if dtype == "auto" else getattr(torch, dtype)
-        config.name_or_path = source
+        config.name_or_path = source  # what a loaded model has: the result's `model_name`
         with torch.device("meta"), loading_errors(name):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config, dtype=self.dtype, trust_remote_code=trust_remote_code
@@ -94,7 +94,7 @@ class LayeredModel:
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
         _check_separable(self.model)
-        self._empty = self._state()
+        self._empty = self._state()  # on the meta device: what `unload` puts back
         base = next(name for name, m in self.model.named_modules() if m is self.model.base_model)
         self._rest = [
             name
@@ -145,6 +145,7 @@ class LayeredModel:
         """Layer (or ``_REST``) -> its names in the checkpoint; what nothing needs is in none."""
         owner = dict.fromkeys(self._rest, _REST)
         tied = tied_weights(self.model)
+        # A checkpoint may have a tied weight under either name, so both belong to its owner.
         for target, source in tied.items():
             if source in owner:
                 owner.setdefault(target, owner[source])
@@ -154,6 +155,7 @@ class LayeredModel:
         targets = {key: self._reader.target(key, self._empty) for key in self.checkpoint.names}
         present = set(targets.values())
         for key, target in targets.items():
+            # Where the source is there as well, its copy under the other name is not read.
             if target in owner and tied.get(target) not in present:
                 keys[owner[target]].append(key)
         return keys
@@ -187,42 +189,44 @@ class LayeredModel:
 
 
 @dataclass
-class Relay:
+class LayerIO:
     """What goes into the one layer that runs, and what has come out of it."""
 
-    before: Any = None
-    after: Any = None
+    input: Any = None
+    output: Any = None
 
 
 @contextmanager
-def alone(layers: nn.ModuleList, index: int) -> Iterator[Relay]:
+def alone(layers: nn.ModuleList, index: int) -> Iterator[LayerIO]:
     """Inside the block, those before layer ``index`` return what goes into it, those after it what
     came out."""
-    relay = Relay()
+    handed = LayerIO()
     own = layers[index].forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        relay.after = own(*args, **kwargs)
-        return relay.after
+        handed.output = own(*args, **kwargs)
+        return handed.output
 
     def earlier(*_: Any, **__: Any) -> Any:
-        return relay.before
+        return handed.input
 
     def later(*_: Any, **__: Any) -> Any:
-        return relay.after
+        return handed.output
 
+    # The others have no weights now. They are called all the same: the model loops over all.
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
             forward = run if i == index else earlier if i < index else later
             stack.enter_context(replaced_forward(layer, forward))
-        yield relay
+        yield handed
 
 
-def moved(output: Hidden, device: torch.device) -> Hidden:
-    """What a layer returns, on ``device``: hidden states, or a tuple that begins with them. Nothing
-    else in it is handed on."""
+def on_device(output: Hidden, device: torch.device) -> Hidden:
+    """What a layer returns, on ``device``: hidden states ``[rows, length, hidden]``, or a tuple
+    that begins with them. Nothing else in it is handed on."""
     if isinstance(output, Tensor):
         return output.to(device)
+    # Its length stays, as the model may unpack it.
     return (output[0].to(device), *[None] * (len(output) - 1))
 
 

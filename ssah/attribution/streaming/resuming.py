@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import safetensors.torch
 from torch import Tensor
 
-from ssah.attribution import partial_runs as unfinished
-from ssah.attribution.watch import Sums
+from ssah.attribution import partial_runs
+from ssah.attribution.sums import Sums
 from ssah.storage import META, check_fields, naming
 
 __all__ = ["FileState", "Hidden", "MemoryState"]
@@ -44,7 +44,8 @@ class MemoryState:
         self._hidden[number] = hidden
 
     def finish_layer(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
-        """All batches have passed through this layer, whose modules have these sums and norms."""
+        """All batches have passed through this layer, whose modules have these sums and norms,
+        ``[n_units]`` each."""
         self.sums |= sums
         self.norms |= norms
         self.layer += 1
@@ -71,7 +72,7 @@ class FileState(MemoryState):
         self.folder, self.identity = folder, dict(identity)
         self._digests: list[str] = []  # of the hidden states after the layer before this one
         self._written: list[str] = []  # of those after this one
-        while (found := unfinished.load(self._of(self.layer), self.identity)) is not None:
+        while (found := partial_runs.load(self._of(self.layer), self.identity)) is not None:
             sums, norms, reached = found
             check_fields(self._of(self.layer) / META, reached, {"hidden": list})
             super().finish_layer(sums, norms)
@@ -79,10 +80,11 @@ class FileState(MemoryState):
         self._of(self.layer).mkdir(parents=True, exist_ok=True)
 
     def get(self, number: int) -> Hidden:
+        # Checked here and not as the run began: each file is read once, when it is needed.
         path = self._hidden_file(self.layer - 1, number)
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != self._digests[number]:
-            raise unfinished.damaged(self.folder, f"file {str(path)!r} is damaged")
+            raise partial_runs.damaged(self.folder, f"file {str(path)!r} is damaged")
         ((key, hidden),) = safetensors.torch.load(content).items()
         length = int(key)
         return (hidden, *[None] * (length - 1)) if length else hidden
@@ -97,7 +99,7 @@ class FileState(MemoryState):
         self._written.append(hashlib.sha256(content).hexdigest())
 
     def finish_layer(self, sums: Mapping[str, Sums], norms: Mapping[str, Tensor]) -> None:
-        unfinished.keep(
+        partial_runs.keep(
             self._of(self.layer), self.identity, sums, norms=norms, hidden=self._written
         )
         super().finish_layer(sums, norms)

@@ -1,12 +1,22 @@
-"""``stream``: scores of a model that is larger than memory, layer by layer from its files."""
+"""``stream``: scores of a model that is larger than memory, layer by layer from its files.
+
+Usually every layer is in memory, and batches pass one after another. Here every batch is in memory,
+and layers pass one after another. Example: 3 batches, 2 layers, and a thread that reads ahead.
+
+    thread    read 0 | read 1              |
+    compute          | 0: batches 0, 1, 2  | 1: batches 0, 1, 2
+    memory    0      | 0, 1                | 1
+
+Hidden states wait between two layers: for each batch one tensor ``[rows, length, hidden]``.
+"""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,29 +25,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.attribution.batches import (
-    Batch,
-    Fingerprint,
-    Trail,
-    counted_tokens,
-    n_embeddings,
-    read_batch,
-)
-from ssah.attribution.positions import with_positions
-from ssah.attribution.scoring import (
-    METRICS,
-    TOKENS,
-    Attribution,
-    check_loader,
-    check_option,
-    column_sq_norms,
-    finish,
-    may_drop_mask,
-)
-from ssah.attribution.streaming.layers import LayeredModel, alone, moved
+from ssah.attribution.batches import Batch, BatchReader, counted_tokens
+from ssah.attribution.result import METRICS, TOKENS, Attribution
+from ssah.attribution.scores import check_option, column_sq_norms, score_all
+from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
 from ssah.attribution.streaming.resuming import FileState, MemoryState
-from ssah.attribution.watch import Sums, check_finite, check_ran, watching
+from ssah.attribution.sums import Sums, check_finite, check_ran
+from ssah.attribution.tally import BatchHash, Tally
+from ssah.attribution.watch import watching
+from ssah.distributed import Ranks
 from ssah.models import naming_weights
+from ssah.moved import renamed
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
 from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
@@ -65,6 +63,7 @@ class Traffic:
     wait_seconds: float
 
 
+@renamed(state="resume_dir")
 def stream(
     name: str,
     loader: Iterable[Mapping[str, Any]],
@@ -75,7 +74,7 @@ def stream(
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
-    state: str | os.PathLike[str] | None = None,
+    resume_dir: str | os.PathLike[str] | None = None,
     hidden_memory: int = 2**30,
     progress: bool = False,
 ) -> tuple[Attribution, Traffic]:
@@ -93,7 +92,7 @@ def stream(
         metric: ``"variance"`` or ``"norm"``.
         modules, tokens: as of `attribute`.
         dtype, device, trust_remote_code: as of ``load_model``.
-        state: a folder that keeps what is done after each layer. The same call with the same
+        resume_dir: a folder that keeps what is done after each layer. The same call with the same
             folder goes on after the last layer that was done, and gives the same bits. It is not
             removed: do so when the result is saved.
         hidden_memory: bytes; hidden states that take more are kept in temporary files.
@@ -105,7 +104,7 @@ def stream(
     Raises:
         ModelError: the model cannot be found, has no safetensors, or is quantised.
         ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
-            gradient metric, or a ``state`` that is damaged, of another run or in use by one.
+            gradient metric, or a ``resume_dir`` that is damaged, of another run or in use by one.
     """
     check_option("metric", metric, METRICS)
     check_option("tokens", tokens, TOKENS)
@@ -119,7 +118,7 @@ def stream(
     layered = LayeredModel(name, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     modules = (modules,) if isinstance(modules, str) else tuple(modules)
     found = find_modules(layered.model, modules)
-    batches, tokens, fingerprint, trail = _read_loader(loader, layered, metric, tokens)
+    batches, tokens, fingerprint, order = _read_loader(loader, layered, metric, tokens)
     identity = {
         "version": __version__,
         "torch": torch.__version__,
@@ -129,19 +128,24 @@ def stream(
         "device": layered.device.type,
         "modules": sorted(modules),
         "tokens": tokens,
-        "data": trail,
+        "data": order,
     }
     with ExitStack() as stack:
-        folder = state
-        if state is None and _hidden_bytes(layered, batches) > hidden_memory:
+        folder = resume_dir
+        # Without a folder to resume from, files serve where memory does not suffice.
+        if folder is None and _hidden_bytes(layered, batches) > hidden_memory:
             folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
         if folder is not None:
             stack.enter_context(one_run(folder))
         done = MemoryState() if folder is None else FileState(Path(folder), identity)
-        advance = stack.enter_context(_progress(layered, done)) if progress else None
+        show = None
+        if progress:
+            bar = scoring_bar("scoring layers", "{:,.2f} GB read", len(layered.layers), done.layer)
+            show = stack.enter_context(bar)
+        # What a Trainer has left on would compute in another dtype than the weights'.
         stack.enter_context(torch.autocast(layered.device.type, enabled=False))
-        waited = _run(layered, found, batches, done, advance)
-    attribution = finish(
+        waited = _run(layered, found, batches, done, show)
+    attribution = score_all(
         layered.model,
         found,
         done.sums,
@@ -150,11 +154,8 @@ def stream(
         tokens=tokens,
         fingerprint=fingerprint,
     )
-    checkpoint = layered.checkpoint
-    traffic = Traffic(
-        layered.bytes_needed, checkpoint.bytes_read, checkpoint.seconds, wait_seconds=waited
-    )
-    return attribution, traffic
+    read = layered.checkpoint
+    return attribution, Traffic(layered.bytes_needed, read.bytes_read, read.seconds, waited)
 
 
 def _run(
@@ -162,12 +163,12 @@ def _run(
     found: Mapping[str, DepthTwoModule],
     batches: Sequence[Batch],
     done: MemoryState,
-    advance: Callable[[], None] | None,
+    show: Callable[[float], None] | None,
 ) -> float:
     """Pass the batches through the layers that are left; seconds that computing has waited."""
     waited = 0.0
     left = range(done.layer, len(layered.layers))
-    if not left:
+    if not left:  # an earlier run has done all: nothing is to be read
         return waited
     layered.load_rest()
     with closing(_read_ahead(layered.read, left)) as ahead:
@@ -179,15 +180,17 @@ def _run(
             prefix = f"{layered.path}.{index}."
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
             sums = {name: Sums.zeros(module) for name, module in own.items()}
+            # Checked layer by layer: a NaN would reach all that follow, and be found hours later.
             with naming_weights(layered.model):
                 _run_layer(layered, index, own, sums, batches, done)
                 check_ran(own, sums)
                 check_finite(sums, gradient=False)
+            # Now, as the weights are about to go.
             norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
             layered.unload(index)
             done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
-            if advance is not None:
-                advance()
+            if show is not None:
+                show(layered.checkpoint.bytes_read / 1e9)
     return waited
 
 
@@ -195,6 +198,7 @@ def _read_ahead(
     read: Callable[[int], dict[str, Tensor]], indices: Sequence[int]
 ) -> Generator[dict[str, Tensor]]:
     """What ``read`` gives for each index, while the next one is being read by a thread."""
+    # One reading at a time, started when the one before is handed out: two layers in memory.
     with ThreadPoolExecutor(max_workers=1) as thread:
         reading = [thread.submit(read, index) for index in indices[:1]]
         for following in [*indices[1:], None]:
@@ -220,55 +224,40 @@ def _run_layer(
     last = index == len(layered.layers) - 1
     with (
         watching(modules, sums, gradient=False) as watch,
-        alone(layered.layers, index) as relay,
+        alone(layered.layers, index) as handed,
         torch.inference_mode(),
     ):
         for number, batch in enumerate(batches):
             watch.read(batch)
-            if index:
-                relay.before = moved(done.get(number), layered.device)
+            if index:  # the first layer takes what the model makes of its embeddings
+                handed.input = on_device(done.get(number), layered.device)
             layered.model.base_model(**batch.inputs, use_cache=False)
             if not last:
-                done.put(number, moved(relay.after, torch.device("cpu")))
+                done.put(number, on_device(handed.output, torch.device("cpu")))
 
 
 def _read_loader(
     loader: Iterable[Mapping[str, Any]], layered: LayeredModel, metric: str, tokens: str
 ) -> tuple[list[Batch], str, str, str]:
-    """All batches, which tokens count, the fingerprint of the data, and that of the batches."""
-    maskless, vocab_size = may_drop_mask(layered.model), n_embeddings(layered.model)
-    fingerprint, trail = Fingerprint(), Trail()
-    own_fingerprint = getattr(loader, "fingerprint", None)
+    """All batches, which tokens count, the fingerprint of the data, and the hash of the batches."""
+    tally, order = Tally(getattr(loader, "fingerprint", None)), BatchHash()
     batches: list[Batch] = []
+    reader = None
     for number, raw in enumerate(loader):
-        if tokens == "auto":
-            tokens = counted_tokens(raw)
-        batch = read_batch(
-            raw,
-            number,
-            tokens=tokens,
-            maskless=maskless,
-            device=layered.device,
-            vocab_size=vocab_size,
-        )
-        batch = with_positions(layered.model, batch)
-        if own_fingerprint is None:
-            fingerprint.update(batch)
-        trail.update(raw)
+        if reader is None:  # the first batch says what "auto" means
+            tokens = counted_tokens(raw) if tokens == "auto" else tokens
+            # The device is named, as embeddings are on the meta device until weights are read.
+            reader = BatchReader(layered.model, tokens=tokens, device=layered.device)
+        batch = reader.read(raw, number)
+        tally.add(batch)
+        order.update(raw)
         batches.append(batch)
-    counted = sum(int(batch.token_mask.sum()) for batch in batches)
-    check_loader(len(batches), counted, metric=metric, tokens=tokens)
-    own = str(own_fingerprint or fingerprint.hexdigest())
-    return batches, tokens, own, trail.hexdigest()
+    tally.join(Ranks())
+    tally.check(metric=metric, tokens=tokens)
+    return batches, tokens, str(tally.fingerprint), order.hexdigest()
 
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
+    """Of one tensor ``[rows, length, hidden]`` for each batch."""
     width = layered.model.config.get_text_config(decoder=True).hidden_size
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
-
-
-@contextmanager
-def _progress(layered: LayeredModel, done: MemoryState) -> Iterator[Callable[[], None]]:
-    total = len(layered.layers)
-    with scoring_bar("scoring layers", "{:,.2f} GB read", total, done.layer) as show:
-        yield lambda: show(layered.checkpoint.bytes_read / 1e9)

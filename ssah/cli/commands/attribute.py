@@ -82,7 +82,7 @@ def attribute(
         "modules": tuple(modules or KINDS),
         "tokens": tokens,
         "progress": True,
-        "state": out / _UNFINISHED,
+        "resume_dir": out / _UNFINISHED,
     }
     in_memory_alone = {
         "--all-experts": all_experts,
@@ -120,7 +120,7 @@ def attribute(
             more["traffic"] = asdict(traffic)
         else:
             if save_every is not None:
-                options["save_every"] = save_every
+                options["save_every_seconds"] = save_every
             attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
         more["seconds"] = time.perf_counter() - start
         attribution = replace(attribution, rows_read=rows_read(tokenizer, counts))

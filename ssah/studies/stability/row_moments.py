@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssah.attribution import (
-    Sums,
-    column_sq_norms,
-    may_drop_mask,
-    n_embeddings,
-    read_batch,
-    watching,
-)
+from ssah.attribution import BatchReader, Sums, column_sq_norms, watching
 from ssah.data import Collator, Encoded
 from ssah.models import as_it_was
 from ssah.storage import load_tensors, save_tensors
@@ -125,20 +118,14 @@ def row_moments(
         {name: column_sq_norms(module).cpu() for name, module in modules.items()},
     )
     sums = {name: Sums.zeros(module) for name, module in modules.items()}
-    collator, maskless = Collator(tokenizer), may_drop_mask(model)
+    collator = Collator(tokenizer)
+    reader = BatchReader(model, tokens=tokens)
     with (
         as_it_was(model),
         watching(modules, sums, gradient=False) as watch,
     ):
         for row, example in enumerate(examples):
-            batch = read_batch(
-                collator([example]),
-                row,
-                tokens=tokens,
-                maskless=maskless,
-                device=model.device,
-                vocab_size=n_embeddings(model),
-            )
+            batch = reader.read(collator([example]), row)
             watch.read(batch)
             with torch.inference_mode():  # the backbone alone: no score needs the vocabulary
                 model.base_model(**batch.inputs, use_cache=False)

@@ -1,0 +1,131 @@
+"""UnitGroups: summary, repr and files."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from group_scores import attribution
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ssah.attribution import Attribution
+from ssah.groups import UnitGroups, classify
+from ssah.storage import save_tensors
+from ssah.units import find_modules, model_name, units_hash
+
+
+def test_summary_is_plain_data() -> None:
+    safety = {"m.0.o": torch.arange(4.0), "m.0.down": torch.arange(8.0), "x": torch.arange(4.0)}
+    zero = {name: torch.zeros_like(x) for name, x in safety.items()}
+    summary = classify(safety, zero, scu=0.25, ucu=0.25, ru=0.25).summary()
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["units"] == 16
+    assert summary["groups"]["scu"] == {"units": 4, "fraction": 0.25}
+    assert summary["modules"][1] == {
+        "module": "m.0.down", "layer": 0, "units": 8, "scu": 2, "ucu": 2, "ru": 2, "cu": 2
+    }  # fmt: skip
+    assert summary["layers"] == [
+        {"layer": 0, "units": 12, "scu": 3, "ucu": 3, "ru": 3, "cu": 3},
+        {"layer": None, "units": 4, "scu": 1, "ucu": 1, "ru": 1, "cu": 1},
+    ]
+
+
+def test_repr_says_what_is_in_it() -> None:
+    scores = {"a": torch.arange(4.0)}
+    text = repr(classify(scores, scores, scu=0.25, ucu=0, ru=0.5))
+    assert "scu=1 (25.00%)" in text
+    assert "4 units in 1 modules, scope='model', normalize='zscore'" in text
+
+
+@pytest.fixture(scope="module")
+def llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16,
+            intermediate_size=24,
+            num_hidden_layers=11,  # layers.10 sorts before layers.2 in a file
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            vocab_size=32,
+        )
+    )
+
+
+def attributions(model: LlamaForCausalLM) -> list[Attribution]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        attribution(
+            {
+                name: torch.randint(0, 9, (module.n_units,), generator=generator).double()
+                for name, module in find_modules(model).items()
+            },
+            model_name=model_name(model),
+            units_hash=units_hash(model),
+            data_fingerprint=part,
+        )
+        for part in ("harm", "help")
+    ]
+
+
+@pytest.mark.parametrize("scope", ["module", "model"])
+@pytest.mark.parametrize("normalize", ["none", "zscore", "rank"])
+def test_saved_groups_are_the_same(
+    llama: LlamaForCausalLM, tmp_path: Any, scope: Any, normalize: Any
+) -> None:
+    groups = classify(
+        *attributions(llama), scu=0.1, ucu=0.2, ru=0.3, scope=scope, normalize=normalize
+    )
+    groups.save(tmp_path / "groups")
+    again = UnitGroups.load(tmp_path / "groups", model=llama)
+    assert again == groups
+    assert list(again.sizes.items()) == list(groups.sizes.items())
+    assert (again.metadata, again.shares) == (groups.metadata, groups.shares)
+    for by in ("safety", "utility", "difference", "sum"):
+        assert again.top("cu", 0.13, by=by) == groups.top("cu", 0.13, by=by)
+    assert not list((tmp_path / "groups").glob("*.p*k*l*"))
+
+
+def test_groups_of_another_model_are_refused(llama: LlamaForCausalLM, tmp_path: Any) -> None:
+    other = LlamaForCausalLM(
+        LlamaConfig(**{**llama.config.to_dict(), "rope_parameters": None, "num_hidden_layers": 10})
+    )
+    classify(*attributions(llama), scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)
+    with pytest.raises(ValueError, match=r"unit groups was made on .*its units are others"):
+        UnitGroups.load(tmp_path, model=other)
+    plain = [each.scores for each in attributions(llama)]
+    classify(*plain, scu=0.1, ucu=0.2, ru=0.3).save(tmp_path)
+    assert UnitGroups.load(tmp_path, model=llama).metadata["model_name"] is None
+    with pytest.raises(ValueError, match=r"lacks: .*layers\.10\."):
+        UnitGroups.load(tmp_path, model=other)
+
+
+def test_scores_that_share_memory_can_be_saved(tmp_path: Any) -> None:
+    whole = torch.arange(8.0, dtype=torch.float64)
+    scores = {"a": whole[:4], "b": whole[4:], "c": whole}
+    groups = classify(scores, scores, scu=0, ucu=0, ru=0.25)
+    groups.save(tmp_path)
+    whole.zero_()
+    assert groups.safety["a"].tolist() == [0, 1, 2, 3]
+    assert UnitGroups.load(tmp_path) == groups
+
+
+def test_attributions_from_files_give_the_same_groups(
+    llama: LlamaForCausalLM, tmp_path: Any
+) -> None:
+    both = attributions(llama)
+    for each in both:
+        each.save(tmp_path / each.data_fingerprint)
+    again = [Attribution.load(tmp_path / name, model=llama) for name in ("harm", "help")]
+    shares = {"scu": 0.1, "ucu": 0.2, "ru": 0.3}
+    assert classify(*again, **shares, scope="model") == classify(*both, **shares, scope="model")
+
+
+def test_what_is_no_group_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(FileNotFoundError, match="nothing was saved"):
+        UnitGroups.load(tmp_path)
+    save_tensors(tmp_path, {"scores/a": torch.zeros(3)}, {"metric": "variance"})
+    with pytest.raises(ValueError, match="must hold 'ssah unit groups'"):
+        UnitGroups.load(tmp_path)
