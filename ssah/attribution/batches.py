@@ -11,6 +11,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+from ssah.data import IGNORE_INDEX as IGNORED
+
 __all__ = [
     "IGNORED",
     "Batch",
@@ -20,8 +22,6 @@ __all__ = [
     "n_embeddings",
     "read_batch",
 ]
-
-IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
 
 # A batch with other keys may mean positions or masks that we do not know: it is left as it is.
 _PLAIN_KEYS = frozenset({"input_ids", "attention_mask", "labels"})
