@@ -25,7 +25,7 @@ from torch import Tensor
 from ssah.attribution import METRICS, attribute
 from ssah.models import move
 from ssah.report import SCORING
-from ssah.report.pictures.plots import plot_throughput
+from ssah.report.pictures import plot_throughput
 from ssah.report.terminal.tables import new_table
 from ssah.units import find_modules
 from ssah_kernels import backends, ops, timing

@@ -21,7 +21,7 @@ from ssah.data import Row, load_rows, make_loader
 from ssah.evaluation import Measurement, Measures, ablations
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.models import faster_dtype, load_model, move, quiet
-from ssah.report.pictures.plots import plot_ablations, plot_scores
+from ssah.report.pictures import plot_ablations, plot_scores
 from ssah.report.terminal.tables import (
     ablation_table,
     as_data,
