@@ -26,12 +26,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.data import IGNORE_INDEX as IGNORED
 from ssah.models import device_of
 from ssah.units import FAMILIES
 
 __all__ = ["IGNORED", "Batch", "BatchReader", "counted_tokens", "may_drop_mask"]
-
-IGNORED = -100  # label of a position that is not to be predicted, as everywhere in transformers
 
 # A batch with other keys may mean positions or masks that we do not know: it is left as it is.
 _PLAIN_KEYS = frozenset({"input_ids", "attention_mask", "labels"})

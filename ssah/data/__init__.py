@@ -12,8 +12,8 @@ from ssah.data.counts import Counts, warn_of_shared
 from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, Overlong, encode
 from ssah.data.fields import DataError, Row, check_count, kind_of, turns_of
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
-from ssah.data.reading import Reading, rows_read, template_options
 from ssah.data.requests import load_requests
+from ssah.data.row_options import Reading, rows_read, template_options
 from ssah.data.rows import BUILTIN, RowStream, load_rows
 from ssah.data.templates import template_record, use_template
 from ssah.lazy import submodules_of

@@ -12,7 +12,7 @@ from ssah.data.templates import Template, check_turns
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
+IGNORE_INDEX = -100  # the label of a position that is not to be predicted, as in transformers
 Overlong: TypeAlias = Literal["cut", "skip", "error"]
 _PLACEHOLDER = "ssah-response-placeholder"
 
@@ -66,30 +66,39 @@ def encode(
     Warns:
         UserWarning: once, at the end: how many rows were cut or left out.
     """
-    check_count("max_length", max_length, least=2)
-    if overlong not in ("cut", "skip", "error"):
-        raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
-    encoder = Encoder(tokenizer)  # here, so that a bad tokenizer is refused before the first row
-    return _encode(rows, encoder, max_length, overlong, Counts() if counts is None else counts)
+    checked = (check_row(row, f"rows[{index}]") for index, row in enumerate(rows))
+    counts = Counts() if counts is None else counts
+    return encode_checked(checked, tokenizer, max_length, overlong, counts)
 
 
-def _encode(
-    rows: Iterable[Mapping[str, Any]],
-    encoder: Encoder,
+def encode_checked(
+    rows: Iterable[Row],
+    tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     overlong: Overlong,
     counts: Counts,
 ) -> Iterator[Encoded]:
+    """What `encode` does, for rows that `load_rows` has checked as it read them."""
+    check_count("max_length", max_length, least=2)
+    if overlong not in ("cut", "skip", "error"):
+        raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
+    # Made here, not in the generator, so that a bad tokenizer is refused before the first row.
+    return _encode(rows, Encoder(tokenizer), max_length, overlong, counts)
+
+
+def _encode(
+    rows: Iterable[Row], encoder: Encoder, max_length: int, overlong: Overlong, counts: Counts
+) -> Iterator[Encoded]:
+    # Anew at each pass: a stream is encoded once an epoch, and its counts are those of the last.
     counts.rows = counts.overlong = counts.cut_rows = counts.cut_tokens = 0
-    for index, raw in enumerate(rows):
+    for index, row in enumerate(rows):
         where = f"rows[{index}]"
-        row = check_row(raw, where)
         prompt, response = encoder(row, where)
         length = len(prompt) + len(response)
-        if len(prompt) >= max_length and overlong == "skip":
-            counts.overlong += 1
-            continue
         if len(prompt) >= max_length:
+            if overlong == "skip":
+                counts.overlong += 1
+                continue
             raise DataError(
                 f"{where} ({row['prompt'][:40]!r}...): the prompt has {len(prompt)} tokens and "
                 f"leaves no room for the response: max_length must be more, was {max_length}; or "

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ssah.data.counts import Counts
-from ssah.data.encoding import IGNORE_INDEX, Overlong, encode
+from ssah.data.encoding import IGNORE_INDEX, Overlong, encode_checked
 from ssah.data.fields import DataError, Row, check_count
 from ssah.data.rows import RowStream, Source, load_rows
 
@@ -161,13 +161,8 @@ def make_loader(
         rows = load_rows(rows_or_source, split, limit)
 
     def encoded() -> Iterator[dict[str, Tensor]]:
-        for example in encode(
-            rows, tokenizer, max_length=max_length, overlong=overlong, counts=counts
-        ):
-            yield {
-                "input_ids": torch.tensor(example["input_ids"]),
-                "labels": torch.tensor(example["labels"]),
-            }
+        for example in encode_checked(rows, tokenizer, max_length, overlong, counts):
+            yield {key: torch.tensor(value) for key, value in example.items()}  # [length] each
 
     # A DataLoader without a generator of its own draws from the global one at every iteration.
     generator = torch.Generator()

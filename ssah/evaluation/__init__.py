@@ -15,8 +15,8 @@ from ssah.evaluation.generation import Answer, answers, generate
 from ssah.evaluation.intervals import bootstrap, check_level, paired_difference, wilson
 from ssah.evaluation.judges import Judge, judge
 from ssah.evaluation.loss import response_log_probs, utility_loss
+from ssah.evaluation.loss_and_margin import Measurement, Measures, ablations
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, refusal_margins
-from ssah.evaluation.measure import Measurement, Measures, ablations
 from ssah.evaluation.perplexity import Perplexity, count_words
 from ssah.evaluation.probing import Probe, probe
 from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of

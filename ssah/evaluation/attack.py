@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, bar, generate
-from ssah.evaluation.judges.base import Judge, Judged
-from ssah.evaluation.judges.choose import judge
+from ssah.evaluation.judges import Judge, Judged, judge
 from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.rates import answer_rates, rate
 from ssah.interventions import ablate

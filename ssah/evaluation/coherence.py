@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import IGNORE_INDEX, Collator, Encoded, Encoder, load_rows
-from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompting import Request, check_list, longest_first, prompts
+from ssah.data import IGNORE_INDEX, Encoded, Encoder, load_rows
+from ssah.evaluation.loss import log_probs_by_length
+from ssah.evaluation.prompting import Request, check_list, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -108,16 +108,14 @@ class Coherence:
         kept = [i for i, answer in enumerate(answers) if answer.strip()]
         encoder = Encoder(self.tokenizer)
         examples: list[Encoded] = []
-        for i, context in zip(kept, self._contexts([asked[i] for i in kept]), strict=True):
+        contexts = prompts(self.tokenizer, [asked[i] for i in kept]) if kept else []
+        for i, context in zip(kept, contexts, strict=True):
             ids = _tokens(answers[i], encoder)
             labels = [IGNORE_INDEX] * len(context) + ids
             examples.append({"input_ids": context + ids, "labels": labels})
-        chunks = longest_first([example["input_ids"] for example in examples], self.batch_size)
-        collator = Collator(self.tokenizer)
-        batches = (collator([examples[k] for k in chunk]) for chunk in chunks)
         result = [0.0] * len(answers)
-        scored = response_log_probs(self.model, batches)
-        for chunk, (log_probs, count) in zip(chunks, scored, strict=True):
+        scored = log_probs_by_length(self.model, self.tokenizer, examples, self.batch_size)
+        for chunk, log_probs, count in scored:
             means = -log_probs / count.clamp_min(_MIN_TOKENS)
             for k, mean in zip(chunk, means.tolist(), strict=True):
                 result[kept[k]] = mean
@@ -136,9 +134,6 @@ class Coherence:
             "neutral": self.neutral,
             "tokens": _MAX_TOKENS,
         }
-
-    def _contexts(self, requests: Sequence[Request]) -> list[list[int]]:
-        return prompts(self.tokenizer, requests) if requests else []
 
 
 def coherence(

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from ssah.attribution import IGNORED, Batch, BatchReader
+from ssah.attribution import Batch, BatchReader
+from ssah.data import IGNORE_INDEX, Collator, Encoded
+from ssah.evaluation.prompting import longest_first
 from ssah.models import as_it_was, check_whole
 
-__all__ = ["response_log_probs", "utility_loss"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["log_probs_by_length", "response_log_probs", "utility_loss"]
 
 
 def utility_loss(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> float:
@@ -71,9 +75,27 @@ def response_log_probs(
         yield log_probs, count
 
 
+def log_probs_by_length(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Encoded],
+    batch_size: int,
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """:func:`response_log_probs` of examples, those of similar length together.
+
+    Yields:
+        Of each batch: the indices of its examples, and what :func:`response_log_probs` yields.
+    """
+    collator = Collator(tokenizer)
+    chunks = longest_first([example["input_ids"] for example in examples], batch_size)
+    batches = (collator([examples[i] for i in chunk]) for chunk in chunks)
+    for chunk, (log_probs, count) in zip(chunks, response_log_probs(model, batches), strict=True):
+        yield chunk, log_probs, count
+
+
 def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tuple[Tensor, Tensor]:
     targets = batch.targets  # [rows, length]
-    columns = (targets != IGNORED).any(0).nonzero()[:, 0]
+    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     if len(columns) == 0:
         return log_probs, torch.zeros(len(targets), dtype=torch.int64)
@@ -83,7 +105,7 @@ def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tupl
         logits = logits[:, columns]
     targets = targets[:, columns].to(logits.device)
     for row, (own, target) in enumerate(zip(logits, targets, strict=True)):
-        predicts = target != IGNORED
+        predicts = target != IGNORE_INDEX
         loss = F.cross_entropy(own[predicts].float(), target[predicts], reduction="none")
         log_probs[row] = -float(loss.double().sum())
-    return log_probs, (targets != IGNORED).sum(1).cpu()
+    return log_probs, (targets != IGNORE_INDEX).sum(1).cpu()

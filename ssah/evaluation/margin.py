@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.data import IGNORE_INDEX, Collator, DataError, Encoded, encode
-from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompting import check_list, longest_first
+from ssah.data import IGNORE_INDEX, DataError, Encoded, encode
+from ssah.evaluation.loss import log_probs_by_length
+from ssah.evaluation.prompting import check_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -89,13 +89,10 @@ def refusal_margins(
         if not opening.strip():
             raise ValueError(f"{name} is {opening!r}, must be a non-empty string")
         examples += opened(asked, opening, tokenizer, max_length=max_length)
-    collator = Collator(tokenizer)
-    chunks = longest_first([example["input_ids"] for example in examples], batch_size)
-    batches = (collator([examples[i] for i in chunk]) for chunk in chunks)
-    mean = torch.zeros(len(examples), dtype=torch.float64)
-    for chunk, (log_probs, count) in zip(chunks, response_log_probs(model, batches), strict=True):
+    mean = torch.zeros(len(examples), dtype=torch.float64)  # [2 x requests], nats per token
+    for chunk, log_probs, count in log_probs_by_length(model, tokenizer, examples, batch_size):
         mean[chunk] = log_probs / count
-    refused, complied = mean.view(2, len(asked))
+    refused, complied = mean.view(2, len(asked))  # [requests] each: the refusals came first
     return refused - complied
 
 

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssah.data import IGNORE_INDEX, Collator, Encoded, Encoder, check_count, encode
-from ssah.evaluation.loss import response_log_probs
-from ssah.evaluation.prompting import check_list, longest_first
+from ssah.data import IGNORE_INDEX, Encoded, Encoder, check_count, encode
+from ssah.evaluation.loss import log_probs_by_length
+from ssah.evaluation.prompting import check_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def perplexity(
     if words == 0:
         raise ValueError("data has no word to predict, must have at least one")
     nats, tokens = 0.0, 0
-    for log_probs, count in response_log_probs(model, _batches(examples, tokenizer, batch_size)):
+    for _, log_probs, count in log_probs_by_length(model, tokenizer, examples, batch_size):
         nats -= float(log_probs.sum())
         tokens += int(count.sum())
     return Perplexity(nats, tokens, words)
@@ -121,14 +121,6 @@ def count_words(labels: Iterable[Sequence[int]], tokenizer: PreTrainedTokenizerB
     responses = ([label for label in row if label != IGNORE_INDEX] for row in labels)
     texts = (str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in responses)
     return sum(len(text.split()) for text in texts)
-
-
-def _batches(
-    examples: list[Encoded], tokenizer: PreTrainedTokenizerBase, batch_size: int
-) -> Iterator[dict[str, Any]]:
-    collator = Collator(tokenizer)
-    for chunk in longest_first([example["input_ids"] for example in examples], batch_size):
-        yield collator([examples[i] for i in chunk])
 
 
 def _exp(nats: float) -> float:

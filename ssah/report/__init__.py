@@ -1,44 +1,10 @@
-"""Results for people: tables in the terminal and pictures, in the same colours."""
+"""Results for people: tables in the terminal, pictures, and one HTML page."""
 
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.report.colours import COLOURS, IMPLEMENTATIONS, NAMES, SCORING
 
 __all__ = ["COLOURS", "IMPLEMENTATIONS", "NAMES", "SCORING"]
-
-# Told apart by people with any kind of colour vision (after Okabe and Ito).
-COLOURS = {
-    "scu": "#d55e00",
-    "ucu": "#0072b2",
-    "cu": "#009e73",
-    "ru": "#8c8c8c",
-    "random": "#b07aa1",
-}
-NAMES = {
-    "scu": "safety-critical (SCU)",
-    "ucu": "utility-critical (UCU)",
-    "cu": "complex (CU)",
-    "ru": "redundant (RU)",
-    "random": "random",
-}
-
-# What `ssah bench` compares: backends of the operators, then PyTorch.
-IMPLEMENTATIONS = {
-    "cpu": "#0072b2",
-    "cuda": "#117733",
-    "triton": "#56b4e9",
-    "reference": "#bdbdbd",
-    "eager": "#e69f00",
-    "compile": "#cc79a7",
-}
-SCORING = {
-    "variance": "attribute, variance",
-    "norm": "attribute, norm",
-    "taylor": "attribute, taylor",
-    "fisher": "attribute, fisher",
-    "hooks": "eager hooks, sums alone",
-    "eager": "forward of the backbone",
-    "compile": "forward, torch.compile",
-}
 
 __getattr__ = submodules_of(__name__)

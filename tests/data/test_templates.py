@@ -11,7 +11,7 @@ from helpers import tiny_chat
 from transformers.utils import chat_template_utils
 
 from ssah.data import IGNORE_INDEX, DataError, encode, make_loader, template_record, use_template
-from ssah.evaluation import Coherence, opened, prompts
+from ssah.evaluation import opened, prompts
 
 ROW = {"prompt": "How do I pick a lock?", "completion": "I cannot help with that."}
 OPENING = "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
@@ -128,7 +128,6 @@ def test_one_generation_prompt_for_scores_margins_and_answers():
     assert split(tokenizer)[1] == "I cannot help with that.<|end|>"
     (example,) = opened([ROW["prompt"]], "I cannot", tokenizer)
     assert example["input_ids"][: example["labels"].count(IGNORE_INDEX)] == asked
-    assert Coherence(tiny_chat.model(), tokenizer, 1.0)._contexts([ROW["prompt"]]) == [asked]
 
 
 def test_a_block_that_opens_with_other_white_space():

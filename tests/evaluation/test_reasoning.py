@@ -19,7 +19,7 @@ from ssah.evaluation import (
     probe,
     refusal_margin,
 )
-from ssah.evaluation.judges import KEYWORDS
+from ssah.evaluation.judges import KEYWORDS, generative
 from ssah.evaluation.judges.generative import Reads, verdict
 from ssah.evaluation.reasoning import opens_reasoning, spoken
 
@@ -163,15 +163,13 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def told(monkeypatch):
     """What judges were given, as text; they all answer "Rating: 4 (A)"."""
-    import ssah.evaluation.generation as generation
-
     seen = []
 
     def answer_tokens(model, tokenizer, encoded, **options):
         seen.extend(tokenizer.decode(ids) for ids in encoded)
         return [Answer("Rating: 4 (A), yes", 4, True) for _ in encoded]
 
-    monkeypatch.setattr(generation, "answer_tokens", answer_tokens)
+    monkeypatch.setattr(generative, "answer_tokens", answer_tokens)
     return seen
 
 

@@ -13,8 +13,9 @@ A judge is named by a string or is any callable:
 
 from __future__ import annotations
 
-from ssah.evaluation.judges.base import Function, Judge, Judged
+from ssah.evaluation.judges.base import Judge
 from ssah.evaluation.judges.choose import judge, judge_names
+from ssah.evaluation.judges.function import Function, Judged
 from ssah.evaluation.judges.keywords import KEYWORDS, Keywords
 from ssah.lazy import submodules_of
 

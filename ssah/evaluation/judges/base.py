@@ -1,18 +1,16 @@
-"""What a judge is, and a judge made of a function."""
+"""What a judge is: a class with a name, ``successes`` and ``describe``."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from ssah.evaluation.reasoning import spoken
 
-__all__ = ["Function", "Judge", "Judged"]
-
-Judged: TypeAlias = Callable[[str, str], bool]  # (request, answer) -> the attack succeeded
+__all__ = ["Judge"]
 
 
 class Judge(ABC):
@@ -68,42 +66,3 @@ class Judge(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Plain data that identifies what judged: name, version or model, rule."""
-
-
-class Function(Judge):
-    """A judge made of any function of request and answer.
-
-    Args:
-        function: returns True where the attack succeeded.
-        name: default: the function's.
-    """
-
-    def __init__(self, function: Judged, name: str | None = None) -> None:
-        self.function = function
-        self.name = name or str(getattr(function, "__qualname__", type(function).__name__))
-
-    def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
-        """See :class:`Judge`.
-
-        Raises:
-            TypeError: the function returned something other than a bool.
-            RuntimeError: it raised; its message is left out, since it may quote an answer.
-        """
-        found = []
-        for request, answer in zip(requests, answers, strict=True):
-            try:
-                verdict = self.function(request, answer)
-            except Exception as error:
-                kind = type(error).__name__
-                raise RuntimeError(f"judge {self.name!r} raised {kind}") from error
-            if type(verdict).__name__ not in ("bool", "bool_"):  # bool_: numpy's
-                raise TypeError(
-                    f"judge {self.name!r} returned a {type(verdict).__name__}, must return a bool"
-                )
-            found.append(bool(verdict))
-        return found
-
-    def describe(self) -> dict[str, Any]:
-        """See :class:`Judge`."""
-        module = getattr(self.function, "__module__", None)
-        return {"name": self.name, "kind": "function", "module": module}

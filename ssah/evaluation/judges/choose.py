@@ -1,16 +1,24 @@
-"""A judge by its name."""
+"""A judge by its name. A new kind of judge is one file beside this one, and one line in `KINDS`."""
 
 from __future__ import annotations
 
-import importlib
-import os
-import sys
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 
-from ssah.evaluation.judges.base import Function, Judge, Judged
+from ssah.evaluation.judges.base import Judge
+from ssah.evaluation.judges.function import Function, Judged
 from ssah.evaluation.judges.keywords import KEYWORDS, Keywords
 
-__all__ = ["judge", "judge_names"]
+__all__ = ["KINDS", "judge", "judge_names"]
+
+# ``hf:MODEL`` is what ``classifier`` in that module makes of ``MODEL``. The modules are named, not
+# imported: most users want a list of keywords, and not the classes of transformers.
+KINDS: dict[str, tuple[str, str]] = {
+    "hf": ("MODEL", "ssah.evaluation.judges.classifier:classifier"),
+    "openai": ("URL#MODEL", "ssah.evaluation.judges.endpoint:Endpoint.parse"),
+    "python": ("module.function", "ssah.evaluation.judges.function:Function.parse"),
+}
 
 
 def judge(name_or_callable: str | Judge | Judged) -> Judge:
@@ -33,19 +41,13 @@ def judge(name_or_callable: str | Judge | Judged) -> Judge:
             f"judge is a {type(name_or_callable).__name__}, must be a name or a callable"
         )
     name = name_or_callable
-    kind, _, rest = name.partition(":")
+    kind, _, what = name.partition(":")
+    if kind in KINDS and what:
+        module, _, maker = KINDS[kind][1].partition(":")
+        made: Judge = attrgetter(maker)(import_module(module))(what)
+        return made
     if name in KEYWORDS:
         return Keywords.load(name)
-    if kind == "python" and rest:
-        return Function(_function(rest), name)
-    if kind == "hf" and rest:
-        from ssah.evaluation.judges.classifier import classifier
-
-        return classifier(rest)
-    if kind == "openai" and rest:
-        from ssah.evaluation.judges.endpoint import Endpoint
-
-        return Endpoint.parse(rest)
     if name.endswith(".json"):
         if not Path(name).is_file():
             raise FileNotFoundError(f"judge is {name!r}, which is no file")
@@ -55,25 +57,5 @@ def judge(name_or_callable: str | Judge | Judged) -> Judge:
 
 def judge_names() -> str:
     """What may name a judge, for messages."""
-    return ", ".join(
-        [*KEYWORDS, "FILE.json", "hf:MODEL", "openai:URL#MODEL", "python:module.function"]
-    )
-
-
-def _function(path: str) -> Judged:
-    module_name, _, name = path.rpartition(".")
-    if not module_name:
-        raise ValueError(f"judge is 'python:{path}', must be 'python:module.function'")
-    here = os.getcwd()
-    sys.path.insert(0, here)  # a script of one's own lies there; a console command has its own path
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"judge is 'python:{path}', but {error} (sought in {here})") from error
-    finally:
-        sys.path.remove(here)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"judge is 'python:{path}', but {module_name} has no function {name!r}")
-    found: Judged = function
-    return found
+    kinds = (f"{kind}:{what}" for kind, (what, _) in KINDS.items())
+    return ", ".join([*KEYWORDS, "FILE.json", *kinds])

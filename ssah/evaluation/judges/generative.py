@@ -26,7 +26,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import Encoder, use_template
+from ssah.evaluation.generation import answer_tokens
 from ssah.evaluation.judges.base import Judge
+from ssah.evaluation.prompting import room_of
 from ssah.evaluation.reasoning import spoken
 from ssah.models import move
 
@@ -179,8 +181,6 @@ class GenerativeClassifier(Judge):
         Warns:
             UserWarning: answers are longer than it can read, and were cut.
         """
-        from ssah.evaluation.generation import answer_tokens
-
         encoder = Encoder(self.tokenizer)
         prompts, cut = [], 0
         for request, answer in zip(requests, answers, strict=True):
@@ -207,8 +207,6 @@ class GenerativeClassifier(Judge):
 
     def _shortened(self, length: int, answer: str, encoder: Encoder) -> str | None:
         """As much of ``answer`` as the judge has room for; None: all of it."""
-        from ssah.evaluation.prompting import room_of
-
         room = room_of(self.model)
         if room is None or length + _VERDICT_TOKENS <= room:
             return None

@@ -14,7 +14,7 @@ from ssah.evaluation.judges.base import Judge
 __all__ = ["KEYWORDS", "Keywords"]
 
 _FOLDER = Path(__file__).parent
-KEYWORDS = ("qi2023", "wei2024", "zou2023")
+KEYWORDS = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))  # the published lists
 
 _RULE: dict[str, tuple[Any, ...]] = {
     "match": ("anywhere", "start"),

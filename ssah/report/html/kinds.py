@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssah.report.html.evaluation import evaluate
+from ssah.report.html.experiments import probe, scan, stability, study, transfer
 from ssah.report.html.plain import Table
 from ssah.report.html.records import generic, in_unit
-from ssah.report.html.results import evaluate, probe, scan, stability, study, transfer
 from ssah.report.html.runs import demo, finetune
 
 __all__ = ["KINDS", "Kind", "claims_table", "kind_of"]

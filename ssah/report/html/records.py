@@ -19,6 +19,7 @@ __all__ = [
     "list_of",
     "mapping_of",
     "records_table",
+    "with_rows",
 ]
 
 # What is measured of a model: name of the column, field, format.
@@ -76,6 +77,11 @@ def records_table(
     )
     columns = (*(name for name, _ in names), *(name for name, _, _ in used))
     return Table(title, columns, cells, names=len(names), note=note)
+
+
+def with_rows(*tables: Table) -> list[Table]:
+    """The tables in which anything stands."""
+    return [table for table in tables if table.rows]
 
 
 _IN_UNITS = {"points": (100.0, "+.1f"), "nats": (1.0, "+.3f"), "cosine": (1.0, "+.3f")}

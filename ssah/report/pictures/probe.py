@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ssah.report import COLOURS
-from ssah.report.pictures.style import INK, picture
+from ssah.report.colours import COLOURS
+from ssah.report.pictures.style import DASHED, INK, footnote, picture, whole_numbers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,17 +57,16 @@ def plot_probe(probes: Mapping[str, Probe], path: str | os.PathLike[str], title:
         for axes, label in ((layers, "layer (0: embeddings)"), (tokens, "generated tokens")):
             axes.axhline(0, color=INK, linewidth=0.9)
             axes.set_xlabel(label)
-            _whole_numbers(axes)
+            whole_numbers(axes)
         layers.set_ylabel("compliance less refusal")
         layers.set_title("Difference by layer (above 0: nearer to the refusal)")
         tokens.set_title("Difference by number of tokens, mean over layers")
         if len(probes) > 1:
             layers.legend(loc="best", fontsize=9)
-        figure.supxlabel(
+        footnote(
+            figure,
             "distance of a request with an opened answer to the request alone; baseline: of two "
             "requests alone; bands: 95 % intervals, bootstrap by request",
-            fontsize=8.5,
-            color="#666666",
         )
     return Path(path)
 
@@ -79,9 +78,9 @@ def _distances(axes: Axes, probe: Probe) -> None:
     ):
         values = distances[:, -1] - probe.baselines[-1]
         _curve(axes, probe, values, range(values.shape[1]), colour, name)
-    axes.axhline(0, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+    axes.axhline(0, color=INK, linewidth=0.9, linestyle=DASHED)
     axes.set_xlabel("layer (0: embeddings)")
-    _whole_numbers(axes)
+    whole_numbers(axes)
 
 
 def _curve(
@@ -94,9 +93,3 @@ def _curve(
         places, values.mean(0).tolist(), color=colour, marker="o", markersize=3, linewidth=1.6,
         label=label,
     )  # fmt: skip
-
-
-def _whole_numbers(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

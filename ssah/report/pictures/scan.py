@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.report import COLOURS, NAMES
-from ssah.report.pictures.style import INK, picture
+from ssah.report.colours import COLOURS, NAMES
+from ssah.report.pictures.style import DASHED, INK, picture, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_compare", "plot_scan"]
 
 _CURVES = ("random", "ru", "ucu", "scu")
-_DASHED = (0, (4, 3))
 _MOST = 3.0  # nats above the intact model: a model that has lost more is of no use
 _NORMALIZE = {"none": "#009e73", "zscore": "#d55e00", "rank": "#0072b2"}
 _SCOPE = {"module": (0, (3, 2)), "model": "-"}
@@ -55,13 +54,13 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(_percent)
             axes.minorticks_off()
-            axes.axhline(result["intact"][key], color=INK, linewidth=1.0, linestyle=_DASHED)
+            axes.axhline(result["intact"][key], color=INK, linewidth=1.0, linestyle=DASHED)
         if len(panels) == 3:
             grid[2].set_ylim(-0.03, 1.03)
             grid[2].yaxis.set_major_formatter(_percent)
         handles, labels = grid[0].get_legend_handles_labels()
         handles += [
-            grid[0].plot([], [], color=INK, linestyle=_DASHED, linewidth=1.0)[0],
+            grid[0].plot([], [], color=INK, linestyle=DASHED, linewidth=1.0)[0],
             grid[0].plot([], [], "o", color="none", markeredgecolor=INK, markersize=11)[0],
         ]
         labels += ["nothing ablated", "share chosen"]
@@ -137,16 +136,9 @@ def plot_compare(
                 linewidth=1.5,
                 label=f"{way['tokens']}, per {way['scope']}, {way['normalize']}",
             )
-        axes.axvline(tolerance, color=INK, linewidth=1.0, linestyle=_DASHED)
-        axes.annotate(
-            "tolerance",
-            (tolerance, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(4, -10),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-        )
+        axes.axvline(tolerance, color=INK, linewidth=1.0, linestyle=DASHED)
+        place = {"xycoords": ("data", "axes fraction"), "va": "baseline"}
+        write(axes, "tolerance", (tolerance, 1), (4, -10), **place)
         low, high = axes.get_xlim()
         axes.set_xlim(low, min(high, 5 * tolerance) if tolerance else high)
         axes.set_xlabel("rise of the utility loss, nats per token (lower is better)")

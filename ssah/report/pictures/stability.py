@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ssah.report import COLOURS, NAMES
-from ssah.report.pictures.style import INK, picture
+from ssah.report.colours import COLOURS, NAMES
+from ssah.report.pictures.style import DASHED, INK, picture, write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 __all__ = ["plot_stability"]
 
@@ -37,30 +40,17 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
         left, right = figure.subplots(1, 2)
         for group in rows[0]["groups"]:
             own = [row["groups"][group] for row in rows]
-            middle = [each["overlap_middle"] for each in own]
-            colour = COLOURS[group]
-            left.fill_between(x, *zip(*middle, strict=True), color=colour, alpha=0.15, linewidth=0)
-            overlap = [each["overlap"] for each in own]
-            left.plot(x, overlap, color=colour, marker="o", linewidth=1.8, label=NAMES[group])
-            left.plot(x, [each["by_chance"] for each in own], color=colour, linestyle=_CHANCE)
+            _curve(left, x, own, "overlap", COLOURS[group], NAMES[group])
+            chance = [each["by_chance"] for each in own]
+            left.plot(x, chance, color=COLOURS[group], linestyle=_CHANCE)
         left.plot([], [], color=INK, linestyle=_CHANCE, label="by chance")
-        left.axhline(result["enough"], color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
-        left.annotate(
-            f"suffices: {result['enough']:g}",
-            (0, result["enough"]),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 4),
-            textcoords="offset points",
-            fontsize=9,
-            color=INK,
-        )
+        left.axhline(result["enough"], color=INK, linewidth=0.9, linestyle=DASHED)
+        place = {"xycoords": ("axes fraction", "data"), "va": "baseline"}
+        write(left, f"suffices: {result['enough']:g}", (0, result["enough"]), (4, 4), **place)
         left.set_title("Overlap (Jaccard) of groups from disjoint prompts")
         for order, (colour, name) in _ORDERS.items():
             own = [row["spearman"][order] for row in rows]
-            middle = [each["value_middle"] for each in own]
-            right.fill_between(x, *zip(*middle, strict=True), color=colour, alpha=0.15, linewidth=0)
-            values = [each["value"] for each in own]
-            right.plot(x, values, color=colour, marker="o", linewidth=1.8, label=name)
+            _curve(right, x, own, "value", colour, name)
         right.set_title("Rank correlation (Spearman) of scores, mean over modules")
         for axes in (left, right):
             axes.set_xscale("log", base=2)
@@ -71,3 +61,13 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
         left.set_ylim(0.0, 1.02)
         right.set_ylim(min(0.0, right.get_ylim()[0]), 1.02)
     return Path(path)
+
+
+def _curve(
+    axes: Axes, x: list[int], own: list[Mapping[str, Any]], key: str, colour: str, label: str
+) -> None:
+    """Means over draws of prompts, and the band that holds the middle 80 % of the draws."""
+    low, high = zip(*(each[f"{key}_middle"] for each in own), strict=True)
+    axes.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0)
+    values = [each[key] for each in own]
+    axes.plot(x, values, color=colour, marker="o", linewidth=1.8, label=label)

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.report import COLOURS
-from ssah.report.pictures.style import INK, picture
+from ssah.report.colours import COLOURS
+from ssah.report.pictures.style import INK, picture, write
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,15 +108,7 @@ def _arm(axes: Axes, y: int, arm: str, found: Mapping[str, Any], key: str) -> No
     text = (
         f"{value:.1%}" if key == "asr" else f"{value:+.2f}" if "margin" in key else f"{value:.3f}"
     )
-    axes.annotate(
-        text,
-        (max(end, 0.0), y),
-        xytext=(8, 0),
-        textcoords="offset points",
-        va="center",
-        fontsize=9,
-        color=INK,
-    )
+    write(axes, text, (max(end, 0.0), y), (8, 0))
 
 
 def _limits(axes: Axes, values: Sequence[float], key: str) -> None:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from ssah.storage import write_whole
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["INK", "picture"]
+__all__ = ["DASHED", "INK", "footnote", "picture", "whole_numbers", "write"]
 
 INK = "#333333"
+DASHED: Any = (0, (4, 3))  # points drawn and left out, in turn
 _DPI = 150
 _STYLE: dict[Any, Any] = {
     "font.size": 10,
@@ -70,3 +72,27 @@ def picture(
         figure.savefig(content, format="png", dpi=_DPI, facecolor="white")
         target.parent.mkdir(parents=True, exist_ok=True)
         write_whole(target, content.getvalue())
+
+
+def write(
+    axes: Axes,
+    text: str,
+    place: tuple[float, float],
+    shift: tuple[float, float] = (4, 0),
+    **options: Any,
+) -> None:
+    """Write ``text`` beside a point of the data, ``shift`` points (1/72 inch) away from it."""
+    style = {"va": "center", "fontsize": 9, "color": INK, **options}
+    axes.annotate(text, place, xytext=shift, textcoords="offset points", **style)
+
+
+def footnote(figure: Figure, text: str) -> None:
+    """Say below the picture what its lines and bands are."""
+    figure.supxlabel(text, fontsize=8.5, color="#666666")
+
+
+def whole_numbers(axes: Axes) -> None:
+    """Mark the axis of layers, or of tokens, at whole numbers alone."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

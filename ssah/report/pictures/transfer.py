@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ssah.report import COLOURS, NAMES
-from ssah.report.pictures.style import INK, picture
+from ssah.report.colours import COLOURS, NAMES
+from ssah.report.pictures.style import INK, footnote, picture
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -63,12 +63,11 @@ def plot_transfer(
             _alluvial(zoomed, small, moved.groups, names, (before, after))
         zoomed.set_title(f"Without the {kept:.1%} that were complex and stayed so")
         zoomed.set_axis_off()
-        figure.supxlabel(
+        footnote(
+            figure,
             "shares are of all units; "
             + ", ".join(f"{group.upper()}: {NAMES[group].split(' (')[0]}" for group in moved.groups)
             + "; a ribbon has the colour of the group before",
-            fontsize=8.5,
-            color="#666666",
         )
     return Path(path)
 
@@ -170,25 +169,16 @@ def _ribbon(
 
     start, end = _NODE, 1 - _NODE
     middle = (start + end) / 2
+    # There along the upper edge and back along the lower one. Each edge is a Bezier curve of degree
+    # three, whose two inner points stand in the middle: it leaves and arrives level.
     points = [
-        (start, left),
-        (middle, left),
-        (middle, right),
-        (end, right),
-        (end, right + share),
-        (middle, right + share),
-        (middle, left + share),
-        (start, left + share),
-        (start, left),
+        *((start, left), (middle, left), (middle, right), (end, right)),
+        *((end, right + share), (middle, right + share), (middle, left + share)),
+        *((start, left + share), (start, left)),
     ]
     codes = [Outline.MOVETO, *[Outline.CURVE4] * 3, Outline.LINETO, *[Outline.CURVE4] * 3]
     outline = Outline(points, [*codes, Outline.CLOSEPOLY])
+    alpha = 0.28 if stays else 0.55
     axes.add_patch(
-        PathPatch(
-            outline,
-            facecolor=colour,
-            edgecolor=colour,
-            linewidth=0.6,
-            alpha=0.28 if stays else 0.55,
-        )
+        PathPatch(outline, facecolor=colour, edgecolor=colour, linewidth=0.6, alpha=alpha)
     )

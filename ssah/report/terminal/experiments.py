@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ssah.report import COLOURS
+from ssah.report.colours import COLOURS
 from ssah.report.terminal.tables import facts_table, new_table
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from ssah.report import COLOURS, NAMES
+from ssah.report.colours import COLOURS, NAMES
 
 if TYPE_CHECKING:
     from ssah.groups import UnitGroups

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from ssah.report import SCORING
-from ssah.report.pictures.plots import plot_throughput
+from ssah.report.pictures import plot_throughput
 from ssah.report.terminal.tables import new_table
 from ssah.studies.bench.cases import CASES
 from ssah.studies.bench.operators import measure_op

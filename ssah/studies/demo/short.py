@@ -17,7 +17,7 @@ from ssah.attribution import Attribution, attribute
 from ssah.data import make_loader
 from ssah.evaluation import ablations
 from ssah.groups import GROUPS, UnitGroups, classify
-from ssah.report.pictures.plots import plot_ablations, plot_scores
+from ssah.report.pictures import plot_ablations, plot_scores
 from ssah.report.terminal.tables import ablation_table, facts_table, groups_table, layers
 from ssah.studies.demo.aligned_model import BATCH, DATA, aligned, measures
 from ssah.studies.demo.screen import bar, heading
