@@ -14,6 +14,7 @@ from ssah.attribution.scoring import (
     column_sq_norms,
     may_drop_mask,
 )
+from ssah.attribution.streaming.layers import LayeredModel
 from ssah.attribution.streaming.run import stream
 from ssah.attribution.watch import Sums, watching
 from ssah.lazy import submodules_of
