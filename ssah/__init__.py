@@ -10,7 +10,7 @@ from importlib import import_module
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
-from ssah.compat.torchao import leave_out_notes
+from ssah.compat.notes import leave_out_notes
 from ssah.lazy import submodules_of
 from ssah.moved import accept
 from ssah.version import __version__ as __version__

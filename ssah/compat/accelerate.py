@@ -15,8 +15,6 @@ from torch import nn
 
 from ssah.compat import find, lacking
 
-__all__ = ["OWN_FORWARD", "hook_of", "offloading_hook", "unconverted_forward"]
-
 OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
 _HOOK = "_hf_hook"
 _UNCONVERTED = "_original_forward"

@@ -21,8 +21,6 @@ from torch import Tensor
 
 from ssah.compat import find
 
-__all__ = ["differentiable", "identity_4bit", "weight_4bit", "weight_8bit"]
-
 _WORKS = ">=0.50,<0.51"
 
 

@@ -1,20 +1,25 @@
-"""The part of transformers that reads GGUF files and computes with their blocks."""
+"""The part of transformers that reads GGUF files and computes with their blocks.
+
+A GGUF file keeps a weight as uint8 ``[rows, bytes]``: of Q8_0, for example, 32 weights are 34
+bytes, a float16 scale and 32 integers. transformers multiplies by blocks with a kernel of the Hub,
+and unpacks the whole model on loading where there is none: on every CPU, and without the package
+``kernels``. The kernel here unpacks a single weight whenever it is used.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.compat import find
 
-__all__ = ["architectures", "config", "dequantize", "install_kernel", "unpacks", "weight_of"]
-
 _ROOM = "transformers.integrations.gguf"
 _WORKS = ">=5.17,<5.25"
-
 _PACKED = "to keep GGUF weights packed"
+_UNPACK = "to unpack GGUF blocks"
 
 
 def _in_gguf(place: str, purpose: str) -> Any:
@@ -29,42 +34,63 @@ def config(*, packed: bool) -> Any:
     return made(dequantize=not packed)
 
 
-def unpacks(ggml_type: int) -> bool:
-    """Whether PyTorch code of transformers unpacks this type of block."""
-    return ggml_type in _in_gguf("dequant:GGML_BLOCK", "to unpack GGUF blocks")
-
-
-def dequantize(weight: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
-    """Blocks, uint8 ``[rows, bytes]``, unpacked: ``[rows * columns]``, to be viewed."""
-    unpack = _in_gguf("dequant:dequantize", "to unpack GGUF blocks")
-    plain: Tensor = unpack(weight, ggml_type, dtype)
-    return plain
-
-
 def weight_of(module: Any) -> Tensor:
     """The weight of a ``GgufLinear`` or ``GgufEmbedding``, float32 ``[out, in]``."""
-    weight = dequantize(module.weight.detach(), module.ggml_type, torch.float32)
+    weight = _dequantize(module.weight.detach(), module.ggml_type, torch.float32)
     if not hasattr(module, "in_features"):
         return weight.view(module.num_embeddings, module.embedding_dim)
     weight = weight.view(module.out_features, module.in_features)
     if module.input_permutation is not None:
         # The module gathers its input first: column k of the blocks is channel permutation[k].
-        weight = weight[:, module.input_permutation.argsort()]
+        weight = weight[:, module.input_permutation.argsort()]  # [out, in]
     return weight
 
 
-def architectures() -> list[str]:
-    """The ``general.architecture`` of the files whose blocks transformers can keep."""
-    return sorted(_in_gguf("gguf_conversion_mapping:GGUF_ARCHS", _PACKED))
+def keep_blocks() -> list[str]:
+    """Let transformers keep GGUF weights packed from now on, in this process.
 
+    Returns:
+        the ``general.architecture`` of the files that it does so for.
 
-def install_kernel(kernel: Any) -> None:
-    """Let transformers multiply by blocks with ``kernel``, in this process, if it has none.
-
-    Without one it unpacks the whole model as it loads it.
+    Raises:
+        LibraryError: this version of transformers does not keep them packed.
     """
+    architectures = sorted(_in_gguf("gguf_conversion_mapping:GGUF_ARCHS", _PACKED))
+    # A kernel that is there already is a faster one than ours.
     if not _in_gguf("kernels:get_gguf_kernel", _PACKED)():
         _in_gguf("kernels:_gguf_kernel", _PACKED)  # it must be there, or nothing would read it
         from transformers.integrations.gguf import kernels
 
-        kernels._gguf_kernel = kernel
+        kernels._gguf_kernel = TorchKernel()  # type: ignore[assignment]
+    return architectures
+
+
+class TorchKernel:
+    """What transformers calls a GGUF kernel, in PyTorch; ``weight`` is uint8 ``[rows, bytes]``."""
+
+    def supports(self, ggml_type: int) -> bool:
+        """Whether PyTorch code of transformers unpacks this type of block."""
+        return ggml_type in _in_gguf("dequant:GGML_BLOCK", _UNPACK)
+
+    def dequantize(
+        self, weight: Tensor, ggml_type: int, rows: int, cols: int, dtype: torch.dtype
+    ) -> Tensor:
+        """``[rows, cols]``."""
+        return _dequantize(weight, ggml_type, dtype).view(rows, cols)
+
+    def get_rows(
+        self, weight: Tensor, indices: Tensor, ggml_type: int, cols: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Some rows of it, ``[len(indices), cols]``."""
+        return self.dequantize(weight[indices], ggml_type, len(indices), cols, dtype)
+
+    def mul_mat_vec(self, weight: Tensor, x: Tensor, ggml_type: int, out_features: int) -> Tensor:
+        """``x @ weight.T``, ``[tokens, out_features]``."""
+        plain = self.dequantize(weight, ggml_type, out_features, x.shape[-1], x.dtype)
+        return F.linear(x, plain)
+
+
+def _dequantize(weight: Tensor, ggml_type: int, dtype: torch.dtype) -> Tensor:
+    """Blocks, uint8 ``[rows, bytes]``, unpacked: ``[rows * columns]``, to be viewed."""
+    plain: Tensor = _in_gguf("dequant:dequantize", _UNPACK)(weight, ggml_type, dtype)
+    return plain

@@ -13,16 +13,6 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-__all__ = [
-    "has_hooks",
-    "has_pre_hooks",
-    "how_computed",
-    "is_fsdp1",
-    "partitioned",
-    "without_hooks",
-    "wrapper_of",
-]
-
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 # Class of a wrapper, qualified; subclasses count -> what to do with it. {inner} is the place of the

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from ssah.compat import lacking
+from ssah.compat.notes import Without
 from ssah.compat.transformers import WORKS, gone
 
 __all__ = [
@@ -33,33 +33,23 @@ __all__ = [
 ]
 
 
-@contextmanager
-def _without_the_note_on_4_bit_weights() -> Iterator[None]:
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-
-    def keep(record: logging.LogRecord) -> bool:
-        return "gemm_4bit_forward" not in record.getMessage()
-
-    logger.addFilter(keep)
-    try:
-        yield
-    finally:
-        logger.removeFilter(keep)
-
-
+_LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
+_NOTE = Without(("gemm_4bit_forward",))
+_LOGGER.addFilter(_NOTE)
 try:
-    with _without_the_note_on_4_bit_weights():
-        from transformers import (
-            PrinterCallback,
-            Trainer,
-            TrainerCallback,
-            TrainingArguments,
-            set_seed,
-        )
-        from transformers.integrations import get_available_reporting_integrations
-        from transformers.trainer_utils import SchedulerType
+    from transformers import (
+        PrinterCallback,
+        Trainer,
+        TrainerCallback,
+        TrainingArguments,
+        set_seed,
+    )
+    from transformers.integrations import get_available_reporting_integrations
+    from transformers.trainer_utils import SchedulerType
 except ImportError as error:
     raise lacking("transformers", "Trainer that fits", "to train", WORKS, str(error)) from error
+finally:
+    _LOGGER.removeFilter(_NOTE)
 
 
 # What a run cannot be resumed without to the same bits; the weights may be in several files.

@@ -14,19 +14,6 @@ from torch import Tensor, nn
 
 from ssah.compat import LibraryError, find, lacking
 
-__all__ = [
-    "WORKS",
-    "WeightReader",
-    "attention_implementation",
-    "dispatches",
-    "expert_gate",
-    "gone",
-    "has_expert_layout",
-    "has_usual_gate",
-    "tie_weights",
-    "tied_weights",
-]
-
 WORKS = ">=5.20,<5.25"
 
 # What `use_experts_implementation` says of a class of experts.

@@ -6,19 +6,17 @@ from ssah.lazy import submodules_of
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.dtype import faster_dtype
 from ssah.models.finite import naming_weights, nonfinite
-from ssah.models.hashing import digest, digests
 from ssah.models.loading import (
     DTYPES,
-    SMOLLM2,
     empty_model,
     load_model,
     load_tokenizer,
-    locate,
     move,
     pick_device,
     put_tensor,
     quiet,
 )
+from ssah.models.locate import SMOLLM2, locate
 from ssah.models.offload import at_hand, device_of, replaced_forward, runs_own_forward, swapped
 from ssah.models.packed import (
     check_plain,
@@ -30,7 +28,13 @@ from ssah.models.packed import (
     scheme_of,
 )
 from ssah.models.running import as_it_was, check_backbone, check_idle
-from ssah.models.weights import cheap_weights_hash, check_same_weights, weights_hash
+from ssah.models.weights import (
+    cheap_weights_hash,
+    check_same_weights,
+    digest,
+    digests,
+    weights_hash,
+)
 from ssah.models.wrappers import check_bare, check_whole
 
 __all__ = [

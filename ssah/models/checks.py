@@ -15,8 +15,6 @@ from ssah.models.finite import nonfinite_weight
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["ModelError", "loading_errors", "whole"]
-
 
 class ModelError(ValueError):
     """A model that cannot be loaded; the message says why, and what to do."""

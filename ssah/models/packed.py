@@ -16,19 +16,6 @@ from torch import Tensor, nn
 
 from ssah.compat import bitsandbytes, gguf
 
-__all__ = [
-    "SCHEMES",
-    "Scheme",
-    "check_plain",
-    "dequantised",
-    "describe_packing",
-    "identity",
-    "n_parameters",
-    "packed_modules",
-    "passing_gradients",
-    "scheme_of",
-]
-
 
 @dataclass(frozen=True)
 class Scheme:

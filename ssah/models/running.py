@@ -16,8 +16,6 @@ from ssah.models.finite import naming_weights
 from ssah.models.offload import device_of, runs_own_forward, unconverted
 from ssah.models.wrappers import check_whole
 
-__all__ = ["as_it_was", "check_backbone", "check_idle"]
-
 # Which thread runs a model, by its backbone: models that share one share its modules.
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()

@@ -7,8 +7,6 @@ from transformers import PreTrainedModel
 
 from ssah.compat.modules import is_fsdp1, partitioned, wrapper_of
 
-__all__ = ["check_bare", "check_whole"]
-
 
 def check_bare(model: nn.Module) -> PreTrainedModel:
     """``model``, once it is known to be a transformers model.

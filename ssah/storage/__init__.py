@@ -17,8 +17,7 @@ from ssah.storage.files import (
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
-from ssah.storage.results import FORMAT, META, check_kind, load_tensors, save_tensors
-from ssah.storage.stored import Stored
+from ssah.storage.results import FORMAT, META, Stored, check_kind, load_tensors, save_tensors
 
 __all__ = [
     "FORMAT",

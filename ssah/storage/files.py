@@ -15,20 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-__all__ = [
-    "RECORD",
-    "TEXT",
-    "Fields",
-    "check_fields",
-    "file_hash",
-    "naming",
-    "read_record",
-    "read_sealed",
-    "sealed",
-    "sync",
-    "write_whole",
-]
-
 RECORD = "experiment.json"  # of a study, in its folder; the report reads it
 
 # Name of a field -> the types that it may have.

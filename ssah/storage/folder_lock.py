@@ -15,8 +15,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["LOCK", "check_free", "one_run", "one_writer"]
-
 LOCK = ".lock"  # in the folder of a run that is under way; its content is for people
 _TRIES = 1000  # to make a folder that others remove
 

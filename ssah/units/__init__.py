@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
 from ssah.units.experts import DOWN, RoutedExperts, run_routed, up_name
-from ssah.units.families import (
-    FAMILIES,
-    FFN,
-    Attention,
-    Experts,
-    Family,
-    NotCovered,
-    register_family,
-)
+from ssah.units.families import FAMILIES, register_family
+from ssah.units.family import FFN, Attention, Experts, Family, NotCovered
 from ssah.units.find import (
-    KINDS,
-    DepthTwoModule,
-    GatedFFN,
-    UnitSlice,
-    act_name,
     check_units,
     family_of,
     family_of_config,

@@ -17,8 +17,6 @@ from torch.nn import functional as F
 from ssah.compat.transformers import dispatches, expert_gate, has_expert_layout, has_usual_gate
 from ssah.models import runs_own_forward
 
-__all__ = ["DOWN", "RoutedExperts", "route", "run_routed", "up_name"]
-
 DOWN = "down_proj"
 
 

@@ -1,125 +1,16 @@
-"""Where each architecture keeps its depth-2 modules: one declarative entry per family.
+"""Where each architecture keeps its depth-2 modules: one entry each, and nothing else anywhere.
 
-Only :mod:`ssah.units` reads these entries. All paths are relative to one decoder layer. To teach
-the library another architecture, describe it with a :class:`Family` and call
-:func:`register_family`; nothing else in the library knows about architectures.
+Only :mod:`ssah.units` reads these entries. An architecture that is not here needs one line in
+`FAMILIES`, or one call of :func:`register_family` by whoever uses it. One that keeps its layers as
+Llama does, for example, is ``"smollm3": _LLAMA``. What the fields of an entry mean is told in
+:mod:`ssah.units.family`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
-ValueLayout = Literal["separate", "qkv", "qkv_per_head", "latent"]
-VALUE_LAYOUTS: tuple[ValueLayout, ...] = ("separate", "qkv", "qkv_per_head", "latent")
-
-
-@dataclass(frozen=True)
-class FFN:
-    """A feed-forward module: ``down(act(gate(x)) * up(x))``, or ``down(act(up(x)))`` ungated.
-
-    Attributes:
-        down: path of B.
-        up: path of the up projection; for ``fused`` the projection whose output is gate, then up.
-        gate: path of the gate projection; None for an ungated or a fused module.
-        fused: whether ``up`` holds gate (first half of its outputs) and up (second half).
-        module: path of the module whose forward is exactly ``down(act(gate(x)) * up(x))``: the
-            gated product then runs through one fused operator. None where there is no such module.
-        act: path of the activation module; needed with ``module``.
-        last: whether ``module`` runs after everything else in the layer that is a depth-2 module.
-            B of the last layer then need not run where only its input is wanted.
-    """
-
-    down: str
-    up: str
-    gate: str | None = None
-    fused: bool = False
-    module: str | None = None
-    act: str | None = None
-    last: bool = False
-
-
-@dataclass(frozen=True)
-class Attention:
-    """An attention module: B is the output projection O, A is the value projection V.
-
-    How many query heads share a key/value head follows from the width of ``value``.
-
-    Attributes:
-        down: path of O.
-        value: path of the projection that computes the values.
-        layout: how the outputs of ``value`` are laid out. ``"separate"``: values alone, head by
-            head. ``"qkv"``: all queries, all keys, all values. ``"qkv_per_head"``: of the first
-            key/value head the queries that share it, its key and its value; then of the second,
-            and so on. ``"latent"``: key (without position) and value of the first head, then of
-            the second, both from one latent; A is what expands the latent, X the latent.
-        gate: path of the query projection where it also computes a gate that multiplies what
-            enters O: query and gate of the first head, then of the second. A is then V and gate.
-    """
-
-    down: str
-    value: str
-    layout: ValueLayout = "separate"
-    gate: str | None = None
-
-
-@dataclass(frozen=True)
-class NotCovered:
-    """A part of a layer that holds no units.
-
-    Attributes:
-        at: path of an attribute of the layer: this applies to every layer where it exists and is
-            true.
-        reason: why there are no units, for people.
-        instead: the kind of depth-2 module that such a layer goes without, or None if the part is
-            there beside them.
-        setting: name of a setting of the configuration; where it is 0 or missing, this does not
-            apply.
-    """
-
-    at: str
-    reason: str
-    instead: Literal["mlp", "attention"] | None = None
-    setting: str | None = None
-
-
-@dataclass(frozen=True)
-class Experts:
-    """Routed experts, whose weights are 3-D parameters, the first dimension running over experts.
-
-    Attributes:
-        module: path of the module that holds the parameters, of a class decorated with
-            ``transformers.integrations.use_experts_implementation``, which says how they are laid
-            out. Layers without such a module have the family's ``ffn``.
-        shared: an FFN beside the routed experts that every token passes through, or None. Not in
-            layers where the module that holds it is None.
-    """
-
-    module: str = "mlp.experts"
-    shared: FFN | None = None
-
-
-@dataclass(frozen=True)
-class Family:
-    """The depth-2 modules of one architecture.
-
-    Attributes:
-        layers: path of the list of decoder layers in the decoder (``model.get_decoder()``).
-        ffn: the layer's feed-forward module, or None. Of a mixture of experts: that of its dense
-            layers.
-        attention: the layer's attention module, or None.
-        maskless: whether a right-padded batch may be run without its attention mask, because
-            attention is causal and positions default to 0, 1, 2, ... for the attended tokens.
-        experts: the layer's mixture of experts, or None.
-        not_covered: parts of its layers, or of some of them, that hold no units.
-    """
-
-    layers: str
-    ffn: FFN | None
-    attention: Attention | None
-    maskless: bool = False
-    experts: Experts | None = None
-    not_covered: tuple[NotCovered, ...] = ()
+from ssah.units.family import FFN, Attention, Experts, Family, NotCovered, check_family
 
 
 def _gated_ffn(module: str) -> FFN:
@@ -132,6 +23,8 @@ def _gated_ffn(module: str) -> FFN:
         last=True,
     )
 
+
+# ------------------------------------------------------------------- parts that several entries use
 
 _GATED_FFN = _gated_ffn("mlp")
 _FUSED_FFN = FFN(
@@ -172,6 +65,8 @@ _PER_LAYER_INPUT = NotCovered(
     "per_layer_input_gate", "per-layer embeddings: one factor is a table, not a projection"
 )
 
+# ------------------------------------------------------------- layers that several entries lay out
+
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
 _ROUTED = replace(_LLAMA, experts=Experts())
 _SHARED_EXPERT = replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert")))
@@ -189,6 +84,8 @@ _QWEN_HYBRID = replace(
     not_covered=(_LINEAR_ATTENTION,),
 )
 _QWEN_HYBRID_EXPERTS = replace(_QWEN_HYBRID, experts=_SHARED_EXPERT.experts)
+
+# ---------------------------------------------------------- `model_type` of the text model -> entry
 
 FAMILIES: dict[str, Family] = {
     "llama": _LLAMA,
@@ -319,34 +216,9 @@ def register_family(model_type: str, family: Family, *, replace: bool = False) -
         ValueError: ``model_type`` is known and ``replace`` is False, or the entry has no FFN,
             attention or experts, or contradicts itself.
     """
-    if not isinstance(family, Family):
-        raise TypeError(f"family is a {type(family).__name__}, must be a Family")
+    check_family(family)
     if model_type in FAMILIES and not replace:
         raise ValueError(
             f"model_type {model_type!r} is already registered; pass replace=True to redefine it"
         )
-    attention, experts = family.attention, family.experts
-    if family.ffn is None and attention is None and experts is None:
-        raise ValueError("family has no ffn, attention or experts; it must have at least one")
-    _check_ffn("family.ffn", family.ffn)
-    _check_ffn("family.experts.shared", None if experts is None else experts.shared)
-    if attention is not None and attention.layout not in VALUE_LAYOUTS:
-        raise ValueError(
-            f"family.attention.layout is {attention.layout!r}, must be one of {VALUE_LAYOUTS}"
-        )
-    for part in family.not_covered:
-        if part.instead not in (None, "mlp", "attention"):
-            raise ValueError(
-                f"family.not_covered has a part instead of {part.instead!r}, must be instead of "
-                "'mlp', 'attention' or None"
-            )
     FAMILIES[model_type] = family
-
-
-def _check_ffn(name: str, ffn: FFN | None) -> None:
-    if ffn is None:
-        return
-    if ffn.module is not None and (ffn.act is None or not (ffn.fused or ffn.gate is not None)):
-        raise ValueError(f"{name}.module needs {name}.act, and a gate or fused=True")
-    if ffn.fused and ffn.gate is not None:
-        raise ValueError(f"{name} is fused: {name}.gate must be None")

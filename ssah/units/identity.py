@@ -11,8 +11,6 @@ from torch import nn
 
 from ssah.units.find import find_modules
 
-__all__ = ["check_same_model", "config_hash", "model_name", "units_hash"]
-
 # Settings that change neither the units nor what the model computes: not part of what a run
 # that goes on must have kept.
 _VOLATILE = frozenset(

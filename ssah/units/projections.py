@@ -16,15 +16,6 @@ from ssah.compat.modules import how_computed
 from ssah.models import runs_own_forward, scheme_of
 from ssah_kernels.sharded import is_sharded
 
-__all__ = [
-    "check_parameters",
-    "check_unsplit",
-    "check_weight",
-    "features",
-    "is_computed",
-    "projection",
-]
-
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Subclasses of nn.Linear whose own forward is nn.Linear's function.
@@ -118,6 +109,15 @@ def features(module: nn.Module) -> tuple[int, int]:
     if isinstance(module, Conv1D):
         return module.nx, module.nf
     return module.in_features, module.out_features  # type: ignore[return-value]
+
+
+def check_width(name: str, module: nn.Module, width: int, down: str) -> None:
+    """Refuse, with ValueError, an A called ``name`` that has not ``width`` outputs to feed B."""
+    if features(module)[1] != width:
+        raise ValueError(
+            f"module {name!r} has {features(module)[1]} outputs, must have {width} to feed "
+            f"{down!r}; register a family that fits the model"
+        )
 
 
 def is_computed(model: nn.Module, param: str) -> bool:

@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "lowest", "normalized", "order_key", "share_count", "split", "without"]
-
 
 def share_count(share: float, n: int) -> int:
     """How many of n units a share is: floor(share * n + 0.5)."""

