@@ -11,6 +11,7 @@ from ssah.models.loading import (
     empty_model,
     load_model,
     load_tokenizer,
+    load_weights,
     move,
     pick_device,
     put_tensor,

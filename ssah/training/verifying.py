@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ssah.attribution import LayeredModel
 from ssah.compat import peft
-from ssah.models import at_hand, check_whole, dequantised, load_model, locate
+from ssah.models import at_hand, check_whole, dequantised, load_weights, locate
 from ssah.training.adapter_entries import changed_entries, frozen_entries
 from ssah.training.entries import Entries
 from ssah.training.split_tensor import complement_rows
@@ -89,7 +89,7 @@ def _pieces(
             yield from _by_layers(*names, units)
             return
     first, second = (
-        each if isinstance(each, nn.Module) else load_model(os.fspath(each))[0]
+        each if isinstance(each, nn.Module) else load_weights(os.fspath(each))
         for each in (model, base)
     )
     inner = peft.inner_model(first)
@@ -99,9 +99,9 @@ def _pieces(
 
 def _in_layers(name: str) -> bool:
     """Whether ``name`` is a folder of plain safetensors, which can be read layer by layer."""
-    source, gguf_file, local = locate(name)
-    folder = Path(source)
-    if gguf_file or not local or not any(folder.glob("*.safetensors")):
+    source = locate(name)
+    folder = Path(source.place)
+    if source.gguf_file or not source.local or not any(folder.glob("*.safetensors")):
         return False
     return '"quantization_config"' not in (folder / "config.json").read_text(encoding="utf-8")
 
@@ -172,4 +172,4 @@ def _compare(name: str, now: Tensor, before: Tensor, entries: Entries) -> tuple[
     trained = entries.trains.nonzero()[:, 0]  # [trained]
     a, b = (complement_rows(each, entries.dims, trained) for each in (now, before))
     same = (a == b) | (a.isnan() & b.isnan())  # [entries, ...]
-    return int(same.flatten(1).all(1).logical_not().sum()), len(a)
+    return int(same.reshape(len(same), -1).all(1).logical_not().sum()), len(a)
