@@ -13,14 +13,15 @@ Environment:
 from __future__ import annotations
 
 import os
-import re
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# An isolated build leaves the folder of setup.py out of the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
+import toolchain
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020a000000000000"  # the stable ABI of torch 2.10
 CXX_FLAGS = [
@@ -40,7 +41,6 @@ CUDA_ARCHS = [
 # The one symbol of libtorch's that the CUDA library needs is weak, for which the linker would not
 # keep libtorch: the flag holds for the libraries named after it, so the name stands inside.
 KEEP_LIBTORCH = "-Wl,--push-state,--no-as-needed,-ltorch,--pop-state"
-PURE = "SSAH_NO_EXTENSION=1 installs the pure-Python part (reference and Triton)"
 
 
 def sources(*patterns: str) -> list[str]:
@@ -51,87 +51,10 @@ def sources(*patterns: str) -> list[str]:
         if not files:
             sys.exit(
                 f"ssah: there is no {pattern} here: these sources are incomplete. Take them from "
-                f"the repository or a whole source distribution; {PURE}"
+                f"the repository or a whole source distribution; {toolchain.PURE}"
             )
         found += files
     return found
-
-
-def check_python() -> None:
-    if sys.version_info < (3, 10):  # noqa: UP036 (pip asks too, but not everybody comes by pip)
-        sys.exit(f"ssah needs Python >= 3.10; this is {sys.version.split()[0]}")
-
-
-def check_torch(version: str) -> None:
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (2, 10):
-        sys.exit(f"ssah needs torch >= 2.10; this is {version}: pip install 'torch>=2.10'")
-
-
-def check_compiler() -> None:
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler.split()[0]) is None:
-        sys.exit(
-            f"ssah: no C++ compiler ({compiler}). Install one (Debian: apt-get install g++), or "
-            f"set CXX; {PURE}"
-        )
-
-
-def run(*command: str) -> str:
-    """What a compiler prints; RuntimeError with the first line of its complaint if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        complaint = (done.stderr or done.stdout).strip() or f"exit status {done.returncode}"
-        raise RuntimeError(complaint.splitlines()[0])
-    return done.stdout
-
-
-def find_cuda(torch_cuda: str | None, torch_hip: str | None = None) -> tuple[Path | None, str]:
-    """The CUDA toolkit to build with, or None and why not ("" if there is just none)."""
-    if torch_hip is not None:
-        return None, f"this torch is built for ROCm ({torch_hip}), where Triton serves"
-    found = shutil.which("nvcc")
-    homes = [Path("/usr/local/cuda"), *([Path(found).resolve().parents[1]] if found else [])]
-    if "CUDA_HOME" in os.environ:
-        homes = [Path(os.environ["CUDA_HOME"])]
-    home = next((home for home in homes if (home / "bin" / "nvcc").exists()), None)
-    if home is None:
-        if "CUDA_HOME" in os.environ:
-            return None, f"CUDA_HOME is {homes[0]}, which has no bin/nvcc: correct it or unset it"
-        return None, ""
-    nvcc = str(home / "bin" / "nvcc")
-    try:
-        release = re.search(r"release (\d+)", run(nvcc, "--version"))
-        # Compiling nothing shows what else can be wrong: no host compiler, or one that is too new.
-        run(nvcc, "-x", "cu", "-c", os.devnull, "-o", os.devnull)
-    except (OSError, RuntimeError) as error:
-        return None, (
-            f"{nvcc} does not work ({error}): install a whole CUDA toolkit, and a host compiler "
-            "that it takes"
-        )
-    if release is None:
-        return None, f"{nvcc} --version names no release: install a whole CUDA toolkit"
-    if torch_cuda is not None and torch_cuda.split(".")[0] != release[1]:
-        return None, (
-            f"nvcc is of CUDA {release[1]} ({home}) and torch {torch_cuda}: install a CUDA "
-            f"{torch_cuda.split('.')[0]} toolkit and set CUDA_HOME to it"
-        )
-    return home, ""
-
-
-def wanted_cuda(torch_cuda: str | None, torch_hip: str | None = None) -> Path | None:
-    """The CUDA toolkit, if the CUDA kernels are to be built. One line says if and why not."""
-    wanted = os.environ.get("SSAH_CUDA", "")
-    if wanted not in ("", "0", "1"):
-        sys.exit(f"ssah: SSAH_CUDA is {wanted!r}; it must be 0 or 1")
-    if wanted == "0":
-        return None
-    home, why = find_cuda(torch_cuda, torch_hip)
-    if wanted == "1" and home is None:
-        why = why or "nvcc was not found: install the CUDA toolkit or set CUDA_HOME"
-        sys.exit(f"ssah: SSAH_CUDA=1, but {why}")
-    if why:
-        print(f"ssah: the CUDA kernels are left out: {why}", file=sys.stderr)
-    return home
 
 
 try:
@@ -149,9 +72,9 @@ class Build(Base):  # type: ignore[misc, valid-type]
     def run(self) -> None:
         if torch is None:
             sys.exit("ssah: torch is not installed here: pip install 'torch>=2.10' first")
-        check_torch(torch.__version__)
-        check_compiler()
-        home = wanted_cuda(torch.version.cuda, torch.version.hip)
+        toolchain.check_torch(torch.__version__)
+        toolchain.check_compiler()
+        home = toolchain.wanted_cuda(torch.version.cuda, torch.version.hip)
         cpu, *cuda = self.extensions
         cpu.extra_compile_args.append(f'-DSSAH_TORCH_VERSION="{torch.__version__}"')
         if home is None:
@@ -199,7 +122,7 @@ def extensions() -> list[Extension]:
 
 
 if __name__ == "__main__":
-    check_python()
+    toolchain.check_python()
     if os.environ.get("SSAH_NO_EXTENSION") == "1":
         setup()
     else:

@@ -1,8 +1,7 @@
 """attribute() on a Llama of random parameters, beside its backbone's own forward.
 
 Wall time is the median ratio of interleaved pairs; peak memory is that of a process of its own.
-Baselines are the scoring rules of FLAP (arXiv 2312.11983, running fluctuation) and Wanda
-(arXiv 2306.11695, running row norm), written afresh as eager hooks on the same backbone forward.
+Baselines are the scoring rules of FLAP and Wanda (``peers.py``), as eager hooks on that forward.
 
     python benchmarks/bench_attribute.py --out bench_out/attribute.json
     python benchmarks/bench_attribute.py --dtype float32 --layers 4    # no bfloat16 arithmetic here
@@ -13,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,50 +20,21 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.models import LENGTH, ROWS, Batch, build_batches, build_model
+from benchmarks.peers import Flap, Wanda
 from ssah.attribution import METRICS, attribute
 from ssah.units import find_modules
 
-ROWS, LENGTH, VOCABULARY = 8, 256, 32_000
 LIMITS = {"variance": 1.0, "norm": 1.0, "taylor": 2.5, "fisher": 2.5}
 MEMORY_LIMIT = 1.1
 KINDS = ("full", "ragged")
-Batch = dict[str, Tensor]
 Call = Callable[[int], Any]
-
-
-def build_model(dtype: str, layers: int) -> PreTrainedModel:
-    """A Llama with 16 heads of 64 and 8 key/value heads; 20 layers are 0.3 B parameters."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype)).eval()
-
-
-def build_batches(n: int, ragged: bool) -> list[Batch]:
-    """Right-padded batches; ``ragged`` rows are 50 to 100 % of the length."""
-    generator = torch.Generator().manual_seed(1)
-    batches = []
-    for _ in range(n):
-        ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
-        lengths = torch.full((ROWS,), LENGTH)
-        if ragged:
-            lengths[1:] = torch.randint(LENGTH // 2, LENGTH, (ROWS - 1,), generator=generator)
-        mask = (torch.arange(LENGTH) < lengths[:, None]).long()
-        batches.append({"input_ids": ids, "attention_mask": mask})
-    return batches
 
 
 def backbone(model: PreTrainedModel, batch: Batch) -> None:
@@ -74,54 +43,14 @@ def backbone(model: PreTrainedModel, batch: Batch) -> None:
         model.base_model(**batch, use_cache=False)
 
 
-class Flap:
-    """FLAP's running mean and fluctuation of one layer's input, in eager operations."""
-
-    def __init__(self, columns: int) -> None:
-        self.n = 0
-        self.mean = torch.zeros(columns)
-        self.fluctuation = torch.zeros(columns)
-
-    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).t()  # [columns, tokens]
-        rows = args[0].shape[0]
-        before = self.mean.clone()
-        self.mean *= self.n / (self.n + rows)
-        self.mean += x.mean(dim=1) * rows / (self.n + rows)
-        x = x.float()
-        if self.n:
-            self.fluctuation *= (self.n - 1) / (self.n + rows - 1)
-        spread = (x - self.mean[:, None]) * (x - before[:, None])
-        self.fluctuation += spread.sum(dim=1) / (self.n + rows)
-        self.n += rows
-
-    def score(self, weight: Tensor) -> Tensor:
-        return self.fluctuation * weight.float().square().sum(dim=0)
-
-
-class Wanda:
-    """Wanda's running row norm of one layer's input, in eager operations."""
-
-    def __init__(self, columns: int) -> None:
-        self.n = 0
-        self.row = torch.zeros(columns)
-
-    def __call__(self, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        x = args[0].flatten(0, -2).t().float()  # [columns, tokens]
-        rows = args[0].shape[0]
-        self.row *= self.n / (self.n + rows)
-        self.row += torch.linalg.vector_norm(x, dim=1) ** 2 / (self.n + rows)
-        self.n += rows
-
-    def score(self, weight: Tensor) -> Tensor:
-        return (weight.float().abs() * self.row.sqrt()).sum(dim=0)
-
-
 def eager(model: PreTrainedModel, batch: Batch, rule: type[Flap] | type[Wanda]) -> None:
     """Score every unit by ``rule``, with hooks on the same backbone forward."""
     found = find_modules(model)
     states = {name: rule(module.n_units) for name, module in found.items()}
-    hooks = [module.down.register_forward_pre_hook(states[name]) for name, module in found.items()]
+    hooks = [
+        module.down.register_forward_pre_hook(lambda _, args, name=name: states[name](args[0]))
+        for name, module in found.items()
+    ]
     backbone(model, batch)
     for hook in hooks:
         hook.remove()
@@ -150,33 +79,24 @@ def calls(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Call]:
     }
 
 
-def kibibytes(field: str) -> int:
-    """A memory figure of this process, e.g. ``VmHWM``."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1])
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def measure_memory(options: argparse.Namespace) -> None:
     """Print the resident memory before a call and its peak during it, in KiB, as JSON."""
     torch.set_num_threads(options.threads)
     model = build_model(options.dtype, options.layers)
     call = calls(model, build_batches(1, options.batches == "ragged"))[options.memory]
+    call(0)  # what is made once must not count
+    before = common.kibibytes("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew at what is held
     call(0)
-    before = kibibytes("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    call(0)
-    print(json.dumps({"before": before, "peak": kibibytes("VmHWM")}))
+    print(json.dumps({"before": before, "peak": common.kibibytes("VmHWM")}))
 
 
 def peak_memory(name: str, options: argparse.Namespace, ragged: bool) -> dict[str, int]:
     """:func:`measure_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--memory", name, "--threads", str(options.threads)]
-    command += ["--dtype", options.dtype, "--layers", str(options.layers)]
-    command += ["--batches", "ragged" if ragged else "full"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(json.loads(output.splitlines()[-1]))
+    kind = "ragged" if ragged else "full"
+    arguments = ("--memory", name, "--threads", options.threads, "--batches", kind)
+    more = ("--dtype", options.dtype, "--layers", options.layers)
+    return common.in_child(__file__, *arguments, *more)
 
 
 def measure(options: argparse.Namespace, ragged: bool) -> list[dict[str, Any]]:

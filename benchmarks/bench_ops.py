@@ -8,9 +8,7 @@ rotating inputs, and a ratio is the median over rounds. The limit of an operator
 element over the read bandwidth that the same run measures. Set SSAH_CPU_CAPABILITY=avx2 for the
 narrower kernels.
 
-Baselines, written afresh from the papers: FLAP's running variance of a linear layer's input
-(arXiv 2312.11983; float32 copy, transposed, batch mean, two centred squares) and Wanda's running
-squared norm (arXiv 2306.11695).
+Operators are called as in ``ssah bench``; FLAP and Wanda are those of ``peers.py``.
 """
 
 from __future__ import annotations
@@ -23,47 +21,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from common import interleave, percentiles, ratio, read_bandwidth, rotating, write
 from torch import Tensor
 
-from ssah_kernels import ops
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-
-class Flap:
-    """FLAP's fluctuation metric: running mean and squared deviations, updated batch by batch."""
-
-    def __init__(self, channels: int) -> None:
-        self.mean, self.fluctuation, self.tokens = torch.zeros(channels), torch.zeros(channels), 0
-
-    def __call__(self, x: Tensor) -> None:
-        rows = x.t().float()  # [C, tokens]
-        n = rows.shape[1]
-        before = self.mean.clone()
-        self.mean = self.mean * (self.tokens / (self.tokens + n)) + rows.mean(1) * (
-            n / (self.tokens + n)
-        )
-        if self.tokens == 0:
-            self.fluctuation = torch.sum((rows - self.mean[:, None]) ** 2, dim=1) / n
-        else:
-            self.fluctuation *= (self.tokens - 1) / (self.tokens + n - 1)
-            deviations = (rows - self.mean[:, None]) * (rows - before[:, None])
-            self.fluctuation += torch.sum(deviations, dim=1) / (self.tokens + n)
-        self.tokens += n
-
-
-def wanda(x: Tensor) -> Tensor:
-    """Wanda: squared L2 norm of every input feature."""
-    return torch.norm(x.float().t(), p=2, dim=1) ** 2
-
-
-def sums(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum and sum of squares in one expression, for torch.compile to fuse."""
-    y = x.float()
-    return y.sum(0), (y * y).sum(0)
+from benchmarks.common import interleave, percentiles, ratio, read_bandwidth, rotating, write
+from benchmarks.peers import Flap, Wanda
+from ssah.studies.bench.cases import CASES, sums
 
 
 def sums_accumulated(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The same with a conversion inside each reduction: another form that it may fuse better."""
+    """``sums`` with a conversion inside each reduction: another form that may fuse better."""
     return x.sum(0, dtype=torch.float32), x.float().square().sum(0)
 
 
@@ -74,27 +42,26 @@ def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dic
     xs = rotating(lambda: torch.randn(tokens, channels).to(dtype), n_bytes)
     others = rotating(lambda: torch.randn(tokens, channels).to(dtype), n_bytes)
     n = len(xs)
-    state = ops.new_moments(xs[0])
-    signed, squared = torch.zeros(2, channels, dtype=torch.float64)
-    flap = Flap(channels)
+    flap, wanda = Flap(channels), Wanda(channels)
     compiled = [torch.compile(f, dynamic=False) for f in (sums, sums_accumulated)]
     gate_up = torch.compile(lambda g, u: F.silu(g) * u, dynamic=False)
     calls: dict[str, Callable[[int], Any]] = {
         "read": read_bandwidth(n_bytes),
-        "channel_moments_": lambda i: ops.channel_moments_(xs[i % n], *state),
+        "channel_moments_": lambda i: CASES["channel_moments_"].ours(xs[i % n]),
         "FLAP eager": lambda i: flap(xs[i % n]),
         "Wanda eager": lambda i: wanda(xs[i % n]),
         "torch.var_mean": lambda i: torch.var_mean(xs[i % n].float(), 0),
         "compiled sums": lambda i: compiled[0](xs[i % n]),
         "compiled sums, 2nd form": lambda i: compiled[1](xs[i % n]),
-        "gated_moments": lambda i: ops.gated_moments(xs[i % n], others[i % n], *state),
+        "gated_moments": lambda i: CASES["gated_moments"].ours(xs[i % n], others[i % n]),
         "eager silu(gate) * up": lambda i: F.silu(xs[i % n]) * others[i % n],
         "compiled silu(gate) * up": lambda i: gate_up(xs[i % n], others[i % n]),
-        "taylor_moments_": lambda i: ops.taylor_moments_(xs[i % n], others[i % n], signed, squared),
-        "column_sq_norms": lambda i: ops.column_sq_norms(xs[i % n]),
+        "taylor_moments_": lambda i: CASES["taylor_moments_"].ours(xs[i % n], others[i % n]),
+        "column_sq_norms": lambda i: CASES["column_sq_norms"].ours(xs[i % n]),
     }
     with torch.inference_mode():
         times = interleave(calls, repeats)
+    # Against the better of two forms: torch.compile fuses one or the other, by its version.
     best = min(ratio(times, f"compiled sums{s}", "channel_moments_") for s in ("", ", 2nd form"))
     return {
         "tokens": tokens,

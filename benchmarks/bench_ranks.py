@@ -26,8 +26,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.bench_attribute import build_batches, build_model
+from benchmarks.models import build_batches, build_model
 from ssah.attribution import Sums, attribute
+from ssah.attribution.joining import join
 from ssah.distributed import Ranks, deal
 from ssah.models import move
 
@@ -35,7 +36,8 @@ UNITS = (100_000, 500_000, 3_000_000)  # about a 0.3 B, a 7 B and a 70 B model's
 
 
 def build_tiny() -> PreTrainedModel:
-    """Two small layers, to try the script."""
+    """Two small layers, to try the script; every rank must have the same."""
+    torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2)
     return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
 
@@ -64,11 +66,11 @@ def build_state(ranks: Ranks, units: int) -> Sums:
     return Sums(torch.tensor(100.0, dtype=torch.float64), *channels)
 
 
-def join(ranks: Ranks, state: Sums, i: int) -> None:
+def join_once(ranks: Ranks, state: Sums, i: int) -> None:
     """The states of all ranks are joined."""
     state.mean[0] = ranks.rank + i  # after a join they are the same, which is refused
     dist.barrier()
-    ranks.join({"module": state}, gradient=False)
+    join(ranks, {"module": state}, gradient=False)
 
 
 def run(rank: int, folder: str, options: argparse.Namespace) -> None:
@@ -78,7 +80,7 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=options.ranks
     )
     ranks = Ranks.of()
-    model = build_tiny() if options.tiny else build_model()
+    model = build_tiny() if options.tiny else build_model("bfloat16", layers=20)
     move(model, getattr(torch, options.dtype))
     batches = build_batches(options.batches * ranks.size, ragged=False)
     arguments = (model, batches, ranks, options.metric)
@@ -99,7 +101,7 @@ def run(rank: int, folder: str, options: argparse.Namespace) -> None:
         }
         for name in times
     ]
-    states = {str(n): partial(join, ranks, build_state(ranks, n)) for n in UNITS}
+    states = {str(n): partial(join_once, ranks, build_state(ranks, n)) for n in UNITS}
     joins = common.interleave(states, repeats=5, warmup=1)
     rows += [
         {

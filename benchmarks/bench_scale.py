@@ -11,9 +11,8 @@ three calls.
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +21,10 @@ from typing import Any
 import torch
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import ssah
+from benchmarks import common
 
 LAYERS, EXPERTS, UNITS = 94, 128, 1536
 SHARES = {"scu": 0.008, "ucu": 0.008, "ru": 0.15}
@@ -89,6 +91,7 @@ def on_a_model() -> dict[str, float]:
     found = {"find_modules": timed(lambda: ssah.find_modules(model))}
     sizes = {name: module.n_units for name, module in ssah.find_modules(model).items()}
     units = ssah.UnitSet.random(sum(sizes.values()) // 100, sizes)
+    # Entering and leaving change the model back and forth: each is timed by itself.
     entering, leaving = [], []
     for _ in range(3):
         start = time.perf_counter()
@@ -113,18 +116,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file for the record")
     arguments = parser.parse_args()
     seconds = on_scores() | on_a_model()
-    record = {
-        "machine": platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "modules": LAYERS * EXPERTS,
-        "units": LAYERS * EXPERTS * UNITS,
-        "seconds": seconds,
-    }
     for name, value in seconds.items():
         print(f"{name:20} {value:8.3f} s")
     if arguments.out is not None:
-        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+        modules = LAYERS * EXPERTS
+        row = {"modules": modules, "units": modules * UNITS, "seconds": seconds}
+        common.write(arguments.out, "scale", [row])
 
 
 if __name__ == "__main__":

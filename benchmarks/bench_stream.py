@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from io import FileIO
@@ -35,7 +34,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.bench_attribute import kibibytes
 from ssah.attribution import attribute, stream
 from ssah.models import quiet
 
@@ -97,7 +95,7 @@ def forget(folder: Path) -> None:
     """Have the system drop what it keeps of the weights in memory."""
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
+        os.fsync(descriptor)  # pages that are not written yet cannot be dropped
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
 
@@ -105,7 +103,7 @@ def forget(folder: Path) -> None:
 def bandwidth(folder: Path) -> float:
     """Bytes per second of plain reads of the weights, cold."""
     forget(folder)
-    buffer = bytearray(16 << 20)
+    buffer = bytearray(16 << 20)  # one for all: new memory would have to be mapped
     n_bytes, start = 0, time.perf_counter()
     for file in sorted(folder.glob("*.safetensors")):
         with FileIO(file) as handle:
@@ -129,7 +127,7 @@ def layer_seconds(hidden_size: int, dtype: str) -> float:
 
 def score(way: str, folder: Path, dtype: str) -> dict[str, Any]:
     """Score the checkpoint in this process; what it took."""
-    found: dict[str, Any] = {"before_kib": kibibytes("VmHWM")}
+    found: dict[str, Any] = {"before_kib": common.kibibytes("VmHWM")}
     start = time.perf_counter()
     if way == "stream":
         _, traffic = stream(str(folder), build_batches(), dtype=dtype, device="cpu")
@@ -144,18 +142,16 @@ def score(way: str, folder: Path, dtype: str) -> dict[str, Any]:
                 )
             attribute(model.eval(), build_batches())
     found["seconds"] = time.perf_counter() - start
-    found["peak_kib"] = kibibytes("VmHWM")
+    found["peak_kib"] = common.kibibytes("VmHWM")
     about = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
     return {**found, "disk_bytes": int(about["read_bytes"])}
 
 
-def in_child(way: str, folder: Path, dtype: str, threads: int) -> dict[str, Any]:
+def cold(way: str, folder: Path, dtype: str, threads: int) -> dict[str, Any]:
     """:func:`score` from a cold cache, in a process of its own."""
     forget(folder)
-    command = [sys.executable, __file__, "--way", way, "--checkpoint", str(folder)]
-    command += ["--dtype", dtype, "--threads", str(threads)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return dict(json.loads(output.splitlines()[-1]))
+    arguments = ("--way", way, "--checkpoint", folder, "--dtype", dtype, "--threads", threads)
+    return common.in_child(__file__, *arguments)
 
 
 def measure(
@@ -170,7 +166,7 @@ def measure(
         runs = []
         for _ in range(repeats):
             rate = bandwidth(folder)
-            runs.append({"disk_rate": rate, **in_child(way, folder, dtype, threads)})
+            runs.append({"disk_rate": rate, **cold(way, folder, dtype, threads)})
         run = sorted(runs, key=lambda each: each["seconds"])[len(runs) // 2]
         best = run.get("weight_bytes", size) / run["disk_rate"] + compute
         rows.append(

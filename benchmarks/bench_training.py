@@ -27,7 +27,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,17 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
+from benchmarks.models import LENGTH, VOCABULARY, build_model
 from ssah.training import train_only
 from ssah.training.entries import select_entries
 from ssah.units import UnitSet, find_modules
 
-ROWS, LENGTH, VOCABULARY = 4, 256, 32_000
+ROWS = 4
 FRACTION = 0.2
 VARIANTS = ("dense masked", "mask only", "whole tensors off", "plan", "lora")
 DEFAULT = ("dense masked", "plan", "lora")  # more at once do not fit 16 GiB
@@ -52,22 +53,6 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
 TIME_LIMIT, MEMORY_LIMIT = 0.78, 0.5
 WARMUP = 1
 Step = Callable[[], None]
-
-
-def build_model(layers: int) -> PreTrainedModel:
-    """A Llama in float32 with 16 heads of 64 and 8 key/value heads."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=1024,
-        intermediate_size=2816,
-        num_hidden_layers=layers,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        max_position_embeddings=2048,
-        use_cache=False,
-    )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).train()
 
 
 def draw_units(model: PreTrainedModel) -> UnitSet:
@@ -96,7 +81,8 @@ def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tens
 
 def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]:
     """One training step of a variant, and the sizes of what it trains."""
-    model = build_model(layers)
+    model = build_model("float32", layers).train()
+    model.config.use_cache = False  # training needs no cache, which would count as memory
     masks: dict[Tensor, Tensor] = {}
     frozen: dict[Tensor, Tensor] = {}
     facts: dict[str, int | float] = {}
@@ -144,23 +130,18 @@ def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]
     return step, facts
 
 
-def peak_bytes() -> int:
-    """Largest resident memory of this process so far."""
-    status = Path("/proc/self/status").read_text()
-    return int(status.split("VmHWM:")[1].split()[0]) * 1024
-
-
 def serve(options: argparse.Namespace) -> None:
     """Worker: one step per line read, one JSON line back."""
     torch.set_num_threads(options.threads)
-    imported = peak_bytes()
+    imported = 1024 * common.kibibytes("VmHWM")
     step, facts = build_step(options.serve, options.layers)
     print(json.dumps({}), flush=True)
     for _ in sys.stdin:
         start = time.process_time()
         step()
         facts["cpu_seconds"] = time.process_time() - start
-        print(json.dumps({**facts, "peak": peak_bytes(), "imported": imported}), flush=True)
+        peak = 1024 * common.kibibytes("VmHWM")
+        print(json.dumps({**facts, "peak": peak, "imported": imported}), flush=True)
 
 
 class Worker:
@@ -201,6 +182,46 @@ class Worker:
         self.process.wait()
 
 
+def record_of(
+    workers: Mapping[str, Worker], times: dict[str, list[float]], base: str
+) -> dict[str, dict[str, Any]]:
+    """What is written of each variant: its sizes, and ratios to ``base``."""
+    # Of the process alone: another measure of the same ratio where the machine is shared.
+    cpu_times = {variant: worker.cpu_seconds[WARMUP:] for variant, worker in workers.items()}
+    rows = {}
+    for variant, worker in workers.items():
+        facts = {name: value for name, value in worker.facts.items() if name != "cpu_seconds"}
+        rows[variant] = {
+            **facts,
+            "time_ratio": common.ratio(times, variant, base),
+            "cpu_time_ratio": common.ratio(cpu_times, variant, base),
+            "memory_ratio": facts["peak"] / workers[base].facts["peak"],
+            "seconds": common.percentiles(times[variant]),
+        }
+    return rows
+
+
+def show(rows: Mapping[str, Mapping[str, Any]], title: str) -> None:
+    """Print the table."""
+    table = Table(title=title)
+    for column in ("variant", "time", "cpu time", "peak memory"):
+        table.add_column(column)
+    for column in ("trained", "gradients", "state", "seconds"):
+        table.add_column(column)
+    for variant, row in rows.items():
+        table.add_row(
+            variant,
+            f"{row['time_ratio']:.3f}",
+            f"{row['cpu_time_ratio']:.3f}",
+            f"{row['memory_ratio']:.3f} ({row['peak'] / 2**30:.2f} GiB)",
+            f"{row['trained'] / 1e6:.1f} M",
+            f"{row['gradient_bytes'] / 2**20:.0f} MiB",
+            f"{row['state_bytes'] / 2**20:.0f} MiB",
+            f"{row['seconds']['p50']:.2f}",
+        )
+    Console(width=120).print(table)
+
+
 def main() -> None:
     """Run the variants, print the table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -216,50 +237,15 @@ def main() -> None:
         return
     workers = {variant: Worker(variant, args) for variant in args.variants}
     times = common.interleave(dict(workers), repeats=args.repeats, warmup=WARMUP)
-    # Of the process alone: another measure of the same ratio where the machine is shared.
-    cpu_times = {variant: worker.cpu_seconds[WARMUP:] for variant, worker in workers.items()}
     for worker in workers.values():
         worker.close()
-        del worker.facts["cpu_seconds"]
     base = args.variants[0]
-    title = f"training step, {args.layers} layers, {ROWS} x {LENGTH} tokens, ratios to {base}"
-    table = Table(title=title)
-    for column in (
-        "variant",
-        "time",
-        "cpu time",
-        "peak memory",
-        "trained",
-        "gradients",
-        "state",
-        "seconds",
-    ):
-        table.add_column(column)
+    rows = record_of(workers, times, base)
     record: dict[str, Any] = {"facts": common.facts(), "threads": args.threads}
-    record.update(layers=args.layers, variants={})
-    for variant, worker in workers.items():
-        facts = worker.facts
-        row = {
-            **facts,
-            "time_ratio": common.ratio(times, variant, base),
-            "cpu_time_ratio": common.ratio(cpu_times, variant, base),
-            "memory_ratio": facts["peak"] / workers[base].facts["peak"],
-            "seconds": common.percentiles(times[variant]),
-        }
-        record["variants"][variant] = row
-        table.add_row(
-            variant,
-            f"{row['time_ratio']:.3f}",
-            f"{row['cpu_time_ratio']:.3f}",
-            f"{row['memory_ratio']:.3f} ({facts['peak'] / 2**30:.2f} GiB)",
-            f"{facts['trained'] / 1e6:.1f} M",
-            f"{facts['gradient_bytes'] / 2**20:.0f} MiB",
-            f"{facts['state_bytes'] / 2**20:.0f} MiB",
-            f"{row['seconds']['p50']:.2f}",
-        )
-    Console(width=120).print(table)
+    record |= {"layers": args.layers, "variants": rows}
+    show(rows, f"training step, {args.layers} layers, {ROWS} x {LENGTH} tokens, ratios to {base}")
     if base == "dense masked" and "plan" in workers:
-        plan = record["variants"]["plan"]
+        plan = rows["plan"]
         record["limits"] = {"time": TIME_LIMIT, "memory": MEMORY_LIMIT}
         print(
             f"plan: time {plan['time_ratio']:.3f} (at most {TIME_LIMIT}), "

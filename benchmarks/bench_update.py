@@ -21,175 +21,27 @@ from __future__ import annotations
 
 import argparse
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from ssah_kernels import ops
+from benchmarks.updates import (
+    Call,
+    Ours,
+    build_dense,
+    build_ours,
+    copy_bandwidth,
+    masked_step,
+)
 
-HIDDEN, INTERMEDIATE = 1024, 2816
-FFN, ATTENTION = ("gate", "up", "down"), ("v", "o")
-LR, DECAY = 1e-5, 0.01
-Call = Callable[[int], Any]
-
-
-def shape_of(name: str) -> tuple[int, int]:
-    """[units, other] of an FFN's matrices as a plan packs them; attention's as the model has it."""
-    return (INTERMEDIATE, HIDDEN) if name in FFN else (HIDDEN, HIDDEN)
-
-
-def draw_units(layers: int, fraction: float) -> list[tuple[Tensor, Tensor]]:
-    """Per layer the sorted units of the FFN and of attention, at random over all of them."""
-    total = layers * (INTERMEDIATE + HIDDEN)
-    chosen = torch.zeros(total, dtype=torch.bool)
-    generator = torch.Generator().manual_seed(0)
-    chosen[torch.randperm(total, generator=generator)[: round(fraction * total)]] = True
-    per_layer = chosen.view(layers, INTERMEDIATE + HIDDEN)
-    return [
-        (row[:INTERMEDIATE].nonzero()[:, 0], row[INTERMEDIATE:].nonzero()[:, 0])
-        for row in per_layer
-    ]
-
-
-def random(shape: tuple[int, ...], scale: float, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape).normal_(std=scale).to(dtype)
-
-
-@dataclass
-class Ours:
-    """The arguments of ``masked_adamw_`` for one selection of units."""
-
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    exp_avgs: list[Tensor] = field(default_factory=list)
-    exp_avg_sqs: list[Tensor] = field(default_factory=list)
-    indices: list[Tensor | None] = field(default_factory=list)
-    dims: list[int] = field(default_factory=list)
-    signed: list[Tensor] = field(default_factory=list)
-    squared: list[Tensor] = field(default_factory=list)
-    compensations: list[Tensor] = field(default_factory=list)
-    packing_seconds: float = 0.0
-
-    def elements(self) -> int:
-        return sum(g.numel() for g in self.grads)
-
-    def call(self, *, importance: bool, seed: bool, kahan: bool) -> Call:
-        rate = torch.tensor(LR, dtype=torch.float64)
-        step = torch.tensor(100.0, dtype=torch.float64)
-
-        def run(_: int) -> None:
-            step.add_(1)
-            ops.masked_adamw_(
-                self.params,
-                self.grads,
-                self.exp_avgs,
-                self.exp_avg_sqs,
-                self.indices,
-                self.dims,
-                rate,
-                step,
-                seed=torch.tensor(1) if seed else None,
-                compensations=self.compensations if kahan else None,
-                signed=self.signed if importance else None,
-                squared=self.squared if importance else None,
-                weight_decay=DECAY,
-            )
-
-        return run
-
-
-def build_ours(
-    layers: int,
-    fraction: float,
-    dtype: torch.dtype,
-    state: torch.dtype,
-    kahan: bool,
-) -> Ours:
-    ours = Ours()
-    for ffn, attention in draw_units(layers, fraction):
-        chosen = torch.zeros(INTERMEDIATE, dtype=torch.bool)
-        chosen[ffn] = True
-        order = torch.cat([ffn, (~chosen).nonzero()[:, 0]])
-        for name in (*FFN, *ATTENTION):
-            units = ffn if name in FFN else attention
-            if name == "down":
-                weight = random((HIDDEN, INTERMEDIATE), 0.02, dtype)
-            else:
-                weight = random(shape_of(name), 0.02, dtype)
-            if name in FFN:
-                start = time.perf_counter()
-                packed = (weight.t() if name == "down" else weight)[order].contiguous()
-                ours.packing_seconds += time.perf_counter() - start
-                weight = packed[: len(units)]
-            shape = (len(units), weight.shape[1])
-            ours.params.append(weight)
-            ours.grads.append(random(shape, 1e-3, dtype))
-            ours.exp_avgs.append(random(shape, 1e-3, state))
-            ours.exp_avg_sqs.append(random(shape, 1e-3, torch.float32).square_().to(state))
-            ours.indices.append(None if name in FFN else units)
-            ours.dims.append(0)
-            ours.signed.append(torch.zeros(len(units), dtype=torch.float64))
-            ours.squared.append(torch.zeros(len(units), dtype=torch.float64))
-            if kahan:
-                ours.compensations.append(torch.zeros(shape, dtype=dtype))
-    return ours
-
-
-def build_dense(
-    layers: int, dtype: torch.dtype
-) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
-    """Every parameter with its gradient, and torch's fused AdamW with its state made."""
-    parameters = []
-    for _ in range(layers):
-        for name in (*FFN, *ATTENTION):
-            parameter = torch.nn.Parameter(random(shape_of(name), 0.02, dtype))
-            parameter.grad = random(shape_of(name), 1e-3, dtype)
-            parameters.append(parameter)
-    optimizer = torch.optim.AdamW(parameters, lr=LR, weight_decay=DECAY, fused=True)
-    optimizer.step()
-    return parameters, optimizer
-
-
-def masked_step(
-    layers: int,
-    fraction: float,
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-) -> Call:
-    """Multiply by mask, step, put the frozen entries back: each tensor on its own, in place."""
-    masks = []
-    for ffn, attention in draw_units(layers, fraction):
-        for name in (*FFN, *ATTENTION):
-            mask = torch.zeros(shape_of(name))
-            mask[ffn if name in FFN else attention] = 1
-            masks.append((mask, mask.bool()))
-    frozen = [p.detach().clone() for p in parameters]
-
-    @torch.no_grad()
-    def run(_: int) -> None:
-        for p, (factor, _trains) in zip(parameters, masks, strict=True):
-            p.grad.mul_(factor)  # type: ignore[union-attr]
-        optimizer.step()
-        for p, (_factor, trains), before in zip(parameters, masks, frozen, strict=True):
-            torch.where(trains, p, before, out=p)
-
-    return run
-
-
-def copy_bandwidth(n_bytes: int = 512 << 20) -> Call:
-    """A call that reads and writes ``n_bytes`` in place: AdamW's pattern without its arithmetic."""
-    x = torch.zeros(n_bytes // 4)
-    return lambda _: x.add_(1.0)
+F32, BF16 = torch.float32, torch.bfloat16
 
 
 @dataclass(frozen=True)
@@ -204,7 +56,6 @@ class Variant:
     masked_limit: float | None = None  # of the time over mask, fused, restore
 
 
-F32, BF16 = torch.float32, torch.bfloat16
 SUITES: dict[torch.dtype, tuple[Variant, ...]] = {
     F32: (
         Variant("92.5 %", 0.925, F32, limit=1.0),
@@ -244,7 +95,7 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
         calls[v.name] = built[key].call(importance=v.importance, seed=v.seed, kahan=v.kahan)
     times = common.interleave(calls, repeats=repeats, warmup=1)
     seconds = {name: common.percentiles(values) for name, values in times.items()}
-    bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]
+    bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]  # each byte is read and written
 
     def row(name: str, elements: int, moved: int, **more: Any) -> dict[str, Any]:
         return {

@@ -257,10 +257,13 @@ _PYTHON = (
         pytest(OPS, "opcheck and column_sq_norms"),
     ),
     Mutation(
-        "ssah_kernels/optim.py", " + _SEED_STRIDE * call.number", "", pytest(OPTIM, "share_noise")
+        "ssah_kernels/optim/calls.py",
+        " + _SEED_STRIDE * self.number",
+        "",
+        pytest(OPTIM, "share_noise"),
     ),
-    Mutation("ssah_kernels/optim.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
-    Mutation("ssah_kernels/optim.py", ".hypot(norm)", "", pytest(OPTIM, "max_norm")),
+    Mutation("ssah_kernels/optim/base.py", ").clamp(max=1)", ")", pytest(OPTIM, "max_norm")),
+    Mutation("ssah_kernels/optim/base.py", ".hypot(norm)", "", pytest(OPTIM, "max_norm")),
     Mutation(
         "ssah/units/ranking.py",
         "math.floor(share * n + 0.5)",

@@ -2,6 +2,13 @@
 
 Each is a kernel for the Autograd key of the operator itself, so that ``ops.X`` and
 ``torch.ops.ssah.X`` are the same thing.
+
+    h = act(gate) up                dL/dgate = dL/dh up act'(gate)    dL/dup = dL/dh act(gate)
+    norms_j = sum_i w_ij^2          dL/dw_ij = 2 w_ij dL/dnorms_j
+    norm = sqrt(sum g^2) / scale    dL/dg = dL/dnorm g / (norm scale^2)
+                                    dL/dscale = -dL/dnorm norm / scale
+
+The moments have none: they are statistics of a forward pass, and nothing trains through them.
 """
 
 from __future__ import annotations
@@ -22,7 +29,7 @@ class _GatedMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, below: Any, act: str, *args: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*args[:2])
+        ctx.save_for_backward(*args[:2])  # gate and up, [..., C]; h itself is not kept
         ctx.act = act
         return torch.ops.ssah.gated_moments.default.redispatch(below, *args, act=act)
 
@@ -92,6 +99,7 @@ def _keep_weight(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
 
 def _column_sq_norms(ctx: Any, grad: Tensor) -> Tensor:
     (weight,) = ctx.saved_tensors  # [out_features, in_features]
+    # grad is [in_features]: each column has its own.
     return (2 * weight.double() * grad).to(weight.dtype)
 
 
@@ -104,13 +112,14 @@ def _keep_grads(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 def _masked_grad_norm(ctx: Any, slope: Tensor) -> tuple[Any, ...]:
     """d norm / d g = g / (norm grad_scale^2) where it was selected; 0 where all of it is 0."""
     *grads, norm, grad_scale = ctx.saved_tensors
-    scale = 1.0 if grad_scale is None else grad_scale.double().reshape(())
+    scale = 1.0 if grad_scale is None else grad_scale.double().reshape(())  # it may be [1]
+    # The norm has no slope at 0; torch.linalg.vector_norm gives 0 there too.
     factor = torch.where(norm == 0, 0, slope / (norm * scale**2))
     results = []
     for grad, index, dim in zip(grads, ctx.indices, ctx.dims, strict=True):
         whole = (grad.double() * factor).to(grad.dtype)
         if index is not None:
-            chosen = whole.index_select(dim, index)
+            chosen = whole.index_select(dim, index)  # [trained, columns]
             whole = torch.zeros_like(whole).index_copy(dim, index, chosen)
         results.append(whole)
     if grad_scale is None:  # the dispatcher leaves out what is the default

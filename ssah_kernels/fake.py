@@ -1,5 +1,5 @@
 """Output shapes and dtypes of each operator, for tracing. Checks run here as well as on real data,
-so that a wrong shape is an error at compile time."""
+so that a wrong shape is an error at compile time. Shapes are those of :mod:`ssah_kernels.ops`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def gated_moments(
     act: str = "silu",
 ) -> Tensor:
     checks.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
-    return _contiguous_like(gate)
+    return _contiguous_like(gate)  # [..., C]
 
 
 def gated_moments_backward(

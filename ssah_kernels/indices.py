@@ -1,6 +1,9 @@
 """The values of ``indices``: read once a tensor, and again only after it was changed.
 
 Reading them waits for a GPU. An optimiser's are read when it is made, so that its steps do not.
+
+They must increase strictly. An entry that stood twice would be updated by two programs at once;
+and of an increasing index, such as [3, 5, 9], the first and the last tell whether all are in range.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ def bounds(name: str, index: Tensor) -> tuple[int, int]:
     """
     if index.numel() == 0:
         return 0, -1
-    falls = (index[1:] <= index[:-1]).nonzero()
+    falls = (index[1:] <= index[:-1]).nonzero()  # [falls, 1]
     if len(falls):
         at = int(falls[0])
         before, value = int(index[at]), int(index[at + 1])
@@ -32,6 +35,7 @@ def bounds(name: str, index: Tensor) -> tuple[int, int]:
         )
     low, high = int(index[0]), int(index[-1])
     if not index.is_inference():  # one that was made in inference mode has no version
+        # An id is given again once its tensor is gone: the entry must go with it.
         number = id(index)
         forget = weakref.ref(index, lambda _: _known.pop(number, None))
         _known[number] = (forget, index._version, low, high)

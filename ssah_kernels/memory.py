@@ -23,6 +23,7 @@ def _split(op: str) -> tuple[list[int], list[int]]:
     """Positions of the arguments that are written, and of those read elementwise beside them."""
     kinds = [kind for kind, _ in arguments(op)]
     written = [i for i, kind in enumerate(kinds) if "!" in kind]
+    # lr, step and the like are read before anything is written; where they lie does not matter.
     of_lists = any("[]" in kind for kind in kinds)  # then single tensors are scalars
     beside = ("Tensor[]",) if of_lists else ("Tensor", "Tensor?")
     return written, [i for i, kind in enumerate(kinds) if kind in beside]
@@ -50,7 +51,7 @@ def _name(op: str, args: Sequence[Any], number: int) -> str:
         value, name = (args[i] if i < len(args) else None), arguments(op)[i][1]
         if isinstance(value, Tensor):
             names.append(name)
-        elif value is not None:
+        elif value is not None:  # a list
             names += [f"{name}[{k}]" for k in range(len(value))]
     return names[number]
 
@@ -75,6 +76,7 @@ def check(op: str, args: Sequence[Any], written: Sequence[Tensor], read: Sequenc
         ValueError: two of them, or two elements of one, lie in one place.
     """
     check_grad(op, args, written)
+    # Inference tensors have no version: autograd could not tell that they were changed.
     if not torch.is_inference_mode_enabled():
         for i, tensor in enumerate(written):
             if tensor.is_inference():

@@ -1,4 +1,9 @@
-"""Registers the catalogue as ``torch.ops.ssah.*``: schema, dispatch, fakes and derivatives."""
+"""Registers the catalogue as ``torch.ops.ssah.*``: schema, dispatch, fakes and derivatives.
+
+A call goes through these, from the top: the derivative (``autograd``), the checks of arguments
+(``checks``), of memory (``memory``) and of index values (``indices``), and then one kernel of the
+backend that serves the device. All checks come first, so that what raises has changed nothing.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +32,10 @@ def _dispatch(op: str) -> Callable[..., Any]:
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
-        first = args[0] if at is None else args[0][0]
+        first = args[0] if at is None else args[0][0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
+        # The reference is made of torch's operators, which would record what they do.
         with torch.no_grad():
             result = matrices.run(op, kernel, ready, kwargs)
         increment_version(written)  # what autograd kept of these tensors is gone

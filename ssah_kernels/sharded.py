@@ -1,10 +1,13 @@
 """Parameters that are DTensors: this rank's rows of them, and what of these trains.
 
 The layout is that of ``torch.distributed.fsdp.fully_shard``: sharded along dimension 0 over a mesh
-of one dimension, the first ranks holding ceil(rows / ranks) rows each.
+of one dimension, the first ranks holding ceil(rows / ranks) rows each: of 10 rows, 4 ranks hold 3,
+3, 3 and 1.
 
 Entries run along one dimension. Where the first dimension runs over the experts of a layer, ``dim``
-is a pair (0, d): entries along d of the first expert, then those of the second, and so on.
+is a pair (0, d): entries along d of the first expert, then those of the second, and so on. Of a
+parameter [2 experts, 5 units, 8], entry 6 along (0, 1) is unit 1 of expert 1. Two ranks hold an
+expert each, and the second of them sees that entry as its own number 1.
 """
 
 from __future__ import annotations
@@ -39,6 +42,7 @@ Dim: TypeAlias = int | tuple[int, int]
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
     """Whether ``tensor`` is a DTensor."""
+    # Without a process group there is none, and the import below is slow.
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
     from torch.distributed.tensor import DTensor
@@ -69,12 +73,13 @@ def first_row(tensor: DTensor) -> int:
 
 
 def local_index(tensor: DTensor, index: Tensor, dim: Dim) -> Tensor:
-    """Those of the entries ``index`` along ``dim`` that this rank holds, counted in its part."""
+    """Those of the entries ``index`` [trained] along ``dim`` that this rank holds, counted in its
+    part: of ``index`` [2, 3, 7], a rank that holds rows 3 to 5 has [0]."""
     first, *rest = dim if isinstance(dim, tuple) else (dim,)
     if first % tensor.dim() != 0:
-        return index
+        return index  # along a dimension that is not cut: every rank holds all of it
     in_row = tensor.shape[rest[0]] if rest else 1
-    index = index - first_row(tensor) * in_row
+    index = index - first_row(tensor) * in_row  # [trained], counted from this rank's first row
     return index[(index >= 0) & (index < len(local(tensor)) * in_row)]
 
 
@@ -83,7 +88,7 @@ class Part:
     """Entries of some rows that lie along one dimension: of all rows, or of one expert's.
 
     Attributes:
-        index: int64, the entries; None: all.
+        index: int64 [trained], the entries; None: all.
         dim: that ``index`` runs along.
         expert: which of the rows; None: all of them.
     """
@@ -103,20 +108,24 @@ class Part:
 
 
 def parts(tensor: DTensor, index: Tensor | None, dim: Dim) -> list[Part]:
-    """What of ``index``, entries over the whole parameter, this rank holds; parts may be empty."""
+    """What of ``index`` [trained], entries over the whole parameter, this rank holds; parts may be
+    empty."""
     along = dim[-1] if isinstance(dim, tuple) else dim
     if index is None:
         return [Part(None, along)]
     own, n_rows = local_index(tensor, index, dim), len(local(tensor))
     if along == dim or n_rows == 0:
         return [Part(own, along)]
+    # Experts: entry e of this rank is unit e % size of its expert e // size.
     size = tensor.shape[along]
+    # Sorted by expert already: a piece [units] for each, which may be empty.
     each = (own % size).split(torch.bincount(own // size, minlength=n_rows).tolist())
     return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
 
 
 def cut(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """Contiguous ``values`` as views in the shapes of ``like``, one behind the other."""
+    # [all] -> one flat piece for each, then its shape: [units, other].
     pieces = values.view(-1).split([each.numel() for each in like])
     return [piece.view(each.shape) for piece, each in zip(pieces, like, strict=True)]
 
@@ -131,15 +140,15 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTen
 
     Args:
         tensor: the parameter.
-        own: compact state of this rank.
-        index: of the entries that train, over the whole parameter; None: all, then no copy is made.
+        own: compact state of this rank: [trained here, other], or flat where there are experts.
+        index: int64 [trained], over the whole parameter; None: all, then no copy is made.
         dim: that ``index`` runs along.
     """
     from torch.distributed.tensor import DTensor
 
     rows = own
     if index is not None:
-        rows = own.new_zeros(local(tensor).shape)
+        rows = own.new_zeros(local(tensor).shape)  # [rows of this rank, ...]
         pieces = parts(tensor, index, dim)
         values = cut(own, [part.entries(rows) for part in pieces])
         for part, value in zip(pieces, values, strict=True):
@@ -149,7 +158,7 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTen
         rows,
         tensor.device_mesh,
         tensor.placements,
-        run_check=False,
+        run_check=False,  # a check would make every rank wait for all others
         shape=tensor.shape,
         stride=tensor.stride(),
     )

@@ -25,6 +25,7 @@ def interleave(
 ) -> dict[str, list[float]]:
     """Seconds of each call, taken in turn: A B C A B C ... Each gets the number of the round."""
     times: dict[str, list[float]] = {name: [] for name in calls}
+    # In turn, so that what slows the machine for a second slows every call alike.
     for i in range(warmup + repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -42,12 +43,14 @@ def ratio(times: Mapping[str, Sequence[float]], a: str, b: str) -> float:
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
     """The 20th, 50th and 80th percentile."""
+    # Not the smallest and the largest: one interruption would decide them.
     cuts = statistics.quantiles(values, n=10, method="inclusive")
     return {"p20": cuts[1], "p50": cuts[4], "p80": cuts[7]}
 
 
 def rotating(make: Callable[[], Any], bytes_each: int, cache_bytes: int = 64 << 20) -> list[Any]:
     """Enough copies of an input that a cache of ``cache_bytes`` holds none when its turn comes."""
+    # Twice the cache, because what was read last may stay while the rest goes by.
     return [make() for _ in range(max(2, -(-2 * cache_bytes // max(bytes_each, 1))))]
 
 

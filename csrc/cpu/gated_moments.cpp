@@ -49,6 +49,7 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
   const auto run = kernels().gated_moments[dtype_of(gate)][activation_of(act)];
   Tensor output = contiguous_like(gate);
   long counted = 0;
+  // Masked rows go last: the kernel sums the first `counted` and only writes the others.
   const std::vector<long> gate_rows = counted_first(gate, token_mask, counted);
   const std::vector<long> up_rows = counted_first(up, token_mask, counted);
   const std::vector<long> output_rows = counted_first(output, token_mask, counted);
@@ -64,6 +65,7 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
                               *seen,
                               static_cast<double*>(mean.mutable_data_ptr()),
                               static_cast<double*>(m2.mutable_data_ptr())};
+  // Threads share channels, not rows: each adds its own in the order of the rows.
   over_channels(channels, [&](ChannelRange range) { run(args, range); });
   *seen += static_cast<double>(counted);
   return output;
@@ -90,6 +92,7 @@ std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const 
                                up_rows.data(),
                                static_cast<long>(gate_rows.size()),
                                gate.size(gate.dim() - 1)};
+  // Nothing is summed: rows may be shared among any number of threads.
   torch::stable::parallel_for(0, args.n_rows, 16,
                               [&](int64_t begin, int64_t end) { run(args, begin, end); });
   return {grad_gate, grad_up};

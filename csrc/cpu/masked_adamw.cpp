@@ -15,6 +15,7 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
                       double beta1, double beta2, double eps, double weight_decay, bool maximize) {
   const double rate = scalar_of(lr, 0), t = scalar_of(step, 0);
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
+  // What is the same for every element is computed once, in double.
   const AdamWArgs args{
       maximize ? -scale : scale,       1 - rate * weight_decay,           beta1, beta2,
       rate / (1 - std::pow(beta1, t)), std::sqrt(1 - std::pow(beta2, t)), eps};

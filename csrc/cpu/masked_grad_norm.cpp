@@ -25,6 +25,7 @@ Tensor masked_grad_norm_cpu(const TensorList& grads, const IndexList& indices,
   over_blocks(blocks, [&](const BlockOfTensor& b, size_t i) {
     partial[i] = run(tensors[b.tensor], b.block);
   });
+  // In the order of the blocks, whichever thread did them.
   double total = 0;
   for (double part : partial) total += part;
   Tensor norm = torch::stable::new_zeros(grads[0], {}, torch::headeronly::ScalarType::Double);

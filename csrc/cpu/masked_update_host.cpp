@@ -1,3 +1,7 @@
+// A block is what one thread does at a time: about 65,536 elements, beside which it costs nothing
+// to begin. Of a weight [4096, 11008] of which 2,202 columns train, a block is 29 rows of 2,202
+// gathered elements, and the weight is 142 blocks. With importance per column a block is 1,024
+// columns and all rows, so that one thread adds up a unit, in one order.
 #include "masked_update_host.h"
 
 #include <cmath>
@@ -65,6 +69,7 @@ UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index
   t.n_rows = x.size(0);
   t.n_columns = x.size(1);
   t.row_stride = x.stride(0);
+  // The stride of a dimension of 1 means nothing, and 1 lets the kernel load vectors.
   t.column_stride = t.n_columns == 1 ? 1 : x.stride(1);
   t.units_are_columns = axis == 1;
   if (!index.has_value()) return t;
@@ -73,6 +78,7 @@ UpdateTensor selected_matrix(const Tensor& x, const std::optional<Tensor>& index
   const long* entries = static_cast<const long*>(index->const_data_ptr());
   const long n = index->size(0), size = x.size(axis);
   STD_TORCH_CHECK(n < 2 || index->stride(0) == 1, "an index must be contiguous");
+  // Checked here too: anybody may call this operator, and a wrong entry would write elsewhere.
   for (long i = 0; i < n; ++i) {
     STD_TORCH_CHECK(entries[i] >= 0 && entries[i] < size, "indices has ", entries[i],
                     "; it must be from 0 to ", size - 1);
@@ -122,6 +128,7 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
     if (lists.seed.has_value()) {
       const auto seed = *static_cast<const uint64_t*>(lists.seed->const_data_ptr());
       t.stochastic = true;
+      // The position i among the tensors is part of the key: equal tensors get other noise.
       const auto whole = static_cast<int64_t>(step);
       t.key0 = noise_key(0x243f6a88u, seed, whole, static_cast<unsigned>(i));
       t.key1 = noise_key(0x85a308d3u, seed, whole, static_cast<unsigned>(i));
@@ -139,7 +146,7 @@ std::vector<BlockOfTensor> blocks_of(const std::vector<UpdateTensor>& tensors) {
     if (t.n_rows == 0 || t.n_columns == 0) continue;
     long columns = t.n_columns < kBlockElements ? t.n_columns : kBlockElements;
     long rows = kBlockElements / columns;
-    if (t.signed_sum != nullptr) {
+    if (t.signed_sum != nullptr) {  // no unit is cut, see above
       columns = t.units_are_columns ? kColumnStripe : t.n_columns;
       rows = t.units_are_columns ? t.n_rows : kBlockElements / columns + 1;
     }

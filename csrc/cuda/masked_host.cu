@@ -1,3 +1,6 @@
+// A table of Targets, one for each part of a tensor that is read alike. A contiguous bfloat16
+// matrix [1000, 100] is 100,000 elements and makes two: 390 rows of 256, which a warp reads by
+// vectors of 8, and a row of the 160 that are left. As it is, its rows would be read one by one.
 #include "masked_host.h"
 
 namespace ssah {
@@ -8,6 +11,7 @@ Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int6
   target.rows = x.size(0);
   target.columns = x.size(1);
   target.row_stride = x.stride(0);
+  // The stride of a dimension of 1 means nothing, and 1 lets the kernel load vectors.
   target.column_stride = target.columns == 1 ? 1 : x.stride(1);
   target.limit = x.size(dim);
   target.dim = static_cast<int>(dim);
@@ -111,6 +115,7 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     }
     const bool contiguous = target.index == nullptr && target.column_stride == 1 &&
                             (target.rows <= 1 || target.row_stride == target.columns);
+    // Sums of units need the rows as they are, so that no such tensor is laid out anew.
     if (lists.signed_sums) {
       check_state((*lists.signed_sums)[i], target.units(), param, "signed");
       check_state((*lists.squared_sums)[i], target.units(), param, "squared");
@@ -150,6 +155,7 @@ std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& i
 
 Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
                    cudaStream_t stream) {
+  // An empty tensor has no block, and would begin at the same one as the next tensor.
   targets.erase(std::remove_if(targets.begin(), targets.end(),
                                [](const Target& t) { return t.rows == 0 || t.columns == 0; }),
                 targets.end());
@@ -157,6 +163,7 @@ Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, c
   if (targets.empty()) return table;
   int64_t part_elements = 0;
   for (Target& t : targets) {
+    // A block's warps lie below each other; of a tensor of few rows, beside each other.
     t.row_warps = t.rows < kWarps ? 1 : kWarps;
     const int64_t warp_columns = ceil_div(t.columns, kLanes * (t.wide ? width : width / 2));
     const int64_t block_rows = ceil_div(t.rows, kRowsPerWarp * t.row_warps);
@@ -169,7 +176,7 @@ Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, c
                                    : t.block_columns;
     t.first_unit = table.units;
     table.units += t.units();
-    part_elements += 2 * t.n_parts * t.units();
+    part_elements += 2 * t.n_parts * t.units();  // [2, parts, units]: signed, then squared
   }
   if (table.units > 0) {
     table.part_memory = new_bytes(like, part_elements * part_bytes);

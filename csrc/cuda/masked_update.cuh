@@ -36,6 +36,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
   const bool importance = target.signed_sums != nullptr;
   const bool kahan = sizeof(T) == 2 && compensations != nullptr;
   for (int64_t row = place.row; row < place.end; row += place.row_step) {
+    // Where rows are units, their sums end with the row; else with the tile.
     if (row_units) sums.clear();
     if (valid > 0) {
       const int64_t element = row * row_columns + place.column;
@@ -51,7 +52,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
       for (int k = 0; k < W; ++k) {
         R w = to_real(p.at[k]);
         const R grad = to_real(g.at[k]);
-        sums.add(k, w * grad * factors.unscale);
+        sums.add(k, w * grad * factors.unscale);  // before the update and before clipping
         if (kahan) w += to_real(c.at[k]);
         R state[2] = {0, 0};
         if constexpr (Rule::kStates > 0) state[0] = to_real(s0.at[k]);
@@ -88,6 +89,7 @@ __device__ __forceinline__ void masked_update(const Targets& targets, const Upda
                                               const typename Rule::Settings& settings) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<UpdateShared<Real<T>, Rule>*>(shared_memory);
+  // One thread reads the scalars and takes the powers, which are slow in float64 on a GPU.
   if (threadIdx.x == 0) {
     shared.factors = GradientFactors<Real<T>>(scalars);
     shared.rule = Rule(settings, scalars);

@@ -1,4 +1,9 @@
 // Stage 2 of the moments (see moments.cuh): the chunks' partial results, merged into the state.
+//
+//   n = sum n_c,  mean = sum n_c mean_c / n,  M2 = sum M2_c + n_c (mean_c - mean)^2
+//
+// in two passes over the chunks, which the L2 cache holds, then Chan's formula with the state. A
+// second pass costs little and loses no digit where the means are far from 0.
 #pragma once
 
 #include "launch.cuh"
@@ -27,6 +32,7 @@ static __global__ void __launch_bounds__(kThreads)
   for (int64_t chunk = warp; chunk < plan.chunks; chunk += kWarps) {
     const double chunk_n = partial.n[chunk];
     n += chunk_n;
+    // A chunk without rows has no mean: what stands there does not count.
     if (chunk_n > 0) sum += chunk_n * partial.mean[chunk * plan.slots + slot];
   }
   if (lane == 0) shared.n[warp] = n;
@@ -39,7 +45,7 @@ static __global__ void __launch_bounds__(kThreads)
     total += shared.n[w];
     mean += shared.sum[w][lane];
   }
-  if (total == 0) return;
+  if (total == 0) return;  // every row is masked: all threads leave, so none waits below
   mean /= total;
   double m2 = 0;
 #pragma unroll 4

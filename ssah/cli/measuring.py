@@ -175,6 +175,6 @@ def bench(
 
     Example: `ssah bench --quick`
     """
-    from ssah.studies.bench.run import run
+    from ssah.studies.bench import run_bench
 
-    return Result(run(out, quick=quick, threads=threads))
+    return Result(run_bench(out, quick=quick, threads=threads))

@@ -55,6 +55,7 @@ def missing(backend: str, device: torch.device | None = None) -> str | None:
     """
     if _checked(backend) == "reference":
         return None
+    # Imported when it is asked for: Triton takes half a second, and may not be installed.
     module = importlib.import_module(f"ssah_kernels.backends.{backend}")
     return module.missing(device) if backend == "cuda" else module.missing()
 
@@ -79,6 +80,7 @@ def choose(device: torch.device) -> str:
         return _override
     if device.type == "cpu":
         return "cpu"
+    # ROCm's GPUs are of type cuda too; missing() says that the library is not for them.
     if device.type == "cuda" and missing("cuda", device) is None:
         return "cuda"
     return "triton"

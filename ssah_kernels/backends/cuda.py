@@ -49,6 +49,7 @@ def _unready(library: ctypes.CDLL) -> str | None:
             f"them again beside it, and report this. {OR_TRITON}"
         )
     driver, runtime = library.ssah_cuda_driver_version(), library.ssah_cuda_runtime_version()
+    # Versions are 1000 major + 10 minor. Within a major version any driver serves any library.
     if driver // 1000 < runtime // 1000:
         return (
             f"the CUDA kernels were built with CUDA {runtime // 1000} and the driver of this "
@@ -76,7 +77,7 @@ def missing(device: torch.device | None = None) -> str | None:
     library = _library()
     if isinstance(library, str):
         return library
-    gpu = None if device is None else device.index
+    gpu = None if device is None else device.index  # None too: "cuda" is the current one
     return _unserved(torch.cuda.current_device() if gpu is None else gpu)
 
 

@@ -1,4 +1,9 @@
-"""For which GPUs a CUDA library was compiled, and whether it serves a given one."""
+"""For which GPUs a CUDA library was compiled, and whether it serves a given one.
+
+A library with sm_80, sm_90 and ptx_90 serves an A100 (8.0) and an RTX 4090 (8.9) with the first, an
+H100 (9.0) with the second, and a B200 (10.0) with PTX that the driver compiles at its first use. A
+V100 (7.0) is older than all of them. Source: NVIDIA, "CUDA Compiler Driver NVCC", GPU compilation.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +31,10 @@ def architectures(library: Path) -> list[str]:
         while entry + 32 <= end:
             kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, entry)
             (architecture,) = struct.unpack_from("<I", content, entry + 28)
-            if kind in (_PTX, _ELF):
+            if kind in (_PTX, _ELF):  # what a driver can run
                 found.add((kind == _PTX, architecture))
             entry += entry_header + entry_size
-        at = content.find(_MAGIC, end)
+        at = content.find(_MAGIC, end)  # one container for each source file
     return [f"{'ptx' if ptx else 'sm'}_{architecture}" for ptx, architecture in sorted(found)]
 
 

@@ -4,7 +4,7 @@ Every operator has a function of its name and arguments. It raises ``TypeError``
 that names the argument, what it was and what it must be, and returns the arguments ready for a
 kernel: the last dimension of each input contiguous, the tensors of an update as matrices, its
 scalars as float64 on their device, everything else as it was passed. It reads no element, so that
-it serves for tracing too.
+it serves for tracing too. Shapes are those of :mod:`ssah_kernels.ops`.
 """
 
 from ssah_kernels.checks.activations import (

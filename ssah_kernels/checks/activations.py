@@ -26,7 +26,7 @@ def _act(act: str) -> None:
 
 def _moments(x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None) -> None:
     """Raise unless the state, and the mask, are those of moments of ``x`` [..., C]."""
-    channels = (x.shape[-1],)
+    channels = (x.shape[-1],)  # [C]
     state_of("count", count, (), x.device)
     state_of("mean", mean, channels, x.device)
     state_of("m2", m2, channels, x.device)
@@ -89,6 +89,7 @@ def taylor_moments_(
 def column_sq_norms(weight: Tensor) -> tuple[Any, ...]:
     floating("weight", weight, 2)
     rows("weight", weight)
+    # Leading dimensions are not merged: columns of several matrices are several results.
     if weight.dim() != 2:
         raise ValueError(f"weight has {weight.dim()} dimensions; it must have 2")
     return (last_contiguous(weight),)

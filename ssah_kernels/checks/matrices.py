@@ -5,6 +5,9 @@
     [a, b, c]               0       [a, b c]                 units are rows
     [a, b, c]               -1      [a b, c]                 units are columns
 
+An example: eight experts [8, 64, 32] whose last dimension trains are one matrix [512, 32], and one
+launch updates them all.
+
 Where the strides of a parameter allow no such view (``channels_last`` weights, transposed stacks of
 experts), its trained elements are copied, updated and written back. Nothing else of it is written.
 """
@@ -31,10 +34,10 @@ def as_matrix(x: Tensor, dim: int) -> Tensor:
     if len(shape) == 2:
         return x
     if len(shape) < 2:
-        return x.view(1, x.numel())
+        return x.view(1, x.numel())  # [1, units]
     if dim % len(shape) == 0:
-        return x.view(shape[0], math.prod(shape[1:]))
-    return x.view(math.prod(shape[:-1]), shape[-1])
+        return x.view(shape[0], math.prod(shape[1:]))  # [units, others]
+    return x.view(math.prod(shape[:-1]), shape[-1])  # [others, units]
 
 
 def axis_of(x: Tensor, dim: int) -> int:
@@ -50,7 +53,7 @@ def can_be_matrix(x: Tensor, dim: int) -> bool:
         return True
     shape, strides = x.shape, x.stride()
     merged = range(1, n) if dim % n == 0 else range(n - 1)
-    outer = [d for d in merged if shape[d] != 1]
+    outer = [d for d in merged if shape[d] != 1]  # the stride of a dimension of 1 means nothing
     return 0 in shape or all(
         strides[a] == strides[b] * shape[b] for a, b in itertools.pairwise(outer)
     )
@@ -70,6 +73,7 @@ class Copies:
         for i in odd:
             param, index = params[i], indices[i]
             dim = 0 if axes[i] == 0 else param.dim() - 1
+            # [..., trained] or [trained, ...]: compact, so that no index is left to apply.
             copy = (param if index is None else param.index_select(dim, index)).contiguous()
             self.copies.append((param, index, dim, copy))
             params[i], indices[i] = as_matrix(copy, dim), None

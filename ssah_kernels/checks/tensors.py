@@ -48,6 +48,7 @@ def rows(name: str, x: Tensor) -> None:
     n = x.numel()
     if not isinstance(n, int) or n <= MOST_ROWS:  # what is traced may have any size
         return
+    # Only a tensor of very many elements can have very many rows of at least one channel.
     n = math.prod(x.shape[:-1])
     if n > MOST_ROWS:
         raise ValueError(
@@ -74,6 +75,7 @@ def state_of(name: str, state: Tensor, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name} has shape {tuple(state.shape)}; it must be {shape}")
     if state.device != device:
         raise ValueError(f"{name} is on {state.device}; it must be on {device}, with the input")
+    # Refused, not copied: a kernel would write to the copy.
     if not state.is_contiguous():
         raise ValueError(f"{name} must be contiguous")
 
@@ -95,4 +97,5 @@ def mask_of(mask: Tensor | None, x: Tensor) -> None:
 
 
 def last_contiguous(x: Tensor) -> Tensor:
+    # Only read, so that a copy serves. Kernels load 16 bytes of neighbouring channels at a time.
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -7,6 +7,9 @@ For the unmasked rows x_1 .. x_n of this call, with the state (N, mu, M2) of the
     N   <- N + n
 
 (Chan, Golub, LeVeque 1979). The unbiased variance is M2 / (N - 1).
+
+Example. After 0 and 2 the state is (2, 1, 2). A call with 4 alone has mu_b = 4 and M2_b = 0: mu
+becomes 1 + 3 / 3 = 2 and M2 becomes 2 + 0 + 9 * 2 / 3 = 8. The variance of 0, 2, 4 is 8 / 2 = 4.
 """
 
 from __future__ import annotations
@@ -17,17 +20,24 @@ from torch import Tensor
 
 def select_rows(x: Tensor, token_mask: Tensor | None) -> Tensor:
     """The rows of ``x`` [..., C] that count, in float64: [tokens, C]."""
-    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
+    rows = x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)  # [all tokens, C]
     if token_mask is not None:
-        rows = rows[token_mask.reshape(-1)]
+        # Taken out, not multiplied by 0: a masked row may be NaN, and 0 * NaN is NaN.
+        rows = rows[token_mask.reshape(-1)]  # [tokens, C]
     return rows.to(torch.float64)
 
 
 def merge_moments_(
-    count: Tensor, mean: Tensor, m2: Tensor, n: Tensor, batch_mean: Tensor, batch_m2: Tensor
+    count: Tensor,  # []
+    mean: Tensor,  # [C]
+    m2: Tensor,  # [C]
+    n: Tensor,  # []
+    batch_mean: Tensor,  # [C]
+    batch_m2: Tensor,  # [C]
 ) -> None:
     """Merge (n, batch_mean, batch_m2) into the state in place, by Chan's formula."""
     total = count + n
+    # Nothing merged into nothing stays nothing: 0 / 0 would make the state NaN.
     weight = torch.where(total > 0, n / total, torch.zeros_like(total))
     delta = batch_mean - mean
     m2 += batch_m2 + delta.square() * (count * weight)
@@ -42,5 +52,6 @@ def channel_moments_(
     if rows.shape[0] == 0:
         return
     batch_mean = rows.mean(0)
-    batch_m2 = (rows - batch_mean).square().sum(0)
+    # Two passes: sum(x^2) - n mean^2 would lose every digit where the mean is large.
+    batch_m2 = (rows - batch_mean).square().sum(0)  # [C]
     merge_moments_(count, mean, m2, count.new_tensor(float(rows.shape[0])), batch_mean, batch_m2)

@@ -7,6 +7,9 @@ With t = step (already incremented by the caller), and g, w, round as in ``maske
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
 as ``torch.optim.AdamW`` does. w is computed from m and v before these are rounded.
+
+Example, of step 1 with w = 1, g = 0.5, lr = 0.1 and weight_decay = 0.01. w decays to 0.999; m is
+0.05 and v 0.00025; without their bias they are 0.5 and 0.25, so that w becomes 0.999 - 0.1 = 0.899.
 """
 
 from __future__ import annotations
@@ -19,20 +22,20 @@ from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradi
 
 
 def masked_adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
+    params: Sequence[Tensor],  # [rows, columns] each
+    grads: Sequence[Tensor],  # compact: [trained, columns], or [rows, trained] if the dim is 1
+    exp_avgs: Sequence[Tensor],  # compact
+    exp_avg_sqs: Sequence[Tensor],  # compact
+    indices: Sequence[Tensor | None],  # [trained]
     dims: Sequence[int],
-    lr: Tensor,
-    step: Tensor,
-    grad_scale: Tensor | None = None,
-    clip_coef: Tensor | None = None,
-    seed: Tensor | None = None,
-    compensations: Sequence[Tensor] | None = None,
-    signed: Sequence[Tensor] | None = None,
-    squared: Sequence[Tensor] | None = None,
+    lr: Tensor,  # []
+    step: Tensor,  # []
+    grad_scale: Tensor | None = None,  # []
+    clip_coef: Tensor | None = None,  # []
+    seed: Tensor | None = None,  # []
+    compensations: Sequence[Tensor] | None = None,  # compact
+    signed: Sequence[Tensor] | None = None,  # [trained]
+    squared: Sequence[Tensor] | None = None,  # [trained]
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -44,6 +47,7 @@ def masked_adamw_(
     for i, (param, grad, index, dim) in enumerate(zip(params, grads, indices, dims, strict=True)):
         p = selected(param, index, dim)
         if signed is not None and squared is not None:
+            # Before the update: p and g of one and the same forward pass.
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
         compensation = None if compensations is None else compensations[i]
         w = p if compensation is None else p + compensation.double()

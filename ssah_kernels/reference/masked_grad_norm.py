@@ -1,7 +1,12 @@
 """Specification of ``masked_grad_norm``: Euclidean norm of the gradient of the trained elements.
 
-norm = sqrt(sum over i and over the elements of grads[i] that indices[i] selects along dims[i] of
-g^2) / grad_scale, in float64. grads are dense here, or compact with ``indices[i]`` None.
+    norm = sqrt(sum of g^2) / grad_scale
+
+over i and over the elements of grads[i] that indices[i] selects along dims[i], in float64. grads
+are dense here, or compact with ``indices[i]`` None.
+
+Example. Of [[3, 4], [9, 9]] the index [0] along dimension 0 leaves (3, 4): the norm is 5, and 2.5
+where the loss was multiplied by 2.
 """
 
 from __future__ import annotations

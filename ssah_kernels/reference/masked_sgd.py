@@ -1,12 +1,16 @@
 """Specification of ``masked_sgd_``: one SGD step, with momentum, of the trained elements alone.
 
-With t = step (already incremented by the caller), and g, w, round as in ``masked_update``:
+Shapes are those of ``masked_adamw``, with one state. With t = step (already incremented by the
+caller), and g, w, round as in ``masked_update``:
 
     g <- g + weight_decay w                                       (unless weight_decay is 0)
     b <- g if t = 1, else momentum b + (1 - dampening) g          (if momentum_buffers is given)
     w <- w - lr (g + momentum b  if nesterov,  else b)            (g without momentum_buffers)
 
 as ``torch.optim.SGD`` does. w is computed from b before that is rounded.
+
+Example, of step 2 with w = 1, g = 0.5, b = 0.5, lr = 0.1 and momentum = 0.9. b becomes 0.45 + 0.5 =
+0.95 and w 1 - 0.095 = 0.905; with nesterov w becomes 1 - 0.1 (0.5 + 0.855) = 0.8645.
 """
 
 from __future__ import annotations
@@ -53,6 +57,7 @@ def masked_sgd_(
         rounded = Rounder(grad, step, seed, i)
         if momentum_buffers is not None:
             buffer = momentum_buffers[i]
+            # What a buffer held before its first step does not count, even if it is NaN.
             b = torch.where(first, g, momentum * buffer.double() + (1 - dampening) * g)
             buffer.copy_(rounded(b, buffer.dtype, 1))
             g = g + momentum * b if nesterov else b

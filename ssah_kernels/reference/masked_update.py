@@ -3,7 +3,8 @@
 **Trained elements.** ``indices[i]`` (int64, strictly increasing, or None for all) selects entries
 along ``dims[i]`` of ``params[i]``. Everything else in the call (gradient, optimiser state,
 compensation) is compact: it has the parameter's shape with ``len(indices[i])`` in place of the size
-of that dimension. Nothing but the selected elements of a parameter is written.
+of that dimension. Nothing but the selected elements of a parameter is written. With a parameter
+[4, 3], index [1, 3] and dimension 0, the gradient is [2, 3] and rows 0 and 2 stay what they are.
 
 **Gradient.** g = grad / grad_scale * clip_coef, negated under ``maximize``. grad_scale is what the
 loss was multiplied by, clip_coef the factor of clipping; a missing one is 1.
@@ -16,6 +17,11 @@ and rounded once to the tensor's dtype: to nearest even, with two exceptions.
 * With ``seed``, a bfloat16 tensor (a parameter without compensation, or state) is rounded
   stochastically: of the float32 result's 32 bits, b, the upper half of b + r is kept, where r is
   uniform in [0, 2^16). Infinite and NaN values take no noise. The expectation is exact.
+
+Take 1.001, between the neighbours 1 and 1.0078 of bfloat16. To nearest it is always 1, so that a
+weight of 1 which grows by 0.001 a step never moves. Stochastically it is 1.0078 once in 7.8 steps.
+With Kahan's compensation c collects 0.001, 0.002, 0.003, and in the fourth step w = 1.004 becomes
+p = 1.0078 and c = -0.0038.
 
 **Noise.** r depends on the seed, the step, the tensor's position in the list and the element's
 position e in the compact tensor (row-major), and on nothing else. In arithmetic modulo 2^32:
@@ -48,7 +54,7 @@ GOLDEN = 0x9E3779B1
 
 def _mix(x: int) -> int:
     x ^= x >> 16
-    x = x * MULTIPLIERS[0] & WORD
+    x = x * MULTIPLIERS[0] & WORD  # Python's integers have no end: keep 32 bits
     x ^= x >> 15
     x = x * MULTIPLIERS[1] & WORD
     return x ^ x >> 15
@@ -66,7 +72,7 @@ def noise_keys(seed: int, step: int, number: int) -> tuple[int, int]:
 
 def noise(keys: tuple[int, int], element: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """16 random bits for the parameter, the first and the second state of every ``element``."""
-    x = (element + keys[0]) & WORD
+    x = (element + keys[0]) & WORD  # int64, whose lower half holds the word
     x = ((x ^ x >> 16) * MULTIPLIERS[0]) & WORD
     x = ((x ^ x >> 15 ^ ((element >> 32) + keys[1] & WORD)) * MULTIPLIERS[1]) & WORD
     x = x ^ x >> 15
@@ -76,15 +82,17 @@ def noise(keys: tuple[int, int], element: Tensor) -> tuple[Tensor, Tensor, Tenso
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """``x`` in bfloat16, up with the probability that makes the expectation exact."""
     word = x.float().view(torch.int32).long() & WORD
+    # Noise would turn an infinite value into NaN, and could turn a NaN into a number.
     word = torch.where(x.float().isfinite(), word + bits, word)
     upper = word >> 16
+    # int16 has a sign: its upper half of patterns is negative.
     result = torch.where(upper >= 1 << 15, upper - (1 << 16), upper).to(torch.int16)
     return torch.where(x.isnan(), x.to(torch.bfloat16), result.view(torch.bfloat16))
 
 
 def selected(param: Tensor, index: Tensor | None, dim: int) -> Tensor:
     """The trained elements of ``param``, in float64."""
-    return (param if index is None else param.index_select(dim, index)).double()
+    return (param if index is None else param.index_select(dim, index)).double()  # compact
 
 
 def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None:
@@ -116,10 +124,11 @@ def add_importance_(
     squared: Tensor,
 ) -> None:
     """Add each unit's sums of p * g and (p * g)^2; ``param`` holds the trained elements."""
-    product = param * gradient(grad, grad_scale, None, False)
+    # Neither clipping nor the direction of the step changes what a unit is worth.
+    product = param * gradient(grad, grad_scale, None, False)  # compact
     other = [d for d in range(param.dim()) if d != dim % param.dim()] if param.dim() else []
-    per_unit = product.sum(other) if other else product
-    signed += per_unit.reshape(signed.shape)
+    per_unit = product.sum(other) if other else product  # [units]
+    signed += per_unit.reshape(signed.shape)  # of a parameter without dimensions [] -> [1]
     per_unit = product.square().sum(other) if other else product.square()
     squared += per_unit.reshape(squared.shape)
 
@@ -131,7 +140,7 @@ class Rounder:
         self.bits: tuple[Tensor, Tensor, Tensor] | None = None
         if seed is not None:
             keys = noise_keys(int(seed), int(step), number)
-            element = torch.arange(grad.numel(), device=grad.device).view(grad.shape)
+            element = torch.arange(grad.numel(), device=grad.device).view(grad.shape)  # compact
             self.bits = noise(keys, element)
 
     def __call__(self, x: Tensor, dtype: torch.dtype, which: int) -> Tensor:
@@ -152,6 +161,7 @@ class Rounder:
         if compensation is None:
             write_(param, index, dim, self(w, param.dtype, 0))
             return
+        # To nearest: what rounding leaves is not lost, so that no noise has to make up for it.
         p = w.to(param.dtype)
         compensation.copy_(w - p.double())
         write_(param, index, dim, p)

@@ -170,6 +170,7 @@ def setup(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # setup.py adds csrc/ to it
     spec.loader.exec_module(module)
     for name in ("SSAH_CUDA", "CUDA_HOME", "CXX"):
         monkeypatch.delenv(name, raising=False)
@@ -196,8 +197,8 @@ RELEASE_13 = 'echo "Cuda compilation tools, release 13.0, V13.0.88"'
 
 def test_a_toolkit_that_fits_is_taken(setup: ModuleType, toolkit: Callable[[str], Path]) -> None:
     home = toolkit(RELEASE_13)
-    assert setup.find_cuda("13.2") == (home, "")  # minor versions are compatible
-    assert setup.find_cuda(None) == (home, "")  # a torch without CUDA fits any
+    assert setup.toolchain.find_cuda("13.2") == (home, "")  # minor versions are compatible
+    assert setup.toolchain.find_cuda(None) == (home, "")  # a torch without CUDA fits any
 
 
 @pytest.mark.parametrize(
@@ -227,16 +228,16 @@ def test_a_toolkit_that_does_not_fit_is_left_out_in_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     toolkit(script)
-    assert setup.wanted_cuda(torch_cuda, hip) is None
+    assert setup.toolchain.wanted_cuda(torch_cuda, hip) is None
     said = capsys.readouterr().err
     assert re.search(why, said)
     assert said.startswith("ssah: the CUDA kernels are left out: ")
     assert said.count("\n") == 1
     monkeypatch.setenv("SSAH_CUDA", "1")  # insists, and then fails with the same reason
     with pytest.raises(SystemExit, match=why):
-        setup.wanted_cuda(torch_cuda, hip)
+        setup.toolchain.wanted_cuda(torch_cuda, hip)
     monkeypatch.setenv("SSAH_CUDA", "0")
-    assert setup.wanted_cuda(torch_cuda, hip) is None
+    assert setup.toolchain.wanted_cuda(torch_cuda, hip) is None
     assert capsys.readouterr().err == ""
 
 
@@ -274,27 +275,27 @@ def test_a_wrong_cuda_home_is_named(
 ) -> None:
     """The toolkit in another place is not taken in silence."""
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    assert setup.wanted_cuda(None) is None
+    assert setup.toolchain.wanted_cuda(None) is None
     assert "CUDA_HOME is /nowhere, which has no bin/nvcc" in capsys.readouterr().err
 
 
 def test_wrong_settings_are_named(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SSAH_CUDA", "yes")
     with pytest.raises(SystemExit, match="SSAH_CUDA is 'yes'; it must be 0 or 1"):
-        setup.wanted_cuda(None)
+        setup.toolchain.wanted_cuda(None)
     monkeypatch.setenv("CXX", "no-compiler -O2")
     with pytest.raises(SystemExit, match=r"no C\+\+ compiler \(no-compiler -O2\). Install one"):
-        setup.check_compiler()
+        setup.toolchain.check_compiler()
 
 
 def test_old_versions_are_refused(setup: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    setup.check_torch("2.10.0a0+git1234")
-    setup.check_torch("3.0")
+    setup.toolchain.check_torch("2.10.0a0+git1234")
+    setup.toolchain.check_torch("3.0")
     with pytest.raises(SystemExit, match=r"needs torch >= 2\.10; this is 2\.9\.1: pip install"):
-        setup.check_torch("2.9.1")
+        setup.toolchain.check_torch("2.9.1")
     monkeypatch.setattr(sys, "version_info", (3, 9, 2))
     with pytest.raises(SystemExit, match=r"needs Python >= 3\.10"):
-        setup.check_python()
+        setup.toolchain.check_python()
 
 
 def test_sources_that_lack_a_folder_are_refused(

@@ -1,3 +1,4 @@
+// The target is set before any function is defined: only what this file compiles may use AVX2.
 #if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)

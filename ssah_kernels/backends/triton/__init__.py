@@ -13,16 +13,7 @@ from typing import Any
 
 import torch
 
-FILES = {
-    "channel_moments_": "channel_moments",
-    "gated_moments": "gated_moments",
-    "gated_moments_backward": "gated_moments",
-    "taylor_moments_": "taylor_moments",
-    "column_sq_norms": "column_sq_norms",
-    "masked_adamw_": "masked_adamw",
-    "masked_sgd_": "masked_sgd",
-    "masked_grad_norm": "masked_grad_norm",
-}
+from ssah_kernels import backends
 
 
 def interpreted() -> bool:
@@ -44,4 +35,5 @@ def missing() -> str | None:
 
 def kernel(op: str) -> Callable[..., Any]:
     """The function with the name and the arguments of ``op`` that launches its Triton kernels."""
-    return getattr(importlib.import_module(f"ssah_kernels.backends.triton.{FILES[op]}"), op)
+    file = f"ssah_kernels.backends.triton.{backends.stem(op)}"
+    return getattr(importlib.import_module(file), op)

@@ -38,8 +38,9 @@ def channel_moments_kernel(
         rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
         valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
         x = tl.load(x_ptr + rows * x_stride + cols, mask=valid & (cols < channels), other=0)
-        n, hi, lo, m2 = add_tile(wide(x), valid, n, hi, lo, m2)
+        n, hi, lo, m2 = add_tile(wide(x), valid, n, hi, lo, m2)  # each [WARPS, BLOCK]
     total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
+    # One of a chunk's programs writes its count; the state's is kept before stage 2 changes it.
     if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:
         tl.store(counts_ptr + 1 + first_chunk + chunk, total)
         tl.store(counts_ptr, tl.load(count_ptr))
@@ -48,7 +49,7 @@ def channel_moments_kernel(
 def launches(
     x: Tensor, count: Tensor, mean: Tensor, m2: Tensor, token_mask: Tensor | None
 ) -> list[Launch]:
-    slices = row_slices([x], token_mask)
+    slices = row_slices([x], token_mask)  # views [rows, C], and [rows] of the mask
     rows, channels = slices[0][0].shape
     tile = tiling(rows, channels, x.element_size(), DEPTH)
     partial = mean.new_empty(len(slices) * tile.chunks, 2, channels)

@@ -38,7 +38,7 @@ def column_sq_norms_kernel(
         rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
         inside = (rows < n_rows) & (cols < channels)
         w = wide(tl.load(weight_ptr + rows * stride + cols, mask=inside, other=0))
-        squares += tl.sum(w * w, 0)
+        squares += tl.sum(w * w, 0)  # [DEPTH, WARPS, BLOCK] -> [WARPS, BLOCK]
     store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
 
 

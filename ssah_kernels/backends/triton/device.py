@@ -39,6 +39,7 @@ def place(channels, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexp
     chunk = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
     rows = tl.arange(0, DEPTH)[:, None, None] * WARPS + tl.arange(0, WARPS)[None, :, None]
+    # Rows times strides go beyond 2^31 in large activations.
     return chunk.to(tl.int64), cols[None, None, :], rows
 
 
@@ -54,7 +55,7 @@ def counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK: tl.constexpr):
 @triton.jit
 def store_row(row_ptr, cols, values, channels, BLOCK: tl.constexpr):
     """Write one row of partial results [BLOCK] in float64; ``cols`` as ``place`` gives them."""
-    cols = tl.reshape(cols, (BLOCK,))
+    cols = tl.reshape(cols, (BLOCK,))  # [1, 1, BLOCK] -> [BLOCK]
     tl.store(row_ptr + cols, values.to(tl.float64), mask=cols < channels)
 
 
@@ -73,7 +74,7 @@ def add_chunks_kernel(
     total = tl.load(state_ptr + cols, mask=inside, other=0)
     for start in range(0, chunks, CHUNKS):
         chunk = start + tl.arange(0, CHUNKS)
-        here = (chunk < chunks)[:, None] & inside[None, :]
+        here = (chunk < chunks)[:, None] & inside[None, :]  # [CHUNKS, BLOCK]
         row = partial_ptr + chunk[:, None].to(tl.int64) * channels + cols[None, :]
         total += tl.sum(tl.load(row, mask=here, other=0), 0)
     tl.store(state_ptr + cols, total, mask=inside)

@@ -47,6 +47,8 @@ def gated_moments_kernel(
         up = tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0)
         h = (activation(wide(gate), ACT) * wide(up)).to(gate.dtype)
         tl.store(out_ptr + rows * out_stride + cols, h, mask=inside)
+        # A masked row is computed and stored like any other, so that it is read here, unlike in
+        # channel_moments, and must be set to 0 before it is summed.
         valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
         n, hi, lo, m2 = add_tile(tl.where(valid, wide(h), 0), valid, n, hi, lo, m2)
     total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
@@ -78,7 +80,7 @@ def launches(
     gate: Tensor, up: Tensor, out: Tensor, count: Tensor, mean: Tensor, m2: Tensor,
     token_mask: Tensor | None, act: str,
 ) -> list[Launch]:  # fmt: skip
-    slices = row_slices([gate, up, out], token_mask)
+    slices = row_slices([gate, up, out], token_mask)  # views [rows, C], and [rows] of the mask
     rows, channels = slices[0][0].shape
     tile = tiling(rows, channels, gate.element_size(), DEPTH)
     partial = mean.new_empty(len(slices) * tile.chunks, 2, channels)
@@ -99,6 +101,7 @@ def launches_backward(
 ) -> list[Launch]:
     slices = row_slices([grad, gate, up, dgate, dup], None)
     rows, channels = slices[0][0].shape
+    # Nothing is summed over rows: programs of one tile each leave no partial results.
     tile = tiling(rows, channels, gate.element_size(), DEPTH_BACKWARD, max_tiles=1)
     options = {"ACT": act, **tile.constants}
     return [

@@ -2,6 +2,13 @@
 
 A host function first builds its list of launches, then runs it. Tests build the same list and
 compile it for any GPU, with the pointers' alignment and the constants of the real call.
+
+How [rows, channels] is cut, for bfloat16 [4096, 11008] with depth 8:
+
+    block   32 lanes x 16 bytes / 2 bytes = 256 channels        43 blocks
+    tile    8 rows deep x 4 warps = 32 rows                     128 tiles, one below the other
+    chunk   min(32, 128 x 43 / 768) = 7 tiles = 224 rows        19 chunks
+    grid    19 x 43 = 817 programs, each of 4 warps
 """
 
 from __future__ import annotations
@@ -96,14 +103,16 @@ def row_slices(tensors: Sequence[Tensor], mask: Tensor | None) -> list[tuple[Ten
     """
     lead = tensors[0].shape[:-1]
     views = [*tensors, mask] if mask is not None else [*tensors]
+    # A dimension of 1 has no second element for its stride to lead to.
     dims = [(size, tuple(v.stride(d) for v in views)) for d, size in enumerate(lead) if size != 1]
     groups: list[tuple[int, tuple[int, ...]]] = []
     for size, strides in sorted(dims, key=lambda d: d[1], reverse=True):
+        # From the largest stride down: the outer one must step over all of the inner one.
         if groups and groups[-1][1] == tuple(s * size for s in strides):
             groups[-1] = (groups[-1][0] * size, strides)
         else:
             groups.append((size, strides))
-    groups.sort(key=lambda g: g[0])
+    groups.sort(key=lambda g: g[0])  # the longest run becomes the rows of a launch
     rows, strides = groups.pop() if groups else (1, (0,) * len(views))
     slices = []
     for index in product(*(range(size) for size, _ in groups)):

@@ -26,6 +26,7 @@ def plan(
     weight_decay: float = 0.01,
     maximize: bool = False,
 ) -> list[Launch]:
+    # beta^t is exp(t ln beta): the step is on the device, and Triton has no power of its own.
     logs = (log(b) if b > 0 else -inf for b in (beta1, beta2))
     hyper = (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1)
     return launches("adamw", hyper, update, nesterov=False, maximize=maximize)

@@ -62,6 +62,7 @@ def masked_grad_norm_kernel(
             indexed = rows < tl.load(row_ptr + 3)  # all of them or none
             rows = tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
         g = tl.load(g_ptr + rows * row_stride + cols, mask=inside, other=0).to(tl.float64)
+        # [HEIGHT, BLOCK], added up across the tile at the end alone.
         squares += g * g
     total = tl.sum(tl.sum(squares, 1), 0)
     tl.store(partial_ptr + first_part + tl.program_id(0), total)
@@ -93,6 +94,7 @@ def launches(
         if rows * cols == 0:
             continue
         gather = index is not None and dim == 1
+        # Neighbours of a gathered column lie anywhere: no vectors.
         vectors = not gather and grad.stride(1) == 1
         vector = vector_of([grad], cols, grad.stride(0)) if vectors else 1
         key, cut = (vector, gather), tile_of(vector)

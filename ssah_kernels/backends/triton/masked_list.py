@@ -1,11 +1,17 @@
-"""Host side of the masked updates: tables of tensors, one launch for all accessed alike."""
+"""Host side of the masked updates: tables of tensors, one launch for all accessed alike.
+
+Take a Llama of which some units train. Rows of gate, up, V and of the packed down projection train,
+read by vectors of 16 bytes; of O it is columns, gathered one by one. So a step of the whole model
+is two launches, each with a table of addresses, shapes and strides. A program finds its tensor in
+the table by the number of the tensor's first program.
+"""
 
 from __future__ import annotations
 
 import struct
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,6 +32,7 @@ from ssah_kernels.backends.triton.masked_update import masked_update_kernel
 TILE_ROWS = 32
 TILE_ROWS_SUMMED = 128  # fewer partial sums where every column is a unit
 SCALAR_BLOCK = 512  # columns where there are no vectors: four elements per thread
+UNIT_FIELDS = 6  # of a row of add_importance_kernel's table
 # With sums per unit, ptxas aims at an occupancy for which it spills two registers, unless told.
 REGISTERS = {"maxnreg": 160} if torch.version.hip is None else {}
 TYPES = {
@@ -132,6 +139,46 @@ def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) ->
     ]
 
 
+@dataclass
+class _UnitSums:
+    """Where tensors leave the partial sums of their units: [2, parts, units] of each, in turn."""
+
+    table: list[int] = field(default_factory=list)  # a row of UNIT_FIELDS for each tensor
+    size: int = 0  # of all partial sums, in elements
+    programs: int = 0  # of the launch that adds them up
+
+    def add(self, update: Update, i: int, units: int, tiles: tuple[int, int]) -> list[int]:
+        """The last two fields of tensor ``i``'s row: where its sums begin, and its parts."""
+        # Rows are units: each tile beside another has a part of the sum; columns: each below.
+        parts = tiles[1] if units == 0 else tiles[0]
+        fields = [self.size, parts]
+        if update.signed is not None and update.squared is not None:
+            sums = update.signed[i].data_ptr(), update.squared[i].data_ptr()
+            n_units = update.grads[i].shape[units]
+            self.table += [self.programs, *sums, self.size, parts, n_units]
+            self.programs += cdiv(n_units, MERGE_CHANNELS)
+            self.size += 2 * parts * n_units
+        return fields
+
+
+def _rows(
+    update: Update, key: tuple[int, bool, int], members: Sequence[int], sums: _UnitSums
+) -> tuple[list[int], int]:
+    """The rows of one launch's table, and its number of programs."""
+    vector, gather, units = key  # units: the dimension that importance is summed for, or -1
+    cut = tile_of(vector, units)
+    result: list[int] = []
+    programs = 0
+    for i in members:
+        rows, cols = update.grads[i].shape
+        tiles = cdiv(rows, cut["STEPS"] * cut["HEIGHT"]), cdiv(cols, cut["BLOCK"])
+        result += tensor_row(update, i, programs, vector, gather)
+        result += sums.add(update, i, units, tiles)
+        programs += tiles[0] * tiles[1]
+    assert len(result) == FIELDS.value * len(members)
+    return result, programs
+
+
 def launches(
     rule: str, hyper: Sequence[float], update: Update, nesterov: bool, maximize: bool
 ) -> list[Launch]:
@@ -146,30 +193,11 @@ def launches(
         if grad.numel():
             groups[how_accessed(update, i)].append(i)
     head = [*map(bits, hyper), *[0] * (HEAD.value - len(hyper))]
-    partial_size, unit_programs = 0, 0
-    unit_table: list[int] = []
-    tables: list[tuple[tuple[int, bool, int], Tensor, int]] = []
-    for key, members in groups.items():
-        vector, gather, units = key
-        rows_of_table, programs = [*head], 0
-        cut = tile_of(vector, units)
-        for i in members:
-            rows, cols = update.grads[i].shape
-            tiles = cdiv(rows, cut["STEPS"] * cut["HEIGHT"]), cdiv(cols, cut["BLOCK"])
-            rows_of_table += tensor_row(update, i, programs, vector, gather)
-            programs += tiles[0] * tiles[1]
-            parts = tiles[1] if units == 0 else tiles[0]
-            rows_of_table += [partial_size, parts]
-            if update.signed is not None and update.squared is not None:
-                sums = update.signed[i].data_ptr(), update.squared[i].data_ptr()
-                n_units = (rows, cols)[units]
-                unit_table += [unit_programs, *sums, partial_size, parts, n_units]
-                unit_programs += cdiv(n_units, MERGE_CHANNELS)
-                partial_size += 2 * parts * n_units
-        assert len(rows_of_table) == HEAD.value + FIELDS.value * len(members)
-        tables.append((key, device_table(rows_of_table, device), programs))
+    sums = _UnitSums()
+    tables = [(key, *_rows(update, key, members, sums)) for key, members in groups.items()]
 
-    partial = torch.empty(partial_size, dtype=torch.float64, device=device)
+    # One for all launches, once its size is known.
+    partial = torch.empty(sums.size, dtype=torch.float64, device=device)
     options: dict[str, Any] = {
         "RULE": rule,
         "STATES": len(update.states),
@@ -182,15 +210,18 @@ def launches(
     }
     shared = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed)
     result = []
-    for (vector, gather, units), table, programs in tables:
-        args = (table, partial, *shared, len(table) // FIELDS.value)
+    for (vector, gather, units), rows, programs in tables:
+        table = device_table([*head, *rows], device)
+        args = (table, partial, *shared, len(rows) // FIELDS.value)
         special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **tile_of(vector, units)}
         if units >= 0:
             special |= REGISTERS
         result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))
-    if unit_table:
-        table = device_table(unit_table, device)
-        options = {"FIELDS": 6, "CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS, "num_warps": 4}
-        stage2 = (table, partial, update.grad_scale, len(unit_table) // 6)
-        result.append(Launch(add_importance_kernel, (unit_programs, 2), stage2, options))
+    if sums.table:
+        table = device_table(sums.table, device)
+        fields = {"FIELDS": UNIT_FIELDS, "CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS}
+        stage2 = (table, partial, update.grad_scale, len(sums.table) // UNIT_FIELDS)
+        result.append(
+            Launch(add_importance_kernel, (sums.programs, 2), stage2, {**fields, "num_warps": 4})
+        )
     return result

@@ -45,6 +45,7 @@ def noise(element, key_0, key_1):
     """32 random bits for each int64 ``element``."""
     x = word(element, 0) + key_0
     x = (x ^ (x >> 16)) * tl.full((), MULTIPLIER_0, tl.uint32)
+    # Beyond 2^32 elements the upper word joins here, so that their noise does not repeat.
     x = (x ^ (x >> 15) ^ (word(element, 32) + key_1)) * tl.full((), MULTIPLIER_1, tl.uint32)
     return x ^ (x >> 15)
 

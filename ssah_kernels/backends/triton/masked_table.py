@@ -48,7 +48,7 @@ def find_row(table_ptr, n_rows, HEAD: tl.constexpr, FIELDS: tl.constexpr):
 def pointer(row_ptr, FIELD: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.constexpr):
     ptr = tl.load(row_ptr + FIELD).to(tl.pointer_type(DTYPE))
     if VECTOR > 1:
-        ptr = tl.multiple_of(ptr, 16)
+        ptr = tl.multiple_of(ptr, 16)  # the compiler cannot see it in an address from memory
     return ptr
 
 
@@ -67,7 +67,7 @@ def add_importance_kernel(
     cols = (tl.program_id(0) - tl.load(row_ptr)) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < units
     unscale = 1 / scalar_or_one(grad_scale_ptr)
-    if tl.program_id(1) == 1:
+    if tl.program_id(1) == 1:  # the sum of squares
         unscale *= unscale
     state_ptr = tl.load(row_ptr + 1 + tl.program_id(1)).to(tl.pointer_type(tl.float64))
     partial_ptr += tl.load(row_ptr + 3) + tl.program_id(1) * parts * units

@@ -65,7 +65,7 @@ def masked_update_kernel(
     n_rows = tl.load(row_ptr + ROWS)
     n_cols = tl.load(row_ptr + COLS) * VECTOR  # held divided by it: the compiler sees the factor
     row_stride = tl.load(row_ptr + ROW_STRIDE) * VECTOR
-    tile = tl.program_id(0) - tl.load(row_ptr + FIRST)
+    tile = tl.program_id(0) - tl.load(row_ptr + FIRST)  # within this tensor
     blocks = tl.cdiv(n_cols, BLOCK)
     tile_row = tile // blocks
     cols = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -105,6 +105,7 @@ def masked_update_kernel(
         p = tl.load(at, mask=inside, other=0).to(X)
         grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
         if UNITS >= 0:
+            # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
             product = p * grad
             square = product * product
             if UNITS == 0:
@@ -117,10 +118,11 @@ def masked_update_kernel(
             else:
                 signed += product
                 squared += square
+        # The compensated weight moves; importance is of the weight that the forward pass used.
         w = p
         if KAHAN:
             w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
-        state_0 = p
+        state_0 = p  # defined for every rule; without state it is never stored
         state_1 = p
         if STATES > 0:
             state_0 = tl.load(s0_ptr + element, mask=inside, other=0).to(X)

@@ -21,7 +21,7 @@ def add_tile(v, valid, n, hi, lo, m2):
     """
     # Summed as a pair, so that the count, too, has the layout of the loads: no exchange of data.
     pair = tl.join(tl.broadcast_to(valid, v.shape).to(v.dtype), v)
-    n_tile, sum_tile = tl.split(tl.sum(pair, 0))
+    n_tile, sum_tile = tl.split(tl.sum(pair, 0))  # [WARPS, BLOCK, 2] -> [WARPS, BLOCK] each
     inverse = 1 / tl.maximum(n_tile, 1)
     centre = tl.where(n_tile > 0, sum_tile * inverse, hi)
     d = tl.where(valid, v - centre[None, :, :], 0)

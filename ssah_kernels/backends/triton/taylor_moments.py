@@ -45,7 +45,7 @@ def taylor_moments_kernel(
         x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0)
         grad = tl.load(grad_ptr + rows * grad_stride + cols, mask=inside, other=0)
         product = wide(x) * wide(grad)
-        signed += tl.sum(product, 0)
+        signed += tl.sum(product, 0)  # [DEPTH, WARPS, BLOCK] -> [WARPS, BLOCK]
         squared += tl.sum(product * product, 0)
     row = partial_ptr + (chunk + first_chunk) * channels
     store_row(row, cols, tl.sum(signed, 0), channels, BLOCK)

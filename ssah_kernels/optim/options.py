@@ -96,12 +96,14 @@ def as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:
 def check_parameters(groups: Sequence[dict[str, Any]]) -> None:
     """Raise ValueError or TypeError where an update of the last group could not work."""
     params = groups[-1]["params"]
+    # torch looks for a parameter in other groups alone, and only warns within one.
     seen = {p for group in groups[:-1] for p in group["params"]}
     for i, p in enumerate(params):
         name = f"params[{i}]"
         if p in seen:
             raise ValueError(f"{name} is given twice; it must be in one group, once")
         seen.add(p)
+        # A negated view keeps the opposite of its values in memory, which kernels would read.
         if p.is_nested or p.is_neg():
             kind = "a nested tensor" if p.is_nested else "a negated view"
             raise TypeError(f"{name} is {kind}; it must be an ordinary tensor")
@@ -121,7 +123,7 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
     Args:
         name: of both in errors, such as ``"[3]"``.
         p: the parameter.
-        index: which entries train along ``dim``; None: all.
+        index: int64 [trained], which entries train along ``dim``; None: all.
         dim: a dimension, or of a sharded parameter with experts a pair of them.
     """
     n = p.dim() or 1
@@ -153,6 +155,7 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
         raise ValueError(f"indices{name} is empty; a parameter must have entries to train")
     size = p.shape[dim] if isinstance(dim, int) else math.prod(p.shape[d] for d in dim)
     index = index.to(p.device).contiguous()
+    # Read here, once, so that no step has to wait for the GPU to read it.
     low, high = indices.bounds(f"indices{name}", index)
     indices.check_range(f"indices{name}", low, high, size)
     return index

@@ -1,0 +1,218 @@
+"""What ``MaskedAdamW`` and ``MaskedSGD`` share: groups, the calls of a step, clipping, importance.
+
+A step, of every parameter that has a gradient:
+
+1. The gradient's trained entries are copied out: [1000, 64] and 200 rows make [200, 64].
+2. Entries of one group, dtype, device and step count become one call of the operator.
+3. With ``max_norm``, one norm is taken over the calls of all groups that clip. Each of these gets
+   the factor min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_`` has it. The
+   operator multiplies by it while it reads the gradient, which costs no pass of its own.
+4. The operator updates parameters and state in place, once over the trained elements.
+
+Nothing here waits for a GPU: numbers that live on a device stay there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ssah_kernels import ops
+from ssah_kernels.optim import checkpoint, options
+from ssah_kernels.optim.calls import Call, Scalars, cut_state
+from ssah_kernels.sharded import Dim, Part, first_row, is_sharded, join, local, parts
+
+COMPENSATED = (torch.bfloat16, torch.float16)
+
+
+class MaskedOptimizer(Optimizer):
+    """An optimiser whose step is one call of an operator for all that can be updated alike."""
+
+    state_names: tuple[str, ...] = ()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        super().__init__(params, {**defaults, "indices": None, "dims": None})
+
+    # ------------------------------------------------------------------------------------- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; ``indices`` and ``dims`` are lists with one entry a parameter.
+
+        Of a parameter that is sharded and holds experts, a dimension may be a pair, see
+        :mod:`ssah_kernels.sharded`.
+
+        Raises:
+            TypeError, ValueError: an option is wrong, a parameter is given twice, indices or dims
+                do not fit, or a parameter has nothing to train. The group is not added then.
+        """
+        before = len(self.param_groups)
+        try:
+            super().add_param_group(param_group)
+            self._check_last_group()
+        except BaseException:
+            del self.param_groups[before:]
+            raise
+
+    def _check_last_group(self) -> None:
+        group = self.param_groups[-1]
+        options.check(group)
+        options.check_parameters(self.param_groups)
+        params = group["params"]
+        group["indices"] = options.as_list("indices", group["indices"], len(params), None)
+        group["dims"] = options.as_list("dims", group["dims"], len(params), 0)
+        for i, p in enumerate(params):
+            # A rank sees its own rows alone: a norm or a sum over units would need the others'.
+            if is_sharded(p) and (group["max_norm"] is not None or group["track_importance"]):
+                raise ValueError(
+                    f"params[{i}] is sharded: max_norm must be None (clip with "
+                    "torch.nn.utils.clip_grad_norm_) and track_importance False"
+                )
+            index, dim = group["indices"][i], group["dims"][i]
+            group["indices"][i] = options.entries(f"[{i}]", p, index, dim)
+
+    def entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]]:
+        """Number, group, parameter, index [trained] and dimension of every parameter."""
+        number = 0
+        for group in self.param_groups:
+            for p, index, dim in zip(group["params"], group["indices"], group["dims"], strict=True):
+                yield number, group, p, index, dim
+                number += 1
+
+    # --------------------------------------------------------------------------------------- step
+
+    def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        return self.state_names
+
+    def _new_state(self, group: dict[str, Any], grad: Tensor, dim: int) -> dict[str, Any]:
+        """Zero state for a compact gradient [trained, other], or [other, trained] if dim is 1."""
+        dtype = group["state_dtype"] or torch.float32
+        if grad.dtype == torch.float64:
+            dtype = torch.float64
+        # A float64 count is exact up to 2^53 steps, and torch counts on the host too.
+        state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float64)}
+        for name in self._names(group):
+            state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
+        if group["rounding"] == "kahan" and grad.dtype in COMPENSATED:
+            state["compensation"] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+        if group["track_importance"]:
+            units = grad.shape[dim] if grad.dim() else 1
+            for name in ("importance_signed", "importance_squared"):
+                state[name] = torch.zeros(units, dtype=torch.float64, device=grad.device)
+        return state
+
+    def _calls(self) -> list[tuple[dict[str, Any], Call]]:
+        """The work of one step: every parameter that has a gradient, in as few calls as may be."""
+        calls: dict[tuple[Any, ...], tuple[dict[str, Any], Call]] = {}
+        for number, group, p, index, dim in self.entries():
+            if p.grad is None:
+                continue
+            if p.grad.is_sparse:
+                raise TypeError("a gradient is sparse; it must be dense")
+            pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]  # type: ignore[arg-type]
+            if is_sharded(p):
+                # Noise depends on the position within a call, which starts anew on every rank.
+                number += first_row(p) << 32
+            grads = [part.entries(local(p.grad)) for part in pieces]  # each [trained, other]
+            state = self.state[p]
+            if not state:
+                state.update(self._new_state(group, join(grads), pieces[0].dim))
+            # A parameter that joined late, or had no gradient in a step, has a count of its own.
+            key = (id(group), p.dtype, p.device, float(state["step"]))
+            for part, grad, own in zip(pieces, grads, cut_state(state, grads), strict=True):
+                if is_sharded(p) and not grad.numel():
+                    continue
+                call = calls.setdefault(key, (group, Call(number)))[1]
+                call.params.append(part.rows(local(p)))
+                call.grads.append(grad)
+                call.indices.append(part.index)
+                call.dims.append(part.dim)
+                call.states.append(own)
+            if key in calls:
+                calls[key][1].steps.append(state["step"])
+            else:
+                state["step"] += 1  # nothing of it is on this rank
+        return list(calls.values())
+
+    def _clip_coefs(self, calls: list[tuple[dict[str, Any], Call]]) -> list[Tensor | None]:
+        """Per call, the factor that brings the norm of all gradients to at most max_norm."""
+        total: Tensor | None = None
+        for group, call in calls:
+            if group["max_norm"] is not None:
+                # The gradients are compact already: no index selects from them.
+                none: list[Tensor | None] = [None] * len(call.grads)
+                norm = ops.masked_grad_norm(call.grads, none, call.dims)
+                total = norm if total is None else total.to(norm.device).hypot(norm)
+        return [
+            (group["max_norm"] / (total.to(call.params[0].device) + 1e-6)).clamp(max=1)
+            if group["max_norm"] is not None and total is not None
+            else None
+            for group, call in calls
+        ]
+
+    def _update(self, group: dict[str, Any], call: Call, scalars: Scalars) -> None:
+        """Call the operator."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of every parameter that has a gradient; returns the closure's loss, if any."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        # A schedule may have changed the rate since it was checked.
+        for group in self.param_groups:
+            options.check_lr(group["lr"])
+        calls = self._calls()
+        for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
+            self._update(group, call, call.scalars(group, clip_coef))
+            for count in call.steps:
+                count += 1
+        return loss
+
+    def importance(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
+        """Every parameter's (signed, squared) importance, summed over the steps so far.
+
+        signed is the sum over steps of each trained unit's sum of p * g, squared that of (p * g)^2,
+        taken before each update with gradients before clipping: float64 [units] on the parameter's
+        device, along ``dims`` (default 0). Of a parameter without a step there is none.
+
+        Raises:
+            RuntimeError: no parameter group has ``track_importance``.
+        """
+        if not any(group["track_importance"] for group in self.param_groups):
+            raise RuntimeError("importance needs track_importance=True when the optimiser is made")
+        return {
+            p: (state["importance_signed"], state["importance_squared"])
+            for p, state in self.state.items()
+            if "importance_signed" in state
+        }
+
+    # --------------------------------------------------------------------------------- checkpoint
+
+    def state_dict(self) -> dict[str, Any]:
+        """As every optimiser's. State of a sharded parameter is a DTensor of its whole shape, zero
+        where nothing trains, so that a checkpoint can be read by any number of ranks."""
+        result = super().state_dict()
+        checkpoint.expand_state_(self, result)
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Resume: options, step counts (which the rounding noise follows) and state, in the dtype
+        that the state was saved in.
+
+        Raises:
+            ValueError: the checkpoint is of other parameters, or trains other entries of them.
+        """
+        current = checkpoint.entries_of(self)
+        checkpoint.check_same_entries(current, state_dict["param_groups"])
+        super().load_state_dict(state_dict)
+        # torch takes the saved groups' tensors, which may lie on another device: ours go on.
+        for group, (indices, dims) in zip(self.param_groups, current, strict=True):
+            group["indices"], group["dims"] = indices, dims
+        # torch casts state to the dtype of the parameter: it is put back as it was saved.
+        checkpoint.restore_state_(self, state_dict)

@@ -1,0 +1,72 @@
+"""The tensors of one call of an update operator, and the state of each of their pieces.
+
+An operator takes lists. One call serves every parameter of one group, dtype, device and step
+count: a model with 300 trained parameters in bfloat16 is updated by one call, and by two if
+some of these parameters were added after the first step.
+
+A parameter is one entry of the lists. A sharded parameter that holds experts is one entry for each
+expert of this rank: its rows [experts, units, other] become matrices [units, other].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssah_kernels.sharded import cut
+
+_SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
+
+
+class Scalars(NamedTuple):
+    """The numbers of one call, on its device and in the order that the operators take them."""
+
+    lr: Tensor  # float64 []
+    step: Tensor  # float64 [], counted from 1
+    grad_scale: None
+    clip_coef: Tensor | None  # float64 []
+    seed: Tensor | None  # int64 []
+
+
+@dataclass
+class Call:
+    """One call of an operator: one group, dtype, device and step count."""
+
+    number: int  # of its first parameter in the optimiser: tells calls of one step apart
+    params: list[Tensor] = field(default_factory=list)  # each [units, other], or of any shape
+    grads: list[Tensor] = field(default_factory=list)  # compact: [trained, other]
+    indices: list[Tensor | None] = field(default_factory=list)  # int64 [trained]
+    dims: list[int] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)  # compact, as the gradients
+    steps: list[Tensor] = field(default_factory=list)  # counted once the call is done
+
+    def state(self, name: str) -> list[Tensor] | None:
+        """The state of that name of every entry; None where the group keeps none."""
+        return [s[name] for s in self.states] if name in self.states[0] else None
+
+    def scalars(self, group: dict[str, Any], clip_coef: Tensor | None) -> Scalars:
+        """The numbers that this step's update takes."""
+        device = self.params[0].device
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
+        step = (self.steps[0] + 1).to(device)
+        seed = None
+        if group["rounding"] != "nearest":
+            # A seed is any whole number; what an operator takes is a signed word of 64 bits.
+            word = (group["seed"] + _SEED_STRIDE * self.number + (1 << 63)) % (1 << 64)
+            seed = torch.tensor(word - (1 << 63), dtype=torch.int64, device=device)
+        return Scalars(lr, step, None, clip_coef, seed)
+
+
+def cut_state(state: dict[str, Any], grads: Sequence[Tensor]) -> list[dict[str, Any]]:
+    """The state of every piece of a parameter, in the shapes of ``grads``: views, not copies."""
+    if len(grads) == 1:
+        return [state]
+    pieces = {name: cut(value, grads) for name, value in state.items() if name != "step"}
+    return [
+        {"step": state["step"], **{name: each[i] for name, each in pieces.items()}}
+        for i in range(len(grads))
+    ]

@@ -1,0 +1,99 @@
+"""Saving and resuming a masked optimiser: compact state, whole DTensors, and what must agree.
+
+State is compact, so that a checkpoint is too: of a weight [1000, 64] of which 200 rows train, each
+moment is [200, 64]. Two selections may have one size, so that the indices are compared as well: a
+moment of row 3 must not become that of row 4.
+
+A sharded parameter's state is saved as a DTensor of the parameter's whole shape, zero where nothing
+trains. Any number of ranks can then read what any other number has written, because only whole
+shapes mean the same to both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ssah_kernels.sharded import compact, expand, is_sharded
+
+
+class Masked(Protocol):
+    """What is read of an optimiser here, so that this file need not import it."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    state_names: tuple[str, ...]
+
+    def entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, Any]]: ...
+
+
+Entries = tuple[list[Tensor | None], list[Any]]  # indices and dims of one group
+
+
+def entries_of(optimizer: Masked) -> list[Entries]:
+    """What every group trains."""
+    return [(group["indices"], group["dims"]) for group in optimizer.param_groups]
+
+
+def numbers(state_dict: dict[str, Any]) -> Iterator[int]:
+    """The numbers that ``state_dict`` gives to parameters, in the order of the optimiser."""
+    return (n for group in state_dict["param_groups"] for n in group["params"])
+
+
+def expand_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
+    """In ``state_dict``, put DTensors of whole shape in place of sharded parameters' state."""
+    of_parameters = zip(optimizer.entries(), numbers(state_dict), strict=True)
+    for (_, _, p, index, dim), n in of_parameters:
+        if is_sharded(p) and n in state_dict["state"]:
+            state_dict["state"][n] = {
+                name: value if name == "step" else expand(p, value, index, dim)
+                for name, value in state_dict["state"][n].items()
+            }
+
+
+def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
+    """Give the optimiser the state of ``state_dict``, in the dtype that it was saved in.
+
+    Raises:
+        ValueError: state is of other shapes than what trains here.
+    """
+    of_parameters = zip(optimizer.entries(), numbers(state_dict), strict=True)
+    for (_, _, p, index, dim), n in of_parameters:
+        shape = list(p.shape)
+        if index is not None and isinstance(dim, int):
+            shape[dim] = len(index)  # [trained, other]
+        for name, value in state_dict["state"].get(n, {}).items():
+            if is_sharded(p) and name != "step":
+                value = compact(p, value, index, dim)
+            elif name in optimizer.state_names and list(value.shape) != shape:
+                raise ValueError(
+                    f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
+                    f"it must be {shape}: was it saved with another selection of units?"
+                )
+            # Steps are counted on the host, where reading them waits for no GPU.
+            device = "cpu" if name == "step" else p.device
+            optimizer.state[p][name] = value.detach().to(device, copy=True)
+
+
+def check_same_entries(current: list[Entries], groups: Iterable[dict[str, Any]]) -> None:
+    """Raise ValueError unless a checkpoint's ``groups`` train what ``current`` has."""
+    saved = [(group.get("indices"), group.get("dims")) for group in groups]
+    if len(current) != len(saved):
+        return  # torch says that the number of groups differs
+    for number, ((indices, dims), (saved_indices, saved_dims)) in enumerate(
+        zip(current, saved, strict=True)
+    ):
+        if saved_indices is None or saved_dims is None or len(saved_indices) != len(indices):
+            continue  # torch says that the number of parameters differs
+        for i, (index, its) in enumerate(zip(indices, saved_indices, strict=True)):
+            same = index is its or (
+                index is not None and its is not None and torch.equal(index.cpu(), its.cpu())
+            )
+            if not same or dims[i] != saved_dims[i]:
+                raise ValueError(
+                    f"parameter {i} of group {number} trains other entries than in the "
+                    "checkpoint; resume with the same units, or start a new optimiser"
+                )
