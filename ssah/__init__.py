@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
     from ssah.interventions import ablate, prune
-    from ssah.training import UpdatePlan, freeze, load_update, train_only
+    from ssah.training import (
+        UpdatePlan,
+        freeze,
+        load_update,
+        protect_adapter,
+        train_only,
+        verify,
+    )
     from ssah.units import (
         FFN,
         Attention,
@@ -56,11 +63,13 @@ __all__ = [
     "freeze",
     "load_update",
     "probe",
+    "protect_adapter",
     "prune",
     "register_family",
     "stream",
     "train_only",
     "transfer",
+    "verify",
 ]
 
 # Room -> the public names that it defines.
@@ -69,7 +78,14 @@ _ROOMS = {
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
     "interventions": ("ablate", "prune"),
-    "training": ("UpdatePlan", "freeze", "load_update", "train_only"),
+    "training": (
+        "UpdatePlan",
+        "freeze",
+        "load_update",
+        "protect_adapter",
+        "train_only",
+        "verify",
+    ),
     "units": (
         "FFN",
         "Attention",

@@ -7,6 +7,7 @@ from ssah.attribution.partial_runs import discard
 from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
 from ssah.attribution.scores import column_sq_norms
 from ssah.attribution.scoring import attribute
+from ssah.attribution.streaming.layers import LayeredModel
 from ssah.attribution.streaming.run import stream
 from ssah.attribution.sums import Sums
 from ssah.attribution.watch import watching

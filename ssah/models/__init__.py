@@ -11,12 +11,12 @@ from ssah.models.loading import (
     empty_model,
     load_model,
     load_tokenizer,
+    load_weights,
     move,
     pick_device,
     put_tensor,
     quiet,
 )
-from ssah.models.locate import SMOLLM2, locate
 from ssah.models.offload import at_hand, device_of, replaced_forward, runs_own_forward, swapped
 from ssah.models.packed import (
     check_plain,
@@ -27,6 +27,7 @@ from ssah.models.packed import (
     passing_gradients,
     scheme_of,
 )
+from ssah.models.places import SMOLLM2, locate
 from ssah.models.running import as_it_was, check_backbone, check_idle
 from ssah.models.weights import (
     cheap_weights_hash,

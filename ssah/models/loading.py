@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.models.checks import ModelError, loading_errors, whole
-from ssah.models.locate import locate
+from ssah.models.places import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,6 +47,23 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
+    # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
+    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+    model = load_weights(
+        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
+    )
+    return model, tokenizer
+
+
+def load_weights(
+    name: str,
+    *,
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    packed: bool = False,
+) -> PreTrainedModel:
+    """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
     from transformers import AutoModelForCausalLM
 
     from ssah.compat import gguf
@@ -58,7 +75,6 @@ def load_model(
     source = locate(name)
     if packed and not source.gguf_file:
         raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
@@ -79,7 +95,7 @@ def load_model(
             "an architecture whose files transformers keeps packed "
             f"({', '.join(architectures)})"
         )
-    return move(model, target).eval(), tokenizer
+    return move(model, target).eval()
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -1,0 +1,46 @@
+"""peft: which modules of a model have adapters, and in which tensor each keeps what."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from torch import nn
+
+from ssah.compat import Library
+
+_LIBRARY = Library("peft", ">=0.19,<0.22")
+_PURPOSE = "to know which weights an adapter changes"
+
+
+def inner_model(model: nn.Module) -> nn.Module | None:
+    """The transformers model inside a ``PeftModel``; None where ``model`` is no such thing."""
+    if "peft" not in sys.modules:
+        return None
+    kind = _LIBRARY.find("peft:PeftModel", _PURPOSE)
+    if not isinstance(model, kind):
+        return None
+    inner: nn.Module = model.get_base_model()
+    return inner
+
+
+def active_adapters(model: nn.Module) -> tuple[str, ...]:
+    """Names of the adapters of a ``PeftModel`` that its forward pass uses."""
+    active: Any = model.active_adapters
+    return (active,) if isinstance(active, str) else tuple(active)
+
+
+def adapted(inner: nn.Module) -> dict[str, nn.Module]:
+    """Name in the model -> module that peft has put in the place of the module of that name."""
+    if "peft" not in sys.modules:
+        return {}
+    layer = _LIBRARY.find("peft.tuners.tuners_utils:BaseTunerLayer", _PURPOSE)
+    return {name: module for name, module in inner.named_modules() if isinstance(module, layer)}
+
+
+def saved_whole(inner: nn.Module) -> dict[str, nn.Module]:
+    """Name in the model -> wrapper of a module that trains whole (``modules_to_save``)."""
+    if "peft" not in sys.modules:
+        return {}
+    wrapper = _LIBRARY.find("peft.utils.other:ModulesToSaveWrapper", _PURPOSE)
+    return {name: module for name, module in inner.named_modules() if isinstance(module, wrapper)}

@@ -1,0 +1,7 @@
+"""Adapters that leave chosen units as they are."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+
+__getattr__ = submodules_of(__name__)

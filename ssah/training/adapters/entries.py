@@ -1,0 +1,225 @@
+"""Which tensors of an adapter write entries that must stay, and whether they do.
+
+LoRA adds s B A to a weight ``[out, in]``, with B ``[out, r]`` and A ``[r, in]``. What writes row i
+of the weight is row i of B; what writes column j is column j of A. MiSS adds its block
+``[r, out]``, transposed and repeated along the inputs: column i of the block writes row i of the
+weight, and row k writes every r-th column from k on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ssah.compat import peft
+from ssah.models import check_whole
+from ssah.training.entries import Entries, select_entries
+from ssah.units import UnitSet, check_units, find_modules
+from ssah_kernels.sharded import is_sharded
+
+__all__ = ["Part", "changed_entries", "changes", "frozen_entries", "inner_of", "tensors", "touched"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Entries of one adapter tensor that must be zero: ``index`` along ``dim``."""
+
+    name: str  # of the adapted projection, for messages
+    tensor: nn.Parameter
+    dim: int
+    index: Tensor
+
+    def rows(self) -> Tensor:
+        """A copy of these entries, ``[entries, ...]``."""
+        return self.tensor.detach().index_select(self.dim, self.index.to(self.tensor.device))
+
+    def written(self) -> int:
+        """How many of these entries are not zero."""
+        return int(self.rows().movedim(self.dim, 0).flatten(1).ne(0).any(1).sum())
+
+    def clear(self) -> None:
+        self.tensor.detach().index_fill_(self.dim, self.index.to(self.tensor.device), 0)
+
+    def mask(self, grad: Tensor) -> Tensor:
+        """The gradient, with zeros at these entries."""
+        return grad.index_fill(self.dim, self.index.to(grad.device), 0)
+
+
+def frozen_entries(
+    model: PreTrainedModel, units: UnitSet, *, only: bool = False
+) -> dict[str, Entries]:
+    """Which entries of every parameter may change while ``units`` stay what they are.
+
+    Args:
+        model: a transformers model of a known family. Its weights are not looked at, so that they
+            may be packed, or inside adapters.
+        units: what stays; with ``only``, what alone may change.
+
+    Returns:
+        Name of a parameter -> its entries. Parameters that the bare architecture lacks are absent.
+
+    Raises:
+        ValueError: ``units`` are of another model.
+    """
+    with torch.device("meta"):
+        bare = type(model)(model.config)
+    check_units(bare, units)
+    modules = find_modules(bare)
+    trained: dict[str, Tensor] = {}
+    for name, module in modules.items():
+        mask = torch.zeros(module.n_units, dtype=torch.bool)
+        if name in units:
+            mask[units[name]] = True
+        trained[name] = mask if only else ~mask
+    return select_entries(bare, modules, trained, rest=not only)
+
+
+def inner_of(model: nn.Module) -> PreTrainedModel:
+    inner = peft.inner_model(model)
+    if inner is None:
+        raise TypeError(
+            f"model is a {type(model).__name__}, must be a peft.PeftModel: make one with "
+            "peft.get_peft_model, or use ssah.freeze on a model without adapters"
+        )
+    return check_whole(inner)
+
+
+def touched(
+    model: nn.Module, trains: Mapping[str, Entries], *, only: bool
+) -> Iterator[tuple[str, nn.Module, str, Part | None, Entries]]:
+    """Every active adapter of a projection with entries that must stay.
+
+    Yields:
+        The parameter, its layer, the adapter, and the part of it that must be zero: None for all.
+    """
+    for name, layer in peft.adapted(inner_of(model)).items():
+        param = _param_of(name, layer)
+        # What the bare architecture lacks (a head that is tied there) follows the rest of it.
+        entries = trains.get(param, Entries(0, torch.tensor([not only])))
+        for adapter in peft.active_adapters(model):
+            if entries.whole or next(tensors(layer, adapter), None) is None:
+                continue
+            _check_layer(name, layer, adapter)
+            part = _part(name, layer, adapter, entries) if entries.partial else None
+            yield param, layer, adapter, part, entries
+
+
+def changed_entries(
+    model: nn.Module, units: UnitSet, *, only: bool = False
+) -> dict[str, tuple[int, int]]:
+    """Where the active adapters of ``model`` add something to what must stay.
+
+    Arguments as of :func:`protect_adapter`; a ``model`` that is no ``PeftModel`` has no adapters.
+
+    Returns:
+        Name of a parameter -> how many of the entries that must stay the adapter can write, and how
+        many there are.
+
+    Raises:
+        ValueError: an adapter of another kind than LoRA or MiSS of a linear projection.
+    """
+    inner = peft.inner_model(model)
+    found: dict[str, tuple[int, int]] = {}
+    if inner is None:
+        return found
+    trains = frozen_entries(check_whole(inner), units, only=only)
+    for param, layer, adapter, part, entries in touched(model, trains, only=only):
+        if changes(layer, adapter, part):
+            n = int(entries.trains.logical_not().sum())
+            found[param] = (n if part is None else part.written(), n)
+    return found
+
+
+def changes(layer: nn.Module, adapter: str, part: Part | None) -> bool:
+    """Whether an adapter changes entries of its projection that must stay.
+
+    Args:
+        layer: the adapted projection.
+        adapter: the name of the adapter.
+        part: the entries, or None: all of them.
+    """
+    held: Any = layer
+    if hasattr(layer, "miss_block"):
+        own = held.miss_block[adapter].detach() if part is None else part.rows()
+        return bool(own.ne(0).any())
+    a = held.lora_A[adapter].weight.detach().float()  # [r, in]
+    b = held.lora_B[adapter].weight.detach().float()  # [out, r]
+    if part is not None and part.dim == 1:
+        a = a.index_select(1, part.index.to(a.device))  # [r, entries]
+    elif part is not None:
+        b = b.index_select(0, part.index.to(b.device))  # [entries, r]
+    # B of a fresh adapter is zero: then the product, the dear part of this, is not needed.
+    return bool(b.any()) and bool(a.any()) and bool((b @ a).ne(0).any())
+
+
+def _param_of(name: str, layer: nn.Module) -> str:
+    """The parameter that the adapter at ``name`` changes; experts are adapted by parameter."""
+    leaf: Any = getattr(layer, "parameter_name", "weight")
+    return f"{name.removesuffix('.base_layer')}.{leaf}"
+
+
+def tensors(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """The parameters of one adapter in one layer."""
+    for kind in layer.adapter_layer_names:  # type: ignore[union-attr]
+        held: Any = getattr(layer, kind, {})
+        if adapter in held:
+            own = held[adapter]
+            yield from [own] if isinstance(own, nn.Parameter) else own.parameters()
+
+
+def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
+    """Refuse an adapter in which the rows or columns of the change cannot be kept apart."""
+    kind = type(layer).__name__
+    module = type(layer).__module__
+    what = f"the adapter {adapter!r} of {name!r}"
+    if any(is_sharded(parameter) for parameter in tensors(layer, adapter)):
+        raise ValueError(f"{what} is sharded: protect it before fully_shard")
+    if adapter in getattr(layer, "merged_adapters", ()):
+        raise ValueError(f"{what} is merged into the weight: model.unmerge_adapter() first")
+    if module.startswith("peft.tuners.miss."):
+        if getattr(layer, "miss_fn", None) in ("bat", "mini"):
+            raise ValueError(
+                f"{what} is MiSS with init_weights={layer.miss_fn!r}, which couples units: use "
+                "init_weights=True, or LoRA"
+            )
+        return
+    variant = getattr(layer, "lora_variant", {}).get(adapter)
+    if variant is not None:
+        variant = getattr(variant, "__name__", type(variant).__name__)
+        raise ValueError(
+            f"{what} is LoRA as {variant}, which couples rows and columns of the weight (DoRA "
+            "scales by the norm of each whole row), so that no unit stays: use plain LoRA"
+        )
+    plain = adapter in getattr(layer, "lora_A", {}) and kind != "ParamWrapper"
+    if not plain or not isinstance(layer.lora_A[adapter], nn.Linear):  # type: ignore[index]
+        raise ValueError(
+            f"{what} is a {kind} ({module}), must be LoRA or MiSS of a linear projection: leave "
+            "this module out of target_modules"
+        )
+    if layer.lora_B[adapter].bias is not None:  # type: ignore[index, union-attr]
+        raise ValueError(f"{what} has lora_bias=True, which changes A's bias: leave it off")
+
+
+def _part(name: str, layer: nn.Module, adapter: str, entries: Entries) -> Part:
+    """What of the adapter writes entries that must stay."""
+    index = entries.trains.logical_not().nonzero()[:, 0]  # [entries]
+    base: Any = layer.get_base_layer()  # type: ignore[operator]
+    # A Conv1D keeps its weight as [in, out], everything else as [out, in].
+    writes_rows = (entries.dim == 1) if isinstance(base, Conv1D) else (entries.dim == 0)
+    if hasattr(layer, "miss_block"):
+        if not writes_rows:
+            raise ValueError(
+                f"the adapter {adapter!r} of {name!r} is MiSS on a projection out of units: one of "
+                "its rows writes every r-th column, so that no unit stays. Leave this module out "
+                "of target_modules, or use LoRA"
+            )
+        block: Any = layer.miss_block  # [r, out] each
+        return Part(name, block[adapter], 1, index)
+    held: Any = layer.lora_B if writes_rows else layer.lora_A  # [out, r] or [r, in]
+    return Part(name, held[adapter].weight, 0 if writes_rows else 1, index)

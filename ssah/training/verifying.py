@@ -1,0 +1,175 @@
+"""Are chosen units of one model, bit for bit, those of another? ``verify`` needs no plan.
+
+After LoRA and a merge, after another program's trainer, or after an edit, it compares what units
+own in two models. A model in a folder is read one decoder layer at a time, so that two models of
+14 GB take little more memory than two of their layers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ssah.attribution import LayeredModel
+from ssah.compat import peft
+from ssah.models import at_hand, check_whole, dequantised, load_weights, locate
+from ssah.training.adapters.entries import changed_entries, frozen_entries
+from ssah.training.entries import Entries
+from ssah.training.splitting import complement_rows
+from ssah.units import UnitSet
+
+__all__ = ["verify"]
+
+# Name of a parameter -> how to get it: [...] as the model keeps it, what a packed one stands for.
+_Weights = Mapping[str, Callable[[], Tensor]]
+
+
+def verify(
+    model: nn.Module | str | os.PathLike[str],
+    base: nn.Module | str | os.PathLike[str],
+    units: UnitSet,
+    *,
+    only: bool = False,
+) -> None:
+    """Check that ``model`` has what ``units`` own exactly as ``base`` has it.
+
+    Example: ``ssah.verify("runs/merged", "smollm2", groups["scu"])`` after a LoRA run.
+
+    Args:
+        model: the one that was trained: a transformers model, a ``PeftModel`` (its active adapters
+            must add exactly zero to these entries), or what `ssah.models.load_model` takes.
+        base: the one that it was trained from, likewise.
+        units: of either. With shared key/value heads a row of V counts if any column of O that it
+            feeds does.
+        only: check the reverse: everything except what ``units`` own.
+
+    Raises:
+        RuntimeError: an entry differs; the parameters are named, with how many of their rows or
+            columns differ. A zero is equal to a zero of the other sign, as a merge adds zeros.
+        ValueError: units of another model, or models that cannot be compared: other shapes, or
+            another dtype.
+        ModelError: a model cannot be loaded.
+    """
+    moved: dict[str, tuple[int, int]] = {}
+    for weights, before, entries in _pieces(model, base, units, only=only):
+        for name, own in entries.items():
+            if own.whole or name not in before:
+                continue
+            if name not in weights:
+                raise ValueError(f"model has no parameter {name!r}, which base has")
+            differ, n = _compare(name, weights[name](), before[name](), own)
+            if differ:
+                moved[name] = (differ, n)
+    if isinstance(model, nn.Module):
+        moved |= changed_entries(model, units, only=only)
+    if moved:
+        shown = [f"{name} ({differ} of {n})" for name, (differ, n) in list(moved.items())[:5]]
+        more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
+        raise RuntimeError(
+            f"entries of {', '.join(shown)}{more} are not those of the base model, although the "
+            "units that own them were to stay"
+        )
+
+
+def _pieces(
+    model: nn.Module | str | os.PathLike[str],
+    base: nn.Module | str | os.PathLike[str],
+    units: UnitSet,
+    *,
+    only: bool,
+) -> Iterator[tuple[_Weights, _Weights, Mapping[str, Entries]]]:
+    """The parameters of both models, some at a time, and which of their entries may differ."""
+    if not isinstance(model, nn.Module) and not isinstance(base, nn.Module):
+        names = (os.fspath(model), os.fspath(base))
+        if not only and all(map(_in_layers, names)):
+            yield from _by_layers(*names, units)
+            return
+    first, second = (
+        each if isinstance(each, nn.Module) else load_weights(os.fspath(each))
+        for each in (model, base)
+    )
+    inner = peft.inner_model(first)
+    entries = frozen_entries(check_whole(first if inner is None else inner), units, only=only)
+    yield _weights(first), _weights(second), entries
+
+
+def _in_layers(name: str) -> bool:
+    """Whether ``name`` is a folder of plain safetensors, which can be read layer by layer."""
+    source = locate(name)
+    folder = Path(source.place)
+    if source.gguf_file or not source.local or not any(folder.glob("*.safetensors")):
+        return False
+    return '"quantization_config"' not in (folder / "config.json").read_text(encoding="utf-8")
+
+
+def _by_layers(
+    name: str, base: str, units: UnitSet
+) -> Iterator[tuple[_Weights, _Weights, Mapping[str, Entries]]]:
+    """Decoder layers alone: nothing else is owned by a unit."""
+    models = [LayeredModel(each, device="cpu") for each in (name, base)]
+    if len(models[0].layers) != len(models[1].layers):
+        counts = " and ".join(str(len(each.layers)) for each in models)
+        raise ValueError(f"model {name!r} and base {base!r} have {counts} layers: must be as many")
+    entries = frozen_entries(models[0].model, units)
+    for index in range(len(models[0].layers)):
+        for each in models:
+            each.load(index, each.read(index))
+        start = f"{models[0].path}.{index}."
+        here = {param: own for param, own in entries.items() if param.startswith(start)}
+        yield _weights(models[0].model), _weights(models[1].model), here
+        for each in models:
+            each.unload(index)
+
+
+def _weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    """Every parameter by the name that it has without adapters."""
+    inner = peft.inner_model(model)
+    active = peft.active_adapters(model) if inner is not None else ()
+    whole = check_whole(model if inner is None else inner)
+    layers, saved = peft.adapted(whole), peft.saved_whole(whole)
+    found: dict[str, Callable[[], Tensor]] = {}
+    for name, module in whole.named_modules():
+        if any(name.startswith(f"{each}.") and f"{each}.base_layer" not in name for each in layers):
+            continue  # a tensor of an adapter
+        plain = name.replace(".base_layer", "")
+        for each in saved:
+            # Of a module that trains whole, the copy that the forward pass uses counts.
+            copies = [f"{each}.modules_to_save.{adapter}" for adapter in active]
+            used = next((copy for copy in copies if copy in dict(whole.named_modules())), None)
+            kept = used or f"{each}.original_module"
+            if name == kept or name.startswith(f"{kept}."):
+                plain = each + name[len(kept) :]
+            elif name.startswith(f"{each}."):
+                plain = ""
+        for leaf in module._parameters:
+            if plain or not name:
+                found[f"{plain}.{leaf}" if plain else leaf] = _getter(module, leaf)
+    return found
+
+
+def _getter(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
+    def get() -> Tensor:
+        with torch.no_grad(), at_hand(module):
+            unpacked = dequantised(module) if leaf == "weight" else None
+            own = module._parameters[leaf] if unpacked is None else unpacked
+            assert own is not None
+            return own.detach().cpu()
+
+    return get
+
+
+def _compare(name: str, now: Tensor, before: Tensor, entries: Entries) -> tuple[int, int]:
+    """How many of the entries that must stay differ, and how many there are."""
+    if now.shape != before.shape or now.dtype != before.dtype:
+        raise ValueError(
+            f"parameter {name!r} is {now.dtype} {list(now.shape)} in model and {before.dtype} "
+            f"{list(before.shape)} in base: load both in one dtype, and with one vocabulary"
+        )
+    trained = entries.trains.nonzero()[:, 0]  # [trained]
+    a, b = (complement_rows(each, entries.dims, trained) for each in (now, before))
+    same = (a == b) | (a.isnan() & b.isnan())  # [entries, ...]
+    return int(same.reshape(len(same), -1).all(1).logical_not().sum()), len(a)
