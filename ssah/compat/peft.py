@@ -44,3 +44,14 @@ def saved_whole(inner: nn.Module) -> dict[str, nn.Module]:
         return {}
     wrapper = _LIBRARY.find("peft.utils.other:ModulesToSaveWrapper", _PURPOSE)
     return {name: module for name, module in inner.named_modules() if isinstance(module, wrapper)}
+
+
+def with_adapter(model: nn.Module, folder: str) -> nn.Module:
+    """``model`` with the adapter that ``save_pretrained`` has written to ``folder``.
+
+    Raises:
+        LibraryError: peft is not installed, or another release.
+    """
+    kind = _LIBRARY.find("peft:PeftModel", "to load an adapter")
+    adapted: nn.Module = kind.from_pretrained(model, folder)
+    return adapted

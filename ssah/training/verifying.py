@@ -24,6 +24,8 @@ from ssah.units import UnitSet
 
 __all__ = ["verify"]
 
+_ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
+
 # Name of a parameter -> how to get it: [...] as the model keeps it, what a packed one stands for.
 _Weights = Mapping[str, Callable[[], Tensor]]
 
@@ -40,9 +42,10 @@ def verify(
     Example: ``ssah.verify("runs/merged", "smollm2", groups["scu"])`` after a LoRA run.
 
     Args:
-        model: the one that was trained: a transformers model, a ``PeftModel`` (its active adapters
-            must add exactly zero to these entries), or what `ssah.models.load_model` takes.
-        base: the one that it was trained from, likewise.
+        model: the one that was trained: a transformers model, a ``PeftModel``, what
+            `ssah.models.load_model` takes, or the folder of an adapter of ``base``. An adapter must
+            add exactly zero to these entries.
+        base: the one that it was trained from: a model, or what `ssah.models.load_model` takes.
         units: of either. With shared key/value heads a row of V counts if any column of O that it
             feeds does.
         only: check the reverse: everything except what ``units`` own.
@@ -52,8 +55,16 @@ def verify(
             columns differ. A zero is equal to a zero of the other sign, as a merge adds zeros.
         ValueError: units of another model, or models that cannot be compared: other shapes, or
             another dtype.
+        TypeError: ``model`` is the folder of an adapter and ``base`` a model in memory.
         ModelError: a model cannot be loaded.
     """
+    if not isinstance(model, nn.Module) and (Path(model) / _ADAPTER).is_file():
+        if isinstance(base, nn.Module):
+            raise TypeError(
+                f"base is a {type(base).__name__}, must be a folder or hub id where model is the "
+                f"folder of an adapter ({os.fspath(model)!r}): the adapter is put on it"
+            )
+        model = peft.with_adapter(load_weights(os.fspath(base)), os.fspath(model))
     moved: dict[str, tuple[int, int]] = {}
     for weights, before, entries in _pieces(model, base, units, only=only):
         for name, own in entries.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ import torch
 from plans import batch, draw, masks, snapshot
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from typer.testing import CliRunner
 
 import ssah
+from ssah.cli import app
+from ssah.data import make_loader
+from ssah.models import load_model
 from ssah.units import UnitSet
 
 peft = pytest.importorskip("peft")
 
+SETS = ("safety", "utility")
 FAMILIES = ("llama", "llama_tied", "qwen2", "gpt2", "phi3")
 
 
@@ -251,6 +257,30 @@ def test_a_saved_adapter_loads_without_this_library(tmp_path) -> None:
     ssah.verify(loaded, base, units)
     logits = [m.eval()(**batch()).logits for m in (loaded, adapted)]
     assert torch.equal(*logits)
+
+
+def test_the_command_verifies_merged_models_and_adapters(tmp_path) -> None:
+    tiny_chat.save(tmp_path / "base")
+    base, tokenizer = load_model(str(tmp_path / "base"))
+    loaders = [make_loader(f"builtin:{name}", tokenizer) for name in SETS]
+    groups = ssah.classify(*(ssah.attribute(base, each) for each in loaders), scu=0.1, ucu=0, ru=0)
+    groups.save(tmp_path / "groups")
+    adapted = lora(base)
+    ssah.protect_adapter(adapted, groups["scu"])
+    train(adapted)
+    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.merge_and_unload().save_pretrained(tmp_path / "merged")
+    words = ["--base", str(tmp_path / "base"), "--groups", str(tmp_path / "groups")]
+    for folder in ("adapter", "merged"):
+        run = ["verify", str(tmp_path / folder), *words]
+        kept = CliRunner().invoke(app, [*run, "--units", "scu", "--json"])
+        assert kept.exit_code == 0, kept.output
+        assert json.loads(kept.stdout)["units"] == len(groups["scu"])
+        moved = CliRunner().invoke(app, [*run, "--units", "cu"])
+        assert moved.exit_code == 1
+        assert "are not those of the base model" in moved.stderr
+    with pytest.raises(TypeError, match=r"base is a .*must be a folder or hub id"):
+        ssah.verify(tmp_path / "adapter", base, groups["scu"])
 
 
 def test_the_callback_protects_what_a_trainer_makes(tmp_path) -> None:
