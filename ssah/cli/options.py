@@ -80,8 +80,8 @@ def _parameter(
         help=about[HELP],
         rich_help_panel=about.get("panel"),
         metavar=about.get("metavar"),
-        # To typer the bound belongs to the range: check_settings refuses the bound itself.
-        min=about.get("min", about.get("above")),
+        # typer knows no bound that is out of the range itself: check_settings refuses that.
+        min=about.get("min"),
         max=about.get("max"),
     )
     return inspect.Parameter(
