@@ -31,6 +31,7 @@ def several_values(options: Mapping[str, Collection[str]]) -> type[TyperCommand]
             for previous, arg in zip([None, *args], args, strict=False):
                 if arg in options:
                     option = arg
+                # What follows an option is its value already; more are those that could be one.
                 elif option is not None and previous != option:
                     if fits(option, arg):
                         spelled.append(option)

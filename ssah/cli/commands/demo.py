@@ -45,7 +45,7 @@ def demo(
     from ssah.studies.demo import full as full_demo
     from ssah.studies.demo import short as short_demo
 
-    with one_run(out):
+    with one_run(out):  # a second demonstration would train the same model at the same time
         found = (full_demo if full else short_demo).run(
             model,
             out,
