@@ -45,7 +45,7 @@ def setting(
     """A field of a settings dataclass that is an option of a command.
 
     Args:
-        default: of the field.
+        default: of the field; ``MISSING`` of dataclasses where it must be given.
         help: what ``--help`` says of it, in Markdown.
         option: how it is spelled, where that is not the field's name: ``"--judge"``.
         panel: heading in ``--help`` under which it stands.

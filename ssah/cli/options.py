@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, is_dataclass
 from enum import Enum
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, get_args, get_origin
 
 import typer
 
@@ -70,8 +70,10 @@ def _parameter(
     default = inspect.Parameter.empty if field.default is MISSING else field.default
     if get_origin(hint) is tuple:
         # typer knows lists. The option's own default is none: the field has the real one.
-        hint, default = _known_to_typer(list[_element(hint)] | None), None  # type: ignore[misc]
-    elif hint == bool | None:  # three values, so that there is an option to say no
+        hint = _known_to_typer(list[_element(hint)])  # type: ignore[misc]
+        if field.default is not MISSING:
+            hint, default = hint | None, None
+    elif hint == bool | None or default is True:  # there must be an option to say no
         spelled += f"/--no-{spelled.removeprefix('--')}"
     option = typer.Option(
         *spelled.split(),
@@ -97,10 +99,10 @@ def _element(hint: Any) -> Any:
 def _known_to_typer(hint: Any) -> Any:
     """The same with ``list[Literal]`` as a list of an Enum: typer knows a Literal, but no list."""
     choices = choices_of(hint)
-    if not choices or get_origin(hint) is Literal:
-        return hint
-    choice: Any = Enum("Choice", {name: name for name in choices}, type=str)  # type: ignore[misc]
-    return list[choice] if get_origin(hint) is list else list[choice] | None
+    if get_origin(hint) is list and choices:
+        return list[Enum("Choice", {name: name for name in choices}, type=str)]  # type: ignore[misc]
+    parts = get_args(hint)
+    return _known_to_typer(parts[0]) | None if NoneType in parts and choices else hint
 
 
 def _plain(value: Any) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -24,16 +25,14 @@ __all__ = [
     "Groups",
     "Limit",
     "MaxLength",
+    "MeasuredSets",
     "Model",
     "Out",
     "PackedWeights",
-    "Requests",
     "Rows",
     "RunFolder",
-    "Safety",
     "SaveModel",
-    "Utility",
-    "UtilityEval",
+    "ScoredSets",
     "Weights",
 ]
 
@@ -47,39 +46,38 @@ BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Rows run at
 MaxLength = Annotated[int, typer.Option("--max-length", min=2, help="Tokens kept of a row.")]
 Limit = Annotated[int | None, typer.Option("--limit", min=1, help="Rows read.")]
 
-# Of the studies that score a model, group its units and measure them.
 RunFolder = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder of the run.")]
-Safety = Annotated[
-    str,
-    typer.Option(
-        "--safety",
-        help="Scored for safety: File, `builtin:safety` or the like, or hub id; `FILE[a:b]`: rows "
-        "a to b - 1.",
-        rich_help_panel="Data",
-    ),
-]
-Utility = Annotated[
-    str,
-    typer.Option("--utility", help="Scored for utility: likewise.", rich_help_panel="Data"),
-]
-Requests = Annotated[
-    list[str],
-    typer.Option(
-        "--requests",
-        help="Harmful requests: .txt, CSV, JSONL or `builtin:...`, `FILE[a:b]`; may be repeated.",
-        rich_help_panel="Data",
-    ),
-]
-UtilityEval = Annotated[
-    str,
-    typer.Option("--utility-eval", help="Rows for the utility loss.", rich_help_panel="Data"),
-]
 SaveModel = Annotated[
     bool,
     typer.Option(
         "--save-model", help="Keep the trained models in DIR/models.", rich_help_panel="Training"
     ),
 ]
+
+
+@dataclass(frozen=True)
+class ScoredSets:
+    """The rows by which a study scores and groups units."""
+
+    safety: str = setting(
+        MISSING,
+        "Scored for safety: File, `builtin:safety` or the like, or hub id; `FILE[a:b]`: rows a to "
+        "b - 1.",
+        panel="Data",
+    )
+    utility: str = setting(MISSING, "Scored for utility: likewise.", panel="Data")
+
+
+@dataclass(frozen=True)
+class MeasuredSets(ScoredSets):
+    """The same, and those by which it measures a model."""
+
+    requests: tuple[str, ...] = setting(
+        MISSING,
+        "Harmful requests: .txt, CSV, JSONL or `builtin:...`, `FILE[a:b]`; may be repeated.",
+        panel="Data",
+    )
+    utility_eval: str = setting(MISSING, "Rows for the utility loss.", panel="Data")
 
 
 @dataclass(frozen=True)
@@ -128,34 +126,30 @@ class FastWeights(Weights):
     dtype: Dtype = setting("auto", "`auto`: what is faster here.")
 
 
+_row = partial(setting, panel="Rows and template")
+
+
 @dataclass(frozen=True)
 class Rows:
     """How a command reads its rows and renders them: one choice for all of its data sets."""
 
-    prompt_column: str | None = setting(None, "Where the prompt stands.", panel="Rows and template")
-    response_column: str | None = setting(
-        None, "Where the response stands.", panel="Rows and template"
-    )
-    skip_invalid: bool = setting(
-        False, "Leave empty and unreadable rows out, and count them.", panel="Rows and template"
-    )
-    overlong: Overlong = setting(
+    prompt_column: str | None = _row(None, "Where the prompt stands.")
+    response_column: str | None = _row(None, "Where the response stands.")
+    skip_invalid: bool = _row(False, "Leave empty and unreadable rows out, and count them.")
+    overlong: Overlong = _row(
         "cut",
         "Rows beyond --max-length: `cut` the response; `skip`: leave rows out whose prompt alone "
         "is too long; `error`.",
-        panel="Rows and template",
     )
-    template: str | None = setting(
+    template: str | None = _row(
         None,
         "Chat template in place of the model's.",
-        panel="Rows and template",
         metavar="FILE|NAME",
     )
-    template_option: tuple[str, ...] = setting(
+    template_option: tuple[str, ...] = _row(
         (),
         "For the chat template, `enable_thinking=false`; its date: `strftime_now=2024-07-26`. May "
         "be repeated.",
-        panel="Rows and template",
         metavar="KEY=VALUE",
     )
 

@@ -95,9 +95,7 @@ def train(
     from ssah.report.terminal.training import preview_table, trained_table
     from ssah.storage import check_free
     from ssah.training import freeze, train_only
-    from ssah.training.finetune import fine_tune
-    from ssah.training.finetune.folder import check_folder
-    from ssah.training.finetune.memory import preview
+    from ssah.training.finetune import check_folder, fine_tune, preview
 
     # Everything that needs no model is refused before one is loaded.
     out = options.out

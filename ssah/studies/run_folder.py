@@ -192,6 +192,13 @@ def read_run(out: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _command() -> str:
-    name = Path(sys.argv[0]).name  # without its folder, which is another one on another machine
+    """What the user typed, without the folders of paths from the root: they are another's."""
+    name = Path(sys.argv[0]).name
     started = ["python", "-m", "ssah.cli"] if name == "__main__.py" else [name]
-    return shlex.join([*started, *sys.argv[1:]])
+    return shlex.join([*started, *map(_without_folders, sys.argv[1:])])
+
+
+def _without_folders(word: str) -> str:
+    """``/home/somebody/task.jsonl`` is ``task.jsonl``, also behind ``--data=``."""
+    option, equals, value = word.rpartition("=")
+    return f"{option}{equals}{Path(value).name}" if Path(value).is_absolute() else word

@@ -8,46 +8,21 @@ Its first ``step`` under the plan raises, and says what to do.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ssah.distributed import Ranks
+from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
 
-__all__ = ["ACTIVE", "PLAN", "Plan", "check_unplanned", "watch_optimizers"]
+__all__ = ["ACTIVE", "PLAN", "check_unplanned", "watch_optimizers"]
 
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
 
-class Plan(Protocol):
-    """What is asked of a plan here; `ssah.training.plan.UpdatePlan` is one."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The model that it is for."""
-
-    @property
-    def fingerprint(self) -> str:
-        """Equal for equal plans."""
-
-    @property
-    def ranks(self) -> Ranks | None:
-        """Those that the model is sharded over."""
-
-    last_optimizer: Callable[[], Any] | None
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Those that train."""
-
-    def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and original parameters of what is split."""
-
-
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.
-ACTIVE: weakref.WeakSet[Plan] = weakref.WeakSet()
+ACTIVE: weakref.WeakSet[Installed] = weakref.WeakSet()
 
 
 def check_unplanned(model: nn.Module) -> None:
@@ -59,8 +34,8 @@ def check_unplanned(model: nn.Module) -> None:
 _watching = False
 
 
-def watch_optimizers(plan: Plan) -> None:
-    """Check the optimisers that step while ``plan`` is in force."""
+def watch_optimizers(plan: Installed) -> None:
+    """Check the optimisers that step while a plan is in force, by what it has installed."""
     global _watching
     if not _watching:
         # Of the process, and never taken away: it costs nothing where no plan is in force.
@@ -85,9 +60,9 @@ def _check_step(optimizer: Optimizer, *_: Any) -> None:
                 f"{stale[0]!r}), so that it would train nothing of them: make it after freeze() "
                 "or train_only(), from plan.parameters() or with plan.optimizer()"
             )
-        if any(id(p) in held for p in plan.parameters()):
+        if any(id(p) in held for _, p in plan.parameters()):
             # Sharded weights are not split: only the plan's optimiser knows what of them trains.
-            if plan.ranks is not None and not isinstance(optimizer, PlanAdamW):
+            if plan.sharded and not isinstance(optimizer, PlanAdamW):
                 raise TypeError(
                     f"the optimiser is a {type(optimizer).__name__}, which would move frozen "
                     "entries of a sharded model; it must be plan.optimizer()"

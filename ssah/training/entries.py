@@ -179,14 +179,10 @@ def canonical_names(model: nn.Module, extra: Collection[str]) -> set[str]:
         TypeError: ``extra`` is no collection of names.
         ValueError: the model lacks one; it is named.
     """
-    if isinstance(extra, str):
+    if isinstance(extra, str | Mapping):
         raise TypeError(
-            f"extra_parameters is the string {extra!r}, must be a collection of parameter names"
-        )
-    if isinstance(extra, Mapping):
-        raise TypeError(
-            "extra_parameters is a mapping, must be a collection of parameter names: these train "
-            "whole, not some of their rows"
+            f"extra_parameters is a {'string' if isinstance(extra, str) else 'mapping'}, must be a "
+            "collection of parameter names: these train whole, not some of their rows"
         )
     every = dict(model.named_parameters(remove_duplicate=False))
     unknown = [name for name in extra if name not in every]

@@ -34,13 +34,15 @@ class ImportanceCallback(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Extend the log that is being written."""
         if state.global_step == 0:
-            return
+            return  # no optimiser has stepped: nothing is known yet
+        # Of every unit the sum over all steps so far, of which the sign is dropped.
         signed = self.plan.importance().signed
         values = {}
         for group, units in self.groups.items():
             of_group = [signed[name][index].abs() for name, index in units.items()]
             joined = torch.cat(of_group) if of_group else torch.empty(0)
             values[f"importance/{group}"] = float(joined.mean()) if len(joined) else 0.0
+        # Trackers read the one, `trainer.state.log_history` has a copy that was made before.
         kwargs.get("logs", {}).update(values)
         if state.log_history:
             state.log_history[-1].update(values)

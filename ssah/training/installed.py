@@ -36,15 +36,24 @@ class Installed:
         model: the model.
         entries: parameter -> which of its entries train.
         sharded: whether its parameters are DTensors.
+        fingerprint: of the plan.
 
     Attributes:
         masked: name -> projection that is split.
+        last_optimizer: a weak reference to the last one that stepped or was made for it.
     """
 
     def __init__(
-        self, model: PreTrainedModel, entries: Mapping[str, Entries], *, sharded: bool
+        self,
+        model: PreTrainedModel,
+        entries: Mapping[str, Entries],
+        *,
+        sharded: bool,
+        fingerprint: str,
     ) -> None:
-        self.model, self.entries, self.sharded = model, entries, sharded
+        self.model, self.entries = model, entries
+        self.sharded, self.fingerprint = sharded, fingerprint
+        self.last_optimizer: Callable[[], Any] | None = None
         self.masked: dict[str, MaskedProjection] = {}
         self._ffns: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -113,6 +122,15 @@ class Installed:
             elif entries.some:
                 parameter = self.model.get_parameter(name)
                 yield TrainedSlice(name, parameter, entries.index, entries, split=False)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and parameters that train now, as in ``model.named_parameters()``."""
+        every = self.model.named_parameters()
+        return ((n, p) for n, p in every if n not in self.entries or self.entries[n].some)
+
+    def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Names and original parameters of what is split: no optimiser may hold them now."""
+        return ((name, tensor.original) for name, (_, tensor) in self.split().items())
 
     def n_trained(self) -> int:
         """How many elements train."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
@@ -88,24 +88,28 @@ class UpdatePlan:
                 f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
                 "units that own something, or name parameters in extra_parameters="
             )
+        # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        self.last_optimizer: Callable[[], Any] | None = None
-        self._installed = Installed(model, self.entries, sharded=self.ranks is not None)
+        self._installed = Installed(
+            model,
+            self.entries,
+            sharded=self.ranks is not None,
+            fingerprint=self.fingerprint,
+        )
         self.masked = self._installed.masked
         self.digests = self._installed.install(self.modules, masks)
         model.__dict__[PLAN] = self
-        watch_optimizers(self)
+        watch_optimizers(self._installed)
 
     # ---------------------------------------------------------------------------- what trains
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and parameters that train, as in ``model.named_parameters()``."""
         self._check_open()
-        every = self.model.named_parameters()
-        return ((n, p) for n, p in every if n not in self.entries or self.entries[n].some)
+        return self._installed.parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that train: for any optimiser of torch."""
@@ -132,7 +136,7 @@ class UpdatePlan:
 
     def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and original parameters of what is split: no optimiser may hold them now."""
-        return ((name, tensor.original) for name, (_, tensor) in self._installed.split().items())
+        return self._installed.replaced()
 
     def print_trainable_parameters(self) -> None:
         """Print how many elements train, of how many, in PEFT's form."""
@@ -163,7 +167,7 @@ class UpdatePlan:
         """
         options = rounding(self.parameters()) | options
         optimizer = PlanAdamW(self.param_groups(weight_decay), lr=lr, **options)
-        self.last_optimizer = weakref.ref(optimizer)
+        self._installed.last_optimizer = weakref.ref(optimizer)
         return optimizer
 
     def optimizer_cls_and_kwargs(
@@ -196,8 +200,8 @@ class UpdatePlan:
             RuntimeError: there is none, or it was made without ``track_importance=True``.
         """
         self._check_open()
-        if optimizer is None and self.last_optimizer is not None:
-            optimizer = self.last_optimizer()
+        if optimizer is None and self._installed.last_optimizer is not None:
+            optimizer = self._installed.last_optimizer()
         if optimizer is None:
             raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
         own = getattr(optimizer, "optimizer", optimizer)  # Trainer's is wrapped by accelerate
@@ -268,7 +272,7 @@ class UpdatePlan:
         self._check_open()
         self._installed.uninstall()
         self.model.__dict__.pop(PLAN, None)
-        ACTIVE.discard(self)
+        ACTIVE.discard(self._installed)
 
     @property
     def closed(self) -> bool:
@@ -290,8 +294,9 @@ class UpdatePlan:
     def __deepcopy__(self, memo: dict[int, Any]) -> UpdatePlan:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
-        new.__dict__.update(copy.deepcopy({**self.__dict__, "last_optimizer": None}, memo))
-        watch_optimizers(new)
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new._installed.last_optimizer = None  # it holds the parameters of the other model
+        watch_optimizers(new._installed)
         return new
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:

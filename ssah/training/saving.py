@@ -65,6 +65,7 @@ def save_update(
     dims: dict[str, tuple[int, ...]] = {}
     for name, own in by_name.items():
         values = [each.parameter.detach().cpu() for each in own]
+        # Packed, a parameter that trains whole is split too: its rows are not in their order.
         if own[0].entries.whole and not own[0].split:
             tensors[f"values/{name}"] = values[0]
             continue
@@ -152,6 +153,7 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     dims: dict[str, tuple[int, ...]] = {
         name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
     }
+    # All is checked before anything is written: an error leaves the model as it was.
     values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:

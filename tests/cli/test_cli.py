@@ -155,6 +155,20 @@ def test_people_get_tables(runs, tmp_path):
     assert "nothing" in output
 
 
+def test_several_choices_and_numbers_are_taken_at_once(runs):
+    arguments = ("ablate", runs / "model", "--groups", runs / "groups", "--limit", 2)
+    rows = as_json(*arguments, "--group", "scu", "ru")["rows"]
+    assert [row["group"] for row in rows] == [None, "scu", "ru"]
+
+
+def test_a_record_has_no_folders_of_its_machine(runs, tmp_path, monkeypatch):
+    words = ("transfer", runs / "groups", runs / "groups", f"--out={tmp_path / 'shown'}")
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/ssah", *map(str, words), "--title", "a/b"])
+    call(*words)
+    record = json.loads((tmp_path / "shown" / "experiment.json").read_text())
+    assert record["command"] == "ssah transfer groups groups --out=shown --title a/b"
+
+
 def test_info_tells_the_backends_of_every_operator(runs):
     found = as_json("info", "--model", runs / "model")
     assert found["torch"] == torch.__version__

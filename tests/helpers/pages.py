@@ -168,7 +168,7 @@ def check_python(block: Block) -> None:
 
 def _compiled(block: Block, text: str) -> Any:
     lines = "\n" * (block.line - 1)  # so that an error names the line of the page
-    return compile(lines + text, str(ROOT / block.page), "exec")
+    return compile(lines + text, str(ROOT / block.page), "exec", dont_inherit=True)
 
 
 def write_file(block: Block) -> None:

@@ -13,6 +13,7 @@ from pages import ROOT, blocks, run_python
 from typer.testing import CliRunner
 
 import ssah
+from ssah.cli.running import as_command
 from ssah.evaluation import judge
 from ssah.models import load_model
 
@@ -69,8 +70,8 @@ def test_the_recipes_lead_to_the_end(names: dict[str, Any]) -> None:
         assert judge(each)(requests, answers) == [True, False]
     # A command: what it prints for programs is true.
     app = typer.Typer()
-    app.command()(names["count"])
-    told = CliRunner().invoke(app, ["./smollm2", "--json"])
+    app.command()(as_command(names["count"]))
+    told = CliRunner().invoke(app, ["./smollm2", "--kind", "mlp", "--kind", "attention", "--json"])
     model, _ = load_model("./smollm2")
     expected = sum(module.n_units for module in ssah.find_modules(model).values())
     assert json.loads(told.stdout) == {"units": expected}

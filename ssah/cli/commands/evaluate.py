@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -10,45 +11,35 @@ import typer
 
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, Model, Out, Rows
+from ssah.settings import setting
 from ssah.studies.evaluate.settings import EvaluateSettings
 
 ORDER = 40
 
 _NONE = "none"
+_data = partial(setting, panel="Data")
+
+
+@dataclass(frozen=True)
+class EvaluatedSets:
+    """The rows by which a model is evaluated."""
+
+    requests: tuple[str, ...] = _data(
+        ("builtin:safety_eval",),
+        "Harmful: .txt, CSV, JSONL, `FILE[a:b]`, [`builtin:safety_eval`]; may repeat.",
+    )
+    over_refusal: str = _data("builtin:overrefusal", "Harmless but dangerous-looking, or `none`.")
+    benign: str = _data("builtin:utility_eval", "Ordinary instructions, or `none`.")
+    utility: str = _data(
+        "builtin:utility_eval", "Rows with answers, for loss and perplexity, or `none`."
+    )
 
 
 def evaluate(
     model: Model,
     out: Out,
     *,
-    requests: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--requests",
-            help="Harmful: .txt, CSV, JSONL, `FILE[a:b]`, [`builtin:safety_eval`]; may repeat.",
-            rich_help_panel="Data",
-        ),
-    ] = None,
-    over_refusal: Annotated[
-        str,
-        typer.Option(
-            "--over-refusal",
-            help="Harmless but dangerous-looking, or `none`.",
-            rich_help_panel="Data",
-        ),
-    ] = "builtin:overrefusal",
-    benign: Annotated[
-        str,
-        typer.Option("--benign", help="Ordinary instructions, or `none`.", rich_help_panel="Data"),
-    ] = "builtin:utility_eval",
-    utility: Annotated[
-        str,
-        typer.Option(
-            "--utility",
-            help="Rows with answers, for loss and perplexity, or `none`.",
-            rich_help_panel="Data",
-        ),
-    ] = "builtin:utility_eval",
+    sets: EvaluatedSets,
     intact: Annotated[
         str | None,
         typer.Option(
@@ -79,21 +70,24 @@ def evaluate(
         weights.loading(model, rows),
         out,
         replace(settings, system_prompts=said),
-        requests=requests or "builtin:safety_eval",
-        over_refusal=None if over_refusal == _NONE else over_refusal,
-        benign=None if benign == _NONE else benign,
-        utility=None if utility == _NONE else utility,
+        requests=sets.requests,
+        over_refusal=_unless_none(sets.over_refusal),
+        benign=_unless_none(sets.benign),
+        utility=_unless_none(sets.utility),
         intact=intact,
     )
     return Result(record, tuple(evaluation_tables(record, out)))
 
 
+def _unless_none(word: str | None) -> str | None:
+    return None if word == _NONE else word
+
+
 def _system_prompt(text: str | None) -> str | None:
-    if text is None or text == _NONE:
-        return None
-    if text.endswith(".txt"):
-        path = Path(text)
-        if not path.is_file():
-            raise FileNotFoundError(f"system prompt is {text!r}, which is no file")
-        return path.read_text(encoding="utf-8-sig").strip()
-    return text
+    """What was said, or what the file has that was named; None: no system message."""
+    if text is None or not text.endswith(".txt"):
+        return _unless_none(text)
+    path = Path(text)
+    if not path.is_file():
+        raise FileNotFoundError(f"system prompt is {text!r}, which is no file")
+    return path.read_text(encoding="utf-8-sig").strip()

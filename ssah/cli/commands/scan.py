@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import (
-    FastWeights,
-    Model,
-    Requests,
-    Rows,
-    RunFolder,
-    Safety,
-    Utility,
-    UtilityEval,
-)
+from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder
 from ssah.studies.scan.settings import ScanSettings
 
 ORDER = 100
@@ -20,10 +13,7 @@ ORDER = 100
 
 def scan(
     model: Model,
-    safety: Safety,
-    utility: Utility,
-    requests: Requests,
-    utility_eval: UtilityEval,
+    sets: MeasuredSets,
     out: RunFolder,
     settings: ScanSettings,
     weights: FastWeights,
@@ -41,13 +31,5 @@ def scan(
     from ssah.report.terminal.experiments import scan_tables
     from ssah.studies.scan.run import scan as run
 
-    record = run(
-        weights.loading(model, rows),
-        out,
-        settings,
-        safety=safety,
-        utility=utility,
-        requests=requests,
-        utility_eval=utility_eval,
-    )
+    record = run(weights.loading(model, rows), out, settings, **asdict(sets))
     return Result(record, tuple(scan_tables(record, out)))

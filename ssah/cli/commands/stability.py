@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import FastWeights, Model, Rows, RunFolder, Safety, Utility
+from ssah.cli.shared import FastWeights, Model, Rows, RunFolder, ScoredSets
 from ssah.studies.stability.settings import StabilitySettings
 
 ORDER = 110
@@ -11,8 +13,7 @@ ORDER = 110
 
 def stability(
     model: Model,
-    safety: Safety,
-    utility: Utility,
+    sets: ScoredSets,
     out: RunFolder,
     settings: StabilitySettings,
     weights: FastWeights,
@@ -31,6 +32,5 @@ def stability(
     from ssah.report.terminal.experiments import stability_tables
     from ssah.studies.stability.run import stability as run
 
-    loading = weights.loading(model, rows)
-    record = run(loading, out, settings, safety=safety, utility=utility)
+    record = run(weights.loading(model, rows), out, settings, **asdict(sets))
     return Result(record, tuple(stability_tables(record, out)))

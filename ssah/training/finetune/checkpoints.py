@@ -51,12 +51,13 @@ def seal(checkpoint: Path, needed: tuple[str, ...], identity: Mapping[str, Any])
             f"checkpoint {str(checkpoint)!r} was written without {lacking[0]}: this release of "
             "transformers keeps it elsewhere, and no run could be resumed"
         )
+    # On the disk before the seal says so: after a power cut there is no seal without its files.
     for path in files:
         with naming(path):
             sync(path)
     with ThreadPoolExecutor(4) as pool:
-        hashes = [path.name for path in files], pool.map(file_hash, files)
-    record = {"identity": dict(identity), "files": dict(zip(*hashes, strict=True))}
+        hashes = dict(zip((path.name for path in files), pool.map(file_hash, files), strict=True))
+    record = {"identity": dict(identity), "files": hashes}
     write_whole(checkpoint / SEAL, sealed(record))
 
 
@@ -65,12 +66,8 @@ def sealed_identities(folder: Path) -> list[Mapping[str, Any]]:
 
     A seal that cannot be read is left to :func:`last_sound`.
     """
-    found = []
-    for checkpoint in _sealed(folder):
-        record = _read_seal(checkpoint)
-        if not isinstance(record, str):
-            found.append(record["identity"])
-    return found
+    records = [_read_seal(checkpoint) for checkpoint in _sealed(folder)]
+    return [record["identity"] for record in records if not isinstance(record, str)]
 
 
 def last_sound(
@@ -98,6 +95,7 @@ def last_sound(
             tell(f"{checkpoint} has no {SEAL}: it was not written to its end, and is passed over")
             shutil.rmtree(checkpoint)
     damages: dict[Path, str] = {}
+    # From the latest on. Those behind a damaged one are removed only once a whole one is found.
     for checkpoint in reversed(_sealed(folder)):
         damage = _damage(checkpoint, identity)
         if damage is None:

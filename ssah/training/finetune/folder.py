@@ -39,6 +39,7 @@ def check_folder(out: str | os.PathLike[str]) -> None:
         raise ValueError(f"out is the file {str(out)!r}; it must be a folder")
     if not folder.is_dir() or (folder / RUN).is_file():
         return
+    # The lock file of a run that has written nothing yet is nothing to lose.
     if any(path.name != LOCK for path in folder.iterdir()):
         raise ValueError(
             f"out is {str(out)!r}, which holds something else than a run; it must be a new or "
@@ -65,6 +66,7 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
         other = differences(earlier["identity"], identity)
         if not other:
             return earlier
+        # A run that left no checkpoint has nothing to lose: its folder is taken over.
         if "result" in earlier or sealed_identities(folder / CHECKPOINTS):
             raise ValueError(
                 f"out is {str(folder)!r}, the folder of a run that differs: {'; '.join(other)}. "

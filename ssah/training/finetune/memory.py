@@ -101,12 +101,17 @@ def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
     head += 2 * tokens * config.vocab_size * torch.float32.itemsize
     if not settings.gradient_checkpointing:
         return round(layers + head)
+    # Kept: the input of each layer. Computed again: one layer at a time, after the head is done.
     inputs = tokens * config.hidden_size * plan.model.dtype.itemsize * config.num_hidden_layers
     return round(inputs + max(layers / config.num_hidden_layers, head))
 
 
 def _extrapolated(values: tuple[int, ...], at: float, times: float) -> float:
-    """Of f with f(1), f(2), f(3) given, quadratic: f(0) + times * (f(at) - f(0))."""
+    """Of f with f(1), f(2), f(3) given, quadratic: f(0) + times * (f(at) - f(0)).
+
+    f(0) is what does not depend on the length (rotary tables, say), and is kept once for any
+    number of rows. Example: 5, 9, 15 is f(x) = x^2 + x + 3, so that f(4) = 23.
+    """
     first, second, third = values
     slope, bend = second - first, third - 2 * second + first
 

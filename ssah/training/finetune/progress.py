@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -55,27 +54,20 @@ class Monitor(TrainerCallback):
 @contextmanager
 def progress_bar() -> Iterator[Progress]:
     """A bar on standard error, in place of those of transformers."""
+    from rich import progress as rich
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        rich.TextColumn("{task.description}"),
+        rich.BarColumn(),
+        rich.MofNCompleteColumn(),
+        rich.TimeElapsedColumn(),
+        rich.TimeRemainingColumn(),
     )
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # transformers draws one for each checkpoint that it writes
     try:
-        with Progress(*columns, console=Console(file=sys.stderr, highlight=False)) as progress:
+        with rich.Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
             yield progress
     finally:
         if shown:

@@ -77,6 +77,7 @@ def make_trainer(
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("training needs the package accelerate: pip install accelerate")
     device = next(model.parameters()).device
+    # Without these transformers writes a checkpoint every 500 steps, and reports to what it finds.
     quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
     args = training_arguments(
         output_dir=os.fspath(folder),
@@ -87,7 +88,7 @@ def make_trainer(
         dataloader_pin_memory=device.type != "cpu",
         **(quiet | arguments),
     )
-    _check_alone(args, device)
+    _check_alone(args, device)  # before the model is moved
     collator = Collator(tokenizer)
     options: dict[str, Any] = {
         "model": model,

@@ -121,9 +121,7 @@ def split_experts(module: nn.Module, entries: Mapping[str, Entries]) -> MaskedEx
             original = getattr(module, leaf)  # [experts, ...]
             counts[leaf] = each.trains.view(len(original), -1).sum(1).tolist()
             tensors[leaf] = SplitTensor.of(leaf, original, each.dims, order, each.trains)
-    plain = type(module)
-    masked = type(f"Masked{plain.__name__}", (MaskedExperts, plain), {})
-    installed = MaskedProjection.install(module, tensors, masked, is_output=False)
+    installed = MaskedExperts.install(module, tensors)
     assert isinstance(installed, MaskedExperts)
     installed.trained = counts
     return installed

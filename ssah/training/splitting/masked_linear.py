@@ -24,12 +24,12 @@ from torch.nn import functional as F
 
 from ssah.training.splitting.split_tensor import Part, width
 
-__all__ = ["masked_linear"]
+__all__ = ["MaskedLinearFunction"]
 
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept: the
 # next layer may hold it anyway, and a copy of most of it would cost more than it saves.
 _COPIED_SHARE = 0.5
-_BEFORE = 6  # arguments of `_MaskedLinear` before the trained slices
+_BEFORE = 6  # arguments of `MaskedLinearFunction` before the trained slices
 
 
 def _columns(matrix: Tensor, part: Part) -> Tensor:
@@ -39,8 +39,12 @@ def _columns(matrix: Tensor, part: Part) -> Tensor:
     return matrix[:, part[0] : part[1]]
 
 
-class _MaskedLinear(torch.autograd.Function):
-    """y = x W^T + b, with gradients for x and the trained rows (A) or columns (B) of W and b."""
+class MaskedLinearFunction(torch.autograd.Function):
+    """y = x W^T + b, with gradients for x and the trained rows (A) or columns (B) of W and b.
+
+    A bias that trains whole gets its own. The slices are arguments, though ``storage`` and ``bias``
+    have their values already, so that autograd has somewhere to put their gradients.
+    """
 
     @staticmethod
     def forward(
@@ -105,32 +109,3 @@ class _MaskedLinear(torch.autograd.Function):
             needed = needs[_BEFORE + i]
             result.append(_columns(grad, part).sum(0).to(trained[i].dtype) if needed else None)
         return tuple(result)
-
-
-def masked_linear(
-    x: Tensor,
-    storage: Tensor,
-    bias: Tensor | None,
-    trained: list[Tensor],
-    *,
-    is_output: bool,
-    weight_parts: tuple[Part, ...],
-    bias_parts: tuple[Part, ...],
-) -> Tensor:
-    """y = x W^T + b, which gives gradients to x, to ``trained`` and to a bias that trains whole.
-
-    Args:
-        x: ``[..., in]``.
-        storage: the weight, unit-major: of A ``[entries, in]``, of B ``[entries, out]``.
-        bias: ``[out]``, or None.
-        trained: the slices of the weight ``[trained, ...]`` and then of the bias ``[trained]``, one
-            for each part. Their values are those in ``storage`` and ``bias``: they are arguments so
-            that autograd has somewhere to put their gradients.
-        is_output: whether this is B.
-        weight_parts, bias_parts: which rows of ``storage`` and of ``bias`` the slices are.
-
-    Returns:
-        ``[..., out]``.
-    """
-    y: Tensor = _MaskedLinear.apply(x, storage, bias, is_output, weight_parts, bias_parts, *trained)
-    return y

@@ -14,18 +14,11 @@ from pickle import PicklingError
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from ssah.training.splitting.masked_linear import masked_linear
+from ssah.training.splitting.masked_linear import MaskedLinearFunction
 from ssah.training.splitting.split_tensor import SplitTensor, width
 
-__all__ = [
-    "MaskedConv1D",
-    "MaskedLinear",
-    "MaskedProjection",
-    "SplitWeightError",
-    "pickling_error",
-]
+__all__ = ["MaskedProjection", "SplitWeightError", "pickling_error"]
 
 
 class SplitWeightError(AttributeError, RuntimeError):
@@ -55,6 +48,13 @@ def _in_order(register: Callable[..., Any]) -> Callable[..., Any]:
     return checked
 
 
+# One class for all modules of a kind, so that the compiler need not look at each anew.
+@functools.cache
+def _mixed(mixin: type[MaskedProjection], plain: type[nn.Module]) -> type[nn.Module]:
+    """The class of a ``plain`` module while it is split: a MaskedLinear, for one."""
+    return type(f"Masked{plain.__name__}", (mixin, plain), {})
+
+
 class MaskedProjection(nn.Module):
     """A projection while a plan is active: an ``nn.Linear`` or ``Conv1D`` whose class was changed.
 
@@ -74,20 +74,16 @@ class MaskedProjection(nn.Module):
     order: tuple[str, ...]
     plain: type[nn.Module]
 
-    @staticmethod
+    @classmethod
     def install(
-        module: nn.Module,
-        split: dict[str, SplitTensor],
-        masked: type[MaskedProjection],
-        *,
-        is_output: bool,
+        cls, module: nn.Module, split: dict[str, SplitTensor], *, is_output: bool = False
     ) -> MaskedProjection:
-        """Turn ``module`` into a masked projection of class ``masked``, in place."""
+        """Mix this class into that of ``module``, in place."""
         module.order = tuple(module._parameters)  # type: ignore[assignment]
         module.split_tensors = split  # type: ignore[assignment]
         module.is_output = is_output  # type: ignore[assignment]
         module.plain = type(module)  # type: ignore[assignment]
-        module.__class__ = masked
+        module.__class__ = _mixed(cls, type(module))  # type: ignore[arg-type]
         own: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
             own.update(split[name].parameters() if name in split else {name: parameter})
@@ -109,16 +105,17 @@ class MaskedProjection(nn.Module):
         """The projection of ``x`` ``[..., in]``: ``[..., out]``."""
         self.sync()
         weight, bias = self.split_tensors["weight"], self.split_tensors.get("bias")
-        names = [name for split in self.split_tensors.values() for name in split.names]
-        return masked_linear(
+        names = (name for split in self.split_tensors.values() for name in split.names)
+        y: Tensor = MaskedLinearFunction.apply(
             x,
             weight.storage,
             self._parameters.get("bias") if bias is None else bias.storage,
-            [self._parameters[name] for name in names],  # type: ignore[misc]
-            is_output=self.is_output,
-            weight_parts=weight.parts,
-            bias_parts=() if bias is None else bias.parts,
+            self.is_output,
+            weight.parts,
+            () if bias is None else bias.parts,
+            *(self._parameters[name] for name in names),
         )
+        return y
 
     def __getattr__(self, name: str) -> Any:
         split = vars(self).get("split_tensors")
@@ -217,11 +214,3 @@ class MaskedProjection(nn.Module):
         for split in new.split_tensors.values():
             split.alias(new)
         return new
-
-
-class MaskedLinear(MaskedProjection, nn.Linear):
-    """An ``nn.Linear`` of which some units train."""
-
-
-class MaskedConv1D(MaskedProjection, Conv1D):
-    """A transformers ``Conv1D`` of which some units train."""

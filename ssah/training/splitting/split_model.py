@@ -7,13 +7,12 @@ from itertools import takewhile
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ssah.compat.modules import has_hooks
 from ssah.models import runs_own_forward
 from ssah.training.entries import Entries
 from ssah.training.splitting.masked_experts import split_experts
-from ssah.training.splitting.projection import MaskedConv1D, MaskedLinear, MaskedProjection
+from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import SplitTensor, restored
 from ssah.units import DepthTwoModule
 
@@ -111,10 +110,8 @@ def _split_projection(
                 order = None if orders is None else orders[param]
                 each, original = entries[param], model.get_parameter(param)
                 tensors[leaf] = SplitTensor.of(leaf, original, each.dims, order, each.trains)
-    target = model.get_submodule(owner)
-    masked = MaskedConv1D if isinstance(target, Conv1D) else MaskedLinear
     is_output = owner == _owner(module.output.param)
-    return MaskedProjection.install(target, tensors, masked, is_output=is_output)
+    return MaskedProjection.install(model.get_submodule(owner), tensors, is_output=is_output)
 
 
 def has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:

@@ -2,39 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from dataclasses import asdict, dataclass
 
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import (
-    FastWeights,
-    Model,
-    Requests,
-    Rows,
-    RunFolder,
-    Safety,
-    SaveModel,
-    Utility,
-    UtilityEval,
-)
+from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder, SaveModel
+from ssah.settings import setting
 from ssah.studies.training.settings import BudgetSettings
 
 ORDER = 10
 
 
+@dataclass(frozen=True)
+class BudgetSets(MeasuredSets):
+    """What the study reads."""
+
+    math: str | None = setting(None, "Rows for the loss on mathematics.", panel="Data")
+
+
 def budget(
     model: Model,
-    safety: Safety,
-    utility: Utility,
-    requests: Requests,
-    utility_eval: UtilityEval,
+    sets: BudgetSets,
     out: RunFolder,
     *,
-    math: Annotated[
-        str | None,
-        typer.Option("--math", help="Rows for the loss on mathematics.", rich_help_panel="Data"),
-    ] = None,
     save_model: SaveModel = False,
     settings: BudgetSettings,
     weights: FastWeights,
@@ -58,11 +47,7 @@ def budget(
         weights.loading(model, rows),
         out,
         settings,
-        safety=safety,
-        utility=utility,
-        requests=requests,
-        utility_eval=utility_eval,
-        math=math,
+        **asdict(sets),
         save_model=save_model,
     )
     return Result(record, tuple(study_tables(record, out)))

@@ -2,36 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from dataclasses import MISSING, asdict, dataclass
 
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import (
-    FastWeights,
-    Model,
-    Requests,
-    Rows,
-    RunFolder,
-    Safety,
-    SaveModel,
-    Utility,
-    UtilityEval,
-)
+from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder, SaveModel
+from ssah.settings import setting
 from ssah.studies.training.settings import FreezeSettings
 
 ORDER = 20
 
 
+@dataclass(frozen=True)
+class FreezeSets(MeasuredSets):
+    """What the study reads."""
+
+    finetune: str = setting(MISSING, "Rows of the benign task.", panel="Data")
+
+
 def freeze(
     model: Model,
-    safety: Safety,
-    utility: Utility,
-    finetune: Annotated[
-        str, typer.Option("--finetune", help="Rows of the benign task.", rich_help_panel="Data")
-    ],
-    requests: Requests,
-    utility_eval: UtilityEval,
+    sets: FreezeSets,
     out: RunFolder,
     *,
     save_model: SaveModel = False,
@@ -56,11 +46,7 @@ def freeze(
         weights.loading(model, rows),
         out,
         settings,
-        safety=safety,
-        utility=utility,
-        finetune=finetune,
-        requests=requests,
-        utility_eval=utility_eval,
+        **asdict(sets),
         save_model=save_model,
     )
     return Result(record, tuple(study_tables(record, out)))
