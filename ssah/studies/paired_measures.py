@@ -206,7 +206,7 @@ def summary(measured: Mapping[str, Any], attack: Mapping[str, Any] | None) -> di
         f"{name}_loss": losses["loss"] for name, losses in measured["losses"].items()
     }
     found |= {key: measured[key] for key in ("refusal_margin", "refuses", "refuses_interval")}
-    if attack is None:
+    if attack is None:  # no request was answered: what needs answers is left out, not 0
         return found
     judges = {
         name: {key: each[key] for key in ("asr", "asr_coherent", "judge")}

@@ -44,16 +44,14 @@ def demo(
     from ssah.storage import one_run
     from ssah.studies.demo import full as full_demo
     from ssah.studies.demo import short as short_demo
+    from ssah.studies.loading import Loading
 
     with one_run(out):  # a second demonstration would train the same model at the same time
         found = (full_demo if full else short_demo).run(
-            model,
+            Loading(model, weights.dtype, weights.device, weights.trust_remote_code),
             out,
             seconds=seconds,
             shares={"scu": scu, "ucu": ucu, "ru": ru},
             fresh=fresh,
-            dtype=weights.dtype,
-            device=weights.device,
-            trust_remote_code=weights.trust_remote_code,
         )
     return Result(found)

@@ -14,10 +14,11 @@ from rich.text import Text
 
 from ssah.data import load_rows, make_loader
 from ssah.evaluation import Measurement, Measures
-from ssah.models import faster_dtype, load_model, move, quiet
+from ssah.models import faster_dtype, move, quiet
 from ssah.report.terminal.tables import as_data, new_table
 from ssah.studies.demo.alignment import align
 from ssah.studies.demo.screen import bar, heading
+from ssah.studies.loading import Loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,41 +33,33 @@ _N_ANSWERS = 20  # a multiple of the ten categories of the answers
 
 
 def aligned(
-    console: Console,
-    name: str,
-    out: Path,
-    seconds: float,
-    *,
-    fresh: bool,
-    dtype: str,
-    options: dict[str, Any],
+    console: Console, loading: Loading, out: Path, seconds: float, *, fresh: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase, dict[str, Any] | None]:
     """The model that is scored, its tokenizer, and the record of its alignment, if there is one.
 
     Args:
         console: what is said on the way is printed there.
-        name, out, seconds, fresh, dtype: as :func:`ssah.studies.demo.short.run` takes them.
-        options: further ones of ``ssah.models.load_model``.
+        loading, out, seconds, fresh: as :func:`ssah.studies.demo.short.run` takes them.
     """
 
-    def loaded(name: str, dtype: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        with console.status(f"loading {as_data(name)}"), quiet():
-            return load_model(name, dtype=dtype, **options)
+    def loaded(dtype: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+        with console.status(f"loading {as_data(path)}"):
+            return loading(dtype, path)
 
-    folder = out / "aligned"
-    if seconds == 0:
+    name, dtype, folder = loading.name, loading.dtype, out / "aligned"
+    if seconds == 0:  # the user's own model, which is aligned already
         heading(console, "1/5", f"Load {name} as it is")
-        model, tokenizer = loaded(name, dtype)
+        model, tokenizer = loaded(dtype, name)
         return move(model, working_dtype(model, dtype)), tokenizer, None
     record = _earlier(folder, name)
     if record is not None and not fresh:
         heading(console, "1/5", f"{name}, aligned earlier")
         console.print(f"The aligned model of an earlier call is used: {folder} (--fresh: anew)")
-        model, tokenizer = loaded(str(folder), dtype)
+        model, tokenizer = loaded(dtype, str(folder))
         _show(console, record)
         return move(model, working_dtype(model, dtype)), tokenizer, {**record, "reused": True}
     heading(console, "1/5", f"Align {name} on refusals for at most {seconds:.0f} s")
-    model, tokenizer = loaded(name, "float32")
+    model, tokenizer = loaded("float32", name)
     working = working_dtype(model, dtype)
     record = {"model": name, "data": list(DATA.values())}
     record |= _align(console, model, tokenizer, folder, seconds, working)
@@ -111,11 +104,11 @@ def _align(
         )
     # Kept in bfloat16, so that a later call sees the same weights.
     move(model, torch.bfloat16)
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what a call that was killed left there
     with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    model.config.name_or_path = str(folder)
+    model.config.name_or_path = str(folder)  # scores and groups say which model they are of
     return {**done, "before": before, "after": measured("after")}
 
 

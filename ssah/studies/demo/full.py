@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,45 +46,33 @@ UPDATES = 30  # of the benign fine-tune with nothing frozen
 
 
 def run(
-    name: str,
+    loading: Loading,
     out: Path,
     *,
     seconds: float,
     shares: Mapping[str, float],
     fresh: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Run everything, print it as it goes, and leave it in ``out`` with ``report.html``.
 
     Args:
-        name, out, seconds, shares, fresh, dtype, device, trust_remote_code: as
-            :func:`ssah.studies.demo.short.run` takes them; ``fresh`` begins the other parts
-            anew as well.
+        loading, out, seconds, shares, fresh: as :func:`ssah.studies.demo.short.run` takes them;
+            ``fresh`` begins the other parts anew as well.
 
     Returns:
         What ``demo.json`` holds, and ``probe``, ``freeze`` and ``transfer`` (by alignment and by
         both fine-tunes): the results of these runs; ``report``: the HTML file.
     """
-    console = Console(highlight=False)
-    options = {"dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    console, name = Console(highlight=False), loading.name
     if fresh:  # an aligned model that is made anew leaves nothing that still fits it
         for part in _PARTS:
             shutil.rmtree(out / part, ignore_errors=True)
     result = _earlier(out, name, shares) if not fresh else None
     if result is None:
-        result = short.run(
-            name,
-            out,
-            seconds=seconds,
-            shares=shares,
-            fresh=fresh,
-            **options,  # type: ignore[arg-type]
-        )
+        result = short.run(loading, out, seconds=seconds, shares=shares, fresh=fresh)
     else:
         console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
-    aligned = Loading(str(out / "aligned") if result["alignment"] else name, **options)  # type: ignore[arg-type]
+    aligned = replace(loading, name=str(out / "aligned")) if result["alignment"] else loading
 
     heading(console, "full", "Probe: which way do hidden states lean?")
     # Without an alignment there is one model, and nothing to compare it with.
@@ -91,6 +80,7 @@ def run(
     probed = run_probe(out / "probe", aligned, _REQUESTS, beside=beside)
 
     heading(console, "full", "A benign fine-tune, with and without freezing")
+    # Its arms end with the same training loss, so that what differs is what was frozen.
     tuned = freeze(
         aligned,
         out / "freeze",
@@ -151,7 +141,7 @@ def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
     """``out``, with the units of another model grouped as those in ``like`` were."""
     if (out / "meta.json").is_file():  # written by an earlier call, whole or not at all
         return out
-    own = UnitGroups.load(like)
+    own = UnitGroups.load(like)  # of the same shares and scope, or no unit could be compared
     loaded, tokenizer = loading("auto", model)
     move(loaded, working_dtype(loaded, loading.dtype))
     scores = [

@@ -22,33 +22,28 @@ from ssah.report.terminal.tables import ablation_table, facts_table, groups_tabl
 from ssah.studies.demo.aligned_model import BATCH, DATA, aligned, measures
 from ssah.studies.demo.screen import bar, heading
 from ssah.studies.demo.throughput import throughput
+from ssah.studies.loading import Loading
 from ssah_kernels import timing
 
 __all__ = ["run"]
 
 
 def run(
-    name: str,
+    loading: Loading,
     out: Path,
     *,
     seconds: float,
     shares: Mapping[str, float],
     fresh: bool = False,
-    dtype: str = "auto",
-    device: str = "auto",
-    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Run the demonstration, print it as it goes, and leave everything in ``out``.
 
     Args:
-        name: the model, as ``ssah.models.load_model`` takes it.
+        loading: of the model; its ``dtype`` is that of everything after the alignment.
         out: folder for the aligned model, scores, groups, pictures and ``demo.json``.
         seconds: the most that the alignment takes; 0 leaves it out.
         shares: of ``scu``, ``ucu`` and ``ru``, fractions of all units.
         fresh: align anew, although ``out`` has an aligned model.
-        dtype: of everything after the alignment; ``"auto"``: what is faster here.
-        device: as ``load_model`` takes it.
-        trust_remote_code: as ``load_model`` takes it.
 
     Returns:
         What ``demo.json`` holds, as plain data.
@@ -57,13 +52,10 @@ def run(
     one = {"module": torch.zeros(1, dtype=torch.float64)}  # [n_units]
     sort = partial(classify, scu=shares["scu"], ucu=shares["ucu"], ru=shares["ru"])
     sort(one, one)
-    console = Console(highlight=False)
+    console, name = Console(highlight=False), loading.name
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)
-    options = {"device": device, "trust_remote_code": trust_remote_code}
-    model, tokenizer, alignment = aligned(
-        console, name, out, seconds, fresh=fresh, dtype=dtype, options=options
-    )
+    model, tokenizer, alignment = aligned(console, loading, out, seconds, fresh=fresh)
     heading(console, "2/5", "Score every unit: importance on refusals and on ordinary answers")
     loaders = {
         kind: make_loader(source, tokenizer, batch_size=BATCH) for kind, source in DATA.items()
@@ -74,6 +66,8 @@ def run(
         scores[kind] = attribute(model, loader, progress=True)
         scores[kind].save(out / kind)
 
+    # All units are ranked together, by z-scores per module: on SmolLM2-135M the groups separate
+    # safety from utility best so, and layers may differ in how many units they give.
     heading(console, "3/5", "Sort them into four groups")
     groups = sort(scores["safety"], scores["utility"])
     groups.save(out / "groups")
@@ -82,6 +76,7 @@ def run(
 
     heading(console, "4/5", "Take each group out, and as many random units")
     rows = []
+    # The intact model, and each group with its control of random units.
     with bar(console, "ablating", 1 + 2 * len(GROUPS)) as advance:
         for row in ablations(measures(model, tokenizer), groups, GROUPS, random=True):
             rows.append(row)
@@ -124,7 +119,7 @@ def _summary(attribution: Attribution) -> dict[str, Any]:
     return {
         "metric": attribution.metric,
         "tokens": attribution.tokens,
-        "tokens_counted": max(attribution.count.values()),
+        "tokens_counted": max(attribution.count.values()),  # an expert sees fewer of them
         "units": sum(len(score) for score in attribution.scores.values()),
         "data_fingerprint": attribution.data_fingerprint,
     }

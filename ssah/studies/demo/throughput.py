@@ -39,6 +39,7 @@ def throughput(console: Console, model: PreTrainedModel, loader: Loader) -> dict
         {key: batch[key].to(model.device) for key in ("input_ids", "attention_mask")}
         for batch in batches
     ]
+    # Padding is work as well, but tokens per second are of text: [rows, tokens] -> a count a batch.
     n_tokens = [int(batch["attention_mask"].sum()) for batch in batches]
 
     def timed(call: Callable[[int], Any]) -> Callable[[int], None]:

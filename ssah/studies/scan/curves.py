@@ -140,7 +140,7 @@ class Curves:
             # UCU are meant to carry utility and SCU safety: each may lose that, RU neither.
             utility = group == "ucu" or self.utility_kept(point)
             safety = group == "scu" or self.safety_kept(point)
-            if utility and safety:
+            if utility and safety:  # the first from above is the largest
                 self.shares[group] = share
                 return self.plain(point)
         return None

@@ -46,6 +46,7 @@ def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]
     for tokens in _TOKENS:
         scores = curves.study.scores(rows, tokens)
         for scope, normalize in _RANKINGS:
+            # The same scores serve all rankings: only the choice of tokens needs another pass.
             own = replace(curves.settings, scope=scope, normalize=normalize)
             points = []
             for share in own.compare_shares:

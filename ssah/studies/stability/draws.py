@@ -143,6 +143,7 @@ def _mean(values: Sequence[float]) -> float:
 
 def _spread(name: str, values: Sequence[float]) -> dict[str, Any]:
     """Mean, and the middle 80 % of the resamples."""
+    # Not an interval of the mean: it says how far a single pair of draws may be from it.
     bounds = torch.tensor([0.1, 0.9], dtype=torch.float64)
     low, high = torch.quantile(torch.tensor(values, dtype=torch.float64), bounds).tolist()
     return {name: _mean(values), f"{name}_middle": [low, high]}

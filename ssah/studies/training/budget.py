@@ -76,6 +76,7 @@ def budget(
     held_out = {UTILITY: study.sources.rows("utility_eval", utility_eval)}
     if math is not None:
         held_out[MATH] = study.sources.rows("math", math)
+    # Units are scored on the rows that are trained on.
     with study.training(scored=rows, trained=rows, requests=asked, held_out=held_out, arms=2):
         groups = study.groups(ru=settings.ru)
 
@@ -102,6 +103,7 @@ def budget(
 
 
 def _claims(arms: Arms, settings: BudgetSettings, held_out: Sequence[str]) -> list[dict[str, Any]]:
+    # A lower tax of an arm that learned less is no merit: its claims say so.
     seeds = ", ".join(str(seed) for _, seed in missed(arms, RU))
     note = f"RU alone did not reach the alignment loss (seed {seeds})." if seeds else ""
     slack = settings.slack

@@ -67,6 +67,7 @@ def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
         raise ValueError("there is no row to train on; there must be at least one")
     rows: list[Encoded] = []
     while len(rows) < n:
+        # By the place, not by one generator: a longer stream begins with the same rows.
         epoch = list(pool)
         Random(f"{seed}/{len(rows)}").shuffle(epoch)
         rows += epoch

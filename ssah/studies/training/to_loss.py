@@ -130,7 +130,7 @@ def train(
             seed=recipe.seed,
         )
         trainer.train()
-    model.eval()
+    model.eval()  # the trainer left it training
     done = trainer.state.global_step
     loss = checks.at(done)
     return {
