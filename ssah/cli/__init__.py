@@ -16,7 +16,6 @@ import typer
 
 import ssah
 from ssah.cli import commands
-from ssah.cli.options import several_at_once
 from ssah.cli.running import as_command
 from ssah.cli.several_values import several_values
 
@@ -67,9 +66,7 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
             group.add_typer(inner, name=name)
         else:
             command = as_command(getattr(module, name))
-            # Which options take several values is known of the signature, not of typer's command.
-            several = several_values(several_at_once(command))
-            group.command(name.replace("_", "-"), cls=several)(command)
+            group.command(name.replace("_", "-"), cls=several_values(command))(command)
 
 
 _add_commands(app, commands)

@@ -110,6 +110,7 @@ class Weights:
         """How a study loads the model, which it does when it has read its rows."""
         from ssah.studies.loading import Loading
 
+        # Nothing is loaded yet: rows that are wrong are refused first, which takes no time.
         return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
 
 

@@ -102,7 +102,7 @@ def train(
     if out is None and not options.dry_run:
         raise ValueError("out is missing: give --out DIR, or --dry-run")
     if out is not None and not options.dry_run:  # a dry run writes nothing
-        check_folder(out)
+        check_folder(out)  # a folder that has another run would be refused hours later
         check_free(out)
     selected.check()
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
