@@ -52,7 +52,7 @@ class StudySettings:
 
     def steps(self, pools: Sequence[Sized]) -> int:
         """Updates of the first arm; passes are those over the first pool of encoded rows."""
-        of_batch = self.batch_size // len(pools)
+        of_batch = self.batch_size // len(pools)  # rows of each pool in a batch
         return self.max_steps or math.ceil(self.epochs * len(pools[0]) / of_batch)
 
 
