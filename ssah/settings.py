@@ -64,6 +64,7 @@ def declared(settings: type) -> list[tuple[Field[Any], Any, dict[str, Any]]]:
 
     A subclass that only changes a default keeps what its base says of the field.
     """
+    # Types are text here, as in every file of this package: they are looked up.
     hints, found = get_type_hints(settings), []
     for own in fields(settings):
         about: dict[str, Any] = {}
@@ -87,6 +88,7 @@ def check_settings(settings: Any) -> None:
         if several and own.default and not given:
             raise ValueError(f"{own.name} is empty; it must have at least one value")
         for value in given if several else (given,):
+            # A field of Literal | None may be None, and so may system prompts among others.
             if choices and value is not None and value not in choices:
                 must = "one or more of" if several else "one of"
                 raise ValueError(f"{own.name} is {value!r}; it must be {must} {', '.join(choices)}")
@@ -96,6 +98,7 @@ def check_settings(settings: Any) -> None:
 def _check_bounds(name: str, value: float | None, bounds: dict[str, float]) -> None:
     if value is None or not bounds:
         return
+    # NaN is in no range, and infinity in every one that has no end.
     if not math.isfinite(value) or not all(_BOUNDS[k][1](value, b) for k, b in bounds.items()):
         must = " and ".join(f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
         raise ValueError(f"{name} is {value!r}; it must be {must}")

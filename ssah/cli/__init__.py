@@ -16,7 +16,6 @@ import typer
 
 import ssah
 from ssah.cli import commands
-from ssah.cli.options import several_at_once
 from ssah.cli.running import as_command
 from ssah.cli.several_values import several_values
 
@@ -27,7 +26,7 @@ app = typer.Typer(
     help="Safety-critical neurons of language models: score, group and ablate them.",
     no_args_is_help=True,
     add_completion=False,
-    pretty_exceptions_enable=False,
+    pretty_exceptions_enable=False,  # SSAH_TRACEBACK=1 shows Python's own, which can be searched
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -61,14 +60,13 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
     ]
     for module in sorted(found, key=lambda each: (getattr(each, "ORDER", 1000), each.__name__)):
         name = module.__name__.rpartition(".")[2]
-        if hasattr(module, "__path__"):
+        if hasattr(module, "__path__"):  # a folder, as only packages have a path
             inner = typer.Typer(help=module.__doc__, no_args_is_help=True)
             _add_commands(inner, module)
             group.add_typer(inner, name=name)
         else:
             command = as_command(getattr(module, name))
-            several = several_values(several_at_once(command))
-            group.command(name.replace("_", "-"), cls=several)(command)
+            group.command(name.replace("_", "-"), cls=several_values(command))(command)
 
 
 _add_commands(app, commands)

@@ -22,7 +22,7 @@ import typer
 
 from ssah.settings import HELP, choices_of, declared
 
-__all__ = ["several_at_once", "with_options"]
+__all__ = ["with_options"]
 
 
 def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,6 +35,7 @@ def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
             if get_origin(kind) is Annotated:
                 hint, option = get_args(kind)
                 kind = Annotated[_known_to_typer(hint), option]
+            # By keyword, as an option without a default may follow one that has one.
             keyword = inspect.Parameter.KEYWORD_ONLY
             parameters.append(argument.replace(kind=keyword, annotation=kind))
             continue
@@ -80,8 +81,8 @@ def _parameter(
         help=about[HELP],
         rich_help_panel=about.get("panel"),
         metavar=about.get("metavar"),
-        # To typer the bound belongs to the range: check_settings refuses the bound itself.
-        min=about.get("min", about.get("above")),
+        # typer knows no bound that is out of the range itself: check_settings refuses that.
+        min=about.get("min"),
         max=about.get("max"),
     )
     return inspect.Parameter(
@@ -110,16 +111,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list):
         return [each.value if isinstance(each, Enum) else each for each in value]
     return value
-
-
-def several_at_once(command: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
-    """Options of a command that take several numbers or choices: name -> its choices, if any."""
-    found: dict[str, tuple[str, ...]] = {}
-    for parameter in inspect.signature(command).parameters.values():
-        hint, *option = get_args(parameter.annotation) or (None,)
-        for each in (hint, *get_args(hint)):  # list[X], and the same in list[X] | None
-            kind: Any = get_args(each)[0] if get_origin(each) is list else str
-            if kind in (int, float) or issubclass(kind, Enum):
-                # typer.Option holds its first spelling as a default, until typer reads it.
-                found[option[0].default] = tuple(kind) if issubclass(kind, Enum) else ()
-    return found

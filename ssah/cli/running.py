@@ -48,9 +48,11 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def run(*, as_json: bool, **given: Any) -> None:
+        # For this call alone: tests and notebooks call commands in their own process.
         usual, warnings.formatwarning = warnings.formatwarning, _warning
         try:
             check_launcher()
+            # Other libraries print while they load: a program that reads the JSON must not see it.
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = inner(**given)
             _print(result, as_json)
@@ -87,6 +89,7 @@ def quiet_threads() -> None:
 
 def _stop(error: Exception) -> None:
     """End the command with one line of error."""
+    # typer ends commands by errors of its own, when it has said what there is to say.
     if isinstance(error, typer.Exit | typer.Abort) or os.environ.get("SSAH_TRACEBACK", "0") == "1":
         raise error
     wrong_input = isinstance(error, ValueError | TypeError | OSError)
@@ -155,10 +158,11 @@ def _print(result: Result, as_json: bool) -> None:
     if _number("RANK", 0) != 0:
         return  # of the processes that a launcher started, the first one prints
     if as_json:
+        # NaN is no JSON, and most readers refuse it: a result with one is a mistake to be seen.
         typer.echo(json.dumps(result.data, indent=2, allow_nan=False))
         return
     from rich.console import Console
 
-    console = Console(highlight=False)
+    console = Console(highlight=False)  # else numbers within the names of files have colours
     for part in result.shown:
         console.print(part)

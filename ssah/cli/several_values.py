@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Callable
+from enum import Enum
+from typing import Any, get_args, get_origin
 
 from typer.core import TyperCommand
 
 __all__ = ["several_values"]
 
+# A word that only looks like a number, such as 1.5.2, is for typer to refuse.
 _NUMBER = re.compile(r"-?[0-9.]+(e-?[0-9]+)?")
 
 
-def several_values(options: Mapping[str, Collection[str]]) -> type[TyperCommand]:
+def several_values(function: Callable[..., Any]) -> type[TyperCommand]:
     """A class of commands whose options that may be repeated also take several values at once:
     ``--seeds 0 1 2`` is ``--seeds 0 --seeds 1 --seeds 2``.
 
     Args:
-        options: name such as ``"--seeds"`` -> its choices; none where it takes numbers.
+        function: the command's, with the signature of which typer makes its options.
     """
+    options = _several_at_once(function)
 
     def fits(option: str, arg: str) -> bool:
         return arg in options[option] if options[option] else bool(_NUMBER.fullmatch(arg))
@@ -31,6 +35,7 @@ def several_values(options: Mapping[str, Collection[str]]) -> type[TyperCommand]
             for previous, arg in zip([None, *args], args, strict=False):
                 if arg in options:
                     option = arg
+                # What follows an option is its value already; more are those that could be one.
                 elif option is not None and previous != option:
                     if fits(option, arg):
                         spelled.append(option)
@@ -40,3 +45,16 @@ def several_values(options: Mapping[str, Collection[str]]) -> type[TyperCommand]
             return super().parse_args(ctx, spelled)
 
     return SeveralValues
+
+
+def _several_at_once(function: Callable[..., Any]) -> dict[str, tuple[str, ...]]:
+    """Options that take several numbers or choices: name -> its choices, if any."""
+    found: dict[str, tuple[str, ...]] = {}
+    for parameter in inspect.signature(function).parameters.values():
+        hint, *option = get_args(parameter.annotation) or (None,)
+        for each in (hint, *get_args(hint)):  # list[X], and the same in list[X] | None
+            kind: Any = get_args(each)[0] if get_origin(each) is list else str
+            if kind in (int, float) or issubclass(kind, Enum):
+                # typer.Option holds its first spelling as a default, until typer reads it.
+                found[option[0].default] = tuple(kind) if issubclass(kind, Enum) else ()
+    return found

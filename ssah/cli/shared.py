@@ -87,7 +87,7 @@ class Weights:
     dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
     device: str = setting("auto", "`auto`: a GPU if there is one.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
-    packed: bool = False
+    packed: bool = False  # no option here: packed weights are scored and run, and not trained
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, with a spinner on standard error meanwhile."""
@@ -96,6 +96,7 @@ class Weights:
         from ssah.models import load_model, quiet
         from ssah.report.terminal.tables import as_data
 
+        # Standard output is the result's.
         with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
             return load_model(
                 name,
@@ -109,6 +110,7 @@ class Weights:
         """How a study loads the model, which it does when it has read its rows."""
         from ssah.studies.loading import Loading
 
+        # Nothing is loaded yet: rows that are wrong are refused first, which takes no time.
         return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
 
 

@@ -76,7 +76,7 @@ class Selected:
         from ssah.training.finetune import select_units
         from ssah.units import UnitSet, find_modules
 
-        if self.groups is None:
+        if self.groups is None:  # check() lets that pass for "none" alone
             return UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
         return select_units(self.names, UnitGroups.load(self.groups, model))
 
@@ -101,18 +101,19 @@ def train(
     out = options.out
     if out is None and not options.dry_run:
         raise ValueError("out is missing: give --out DIR, or --dry-run")
-    if out is not None and not options.dry_run:
-        check_folder(out)
+    if out is not None and not options.dry_run:  # a dry run writes nothing
+        check_folder(out)  # a folder that has another run would be refused hours later
         check_free(out)
     selected.check()
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
     source = reading.rows(data, options.split, options.limit, counts)
     held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)
+    # The prompts of a stream are not known before it has been read.
     if isinstance(source, list) and isinstance(held_out, list):
         prompts, own = ([row["prompt"] for row in each] for each in (held_out, source))
         warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
     loaded, tokenizer = weights.load(model)
-    reading.tokenizer(tokenizer)
+    reading.tokenizer(tokenizer)  # the template is the tokenizer's, and saved with a merged model
     units = selected.units(loaded)
     how = reading.overlong, options.max_length
     examples = _encoded(source, data, tokenizer, counts, *how)
@@ -133,10 +134,11 @@ def train(
         "dry_run": options.dry_run,
     }
     if options.dry_run:
+        # Activations take the most memory where a batch has nothing but the longest row.
         length = max(len(example["input_ids"]) for example in examples)
         result |= {"longest_row": length, **preview(plan, settings, length)}
         return Result(result, (preview_table(result, settings.batch_size),))
-    assert out is not None
+    assert out is not None  # it was refused above
     result |= fine_tune(
         plan,
         examples,

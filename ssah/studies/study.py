@@ -22,6 +22,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -127,6 +128,11 @@ class Study:
             overlong=self.loading.reading.overlong,
         )
 
+    @cached_property
+    def weights(self) -> str:
+        """Hash of the model's weights as its checkpoint has them: taken before it is moved."""
+        return weights_hash(self.model)
+
     @contextmanager
     def under_way(self, total: int, *, bf16: bool | None = None, **more: Any) -> Iterator[Steps]:
         """Open the folder, or go on with what it has; the model is moved to the precision chosen.
@@ -140,11 +146,10 @@ class Study:
             ValueError: the folder has another study, or one with other settings, data or weights.
         """
         # With the weights: a folder of the same name may hold another model by now.
-        identity = {**self.loading.settings(), "weights": weights_hash(self.model)}
+        identity = {**self.loading.settings(), "weights": self.weights}
         identity |= {**asdict(self.settings), **more}
         with Steps(Run(self.out, self.kind, identity, self.sources.record), total) as self.steps:
             self.dtype, self.bf16 = self.loading.precision(self.steps, self.model.device, bf16)
-            # Only now: the weights were hashed as the checkpoint has them.
             move(self.model, getattr(torch, self.dtype))
             yield self.steps
 

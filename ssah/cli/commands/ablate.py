@@ -55,9 +55,10 @@ def ablate(
     sizes = {"batch_size": batch_size, "max_length": max_length}
     loader = reading.loader(answers, tokenizer, counts, **sizes)
     encoded = prompts(tokenizer, asked)
+    # The margin appends the opening of a refusal and of a compliance: a request leaves room.
     asked = fitting(asked, encoded, max_length - OPENING, overlong=reading.overlong)
     measures = Measures(loaded, tokenizer, loader=loader, requests=asked, **sizes)
-    names = list(dict.fromkeys(group))
+    names = list(dict.fromkeys(group))  # a group that is named twice is measured once
     steps = ablations(measures, found, names, random=random, seed=seed)
     total, stderr = 1 + len(names) * (2 if random else 1), Console(stderr=True)
     measured = list(track(steps, "measuring", total=total, console=stderr, transient=True))

@@ -38,5 +38,5 @@ def align(
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
     model.
     """
-    selected = Selected("train", train or ["ru"], groups)
+    selected = Selected("train", train or ["ru"], groups)  # as the paper does
     return run(selected, model, data, settings, options, weights, rows)

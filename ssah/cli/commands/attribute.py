@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, replace
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from ssah.choices import Kind, Metric, Tokens
 from ssah.cli.running import Result
-from ssah.cli.shared import BatchSize, Data, Limit, MaxLength, Model, Out, PackedWeights, Rows
+from ssah.cli.shared import Data, Model, Out, PackedWeights, Rows
+from ssah.settings import setting
 
 if TYPE_CHECKING:
     from ssah.attribution import Attribution
@@ -21,43 +20,35 @@ ORDER = 10
 _UNFINISHED = "unfinished"  # folder in --out with what a run has done so far
 
 
+@dataclass(frozen=True)
+class AttributeSettings:
+    """What is scored, and how rows run through the model."""
+
+    metric: Metric = setting("variance", "Importance of a unit.")
+    tokens: Tokens = setting("auto", "That count; `auto`: the response; `after_first`: not BOS.")
+    modules: tuple[Kind, ...] = setting(("mlp", "attention"), "Repeat for several; default: both.")
+    all_experts: bool = setting(False, "Count every token for every routed expert.")
+    split: str | None = setting(None, "Split of a hub data set.")
+    limit: int | None = setting(None, "Rows read.", min=1)
+    batch_size: int = setting(8, "Rows run at a time.", min=1)
+    max_length: int = setting(512, "Tokens kept of a row.", min=2)
+    stream: bool = setting(
+        False, "Read the model layer by layer, for one that is larger than memory."
+    )
+    save_every: float | None = setting(
+        None,
+        "Keep what is done this often (60), so that the same command goes on; with --stream it is "
+        "kept after each layer.",
+        metavar="SECONDS",
+        min=0,
+    )
+
+
 def attribute(
     model: Model,
     data: Data,
     out: Out,
-    *,
-    metric: Annotated[Metric, typer.Option("--metric", help="Importance of a unit.")] = "variance",
-    tokens: Annotated[
-        Tokens,
-        typer.Option("--tokens", help="That count; `auto`: the response; `after_first`: not BOS."),
-    ] = "auto",
-    modules: Annotated[
-        list[Kind] | None, typer.Option("--modules", help="Repeat for several; default: both.")
-    ] = None,
-    all_experts: Annotated[
-        bool, typer.Option("--all-experts", help="Count every token for every routed expert.")
-    ] = False,
-    split: Annotated[str | None, typer.Option("--split", help="Split of a hub data set.")] = None,
-    limit: Limit = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    streamed: Annotated[
-        bool,
-        typer.Option(
-            "--stream",
-            help="Read the model layer by layer, for one that is larger than memory.",
-        ),
-    ] = False,
-    save_every: Annotated[
-        float | None,
-        typer.Option(
-            "--save-every",
-            metavar="SECONDS",
-            min=0.0,
-            help="Keep what is done this often (60), so that the same command goes on; "
-            "with --stream it is kept after each layer.",
-        ),
-    ] = None,
+    settings: AttributeSettings,
     weights: PackedWeights,
     rows: Rows,
 ) -> Result:
@@ -75,66 +66,72 @@ def attribute(
     from ssah.distributed import deal, launched
     from ssah.models import load_tokenizer
     from ssah.storage import check_kind, one_run
-    from ssah.units import KINDS
 
     options: dict[str, Any] = {
-        "metric": metric,
-        "modules": tuple(modules or KINDS),
-        "tokens": tokens,
+        "metric": settings.metric,
+        "modules": settings.modules,
+        "tokens": settings.tokens,
         "progress": True,
         "resume_dir": out / _UNFINISHED,
     }
-    in_memory_alone = {
-        "--all-experts": all_experts,
-        "--packed": weights.packed,
-        "--save-every": save_every is not None,
-    }
     # The folder is this command's until the scores are saved.
     with launched() as ranks, ExitStack() as stack:
+        # What one process refuses, all refuse: else the others would wait for it forever.
         with ranks.agreeing():
-            if streamed and ranks.size > 1:
-                raise ValueError(
-                    f"--stream reads the model for one process, this is one of {ranks.size}"
-                )
-            for option, given in in_memory_alone.items():
-                if streamed and given:
-                    raise ValueError(f"{option} is for a model in memory; leave --stream out")
+            if settings.stream:
+                _check_streamed(settings, weights, ranks.size)
             reading, counts = rows.reading(), Counts()
-            found = reading.rows(data, split, limit, counts)
+            source = reading.rows(data, settings.split, settings.limit, counts)
             if ranks.rank == 0:
                 stack.enter_context(one_run(out))
                 check_kind(out, CONTENT)
-            if streamed:
+            if settings.stream:  # the weights are read later, layer by layer
                 trusted = weights.trust_remote_code
                 tokenizer = load_tokenizer(model, trust_remote_code=trusted)
             else:
                 loaded, tokenizer = weights.load(model)
-            sizes = {"batch_size": batch_size, "max_length": max_length}
-            loader = reading.loader(found, tokenizer, counts, **sizes)
+            sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
+            loader = reading.loader(source, tokenizer, counts, **sizes)
         start = time.perf_counter()
-        more: dict[str, Any] = {"data": data, "processes": ranks.size}
-        if streamed:
+        about: dict[str, Any] = {"out": str(out), "data": data, "processes": ranks.size}
+        if settings.stream:
             how = asdict(weights)
             del how["packed"]
             attribution, traffic = stream(model, loader, **how, **options)
-            more["traffic"] = asdict(traffic)
+            about["traffic"] = asdict(traffic)
         else:
-            if save_every is not None:
-                options["save_every_seconds"] = save_every
-            attribution = score(loaded, deal(loader), all_experts=all_experts, **options)
-        more["seconds"] = time.perf_counter() - start
+            if settings.save_every is not None:
+                options["save_every_seconds"] = settings.save_every
+            options["all_experts"] = settings.all_experts
+            attribution = score(loaded, deal(loader), **options)
+        about["seconds"] = time.perf_counter() - start
         attribution = replace(attribution, rows_read=rows_read(tokenizer, counts))
         with ranks.agreeing():
             if ranks.rank == 0:
                 attribution.save(out)
+                # Only now: a run that is killed before has its unfinished part to go on from.
                 discard(out / _UNFINISHED)
-    return _result({"out": str(out), **more}, attribution)
+    return _result(about, attribution)
+
+
+def _check_streamed(settings: AttributeSettings, weights: PackedWeights, processes: int) -> None:
+    """Refuse what has no meaning where a model is read layer by layer."""
+    if processes > 1:
+        raise ValueError(f"--stream reads the model for one process, this is one of {processes}")
+    for option, given in (
+        ("--all-experts", settings.all_experts),
+        ("--packed", weights.packed),
+        ("--save-every", settings.save_every is not None),
+    ):
+        if given:
+            raise ValueError(f"{option} is for a model in memory; leave --stream out")
 
 
 def _result(about: dict[str, Any], attribution: Attribution) -> Result:
     from ssah.report.terminal.tables import facts_table
 
     units = sum(len(score) for score in attribution.scores.values())
+    # Experts see fewer tokens than other modules; what was read is what the others saw.
     counted = max(attribution.count.values())
     result = {
         **about,

@@ -39,7 +39,7 @@ def classify(
 
     scores = Attribution.load(safety), Attribution.load(utility)
     groups = sort(*scores, scu=scu, ucu=ucu, ru=ru, scope=scope, normalize=normalize)
-    groups.save(out)
+    groups.save(out)  # before anything is printed, which may fail
     result = {
         "out": str(out),
         "model": groups.metadata["model_name"],

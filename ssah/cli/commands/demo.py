@@ -46,7 +46,7 @@ def demo(
     from ssah.studies.demo import short as short_demo
     from ssah.studies.loading import Loading
 
-    with one_run(out):
+    with one_run(out):  # a second demonstration would train the same model at the same time
         found = (full_demo if full else short_demo).run(
             Loading(model, weights.dtype, weights.device, weights.trust_remote_code),
             out,

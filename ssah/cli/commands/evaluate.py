@@ -16,7 +16,7 @@ from ssah.studies.evaluate.settings import EvaluateSettings
 
 ORDER = 40
 
-_NONE = "none"
+_NONE = "none"  # what a user types for no such rows, and for no system message
 _data = partial(setting, panel="Data")
 
 
@@ -65,6 +65,7 @@ def evaluate(
     from ssah.report.terminal.evaluation import evaluation_tables
     from ssah.studies.evaluate.run import evaluate as run
 
+    # The record has what was said, and not the name of a file that may change.
     said = tuple(map(_system_prompt, settings.system_prompts))
     record = run(
         weights.loading(model, rows),

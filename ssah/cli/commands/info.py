@@ -34,7 +34,7 @@ def info(
     facts = describe()
     if model is None:
         return Result(facts, tuple(installation_tables(facts)))
-    with quiet():
+    with quiet():  # transformers would warn of weights that nobody wants to load
         empty = empty_model(model, trust_remote_code=trust_remote_code)
     facts["model"] = describe_model(empty, model)
     return Result(facts, tuple(model_tables(facts["model"])))

@@ -2,57 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-import typer
+from dataclasses import asdict, dataclass
 
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import BatchSize, MaxLength, Model, Out, Rows, Weights
+from ssah.cli.shared import Model, Out, Rows, Weights
+from ssah.settings import setting
 
 ORDER = 80
 
 
-def probe(
-    model: Model,
-    out: Out,
-    *,
-    beside: Annotated[
-        str | None, typer.Option("--beside", metavar="OTHER", help="Compare with this model.")
-    ] = None,
-    requests: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--requests", help="Harmful: .txt, JSONL or built-in [`builtin:safety_eval`]; repeat."
-        ),
-    ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="Generated with each version.")] = 10,
-    refusal: Annotated[
-        str | None, typer.Option(help="Start of a refusal; default: that of the margin.")
-    ] = None,
-    compliance: Annotated[str | None, typer.Option(help="Start of a compliance.")] = None,
-    batch_size: BatchSize = 8,
-    max_length: MaxLength = 512,
-    weights: Weights,
-    rows: Rows,
-) -> Result:
+@dataclass(frozen=True)
+class ProbeSettings:
+    """What is probed, as ``ssah.probe`` takes it; None: its default."""
+
+    beside: str | None = setting(None, "Compare with this model.", metavar="OTHER")
+    requests: tuple[str, ...] = setting(
+        ("builtin:safety_eval",),
+        "Harmful: .txt, JSONL or built-in [`builtin:safety_eval`]; repeat.",
+    )
+    tokens: int = setting(10, "Generated with each version.", min=1)
+    refusal: str | None = setting(None, "Start of a refusal; default: that of the margin.")
+    compliance: str | None = setting(None, "Start of a compliance.")
+    batch_size: int = setting(8, "Rows run at a time.", min=1)
+    max_length: int = setting(512, "Tokens kept of a row.", min=2)
+
+
+def probe(model: Model, out: Out, settings: ProbeSettings, weights: Weights, rows: Rows) -> Result:
     """Measure whether hidden states are nearer to a refusal's or to a compliance's, per layer.
 
     Example: `ssah probe runs/aligned --beside smollm2 --out runs/probe`
     """
     quiet_threads()
-    from ssah.evaluation import COMPLIANCE, REFUSAL
     from ssah.report.terminal.probe import probe_tables
     from ssah.studies.probe import run_probe
 
-    record = run_probe(
-        out,
-        weights.loading(model, rows),
-        requests or ["builtin:safety_eval"],
-        beside=beside,
-        tokens=tokens,
-        refusal=REFUSAL if refusal is None else refusal,
-        compliance=COMPLIANCE if compliance is None else compliance,
-        batch_size=batch_size,
-        max_length=max_length,
-    )
+    # An opening that was not given is that of the margin, which only the library knows.
+    given = {name: value for name, value in asdict(settings).items() if value is not None}
+    record = run_probe(out, weights.loading(model, rows), **given)
     return Result({"out": str(out), **record["result"]}, tuple(probe_tables(record, out)))

@@ -30,7 +30,7 @@ def report(
     target = folder / "report.html" if out is None else out
     runs = write_report(folder, target, title=title)
     table = new_table("Runs", ("kind", "folder", "state"), ())
-    for run in runs:
+    for run in runs:  # of a run that is not finished, the page has half of the numbers
         table.add_row(run["kind"], run["folder"], "finished" if run["finished"] else "UNFINISHED")
     size = target.stat().st_size
     facts = {"report": target, "size": f"{size / 1e6:.1f} MB"}

@@ -34,7 +34,7 @@ def transfer(
     from ssah.report.terminal.transfer import transfer_table
     from ssah.studies.transfer import run_transfer, summary
 
-    if out is None:
+    if out is None:  # a look at two folders, which leaves nothing behind
         groups = UnitGroups.load(before), UnitGroups.load(after)
         found = summary(compare(*groups), *groups)
     else:

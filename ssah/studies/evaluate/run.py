@@ -102,13 +102,12 @@ def evaluate(
     words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
     conditions = range(len(settings.system_prompts))
-    weights = weights_hash(model)
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
     per_model = len(conditions) * len(asked) + 1 + bool(settings.tasks)
     with study.under_way(
         2 + len(models) * per_model,
         intact=intact,
-        intact_weights=weights if scorer[0] is model else weights_hash(scorer[0]),
+        intact_weights=study.weights if scorer[0] is model else weights_hash(scorer[0]),
         judges=[each.describe() for each in judges],  # what they are now, in place of their names
     ) as steps:
         # The model itself was moved already; that this is it again does no harm.

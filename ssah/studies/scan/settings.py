@@ -48,6 +48,7 @@ class ScanSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        # SCU and UCU are chosen from what RU leave, each with a share of its own.
         largest = max(self.ru_shares) + 2 * max(self.shares)
         if largest > 1:
             raise ValueError(

@@ -11,7 +11,7 @@ from ssah.settings import check_settings, setting
 __all__ = ["StabilitySettings"]
 
 _grouping = partial(setting, panel="Groups")
-_share = partial(_grouping, help="Share of all units.", above=0, max=1)
+_share = partial(_grouping, help="Share of all units, above 0.", above=0, max=1)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ __all__ = ["FREEZE_ARMS", "BudgetSettings", "FreezeArm", "FreezeSettings", "Stud
 _training = partial(setting, panel="Training")
 _grouping = partial(setting, panel="Groups")
 _measuring = partial(setting, panel="Measuring")
-_share = partial(_grouping, help="Share of all units.", above=0, max=1)
+_share = partial(_grouping, help="Share of all units, above 0.", above=0, max=1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class StudySettings:
 
     def steps(self, pools: Sequence[Sized]) -> int:
         """Updates of the first arm; passes are those over the first pool of encoded rows."""
-        of_batch = self.batch_size // len(pools)
+        of_batch = self.batch_size // len(pools)  # rows of each pool in a batch
         return self.max_steps or math.ceil(self.epochs * len(pools[0]) / of_batch)
 
 
@@ -87,7 +87,7 @@ class FreezeSettings(StudySettings):
     scu: float = _share(0.01)
     ucu: float = _share(0.01)
     ru: float = _share(0.15)
-    cu: float = _grouping(0.06, "CU frozen beside SCU.", above=0, max=1)
+    cu: float = _grouping(0.06, "CU frozen beside SCU, above 0.", above=0, max=1)
     lora_rank: int = _training(16, "Of the adapters.", min=1)
     lora_lr: float | None = _training(None, "Of the adapters; default: 10 times --lr.", above=0)
 
