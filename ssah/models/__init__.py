@@ -16,7 +16,6 @@ from ssah.models.loading import (
     put_tensor,
     quiet,
 )
-from ssah.models.locate import SMOLLM2, locate
 from ssah.models.offload import at_hand, device_of, replaced_forward, runs_own_forward, swapped
 from ssah.models.packed import (
     check_plain,
@@ -28,6 +27,7 @@ from ssah.models.packed import (
     scheme_of,
 )
 from ssah.models.running import as_it_was, check_backbone, check_idle
+from ssah.models.source import SMOLLM2, locate
 from ssah.models.weights import (
     cheap_weights_hash,
     check_same_weights,
@@ -35,7 +35,7 @@ from ssah.models.weights import (
     digests,
     weights_hash,
 )
-from ssah.models.wrappers import check_bare, check_whole
+from ssah.models.wrappers import check_bare, check_whole, text_config
 
 __all__ = [
     "DTYPES",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.models.checks import ModelError, loading_errors, whole
-from ssah.models.locate import locate
+from ssah.models.source import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def load_model(
 
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-    target = pick_device(device)
+    target = pick_device(device)  # before minutes of loading
     source = locate(name)
     if packed and not source.gguf_file:
         raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
@@ -117,7 +117,7 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     )
     with loading_errors(name, unread):
         config = AutoConfig.from_pretrained(source.place, **options)
-    with torch.device("meta"):
+    with torch.device("meta"):  # tensors without memory
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -161,6 +161,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+    # Outside, or the caller's own filters would not see them.
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
@@ -171,6 +172,7 @@ def pick_device(device: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
     try:
+        # A name may be well formed and the device not there: only use shows it.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

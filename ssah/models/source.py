@@ -54,12 +54,13 @@ def locate(name: str) -> Source:
     """
     place = _smollm2_folder() if name == SMOLLM2 else name
     path = Path(place)
+    # What is on this machine comes first: a folder may be called as a hub id is.
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
         return Source(str(path.parent), path.name, True)
     if path.is_dir():
-        config = path / "config.json"
+        config = path / "config.json"  # a GGUF file has its configuration in itself
         return Source(place, None if config.is_file() else _only_gguf(path), True)
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelError(
