@@ -6,14 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from ssah.models.finite import nonfinite_weight
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class ModelError(ValueError):

