@@ -74,26 +74,28 @@ def describe_model(model: nn.Module, name: str) -> dict[str, Any]:
     Raises:
         ValueError: the architecture is unknown, or there are no such modules.
     """
-    from ssah.models import describe_packing, n_parameters
+    # transformers takes seconds to import, and `ssah info` without a model does not need it.
+    from ssah.models import describe_packing, n_parameters, text_config
     from ssah.units import KINDS, find_modules, find_not_covered
 
     found = find_modules(model).values()
     kinds = {}
     for kind in KINDS:
+        # Thousands of modules, of a mixture for example, have a few sizes.
         sizes = Counter(module.n_units for module in found if module.kind == kind)
         kinds[kind] = {
             "modules": sizes.total(),
             "units": sum(units * modules for units, modules in sizes.items()),
             "sizes": sorted(sizes.items()),
         }
-    owned = 0
+    owned = 0  # a shared row of V counts once
     for module in found:
         for entries in (*module.inputs, module.output):
             owned += len(entries.index.unique()) * entries.width(model)
     return {
         "name": name,
         "class": type(model).__name__,
-        "model_type": model.config.get_text_config(decoder=True).model_type,  # type: ignore[union-attr, operator]
+        "model_type": text_config(model).model_type,
         "parameters": n_parameters(model),
         "owned": owned,
         "dtype": str(model.dtype).removeprefix("torch."),

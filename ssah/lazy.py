@@ -19,6 +19,7 @@ def submodules_of(package: str) -> Callable[[str], ModuleType]:
     """
 
     def __getattr__(name: str) -> ModuleType:
+        # Python asks a package for __path__ and the like: no module is looked for then.
         if not name.startswith("_") and find_spec(f"{package}.{name}") is not None:
             return import_module(f"{package}.{name}")
         raise AttributeError(f"module {package!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ def scoring_bar(
         total: steps, or None if nobody knows.
         completed: steps that were done earlier, which is said.
     """
+    # Here and not above: rich takes longer to import than a short run takes.
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -52,6 +52,7 @@ def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
     if "forward" not in own:
         return None
     unconverted: Callable[..., Any] | None = own.get(_UNCONVERTED)
+    # What it has put there comes from this module of its own, whatever it calls the attribute.
     made_by = getattr(getattr(own["forward"], "__func__", None), "__module__", "")
     if unconverted is None and made_by == "accelerate.utils.operations":
         raise _LIBRARY.lacks(

@@ -43,6 +43,7 @@ _FSDP1 = "torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataPar
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is called as ``module`` runs, forward or backward, or as every one does."""
+    # torch keeps hooks in dictionaries of these names, and those of all modules in globals.
     own = any(getattr(module, name) for name in _HOOKS)
     return own or any(getattr(torch_module, f"_global{name}") for name in _HOOKS)
 
@@ -68,6 +69,7 @@ def how_computed(module: nn.Module, leaf: str) -> tuple[str, str] | None:
 
     None where it is a parameter, or is missing for good.
     """
+    # A computed one is an attribute in the place of the parameter.
     if leaf in module._parameters or getattr(module, leaf, None) is None:
         return None
     if leaf in getattr(module, "parametrizations", {}):
@@ -111,6 +113,7 @@ def is_fsdp1(model: nn.Module) -> bool:
     parts = list(model.modules())
     if any(_FSDP1 in _qualified(part) for part in parts):
         return True
+    # Of a model that was taken out of its wrapper only the mark tells.
     marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in parts)
     return marked and not any(is_sharded(parameter) for parameter in model.parameters())
 

@@ -34,6 +34,7 @@ def has_expert_layout(module: nn.Module) -> bool:
         LibraryError: it says a part of it: by another release of transformers.
     """
     missing = [flag for flag in _EXPERT_FLAGS if not hasattr(module, flag)]
+    # None of them: no class of experts. A part of them: they have been renamed.
     if missing and len(missing) < len(_EXPERT_FLAGS):
         raise LIBRARY.lacks(
             f"{type(module).__name__}.{missing[0]}", "to read the layout of experts"
@@ -69,6 +70,7 @@ def has_usual_gate(module: Any) -> bool:
         )
     except LibraryError:
         return False
+    # A class with a gate of its own (a clamp, a shift) has another function under this name.
     return getattr(module._apply_gate, "__func__", None) is usual
 
 
@@ -109,6 +111,7 @@ class WeightReader:
     def target(self, key: str, names: Any) -> str:
         """Name in the model of what the checkpoint calls ``key``; of its first part if several."""
         target, _ = self._rename(key, *self._kinds, self._model.base_model_prefix, names)
+        # A rule may rename what the model calls as the checkpoint does: then the key is right.
         return key if target not in names and key in names else target
 
     def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:

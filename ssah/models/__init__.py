@@ -29,6 +29,7 @@ from ssah.models.packed import (
 )
 from ssah.models.places import SMOLLM2, locate
 from ssah.models.running import as_it_was, check_backbone, check_idle
+from ssah.models.source import SMOLLM2, locate
 from ssah.models.weights import (
     cheap_weights_hash,
     check_same_weights,
@@ -36,7 +37,7 @@ from ssah.models.weights import (
     digests,
     weights_hash,
 )
-from ssah.models.wrappers import check_bare, check_whole
+from ssah.models.wrappers import check_bare, check_whole, text_config
 
 __all__ = [
     "DTYPES",

@@ -6,14 +6,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from ssah.models.finite import nonfinite_weight
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 class ModelError(ValueError):
@@ -55,8 +53,7 @@ def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:
     Raises:
         ModelError: weights are missing or have another shape; they are named.
 
-    A tensor that the model has no place for is a warning: it does no harm by itself. So is a weight
-    that is NaN or infinite, which may be a row that nothing reads.
+    A tensor that the model has no place for is a warning, and so is one that is NaN or infinite.
     """
     model: PreTrainedModel
     # Another shape is let pass so that it is named below, with the model.
@@ -64,6 +61,7 @@ def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:
         source, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     other_shape = {key for key, *_ in report["mismatched_keys"]}
+    # Tied weights and buffers that are computed are in neither: transformers leaves them out.
     for what, keys in (("lacks", report["missing_keys"]), ("has in another shape", other_shape)):
         if keys:
             raise ModelError(
@@ -71,6 +69,8 @@ def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:
                 "would be random numbers. The checkpoint is not whole, or its configuration is of "
                 "another model"
             )
+    # A tensor without a place does no harm by itself, and a weight that is not finite may be a row
+    # that nothing reads: both are said, and the model is given.
     unexpected = sorted(report["unexpected_keys"])
     if unexpected:
         warnings.warn(

@@ -15,12 +15,13 @@ def faster_dtype(device: torch.device) -> torch.dtype:
 
     This is measured once a process, so that all of its runs choose alike.
     """
-    if device.type != "cpu":
+    if device.type != "cpu":  # only the processor is measured
         return torch.bfloat16
     seconds, limit = {}, math.inf
     for dtype in (torch.float32, torch.bfloat16):
         a, b = torch.ones(512, 512, dtype=dtype), torch.ones(512, 1024, dtype=dtype)
         times: list[float] = []
+        # The fastest of a few: others may have had the processor meanwhile.
         while len(times) < 8 and sum(times) < limit:
             start = time.perf_counter()
             a @ b

@@ -12,9 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ssah_kernels.checks import FLOATS
 from ssah_kernels.sharded import local
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
@@ -26,7 +25,8 @@ def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
     bounds: list[Tensor] = []
     for name, tensor in tensors:
         own = local(tensor.detach())
-        plain = type(own) is Tensor and own.dtype in _DTYPES and not own.is_meta
+        # What packed bytes stand for is their scheme's affair; a meta tensor has no values.
+        plain = type(own) is Tensor and own.dtype in FLOATS and not own.is_meta
         if plain and own.numel():
             names.append(name)
             bounds.append(torch.stack(own.aminmax()).double())  # [2]
@@ -36,6 +36,7 @@ def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
         here = [i for i, bound in enumerate(bounds) if bound.device == device]
         finite = torch.stack([bounds[i] for i in here]).isfinite().all(1).cpu()
         if not bool(finite.all()):
+            # The first on this device, and of one device the first of all.
             return names[here[int(finite.logical_not().nonzero()[0])]]
     return None
 

@@ -6,16 +6,22 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
 
+from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
-from ssah.models.places import locate
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from ssah.models.packed import packed_modules
+from ssah.models.source import locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -64,14 +70,9 @@ def load_weights(
     packed: bool = False,
 ) -> PreTrainedModel:
     """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
-    from transformers import AutoModelForCausalLM
-
-    from ssah.compat import gguf
-    from ssah.models.packed import packed_modules
-
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-    target = pick_device(device)
+    target = pick_device(device)  # before minutes of loading
     source = locate(name)
     if packed and not source.gguf_file:
         raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
@@ -104,8 +105,6 @@ def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedT
     Raises:
         ModelError: nothing of that name, a package is missing, or the files cannot be read.
     """
-    from transformers import AutoTokenizer
-
     source = locate(name)
     options = source.options(trust_remote_code)
     with loading_errors(name):
@@ -123,8 +122,6 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     Raises:
         ModelError: nothing of that name, or the configuration cannot be read.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     source = locate(name)
     options = source.options(trust_remote_code)
     unread = (
@@ -133,7 +130,7 @@ def empty_model(name: str, *, trust_remote_code: bool = False) -> PreTrainedMode
     )
     with loading_errors(name, unread):
         config = AutoConfig.from_pretrained(source.place, **options)
-    with torch.device("meta"):
+    with torch.device("meta"):  # tensors without memory
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
@@ -162,8 +159,6 @@ def quiet() -> Iterator[None]:
 
     Errors stay, and warnings are shown after it.
     """
-    from transformers.utils import logging
-
     level, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -177,6 +172,7 @@ def quiet() -> Iterator[None]:
         logging.set_verbosity(level)
         if bar:
             logging.enable_progress_bar()
+    # Outside, or the caller's own filters would not see them.
     for each in caught:
         warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
 
@@ -187,6 +183,7 @@ def pick_device(device: str) -> torch.device:
         found = torch.accelerator.current_accelerator(check_available=True)
         return found if found is not None else torch.device("cpu")
     try:
+        # A name may be well formed and the device not there: only use shows it.
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]

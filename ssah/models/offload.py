@@ -1,7 +1,13 @@
 """Models that accelerate has changed: weights that are elsewhere until their module runs.
 
 An offloaded weight lies on the meta device; the hook on its module fetches it before each forward
-and lets it go afterwards. What is replaced on a module here takes account of that.
+and lets it go afterwards. accelerate puts the hook in place of the module's forward:
+
+    module.forward       fetches the weights, calls module._old_forward, lets them go
+    module._old_forward  what the class computes
+
+So whoever replaces what a module computes must replace ``_old_forward`` where there is a hook, or
+the weights would not be there.
 """
 
 from __future__ import annotations
@@ -46,6 +52,7 @@ def at_hand(*modules: nn.Module) -> Iterator[None]:
                 hook = hook_of(part)
                 hook.pre_forward(part)
                 stack.callback(hook.post_forward, part, None)
+                # Without the hook, which would fetch them again at each call.
                 stack.enter_context(swapped(part, "forward", getattr(part, OWN_FORWARD)))
         yield
 
@@ -54,6 +61,7 @@ def runs_own_forward(module: nn.Module) -> bool:
     """Whether ``module`` computes what its class says: nobody but accelerate has replaced it."""
     if "forward" not in vars(module):
         return True
+    # Under a hook of accelerate the forward that counts is the one that it calls.
     own = module.forward if hook_of(module) is None else getattr(module, OWN_FORWARD)
     return getattr(own, "__func__", None) is type(module).forward
 
@@ -79,7 +87,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 @contextmanager
 def swapped(module: nn.Module, name: str, value: Any) -> Iterator[None]:
     """``module`` has ``value`` as its attribute ``name`` inside the block."""
-    before = vars(module).get(name)
+    before = vars(module).get(name)  # not the class's: what was not on the module is removed again
     setattr(module, name, value)
     try:
         yield

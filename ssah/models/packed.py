@@ -1,7 +1,12 @@
 """Packed weights: which schemes are known, and how a weight is read back.
 
 The only module that knows about quantisation. A scheme is told by the class of the projection or
-of its weight; to add one, add a line to ``SCHEMES``. Nothing here imports a package that packs.
+of its weight; to add one, add a line to ``SCHEMES``, for example
+
+    "their_package.PackedLinear": Scheme("theirs", "their_method", their_dequantise, "what to do"),
+
+Models of it are then scored, ablated and hashed, and training them is refused. Nothing here imports
+a package that packs: classes are told by their names.
 """
 
 from __future__ import annotations
@@ -79,6 +84,7 @@ SCHEMES: dict[str, Scheme] = {
 
 def scheme_of(module: nn.Module) -> Scheme | None:
     """How the weight of ``module`` is packed; None where it is a plain one, or there is none."""
+    # Some packages give the module a class of its own (bitsandbytes), some the weight (torchao).
     for kind in (*type(module).__mro__, *type(getattr(module, "weight", None)).__mro__):
         if (scheme := SCHEMES.get(f"{kind.__module__}.{kind.__qualname__}")) is not None:
             return scheme
@@ -147,6 +153,7 @@ def passing_gradients(model: nn.Module) -> Iterator[None]:
 
     def check(name: str, scheme: Scheme) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            # The first layers may be given what needs no gradient: that is no fault of theirs.
             if args[0].requires_grad and not out.requires_grad:
                 raise ValueError(
                     f"module {name!r} ({scheme.name}) passes no gradient to its input on "
@@ -167,6 +174,7 @@ def passing_gradients(model: nn.Module) -> Iterator[None]:
 
 def n_parameters(model: nn.Module) -> int:
     """How many weights ``model`` has, of packed ones those that they stand for."""
+    # By identity, so that tied weights count once.
     meant = {id(parameter): parameter.numel() for parameter in model.parameters()}
     for name in packed_modules(model):
         module: Any = model.get_submodule(name)
@@ -182,6 +190,7 @@ def describe_packing(model: nn.Module) -> str | None:
     names = sorted({scheme.name for scheme in packed_modules(model).values()})
     if names:
         return ", ".join(names)
+    # A model on the meta device was made without its scheme: only the configuration tells.
     config: Any = getattr(model.config, "quantization_config", None)
     if config is None:
         return None

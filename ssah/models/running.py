@@ -35,6 +35,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         ValueError: FSDP1 or ZeRO stage 3 holds its weights.
         RuntimeError: another thread is inside such a block with this model.
     """
+    # autocast is switched off by the type of device: embeddings compute where the model does.
     device = device_of(check_whole(model).get_input_embeddings())
     with (
         _alone(model),
@@ -42,6 +43,7 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
         unconverted(model),
         torch.autocast(device.type, enabled=False),
     ):
+        # Of every module by itself: a caller may have a part in evaluation mode while it trains.
         modes = [(module, module.training) for module in model.modules()]
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         try:
@@ -61,7 +63,7 @@ def _alone(model: nn.Module) -> Iterator[None]:
     key = _backbone(model)
     with _LOCK:
         check_idle(model, "to be measured")
-        outermost = key not in _RUNNING
+        outermost = key not in _RUNNING  # one thread may measure inside its own measuring
         if outermost:
             _RUNNING[key] = threading.get_ident()
     try:
@@ -95,7 +97,7 @@ def check_backbone(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the model has forward pre-hooks, or a forward that is not its class's.
     """
-    if model.base_model is model:
+    if model.base_model is model:  # there is nothing to go around
         return
     base = f"model.{model.base_model_prefix}"
     if has_pre_hooks(model):
@@ -103,7 +105,7 @@ def check_backbone(model: PreTrainedModel) -> None:
             f"model {type(model).__name__} has forward pre-hooks, which attribute would go around: "
             f"it runs the backbone. Register them on {base}"
         )
-    with unconverted(model):
+    with unconverted(model):  # accelerate's autocast is no forward that somebody meant
         if not runs_own_forward(model):
             raise ValueError(
                 f"model {type(model).__name__} has a forward that somebody put in place of its "

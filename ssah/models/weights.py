@@ -1,4 +1,12 @@
-"""Which weights a model has: one hash of all of them, kept with every result."""
+"""Which weights a model has: one hash of all of them, kept with every result.
+
+The hash of a model is that of the sorted pairs (module, hash of its own tensors), and a hash of
+tensors is that of the first one's dtype and the bytes of all in logical order:
+
+    SHA-256("torch.float32" + bytes of weight + bytes of bias)
+
+So neither strides, nor devices, nor the order of modules, nor the number of threads counts.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +53,7 @@ def cheap_weights_hash(model: nn.Module) -> str | None:
         return None
     traces = _traces(model)
     if traces is None:
-        return weights_hash(model)
+        return weights_hash(model)  # nobody can tell whether they changed
     known = _HASHED.get(model)
     if known is None or known[0] != traces:
         known = _HASHED[model] = (traces, weights_hash(model))
@@ -64,7 +72,7 @@ def _traces(model: nn.Module) -> str | None:
     found = hashlib.sha256(repr([(t.data_ptr(), t._version, t.shape) for t in tensors]).encode())
     samples: dict[torch.device, list[Tensor]] = {}  # one copy from each device
     for tensor in tensors:
-        flat = tensor.detach().reshape(-1)
+        flat = tensor.detach().reshape(-1)  # [elements]
         sample = flat[:: max(1, flat.numel() // _SAMPLE)][: _SAMPLE + 1].contiguous()
         samples.setdefault(tensor.device, []).append(sample.view(torch.uint8))
     for each in samples.values():
@@ -96,6 +104,7 @@ def _offloaded(model: nn.Module) -> bool:
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:
     """What ``module`` itself has of the model's state, not what the modules in it have."""
+    # Buffers that no checkpoint holds (rotary frequencies) follow from the configuration.
     own = {*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)}
     packed = identity(module)
     if packed is not None:
@@ -103,7 +112,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
         own.discard("weight")
     if not own:
         return
-    with at_hand(module):
+    with at_hand(module):  # offloaded ones are fetched, module by module
         for name in sorted(own):
             tensor = getattr(module, name)
             if tensor is not None:
@@ -121,7 +130,7 @@ def digest(pieces: Iterable[Tensor]) -> str:
         if dtype is None:
             dtype = piece.dtype
             state.update(str(dtype).encode())
-        flat = piece.detach().contiguous().reshape(-1)
+        flat = piece.detach().contiguous().reshape(-1)  # [elements], in logical order
         for chunk in flat.split(max(1, _BYTES_AT_ONCE // flat.element_size())):
             state.update(chunk.cpu().view(torch.uint8).numpy())
     return state.hexdigest()

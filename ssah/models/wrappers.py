@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ssah.compat.modules import is_fsdp1, partitioned, wrapper_of
 
@@ -17,6 +17,7 @@ def check_bare(model: nn.Module) -> PreTrainedModel:
     """
     if isinstance(model, PreTrainedModel):
         return model
+    # In a wrapper all names are longer: scores by such names would fit no other copy of the model.
     wrapped = wrapper_of(model, PreTrainedModel) if isinstance(model, nn.Module) else None
     raise TypeError(
         wrapped or f"model is a {type(model).__name__}, must be a transformers.PreTrainedModel"
@@ -31,6 +32,7 @@ def check_whole(model: nn.Module) -> PreTrainedModel:
         ValueError: FSDP1 or DeepSpeed's ZeRO stage 3 holds them.
     """
     bare = check_bare(model)
+    # Both hold weights in pieces that have lost their shapes; fully_shard keeps rows and columns.
     if is_fsdp1(model):
         raise ValueError(
             f"model {type(model).__name__} is sharded by FSDP1 (FullyShardedDataParallel), which "
@@ -45,3 +47,12 @@ def check_whole(model: nn.Module) -> PreTrainedModel:
                 "torch.distributed.fsdp.fully_shard"
             )
     return bare
+
+
+def text_config(model: nn.Module) -> PreTrainedConfig:
+    """The configuration of the text model: of one that also sees or hears, a part of the whole.
+
+    Raises:
+        TypeError: as of :func:`check_bare`.
+    """
+    return check_bare(model).config.get_text_config(decoder=True)

@@ -53,13 +53,14 @@ def write_whole(path: Path, content: bytes) -> None:
     Raises:
         OSError: it cannot be written, e.g. since the disk is full; the file is named.
     """
+    # In the same folder, so that to rename it is one step; of this process, so that two do not mix.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
             temporary.write_bytes(content)
             sync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            sync(path.parent)  # the new name is in the folder, which is written by itself
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -49,11 +49,13 @@ def save_tensors(
     folder = Path(directory)
     content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
+    # Named by its content: the old meta.json goes on naming the old tensors until it is replaced.
     name = f"tensors-{digest[:12]}.safetensors"
     record = {**meta, "tensors": name, "sha256": digest}
     folder.mkdir(parents=True, exist_ok=True)
     with one_writer(folder):
         check_kind(folder, meta.get("content"))
+        # Nobody else writes here now, so that these are a killed process's.
         for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
             half.unlink()
         write_whole(folder / name, content)
@@ -72,7 +74,7 @@ def check_kind(folder: Path, content: object) -> None:
     try:
         there = json.loads((folder / META).read_bytes())["content"]
     except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return
+        return  # nothing is there, or nothing that anybody could use
     if there != content:
         raise ValueError(
             f"directory {str(folder)!r} holds {there!r}, which {content!r} must not replace: "
@@ -88,7 +90,7 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         ValueError: a file was cut off or edited; it is named.
     """
     folder = Path(directory)
-    while True:
+    while True:  # until both files are of one result
         meta = _read_meta(folder)
         file = folder / meta["tensors"]
         try:
@@ -112,6 +114,7 @@ def _read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
     meta = read_sealed(path, {"tensors": str, "sha256": str}, _OWN)
+    # A file from elsewhere may name any path.
     if Path(meta["tensors"]).name != meta["tensors"]:
         raise ValueError(f"file {str(path)!r} is damaged: it names tensors outside its folder")
     return meta
@@ -148,7 +151,7 @@ class Stored:
                 f"directory {str(directory)!r} holds {meta.get('content')!r}; it must hold "
                 f"{content!r}"
             )
-        self.meta = {**(optional or {}), **meta}
+        self.meta = {**(optional or {}), **meta}  # what the file says counts
         check_fields(self.path, self.meta, fields)
 
     def damaged(self, how: str) -> ValueError:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ssah.models import text_config
 from ssah.units.depth_two import DepthTwoModule, of_projections, output_rows
 from ssah.units.family import Attention, ValueLayout
 from ssah.units.projections import check_width, features, projection
@@ -33,7 +34,7 @@ def attention_module(model: nn.Module, layer: str, attention: Attention) -> Dept
     """
     name, value_name = f"{layer}.{attention.down}", f"{layer}.{attention.value}"
     down, value = projection(model, name), projection(model, value_name)
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    config = text_config(model)
     n_units, n_heads = features(down)[0], config.num_attention_heads
     head_dim = n_units // n_heads
     units = torch.arange(n_units)

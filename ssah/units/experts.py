@@ -1,8 +1,15 @@
 """Routed experts of one layer, whose weights transformers keeps as 3-D parameters.
 
 Modules' hooks do not see what happens inside: here each expert is run by itself. The class of the
-experts says how it lays its weights out (``has_gate``, ``has_bias``, ``is_transposed``,
-``is_concatenated``: ``transformers.integrations.use_experts_implementation``).
+experts says how it lays its weights out (``transformers.integrations.use_experts_implementation``).
+Of 8 experts with 3 units each, over a hidden size of 2:
+
+                       gate_up_proj  down_proj   gate of unit j   up of unit j
+    Mixtral            [8, 6, 2]     [8, 2, 3]   row j            row 3 + j       is_concatenated
+    GPT-OSS            [8, 2, 6]     [8, 3, 2]   column 2j        column 2j + 1   is_transposed
+
+The first dimension runs over experts. ``has_gate`` is False where there is ``up_proj`` alone, and
+``has_bias`` says whether both projections have a bias.
 """
 
 from __future__ import annotations
@@ -54,6 +61,7 @@ class RoutedExperts:
                 "transformers.integrations.use_experts_implementation decorates (dequantise the "
                 "model first)"
             )
+        # The layout is told by flags, so that a forward which ignores them would be scored wrongly.
         if not dispatches(module) or not runs_own_forward(module):
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) has a forward of its own, in its class "
@@ -70,9 +78,10 @@ class RoutedExperts:
         transposed = bool(module.is_transposed)
         plain = all(len(shape) == 3 for shape in shapes.values())
         if plain:
-            n_experts, first, second = shapes[DOWN]
+            n_experts, first, second = shapes[DOWN]  # [experts, hidden, units], or transposed
             hidden, n_units = (second, first) if transposed else (first, second)
             width = 2 * n_units if module.has_gate else n_units
+            # B alone would fit another layout too: A's shape must agree with it.
             wanted = (n_experts, hidden, width) if transposed else (n_experts, width, hidden)
             plain = shapes[up] == wanted
         if not plain:
@@ -92,13 +101,13 @@ class RoutedExperts:
         units = torch.arange(self.n_units)
         if not self.module.has_gate:
             return [units]
-        if self.module.is_concatenated:
+        if self.module.is_concatenated:  # all gates, then all ups
             return [units, self.n_units + units]
-        return [2 * units, 2 * units + 1]
+        return [2 * units, 2 * units + 1]  # gate and up of unit 0, of unit 1, ...
 
     def weight(self, leaf: str, expert: int) -> Tensor:
         """One expert's matrix ``[out, in]``, a view."""
-        matrix = getattr(self.module, leaf)[expert]
+        matrix = getattr(self.module, leaf)[expert]  # [experts, out, in] -> [out, in]
         return matrix.t() if self.module.is_transposed else matrix
 
     def bias(self, leaf: str, expert: int) -> Tensor | None:
@@ -126,12 +135,16 @@ def up_name(module: nn.Module) -> str:
 def route(chosen: Tensor, n_experts: int) -> list[tuple[Tensor, Tensor]]:
     """The tokens of every expert, ascending, and the place of the expert among a token's choices.
 
+    Example: token 0 chose experts 1 and 0, token 1 chose 1 and 2. Expert 1 has tokens [0, 1], at
+    places [0, 0].
+
     Args:
         chosen: integers ``[tokens, k]``; numbers from ``n_experts`` on mean no expert.
         n_experts: how many there are.
     """
-    flat = chosen.flatten()
-    order = flat.argsort(stable=True)
+    flat = chosen.flatten()  # [tokens * k], pair p is choice p % k of token p // k
+    order = flat.argsort(stable=True)  # stable: the tokens of one expert stay ascending
+    # What lies behind the last expert are pairs without one.
     ends = torch.bincount(flat, minlength=n_experts)[:n_experts].cumsum(0).tolist()
     k = chosen.shape[1]
     pieces = order[: ends[-1]].tensor_split(ends[:-1])
@@ -159,6 +172,7 @@ def run_routed(
     out = torch.zeros_like(x)
     for expert, (token, place) in enumerate(route(chosen, n_experts)):
         if every or len(token):
-            weighed = run(token, expert) * weights[token, place, None]
+            weighed = run(token, expert) * weights[token, place, None]  # [n, hidden]
+            # No token is here twice for one expert, so that the order of additions is fixed.
             out.index_add_(0, token, weighed.to(out.dtype))
     return out

@@ -20,13 +20,14 @@ def _gated_ffn(module: str) -> FFN:
         gate=f"{module}.gate_proj",
         module=module,
         act=f"{module}.act_fn",
-        last=True,
+        last=True,  # attention runs before it
     )
 
 
 # ------------------------------------------------------------------- parts that several entries use
 
 _GATED_FFN = _gated_ffn("mlp")
+# One projection, whose output is gate and then up.
 _FUSED_FFN = FFN(
     down="mlp.down_proj",
     up="mlp.gate_up_proj",
@@ -44,6 +45,7 @@ _FUSED_SELF_ATTENTION = Attention(
     down="self_attention.dense", value="self_attention.query_key_value", layout="qkv_per_head"
 )
 
+# A layer has it in place of ``self_attn``: of such a layer only the FFN is scored.
 _LINEAR_ATTENTION = NotCovered(
     "linear_attn",
     "linear attention: a recurrent state lies between its projections, not V -> O",
@@ -68,6 +70,7 @@ _PER_LAYER_INPUT = NotCovered(
 # ------------------------------------------------------------- layers that several entries lay out
 
 _LLAMA = Family(layers="layers", ffn=_GATED_FFN, attention=_SELF_ATTENTION, maskless=True)
+# The FFN of `_LLAMA` stays: it is that of a mixture's dense layers.
 _ROUTED = replace(_LLAMA, experts=Experts())
 _SHARED_EXPERT = replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_expert")))
 _SHARED_EXPERTS = replace(_ROUTED, experts=Experts(shared=_gated_ffn("mlp.shared_experts")))
@@ -78,6 +81,7 @@ _DEEPSEEK = replace(
 _GLM = replace(_LLAMA, ffn=_FUSED_FFN)
 _NEMOTRON = replace(_LLAMA, ffn=_PLAIN_FFN)
 _BLOOM = Family(layers="h", ffn=_NEOX_FFN, attention=_FUSED_SELF_ATTENTION, maskless=True)
+# Its query projection computes a gate beside each query, which multiplies what enters O.
 _QWEN_HYBRID = replace(
     _LLAMA,
     attention=replace(_SELF_ATTENTION, gate="self_attn.q_proj"),
@@ -142,7 +146,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "gemma4_text": replace(
         _LLAMA,
-        experts=Experts("experts", shared=_GATED_FFN),
+        experts=Experts("experts", shared=_GATED_FFN),  # beside the FFN, not in place of it
         not_covered=(
             *_SHARED_VALUES,
             NotCovered(

@@ -132,6 +132,7 @@ class Family:
 
 def attribute_at(module: nn.Module, path: str) -> object:
     """The attribute of ``module`` at a dotted path of an entry, None where there is none."""
+    # Not get_submodule: some paths name a flag or a number of the layer, or nothing.
     found: object = module
     for name in path.split("."):
         found = getattr(found, name, None)

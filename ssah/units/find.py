@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from torch import nn
 from transformers import PreTrainedConfig
 
-from ssah.models import check_bare, check_whole
+from ssah.models import check_bare, check_whole, text_config
 from ssah.units.attention import attention_module
 from ssah.units.depth_two import KINDS, DepthTwoModule
 from ssah.units.families import FAMILIES, WITHOUT_MODULES
@@ -35,10 +35,10 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown or not kinds:
         raise ValueError(f"modules is {kinds!r}, must be one or more of {KINDS}")
-    check_whole(model)
+    check_whole(model)  # before anything is read: a flat or partitioned weight has other shapes
     family = family_of(model)
     layers = _layers(model)
-    last = next(reversed(layers), None)
+    last = next(reversed(layers), None)  # what only its input is wanted of need not run to its end
     found: list[DepthTwoModule] = []
     for name, layer in layers.items():
         missing = {part.instead for part in family.not_covered if _applies(part, model, layer)}
@@ -118,10 +118,9 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
 
 def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:
     """Whether ``layer`` of ``model`` has ``part``."""
-    if part.setting is not None:
-        config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-        if not getattr(config, part.setting, None):
-            return False
+    # The attribute may be true where nothing makes use of it, which a setting then tells.
+    if part.setting is not None and not getattr(text_config(model), part.setting, None):
+        return False
     return bool(attribute_at(layer, part.at))
 
 

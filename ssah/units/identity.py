@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ssah.models import text_config
 from ssah.units.find import find_modules
 
 # Settings that change neither the units nor what the model computes: not part of what a run
@@ -38,6 +39,7 @@ _VOLATILE = frozenset(
 
 
 def _stable(value: Any) -> Any:
+    """``value`` as JSON writes it in every run: without settings of the day, dtypes as text."""
     if isinstance(value, Mapping):
         return {str(key): _stable(item) for key, item in value.items() if str(key) not in _VOLATILE}
     if isinstance(value, list | tuple):
@@ -68,7 +70,9 @@ def units_hash(model: nn.Module) -> str:
         TypeError, ValueError: `find_modules` does not know the model.
     """
     found = find_modules(model)
-    config = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    # Not the configuration itself: a newer transformers adds fields, a resized vocabulary changes
+    # one, and the units stay what they are.
+    config = text_config(model)
     parts = [[name, module.kind, module.n_units] for name, module in found.items()]
     text = json.dumps([config.model_type, config.hidden_size, parts])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ssah.compat.modules import how_computed
 from ssah.models import runs_own_forward, scheme_of
+from ssah_kernels.checks import FLOATS
 from ssah_kernels.sharded import is_sharded
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 # Subclasses of nn.Linear whose own forward is nn.Linear's function.
 _LINEAR_TOO = frozenset({"transformers.models.falcon.modeling_falcon.FalconLinear"})
@@ -36,10 +34,11 @@ def projection(model: nn.Module, name: str) -> nn.Module:
             f"model {type(model).__name__} has no module {name!r}, which the entry of its family "
             "names; register a family that fits it"
         ) from error
-    check_unsplit(name, module)
+    check_unsplit(name, module)  # first: a split projection has no weight to look at
     if scheme_of(module) is not None:
         return module  # what its weight looks like is the scheme's affair
     kind = type(module)
+    # Subclasses of both are common, and many compute something else (FP8, adapters).
     if isinstance(module, nn.Linear):
         shape: tuple[int, ...] = (module.out_features, module.in_features)
         usual = kind.forward is nn.Linear.forward
@@ -63,6 +62,7 @@ def projection(model: nn.Module, name: str) -> nn.Module:
             f"it off (del model.get_submodule({name!r}).forward). Hooks are honoured"
         )
     check_weight(f"{name}.weight", module.weight)
+    # Some schemes keep an nn.Linear and put packed bytes in the place of its weight.
     if tuple(module.weight.shape) != shape:
         raise ValueError(
             f"module {name!r} has a weight of shape {tuple(module.weight.shape)}, must be {shape} "
@@ -91,11 +91,12 @@ def check_weight(name: str, weight: Tensor) -> None:
         name: of the tensor in the model.
         weight: it.
     """
-    if weight.dtype not in _DTYPES:
+    if weight.dtype not in FLOATS:
         raise ValueError(
-            f"{name!r} is {weight.dtype}, must be one of {', '.join(map(str, _DTYPES))}: "
+            f"{name!r} is {weight.dtype}, must be one of {', '.join(map(str, FLOATS))}: "
             "dequantise the model first"
         )
+    # A tensor subclass may stand for other numbers than it holds; one sharded by torch does not.
     if type(weight.data) is not Tensor and not is_sharded(weight):
         raise ValueError(
             f"{name!r} is a {type(weight.data).__name__} ({type(weight.data).__module__}), must be "
@@ -106,7 +107,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
 def features(module: nn.Module) -> tuple[int, int]:
     """Input and output width of a projection."""
-    if isinstance(module, Conv1D):
+    if isinstance(module, Conv1D):  # has other names for them
         return module.nx, module.nf
     return module.in_features, module.out_features  # type: ignore[return-value]
 

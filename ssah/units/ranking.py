@@ -23,10 +23,11 @@ def lowest(key: Tensor, candidates: Tensor, count: int) -> Tensor:
     count = min(count, len(candidates))
     if count == 0:
         return candidates[:0]
-    values = key if len(candidates) == len(key) else key[candidates]
+    # All candidates, as in the first selection: a copy of some million scores is spared.
+    values = key if len(candidates) == len(key) else key[candidates]  # [m]
     threshold = values.kthvalue(count).values
-    chosen = values < threshold
-    ties = (values == threshold).nonzero().flatten()
+    chosen = values < threshold  # bool [m]
+    ties = (values == threshold).nonzero().flatten()  # ascending, so that the lower index is taken
     chosen[ties[: count - int(chosen.sum())]] = True
     return candidates[chosen]
 
@@ -49,6 +50,7 @@ def _exact_sums(x: Tensor) -> Tensor:
     """
     rest, parts = x.clone(), []
     room = (x.shape[1] + 2).bit_length()  # 2^room values of one magnitude do not carry too far
+    # Example: of 1, 2^-60 and -1 the first pass adds 1 - 1, the second 2^-60: nothing is lost.
     while bool((largest := rest.abs().amax(1)).any()):
         exponent = torch.frexp(largest).exponent.to(torch.int64) + room
         # 2^exponent by its bits, since pow may round; at least the smallest normal number.

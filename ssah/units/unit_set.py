@@ -1,4 +1,10 @@
-"""Sets of units and their algebra."""
+"""Sets of units and their algebra.
+
+A set is kept as one sorted tensor of positions among all units of its scope, the modules one after
+the other. Over ``{"a": 5, "b": 3}`` for example the units 1 and 4 of a and 0 of b are [1, 4, 5].
+Union, intersection and difference of sets over thousands of modules are then one operation on masks
+of all units. What belongs to each module is cut out where somebody asks for it.
+"""
 
 from __future__ import annotations
 
@@ -49,10 +55,9 @@ class UnitSet:
             raise ValueError(
                 f"mask is {mask.dtype} {list(mask.shape)}, must be torch.bool [{total}]"
             )
-        units._flat = mask.nonzero()[:, 0]
+        units._flat = mask.nonzero()[:, 0]  # sorted, each once
         return units
 
-    # Where a set is kept as one sorted tensor, algebra on thousands of modules is one operation.
     @cached_property
     def _indices(self) -> dict[str, Tensor]:
         """B's name -> indices in that module, int64, sorted."""
@@ -77,6 +82,7 @@ class UnitSet:
             if not isinstance(like, UnitSet):
                 raise ValueError("sizes is None, must be given when like is a number of units")
             sizes = like.sizes
+        # A generator of its own: neither the caller's draws nor the device change what is drawn.
         generator = torch.Generator().manual_seed(seed)
         if isinstance(like, UnitSet):
             counts = {name: len(index) for name, index in like.items()}
@@ -139,6 +145,7 @@ class UnitSet:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, UnitSet):
             return NotImplemented
+        # The order of modules makes no difference, but positions can be compared only in one order.
         if list(self._sizes.items()) == list(other._sizes.items()):
             return torch.equal(self._flat, other._flat)
         return self._sizes == other._sizes and torch.equal(self._flat, other._over(self._sizes))
@@ -179,6 +186,7 @@ class UnitSet:
         ends = torch.tensor([0, *sizes.values()]).cumsum(0).tolist()
         starts = dict(zip(sizes, ends, strict=False))
         moved = [index + starts[name] for name, index in self._indices.items()]
+        # The empty tensor is for a set over no module at all.
         return torch.cat([*moved, torch.zeros(0, dtype=torch.int64)]).sort().values
 
     def __repr__(self) -> str:
@@ -208,10 +216,12 @@ def _flattened(indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str
     starts = torch.tensor([0, *sizes.values()]).cumsum(0)[:-1]
     start_of = dict(zip(sizes, starts.tolist(), strict=True))
     counts = torch.tensor([len(each) for each in given])
-    index = torch.cat(given)
+    index = torch.cat(given)  # [indices of all modules]
+    # One pass over all of them: a mixture has thousands of modules, and a check for each is slow.
     bounds = torch.tensor([sizes[name] for name in names]).repeat_interleave(counts)
     wrong = ((index < 0) | (index >= bounds)).nonzero()[:, 0]
     if len(wrong):
+        # The module that the first wrong index came from, for the message.
         at = int(torch.searchsorted(counts.cumsum(0), wrong[0], right=True))
         own, name = given[at], names[at]
         raise ValueError(
@@ -219,11 +229,12 @@ def _flattened(indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str
             f"must be in [0, {sizes[name]})"
         )
     flat = index + torch.tensor([start_of[name] for name in names]).repeat_interleave(counts)
-    ascending = bool((flat.diff() > 0).all())
+    ascending = bool((flat.diff() > 0).all())  # as of most callers: no sort is needed
     return flat if ascending else torch.unique(flat, sorted=True)
 
 
 def _integers(name: str, index: Tensor | Sequence[int]) -> Tensor:
+    # An empty list would become float32.
     tensor = torch.as_tensor(index, dtype=None if len(index) else torch.int64, device="cpu")
     if tensor.dim() != 1 or tensor.dtype == torch.bool or tensor.is_floating_point():
         raise ValueError(

