@@ -46,6 +46,7 @@ def choice(argument: str, value: object, allowed: Sequence[str]) -> None:
 
 def fraction_of(argument: str, value: object) -> float:
     """A number from 0 to 1, and nothing else."""
+    # True is an int to Python, and would be a share of 100 %.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
     if not 0.0 <= value <= 1.0:
@@ -89,6 +90,7 @@ def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
     # A sum that is finite has finite terms: one answer for all modules.
     if bool(torch.stack([x.sum() for x in checked.values()]).isfinite().all()):
         return checked
+    # Sums of finite scores may overflow, so that all may be well after all.
     for name, x in checked.items():
         bad = int((~x.isfinite()).sum())
         if bad:
@@ -103,6 +105,7 @@ def check_same_modules(
     left_name: str, left: Mapping[str, int], right_name: str, right: Mapping[str, int]
 ) -> None:
     """Refuse two results that are not of the same modules, with the same numbers of units."""
+    # Both ways round: each may have modules that the other lacks.
     for here, there, a, b in (
         (left_name, right_name, left, right),
         (right_name, left_name, right, left),
@@ -133,7 +136,7 @@ def labels_of(groups: Mapping[str, UnitSet], sizes: Mapping[str, int]) -> dict[s
         mask = groups[group].over(sizes)  # bool [units], all modules in one row
         times += mask
         labels[mask] = number
-    wrong = (times != 1).nonzero()[:, 0]
+    wrong = (times != 1).nonzero()[:, 0]  # [units that are wrong], in the row of all
     if len(wrong):
         of = split(wrong[:1], [*sizes], sizes)
         name = next(name for name, index in of.items() if len(index))

@@ -90,7 +90,7 @@ def classify(
         )
     choice("scope", scope, SCOPES)
     choice("normalize", normalize, NORMALIZATIONS)
-    metadata = None
+    metadata = None  # plain mappings do not say where they come from
     if not (isinstance(safety, Mapping) and isinstance(utility, Mapping)):
         if not (isinstance(safety, Attribution) and isinstance(utility, Attribution)):
             raise TypeError(
@@ -144,6 +144,7 @@ def _shared_metadata(safety: Attribution, utility: Attribution) -> dict[str, Any
                 f"safety and utility differ in {meaning}: {field} is {a!r} in safety and {b!r} in "
                 "utility; both must be measured in the same way on the same model"
             )
+    # Names and units of a model before and after training are the same: its weights are not.
     check_same_weights(
         safety.weights_hash,
         utility.weights_hash,
@@ -151,6 +152,7 @@ def _shared_metadata(safety: Attribution, utility: Attribution) -> dict[str, Any
         "score both sets on the same model (classify(safety.scores, utility.scores, ...) compares "
         "them all the same)",
     )
+    # Then every difference would be 0, and SCU and UCU the first units of the model.
     if safety.data_fingerprint == utility.data_fingerprint:
         raise ValueError(
             "safety and utility were measured on the same data (fingerprint "

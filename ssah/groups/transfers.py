@@ -67,7 +67,7 @@ def transfer(groups_before: UnitGroups, groups_after: UnitGroups) -> Transfer:
             f"{groups_before.sizes.get(name, 'no')} units before and "
             f"{groups_after.sizes.get(name, 'no')} after; both must be of the same modules"
         )
-    names = tuple(groups_before)
+    names = tuple(groups_before)  # in the order of the labels
     side = len(names)
     before, after = (  # [units] each, positions in names
         torch.cat([groups.labels(name) for name in groups_before.sizes]).long()

@@ -167,6 +167,7 @@ class UnitGroups(Mapping[str, UnitSet]):
                 f"fraction is {fraction}; the group {group} is {share:.6g} of all units, so that "
                 "fraction must be at most that (it counts units of the scope, not of the group)"
             )
+        # `lowest` is what classify chose by, so that ties fall as they fell there.
         order, sign = _OWN[group] if by == "group" else (by, 1)
         indices: dict[str, Tensor] = {}
         for names in blocks(list(self.sizes), self.scope):
@@ -242,7 +243,7 @@ class UnitGroups(Mapping[str, UnitSet]):
         stored = Stored(directory, _CONTENT, _FIELDS, _NO_METADATA)
         stored.choice("scope", SCOPES)
         stored.choice("normalize", NORMALIZATIONS)
-        meta, names = stored.meta, stored.names("modules")
+        meta, names = stored.meta, stored.names("modules")  # a file of tensors keeps no order
         if sorted(stored.names("groups")) != sorted(GROUPS):
             raise stored.damaged(f"the field 'groups' must have {', '.join(GROUPS)}")
         check_fields(stored.path, meta["shares"], {"scu": float, "ucu": float, "ru": float})
@@ -253,6 +254,7 @@ class UnitGroups(Mapping[str, UnitSet]):
             name: stored.tensor(f"group/{name}", dtype=torch.uint8, shape=(n,))
             for name, n in sizes.items()
         }
+        # Labels are positions in the file's list of groups, whatever its order.
         members = {
             group: {name: (x == i).nonzero().flatten() for name, x in labels.items()}
             for i, group in enumerate(meta["groups"])
@@ -267,7 +269,7 @@ class UnitGroups(Mapping[str, UnitSet]):
                 normalize=meta["normalize"],
                 metadata={key: meta[key] for key in _METADATA},
             )
-        except ValueError as error:  # a unit in no group
+        except ValueError as error:  # a label that is no group's: its unit is in none
             raise stored.damaged(str(error)) from error
         if model is not None:
             # Groups of plain scores have no hash of the units: compare names and sizes too.
