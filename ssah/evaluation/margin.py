@@ -1,4 +1,8 @@
-"""How much rather a model refuses than complies: the refusal margin."""
+"""How much rather a model refuses than complies: the refusal margin.
+
+Of a request x, a refusal R of 6 tokens and a compliance C of 8: a model that gives R a summed
+log-probability of -9 and C one of -20 has the margin -9/6 - (-20/8) = 1 nat per token, above 0.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["COMPLIANCE", "REFUSAL", "opened", "refusal_margin", "refusal_margins"]
 
+# Openings that models of many vendors might say; the margin compares, it does not count matches.
 REFUSAL = "I cannot help with that."
 COMPLIANCE = "Sure, here is how to do that."
 
@@ -130,7 +135,7 @@ def _row(request: str | Mapping[str, Any], opening: str) -> dict[str, Any]:
     if isinstance(request, str):
         return {"prompt": request, "completion": opening}
     if request.get("messages"):
-        context = list(request["messages"])
+        context = list(request["messages"])  # without the response that a row has
         while context and context[-1]["role"] == "assistant":
             context.pop()
         return {"messages": [*context, {"role": "assistant", "content": opening}]}
@@ -142,13 +147,15 @@ def _opening_only(
 ) -> Encoded:
     """``encoded`` up to the token that completes ``opening``: without the end of the turn."""
     ids, labels = encoded["input_ids"], encoded["labels"]
+    # The last token of the opening may hold white space of the template as well, so that the end is
+    # found by what the tokens say, not by their number.
     start = sum(label == IGNORE_INDEX for label in labels)
     wanted = opening.strip()
     for end in range(start + 1, len(ids) + 1):
         text = tokenizer.decode(ids[start:end], clean_up_tokenization_spaces=False)
         if wanted in str(text):
             return {"input_ids": ids[:end], "labels": labels[:end]}
-    if len(ids) == max_length:
+    if len(ids) == max_length:  # `encode` has cut the row
         raise DataError(
             f"a request with the opening {opening!r} has more than {max_length} tokens; "
             "max_length must be larger"

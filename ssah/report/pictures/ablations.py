@@ -22,9 +22,6 @@ def plot_ablations(
     """Utility loss and refusal margin after each ablation, beside those of the whole model.
 
     ``rows`` are what ``ssah.evaluation.ablations`` yields.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     whole, bars = rows[0], rows[1:]
     labels = [

@@ -30,11 +30,6 @@ def plot_probe(probes: Mapping[str, Probe], path: str | os.PathLike[str], title:
 
     Args:
         probes: name of the model -> what ``ssah.probe`` returned; one or two.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with picture(path, title, (12, 8)) as figure:
         grid = figure.add_gridspec(2, 2)

@@ -27,11 +27,6 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
 
     Args:
         result: of ``ssah.studies.scan.run.scan``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     from matplotlib.ticker import LogLocator
 
@@ -117,11 +112,6 @@ def plot_compare(
     Args:
         compared: the ``compare`` of a scan's result.
         tolerance: nats of utility loss that may be lost.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with picture(path, title, (9.5, 5.6)) as figure:
         axes = figure.subplots()

@@ -32,11 +32,7 @@ _IMPORTANCE = {
 
 
 def plot_scores(groups: UnitGroups, path: str | os.PathLike[str], title: str) -> Path:
-    """I_S and I_U of every group by layer (median, and the middle 80 %), and of every unit.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """I_S and I_U of every group by layer (median, and the middle 80 %), and of every unit."""
     with picture(path, title, (12, 6.4)) as figure:
         grid = figure.add_gridspec(2, 2, width_ratios=(1.25, 1))
         upper = figure.add_subplot(grid[0, 0])

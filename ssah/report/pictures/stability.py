@@ -28,11 +28,6 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
 
     Args:
         result: of ``ssah.studies.stability.run.stability``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     rows = result["sizes"]
     x = [row["size"] for row in rows]

@@ -41,11 +41,6 @@ def plot_freeze(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
 
     Args:
         result: of ``ssah.studies.training.freeze.freeze``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     return _panels(result, ("utility_loss", "training_loss"), path, title)
 
@@ -55,11 +50,6 @@ def plot_budget(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
 
     Args:
         result: of ``ssah.studies.training.budget.budget``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     measured = next(iter(result["arms"].values()))["mean"]
     kinds = [key for key in ("utility_loss", "math_loss") if key in measured]

@@ -17,11 +17,7 @@ __all__ = ["plot_throughput"]
 
 
 def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Rates of the operators (one panel a dtype) and of ``attribute``, as ``ssah bench`` has them.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Rates of the operators (a panel a dtype) and of ``attribute``, as ``ssah bench`` has them."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["operators"]))
     panels: dict[str, list[Mapping[str, Any]]] = {
         dtype: [row for row in result["operators"] if row["dtype"] == dtype] for dtype in dtypes

@@ -42,12 +42,7 @@ def plot_transfer(
 
     Args:
         moved: what ``ssah.transfer`` returns.
-        path: of the PNG.
-        title: over the picture.
         before, after: names of the two sides.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     stayed = moved.groups.index("cu")
     small = moved.matrix.clone()
