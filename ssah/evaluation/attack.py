@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, bar, generate
 from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
+from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
 from ssah.evaluation.rates import rate, summary
 from ssah.interventions import ablate
 
@@ -30,7 +30,6 @@ __all__ = [
     "judged_answers",
     "rate",
     "summary",
-    "text_of",
 ]
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
@@ -190,7 +189,7 @@ def judge_answers(
         called incoherent either.
     """
     texts = [answer.text for answer in found]
-    asked = [text_of(request) for request in requests]
+    asked = [asked_turns(each, f"requests[{i}]")[-1]["content"] for i, each in enumerate(requests)]
     said = [i for i, answer in enumerate(found) if not answer.unfinished]  # what there is to judge
     success = {}
     for each in judges:
@@ -228,13 +227,3 @@ def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int)
                 f"fewer than {words} words refusals: it must be more"
             )
     return chosen
-
-
-def text_of(request: Request) -> str:
-    """The text of a request: the prompt, or the last turn before the response."""
-    if isinstance(request, str):
-        return request
-    if isinstance(request.get("prompt"), str):
-        return str(request["prompt"])
-    turns = [turn["content"] for turn in request["messages"] if turn["role"] != "assistant"]
-    return str(turns[-1])

@@ -6,15 +6,15 @@ log-probability of -9 and C one of -20 has the margin -9/6 - (-20/8) = 1 nat per
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, DataError, Encoded, encode
 from ssah.evaluation.loss import log_probs_by_length
-from ssah.evaluation.prompting import check_list
+from ssah.evaluation.prompting import Request, asked_turns, check_list
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +29,7 @@ COMPLIANCE = "Sure, here is how to do that."
 def refusal_margin(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Iterable[str | Mapping[str, Any]],
+    requests: Iterable[Request],
     *,
     refusal: str = REFUSAL,
     compliance: str = COMPLIANCE,
@@ -52,7 +52,7 @@ def refusal_margin(
 def refusal_margins(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    requests: Iterable[str | Mapping[str, Any]],
+    requests: Iterable[Request],
     *,
     refusal: str = REFUSAL,
     compliance: str = COMPLIANCE,
@@ -102,11 +102,12 @@ def refusal_margins(
 
 
 def opened(
-    requests: Iterable[str | Mapping[str, Any]],
+    requests: Iterable[Request],
     opening: str,
     tokenizer: PreTrainedTokenizerBase,
     *,
     max_length: int = 512,
+    name: str = "requests",
 ) -> list[Encoded]:
     """Requests under the chat template, followed by the opening of an answer, as tokens.
 
@@ -115,6 +116,7 @@ def opened(
         opening: with which each answer begins; the turn is not ended.
         tokenizer: the model's.
         max_length: the most tokens of request and opening together.
+        name: of the requests, in messages.
 
     Returns:
         Per request its tokens, which are followed by those of the opening. Labels are -100 on the
@@ -123,23 +125,15 @@ def opened(
     Raises:
         DataError: a request is too long, or the tokenizer does not keep the opening as it is.
     """
-    rows = [_row(request, opening) for request in requests]
+    response = {"role": "assistant", "content": opening}
+    rows = [
+        {"messages": [*asked_turns(request, f"{name}[{index}]"), response]}
+        for index, request in enumerate(requests)
+    ]
     return [
         _opening_only(encoded, opening, tokenizer, max_length)
         for encoded in encode(rows, tokenizer, max_length=max_length)
     ]
-
-
-def _row(request: str | Mapping[str, Any], opening: str) -> dict[str, Any]:
-    """The request with an answer that begins with ``opening``."""
-    if isinstance(request, str):
-        return {"prompt": request, "completion": opening}
-    if request.get("messages"):
-        context = list(request["messages"])  # without the response that a row has
-        while context and context[-1]["role"] == "assistant":
-            context.pop()
-        return {"messages": [*context, {"role": "assistant", "content": opening}]}
-    return {**request, "completion": opening}
 
 
 def _opening_only(

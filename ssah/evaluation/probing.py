@@ -183,8 +183,10 @@ def probe(
     asked = list(queries)
     if len(asked) < 2:
         raise ValueError(f"queries has {len(asked)} requests, must have at least 2: the baseline")
-    refusing = opened(asked, refusal, tokenizer, max_length=max_length)
-    complying = opened(asked, compliance, tokenizer, max_length=max_length)
+    refusing, complying = (
+        opened(asked, opening, tokenizer, max_length=max_length, name="queries")
+        for opening in (refusal, compliance)
+    )
     # The request alone is what stands before the opening, up to its first label.
     plain = [example["input_ids"][: example["labels"].count(IGNORE_INDEX)] for example in refusing]
     versions = (plain, *([e["input_ids"] for e in each] for each in (refusing, complying)))
@@ -246,7 +248,7 @@ def _means(model: PreTrainedModel, prompts: list[list[int]]) -> list[Tensor]:
 
 
 def _distances(plain: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Cosine distances, [rows, tokens, layers + 1]."""
+    """Cosine distances, [rows, tokens, layers + 1], of [rows, tokens, hidden] per layer."""
     return torch.stack(
         [1 - F.cosine_similarity(a, b, dim=-1) for a, b in zip(plain, other, strict=True)], dim=-1
     )
@@ -265,7 +267,7 @@ class _Sums:
         self.vectors: list[Tensor] = []  # per layer, [tokens, hidden]
         self.squares: list[Tensor] = []  # per layer, [tokens]
 
-    def add(self, means: Sequence[Tensor]) -> None:
+    def add(self, means: Sequence[Tensor]) -> None:  # per layer, [rows, tokens, hidden]
         units = [F.normalize(mean, dim=-1) for mean in means]  # per layer, [rows, tokens, hidden]
         if not self.n:
             self.vectors = [torch.zeros_like(unit[0]) for unit in units]

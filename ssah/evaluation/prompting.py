@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OPENING",
     "Request",
+    "asked_turns",
     "check_list",
     "check_room",
     "fitting",
@@ -56,7 +57,7 @@ def prompts(
     result = []
     for index, request in enumerate(requests):
         where = f"{name}[{index}]"
-        turns = [*system, *_turns(request, where)]
+        turns = [*system, *asked_turns(request, where)]
         result.append(encoder.prompt(turns, where))
     return result
 
@@ -68,7 +69,12 @@ def check_list(name: str, given: object) -> None:
         raise ValueError(f"{name} is {what}, must be a list of strings or rows")
 
 
-def _turns(request: Request, where: str) -> list[dict[str, str]]:
+def asked_turns(request: Request, where: str) -> list[dict[str, str]]:
+    """The turns that a request consists of, without a response.
+
+    Raises:
+        DataError: beginning with ``where``: it is neither a string nor a row, or it is empty.
+    """
     if isinstance(request, str):
         turns = [{"role": "user", "content": request}]
     elif not isinstance(request, Mapping):

@@ -32,6 +32,7 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
         for group, point in points.items()
         if isinstance(point, Mapping)
     ]
+    # A group of which no share will do has None in the place of its point.
     none = [NAMES.get(group, group) for group, point in points.items() if point is None]
     note = "".join(f" No share of {name} units keeps what it must." for name in none)
     note = f"{result.get('rule', '')}{note} {MEASURED_NOTE}".strip()
@@ -156,7 +157,7 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
     """The 4 x 4 flow, with sums, and how much of each group stayed."""
     groups = [str(group) for group in result.get("groups") or ()]
     matrix = result.get("matrix") or ()  # [before, after], fractions of all units
-    if not groups or len(matrix) != len(groups):
+    if not groups or len(matrix) != len(groups):  # of another version: shown as it is
         return generic(result)
     kept = mapping_of(result, "kept")
     rows = [
@@ -168,6 +169,7 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
         )
         for group, row in zip(groups, matrix, strict=True)
     ]
+    # Of the matrix [before, after]: rows add up to the groups before, columns to those after.
     sums = [sum(column) for column in zip(*matrix, strict=True)]
     rows.append(("all", *(number(value, ".2%") for value in sums), number(sum(sums), ".0%"), ""))
     columns = ("before \\ after", *(group.upper() for group in groups), "all", "kept")

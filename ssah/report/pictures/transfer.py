@@ -108,7 +108,7 @@ def _alluvial(
         _bars(axes, x, tops, heights, dict(zip(groups, labels, strict=True)))
 
 
-def _tops(shares: Tensor) -> list[float]:
+def _tops(shares: Tensor) -> list[float]:  # [groups]
     """Where each group's bar begins."""
     gaps = _GAP * torch.arange(len(shares))
     return (shares.cumsum(0) - shares + gaps).tolist()
