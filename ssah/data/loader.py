@@ -293,5 +293,5 @@ class _BatchStream(IterableDataset[list[dict[str, Tensor]]]):
 
 
 def _epoch_random(seed: int | None, epoch: int) -> Random | None:
-    # A text seeds all 64 bits: seed 0 of epoch 1 and seed 1 of epoch 0 have nothing in common.
+    # A text is hashed: seed 0 of epoch 1 and seed 1 of epoch 0 have nothing in common.
     return None if seed is None else Random(f"{seed}/{epoch}")
