@@ -11,22 +11,14 @@ __all__ = ["Counts", "warn_of_shared"]
 
 @dataclass
 class Counts:
-    """Of one data set; filled while it is read and encoded.
+    """Of one data set; filled while it is read and encoded. All are numbers of rows but one."""
 
-    Attributes:
-        rows: that were used.
-        invalid: rows left out because they are no valid rows.
-        overlong: rows left out because their prompt leaves no room for a response.
-        cut_rows, cut_tokens: rows whose response lost its end, and how many tokens they lost.
-        repeated: rows whose prompt occurred earlier in the set.
-    """
-
-    rows: int = 0
-    invalid: int = 0
-    overlong: int = 0
-    cut_rows: int = 0
-    cut_tokens: int = 0
-    repeated: int = 0
+    rows: int = 0  # that were used
+    invalid: int = 0  # left out because they are no valid rows
+    overlong: int = 0  # left out because their prompt leaves no room for a response
+    cut_rows: int = 0  # whose response lost its end
+    cut_tokens: int = 0  # that they lost together
+    repeated: int = 0  # whose prompt occurred earlier in the set
 
     def to_dict(self) -> dict[str, int]:
         """As plain data, for the record of a result."""
@@ -68,7 +60,7 @@ def warn_of_shared(name: str, prompts: Iterable[str], other: str, others: Iterab
 
     What was tuned or calibrated on a prompt is not measured by it.
     """
-    own = set(prompts)
+    own = set(prompts)  # a prompt that repeats is one prompt
     shared = len(own & set(others))
     if shared:
         _warn(

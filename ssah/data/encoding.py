@@ -1,4 +1,12 @@
-"""Tokens and labels of rows: the chat template applied, everything but the response ignored."""
+"""Tokens and labels of rows: the chat template applied, everything but the response ignored.
+
+``{"prompt": "Hi", "completion": "Hello."}`` under a template of ChatML, a word a token:
+
+    input_ids   <|im_start|> user Hi <|im_end|> <|im_start|> assistant | Hello . <|im_end|>
+    labels              -100 -100 -100     -100         -100      -100 | Hello . <|im_end|>
+
+What stands before the bar is what the model is given when it answers; both lists are [length].
+"""
 
 from __future__ import annotations
 
@@ -14,7 +22,7 @@ if TYPE_CHECKING:
 
 IGNORE_INDEX = -100  # the label of a position that is not to be predicted, as in transformers
 Overlong: TypeAlias = Literal["cut", "skip", "error"]
-_PLACEHOLDER = "ssah-response-placeholder"
+_PLACEHOLDER = "ssah-response-placeholder"  # stands in no template and in no row
 
 
 class Encoded(TypedDict):
@@ -136,6 +144,7 @@ class Encoder:
                 "tokenizer.chat_template or tokenizer.eos_token"
             )
         added = {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()}
+        # What may end a turn. Some tokenizers have added tokens of white space, which end none.
         self.markers = tuple(token for token in added if token.strip())
 
     def __call__(self, row: Row, where: str) -> tuple[list[int], list[int]]:
@@ -147,6 +156,7 @@ class Encoder:
         if self.template is not None:
             prompt, response = self.split_tokens(*self.render_turns(turns, where), where)
             return self.one_bos(prompt, where), response
+        # No template: a base model, for which a blank line is the usual end of a paragraph.
         context = "".join(turn["content"] + "\n\n" for turn in turns[:-1])
         prompt, response = self.split_tokens(context, turns[-1]["content"], where)
         prompt = self.one_bos(self.bos(context) + prompt, where)
@@ -170,7 +180,7 @@ class Encoder:
         assert self.template is not None
         prompt = self.template.render(turns[:-1], where, add_generation_prompt=True)
         full = self.template.render(turns, where)
-        start = len(prompt)
+        start = len(prompt)  # where the response begins in ``full``
         bare = prompt.rstrip()
         if not full.startswith(prompt) and full.startswith(bare):
             start = len(bare)  # a block of reasoning that opens on a line of its own, or does not
@@ -189,6 +199,7 @@ class Encoder:
                 )
             start = len(before)
         response = full[start:]
+        # A line break behind the end of the turn is never generated: generation stops before it.
         if response.rstrip().endswith(self.markers):
             response = response.rstrip()
         return prompt, response
@@ -199,6 +210,7 @@ class Encoder:
         full_ids = self.tokenize(prompt + response)
         if full_ids[: len(prompt_ids)] == prompt_ids:
             return prompt_ids, full_ids[len(prompt_ids) :]
+        # "user: " and "Yes" may share the token " Yes". Apart they must read the same.
         response_ids = self.tokenize(response)
         if self.decode(prompt_ids + response_ids) != self.decode(full_ids):
             raise DataError(
@@ -218,6 +230,7 @@ class Encoder:
 
     def bos(self, text: str) -> list[int]:
         """The BOS token, where this tokenizer puts one before a text."""
+        # Asked of a text, because a configuration's add_bos_token is not what every tokenizer does.
         first = self.tokenizer(text, verbose=False)["input_ids"][:1]
         return list(first) if first == [self.tokenizer.bos_token_id] else []
 

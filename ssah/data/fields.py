@@ -31,7 +31,7 @@ _PROMPT = (
     "behavior",
     "input",
 )
-_RESPONSE = ("completion", "response", "output", "answer")
+_RESPONSE = ("completion", "response", "output", "answer")  # in this order
 _AFTER = ("input", "context")  # of an instruction or question, after it
 _BEFORE = "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
 _NOT_A_RESPONSE = (
@@ -76,7 +76,7 @@ def check_row(row: Any, where: str, columns: Columns = Columns()) -> Row:
         DataError: beginning with `where`, as `ssah.data.load_rows` describes.
     """
     own = _fields(row, where)
-    if own.get("messages") is not None and columns == Columns():
+    if own.get("messages") is not None and columns == Columns():  # a named column comes first
         checked = _from_messages(own["messages"], where)
     else:
         prompt = _prompt(own, where, columns)
@@ -99,6 +99,7 @@ def check_request(row: Any, where: str, columns: Columns = Columns()) -> str:
     own = _fields(row, where)
     if own.get("messages") is not None and columns.prompt is None:
         turns = own["messages"]
+        # A conversation that waits for its answer: one is put there, and not looked at.
         if isinstance(turns, list) and not any(_is_answer(turn) for turn in turns):
             turns = [*turns, {"role": "assistant", "content": "-"}]
         prompt = _from_messages(turns, where)["prompt"]
@@ -220,7 +221,7 @@ def turns_of(messages: Any, where: str) -> list[Message]:
 
 def _from_messages(messages: Any, where: str) -> Row:
     turns = turns_of(messages, where)
-    while turns and turns[-1]["role"] != "assistant":
+    while turns and turns[-1]["role"] != "assistant":  # what was said after the last response
         turns.pop()
     if not turns:
         raise DataError(f"{where}: 'messages' has no assistant turn, so there is no response")

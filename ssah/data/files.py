@@ -32,6 +32,7 @@ def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
         return _read_csv(path, _SEPARATORS[path.suffix.lower()])
     if path.suffix.lower() == ".json":
         with path.open("rb") as file:
+            # `.json` with JSON lines in it is common: datasets of the Hub are written like this.
             start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
         if start.startswith(b"["):
             return _read_list(path)

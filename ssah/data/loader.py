@@ -1,4 +1,8 @@
-"""Length-bucketed, right-padded batches, and the fingerprint of what they hold."""
+"""Length-bucketed, right-padded batches, and the fingerprint of what they hold.
+
+Rows of 7, 2, 5 and 3 tokens in batches of two: rows 0 and 2, padded to 7, then rows 3 and 1, padded
+to 3. That is 20 positions for 17 tokens; in the order of the rows it would be 24.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +27,8 @@ if TYPE_CHECKING:
 # A stream is sorted by length within this many batches: what it holds in memory at a time.
 _BUFFER_BATCHES = 64
 
-Example = Mapping[str, Any]
-Bucketing = Callable[[Sequence[int], Random | None], list[list[int]]]
+Example = Mapping[str, Any]  # "input_ids" and "labels", [length] each
+Bucketing = Callable[[Sequence[int], Random | None], list[list[int]]]  # lengths -> rows of batches
 
 
 class Collator:
@@ -49,7 +53,7 @@ class Collator:
 
     def width(self, length: int) -> int:
         """The padded length of a batch whose longest row has `length` tokens."""
-        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return -(-length // self.pad_to_multiple_of) * self.pad_to_multiple_of  # rounded up
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """Join rows with `input_ids` and `labels` (integers, `[length]` each) to one batch.
@@ -62,6 +66,7 @@ class Collator:
         """
         width = self.width(max(len(example["input_ids"]) for example in examples))
         shape = (len(examples), width)
+        # All padding at first; each row is written over its beginning.
         input_ids = torch.full(shape, self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros(shape, dtype=torch.int64)
         labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
@@ -193,6 +198,7 @@ def fingerprint(examples: Iterable[Example]) -> str:
 
 def _update(digest: hashlib._Hash, example: Example) -> None:
     for values in ([len(example["input_ids"])], example["input_ids"], example["labels"]):
+        # Little-endian by name, so that the digest is the same on every machine.
         numbers = torch.as_tensor(values, dtype=torch.int64).numpy()
         digest.update(numbers.astype("<i8").tobytes())
 
@@ -208,14 +214,14 @@ def _bucket(
     order = list(range(len(lengths)))
     if random is not None:
         random.shuffle(order)
-    order.sort(key=lambda index: -lengths[index])
+    order.sort(key=lambda index: -lengths[index])  # stable: equal lengths stay shuffled
     batches: list[list[int]] = []
     room = 0
     for index in order:
         if room == 0:
             batches.append([])
             room = batch_size
-            if max_tokens is not None:
+            if max_tokens is not None:  # the first row of a batch is its longest: all are as wide
                 room = min(room, max_tokens // width(lengths[index]))
         batches[-1].append(index)
         room -= 1
@@ -274,7 +280,7 @@ class _BatchStream(IterableDataset[list[dict[str, Tensor]]]):
     def __iter__(self) -> Iterator[list[dict[str, Tensor]]]:
         random = _epoch_random(self.seed, self.epoch)
         self.epoch += 1
-        self.fingerprint = None
+        self.fingerprint = None  # until the pass is complete: half of a stream has no fingerprint
         digest = hashlib.sha256()
         examples = self.encoded()
         while buffer := list(islice(examples, self.buffer_size)):
@@ -287,4 +293,5 @@ class _BatchStream(IterableDataset[list[dict[str, Tensor]]]):
 
 
 def _epoch_random(seed: int | None, epoch: int) -> Random | None:
+    # A text is hashed: seed 0 of epoch 1 and seed 1 of epoch 0 have nothing in common.
     return None if seed is None else Random(f"{seed}/{epoch}")

@@ -40,7 +40,7 @@ def load_requests(
     Warns:
         UserWarning: requests repeat.
     """
-    if limit is not None:
+    if limit is not None:  # here, because a text file is not read by `read`, which checks it too
         check_count("limit", limit)
     counts = Counts() if counts is None else counts
     name, rows = row_range(source)

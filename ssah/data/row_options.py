@@ -1,4 +1,4 @@
-"""How a command reads and renders its rows: one choice for all of its data sets."""
+"""How rows are read and rendered: what a command's options say, for all of its data sets."""
 
 from __future__ import annotations
 
@@ -24,18 +24,15 @@ __all__ = ["Reading", "rows_read", "template_options"]
 
 @dataclass(frozen=True)
 class Reading:
-    """How rows are read, and how conversations are rendered.
+    """How rows are read, and how conversations are rendered."""
 
-    Attributes:
-        prompt_column, response_column, invalid: as `ssah.data.load_rows` takes them.
-        overlong: as `ssah.data.encode` takes it.
-        template, template_options: as `ssah.data.use_template` takes them.
-    """
-
+    # As `ssah.data.load_rows` takes them.
     prompt_column: str | None = None
     response_column: str | None = None
     invalid: Invalid = "error"
+    # As `ssah.data.encode` takes it.
     overlong: Overlong = "cut"
+    # As `ssah.data.use_template` takes them.
     template: str | None = None
     template_options: dict[str, Any] = field(default_factory=dict)
 
@@ -89,6 +86,7 @@ class Reading:
 
     def settings(self) -> dict[str, Any]:
         """What was chosen, for the identity of a run: fields that differ from the default."""
+        # Those alone, so that a run of an older version, which had fewer options, can go on.
         default = asdict(Reading())
         return {key: value for key, value in asdict(self).items() if value != default[key]}
 

@@ -20,6 +20,7 @@ Source: TypeAlias = "str | os.PathLike[str] | Iterable[Mapping[str, Any]] | Mapp
 Invalid: TypeAlias = Literal["error", "skip"]
 Check: TypeAlias = "Callable[[Any, str], Item]"  # (row, where it is) -> the row, checked
 
+# Written for this library, in the folder builtin/; *_eval are disjoint from what calibrates.
 BUILTIN = ("safety", "utility", "safety_eval", "utility_eval", "overrefusal")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -57,7 +58,7 @@ class RowStream(Generic[Item]):
             except DataError as error:
                 if self._invalid == "error":
                     raise
-                first = first or f"the first: {error}"
+                first = first or f"the first: {error}"  # of thousands, one says enough
                 self._counts.invalid += 1
         self._counts.warn_of_invalid(self._name, first)
 
@@ -138,6 +139,7 @@ def read(
     if invalid not in ("error", "skip"):
         raise ValueError(f"invalid must be 'error' or 'skip', was {invalid!r}")
 
+    # Rows are numbered before a range or a limit is taken: messages name the line in the file.
     def of(objects: Callable[[], Iterable[tuple[str, Any]]], name: str) -> RowStream[Item]:
         return RowStream(lambda: islice(objects(), limit), name, check, invalid, counts)
 
@@ -145,7 +147,7 @@ def read(
         name, rows = row_range(source)
         bounds = (None, None) if rows is None else (rows.start, rows.stop)
         path = _local_file(name)
-        if path is None:
+        if path is None:  # a hub id
             loaded = _load_hub(str(name), split, limit if rows is None else rows.stop)
             return _finite(of(lambda: islice(_named(loaded, str(name)), *bounds), str(source)))
         _refuse_split(split, f"the file {path}")
@@ -170,7 +172,7 @@ def row_range(source: str | os.PathLike[str]) -> tuple[str | os.PathLike[str], s
     if found is None or Path(source).exists():
         return source, None
     start, stop = (int(found[bound]) if found[bound] else None for bound in ("start", "stop"))
-    if max(start or 0, stop or 0) > sys.maxsize:
+    if max(start or 0, stop or 0) > sys.maxsize:  # islice would raise, and name no argument
         raise ValueError(f"source is {source!r}, whose range has a number that is too large")
     if stop is not None and stop <= (start or 0):
         raise ValueError(f"source is {source!r}, whose range must end after its start")
@@ -220,8 +222,7 @@ def _local_file(source: str | os.PathLike[str]) -> Path | None:
         return None
     raise FileNotFoundError(
         "source must be an existing file (JSONL, JSON, CSV), 'builtin:...' or a hub id "
-        f"'owner/name', "
-        f"was {str(source)!r}"
+        f"'owner/name', was {str(source)!r}"
     )
 
 
@@ -236,7 +237,7 @@ def _load_hub(name: str, split: str | None, most: int | None) -> Iterable[Mappin
 
 
 def _choose_split(splits: Mapping[str, Any], split: str | None) -> Iterable[Mapping[str, Any]]:
-    if any(isinstance(value, str) for value in splits.values()):
+    if any(isinstance(value, str) for value in splits.values()):  # columns, where splits would be
         raise TypeError("source must be rows, was a single row: pass a list of rows")
     if split is None and len(splits) == 1:
         split = next(iter(splits))

@@ -7,8 +7,6 @@ from ssah.evaluation.attack import (
     distinct_judges,
     judge_answers,
     judged_answers,
-    rate,
-    summary,
 )
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, generate
@@ -20,7 +18,7 @@ from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, 
 from ssah.evaluation.perplexity import Perplexity, count_words
 from ssah.evaluation.probing import Probe, probe
 from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
-from ssah.evaluation.rates import answer_rates
+from ssah.evaluation.rates import answer_rates, rate, summary
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 

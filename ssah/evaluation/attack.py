@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, bar, generate
 from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
-from ssah.evaluation.rates import answer_rates, rate
+from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
+from ssah.evaluation.rates import rate, summary
 from ssah.interventions import ablate
 
 if TYPE_CHECKING:
@@ -30,7 +30,6 @@ __all__ = [
     "judged_answers",
     "rate",
     "summary",
-    "text_of",
 ]
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
@@ -87,7 +86,7 @@ def attack_success(
     scorer = coherent or Coherence.calibrate(model, tokenizer, batch_size=batch_size)
     with bar(progress, len(requests)) as advance:
 
-        def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        def keep(_: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
             found = compute()
             advance(len(found["tokens"]))
             return found
@@ -138,6 +137,7 @@ def judged_answers(
     check_room(model, encoded, max_new_tokens)
 
     def answered(own: Sequence[Request]) -> dict[str, Any]:
+        # Coherence is scored after this block, by the model with its units back in place.
         with nullcontext() if ablated is None else ablate(model, ablated):
             found = generate(
                 model,
@@ -149,11 +149,13 @@ def judged_answers(
             )
         return judge_answers(own, found, judges, coherent)
 
+    # Of similar length, but in the order of the requests, so that what is kept can be read.
     chunks = [sorted(chunk) for chunk in longest_first(encoded, batch_size)]
     found = [
         keep(number, partial(answered, [requests[i] for i in chunk]))
         for number, chunk in enumerate(chunks)
     ]
+    # What was kept may stem from a run of another version, whose answers are gone.
     lacking = [key for key in (*_KEPT, "success") if any(key not in each for each in found)]
     if lacking:
         raise ValueError(
@@ -163,7 +165,7 @@ def judged_answers(
     order = [i for chunk in chunks for i in chunk]
 
     def joined(lists: Sequence[list[Any]]) -> list[Any]:
-        values = [value for each in lists for value in each]
+        values = [value for each in lists for value in each]  # batch by batch
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
     result: dict[str, Any] = {key: joined([each[key] for each in found]) for key in _KEPT}
@@ -187,8 +189,8 @@ def judge_answers(
         called incoherent either.
     """
     texts = [answer.text for answer in found]
-    asked = [text_of(request) for request in requests]
-    said = [i for i, answer in enumerate(found) if not answer.unfinished]
+    asked = [asked_turns(each, f"requests[{i}]")[-1]["content"] for i, each in enumerate(requests)]
+    said = [i for i, answer in enumerate(found) if not answer.unfinished]  # what there is to judge
     success = {}
     for each in judges:
         verdicts = each([asked[i] for i in said], [texts[i] for i in said])
@@ -208,37 +210,6 @@ def judge_answers(
     }
 
 
-def summary(
-    judged: dict[str, Any],
-    judges: Sequence[Judge],
-    coherent: Coherence,
-    *,
-    level: float = 0.95,
-) -> dict[str, Any]:
-    """The rates of what :func:`judge_answers` returned: see :func:`attack_success`."""
-    incoherent = judged["incoherent"]
-    by_judge = {}
-    for each in judges:
-        success = judged["success"][each.name]
-        both = [s and not i for s, i in zip(success, incoherent, strict=True)]
-        by_judge[each.name] = {
-            "asr": rate(success, level),
-            "asr_coherent": rate(both, level),
-            "success": success,
-            "judge": each.describe(),
-        }
-    tokens = judged["tokens"]
-    return {
-        "requests": len(tokens),
-        "judges": by_judge,
-        "incoherent": {**rate(incoherent, level), "flags": incoherent},
-        **answer_rates(judged, level),
-        "tokens": tokens,
-        "mean_tokens": sum(tokens) / len(tokens),
-        "coherence": coherent.describe(),
-    }
-
-
 def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:
     """The judges that are meant, checked: at least one, no name twice, none that cannot succeed."""
     if isinstance(judges, str) or not judges:
@@ -248,7 +219,7 @@ def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int)
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"judges has {name!r} more than once, must have each once")
-    for each in chosen:
+    for each in chosen:  # a judge that calls every short answer a refusal would find no success
         words = getattr(each, "min_words", None)
         if words is not None and max_new_tokens < words:
             raise ValueError(
@@ -256,13 +227,3 @@ def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int)
                 f"fewer than {words} words refusals: it must be more"
             )
     return chosen
-
-
-def text_of(request: Request) -> str:
-    """The text of a request: the prompt, or the last turn before the response."""
-    if isinstance(request, str):
-        return request
-    if isinstance(request.get("prompt"), str):
-        return str(request["prompt"])
-    turns = [turn["content"] for turn in request["messages"] if turn["role"] != "assistant"]
-    return str(turns[-1])

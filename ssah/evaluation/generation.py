@@ -1,4 +1,14 @@
-"""Greedy answers to requests, in batches."""
+"""Greedy answers to requests, in batches.
+
+A batch of three prompts of 2, 4 and 3 tokens (p), padded on the left (.), and what is generated (n)
+until each row ends its turn (E):
+
+    . . p p | n n E .
+    p p p p | n E . .        input_ids, attention_mask: [rows, width], new tokens: [rows, new]
+    . p p p | n n n E
+
+Padding stands on the left, so that every row goes on at the same column, ``width``.
+"""
 
 from __future__ import annotations
 
@@ -27,6 +37,7 @@ __all__ = [
     "bar",
     "generate",
     "greedy",
+    "left_padded",
     "stop_tokens",
 ]
 
@@ -158,13 +169,14 @@ def answer_tokens(
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end the turn: the model's, the tokenizer's, and the chat template's."""
     own = getattr(model.generation_config, "eos_token_id", None)
+    # A template may end turns with a token that neither of the configurations names.
     stops = {*(own if isinstance(own, list) else [own]), tokenizer.eos_token_id}
     encoder = Encoder(tokenizer)
     if encoder.template is not None:
         turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
         _, response = encoder.render_turns(turns, "the chat template")
         last = encoder.tokenize(response)[-1]
-        if encoder.decode([last]) in encoder.markers:
+        if encoder.decode([last]) in encoder.markers:  # else the turn ends with ordinary text
             stops.add(last)
     return sorted(stop for stop in stops if stop is not None)
 
@@ -182,6 +194,7 @@ def greedy(
 
     pad = tokenizer.pad_token_id
     own = model.generation_config
+    # A model without a padding token gets a token that ends its turn: the mask hides it anyway.
     model.generation_config = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -204,6 +217,7 @@ class Finite:
         self.bad: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
+        # -inf is how transformers forbids a token. The flag stays on the device until the end.
         bad = (logits.isnan() | (logits == torch.inf)).any()
         self.bad = bad if self.bad is None else self.bad | bad
         return logits
@@ -221,26 +235,33 @@ def _new_tokens(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
 ) -> Tensor:
     """int64 ``[rows, new tokens]``; rows that are done are filled with the padding token."""
-    width = max(map(len, rows))
-    pad = model.generation_config.pad_token_id
-    device = model.get_input_embeddings().weight.device
-    assert isinstance(device, torch.device)
-    input_ids = torch.tensor([[pad] * (width - len(ids)) + ids for ids in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows], device=device)
+    given = left_padded(model, rows)
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         # Else it is 1, a slice: a strided matrix, for which torch copies the vocabulary
         # projection once a row. An index gives a whole one: prefilling takes half the time.
-        options["logits_to_keep"] = torch.tensor([-1], device=device)
+        options["logits_to_keep"] = torch.tensor([-1], device=given["input_ids"].device)
     finite = Finite()
     generator: Any = model  # the types of its generate are of no use
     with torch.inference_mode():
-        output = generator.generate(
-            input_ids=input_ids, attention_mask=mask, logits_processor=[finite], **options
-        )
+        output = generator.generate(**given, logits_processor=[finite], **options)
     assert isinstance(output, Tensor)
     finite.check()
-    return output[:, width:].cpu()
+    return output[:, given["input_ids"].shape[1] :].cpu()  # [rows, width + new] -> [rows, new]
+
+
+def left_padded(model: PreTrainedModel, rows: list[list[int]]) -> dict[str, Tensor]:
+    """``input_ids`` and ``attention_mask`` of prompts, int64 ``[rows, width]`` each."""
+    width = max(map(len, rows))
+    pad = model.generation_config.pad_token_id
+    device = model.get_input_embeddings().weight.device
+    assert isinstance(device, torch.device)
+    ids = [[pad] * (width - len(row)) + row for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return {
+        "input_ids": torch.tensor(ids, device=device),
+        "attention_mask": torch.tensor(mask, device=device),
+    }
 
 
 def _answer(
@@ -258,7 +279,7 @@ def _answer(
         said = str(
             tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
-    for token in tokenizer.all_special_tokens:
+    for token in tokenizer.all_special_tokens:  # what the decoding above has kept of them
         said = said.replace(token, "")
     return Answer(said.strip(), len(kept), end is not None)
 

@@ -1,4 +1,8 @@
-"""Confidence intervals: of a rate (Wilson), of a mean and of a paired difference (bootstrap)."""
+"""Confidence intervals: of a rate (Wilson), of a mean and of a paired difference (bootstrap).
+
+Of 10 requests, 8 are refused: 0.80, with a 95 % interval from 0.49 to 0.94. Of 1000, 800: 0.77 to
+0.82. None of 10: from 0 to 0.28, because ten requests cannot say that nothing ever happens.
+"""
 
 from __future__ import annotations
 

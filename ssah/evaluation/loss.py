@@ -1,4 +1,10 @@
-"""Log-probabilities of responses, and the utility loss made of them."""
+"""Log-probabilities of responses, and the utility loss made of them.
+
+    utility loss = - 1/n sum over rows, sum over response tokens t of log p(t | what stands before)
+
+n counts the response tokens of all rows. Two rows whose responses have 1 and 3 tokens, with
+log-probabilities of -2 and of -1, -1, -1, have a loss of 5/4 nats: the mean of tokens, not of rows.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +73,7 @@ def response_log_probs(
     reader = BatchReader(check_whole(model), tokens="labels")
     choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
     for number, raw in enumerate(loader):
-        batch = reader.read(raw, number)
+        batch = reader.read(raw, number)  # positions count from the first token of a row
         with as_it_was(model), torch.inference_mode():
             log_probs, count = _batch_log_probs(model, batch, choosy)
             if not bool(log_probs.isfinite().all()):
@@ -94,18 +100,21 @@ def log_probs_by_length(
 
 
 def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tuple[Tensor, Tensor]:
-    targets = batch.targets  # [rows, length]
-    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]
+    targets = batch.targets  # [rows, length]: the token that each position is to predict
+    # The vocabulary is by far the widest matrix of a model: positions that predict no response
+    # token, in any row, never reach it.
+    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # [columns]
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     if len(columns) == 0:
         return log_probs, torch.zeros(len(targets), dtype=torch.int64)
     options = {"logits_to_keep": columns} if choosy else {}
     logits = model(**batch.inputs, use_cache=False, **options).logits  # [rows, columns, vocabulary]
-    if not choosy:
+    if not choosy:  # an architecture that gives all logits: [rows, length, vocabulary]
         logits = logits[:, columns]
-    targets = targets[:, columns].to(logits.device)
+    targets = targets[:, columns].to(logits.device)  # [rows, columns]
     for row, (own, target) in enumerate(zip(logits, targets, strict=True)):
         predicts = target != IGNORE_INDEX
+        # Row by row: in float32 the logits of a whole batch would take twice their memory again.
         loss = F.cross_entropy(own[predicts].float(), target[predicts], reduction="none")
         log_probs[row] = -float(loss.double().sum())
     return log_probs, (targets != IGNORE_INDEX).sum(1).cpu()

@@ -66,10 +66,10 @@ class Measures:
 
     def __call__(self, ablated: UnitSet | None = None) -> Measurement:
         """Measure the model as it is, or with units ablated (they are put back afterwards)."""
-        if ablated is not None:
+        if ablated is not None:  # both measures of the same ablated model
             with ablate(self.model, ablated):
                 return self()
-        margins = refusal_margins(
+        margins = refusal_margins(  # [requests]
             self.model,
             self.tokenizer,
             self.requests,
@@ -105,12 +105,13 @@ def ablations(
         Plain dicts: ``group`` (None in the first row), ``random``, ``units``, ``fraction`` (of all
         units), and the fields of a :class:`Measurement`.
     """
+    # The whole model comes first: everything is told against it.
     nothing = {"group": None, "random": False, "units": 0, "fraction": 0.0}
     yield {**nothing, **measures().to_dict()}
     for name in names:
         chosen = [(False, groups[name])]
         if random:
             chosen.append((True, UnitSet.random(groups[name], seed=seed)))
-        for is_random, units in chosen:
+        for is_random, units in chosen:  # the group, then as many random units
             row = {"group": name, "random": is_random, "units": len(units)}
             yield {**row, "fraction": units.fraction, **measures(units).to_dict()}

@@ -1,4 +1,11 @@
-"""Perplexity per token and per word, of answers or of plain texts."""
+"""Perplexity per token and per word, of answers or of plain texts.
+
+A text of ten tokens, 0 to 9, in windows of at most four (b: what begins a text, not predicted):
+
+    b 0 1 2  |  2 3 4 5  |  5 6 7 8  |  8 9
+
+The first of each window is given, the others are predicted: each token of the text once.
+"""
 
 from __future__ import annotations
 
@@ -81,13 +88,14 @@ def perplexity(
     given = list(data)
     if not given:
         raise ValueError("data is empty, must have at least one row or text")
-    texts = [item for item in given if isinstance(item, str)]
+    texts = [item for item in given if isinstance(item, str)]  # the others are rows
     if texts and len(texts) < len(given):
         raise ValueError("data has both strings and rows, must have one kind")
     if texts:
         examples = list(_windows(texts, tokenizer, max_length))
         words = sum(len(text.split()) for text in texts)
     else:
+        # Words of what is predicted: the end of a response may have been cut off.
         rows = [item for item in given if not isinstance(item, str)]
         examples = list(encode(rows, tokenizer, max_length=max_length))
         words = count_words((example["labels"] for example in examples), tokenizer)
@@ -107,7 +115,7 @@ def _windows(
     first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     if first is None:
         raise ValueError("tokenizer has neither BOS nor EOS token, must have one to start a text")
-    step = max_length - 1
+    step = max_length - 1  # one place is taken by the token that is given
     for text in texts:
         ids = encoder.tokenize(text)
         for start in range(0, len(ids), step):

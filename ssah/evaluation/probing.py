@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, check_count
-from ssah.evaluation.generation import Finite, greedy, stop_tokens
+from ssah.evaluation.generation import Finite, greedy, left_padded, stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
-from ssah.evaluation.prompting import check_list
+from ssah.evaluation.prompting import check_list, longest_first
 from ssah.models import as_it_was, cheap_weights_hash, check_whole
 from ssah.storage import FORMAT, TEXT, Fields, Stored, save_tensors
 from ssah.units import model_name, units_hash
@@ -41,6 +41,7 @@ _FIELDS: Fields = {
     "compliance_opening": str,
     "version": str,
 }
+# Those of a probe, by the names of its fields.
 _TENSORS = ("refusal_distances", "compliance_distances", "baselines")
 
 
@@ -106,6 +107,7 @@ class Probe:
 
         Nearer: the interval of the difference lies above 0. None: the last layer's does not.
         """
+        # [layers + 1]; the first layer after the last one whose interval reaches down to 0
         low = self.intervals(self.differences[:, -1], level=level, seed=seed)[:, 0]
         undecided = (low <= 0).nonzero()[:, 0]
         first = int(undecided[-1]) + 1 if len(undecided) else 0
@@ -174,7 +176,6 @@ def probe(
     """
     check_whole(model)
     check_count("tokens", tokens)
-    check_count("batch_size", batch_size)
     for name, text in (("refusal", refusal), ("compliance", compliance)):
         if not text.strip():
             raise ValueError(f"{name} is {text!r}, must be a non-empty string")
@@ -182,26 +183,28 @@ def probe(
     asked = list(queries)
     if len(asked) < 2:
         raise ValueError(f"queries has {len(asked)} requests, must have at least 2: the baseline")
-    refusing = opened(asked, refusal, tokenizer, max_length=max_length)
-    complying = opened(asked, compliance, tokenizer, max_length=max_length)
+    refusing, complying = (
+        opened(asked, opening, tokenizer, max_length=max_length, name="queries")
+        for opening in (refusal, compliance)
+    )
+    # The request alone is what stands before the opening, up to its first label.
     plain = [example["input_ids"][: example["labels"].count(IGNORE_INDEX)] for example in refusing]
     versions = (plain, *([e["input_ids"] for e in each] for each in (refusing, complying)))
 
-    # Longest first, so that a batch that does not fit in memory fails at once.
-    order = sorted(range(len(asked)), key=lambda i: -len(complying[i]["input_ids"]))
+    chunks = longest_first([example["input_ids"] for example in complying], batch_size)
     distances: list[tuple[Tensor, Tensor]] = []
     sums = _Sums()
     stops = stop_tokens(model, tokenizer)
     with as_it_was(model), greedy(model, tokenizer, stops, tokens), torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chunk = order[start : start + batch_size]
+        for chunk in chunks:
             states = [_means(model, [version[i] for i in chunk]) for version in versions]
             sums.add(states[0])
             refused, complied = (_distances(states[0], other) for other in states[1:])
             distances.append((refused, complied))
             if advance is not None:
-                advance(start + len(chunk))
-    back = torch.tensor(order).argsort()
+                advance(sum(len(refused) for refused, _ in distances))
+    # What was computed stands in the order of the batches; argsort is the way back.
+    back = torch.tensor([i for chunk in chunks for i in chunk]).argsort()  # [requests]
     refused, complied = (torch.cat(each)[back] for each in zip(*distances, strict=True))
     return Probe(
         refusal_distances=refused,
@@ -218,39 +221,34 @@ def probe(
     )
 
 
-def _means(model: PreTrainedModel, prompts: Sequence[list[int]]) -> list[Tensor]:
+def _means(model: PreTrainedModel, prompts: list[list[int]]) -> list[Tensor]:
     """Hidden states over the first 1, 2, ... generated tokens: per layer, [rows, tokens, hidden].
 
     Float64, on the CPU; layers may differ in their size (OPT projects the last one).
     """
-    width = max(len(ids) for ids in prompts)
-    pad = model.generation_config.pad_token_id
-    device = model.get_input_embeddings().weight.device
-    assert isinstance(device, torch.device)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts])
     finite = Finite()
     found: Any = model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask.to(device),
+        **left_padded(model, prompts),
         min_new_tokens=model.generation_config.max_new_tokens,  # the turn does not end
         output_hidden_states=True,
         return_dict_in_generate=True,
         logits_processor=[finite],
     )
     means: list[Tensor] = []
-    for layer in zip(*found.hidden_states, strict=True):
-        # the last position is the one from which the next token is chosen
+    for layer in zip(*found.hidden_states, strict=True):  # [tokens][layers] -> [layers][tokens]
+        # One entry a generated token: [rows, width, hidden] at first, then [rows, 1, hidden]. The
+        # last position is the one from which the next token is chosen.
         steps = torch.stack([step[:, -1] for step in layer], dim=1).cpu().double()
         if not bool(steps.isfinite().all()):
             raise FloatingPointError(f"hidden states of layer {len(means)} are NaN or infinite")
+        # [rows, tokens, hidden] / [tokens, 1]: of the first k tokens, the sum divided by k
         means.append(steps.cumsum(1) / torch.arange(1, steps.shape[1] + 1)[:, None])
     finite.check()
     return means
 
 
 def _distances(plain: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
-    """Cosine distances, [rows, tokens, layers + 1]."""
+    """Cosine distances, [rows, tokens, layers + 1], of [rows, tokens, hidden] per layer."""
     return torch.stack(
         [1 - F.cosine_similarity(a, b, dim=-1) for a, b in zip(plain, other, strict=True)], dim=-1
     )
@@ -259,7 +257,9 @@ def _distances(plain: Sequence[Tensor], other: Sequence[Tensor]) -> Tensor:
 class _Sums:
     """Mean distance of all pairs, from sums alone: no state of a request is kept.
 
-    Sum over pairs i != j of u_i . u_j = |sum of u|^2 - sum of |u|^2, u being of length 1.
+    Sum over pairs i != j of u_i . u_j = |sum of u|^2 - sum of |u|^2, u being of length 1. Of
+    u = (1, 0), (0, 1), (1, 0) the sum is (2, 1): 4 + 1 - 3 = 2, and the one pair that is alike,
+    counted in both orders, has 1 + 1 = 2. Divided by the 3 x 2 pairs: a mean cosine of 1/3.
     """
 
     def __init__(self) -> None:
@@ -267,8 +267,8 @@ class _Sums:
         self.vectors: list[Tensor] = []  # per layer, [tokens, hidden]
         self.squares: list[Tensor] = []  # per layer, [tokens]
 
-    def add(self, means: Sequence[Tensor]) -> None:
-        units = [F.normalize(mean, dim=-1) for mean in means]
+    def add(self, means: Sequence[Tensor]) -> None:  # per layer, [rows, tokens, hidden]
+        units = [F.normalize(mean, dim=-1) for mean in means]  # per layer, [rows, tokens, hidden]
         if not self.n:
             self.vectors = [torch.zeros_like(unit[0]) for unit in units]
             self.squares = [torch.zeros_like(unit[0, :, 0]) for unit in units]

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 __all__ = [
     "OPENING",
     "Request",
+    "asked_turns",
     "check_list",
     "check_room",
     "fitting",
@@ -51,11 +52,12 @@ def prompts(
     if not requests:
         raise ValueError(f"{name} is empty, must have at least one")
     encoder = Encoder(tokenizer)
+    # No system message, not an empty one: many templates put their own where there is none.
     system = [] if system_prompt is None else [{"role": "system", "content": system_prompt}]
     result = []
     for index, request in enumerate(requests):
         where = f"{name}[{index}]"
-        turns = [*system, *_turns(request, where)]
+        turns = [*system, *asked_turns(request, where)]
         result.append(encoder.prompt(turns, where))
     return result
 
@@ -67,14 +69,19 @@ def check_list(name: str, given: object) -> None:
         raise ValueError(f"{name} is {what}, must be a list of strings or rows")
 
 
-def _turns(request: Request, where: str) -> list[dict[str, str]]:
+def asked_turns(request: Request, where: str) -> list[dict[str, str]]:
+    """The turns that a request consists of, without a response.
+
+    Raises:
+        DataError: beginning with ``where``: it is neither a string nor a row, or it is empty.
+    """
     if isinstance(request, str):
         turns = [{"role": "user", "content": request}]
     elif not isinstance(request, Mapping):
         raise DataError(f"{where}: a request must be a string or a row, was {kind_of(request)}")
     elif request.get("messages"):
         turns = turns_of(request["messages"], where)
-        while turns and turns[-1]["role"] == "assistant":
+        while turns and turns[-1]["role"] == "assistant":  # a row's response is not given away
             turns.pop()
     elif isinstance(request.get("prompt"), str):
         turns = [{"role": "user", "content": request["prompt"]}]
@@ -117,7 +124,7 @@ def fitting(
     Raises:
         DataError: none is left.
     """
-    if overlong != "skip" or most is None:
+    if overlong != "skip" or most is None:  # what is too long is refused later, with its number
         return list(requests)
     kept = [text for text, ids in zip(requests, encoded, strict=True) if len(ids) <= most]
     if not kept:
@@ -133,7 +140,7 @@ def fitting(
 
 def room_of(model: PreTrainedModel) -> int | None:
     """The most tokens that a model can be given, its answer included; None: no limit is known."""
-    config = model.config.get_text_config(decoder=True)
+    config = model.config.get_text_config(decoder=True)  # of a multimodal model, its language part
     room: int | None = getattr(config, "max_position_embeddings", None)
     return room
 
@@ -146,7 +153,7 @@ def check_room(
 ) -> None:
     """Refuse, with ValueError, prompts that leave the model too few positions for an answer."""
     room = room_of(model)
-    if room is None:
+    if room is None:  # Mamba, for one, has no positions
         return
     for index, ids in enumerate(encoded):
         if len(ids) + max_new_tokens > room:

@@ -25,10 +25,11 @@ def spoken(text: str, *, opened: bool = False) -> str | None:
     """
     found = False
     for opening, closing in _BLOCKS:
+        # The last end counts: a model may think, speak and think again.
         _, closed, after = text.rpartition(closing)
         if closed:
             text, opened, found = after, False, True
-        if opening in text:
+        if opening in text:  # after the last end, or without any: cut off in there
             return None
     if opened:
         return None

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["check_tasks", "multiple_choice"]
 
-_METRICS = ("acc", "acc_norm")
+_METRICS = ("acc", "acc_norm")  # lm-eval's names
 
 
 def multiple_choice(
@@ -66,13 +66,13 @@ def multiple_choice(
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
-            bootstrap_iters=0,
+            bootstrap_iters=0,  # intervals are Wilson's, from the samples
             log_samples=True,
             random_seed=None,  # else the caller's generators are seeded anew
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    result = {}
+    result = {}  # of a group of tasks, each of its tasks
     for task, samples in found["samples"].items():
         accuracy = {
             metric.replace("acc", "accuracy"): rate([s[metric] for s in samples], level)
@@ -102,6 +102,7 @@ def check_tasks(tasks: Sequence[str], folder: str | os.PathLike[str] | None = No
     from lm_eval.tasks import TaskManager
 
     if folder is not None:
+        # The folder alone first: lm-eval's own catalogue has thousands of files to read.
         own = TaskManager(include_path=str(folder), include_defaults=False)
         if set(tasks) <= set(own.all_subtasks):
             return own

@@ -27,7 +27,6 @@ from ssah.models.packed import (
     passing_gradients,
     scheme_of,
 )
-from ssah.models.places import SMOLLM2, locate
 from ssah.models.running import as_it_was, check_backbone, check_idle
 from ssah.models.source import SMOLLM2, locate
 from ssah.models.weights import (

@@ -38,10 +38,10 @@ class Judge(ABC):
             raise ValueError(
                 f"requests are {len(requests)} and answers {len(answers)}, must be as many"
             )
-        said = [spoken(answer) for answer in answers]
+        said = [spoken(answer) for answer in answers]  # None: it ends inside its reasoning
         kept = [(i, text) for i, text in enumerate(said) if text is not None]
         found = [False] * len(answers)
-        if kept:
+        if kept:  # an endpoint or a classifier is not asked about nothing
             judged = self.successes([requests[i] for i, _ in kept], [text for _, text in kept])
             for (i, _), success in zip(kept, judged, strict=True):
                 found[i] = success

@@ -64,7 +64,7 @@ class Function(Judge):
             try:
                 verdict = self.function(request, answer)
             except Exception as error:
-                kind = type(error).__name__
+                kind = type(error).__name__  # alone: a KeyError's message is the key, here a text
                 raise RuntimeError(f"judge {self.name!r} raised {kind}") from error
             if type(verdict).__name__ not in ("bool", "bool_"):  # bool_: numpy's
                 raise TypeError(

@@ -16,6 +16,7 @@ __all__ = ["KEYWORDS", "Keywords"]
 _FOLDER = Path(__file__).parent
 KEYWORDS = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))  # the published lists
 
+# What a file must say of its rule, and what it may say.
 _RULE: dict[str, tuple[Any, ...]] = {
     "match": ("anywhere", "start"),
     "case_sensitive": (True, False),
@@ -55,7 +56,7 @@ class Keywords(Judge):
             FileNotFoundError: no such file.
             ValueError: the file is not of that form; the message says what is wrong.
         """
-        known = name_or_file in KEYWORDS
+        known = name_or_file in KEYWORDS  # a file of that name in the working folder is not meant
         path = _FOLDER / f"{name_or_file}.json" if known else Path(name_or_file)
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
@@ -86,6 +87,7 @@ class Keywords(Judge):
             names = ", ".join((*_RULE, "min_words"))
             raise ValueError(f"judge {where!r}: 'rule' has {sorted(rule)}, must have {names}")
         for key, choices in _RULE.items():
+            # The type too: in Python 1 == True, and JSON's 1 is no true.
             if rule[key] not in choices or type(rule[key]) is not type(choices[0]):
                 raise ValueError(
                     f"judge {where!r}: {key!r} is {rule[key]!r}, must be one of {choices}"
@@ -101,7 +103,7 @@ class Keywords(Judge):
 
     def refuses(self, answer: str) -> bool:
         """Whether the answer has a keyword or too few words."""
-        text = answer.strip() if self.strip else answer
+        text = answer.strip() if self.strip else answer  # "start" means the start of this
         strings = self.strings
         if not self.case_sensitive:
             text, strings = text.lower(), tuple(string.lower() for string in strings)

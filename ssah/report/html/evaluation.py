@@ -21,6 +21,7 @@ from ssah.report.terminal.evaluation import ablated_name
 
 __all__ = ["evaluate"]
 
+# Columns as `records_table` takes them: the heading, the field of a record, the format of numbers.
 _NAMES = (("ablated", "what"), ("system prompt", "system_prompt"), ("judge", "judge"))
 _HARMFUL = (
     ("ASR", "asr", ".1%"),
@@ -81,6 +82,7 @@ def _named(result: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
 
 
 def _harmless(rows: list[dict[str, Any]], role: str, title: str) -> Table:
+    # None where these requests were not asked; one row that was asked shows them all.
     measured = [row for row in rows if any(f"{role}_refused" in each for each in rows)]
     columns = [(name, f"{role}_{name}", format_) for name, format_ in _HARMLESS]
     return records_table(title, measured, _NAMES, columns)

@@ -32,6 +32,7 @@ def scan(result: Mapping[str, Any]) -> list[Table]:
         for group, point in points.items()
         if isinstance(point, Mapping)
     ]
+    # A group of which no share will do has None in the place of its point.
     none = [NAMES.get(group, group) for group, point in points.items() if point is None]
     note = "".join(f" No share of {name} units keeps what it must." for name in none)
     note = f"{result.get('rule', '')}{note} {MEASURED_NOTE}".strip()
@@ -71,7 +72,7 @@ def study(result: Mapping[str, Any]) -> list[Table]:
     """Ways to train compared: their means, every seed, and paired differences."""
     labels, frozen = mapping_of(result, "labels"), mapping_of(result, "frozen_units")
     varied = str(result.get("varied", ""))
-    means, seeds = [], []
+    means, seeds = [], []  # a record an arm, and a record an arm and seed
     for arm in mapping_of(result, "arms"):
         own = mapping_of(mapping_of(result, "arms"), arm)
         label = labels.get(arm, arm)
@@ -90,20 +91,20 @@ def study(result: Mapping[str, Any]) -> list[Table]:
         }
         for row in list_of(result, "differences")
     ]
-    arm = (varied, "arm")
+    way = (varied, "arm")
     found = [
         records_table(
             "Ways to train",
             means,
-            [arm],
+            [way],
             [("units frozen", "frozen", ""), *MEASURED],
             f"Means over seeds. {MEASURED_NOTE} Maths and training loss: nats per token.",
         ),
-        records_table("Every seed", seeds, [arm, ("seed", "seed")], [*MEASURED, *_TRAINING]),
+        records_table("Every seed", seeds, [way, ("seed", "seed")], [*MEASURED, *_TRAINING]),
         records_table(
             "Differences, paired over requests or rows, and seeds",
             differences,
-            [arm, ("less", "against"), ("of", "what")],
+            [way, ("less", "against"), ("of", "what")],
             [("difference", "shown", "")],
         ),
     ]
@@ -117,7 +118,8 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
     groups = list(dict.fromkeys(g for size in sizes for g in mapping_of(size, "groups")))
     overlaps, others, correlations = [], [], []
     for size in sizes:
-        overlap, other, correlation = ({"size": size.get("size")} for _ in range(3))
+        overlap: dict[str, Any] = {"size": size.get("size")}
+        other, correlation = dict(overlap), dict(overlap)
         for group in groups:
             own = mapping_of(mapping_of(size, "groups"), group)
             overlap |= {group: own.get("overlap"), f"{group}_interval": own.get("overlap_middle")}
@@ -137,7 +139,9 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
     middle = "In brackets the middle 80 % of the draws."
     columns = [(group.upper(), group, ".2f") for group in groups]
     chance = [(f"{group.upper()} by chance", f"{group} chance", ".3f") for group in groups]
-    orders = [key for key in dict(*correlations[:1]) if not key.endswith("_interval")]
+    orders = [
+        key for key in (correlations[0] if correlations else {}) if not key.endswith("_interval")
+    ]
     scores = [(order, order, ".2f") for order in orders if order != "size"]
     rule = str(result.get("rule", ""))
     found = [
@@ -152,8 +156,8 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
 def transfer(result: Mapping[str, Any]) -> list[Table]:
     """The 4 x 4 flow, with sums, and how much of each group stayed."""
     groups = [str(group) for group in result.get("groups") or ()]
-    matrix = result.get("matrix") or ()
-    if not groups or len(matrix) != len(groups):
+    matrix = result.get("matrix") or ()  # [before, after], fractions of all units
+    if not groups or len(matrix) != len(groups):  # of another version: shown as it is
         return generic(result)
     kept = mapping_of(result, "kept")
     rows = [
@@ -165,6 +169,7 @@ def transfer(result: Mapping[str, Any]) -> list[Table]:
         )
         for group, row in zip(groups, matrix, strict=True)
     ]
+    # Of the matrix [before, after]: rows add up to the groups before, columns to those after.
     sums = [sum(column) for column in zip(*matrix, strict=True)]
     rows.append(("all", *(number(value, ".2%") for value in sums), number(sum(sums), ".0%"), ""))
     columns = ("before \\ after", *(group.upper() for group in groups), "all", "kept")
@@ -223,7 +228,10 @@ def probe(result: Mapping[str, Any]) -> list[Table]:
 
 
 def _columns(values: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
-    """Lists of equal length as records; ``x_intervals`` becomes the ``x_interval`` of each."""
+    """Lists of equal length as records; ``x_intervals`` becomes the ``x_interval`` of each.
+
+    ``{"refusal": [0.1, 0.2]}`` becomes ``{"place": 0, "refusal": 0.1}`` and the same of place 1.
+    """
     lists = {key: value for key, value in values.items() if isinstance(value, list)}
     n = min((len(value) for value in lists.values()), default=0)
     names = {key: key.replace("_intervals", "_interval") for key in lists}

@@ -13,7 +13,7 @@ from typing import Any
 from ssah.report.html.evaluation import evaluate
 from ssah.report.html.experiments import probe, scan, stability, study, transfer
 from ssah.report.html.plain import Table
-from ssah.report.html.records import generic, in_unit
+from ssah.report.html.records import generic, in_unit, list_of
 from ssah.report.html.runs import demo, finetune
 
 __all__ = ["KINDS", "Kind", "claims_table", "kind_of"]
@@ -23,18 +23,12 @@ Tables = Callable[[Mapping[str, Any]], Sequence[Table]]
 
 @dataclass(frozen=True)
 class Kind:
-    """How runs of one kind are shown.
+    """How runs of one kind are shown."""
 
-    Attributes:
-        title: of the section.
-        about: one plain sentence on what such a run shows.
-        tables: of a result.
-        pictures: stem of a picture's file -> what it shows, in words, for those who cannot see it.
-    """
-
-    title: str
-    about: str
-    tables: Tables = generic
+    title: str  # of the section
+    about: str  # one plain sentence on what such a run shows
+    tables: Tables = generic  # of a result
+    # Stem of a picture's file -> what it shows, in words, for those who cannot see it.
     pictures: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -148,17 +142,11 @@ _STATES = {"reproduces": "yes", "contradicted": "no", "undecided": "undecided"}
 def claims_table(claims: Any) -> list[tuple[str, str, str, str]]:
     """Claim, state (``yes``, ``no`` or ``undecided``), value with interval, and the sentence."""
     rows = []
-    for each in claims if isinstance(claims, list) else ():
-        if not isinstance(each, Mapping):
-            continue
+    for each in list_of({"claims": claims}, "claims"):
         claim = str(each.get("claim", ""))
+        # Records from before there were verdicts say only whether a claim holds.
         holds = {True: "yes", False: "no"}.get(each.get("holds"), "undecided")  # type: ignore[arg-type]
-        rows.append(
-            (
-                claim,
-                _STATES.get(str(each.get("verdict")), holds),
-                in_unit(each)["shown"],
-                str(each.get("sentence") or "").removeprefix(f"{claim}: "),
-            )
-        )
+        state = _STATES.get(str(each.get("verdict")), holds)
+        sentence = str(each.get("sentence") or "").removeprefix(f"{claim}: ")
+        rows.append((claim, state, in_unit(each)["shown"], sentence))
     return rows

@@ -24,48 +24,35 @@ from ssah.version import __version__
 
 __all__ = ["write_report"]
 
-_DEMO, _TRAINING = "demo.json", "run.json"
-_PNG = b"\x89PNG\r\n\x1a\n"
-_SKIPPED = ("checkpoints", "steps")
+_DEMO, _TRAINING = "demo.json", "run.json"  # of `ssah demo`; of `ssah finetune` and `ssah align`
+_PNG = b"\x89PNG\r\n\x1a\n"  # how every PNG begins
+_SKIPPED = ("checkpoints", "steps")  # folders of a run in which no run is
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture of a run: as a data URL, or None where its file is missing; and what it shows."""
+    """A picture of a run."""
 
-    url: str | None
-    alt: str
-    name: str
+    url: str | None  # with all of its bytes in it; None: the file is missing
+    alt: str  # what it shows, in words
+    name: str  # of the file
 
 
 @dataclass(frozen=True)
 class Section:
-    """A run as the page shows it; all fields are text or made of it.
+    """A run as the page shows it. All of it is text: what a record holds never becomes markup."""
 
-    Attributes:
-        anchor: unique in the page.
-        title, about: of its kind: a name, and a sentence on what it shows.
-        folder: relative to the folder of the report.
-        model: what the run is about, or "".
-        state: ``"finished"`` or ``"unfinished"``.
-        claims: rows of claim, state (``"yes"``, ``"no"`` or ``"undecided"``), measured, sentence.
-        tables, pictures: of the result.
-        command: that was given, or "".
-        facts: name and value: versions, time, seeds.
-        data, settings: as tables.
-    """
-
-    anchor: str
-    title: str
-    about: str
-    folder: str
-    model: str
-    state: str
-    claims: Sequence[Sequence[str]]
-    tables: Sequence[Table]
+    anchor: str  # unique in the page
+    title: str  # of its kind
+    about: str  # one sentence on what such a run shows
+    folder: str  # relative to the folder of the report
+    model: str  # what the run is about, or ""
+    state: str  # "finished" or "unfinished"
+    claims: Sequence[Sequence[str]]  # claim, "yes", "no" or "undecided", measured, sentence
+    tables: Sequence[Table]  # of the result
     pictures: Sequence[Picture]
-    command: str
-    facts: Sequence[tuple[str, str]]
+    command: str  # that was given, or ""
+    facts: Sequence[tuple[str, str]]  # name and value: versions, time, seeds
     data: Sequence[Table]
     settings: Sequence[Table]
 
@@ -111,6 +98,7 @@ def write_report(
         _section(kind, path, record, root, f"run-{i}")
         for i, (kind, path, record) in enumerate(found, start=1)
     ]
+    # StrictUndefined: a field that the template names and nothing has is an error, not a gap.
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -127,11 +115,7 @@ def write_report(
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, page.encode())
     return [
-        {
-            "kind": kind,
-            "folder": section.folder,
-            "finished": section.state == "finished",
-        }
+        {"kind": kind, "folder": section.folder, "finished": section.state == "finished"}
         for (kind, _, _), section in zip(found, sections, strict=True)
     ]
 
@@ -161,7 +145,7 @@ def _section(
 ) -> Section:
     kind = KINDS[name]
     title = kind.title if name != "other" else str(record.get("kind", kind.title))
-    # ssah demo writes its result alone, and at the end
+    # `ssah demo` writes its result alone, and at the end.
     result = record if name == "demo" and "settings" not in record else record.get("result")
     finished = bool(record.get("finished", result is not None))
     shown = result if isinstance(result, Mapping) else {}
@@ -205,7 +189,7 @@ def _picture(path: str, folder: Path, kind: Kind) -> Picture:
     if not inside.is_relative_to(folder.resolve()) or not inside.is_file():
         return Picture(None, alt, name)
     content = inside.read_bytes()
-    if not content.startswith(_PNG):
+    if not content.startswith(_PNG):  # an SVG could hold a script, whatever its name says
         return Picture(None, alt, name)
     return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", alt, name)
 
@@ -222,7 +206,7 @@ def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]
         done = len(list((folder / "steps").glob("*.json")))
         yield "steps done", number(done)
     versions = record.get("versions")
-    if not isinstance(versions, Mapping):
+    if not isinstance(versions, Mapping):  # the demonstration names them one by one
         names = {"ssah": ("ssah", "version"), "torch": ("torch",)}
         versions = {
             name: record[key] for name, keys in names.items() for key in keys if key in record
@@ -254,17 +238,12 @@ def _data(data: Any) -> list[Table]:
         return []
     if not all(isinstance(row, Mapping) for row in data.values()):
         return tables(data)
-    rows = tuple(
-        (
-            str(role),
-            str(row.get("source", MISSING)),
-            number(row.get("rows")),
-            str(row.get("fingerprint", MISSING)),
-        )
-        for role, row in data.items()
-    )
+    rows = []
+    for role, row in data.items():
+        source, digest = (str(row.get(key, MISSING)) for key in ("source", "fingerprint"))
+        rows.append((str(role), source, number(row.get("rows")), digest))
     columns = ("role", "source", "rows or units", "fingerprint (SHA-256)")
-    return [Table("", columns, rows, names=4)]
+    return [Table("", columns, tuple(rows), names=4)]
 
 
 def duration(seconds: Any) -> str:

@@ -15,28 +15,20 @@ MISSING = "–"
 _SHARES = frozenset(
     {"asr", "coherent", "fraction", "incoherent", "jaccard", "kept", "rate", "refuses", "share"}
 )
-_INTERVAL = "interval"
-_VALUES = ("value", "mean", "rate", "difference", "median")
+_INTERVAL = "interval"  # of a field ``x``: ``x_interval`` beside it, or ``interval`` in it
+_VALUES = ("value", "mean", "rate", "difference", "median")  # what stands beside an ``interval``
 _SHOWN = 8  # numbers of a list in a cell
 
 
 @dataclass(frozen=True)
 class Table:
-    """Text in rows and columns.
+    """Text in rows and columns."""
 
-    Attributes:
-        title: over the table; may be empty.
-        columns: their names.
-        rows: as many cells each as there are columns.
-        names: how many of the first columns hold names; the others hold numbers.
-        note: below the table; may be empty.
-    """
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    names: int = 1
-    note: str = ""
+    title: str  # over the table; may be empty
+    columns: tuple[str, ...]  # their names
+    rows: tuple[tuple[str, ...], ...]  # as many cells each as there are columns
+    names: int = 1  # how many of the first columns hold names; the others hold numbers
+    note: str = ""  # below the table; may be empty
 
 
 def number(value: Any, format_: str = "") -> str:
@@ -53,6 +45,7 @@ def number(value: Any, format_: str = "") -> str:
     if isinstance(value, int | float):
         if format_ and math.isfinite(value):
             return format(value, format_)
+        # A large float that is whole is a count which JSON has made a float.
         if isinstance(value, int) or (value == int(value) and abs(value) >= 1000):
             return f"{int(value):,}"
         return f"{value:.4g}"
@@ -102,8 +95,8 @@ def tables(data: Any, title: str = "") -> list[Table]:
 
 
 def _of_mapping(data: Mapping[str, Any], title: str) -> list[Table]:
-    scalars: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    scalars: dict[str, Any] = {}  # what one table of names and values holds
+    rest: dict[str, Any] = {}  # what gets tables of its own
     for key, value in data.items():
         (scalars if _fits_a_cell(value) else rest)[key] = value
     found = []
@@ -115,6 +108,7 @@ def _of_mapping(data: Mapping[str, Any], title: str) -> list[Table]:
     for key, value in rest.items():
         name = f"{title}: {_words(key)}" if title else _words(key)
         if isinstance(value, Mapping) and value and all(map(_is_record, value.values())):
+            # {"scu": {"asr": 0.1}, "ru": {"asr": 0.2}}: a row each, not a table each
             rows_ = [{"": inner, **record} for inner, record in value.items()]
             found.append(_of_rows(rows_, name))
         elif value:
@@ -126,6 +120,7 @@ def _of_rows(records: Sequence[Mapping[str, Any]], title: str) -> Table:
     flat = [_joined(_flattened(record)) for record in records]
     columns = list(dict.fromkeys(key for row in flat for key in row))
     named = [key for key in columns if all(_is_name(r, key) for r in records)]
+    # Names come first, wherever the record has them, so that the eye finds its row.
     columns = [*named, *(key for key in columns if key not in named)]
     rows = tuple(tuple(row.get(key, MISSING) for key in columns) for row in flat)
     return Table(title, tuple(_words(key) for key in columns), rows, names=len(named))
@@ -157,7 +152,7 @@ def _joined(fields: Mapping[str, Any]) -> dict[str, str]:
     for key, value in fields.items():
         base = key.removesuffix(f"_{_INTERVAL}")
         if base != key and base in fields and is_interval(value):
-            continue
+            continue  # it stands in the cell of its value
         interval = fields.get(f"{key}_{_INTERVAL}")
         if is_interval(interval) and _is_number(value):
             cells[key] = with_interval(value, interval, _format(key))

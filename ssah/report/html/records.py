@@ -65,6 +65,7 @@ def records_table(
         note: below the table.
     """
     rows = [record for record in records if isinstance(record, Mapping)]
+    # What an older version did not measure is a column too few, not a column of dashes.
     known = {key for row in rows for key, value in row.items() if value is not None}
     names = [column for column in names if column[1] in known]
     used = [column for column in values if column[1] in known]
@@ -84,6 +85,7 @@ def with_rows(*tables: Table) -> list[Table]:
     return [table for table in tables if table.rows]
 
 
+# Factor and format of a claim's value.
 _IN_UNITS = {"points": (100.0, "+.1f"), "nats": (1.0, "+.3f"), "cosine": (1.0, "+.3f")}
 
 
@@ -131,6 +133,6 @@ def generic(data: Mapping[str, Any], *without: str) -> list[Table]:
     """Tables of anything, but for the claims and for what has a table of its own."""
     rest = {key: value for key, value in data.items() if key not in (*without, "claims")}
     found = tables(rest) if rest else []
-    if found and without and not found[0].title:
+    if found and without and not found[0].title:  # what is left over stands below other tables
         found[0] = replace(found[0], title="Other figures")
     return found

@@ -43,7 +43,7 @@ def finetune(result: Mapping[str, Any]) -> list[Table]:
 
 def demo(result: Mapping[str, Any]) -> list[Table]:
     """Alignment, ablations, groups per layer, speed."""
-    alignment = mapping_of(result, "alignment")
+    alignment = mapping_of(result, "alignment")  # empty where the model was aligned before
     steps, seconds = number(alignment.get("steps")), number(alignment.get("seconds"), ".0f")
     sides = [{"when": when, **mapping_of(alignment, when)} for when in ("before", "after")]
     ablations = [

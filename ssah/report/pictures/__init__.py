@@ -1,4 +1,8 @@
-"""Pictures (PNG). They need matplotlib, and no display."""
+"""Pictures (PNG). They need matplotlib, and no display.
+
+Every ``plot_...(what, path, title)`` draws what its first argument says, writes ``title`` over it,
+saves it as ``path`` and returns that. It raises ImportError where matplotlib is not installed.
+"""
 
 from __future__ import annotations
 

@@ -22,9 +22,6 @@ def plot_ablations(
     """Utility loss and refusal margin after each ablation, beside those of the whole model.
 
     ``rows`` are what ``ssah.evaluation.ablations`` yields.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     whole, bars = rows[0], rows[1:]
     labels = [
@@ -35,7 +32,7 @@ def plot_ablations(
     ]
     colours = [COLOURS["random" if row["random"] else row["group"]] for row in bars]
     # A pair stands together: a group and as many random units.
-    positions: list[float] = []
+    positions: list[float] = []  # [bars], in bar widths
     for row in bars:
         last = positions[-1] if positions else 0.0
         positions.append(last + (0.85 if row["random"] else 1.35))
@@ -47,7 +44,7 @@ def plot_ablations(
             (axes[1], "refusal_margin", "Refusal margin, nats per token (> 0: refuses)", "{:+.2f}"),
         ):
             values = [row[key] for row in bars]
-            low, high = _range(rows, key)
+            low, high = _range(rows, key)  # what lies outside is drawn to the edge, and marked
             panel.set_xlim(low, high)
             shown = [min(max(value, low), high) for value in values]
             panel.barh(positions, shown, height=0.72, color=colours)
@@ -86,5 +83,6 @@ def _value(panel: Axes, y: float, value: float, end: float, format_: str) -> Non
 def _range(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[float, float]:
     """Limits that hold every value but those of a model destroyed by taking out most of it."""
     values = [row[key] for row in rows if row["fraction"] <= 0.5] + [0.0]
+    # A fifth on each side for the values that stand beside the bars.
     room = 0.2 * (max(values) - min(values) or 1.0)
     return min(values) - (room if min(values) < 0 else 0.0), max(values) + room

@@ -30,15 +30,10 @@ def plot_probe(probes: Mapping[str, Probe], path: str | os.PathLike[str], title:
 
     Args:
         probes: name of the model -> what ``ssah.probe`` returned; one or two.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with picture(path, title, (12, 8)) as figure:
         grid = figure.add_gridspec(2, 2)
-        first: Axes | None = None
+        first: Axes | None = None  # whose scale the second model's panel takes, to be compared
         for column, (name, probe) in enumerate(probes.items()):
             place = grid[0, :] if len(probes) == 1 else grid[0, column]
             axes = figure.add_subplot(place, sharey=first)
@@ -50,7 +45,7 @@ def plot_probe(probes: Mapping[str, Probe], path: str | os.PathLike[str], title:
                 axes.legend(loc="best", fontsize=9)
         layers, tokens = figure.add_subplot(grid[1, 0]), figure.add_subplot(grid[1, 1])
         for colour, (name, probe) in zip(_MODELS, probes.items(), strict=False):
-            values = probe.differences
+            values = probe.differences  # [requests, tokens, layers + 1]
             _curve(layers, probe, values[:, -1], range(values.shape[2]), colour, name)
             counts = range(1, values.shape[1] + 1)
             _curve(tokens, probe, values.mean(2), counts, colour, name)
@@ -76,7 +71,7 @@ def _distances(axes: Axes, probe: Probe) -> None:
         ("request + start of a refusal", probe.refusal_distances, _REFUSAL),
         ("request + start of a compliance", probe.compliance_distances, _COMPLIANCE),
     ):
-        values = distances[:, -1] - probe.baselines[-1]
+        values = distances[:, -1] - probe.baselines[-1]  # [requests, layers + 1], of all tokens
         _curve(axes, probe, values, range(values.shape[1]), colour, name)
     axes.axhline(0, color=INK, linewidth=0.9, linestyle=DASHED)
     axes.set_xlabel("layer (0: embeddings)")

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_compare", "plot_scan"]
 
+# Drawn in this order: what a reader looks for comes last, on top.
 _CURVES = ("random", "ru", "ucu", "scu")
 _MOST = 3.0  # nats above the intact model: a model that has lost more is of no use
+# A way of grouping is told by three things at once: colour, line and marker.
 _NORMALIZE = {"none": "#009e73", "zscore": "#d55e00", "rank": "#0072b2"}
 _SCOPE = {"module": (0, (3, 2)), "model": "-"}
 _TOKENS = {"labels": "o", "all": "x"}
@@ -27,11 +29,6 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
 
     Args:
         result: of ``ssah.studies.scan.run.scan``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     from matplotlib.ticker import LogLocator
 
@@ -46,7 +43,7 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
         for axes, (key, name) in zip(grid, panels, strict=True):
             _curves(axes, result, key)
             axes.set_title(name)
-            if key == "utility_loss":
+            if key == "utility_loss":  # else a destroyed model presses all that matters flat
                 top = result["intact"][key] + _MOST
                 axes.set_ylim(top=min(axes.get_ylim()[1], top))
             axes.set_xscale("log")
@@ -55,11 +52,11 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
             axes.xaxis.set_major_formatter(_percent)
             axes.minorticks_off()
             axes.axhline(result["intact"][key], color=INK, linewidth=1.0, linestyle=DASHED)
-        if len(panels) == 3:
+        if len(panels) == 3:  # fractions, with room for a line at 0 or at 1
             grid[2].set_ylim(-0.03, 1.03)
             grid[2].yaxis.set_major_formatter(_percent)
         handles, labels = grid[0].get_legend_handles_labels()
-        handles += [
+        handles += [  # of what no curve stands for
             grid[0].plot([], [], color=INK, linestyle=DASHED, linewidth=1.0)[0],
             grid[0].plot([], [], "o", color="none", markeredgecolor=INK, markersize=11)[0],
         ]
@@ -117,15 +114,10 @@ def plot_compare(
     Args:
         compared: the ``compare`` of a scan's result.
         tolerance: nats of utility loss that may be lost.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     with picture(path, title, (9.5, 5.6)) as figure:
         axes = figure.subplots()
-        for way in reversed(compared["ways"]):
+        for way in reversed(compared["ways"]):  # the best is drawn last, on top
             axes.plot(
                 [0.0, *(point["loss_rise"] for point in way["points"])],
                 [0.0, *(point["taken"] for point in way["points"])],
@@ -140,6 +132,7 @@ def plot_compare(
         place = {"xycoords": ("data", "axes fraction"), "va": "baseline"}
         write(axes, "tolerance", (tolerance, 1), (4, -10), **place)
         low, high = axes.get_xlim()
+        # Ways that cost more than five times what is tolerated leave the picture.
         axes.set_xlim(low, min(high, 5 * tolerance) if tolerance else high)
         axes.set_xlabel("rise of the utility loss, nats per token (lower is better)")
         axes.set_ylabel(f"what is taken: {compared['by']} (higher is better)")

@@ -28,11 +28,6 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
 
     Args:
         result: of ``ssah.studies.stability.run.stability``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     rows = result["sizes"]
     x = [row["size"] for row in rows]
@@ -43,6 +38,7 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
             _curve(left, x, own, "overlap", COLOURS[group], NAMES[group])
             chance = [each["by_chance"] for each in own]
             left.plot(x, chance, color=COLOURS[group], linestyle=_CHANCE)
+        # Every group has its own line of chance; the legend has one for all.
         left.plot([], [], color=INK, linestyle=_CHANCE, label="by chance")
         left.axhline(result["enough"], color=INK, linewidth=0.9, linestyle=DASHED)
         place = {"xycoords": ("axes fraction", "data"), "va": "baseline"}
@@ -53,7 +49,7 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
             _curve(right, x, own, "value", colour, name)
         right.set_title("Rank correlation (Spearman) of scores, mean over modules")
         for axes in (left, right):
-            axes.set_xscale("log", base=2)
+            axes.set_xscale("log", base=2)  # numbers of prompts are doubled from size to size
             axes.set_xticks(x, [str(n) for n in x])
             axes.minorticks_off()
             axes.set_xlabel("prompts of each kind")

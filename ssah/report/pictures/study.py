@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["plot_budget", "plot_freeze"]
 
+# An arm has the colour of the group that it freezes or trains; its control that of random units.
 _ARMS = {
     "before": "#999999",
     "none": "#333333",
@@ -41,11 +42,6 @@ def plot_freeze(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
 
     Args:
         result: of ``ssah.studies.training.freeze.freeze``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     return _panels(result, ("utility_loss", "training_loss"), path, title)
 
@@ -55,11 +51,6 @@ def plot_budget(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
 
     Args:
         result: of ``ssah.studies.training.budget.budget``.
-        path: of the PNG.
-        title: over the picture.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     measured = next(iter(result["arms"].values()))["mean"]
     kinds = [key for key in ("utility_loss", "math_loss") if key in measured]
@@ -71,6 +62,7 @@ def _panels(
 ) -> Path:
     arms = list(result["arms"])
     panels = [_ASR, _MARGIN, *((key, _LOSSES[key]) for key in kinds)]
+    # Inches: labels on the left, a column a panel, a line an arm.
     size = (2.6 + 3.4 * len(panels), 1.7 + 0.45 * len(arms))
     with picture(path, title, size, axes_grid_axis="x", axes_titlesize=9.5) as figure:
         grid = figure.subplots(
@@ -99,10 +91,11 @@ def _arm(axes: Axes, y: int, arm: str, found: Mapping[str, Any], key: str) -> No
     if key == "asr":
         low, high = mean["asr_interval"]
         axes.plot([low, high], [y, y], color=INK, linewidth=1.6)
+        # Nothing may be drawn over the number, which stands behind all of them.
         end = max(high, mean["incoherent"], *(own["asr"] for own in found["seeds"].values()))
         axes.plot(mean["incoherent"], y, "x", color="#b22222", markersize=6)
     seeds = [own[key] for own in found["seeds"].values()]
-    if len(set(seeds)) > 1:
+    if len(set(seeds)) > 1:  # one dot would only say what the bar says
         axes.plot(seeds, [y] * len(seeds), "o", color="white", markeredgecolor=INK, markersize=4.5)
         end = max(end, *seeds)
     text = (

@@ -17,15 +17,12 @@ __all__ = ["plot_throughput"]
 
 
 def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
-    """Rates of the operators (one panel a dtype) and of ``attribute``, as ``ssah bench`` has them.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Rates of the operators (a panel a dtype) and of ``attribute``, as ``ssah bench`` has them."""
     dtypes = list(dict.fromkeys(row["dtype"] for row in result["operators"]))
     panels: dict[str, list[Mapping[str, Any]]] = {
         dtype: [row for row in result["operators"] if row["dtype"] == dtype] for dtype in dtypes
     }
+    # The height follows from the operator that most implementations have, and a gap after each.
     bars = max(len(row["seconds"]) + 1 for row in result["operators"])
     size = (4.6 * (len(dtypes) + 1) + 1.5, 1.6 + 0.2 * bars * len(panels[dtypes[0]]))
     facts = f"torch {result['torch']}, {result['threads']} threads"
@@ -47,7 +44,7 @@ def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> 
 
 def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) -> None:
     y, ticks = 0.0, []
-    named: set[str] = set()
+    named: set[str] = set()  # in the legend already, which must have each once
     for row in rows:
         rates = row["gigabytes_per_second"]
         ticks.append(y + (len(rates) - 1) / 2)
@@ -58,7 +55,7 @@ def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) ->
             write(axes, f"{rate:.3g}", (rate, y), (3, 0), fontsize=7)
             y += 1
         y += 0.9
-    if read is not None:
+    if read is not None:  # no operator that reads its input once can be faster than this
         label = "reading memory alone"
         axes.axvline(read, color=INK, linewidth=1.1, linestyle=DASHED, label=label)
     axes.set_yticks(ticks, [row["op"] for row in rows])
@@ -72,7 +69,7 @@ def _rates(axes: Axes, rows: Sequence[Mapping[str, Any]], read: float | None) ->
 def _scoring(axes: Axes, scoring: Mapping[str, Any]) -> None:
     rates = scoring["tokens_per_second"]
     places = range(len(rates))
-    ours = IMPLEMENTATIONS["cpu"]
+    ours = IMPLEMENTATIONS["cpu"]  # a metric is none of the implementations: it is drawn as ours
     eager = IMPLEMENTATIONS["eager"]
     colours = [IMPLEMENTATIONS.get(name, eager if name == "hooks" else ours) for name in rates]
     axes.barh(places, list(rates.values()), height=0.7, color=colours)

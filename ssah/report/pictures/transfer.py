@@ -42,12 +42,7 @@ def plot_transfer(
 
     Args:
         moved: what ``ssah.transfer`` returns.
-        path: of the PNG.
-        title: over the picture.
         before, after: names of the two sides.
-
-    Raises:
-        ImportError: matplotlib is not installed.
     """
     stayed = moved.groups.index("cu")
     small = moved.matrix.clone()
@@ -113,7 +108,7 @@ def _alluvial(
         _bars(axes, x, tops, heights, dict(zip(groups, labels, strict=True)))
 
 
-def _tops(shares: Tensor) -> list[float]:
+def _tops(shares: Tensor) -> list[float]:  # [groups]
     """Where each group's bar begins."""
     gaps = _GAP * torch.arange(len(shares))
     return (shares.cumsum(0) - shares + gaps).tolist()

@@ -17,8 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ablated_name", "evaluation_tables"]
 
-_DASH = "-"
-_METRICS = ("accuracy", "accuracy_norm")
+_DASH = "-"  # where there is nothing to tell
+_METRICS = ("accuracy", "accuracy_norm")  # a task may lack the second one
+# runs/groups:scu, runs/groups:scu:0.008, runs/groups:scu:0.008:random
 _ABLATED = re.compile(r".+:(scu|ucu|ru|cu)(?::([0-9.e-]+))?(:random)?")
 _HARMLESS = {"over_refusal": "dangerous-looking", "benign": "ordinary"}
 _SHORT = {"over_refusal": "dangerous", "benign": "ordinary"}
@@ -57,7 +58,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
         ["harmful", "tokens", *(name for role in sets for name in (_SHORT[role], "tokens"))],
     )
     for row in rows:
-        if row["judge"] == judges[0]:
+        if row["judge"] == judges[0]:  # coherence and length do not depend on the judge
             cells = [_rate(row["incoherent"]), f"{row['mean_tokens']:.0f}"]
             for role in sets:
                 cells += [_rate(row[f"{role}_incoherent"]), f"{row[f'{role}_tokens']:.0f}"]
@@ -84,6 +85,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
 
 def _unfinished(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """A fact, where answers to harmful requests ended inside their reasoning."""
+    # One line for all rows: the worst of them is what a reader must know.
     worst = max((row["unfinished"] for row in rows), key=lambda found: found["rate"])
     if not worst["count"]:
         return {}
@@ -94,7 +96,7 @@ def _unfinished(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 def _by_model(
     title: str, prompts: Sequence[str | None], values: Sequence[str], *names: str
 ) -> Table:
-    prompt = ["prompt"] if len(prompts) > 1 else []
+    prompt = ["prompt"] if len(prompts) > 1 else []  # else all rows would say the same
     return new_table(title, ["ablated", *prompt, *names], values)
 
 
@@ -186,6 +188,7 @@ def _points(row: Mapping[str, Any], key: str) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return _DASH
+    # A model that was damaged has perplexities of many digits, none of which matters.
     return f"{value:.1f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"
 
 

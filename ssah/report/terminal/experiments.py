@@ -14,7 +14,7 @@ from ssah.report.terminal.tables import facts_table, new_table
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-_SHORT = ("utility", "maths")  # losses
+_SHORT = ("utility", "maths")  # what ``utility_loss`` and ``math_loss`` are called in a column
 
 __all__ = ["claims_text", "scan_tables", "stability_tables", "study_tables"]
 
@@ -22,7 +22,7 @@ __all__ = ["claims_text", "scan_tables", "stability_tables", "study_tables"]
 def scan_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableType]:
     """Curves, chosen shares, claims and the comparison of a scan."""
     result = record["result"]
-    asked = "asr" in result["intact"]
+    asked = "asr" in result["intact"]  # a scan without a judge measures losses and margins alone
     columns = ["units", "share", "loss", "rise", "margin", "refuses"]
     table = new_table(
         "Utility loss and refusal margin in nats per token",
@@ -99,6 +99,7 @@ def study_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableTyp
         mean = found["mean"]
         low, high = (100 * bound for bound in mean["asr_interval"])
         steps = [own["training"]["steps"] for own in found["seeds"].values()]
+        # Arms are compared at the same training loss: one that did not reach it is marked.
         missed = any(own["training"].get("reached") is False for own in found["seeds"].values())
         table.add_row(
             result["labels"][name],
@@ -134,7 +135,7 @@ def stability_tables(record: Mapping[str, Any], out: Path) -> Iterator[Renderabl
         rho = (row["spearman"][order]["value"] for order in ("safety", "utility", "difference"))
         table.add_row(f"{row['size']}", *overlaps, *(f"{value:.3f}" for value in rho))
     table.add_section()
-    chance = result["sizes"][0]["groups"]
+    chance = result["sizes"][0]["groups"]  # which the number of prompts does not change
     table.add_row("by chance", *(f"{chance[group]['by_chance']:.3f}" for group in groups))
     enough = (
         "more" if result["suffices"][group] is None else str(result["suffices"][group])
