@@ -21,7 +21,7 @@ from transformers.utils import logging
 from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.packed import packed_modules
-from ssah.models.source import locate
+from ssah.models.source import Source, locate
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -53,6 +53,7 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
+    _check_options(name, dtype, device, packed)
     # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_weights(
@@ -70,12 +71,7 @@ def load_weights(
     packed: bool = False,
 ) -> PreTrainedModel:
     """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
-    if dtype not in DTYPES:
-        raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-    target = pick_device(device)  # before minutes of loading
-    source = locate(name)
-    if packed and not source.gguf_file:
-        raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
+    source, target = _check_options(name, dtype, device, packed)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
@@ -97,6 +93,17 @@ def load_weights(
             f"({', '.join(architectures)})"
         )
     return move(model, target).eval()
+
+
+def _check_options(name: str, dtype: str, device: str, packed: bool) -> tuple[Source, torch.device]:
+    """Where the model is and where it goes, before minutes of loading."""
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    target = pick_device(device)
+    source = locate(name)
+    if packed and not source.gguf_file:
+        raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
+    return source, target
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -56,7 +56,7 @@ MODELS = (
     "Qwen/Qwen3-Next-80B-A3B-Instruct",
 )
 # Options of other programs that the pages name.
-OTHERS = {"--help", "--no-build-isolation", "--no-deps", "--nproc-per-node"}
+OTHERS = {"--help", "--no-build-isolation", "--no-deps", "--nproc-per-node", "--kind"}
 
 
 @pytest.fixture(scope="module")
