@@ -28,8 +28,6 @@ from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
 from ssah.info import describe
 from ssah.models import DTYPES, ModelError, faster_dtype, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
-from ssah.studies.bench import CASES
-from ssah.studies.bench.settings import Settings
 from ssah.units import KINDS, UnitSet
 from ssah_kernels.backends import BACKENDS
 from ssah_kernels.schema import KERNELS
@@ -303,18 +301,18 @@ def test_demo_without_alignment(runs, tmp_path):
     assert not (tmp_path / "aligned").exists()
 
 
-def test_bench_measures_every_backend_that_is_there(tmp_path, monkeypatch):
-    tiny = Settings(32, 48, (torch.float32, torch.bfloat16), 2, 1, 128, 8, 2, cache_bytes=0)
-    monkeypatch.setattr("ssah.studies.bench.run.QUICK", tiny)
+def test_bench_says_what_was_measured(tmp_path, monkeypatch):
+    """What is measured, and how, is tested in tests/studies."""
+    given = {}
+
+    def run_bench(out, **options):
+        given.update(out=out, **options)
+        return {"operators": []}
+
+    monkeypatch.setattr("ssah.studies.bench.run_bench", run_bench)
     found = as_json("bench", "--quick", "--out", tmp_path, "--threads", 1)
-    assert found == json.loads((tmp_path / "bench.json").read_text())
-    assert [row["op"] for row in found["operators"]] == [*CASES, *CASES]
-    for row in found["operators"]:
-        assert {"eager", "reference", found["backend"]} <= set(row["seconds"])
-        assert "compile" not in row["seconds"]
-    assert {*METRICS, "hooks", "eager"} == set(found["attribute"]["tokens_per_second"])
-    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
-    assert "GB/s" in call("bench", "--quick", "--out", tmp_path, "--threads", 1).stdout
+    assert found == {"operators": []}
+    assert given == {"out": tmp_path, "quick": True, "threads": 1}
 
 
 @pytest.mark.parametrize("ratio", [0.5, 2, 100])

@@ -59,14 +59,20 @@ def outcomes(process: subprocess.Popen[str]) -> dict[str, int | str]:
     return outcome | {r["op"]: r["compared"] for r in map(json.loads, stdout.splitlines())}
 
 
+# The interpreter takes 25 s for one of these, and its kernel has much in common with another's:
+# that of the moments in the gate's backward pass, that of the rules of an update in AdamW.
+SLOW = ("gated_moments", "masked_sgd_")
+
+
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, int | str]:
-    return outcomes(python(str(TESTS / "helpers" / "triton_interpret.py"), *OPS))
+    quick = [op for op in OPS if op not in SLOW]
+    return outcomes(python(str(TESTS / "helpers" / "triton_interpret.py"), *quick))
 
 
 @needs_triton
 @pytest.mark.xdist_group("triton")
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", [op for op in OPS if op not in SLOW])
 def test_interpreted(op: str, interpreted: dict[str, int | str]) -> None:
     assert isinstance(interpreted[op], int), interpreted[op]
     assert interpreted[op] >= 4
