@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from importlib import import_module
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
@@ -32,7 +31,8 @@ MOVED = {
 }
 
 
-class _Forward(Loader):
+# Neither class has its base of importlib.abc, which would double the time of `import ssah`.
+class _Forward:
     """Loads a module that has the names of another one."""
 
     def create_module(self, spec: ModuleSpec) -> None:
@@ -50,11 +50,11 @@ class _Forward(Loader):
         module.__getattr__ = lambda name: getattr(home, name)  # type: ignore[method-assign]
 
 
-class _Finder(MetaPathFinder):
+class _Finder:
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        return ModuleSpec(name, _Forward()) if name in MOVED else None
+        return ModuleSpec(name, _Forward()) if name in MOVED else None  # type: ignore[arg-type]
 
 
 def accept() -> None:
