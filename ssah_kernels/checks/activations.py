@@ -79,7 +79,7 @@ def taylor_moments_(
     floating("x", x)
     rows("x", x)
     like("grad", grad, "x", x)
-    channels = (x.shape[-1],)
+    channels = (x.shape[-1],)  # [C]
     state_of("signed", signed, channels, x.device)
     state_of("squared", squared, channels, x.device)
     mask_of(token_mask, x)

@@ -43,7 +43,7 @@ def as_matrix(x: Tensor, dim: int) -> Tensor:
 def axis_of(x: Tensor, dim: int) -> int:
     """Which of the matrix's two dimensions ``dim`` became."""
     n = x.dim()
-    return int(n < 2 or dim % n > 0)
+    return int(n < 2 or dim % n > 0)  # one dimension becomes [1, units]: columns
 
 
 def can_be_matrix(x: Tensor, dim: int) -> bool:

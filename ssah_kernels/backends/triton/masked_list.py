@@ -109,7 +109,7 @@ def how_accessed(update: Update, i: int) -> tuple[int, bool, int]:
     param, grad, dim = update.params[i], update.grads[i], update.dims[i]
     gather = update.indices[i] is not None and dim == 1
     units = dim if update.signed is not None else -1
-    if gather or param.stride(1) != 1:
+    if gather or param.stride(1) != 1:  # no neighbours to load together
         return 1, gather, units
     tensors = [grad, *(s[i] for s in update.states), param]
     if update.remainders is not None:
@@ -127,12 +127,12 @@ def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) ->
         param.data_ptr(),
         update.grads[i].data_ptr(),
         *states,
-        *[0] * (2 - len(states)),
+        *[0] * (2 - len(states)),  # SGD has one or none: addresses that nothing reads
         0 if update.remainders is None else update.remainders[i].data_ptr(),
         0 if index is None else index.data_ptr(),
         0 if index is None or gather else rows,
         rows,
-        cols // vector,
+        cols // vector,  # the kernel multiplies again, and so knows the factor
         param.stride(0) // vector,
         param.stride(1),
         i,
