@@ -80,7 +80,7 @@ def check_finite(read: Iterable[tuple[Columns, Tensor]]) -> None:
     """Refuse columns that are no numbers: without them the model would only look whole.
 
     Args:
-        read: columns with their values.
+        read: columns with their values, ``[out, n]`` or ``[n, out]``.
 
     Raises:
         FloatingPointError: the weight is named.

@@ -155,7 +155,7 @@ def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrain
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put ``tensor`` in the place of the parameter or buffer of ``model`` that has this name."""
+    """Put ``tensor`` ``[...]`` in the place of the parameter or buffer that has this name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, tensor)
 

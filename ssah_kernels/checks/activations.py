@@ -1,4 +1,7 @@
-"""Arguments of the operators that read activations or weights."""
+"""Arguments of the operators that read activations [..., C] or weights [out, C].
+
+A mask has the leading shape [...], count has [], and all other state [C].
+"""
 
 from __future__ import annotations
 

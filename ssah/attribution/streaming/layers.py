@@ -110,11 +110,13 @@ class LayeredModel:
         return self.checkpoint.n_bytes(key for keys in self._keys.values() for key in keys)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Layer ``index`` as it is in the files. May run in a thread of its own."""
+        """Layer ``index`` by name, each ``[...]`` as in the files. May run in its own thread."""
         return self.checkpoint.read(self._keys[index])
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put what `read` gave into layer ``index``; ``tensors`` is emptied, to free memory.
+
+        Each is ``[...]`` as in the files, and is converted to the shape that the model has.
 
         Raises:
             ModelError: a weight is missing or has the wrong shape.

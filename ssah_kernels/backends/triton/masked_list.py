@@ -64,7 +64,7 @@ class Update:
 
 
 def device_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """An int64 table on ``device``; the copy does not wait for the GPU.
+    """An int64 table [values] on ``device``; the copy does not wait for the GPU.
 
     Raises:
         RuntimeError: the current stream is captured. A replayed graph would copy again from the
@@ -88,7 +88,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
-    """Elements of a 16-byte vector, if all pointers and sizes allow such accesses; else 1."""
+    """Elements of a 16-byte vector, if pointers (of tensors [...]) and sizes allow it; else 1."""
     vector = VECTOR_BYTES // tensors[0].element_size()
     aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
     return vector if aligned and all(size % vector == 0 for size in sizes) else 1
