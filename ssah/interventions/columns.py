@@ -52,10 +52,6 @@ def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModul
         TypeError: ``units`` is no `UnitSet`.
         ValueError: ``units`` is of another model.
     """
-    if not isinstance(units, UnitSet):
-        raise TypeError(
-            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
-        )
     return check_units(model, units)
 
 

@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ssah.choices import Dtype
 from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.packed import packed_modules
 from ssah.models.source import Source, locate
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 def load_model(

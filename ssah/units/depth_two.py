@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ssah.choices import Kind
 from ssah.compat.modules import has_hooks
 from ssah.models import runs_own_forward, scheme_of
 from ssah.units.experts import DOWN, RoutedExperts
 from ssah.units.projections import features
 
-KINDS: tuple[str, ...] = ("mlp", "attention")
+KINDS: tuple[str, ...] = get_args(Kind)
 
 # Class of the activation module -> the name under which `gated_moments` knows its function.
 _ACT_NAMES: dict[str, str] = {

@@ -25,6 +25,7 @@ from ssah.models import (
     put_tensor,
     quiet,
     replaced_forward,
+    text_config,
 )
 from ssah.units import layers_path
 
@@ -258,7 +259,7 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _check_separable(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     shared = getattr(config, "num_kv_shared_layers", 0)
     if shared:
         raise ValueError(
