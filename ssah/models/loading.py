@@ -55,7 +55,7 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
-    _check_options(name, dtype, device, packed)
+    check_options(name, dtype, device, packed)
     # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_weights(
@@ -73,7 +73,7 @@ def load_weights(
     packed: bool = False,
 ) -> PreTrainedModel:
     """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
-    source, target = _check_options(name, dtype, device, packed)
+    source, target = check_options(name, dtype, device, packed)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
@@ -97,8 +97,10 @@ def load_weights(
     return move(model, target).eval()
 
 
-def _check_options(name: str, dtype: str, device: str, packed: bool) -> tuple[Source, torch.device]:
-    """Where the model is and where it goes, before minutes of loading."""
+def check_options(
+    name: str, dtype: str, device: str, packed: bool = False
+) -> tuple[Source, torch.device]:
+    """Where the model is and where it goes, before minutes of loading; as of :func:`load_model`."""
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     target = pick_device(device)

@@ -17,11 +17,9 @@ from ssah.attribution.streaming.reader import Checkpoint
 from ssah.attribution.streaming.resuming import Hidden
 from ssah.compat.transformers import WeightReader, tie_weights, tied_weights
 from ssah.models import (
-    DTYPES,
     ModelError,
+    check_options,
     loading_errors,
-    locate,
-    pick_device,
     put_tensor,
     quiet,
     replaced_forward,
@@ -65,10 +63,8 @@ class LayeredModel:
             ModelError: nothing of that name, no safetensors, or quantised weights.
             ValueError: the architecture is unknown, or its layers cannot run one by one.
         """
-        if dtype not in DTYPES:
-            raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-        self.name, self.device = name, pick_device(device)
-        source, gguf_file, local = locate(name)
+        self.name = name
+        (source, gguf_file, local), self.device = check_options(name, dtype, device)
         if gguf_file:
             raise ModelError(
                 f"model is {name!r}, a GGUF file, must be safetensors to be streamed: load it and "
