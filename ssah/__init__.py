@@ -106,11 +106,13 @@ _submodule = submodules_of(__name__)
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(_HOME[name]), name)
+        # Python asks this function only for what is missing: once a name.
         globals()[name] = value
         return value
     return _submodule(name)
 
 
 def __dir__() -> list[str]:
+    # Names of files: nothing is imported to list them.
     submodules = (module.name for module in iter_modules(__path__))
     return sorted({*globals(), *__all__, *(name for name in submodules if name[0] != "_")})

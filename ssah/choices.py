@@ -1,13 +1,16 @@
-"""What one can choose between, as types: the commands offer these without importing torch.
+"""What one can choose between, as types: the rooms check by these, and the commands offer them
+without importing torch.
 
 Example: ``Scope`` is ``Literal["module", "model"]``, and ``get_args(Scope)`` its names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 __all__ = [
+    "By",
     "Counted",
     "Dtype",
     "Group",
@@ -17,15 +20,23 @@ __all__ = [
     "Overlong",
     "Scope",
     "Tokens",
+    "check_choice",
 ]
 
 Metric: TypeAlias = Literal["variance", "norm", "taylor", "fisher"]
-Tokens: TypeAlias = Literal["auto", "all", "after_first", "labels"]
+Tokens: TypeAlias = Literal["auto", "all", "after_first", "labels"]  # which of them count
 Kind: TypeAlias = Literal["mlp", "attention"]
 Group: TypeAlias = Literal["scu", "ucu", "ru", "cu"]
-Scope: TypeAlias = Literal["module", "model"]
+Scope: TypeAlias = Literal["module", "model"]  # what is ranked together: one depth-2 module, or all
+By: TypeAlias = Literal["safety", "utility", "difference", "sum", "group"]
 Normalize: TypeAlias = Literal["none", "zscore", "rank"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
-Overlong: TypeAlias = Literal["cut", "skip", "error"]
+Overlong: TypeAlias = Literal["cut", "skip", "error"]  # what becomes of a row that is too long
 # Of the studies, which score rows with answers: the response, or every token.
 Counted: TypeAlias = Literal["labels", "all"]
+
+
+def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
+    """Refuse, with ValueError, a value of the argument ``name`` that is not among the allowed."""
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; it must be one of {', '.join(allowed)}")

@@ -46,6 +46,7 @@ def describe() -> dict[str, Any]:
         "compiler": extension.get("compiler"),
         "torch_built_with": extension.get("torch_built_with"),
         "cuda_built": library is not None,
+        # Read from the file, so that a machine without a GPU can tell too.
         "cuda_archs": fatbin.architectures(library) if library is not None else [],
         "gpu": _gpu(),
         "triton": _version("triton"),

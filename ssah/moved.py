@@ -43,10 +43,11 @@ class _Forward:
         warnings.warn(
             f"{module.__name__} is now {path}: the old path goes with the next release",
             DeprecationWarning,
-            stacklevel=2,
+            stacklevel=2,  # the line that imports: Python leaves its own frames out
         )
         home = import_module(path)
         module.__doc__, module.__all__ = home.__doc__, home.__all__  # type: ignore[attr-defined]
+        # Looked up in the new place each time, so that both paths always give the same object.
         module.__getattr__ = lambda name: getattr(home, name)  # type: ignore[method-assign]
 
 
@@ -59,7 +60,7 @@ class _Finder:
 
 def accept() -> None:
     """Let ``import`` find the paths of `MOVED`; called once, as the package is imported."""
-    sys.meta_path.append(_Finder())
+    sys.meta_path.append(_Finder())  # the last to be asked, after those that find files
 
 
 def renamed(**parameters: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -38,7 +38,7 @@ def scoring_bar(
 @contextmanager
 def token_bar(total: int | None, done: int) -> Iterator[Callable[[int], None]]:
     """A bar over batches; yields a function that moves it on by one, of so many tokens."""
-    start, seen = time.perf_counter(), 0
+    start, seen = time.perf_counter(), 0  # of this run: what was done earlier took none of its time
     with scoring_bar("scoring units", "{:,.0f} tokens/s", total, done) as show:
 
         def advance(n_tokens: int) -> None:

@@ -55,6 +55,7 @@ def setting(
     """
     bounds = {"min": min, "max": max, "above": above, "below": below}
     about = {HELP: help, "option": option, "panel": panel, "metavar": metavar, **bounds}
+    # What was not said is left out, so that `declared` finds what a base class said of it.
     given = {key: value for key, value in about.items() if value is not None}
     return field(default=default, metadata=given)
 
@@ -68,7 +69,7 @@ def declared(settings: type) -> list[tuple[Field[Any], Any, dict[str, Any]]]:
     hints, found = get_type_hints(settings), []
     for own in fields(settings):
         about: dict[str, Any] = {}
-        for base in reversed(settings.__mro__):
+        for base in reversed(settings.__mro__):  # the base first: a subclass overrides it
             kept = vars(base).get("__dataclass_fields__", {}).get(own.name)
             about |= {} if kept is None else kept.metadata
         found.append((own, hints[own.name], about))

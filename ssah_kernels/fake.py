@@ -1,5 +1,8 @@
 """Output shapes and dtypes of each operator, for tracing. Checks run here as well as on real data,
-so that a wrong shape is an error at compile time. Shapes are those of :mod:`ssah_kernels.ops`."""
+so that a wrong shape is an error at compile time.
+
+Shapes are those of :mod:`ssah_kernels.ops`: activations [..., C], state [C], weights [out, C].
+"""
 
 from __future__ import annotations
 

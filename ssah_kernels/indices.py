@@ -43,7 +43,7 @@ def bounds(name: str, index: Tensor) -> tuple[int, int]:
 
 
 def check(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dims: Sequence[int]) -> None:
-    """Raise ValueError, with the position in the list, unless every index fits its tensor."""
+    """Raise ValueError, with the position in the list, unless every index [n] fits its tensor."""
     for i, index in enumerate(indices):
         if index is None:
             continue

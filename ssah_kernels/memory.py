@@ -57,7 +57,7 @@ def _name(op: str, args: Sequence[Any], number: int) -> str:
 
 
 def check_grad(op: str, args: Sequence[Any], written: Sequence[Tensor]) -> None:
-    """Raise RuntimeError where autograd could not follow a change."""
+    """Raise RuntimeError where autograd could not follow a change of ``written``, each [...]."""
     if not torch.is_grad_enabled():
         return
     for i, tensor in enumerate(written):
@@ -69,7 +69,7 @@ def check_grad(op: str, args: Sequence[Any], written: Sequence[Tensor]) -> None:
 
 
 def check(op: str, args: Sequence[Any], written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """Raise, with the names of the arguments, where they must not be written to.
+    """Raise, with the names of the arguments, each [...], where they must not be written to.
 
     Raises:
         RuntimeError: autograd could not follow.

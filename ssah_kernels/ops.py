@@ -235,8 +235,8 @@ def masked_sgd_(
     """One SGD step of the trained elements alone, in one pass: as ``torch.optim.SGD`` does.
 
     Args:
-        momentum_buffers: compact and contiguous, as AdamW's state; None if momentum is 0. At step 1
-            their content is not used. Updated in place.
+        momentum_buffers: compact [trained, other] and contiguous, as AdamW's state; None if
+            momentum is 0. At step 1 their content is not used. Updated in place.
         The rest is as for ``masked_adamw_``.
 
     Raises:

@@ -37,7 +37,7 @@ def _marked(marks: Tensor, x: Tensor, unit: int, offset: int) -> Tensor:
 
 
 def within(x: Tensor) -> bool:
-    """Whether two elements of ``x`` lie in one place."""
+    """Whether two elements of ``x`` [...] lie in one place."""
     if x.is_contiguous() or x.numel() == 0:
         return False
     used = sorted((s, n) for n, s in zip(x.shape, x.stride(), strict=True) if n > 1)
@@ -78,7 +78,7 @@ def _other_columns(a: Tensor, b: Tensor) -> bool:
 
 
 def between(a: Tensor, b: Tensor) -> bool:
-    """Whether an element of ``a`` and one of ``b`` share a byte."""
+    """Whether an element of ``a`` [...] and one of ``b`` [...] share a byte."""
     if a.numel() == 0 or b.numel() == 0 or a.device != b.device:
         return False
     start_a, start_b = a.data_ptr(), b.data_ptr()

@@ -41,7 +41,7 @@ Dim: TypeAlias = int | tuple[int, int]
 
 
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
-    """Whether ``tensor`` is a DTensor."""
+    """Whether ``tensor`` [...] is a DTensor."""
     # Without a process group there is none, and the import below is slow.
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False
@@ -51,7 +51,7 @@ def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
 
 
 def check_layout(name: str, tensor: DTensor) -> None:
-    """Raise ValueError unless ``tensor`` is sharded as ``fully_shard`` does by default."""
+    """Raise ValueError unless ``tensor`` [...] is sharded as ``fully_shard`` does by default."""
     from torch.distributed.tensor import Shard
 
     if tensor.placements != (Shard(0),):
@@ -62,12 +62,12 @@ def check_layout(name: str, tensor: DTensor) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's rows of a DTensor, not a copy; of any other tensor, all of it."""
+    """This rank's rows [rows, ...] of a DTensor, not a copy; of any other tensor, all of it."""
     return tensor.to_local().detach() if is_sharded(tensor) else tensor
 
 
 def first_row(tensor: DTensor) -> int:
-    """Number of the first row that this rank holds."""
+    """Number of the first row of ``tensor`` [rows, ...] that this rank holds."""
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
@@ -98,11 +98,11 @@ class Part:
     expert: int | None = None
 
     def rows(self, rows: Tensor) -> Tensor:
-        """All of ``rows``, or those of the expert; not a copy."""
+        """All of ``rows`` [rows, ...], or those of the expert; not a copy."""
         return rows if self.expert is None else rows[self.expert]
 
     def entries(self, rows: Tensor) -> Tensor:
-        """A copy of the entries of ``rows``; where they are all, not a copy."""
+        """A copy of the entries of ``rows`` [rows, ...]; where they are all, not a copy."""
         own = self.rows(rows)
         return own if self.index is None else own.index_select(self.dim, self.index)
 
@@ -124,14 +124,14 @@ def parts(tensor: DTensor, index: Tensor | None, dim: Dim) -> list[Part]:
 
 
 def cut(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous ``values`` as views in the shapes of ``like``, one behind the other."""
+    """Contiguous ``values`` [all] as views in the shapes of ``like``, one behind the other."""
     # [all] -> one flat piece for each, then its shape: [units, other].
     pieces = values.view(-1).split([each.numel() for each in like])
     return [piece.view(each.shape) for piece, each in zip(pieces, like, strict=True)]
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:
-    """What :func:`cut` cuts: one piece as it is, several flat."""
+    """What :func:`cut` cuts: one piece as it is, several flat, [all]."""
     return pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
 
 
@@ -165,7 +165,7 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTen
 
 
 def compact(tensor: DTensor, dense: Tensor, index: Tensor | None, dim: Dim) -> Tensor:
-    """What :func:`expand` was made of.
+    """What :func:`expand` was made of: [trained here, other], or flat where there are experts.
 
     Raises:
         ValueError: ``dense`` is no DTensor of the shape and placement of ``tensor``.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.data import IGNORE_INDEX as IGNORED
-from ssah.models import device_of
+from ssah.models import device_of, text_config
 from ssah.units import FAMILIES
 
 __all__ = ["IGNORED", "Batch", "BatchReader", "counted_tokens", "may_drop_mask"]
@@ -225,7 +225,7 @@ def counted_tokens(batch: object) -> str:
 
 def may_drop_mask(model: PreTrainedModel) -> bool:
     """Whether a right-padded batch may run without its attention mask."""
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     family = FAMILIES.get(config.model_type)  # of an unknown one nothing is known
     causal = getattr(config, "is_causal", True)
     both_ways = getattr(config, "use_bidirectional_attention", False)

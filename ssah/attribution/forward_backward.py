@@ -30,7 +30,7 @@ from ssah.attribution.causal_attention import FastCausalBackward
 from ssah.attribution.watch import Watch
 from ssah.compat.modules import without_hooks
 from ssah.distributed import Ranks
-from ssah.models import swapped
+from ssah.models import swapped, text_config
 from ssah.units import DepthTwoModule
 
 __all__ = ["check_sharded", "nothing", "run_batch"]
@@ -116,7 +116,7 @@ def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor)
     gradient = torch.zeros_like(states)
     targets = targets.flatten()  # [tokens]
     positions = (targets != IGNORED).nonzero()[:, 0]
-    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    vocabulary = text_config(model).vocab_size
     with _head(model, output) as head:
         for chunk in positions.split(max(1, _LOGITS_AT_ONCE // vocabulary)):
             state = states[chunk][None].requires_grad_()  # [1, tokens, hidden]

@@ -42,7 +42,7 @@ def keep(
         part: a folder, made if need be.
         identity: plain data, everything that changes the result.
         sums: B's name -> sums.
-        norms: B's name -> squared norms of B's columns, where the part has come to them.
+        norms: B's name -> squared norms ``[n_units]`` of B's columns, once the part has them.
         reached: plain data, how far the part has come.
 
     Raises:

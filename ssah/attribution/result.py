@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
+from ssah.choices import Metric, Tokens
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.units import check_same_model, find_modules
 from ssah.version import __version__
 
 __all__ = ["CONTENT", "GRADIENT_METRICS", "METRICS", "TOKENS", "Attribution"]
 
-METRICS: tuple[str, ...] = ("variance", "norm", "taylor", "fisher")
+METRICS: tuple[str, ...] = get_args(Metric)
 GRADIENT_METRICS = ("taylor", "fisher")
-TOKENS: tuple[str, ...] = ("auto", "all", "after_first", "labels")
+TOKENS: tuple[str, ...] = get_args(Tokens)
 CONTENT = "attribution"  # of a folder with scores
 _FIELDS: Fields = {
     "version": str,

@@ -18,10 +18,11 @@ from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.forward_backward import check_sharded, nothing, run_batch
 from ssah.attribution.result import GRADIENT_METRICS, METRICS, TOKENS
 from ssah.attribution.resuming import BatchState
-from ssah.attribution.scores import check_option, column_sq_norms
+from ssah.attribution.scores import column_sq_norms
 from ssah.attribution.sums import Sums, check_finite, check_ran, join
 from ssah.attribution.tally import Tally
 from ssah.attribution.watch import watching
+from ssah.choices import check_choice
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Ranks, reshard
 from ssah.models import (
@@ -69,8 +70,8 @@ class Run:
         self.ranks, self.metric, self.kinds, self.all_experts = ranks, metric, kinds, all_experts
         self.gradient = metric in GRADIENT_METRICS
         with ranks.agreeing():
-            check_option("metric", metric, METRICS)
-            check_option("tokens", tokens, TOKENS)
+            check_choice("metric", metric, METRICS)
+            check_choice("tokens", tokens, TOKENS)
             self.modules = find_modules(model, kinds)
             assert isinstance(model, PreTrainedModel)
             self.model = model

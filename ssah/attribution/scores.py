@@ -29,7 +29,7 @@ from ssah.units import DepthTwoModule, model_name, units_hash
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["check_option", "column_sq_norms", "score_all"]
+__all__ = ["column_sq_norms", "score_all"]
 
 
 def score_all(
@@ -124,9 +124,3 @@ def column_sq_norms(module: DepthTwoModule) -> Tensor:
     if not bool(norms.isfinite().all()):
         raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
     return norms
-
-
-def check_option(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Refuse a value that is not among the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}, must be one of {', '.join(allowed)}")

@@ -66,6 +66,7 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
             group.add_typer(inner, name=name)
         else:
             command = as_command(getattr(module, name))
+            # A file of Python cannot have a hyphen in its name, as a command has.
             group.command(name.replace("_", "-"), cls=several_values(command))(command)
 
 

@@ -125,10 +125,11 @@ class PackedWeights(Weights):
 class FastWeights(Weights):
     """Weights of a model that is measured: a study computes in what is fast."""
 
+    # The same field with another promise: a study times both types before it chooses.
     dtype: Dtype = setting("auto", "`auto`: what is faster here.")
 
 
-_row = partial(setting, panel="Rows and template")
+_row = partial(setting, panel="Rows and template")  # one heading for all of them in --help
 
 
 @dataclass(frozen=True)

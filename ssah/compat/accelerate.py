@@ -38,7 +38,7 @@ def hook_of(module: nn.Module) -> Any:
 def offloading_hook(module: nn.Module) -> Any:
     """The hook that fetches the weights of ``module`` to its ``execution_device``, or None."""
     hook = hook_of(module)
-    hooks = getattr(hook, "hooks", [hook])
+    hooks = getattr(hook, "hooks", [hook])  # several are chained in one SequentialHook
     return next((each for each in hooks if getattr(each, "offload", False)), None)
 
 

@@ -119,7 +119,7 @@ def is_fsdp1(model: nn.Module) -> bool:
 
 
 def partitioned(parameter: Tensor) -> bool:
-    """Whether DeepSpeed's ZeRO stage 3 holds a part of ``parameter`` in each process."""
+    """Whether DeepSpeed's ZeRO stage 3 holds a part of ``parameter`` ``[...]`` in each process."""
     return hasattr(parameter, "ds_id")
 
 

@@ -15,7 +15,7 @@ _PURPOSE = "to know which weights an adapter changes"
 
 def inner_model(model: nn.Module) -> nn.Module | None:
     """The transformers model inside a ``PeftModel``; None where ``model`` is no such thing."""
-    if "peft" not in sys.modules:
+    if "peft" not in sys.modules:  # what was never imported has wrapped nothing
         return None
     kind = _LIBRARY.find("peft:PeftModel", _PURPOSE)
     if not isinstance(model, kind):

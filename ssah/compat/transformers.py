@@ -115,7 +115,7 @@ class WeightReader:
         return key if target not in names and key in names else target
 
     def put(self, tensors: dict[str, Tensor]) -> list[tuple[str, Any, Any]]:
-        """Convert tensors of the checkpoint and put them into the model.
+        """Convert tensors of the checkpoint, ``[...]`` as it has them, and put them into the model.
 
         Returns:
             Name, shape and expected shape of each that does not fit.

@@ -9,7 +9,7 @@ trainer = Trainer(..., train_dataset=list(encode(rows, tokenizer)),
 from __future__ import annotations
 
 from ssah.data.counts import Counts, warn_of_shared
-from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, Overlong, encode
+from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, encode
 from ssah.data.fields import DataError, Row, check_count, kind_of, turns_of
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests

@@ -11,8 +11,9 @@ What stands before the bar is what the model is given when it answers; both list
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
+from ssah.choices import Overlong
 from ssah.data.counts import Counts
 from ssah.data.fields import DataError, Message, Row, check_count, check_row
 from ssah.data.templates import Template, check_turns
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORE_INDEX = -100  # the label of a position that is not to be predicted, as in transformers
-Overlong: TypeAlias = Literal["cut", "skip", "error"]
 _PLACEHOLDER = "ssah-response-placeholder"  # stands in no template and in no row
 
 

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
+from ssah.choices import Overlong
 from ssah.data.counts import Counts
-from ssah.data.encoding import IGNORE_INDEX, Overlong, encode_checked
+from ssah.data.encoding import IGNORE_INDEX, encode_checked
 from ssah.data.fields import DataError, Row, check_count
 from ssah.data.rows import RowStream, Source, load_rows
 

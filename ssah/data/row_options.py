@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ssah.choices import Overlong
 from ssah.data.counts import Counts
-from ssah.data.encoding import Overlong
 from ssah.data.fields import Row
 from ssah.data.loader import Loader, make_loader
 from ssah.data.requests import load_requests

@@ -90,7 +90,8 @@ def log_probs_by_length(
     """:func:`response_log_probs` of examples, those of similar length together.
 
     Yields:
-        Of each batch: the indices of its examples, and what :func:`response_log_probs` yields.
+        Of each batch: the indices of its examples, and what :func:`response_log_probs` yields,
+        ``[rows]`` both.
     """
     collator = Collator(tokenizer)
     chunks = longest_first([example["input_ids"] for example in examples], batch_size)

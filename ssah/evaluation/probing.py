@@ -75,7 +75,7 @@ class Probe:
 
     @cached_property
     def compliance(self) -> Tensor:
-        """The same to the complying version."""
+        """The same to the complying version, float64 ``[layers + 1]``."""
         return self.compliance_distances[:, -1].mean(0) - self.baselines[-1]
 
     @cached_property

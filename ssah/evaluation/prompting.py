@@ -6,7 +6,9 @@ import warnings
 from collections.abc import Mapping, Sequence, Sized
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.data import DataError, Encoder, Overlong, check_count, kind_of, turns_of
+from ssah.choices import Overlong
+from ssah.data import DataError, Encoder, check_count, kind_of, turns_of
+from ssah.models import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -140,7 +142,7 @@ def fitting(
 
 def room_of(model: PreTrainedModel) -> int | None:
     """The most tokens that a model can be given, its answer included; None: no limit is known."""
-    config = model.config.get_text_config(decoder=True)  # of a multimodal model, its language part
+    config = text_config(model)
     room: int | None = getattr(config, "max_position_embeddings", None)
     return room
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ssah.groups.checks import GROUPS, NORMALIZATIONS, ORDERS, SCOPES
+from ssah.groups.checks import GROUPS, NORMALIZATIONS, ORDERS, SCOPES, share_of
 from ssah.groups.classification import classify
 from ssah.groups.transfers import Transfer, transfer
 from ssah.groups.unit_groups import UnitGroups

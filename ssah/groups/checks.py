@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Literal, get_args
+from collections.abc import Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from ssah.choices import By, Group, Normalize, Scope
 from ssah.units import UnitSet, split
 
 __all__ = [
@@ -16,32 +17,20 @@ __all__ = [
     "ORDERS",
     "SCOPES",
     "SLACK",
-    "By",
     "Checked",
-    "Normalize",
-    "Scope",
     "check_same_modules",
     "checked_scores",
-    "choice",
     "fraction_of",
     "labels_of",
+    "share_of",
     "sizes_of",
 ]
 
-Scope = Literal["module", "model"]
-Normalize = Literal["none", "zscore", "rank"]
-By = Literal["safety", "utility", "difference", "sum", "group"]
-GROUPS = ("scu", "ucu", "ru", "cu")
+GROUPS: tuple[str, ...] = get_args(Group)
 SCOPES: tuple[str, ...] = get_args(Scope)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
 ORDERS: tuple[str, ...] = get_args(By)
 SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
-
-
-def choice(argument: str, value: object, allowed: Sequence[str]) -> None:
-    """Refuse a value that is not among the allowed ones."""
-    if value not in allowed:
-        raise ValueError(f"{argument} is {value!r}; it must be one of {', '.join(allowed)}")
 
 
 def fraction_of(argument: str, value: object) -> float:
@@ -52,6 +41,21 @@ def fraction_of(argument: str, value: object) -> float:
     if not 0.0 <= value <= 1.0:
         raise ValueError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
     return float(value)
+
+
+def share_of(whole: str, text: str) -> float:
+    """The number in ``text``: a share that stands in a name, as 0.06 in ``cu:0.06``.
+
+    Args:
+        whole: what the message begins with, e.g. ``"ablate is 'runs/groups:cu:few'"``.
+        text: the share alone, e.g. ``"few"``. Its bounds are those of `UnitGroups.top`.
+    """
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(
+            f"{whole}: {text!r} must be a fraction of all units, a number in [0, 1]"
+        ) from None
 
 
 def sizes_of(scores: Mapping[str, Tensor]) -> dict[str, int]:

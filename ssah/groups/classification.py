@@ -24,16 +24,14 @@ import torch
 from torch import Tensor
 
 from ssah.attribution import Attribution
+from ssah.choices import Normalize, Scope, check_choice
 from ssah.groups.checks import (
     GROUPS,
     NORMALIZATIONS,
     SCOPES,
     SLACK,
-    Normalize,
-    Scope,
     check_same_modules,
     checked_scores,
-    choice,
     fraction_of,
     sizes_of,
 )
@@ -88,8 +86,8 @@ def classify(
             f"scu + ucu + ru is {scu} + {ucu} + {ru} = {math.fsum(shares.values()):.6g}; "
             "together they must be at most 1"
         )
-    choice("scope", scope, SCOPES)
-    choice("normalize", normalize, NORMALIZATIONS)
+    check_choice("scope", scope, SCOPES)
+    check_choice("normalize", normalize, NORMALIZATIONS)
     metadata = None  # plain mappings do not say where they come from
     if not (isinstance(safety, Mapping) and isinstance(utility, Mapping)):
         if not (isinstance(safety, Attribution) and isinstance(utility, Attribution)):

@@ -12,19 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssah.choices import By, Normalize, Scope, check_choice
 from ssah.groups.checks import (
     GROUPS,
     NORMALIZATIONS,
     ORDERS,
     SCOPES,
     SLACK,
-    By,
     Checked,
-    Normalize,
-    Scope,
     check_same_modules,
     checked_scores,
-    choice,
     fraction_of,
     labels_of,
     sizes_of,
@@ -103,8 +100,8 @@ class UnitGroups(Mapping[str, UnitSet]):
 
         ``safety``, ``utility``: B's name to numbers [n_units].
         """
-        choice("scope", scope, SCOPES)
-        choice("normalize", normalize, NORMALIZATIONS)
+        check_choice("scope", scope, SCOPES)
+        check_choice("normalize", normalize, NORMALIZATIONS)
         if sorted(groups) != sorted(GROUPS):
             raise ValueError(f"groups are named {sorted(groups)}; they must be {list(GROUPS)}")
         self.safety: Mapping[str, Tensor] = checked_scores("safety", safety)
@@ -157,8 +154,8 @@ class UnitGroups(Mapping[str, UnitSet]):
         Raises:
             ValueError: for an unknown group or order, or a fraction above the group's share.
         """
-        choice("group", group, GROUPS)
-        choice("by", by, ORDERS)
+        check_choice("group", group, GROUPS)
+        check_choice("by", by, ORDERS)
         fraction = fraction_of("fraction", fraction)
         # What was asked for, not what rounding made of it: a share that was given may be taken.
         share = self.shares[group] if group != "cu" else 1.0 - math.fsum(self.shares.values())

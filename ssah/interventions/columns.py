@@ -52,10 +52,6 @@ def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModul
         TypeError: ``units`` is no `UnitSet`.
         ValueError: ``units`` is of another model.
     """
-    if not isinstance(units, UnitSet):
-        raise TypeError(
-            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
-        )
     return check_units(model, units)
 
 
@@ -80,7 +76,7 @@ def check_finite(read: Iterable[tuple[Columns, Tensor]]) -> None:
     """Refuse columns that are no numbers: without them the model would only look whole.
 
     Args:
-        read: columns with their values.
+        read: columns with their values, ``[out, n]`` or ``[n, out]``.
 
     Raises:
         FloatingPointError: the weight is named.

@@ -8,6 +8,7 @@ from ssah.models.dtype import faster_dtype
 from ssah.models.finite import naming_weights, nonfinite
 from ssah.models.loading import (
     DTYPES,
+    check_options,
     empty_model,
     load_model,
     load_tokenizer,

@@ -17,7 +17,7 @@ from ssah_kernels.sharded import local
 
 
 def nonfinite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The first name whose tensor has an element that is NaN or infinite; None if there is none.
+    """The first name whose tensor ``[...]`` has an element that is NaN or infinite, or None.
 
     Of a sharded one this rank's part counts. Packed and offloaded ones are passed over.
     """

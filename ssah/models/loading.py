@@ -6,6 +6,7 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,13 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from ssah.choices import Dtype
 from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.packed import packed_modules
 from ssah.models.source import Source, locate
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 def load_model(
@@ -53,7 +55,7 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
-    _check_options(name, dtype, device, packed)
+    check_options(name, dtype, device, packed)
     # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_weights(
@@ -71,7 +73,7 @@ def load_weights(
     packed: bool = False,
 ) -> PreTrainedModel:
     """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
-    source, target = _check_options(name, dtype, device, packed)
+    source, target = check_options(name, dtype, device, packed)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
@@ -95,8 +97,10 @@ def load_weights(
     return move(model, target).eval()
 
 
-def _check_options(name: str, dtype: str, device: str, packed: bool) -> tuple[Source, torch.device]:
-    """Where the model is and where it goes, before minutes of loading."""
+def check_options(
+    name: str, dtype: str, device: str, packed: bool = False
+) -> tuple[Source, torch.device]:
+    """Where the model is and where it goes, before minutes of loading; as of :func:`load_model`."""
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     target = pick_device(device)
@@ -155,7 +159,7 @@ def move(model: PreTrainedModel, target: torch.device | torch.dtype) -> PreTrain
 
 
 def put_tensor(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put ``tensor`` in the place of the parameter or buffer of ``model`` that has this name."""
+    """Put ``tensor`` ``[...]`` in the place of the parameter or buffer that has this name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, tensor)
 

@@ -111,7 +111,7 @@ def dequantised(module: nn.Module) -> Tensor | None:
 
 
 def identity(module: nn.Module) -> tuple[Tensor, ...] | None:
-    """What tells the packed weight of ``module`` from another; None where it is a plain one.
+    """The tensors ``[...]`` that tell a packed weight from another; None where it is a plain one.
 
     It is the same in every layout of the weight, whether the module has run or not.
 

@@ -120,7 +120,7 @@ def _weights(module: nn.Module) -> Iterator[Tensor]:
 
 
 def digest(pieces: Iterable[Tensor]) -> str:
-    """SHA-256 (hex) of the dtype and the bytes of tensors in turn, each in its logical order.
+    """SHA-256 (hex) of the dtype and the bytes of tensors ``[...]``, each in its logical order.
 
     How one tensor is cut into pieces makes no difference.
     """
@@ -139,7 +139,7 @@ def digest(pieces: Iterable[Tensor]) -> str:
 def digests(
     pieces: Mapping[str, Callable[[], Iterable[Tensor]]], at_once: int = 8
 ) -> dict[str, str]:
-    """:func:`digest` of every weight by name; several at a time, since hashing holds no lock."""
+    """:func:`digest` of every weight ``[...]``; several at a time, since hashing holds no lock."""
     workers = min(at_once, os.cpu_count() or 1)
     # In a forked process torch makes its pool of threads anew when it first needs it, which two
     # threads must not do at once: this one does it now.

@@ -83,7 +83,7 @@ def check_kind(folder: Path, content: object) -> None:
 
 
 def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read what :func:`save_tensors` wrote: the tensors (on the CPU) and the metadata.
+    """Read what :func:`save_tensors` wrote: tensors ``[...]`` on the CPU, and the metadata.
 
     Raises:
         FileNotFoundError: the folder has no ``meta.json``, or not the tensors that it names.
@@ -183,7 +183,7 @@ class Stored:
         shape: tuple[int | None, ...] = (None,),
         finite: bool = True,
     ) -> Tensor:
-        """One tensor, of this dtype and shape (None: any size above 0).
+        """One tensor, of this dtype and shape (None: any size above 0; ``(None,)``: ``[n]``).
 
         Args:
             key: its name in the file.

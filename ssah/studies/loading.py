@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ssah.choices import check_choice
 from ssah.data import Reading
 from ssah.models import DTYPES, faster_dtype, load_model, quiet
 from ssah.studies.step_bars import Steps
@@ -38,8 +39,7 @@ class Loading:
 
     def __post_init__(self) -> None:
         # Refused here, because data are read before the model is loaded, and that takes a while.
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; it must be one of {', '.join(DTYPES)}")
+        check_choice("dtype", self.dtype, DTYPES)
 
     def __call__(
         self, dtype: str, name: str | None = None

@@ -143,7 +143,7 @@ class Installed:
         )
 
     def originals(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and values of all parameters as they were; of what is split, a copy each."""
+        """All parameters, ``[...]`` as before the plan, by name; of what is split, a copy each."""
         split = self.split()
         for name in self.entries:
             if name in split:

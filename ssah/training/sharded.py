@@ -22,7 +22,7 @@ __all__ = ["clear_frozen_gradients", "frozen_pieces"]
 def frozen_pieces(
     model: nn.Module, entries: Mapping[str, Entries]
 ) -> dict[str, Callable[[], Iterable[Tensor]]]:
-    """What this rank holds of every weight's frozen entries: parameter -> unit-major rows."""
+    """This rank's frozen entries: parameter -> unit-major rows ``[frozen, other]``."""
 
     def piece(name: str, each: Entries) -> Iterable[Tensor]:
         parameter = model.get_parameter(name)

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from ssah.choices import Kind
 from ssah.compat.modules import has_hooks
 from ssah.models import runs_own_forward, scheme_of
 from ssah.units.experts import DOWN, RoutedExperts
 from ssah.units.projections import features
 
-KINDS: tuple[str, ...] = ("mlp", "attention")
+KINDS: tuple[str, ...] = get_args(Kind)
 
 # Class of the activation module -> the name under which `gated_moments` knows its function.
 _ACT_NAMES: dict[str, str] = {
@@ -72,7 +74,10 @@ class UnitSlice:
         return self.index + self.offset if self.offset else self.index
 
     def tensor(self, model: nn.Module) -> Tensor:
-        """The parameter, or the expert's part of it as a view; writing to it changes the model."""
+        """The parameter, or the expert's part of it as a view; writing to it changes the model.
+
+        ``[out, in]`` (``[in, out]`` of a Conv1D), or ``[out]`` of a bias.
+        """
         parameter = model.get_parameter(self.param)
         return parameter if self.expert is None else parameter.detach()[self.expert]
 
@@ -164,7 +169,10 @@ class DepthTwoModule:
 
     @property
     def weight(self) -> Tensor:
-        """B's weight, with units along ``output.dim`` unless packed; of an expert, a view."""
+        """B's weight, of an expert a view: ``[hidden, n_units]``, or as ``output.dim`` says.
+
+        A packed one has the shape that its blocks have.
+        """
         if self.routed is None:
             return self.down.weight  # type: ignore[return-value]
         return getattr(self.down, DOWN).detach()[self.expert]

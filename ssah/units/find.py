@@ -128,8 +128,13 @@ def check_units(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of ``model`` that ``units`` is over, in model order.
 
     Raises:
+        TypeError: ``units`` is no `UnitSet`.
         ValueError: ``units`` has modules that the model lacks, or of another size; they are named.
     """
+    if not isinstance(units, UnitSet):
+        raise TypeError(
+            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
+        )
     found = find_modules(model)
     missing = [name for name in units if name not in found]
     if missing:

@@ -89,7 +89,7 @@ def check_weight(name: str, weight: Tensor) -> None:
 
     Args:
         name: of the tensor in the model.
-        weight: it.
+        weight: it, ``[...]``.
     """
     if weight.dtype not in FLOATS:
         raise ValueError(

@@ -33,7 +33,7 @@ def lowest(key: Tensor, candidates: Tensor, count: int) -> Tensor:
 
 
 def without(candidates: Tensor, taken: Tensor, n: int) -> Tensor:
-    """The candidates that were not taken, both sorted indices below n."""
+    """The candidates that were not taken, ``[left]``; both are sorted indices below n."""
     left = torch.zeros(n, dtype=torch.bool)
     left[candidates] = True
     left[taken] = False
@@ -100,9 +100,10 @@ _AT_ONCE = 1 << 17  # scores: what is computed of them stays in the cache
 
 
 def normalized(scores: Mapping[str, Tensor], normalize: str) -> dict[str, Tensor]:
-    """The scores of each module, normalised by themselves; modules of one size are taken together.
+    """The scores ``[n_units]`` of each module, normalised by themselves.
 
-    A mixture has thousands of modules, so that a call for each would take longer than the work.
+    Modules of one size are taken together: a mixture has thousands of modules, so that a call for
+    each would take longer than the work.
     """
     if normalize == "none":
         return dict(scores)
@@ -126,7 +127,7 @@ def blocks(names: Sequence[str], scope: str) -> list[list[str]]:
 
 
 def split(chosen: Tensor, names: Sequence[str], sizes: Mapping[str, int]) -> dict[str, Tensor]:
-    """Sorted indices into the concatenation of modules, given back to each module."""
+    """Sorted indices ``[n]`` into all modules in turn, as those ``[n of it]`` into each module."""
     ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
     bounds = [0, *torch.searchsorted(chosen, ends).tolist()]
     starts = [0, *ends.tolist()]
@@ -136,7 +137,7 @@ def split(chosen: Tensor, names: Sequence[str], sizes: Mapping[str, int]) -> dic
 def order_key(
     safety: Mapping[str, Tensor], utility: Mapping[str, Tensor], names: Sequence[str], by: str
 ) -> Tensor:
-    """What units are ordered by: float64, the modules in `names` one after the other."""
+    """What units are ordered by: float64 ``[units]``, the modules in `names` in turn."""
     s = torch.cat([safety[name] for name in names])
     u = torch.cat([utility[name] for name in names])
     return {"safety": s, "utility": u, "difference": s - u, "sum": s + u}[by]

@@ -26,7 +26,7 @@ class UnitSet:
     intersection and difference, over the union of both scopes. Instances do not change.
 
     Args:
-        indices: B's name -> indices, in any order. Modules left out hold no unit.
+        indices: B's name -> indices ``[n]``, in any order. Modules left out hold no unit.
         sizes: B's name -> ``n_units``, for every module of the scope.
 
     Raises:
@@ -122,7 +122,7 @@ class UnitSet:
         """All units of the scope that are not in the set."""
         return UnitSet.of_mask(~self.over(self._sizes), self._sizes)
 
-    def __getitem__(self, name: str) -> Tensor:
+    def __getitem__(self, name: str) -> Tensor:  # [n]
         return self._indices[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -136,7 +136,7 @@ class UnitSet:
         return self._sizes.keys()
 
     def items(self) -> ItemsView[str, Tensor]:
-        """Names of B with the indices of their units, int64, sorted."""
+        """Names of B with the indices of their units, int64 ``[n]``, sorted."""
         return self._indices.items()
 
     def __len__(self) -> int:

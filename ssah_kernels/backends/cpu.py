@@ -17,7 +17,7 @@ HOW_TO_BUILD = (
     "set SSAH_BACKEND=reference for the slow float64 implementation"
 )
 
-_schemas = native.define("ssah_cpu")
+_schemas = native.define("ssah_cpu")  # kept: torch forgets the operators with the object
 _schemas.define("read_bytes(Tensor data) -> int")
 _schemas.define("facts() -> str")
 

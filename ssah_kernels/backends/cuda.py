@@ -15,7 +15,7 @@ from ssah_kernels.backends import fatbin, native
 LIBRARY = native.FOLDER / "_C_cuda.abi3.so"
 OR_TRITON = "Triton serves this GPU where it is installed (`pip install triton`)"
 
-_schemas = native.define("ssah_cuda")
+_schemas = native.define("ssah_cuda")  # kept: torch forgets the operators with the object
 
 
 def built() -> Path | None:

@@ -28,7 +28,7 @@ def architectures(library: Path) -> list[str]:
     while 0 <= at <= len(content) - 16:
         _, _, header, size = struct.unpack_from("<IHHQ", content, at)
         entry, end = at + header, min(at + header + size, len(content))
-        while entry + 32 <= end:
+        while entry + 32 <= end:  # an entry has its architecture in its bytes 28 to 31
             kind, _, entry_header, entry_size = struct.unpack_from("<HHIQ", content, entry)
             (architecture,) = struct.unpack_from("<I", content, entry + 28)
             if kind in (_PTX, _ELF):  # what a driver can run
@@ -46,7 +46,7 @@ def serves(built: Iterable[str], capability: tuple[int, int]) -> bool:
     """
     for architecture in built:
         kind, _, number = architecture.partition("_")
-        major, minor = divmod(int(number), 10)
+        major, minor = divmod(int(number), 10)  # sm_100 is 10.0
         same_generation = capability[0] == major and capability[1] >= minor
         if same_generation or (kind == "ptx" and capability >= (major, minor)):
             return True

@@ -1,4 +1,7 @@
-"""Arguments of the operators that read activations or weights."""
+"""Arguments of the operators that read activations [..., C] or weights [out, C].
+
+A mask has the leading shape [...], count has [], and all other state [C].
+"""
 
 from __future__ import annotations
 
@@ -79,7 +82,7 @@ def taylor_moments_(
     floating("x", x)
     rows("x", x)
     like("grad", grad, "x", x)
-    channels = (x.shape[-1],)
+    channels = (x.shape[-1],)  # [C]
     state_of("signed", signed, channels, x.device)
     state_of("squared", squared, channels, x.device)
     mask_of(token_mask, x)

@@ -41,13 +41,13 @@ def as_matrix(x: Tensor, dim: int) -> Tensor:
 
 
 def axis_of(x: Tensor, dim: int) -> int:
-    """Which of the matrix's two dimensions ``dim`` became."""
+    """Which of the matrix's two dimensions ``dim`` of ``x`` [...] became."""
     n = x.dim()
-    return int(n < 2 or dim % n > 0)
+    return int(n < 2 or dim % n > 0)  # one dimension becomes [1, units]: columns
 
 
 def can_be_matrix(x: Tensor, dim: int) -> bool:
-    """Whether the dimensions that become one lie one within the other."""
+    """Whether the dimensions of ``x`` [...] that become one lie one within the other."""
     n = x.dim()
     if n < 3:
         return True

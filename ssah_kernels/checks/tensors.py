@@ -1,4 +1,7 @@
-"""What one tensor must be. Each function raises, with the argument's name, or returns nothing."""
+"""What one tensor must be, of any shape [...] unless its function says more.
+
+Each function raises, with the argument's name, or returns nothing.
+"""
 
 from __future__ import annotations
 

@@ -38,6 +38,7 @@ def _compact_shape(name: str, i: int, x: Tensor, index: Tensor | None, dim: int)
     """The shape that ``index`` along ``dim`` selects from ``x``, the ``i``-th of the list."""
     shape = x.shape
     n = len(shape) or 1  # a parameter without dimensions has one unit
+    # A dimension in the middle makes no matrix of units, see matrices.py.
     if not -n <= dim < n or (n > 2 and dim % n not in (0, n - 1)):
         raise ValueError(
             f"dims has {dim} for {name}[{i}] of {len(shape)} dimensions; it must be the first or "
@@ -73,7 +74,7 @@ def _refuse(compact: _Compact, i: int, shape: tuple[int, ...], device: torch.dev
         raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {must}, what is trained")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; it must be on {device}")
-    raise ValueError(f"{name} must be contiguous")
+    raise ValueError(f"{name} must be contiguous")  # nothing else was wrong
 
 
 def _scalar(
@@ -101,6 +102,7 @@ def _lists(
     compensations: Sequence[Tensor] | None,
 ) -> list[_Compact]:
     """What is compact with parameters like ``first``."""
+    # Autograd gives gradients any strides; state is this package's own, and contiguous.
     lists = [_Compact("grads", grads, (first.dtype,), False, [])]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
     if first.dtype == torch.float64:
@@ -111,6 +113,7 @@ def _lists(
             dtypes = (state[0].dtype,) if state[0].dtype in dtypes else dtypes
         lists.append(_Compact(name, state, dtypes, True, []))
     if compensations is not None:
+        # Of wider parameters, rounding loses too little to be worth their memory.
         if first.dtype not in (torch.bfloat16, torch.float16):
             raise TypeError(
                 f"compensations are given for {first.dtype} parameters; they must be bfloat16 or "
@@ -143,7 +146,7 @@ def _update(
     for name, values in named.items():
         if values is not None:
             _same_length(name, values, len(params))
-    if (importance["signed"] is None) != (importance["squared"] is None):
+    if (importance["signed"] is None) != (importance["squared"] is None):  # one pass makes both
         raise ValueError("signed and squared must be given together")
 
     per_unit = [(name, sums) for name, sums in importance.items() if sums is not None]

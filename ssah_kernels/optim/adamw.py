@@ -28,10 +28,11 @@ class MaskedAdamW(MaskedOptimizer):
     bit what they were, weight decay and stale momentum included.
 
     Args:
-        params: parameters or parameter groups. A group may carry ``indices``: per parameter an
-            int64 tensor, strictly increasing, of the entries that train along ``dims`` (default 0),
-            or None for all. State is compact; so is the copy of the gradient's trained entries.
-        lr: a float, or a tensor of one element.
+        params: parameters ``[units, other]``, or of any shape, or parameter groups. A group may
+            carry ``indices``: per parameter an int64 tensor ``[trained]``, strictly increasing, of
+            the entries that train along ``dims`` (default 0), or None for all. State
+            is compact; so is the copy of the gradient's trained entries.
+        lr: a float, or a tensor ``[]`` or ``[1]``.
         betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         state_dtype: of both moments: float32, bfloat16, or None (float32; float64 for float64
             parameters).

@@ -45,11 +45,11 @@ class Call:
     steps: list[Tensor] = field(default_factory=list)  # counted once the call is done
 
     def state(self, name: str) -> list[Tensor] | None:
-        """The state of that name of every entry; None where the group keeps none."""
+        """The state of that name of every entry, [trained, other] each; None: it has none."""
         return [s[name] for s in self.states] if name in self.states[0] else None
 
     def scalars(self, group: dict[str, Any], clip_coef: Tensor | None) -> Scalars:
-        """The numbers that this step's update takes."""
+        """The numbers that this step's update takes; ``clip_coef`` is float64 []."""
         device = self.params[0].device
         lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
         step = (self.steps[0] + 1).to(device)
@@ -62,7 +62,7 @@ class Call:
 
 
 def cut_state(state: dict[str, Any], grads: Sequence[Tensor]) -> list[dict[str, Any]]:
-    """The state of every piece of a parameter, in the shapes of ``grads``: views, not copies."""
+    """The state of every piece of a parameter, [trained, other] as of ``grads``: views."""
     if len(grads) == 1:
         return [state]
     pieces = {name: cut(value, grads) for name, value in state.items() if name != "step"}

@@ -21,7 +21,10 @@ from ssah_kernels.sharded import compact, expand, is_sharded
 
 
 class Masked(Protocol):
-    """What is read of an optimiser here, so that this file need not import it."""
+    """What is read of an optimiser here, so that this file need not import it.
+
+    Of its entries: number, state, parameter [units, other], index [trained] or None, and dim.
+    """
 
     param_groups: list[dict[str, Any]]
     state: Any

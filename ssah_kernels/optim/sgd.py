@@ -24,6 +24,7 @@ class MaskedSGD(MaskedOptimizer):
     """SGD with momentum in the same form: see ``MaskedAdamW`` for what the options mean.
 
     Args:
+        lr: a float, or a tensor ``[]`` or ``[1]``.
         momentum, dampening, weight_decay, nesterov: as in ``torch.optim.SGD``.
 
     Raises:

@@ -25,7 +25,7 @@ from ssah_kernels.reference.channel_moments import channel_moments_
 
 
 def activation(z: Tensor, act: str) -> Tensor:
-    """act(z), in z's dtype."""
+    """act(z) [...], in z's dtype."""
     if act == "silu":
         return F.silu(z)
     if act == "gelu":
@@ -54,7 +54,10 @@ def gated_moments(
 def gated_moments_backward(
     grad: Tensor, gate: Tensor, up: Tensor, *, act: str = "silu"
 ) -> tuple[Tensor, Tensor]:
-    """dL/dgate = dL/dh up act'(gate) and dL/dup = dL/dh act(gate); the rounding has slope 1."""
+    """dL/dgate = dL/dh up act'(gate) and dL/dup = dL/dh act(gate), [..., C] as all arguments.
+
+    The rounding has slope 1.
+    """
     with torch.enable_grad():  # operators run where no gradients are recorded
         leaves = [t.detach().double().requires_grad_() for t in (gate, up)]
         output = activation(leaves[0], act) * leaves[1]

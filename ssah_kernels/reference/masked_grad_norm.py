@@ -20,11 +20,11 @@ from ssah_kernels.reference.masked_update import selected
 
 
 def masked_grad_norm(
-    grads: Sequence[Tensor],
-    indices: Sequence[Tensor | None],
+    grads: Sequence[Tensor],  # [units, other] each, or of any shape
+    indices: Sequence[Tensor | None],  # [trained]
     dims: Sequence[int],
-    grad_scale: Tensor | None = None,
-) -> Tensor:
+    grad_scale: Tensor | None = None,  # []
+) -> Tensor:  # float64 []
     total = grads[0].new_zeros((), dtype=torch.float64)
     for grad, index, dim in zip(grads, indices, dims, strict=True):
         total += selected(grad, index, dim).square().sum()

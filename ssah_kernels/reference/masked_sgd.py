@@ -24,18 +24,18 @@ from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradi
 
 
 def masked_sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor] | None,
-    indices: Sequence[Tensor | None],
+    params: Sequence[Tensor],  # [units, other] each, or of any shape
+    grads: Sequence[Tensor],  # compact: [trained, other]
+    momentum_buffers: Sequence[Tensor] | None,  # compact
+    indices: Sequence[Tensor | None],  # [trained]
     dims: Sequence[int],
-    lr: Tensor,
+    lr: Tensor,  # [], as step, grad_scale, clip_coef and seed
     step: Tensor,
     grad_scale: Tensor | None = None,
     clip_coef: Tensor | None = None,
     seed: Tensor | None = None,
     compensations: Sequence[Tensor] | None = None,
-    signed: Sequence[Tensor] | None = None,
+    signed: Sequence[Tensor] | None = None,  # [trained], as squared
     squared: Sequence[Tensor] | None = None,
     *,
     momentum: float = 0.0,

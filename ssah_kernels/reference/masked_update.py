@@ -71,7 +71,7 @@ def noise_keys(seed: int, step: int, number: int) -> tuple[int, int]:
 
 
 def noise(keys: tuple[int, int], element: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """16 random bits for the parameter, the first and the second state of every ``element``."""
+    """16 random bits for parameter, first and second state of every ``element``: [...] each."""
     x = (element + keys[0]) & WORD  # int64, whose lower half holds the word
     x = ((x ^ x >> 16) * MULTIPLIERS[0]) & WORD
     x = ((x ^ x >> 15 ^ ((element >> 32) + keys[1] & WORD)) * MULTIPLIERS[1]) & WORD
@@ -80,7 +80,7 @@ def noise(keys: tuple[int, int], element: Tensor) -> tuple[Tensor, Tensor, Tenso
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
-    """``x`` in bfloat16, up with the probability that makes the expectation exact."""
+    """``x`` [...] in bfloat16, up with the probability that makes the expectation exact."""
     word = x.float().view(torch.int32).long() & WORD
     # Noise would turn an infinite value into NaN, and could turn a NaN into a number.
     word = torch.where(x.float().isfinite(), word + bits, word)
@@ -91,12 +91,12 @@ def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
 
 
 def selected(param: Tensor, index: Tensor | None, dim: int) -> Tensor:
-    """The trained elements of ``param``, in float64."""
+    """The trained elements of ``param`` [units, other], in float64: [trained, other]."""
     return (param if index is None else param.index_select(dim, index)).double()  # compact
 
 
 def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None:
-    """Store ``value`` in the trained elements of ``param``."""
+    """Store ``value`` [trained, other] in the trained elements of ``param`` [units, other]."""
     if index is None:
         param.copy_(value)
     else:
@@ -106,7 +106,7 @@ def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None
 def gradient(
     grad: Tensor, grad_scale: Tensor | None, clip_coef: Tensor | None, maximize: bool
 ) -> Tensor:
-    """The gradient that the update uses, in float64."""
+    """The gradient that the update uses, in float64: [trained, other], of ``grad`` alike."""
     g = grad.double()
     if grad_scale is not None:
         g = g / grad_scale.double()
@@ -123,7 +123,10 @@ def add_importance_(
     signed: Tensor,
     squared: Tensor,
 ) -> None:
-    """Add each unit's sums of p * g and (p * g)^2; ``param`` holds the trained elements."""
+    """Add each unit's sums of p * g and (p * g)^2 to ``signed`` and ``squared`` [trained].
+
+    ``param`` holds the trained elements alone, [trained, other] as ``grad``.
+    """
     # Neither clipping nor the direction of the step changes what a unit is worth.
     product = param * gradient(grad, grad_scale, None, False)  # compact
     other = [d for d in range(param.dim()) if d != dim % param.dim()] if param.dim() else []
@@ -134,7 +137,7 @@ def add_importance_(
 
 
 class Rounder:
-    """Rounds the new values of one tensor's update, and writes them."""
+    """Rounds the new values [trained, other] of one tensor's update, and writes them."""
 
     def __init__(self, grad: Tensor, step: Tensor, seed: Tensor | None, number: int) -> None:
         self.bits: tuple[Tensor, Tensor, Tensor] | None = None
@@ -144,7 +147,7 @@ class Rounder:
             self.bits = noise(keys, element)
 
     def __call__(self, x: Tensor, dtype: torch.dtype, which: int) -> Tensor:
-        """``x`` in ``dtype``; ``which`` is 0 for the parameter, then the states."""
+        """``x`` [trained, other] in ``dtype``; ``which``: 0 for the parameter, then the states."""
         if self.bits is None or dtype != torch.bfloat16:
             return x.to(dtype)
         return round_stochastically(x, self.bits[which])
@@ -157,7 +160,7 @@ class Rounder:
         w: Tensor,
         compensation: Tensor | None,
     ) -> None:
-        """Store the new value ``w`` of the trained elements, the rest of it in ``compensation``."""
+        """Store the new value ``w`` [trained, other], and the rest of it in ``compensation``."""
         if compensation is None:
             write_(param, index, dim, self(w, param.dtype, 0))
             return

@@ -40,8 +40,13 @@ TWO = {"input_ids": torch.tensor([[5, 6]])}
         ([{**TWO, "attention_mask": torch.zeros(1, 2)}], {}, ValueError, "is padding"),
         ([ONE], {}, ValueError, "single token that counts"),
         ([ONE], {"metric": "taylor"}, ValueError, "no token to predict"),
-        ([TWO], {"metric": "hessian"}, ValueError, "metric is 'hessian', must be one of variance"),
-        ([TWO], {"tokens": "some"}, ValueError, "tokens is 'some', must be one of auto"),
+        (
+            [TWO],
+            {"metric": "hessian"},
+            ValueError,
+            "metric is 'hessian'; it must be one of",
+        ),
+        ([TWO], {"tokens": "some"}, ValueError, "tokens is 'some'; it must be one of auto"),
         ([TWO], {"modules": ()}, ValueError, "modules is"),
     ],
 )

@@ -10,7 +10,6 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import get_args
 
 import pytest
 import tiny_chat
@@ -19,16 +18,14 @@ import typer
 from commands import SHARES, as_json, call, commands, fails, prepare
 
 import ssah
-from ssah import choices
-from ssah.attribution import METRICS, TOKENS, Attribution
+from ssah.attribution import Attribution
 from ssah.cli import app
-from ssah.data import Overlong
 from ssah.evaluation import utility_loss
-from ssah.groups import GROUPS, NORMALIZATIONS, SCOPES, UnitGroups
+from ssah.groups import GROUPS, UnitGroups
 from ssah.info import describe
-from ssah.models import DTYPES, ModelError, faster_dtype, load_model, move
+from ssah.models import ModelError, faster_dtype, load_model, move
 from ssah.report import COLOURS, IMPLEMENTATIONS, NAMES
-from ssah.units import KINDS, UnitSet
+from ssah.units import UnitSet
 from ssah_kernels.backends import BACKENDS
 from ssah_kernels.schema import KERNELS
 
@@ -74,18 +71,7 @@ def test_version_and_list_of_commands():
     assert all(path[0] in call("--help").output for path in COMMANDS)
 
 
-def test_choices_are_those_of_the_library():
-    for choice, expected in (
-        (choices.Metric, METRICS),
-        (choices.Tokens, TOKENS),
-        (choices.Kind, KINDS),
-        (choices.Group, GROUPS),
-        (choices.Scope, SCOPES),
-        (choices.Normalize, NORMALIZATIONS),
-        (choices.Dtype, DTYPES),
-        (choices.Overlong, get_args(Overlong)),
-    ):
-        assert get_args(choice) == tuple(expected)
+def test_groups_and_backends_have_colours():
     assert {*GROUPS, "random"} == set(COLOURS) == set(NAMES)
     assert set(BACKENDS) < set(IMPLEMENTATIONS)
 

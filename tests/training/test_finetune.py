@@ -313,7 +313,7 @@ def test_dry_run_shows_what_it_takes_and_writes_nothing(place: Path, tmp_path: P
     [
         (("--freeze", "scu"), "out is missing"),
         (("--freeze", "sc", "--out", "OUT"), "'sc'; it must be one of scu, ucu, ru, cu"),
-        (("--freeze", "cu:x", "--out", "OUT"), "'cu:x'; what follows the colon"),
+        (("--freeze", "cu:x", "--out", "OUT"), "'cu:x': 'x' must be a fraction of all units"),
         (("--freeze", "scu:0.5", "--out", "OUT"), "fraction is 0.5; the group scu is 0.1"),
         (("--freeze", "cu:0", "--out", "OUT"), "has no units"),
         (("--freeze", "none", "--freeze", "scu", "--out", "OUT"), "must stand alone"),

@@ -17,14 +17,13 @@ from ssah.attribution.streaming.reader import Checkpoint
 from ssah.attribution.streaming.resuming import Hidden
 from ssah.compat.transformers import WeightReader, tie_weights, tied_weights
 from ssah.models import (
-    DTYPES,
     ModelError,
+    check_options,
     loading_errors,
-    locate,
-    pick_device,
     put_tensor,
     quiet,
     replaced_forward,
+    text_config,
 )
 from ssah.units import layers_path
 
@@ -64,10 +63,8 @@ class LayeredModel:
             ModelError: nothing of that name, no safetensors, or quantised weights.
             ValueError: the architecture is unknown, or its layers cannot run one by one.
         """
-        if dtype not in DTYPES:
-            raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
-        self.name, self.device = name, pick_device(device)
-        source, gguf_file, local = locate(name)
+        self.name = name
+        (source, gguf_file, local), self.device = check_options(name, dtype, device)
         if gguf_file:
             raise ModelError(
                 f"model is {name!r}, a GGUF file, must be safetensors to be streamed: load it and "
@@ -110,11 +107,13 @@ class LayeredModel:
         return self.checkpoint.n_bytes(key for keys in self._keys.values() for key in keys)
 
     def read(self, index: int) -> dict[str, Tensor]:
-        """Layer ``index`` as it is in the files. May run in a thread of its own."""
+        """Layer ``index`` by name, each ``[...]`` as in the files. May run in its own thread."""
         return self.checkpoint.read(self._keys[index])
 
     def load(self, index: int, tensors: dict[str, Tensor]) -> None:
         """Put what `read` gave into layer ``index``; ``tensors`` is emptied, to free memory.
+
+        Each is ``[...]`` as in the files, and is converted to the shape that the model has.
 
         Raises:
             ModelError: a weight is missing or has the wrong shape.
@@ -256,7 +255,7 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
 
 
 def _check_separable(model: PreTrainedModel) -> None:
-    config = model.config.get_text_config(decoder=True)
+    config = text_config(model)
     shared = getattr(config, "num_kv_shared_layers", 0)
     if shared:
         raise ValueError(

@@ -129,7 +129,7 @@ class Checkpoint:
         return sum(self._entries[name].n_bytes for name in names)
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Some tensors, read from the first byte to the last in the order of the files.
+        """Some tensors ``[...]`` as stored, read in the order of the files.
 
         Raises:
             ValueError: a file has become shorter than it was.

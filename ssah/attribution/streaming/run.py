@@ -27,14 +27,15 @@ from torch import Tensor
 
 from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.result import METRICS, TOKENS, Attribution
-from ssah.attribution.scores import check_option, column_sq_norms, score_all
+from ssah.attribution.scores import column_sq_norms, score_all
 from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
 from ssah.attribution.streaming.resuming import FileState, MemoryState
 from ssah.attribution.sums import Sums, check_finite, check_ran
 from ssah.attribution.tally import BatchHash, Tally
 from ssah.attribution.watch import watching
+from ssah.choices import check_choice
 from ssah.distributed import Ranks
-from ssah.models import naming_weights
+from ssah.models import naming_weights, text_config
 from ssah.moved import renamed
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
@@ -106,8 +107,8 @@ def stream(
         ValueError, TypeError, FloatingPointError, RuntimeError: as of `attribute`; besides, a
             gradient metric, or a ``resume_dir`` that is damaged, of another run or in use by one.
     """
-    check_option("metric", metric, METRICS)
-    check_option("tokens", tokens, TOKENS)
+    check_choice("metric", metric, METRICS)
+    check_choice("tokens", tokens, TOKENS)
     if metric not in STREAMED_METRICS:
         raise ValueError(
             f"metric is {metric!r}, which needs gradients: going backward would read every layer a "
@@ -259,5 +260,5 @@ def _read_loader(
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
     """Of one tensor ``[rows, length, hidden]`` for each batch."""
-    width = layered.model.config.get_text_config(decoder=True).hidden_size
+    width = text_config(layered.model).hidden_size
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize

@@ -60,6 +60,7 @@ def ablate(
     measures = Measures(loaded, tokenizer, loader=loader, requests=asked, **sizes)
     names = list(dict.fromkeys(group))  # a group that is named twice is measured once
     steps = ablations(measures, found, names, random=random, seed=seed)
+    # The intact model is measured first, then each group, and its control behind it.
     total, stderr = 1 + len(names) * (2 if random else 1), Console(stderr=True)
     measured = list(track(steps, "measuring", total=total, console=stderr, transient=True))
     result = {

@@ -10,7 +10,7 @@ from ssah.cli.running import Result
 from ssah.cli.shared import Data, Groups, Model, Rows, Weights
 from ssah.cli.training_run import RunOptions, Selected
 from ssah.cli.training_run import train as run
-from ssah.training.finetune.settings import Settings
+from ssah.training.finetune import Settings
 
 ORDER = 60
 

@@ -83,6 +83,7 @@ def attribute(
             reading, counts = rows.reading(), Counts()
             source = reading.rows(data, settings.split, settings.limit, counts)
             if ranks.rank == 0:
+                # Its first process holds the lock for all of a launch: they share the folder.
                 stack.enter_context(one_run(out))
                 check_kind(out, CONTENT)
             if settings.stream:  # the weights are read later, layer by layer
@@ -96,11 +97,11 @@ def attribute(
         about: dict[str, Any] = {"out": str(out), "data": data, "processes": ranks.size}
         if settings.stream:
             how = asdict(weights)
-            del how["packed"]
+            del how["packed"]  # which `_check_streamed` refuses
             attribution, traffic = stream(model, loader, **how, **options)
             about["traffic"] = asdict(traffic)
         else:
-            if settings.save_every is not None:
+            if settings.save_every is not None:  # else as often as `attribute` does by itself
                 options["save_every_seconds"] = settings.save_every
             options["all_experts"] = settings.all_experts
             attribution = score(loaded, deal(loader), **options)

@@ -37,6 +37,7 @@ def classify(
     from ssah.groups import classify as sort
     from ssah.report.terminal.tables import facts_table, groups_table, layers
 
+    # No model is needed: the scores say what units it has.
     scores = Attribution.load(safety), Attribution.load(utility)
     groups = sort(*scores, scu=scu, ucu=ucu, ru=ru, scope=scope, normalize=normalize)
     groups.save(out)  # before anything is printed, which may fail

@@ -40,7 +40,7 @@ def demo(
 
     Example: `ssah demo --out demo_out`
     """
-    quiet_threads()
+    quiet_threads()  # before torch is imported, by whatever comes below
     from ssah.storage import one_run
     from ssah.studies.demo import full as full_demo
     from ssah.studies.demo import short as short_demo

@@ -81,6 +81,7 @@ def evaluate(
 
 
 def _unless_none(word: str | None) -> str | None:
+    # A word, because an option cannot be None, and empty text is a system message too.
     return None if word == _NONE else word
 
 
@@ -91,4 +92,4 @@ def _system_prompt(text: str | None) -> str | None:
     path = Path(text)
     if not path.is_file():
         raise FileNotFoundError(f"system prompt is {text!r}, which is no file")
-    return path.read_text(encoding="utf-8-sig").strip()
+    return path.read_text(encoding="utf-8-sig").strip()  # editors of Windows put a mark before it

@@ -10,7 +10,7 @@ import typer
 from ssah.cli.running import Result
 from ssah.cli.shared import Data, Model, Rows, Weights
 from ssah.cli.training_run import RunOptions, Selected, train
-from ssah.training.finetune.settings import Settings
+from ssah.training.finetune import Settings
 
 ORDER = 50
 

@@ -43,6 +43,6 @@ def transfer(
         "units": f"{found['units']:,}, ranked per {found['scope']}",
         "before": f"{before} ({found['models']['before']})",
         "after": f"{after} ({found['models']['after']})",
-        **({} if out is None else {"saved to": out}),
+        **({} if out is None else {"saved to": out}),  # no line that says "None"
     }
     return Result(found, (transfer_table(found), facts_table("Transfer", facts)))

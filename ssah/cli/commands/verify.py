@@ -41,9 +41,9 @@ def verify(
     from ssah.report.terminal.tables import facts_table
     from ssah.training.finetune import select_units
 
-    kept = UnitGroups.load(groups)
+    kept = UnitGroups.load(groups)  # without a model, which `verify` loads
     chosen = select_units(units, kept)
-    ssah.verify(model, base, chosen, only=only)
+    ssah.verify(model, base, chosen, only=only)  # raises where the two differ
     found = {
         "model": model,
         "base": base,

@@ -74,6 +74,7 @@ def _named(result: Mapping[str, Any], key: str) -> list[dict[str, Any]]:
     return [
         {
             **row,
+            # The terminal's colours are not those of a page.
             "what": ablated_name(str(row.get("ablated", "nothing"))).plain,
             "less": ablated_name(str(row.get("against"))).plain,
         }

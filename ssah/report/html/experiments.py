@@ -91,7 +91,7 @@ def study(result: Mapping[str, Any]) -> list[Table]:
         }
         for row in list_of(result, "differences")
     ]
-    way = (varied, "arm")
+    way = (varied, "arm")  # the study says what its arms vary: a heading
     found = [
         records_table(
             "Ways to train",
@@ -122,6 +122,7 @@ def stability(result: Mapping[str, Any]) -> list[Table]:
         other, correlation = dict(overlap), dict(overlap)
         for group in groups:
             own = mapping_of(mapping_of(size, "groups"), group)
+            # `records_table` shows what is called x_interval in brackets behind x.
             overlap |= {group: own.get("overlap"), f"{group}_interval": own.get("overlap_middle")}
             other |= {group: own.get("overlap_with_all"), f"{group} chance": own.get("by_chance")}
         for order, own in mapping_of(size, "spearman").items():
@@ -233,6 +234,7 @@ def _columns(values: Mapping[str, Any], first: int = 0) -> list[dict[str, Any]]:
     ``{"refusal": [0.1, 0.2]}`` becomes ``{"place": 0, "refusal": 0.1}`` and the same of place 1.
     """
     lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    # Of a damaged record, the part that all of its lists have.
     n = min((len(value) for value in lists.values()), default=0)
     names = {key: key.replace("_intervals", "_interval") for key in lists}
     return [

@@ -101,8 +101,9 @@ def in_unit(record: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _scaled(value: Any, factor: float) -> Any:
-    if isinstance(value, list):
+    if isinstance(value, list):  # the two ends of an interval
         return [_scaled(each, factor) for each in value]
+    # With factor 1 a whole number stays one, and is shown without a decimal point.
     return factor * value if isinstance(value, int | float) and factor != 1 else value
 
 

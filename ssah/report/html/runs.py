@@ -51,7 +51,7 @@ def demo(result: Mapping[str, Any]) -> list[Table]:
             **row,
             "what": f"as many random as {str(row.get('group')).upper()}"
             if row.get("random")
-            else NAMES.get(str(row.get("group")), "nothing"),
+            else NAMES.get(str(row.get("group")), "nothing"),  # the first row has no group
         }
         for row in list_of(result, "ablation")
     ]

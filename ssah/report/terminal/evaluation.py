@@ -108,7 +108,7 @@ def _names(row: Mapping[str, Any], prompts: Sequence[str | None]) -> list[Text]:
 
 
 def _models(models: Sequence[Mapping[str, Any]]) -> Table:
-    utility = "utility_loss" in models[0]
+    utility = "utility_loss" in models[0]  # all models of a run are measured alike
     values = ["share", "margin", "refuses, %"]
     values += ["loss", "per token", "per word"] if utility else []
     title = "Refusal margin, utility loss (nats per token), perplexity per token and per word"

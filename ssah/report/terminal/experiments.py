@@ -103,7 +103,7 @@ def study_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableTyp
         missed = any(own["training"].get("reached") is False for own in found["seeds"].values())
         table.add_row(
             result["labels"][name],
-            f"{sum(steps) / len(steps):.0f}" if any(steps) else "",
+            f"{sum(steps) / len(steps):.0f}" if any(steps) else "",  # the model before: no steps
             f"{mean['training_loss']:.3f}{'*' if missed else ''}",
             f"{mean['asr']:.1%}",
             f"{low:.0f} - {high:.0f}",
@@ -138,6 +138,7 @@ def stability_tables(record: Mapping[str, Any], out: Path) -> Iterator[Renderabl
     chance = result["sizes"][0]["groups"]  # which the number of prompts does not change
     table.add_row("by chance", *(f"{chance[group]['by_chance']:.3f}" for group in groups))
     enough = (
+        # None: not even the largest size that was drawn.
         "more" if result["suffices"][group] is None else str(result["suffices"][group])
         for group in groups
     )

@@ -41,6 +41,7 @@ def installation_tables(facts: dict[str, Any]) -> list[Any]:
         ]
         table.add_row(op, *marks)
     parts: list[Any] = [facts_table("Installation", installation), Text(), table]
+    # One reason a backend: it is of the machine, and the same for every operator.
     reasons = {b: why for found in facts["backends"].values() for b, why in found.items() if why}
     if reasons:
         parts.append(facts_table("Not available here", reasons))
@@ -67,6 +68,7 @@ def model_tables(model: dict[str, Any]) -> list[Any]:
     parts = [facts_table("Model", about), Text(), scored]
     if model["not_covered"]:
         left = new_table("Not covered", ("part of a layer", "in place of"), ())
+        # Both may be longer than a line; `new_table` would cut them off.
         left.add_column("layers", overflow="fold")
         left.add_column("why", overflow="fold")
         for part in model["not_covered"]:

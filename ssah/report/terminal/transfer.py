@@ -29,11 +29,11 @@ def transfer_table(found: Mapping[str, Any]) -> Table:
         table.add_row(
             Text(group.upper(), style=COLOURS[group]),
             *(
-                Text(f"{share:.2%}", style="bold" if name == group else "")
+                Text(f"{share:.2%}", style="bold" if name == group else "")  # stayed: the diagonal
                 for name, share in zip(groups, row, strict=True)
             ),
             f"{sum(row):.2%}",
-            "-" if kept is None else f"{kept:.0%}",
+            "-" if kept is None else f"{kept:.0%}",  # nothing was in it, so that nothing could stay
         )
     columns = [sum(column) for column in zip(*found["matrix"], strict=True)]
     table.add_section()

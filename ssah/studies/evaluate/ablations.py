@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ssah.groups import GROUPS, UnitGroups
+from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Ablation:
         before, _, inner = folder.rpartition(":")
         share = None
         if before and inner in GROUPS:  # DIR:GROUP:SHARE, and not a folder with a colon in its name
-            folder, group, share = before, inner, _share(text, group)
+            folder, group, share = before, inner, share_of(f"ablate is {text!r}", group)
         if not folder or not group:
             raise ValueError(
                 f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or one of these with "
@@ -79,15 +79,6 @@ class Ablation:
         if self.share is None:
             return groups[self.group]
         return groups.top(self.group, self.share, by="group")
-
-
-def _share(text: str, given: str) -> float:
-    try:
-        return float(given)
-    except ValueError:
-        raise ValueError(
-            f"ablate is {text!r}: {given!r} must be a fraction of all units, a number in [0, 1]"
-        ) from None
 
 
 @dataclass(frozen=True)

@@ -47,7 +47,7 @@ class Part:
         self.tensor.detach().index_fill_(self.dim, self.index.to(self.tensor.device), 0)
 
     def mask(self, grad: Tensor) -> Tensor:
-        """The gradient, with zeros at these entries."""
+        """The gradient ``[...]`` of the tensor, with zeros at these entries."""
         return grad.index_fill(self.dim, self.index.to(grad.device), 0)
 
 

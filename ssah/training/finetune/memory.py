@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssah.models import text_config
 from ssah.training.finetune.run import count_parameters, optimizer_options
 from ssah.training.finetune.settings import Settings
 from ssah.training.plan import UpdatePlan
@@ -95,7 +96,7 @@ def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
         _extrapolated(values, length / step, settings.batch_size / 2)
         for values in zip(*probes, strict=True)
     )
-    config = plan.model.config.get_text_config()
+    config = text_config(plan.model)
     tokens = settings.batch_size * length
     # The backward pass of the loss makes two gradients of the logits' size, in float32.
     head += 2 * tokens * config.vocab_size * torch.float32.itemsize

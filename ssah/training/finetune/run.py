@@ -26,7 +26,7 @@ from ssah.data import fingerprint
 from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
-from ssah.training.finetune.progress import Monitor, progress_bar
+from ssah.training.finetune.monitor import Monitor, progress_bar
 from ssah.training.finetune.settings import Settings
 from ssah.training.finetune.trainer import make_trainer
 from ssah.training.plan import UpdatePlan

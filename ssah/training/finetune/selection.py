@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ssah.groups import GROUPS, UnitGroups
+from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.units import UnitSet
 
 __all__ = ["select_units"]
@@ -24,24 +24,17 @@ def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
     """
     units = UnitSet({}, groups.sizes)
     for part in selection:
-        name, colon, share = part.partition(":")
+        name, colon, text = part.partition(":")
         if name not in GROUPS:
             raise ValueError(
                 f"the selection has {part!r}; it must be one of {', '.join(GROUPS)}, or a group "
                 "and a fraction of all units such as cu:0.06"
             )
-        own = groups.top(name, _fraction(part, share), by="group") if colon else groups[name]
+        own = groups[name]
+        if colon:
+            share = share_of(f"the selection has {part!r}", text)
+            own = groups.top(name, share, by="group")
         units = units | own
     if not len(units):
         raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
     return units
-
-
-def _fraction(part: str, share: str) -> float:
-    try:
-        return float(share)
-    except ValueError:
-        raise ValueError(
-            f"the selection has {part!r}; what follows the colon must be a fraction of all units, "
-            "a number in [0, 1]"
-        ) from None

@@ -45,7 +45,7 @@ def column_sq_norms_kernel(
 def launches(weight: Tensor, norms: Tensor) -> list[Launch]:
     rows, channels = weight.shape
     tile = tiling(rows, channels, weight.element_size(), DEPTH)
-    partial = norms.new_empty(1, tile.chunks, channels)
+    partial = norms.new_empty(1, tile.chunks, channels)  # [results, chunks, channels]
     return [
         Launch(
             column_sq_norms_kernel,

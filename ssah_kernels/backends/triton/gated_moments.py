@@ -52,6 +52,8 @@ def gated_moments_kernel(
         valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
         n, hi, lo, m2 = add_tile(tl.where(valid, wide(h), 0), valid, n, hi, lo, m2)
     total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
+    # Of the programs that share a chunk of rows, one leaves how many count; entry 0 is the state's
+    # count, which the merge would else read and write at once.
     if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:
         tl.store(counts_ptr + 1 + first_chunk + chunk, total)
         tl.store(counts_ptr, tl.load(count_ptr))
@@ -88,7 +90,7 @@ def launches(
     options = {"ACT": act, "HAS_MASK": token_mask is not None, **tile.constants}
     stage1 = []
     for i, views in enumerate(slices):
-        pointers = views if len(views) == 4 else (*views, None)
+        pointers = views if len(views) == 4 else (*views, None)  # no mask
         strides = [0 if v is None else v.stride(0) for v in pointers]
         args = (*pointers, count, partial, counts, rows, channels, *strides)
         more = (tile.tiles, i * tile.chunks)

@@ -127,5 +127,5 @@ def row_slices(tensors: Sequence[Tensor], mask: Tensor | None) -> list[tuple[Ten
 
 
 def count_rows_(x: Tensor, mask: Tensor | None, count: Tensor) -> None:
-    """Add the unmasked rows of an x without elements: it may have rows, but no channels."""
+    """Add the unmasked rows of an x [..., 0]: it may have rows (mask [...]), but no channels."""
     count.add_(prod(x.shape[:-1]) if mask is None else mask.sum())

@@ -3,8 +3,9 @@
     w = p (1 - lr weight_decay);  m += (1 - beta1) (g - m);  v = beta2 v + (1 - beta2) g^2
     p = w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-Arguments, accumulation and bytes per element: ``masked_update.py``. The scalars of a step are read
-on the device: nothing waits for the GPU.
+params and, compact, grads and states: matrices [rows, cols]; scalars float64 []. Arguments,
+accumulation and bytes per element: ``masked_update.py``. The scalars of a step are read on the
+device: nothing waits for the GPU.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ class Update:
 
 
 def device_table(values: Sequence[int], device: torch.device) -> Tensor:
-    """An int64 table on ``device``; the copy does not wait for the GPU.
+    """An int64 table [values] on ``device``; the copy does not wait for the GPU.
 
     Raises:
         RuntimeError: the current stream is captured. A replayed graph would copy again from the
@@ -88,7 +88,7 @@ def cdiv(a: int, b: int) -> int:
 
 
 def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
-    """Elements of a 16-byte vector, if all pointers and sizes allow such accesses; else 1."""
+    """Elements of a 16-byte vector, if pointers (of tensors [...]) and sizes allow it; else 1."""
     vector = VECTOR_BYTES // tensors[0].element_size()
     aligned = all(t.data_ptr() % VECTOR_BYTES == 0 for t in tensors)
     return vector if aligned and all(size % vector == 0 for size in sizes) else 1
@@ -109,7 +109,7 @@ def how_accessed(update: Update, i: int) -> tuple[int, bool, int]:
     param, grad, dim = update.params[i], update.grads[i], update.dims[i]
     gather = update.indices[i] is not None and dim == 1
     units = dim if update.signed is not None else -1
-    if gather or param.stride(1) != 1:
+    if gather or param.stride(1) != 1:  # no neighbours to load together
         return 1, gather, units
     tensors = [grad, *(s[i] for s in update.states), param]
     if update.remainders is not None:
@@ -127,12 +127,12 @@ def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) ->
         param.data_ptr(),
         update.grads[i].data_ptr(),
         *states,
-        *[0] * (2 - len(states)),
+        *[0] * (2 - len(states)),  # SGD has one or none: addresses that nothing reads
         0 if update.remainders is None else update.remainders[i].data_ptr(),
         0 if index is None else index.data_ptr(),
         0 if index is None or gather else rows,
         rows,
-        cols // vector,
+        cols // vector,  # the kernel multiplies again, and so knows the factor
         param.stride(0) // vector,
         param.stride(1),
         i,

@@ -3,7 +3,8 @@
     g += weight_decay w;  b = g at step 1, else momentum b + (1 - dampening) g
     p = w - lr (g + momentum b if nesterov, else b)
 
-Arguments, accumulation and bytes per element: ``masked_update.py``.
+params and, compact, grads and buffers: matrices [rows, cols]; scalars float64 []. Arguments,
+accumulation and bytes per element: ``masked_update.py``.
 """
 
 from __future__ import annotations

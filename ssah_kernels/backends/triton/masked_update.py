@@ -74,6 +74,7 @@ def masked_update_kernel(
         p_cols = tl.load(index_ptr + cols, mask=inside_cols, other=0)
     else:
         p_cols = cols
+    # With vectors the stride is 1, and no multiplication may hide that from the compiler.
     if VECTOR == 1:
         p_cols *= tl.load(row_ptr + COL_STRIDE)
 
@@ -81,7 +82,7 @@ def masked_update_kernel(
     step = tl.load(step_ptr)
     scale = scalar_or_one(clip_coef_ptr) / scalar_or_one(grad_scale_ptr)
     scale = (-scale if MAXIMIZE else scale).to(X)
-    if NOISE:
+    if NOISE:  # one stream of noise for each tensor and step
         seed = tl.load(seed_ptr)
         number = tl.load(row_ptr + NUMBER)
         key_0 = noise_key(KEY_0, seed, step.to(tl.int64), number)
@@ -109,7 +110,7 @@ def masked_update_kernel(
             product = p * grad
             square = product * product
             if UNITS == 0:
-                part = partial_ptr + (tile % blocks) * n_rows + rows
+                part = partial_ptr + (tile % blocks) * n_rows + rows  # rows are units
                 here = rows < n_rows
                 total = tl.sum(product, 1, keep_dims=True).to(tl.float64)
                 tl.store(part, total, mask=here)
@@ -147,7 +148,7 @@ def masked_update_kernel(
             tl.store(s1_ptr + element, rounded(state_1, bits, 2, NOISE, S), mask=inside)
 
     if UNITS == 1:
-        part = partial_ptr + tile_row * n_cols + cols
+        part = partial_ptr + tile_row * n_cols + cols  # columns are units
         total = tl.sum(signed, 0, keep_dims=True).to(tl.float64)
         tl.store(part, total, mask=inside_cols)
         total = tl.sum(squared, 0, keep_dims=True).to(tl.float64)

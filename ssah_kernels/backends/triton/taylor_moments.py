@@ -59,11 +59,11 @@ def launches(
     rows, channels = slices[0][0].shape
     depth = DEPTH_FLOAT64 if x.dtype == torch.float64 else DEPTH
     tile = tiling(rows, channels, x.element_size(), depth)
-    partial = signed.new_empty(2, len(slices) * tile.chunks, channels)
+    partial = signed.new_empty(2, len(slices) * tile.chunks, channels)  # [results, chunks, C]
     options = {"HAS_MASK": token_mask is not None, **tile.constants}
     stage1 = []
     for i, views in enumerate(slices):
-        pointers = views if len(views) == 3 else (*views, None)
+        pointers = views if len(views) == 3 else (*views, None)  # no mask
         strides = [0 if v is None else v.stride(0) for v in pointers]
         args = (*pointers, partial, rows, channels, *strides)
         more = (tile.tiles, i * tile.chunks, partial.shape[1])

@@ -47,6 +47,6 @@ def freeze(
         out,
         settings,
         **asdict(sets),
-        save_model=save_model,
+        save_model=save_model,  # no setting: the record is the same with and without it
     )
     return Result(record, tuple(study_tables(record, out)))
