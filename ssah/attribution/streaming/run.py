@@ -34,7 +34,7 @@ from ssah.attribution.sums import Sums, check_finite, check_ran
 from ssah.attribution.tally import BatchHash, Tally
 from ssah.attribution.watch import watching
 from ssah.distributed import Ranks
-from ssah.models import naming_weights
+from ssah.models import config_size, naming_weights
 from ssah.moved import renamed
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
@@ -259,5 +259,5 @@ def _read_loader(
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
     """Of one tensor ``[rows, length, hidden]`` for each batch."""
-    width = layered.model.config.get_text_config(decoder=True).hidden_size
+    width = config_size(layered.model, "hidden_size")
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize
