@@ -7,6 +7,7 @@ of these files; a command imports what it needs when it runs, so that ``ssah --h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
@@ -16,7 +17,7 @@ import typer
 
 import ssah
 from ssah.cli import commands
-from ssah.cli.running import as_command
+from ssah.cli.running import Result, as_command
 from ssah.cli.several_values import several_values
 
 __all__ = ["app"]
@@ -50,6 +51,17 @@ def main(
     """
 
 
+def _command_of(module: ModuleType, name: str) -> Callable[..., Result]:
+    """The function of a file of commands that is the command."""
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ImportError(
+            f"{module.__file__} has no function {name!r}; every file in commands/ must have one of "
+            "its own name, which is the command. Name the file like the function"
+        )
+    return function
+
+
 def _add_commands(group: typer.Typer, package: ModuleType) -> None:
     """Add a command for each file of ``package``, and a group for each folder.
 
@@ -65,7 +77,7 @@ def _add_commands(group: typer.Typer, package: ModuleType) -> None:
             _add_commands(inner, module)
             group.add_typer(inner, name=name)
         else:
-            command = as_command(getattr(module, name))
+            command = as_command(_command_of(module, name))
             # A file of Python cannot have a hyphen in its name, as a command has.
             group.command(name.replace("_", "-"), cls=several_values(command))(command)
 

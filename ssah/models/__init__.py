@@ -37,7 +37,7 @@ from ssah.models.weights import (
     digests,
     weights_hash,
 )
-from ssah.models.wrappers import check_bare, check_whole, text_config
+from ssah.models.wrappers import check_bare, check_whole, config_size, text_config
 
 __all__ = [
     "DTYPES",

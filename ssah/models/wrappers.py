@@ -49,6 +49,24 @@ def check_whole(model: nn.Module) -> PreTrainedModel:
     return bare
 
 
+def config_size(model: nn.Module, name: str) -> int:
+    """A size of the text model by transformers' name for it, e.g. ``"hidden_size"``.
+
+    Raises:
+        TypeError: as of :func:`check_bare`.
+        ValueError: its configuration has no such name; the message says how to add it.
+    """
+    config = text_config(model)
+    found = getattr(config, name, None)
+    if found is None:
+        kind = type(config).__name__
+        raise ValueError(
+            f"the configuration of {type(model).__name__} has no {name!r}. If {kind} has another "
+            f"name for it, it must say so: {kind}.attribute_map = {{{name!r}: 'its own name'}}"
+        )
+    return int(found)
+
+
 def text_config(model: nn.Module) -> PreTrainedConfig:
     """The configuration of the text model: of one that also sees or hears, a part of the whole.
 

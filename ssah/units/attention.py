@@ -19,7 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ssah.models import text_config
+from ssah.models import config_size
 from ssah.units.depth_two import DepthTwoModule, of_projections, output_rows
 from ssah.units.family import Attention, ValueLayout
 from ssah.units.projections import check_width, features, projection
@@ -34,13 +34,14 @@ def attention_module(model: nn.Module, layer: str, attention: Attention) -> Dept
     """
     name, value_name = f"{layer}.{attention.down}", f"{layer}.{attention.value}"
     down, value = projection(model, name), projection(model, value_name)
-    config = text_config(model)
-    n_units, n_heads = features(down)[0], config.num_attention_heads
+    n_units, n_heads = features(down)[0], config_size(model, "num_attention_heads")
     head_dim = n_units // n_heads
     units = torch.arange(n_units)
     head, channel = units // head_dim, units % head_dim  # [units] each
     if attention.layout == "latent":
-        own = config.qk_nope_head_dim + head_dim  # of one head: its key without position, its value
+        own = (
+            config_size(model, "qk_nope_head_dim") + head_dim
+        )  # of one head: its key without position, its value
         check_width(value_name, value, n_heads * own, name)
         rows = (head + 1) * own - head_dim + channel
     else:

@@ -87,6 +87,11 @@ def _ffn_module(model: nn.Module, layer: str, ffn: FFN, *, final: bool) -> Depth
     name, up_name = f"{layer}.{ffn.down}", f"{layer}.{ffn.up}"
     down, up = projection(model, name), projection(model, up_name)
     n_units = features(down)[0]
+    if not ffn.fused and ffn.gate is None and features(up)[1] == 2 * n_units:
+        raise ValueError(
+            f"module {up_name!r} has {features(up)[1]} outputs, twice what {name!r} takes: if they "
+            "are gate and then up, register a family whose FFN says fused=True"
+        )
     check_width(up_name, up, (2 if ffn.fused else 1) * n_units, name)
     units = torch.arange(n_units)
     gate, inputs = None, []

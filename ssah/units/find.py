@@ -113,7 +113,14 @@ def layers_path(model: nn.Module) -> str:
 def _layers(model: nn.Module) -> dict[str, nn.Module]:
     """The decoder layers of ``model`` by qualified name, in the order in which they run."""
     path = layers_path(model)
-    return {f"{path}.{i}": layer for i, layer in model.get_submodule(path).named_children()}
+    layers = attribute_at(model, path)
+    if not isinstance(layers, nn.Module):
+        raise ValueError(
+            f"model {type(model).__name__} has no module {path!r}, where the entry of its family "
+            f"says that its decoder ({type(check_bare(model).get_decoder()).__name__}) keeps its "
+            "layers; register a family that fits it"
+        )
+    return {f"{path}.{i}": layer for i, layer in layers.named_children()}
 
 
 def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ssah.models import text_config
+from ssah.models import config_size, text_config
 from ssah.units.find import find_modules
 
 # Settings that change neither the units nor what the model computes: not part of what a run
@@ -72,9 +72,8 @@ def units_hash(model: nn.Module) -> str:
     found = find_modules(model)
     # Not the configuration itself: a newer transformers adds fields, a resized vocabulary changes
     # one, and the units stay what they are.
-    config = text_config(model)
     parts = [[name, module.kind, module.n_units] for name, module in found.items()]
-    text = json.dumps([config.model_type, config.hidden_size, parts])
+    text = json.dumps([text_config(model).model_type, config_size(model, "hidden_size"), parts])
     return hashlib.sha256(text.encode()).hexdigest()
 
 

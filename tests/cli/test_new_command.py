@@ -89,6 +89,16 @@ def test_it_runs(copy: Path) -> None:
     assert called(copy, "count", "builtin:safety", "--limit", "3").stdout == "3 rows\n"
 
 
+def test_a_file_without_a_function_of_its_name_is_named(copy: Path) -> None:
+    misnamed = copy / "ssah" / "cli" / "commands" / "total.py"
+    misnamed.write_text(COUNT)
+    try:
+        said = called(copy, "--help").stderr
+    finally:
+        misnamed.unlink()
+    assert f"{misnamed} has no function 'total'" in said
+
+
 @pytest.mark.parametrize(
     ("words", "named"),
     [

@@ -85,6 +85,7 @@ def test_a_list_of_ones_own(tmp_path):
     [
         ("{", "is not valid JSON"),
         ("[]", "must be a JSON object, was list"),
+        (json.dumps({"name": "mine"}), "has no version, source, rule, strings: it must have name"),
         (json.dumps(a_list(name=3)), "'name' is 3, must be of type str"),
         (json.dumps(a_list(strings=[])), "'strings' must be a list of non-empty strings"),
         (json.dumps(a_list(strings=["a", ""])), "'strings' must be"),

@@ -1,12 +1,14 @@
 """What must hold for every family, each against a float64 computation, and the table of it.
 
-`python tests/helpers/family_checks.py` runs every check and writes docs/families.md.
+`python tests/helpers/family_checks.py` runs every check and writes docs/families.md. With names of
+tiny models after it, it checks those alone, and writes the same page.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -261,7 +263,9 @@ does not train under `train_only`.
 |---|---|---|---|"""
 
 if __name__ == "__main__":
-    for each in TINY:
+    for each in sys.argv[1:] or TINY:
+        if each not in TINY:
+            sys.exit(f"{each!r} is no tiny model; those of tests/helpers/tiny_models.py: {[*TINY]}")
         for column in CHECKS:
             check(each, column)
     write_whole(TABLE, table().encode())

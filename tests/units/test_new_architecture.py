@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,12 +32,13 @@ NAME = "made_up"
 
 class MadeUpConfig(PreTrainedConfig):
     model_type = NAME
+    attribute_map = {"hidden_size": "width", "num_attention_heads": "heads"}
 
     def __init__(
         self, width: int = 48, inner: int = 40, depth: int = 2, heads: int = 4, **options: Any
     ) -> None:
-        self.hidden_size, self.inner, self.num_hidden_layers = width, inner, depth
-        self.num_attention_heads, self.vocab_size = heads, tiny_models.VOCABULARY
+        self.width, self.inner, self.num_hidden_layers = width, inner, depth
+        self.heads, self.vocab_size = heads, tiny_models.VOCABULARY
         super().__init__(**{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, **options})
 
 
@@ -161,6 +163,24 @@ COLUMNS = [column for column in family_checks.CHECKS if column != "FSDP2"]  # ot
 @pytest.mark.parametrize("column", COLUMNS)
 def test_everything_that_holds_for_a_family_holds_for_it(column: str) -> None:
     family_checks.CHECKS[column](NAME)
+
+
+def test_an_entry_that_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build(NAME)
+    entry = families.FAMILIES[NAME]
+    assert entry.ffn is not None
+    fusion = replace(entry.ffn, fused=False, module=None, act=None)
+    for wrong, message in (
+        (replace(entry, layers="layers"), "no module 'tower.layers'.*MadeUpModel.*register"),
+        (replace(entry, ffn=fusion), "widen' has 80 outputs, twice .*narrow'.*fused=True"),
+    ):
+        monkeypatch.setitem(families.FAMILIES, NAME, wrong)
+        with pytest.raises(ValueError, match=message):
+            ssah.find_modules(model)
+    monkeypatch.setitem(families.FAMILIES, NAME, entry)
+    monkeypatch.setattr(MadeUpConfig, "attribute_map", {"hidden_size": "width"})
+    with pytest.raises(ValueError, match="no 'num_attention_heads'.*MadeUpConfig.attribute_map"):
+        ssah.find_modules(model)
 
 
 def test_commands_know_it(tmp_path: Path) -> None:

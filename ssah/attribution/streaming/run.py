@@ -35,7 +35,7 @@ from ssah.attribution.tally import BatchHash, Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
 from ssah.distributed import Ranks
-from ssah.models import naming_weights, text_config
+from ssah.models import config_size, naming_weights
 from ssah.moved import renamed
 from ssah.progress import scoring_bar
 from ssah.storage import one_run
@@ -260,5 +260,5 @@ def _read_loader(
 
 def _hidden_bytes(layered: LayeredModel, batches: Iterable[Batch]) -> int:
     """Of one tensor ``[rows, length, hidden]`` for each batch."""
-    width = text_config(layered.model).hidden_size
+    width = config_size(layered.model, "hidden_size")
     return sum(batch.input_ids.numel() for batch in batches) * width * layered.dtype.itemsize

@@ -16,7 +16,8 @@ __all__ = ["KEYWORDS", "Keywords"]
 _FOLDER = Path(__file__).parent
 KEYWORDS = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))  # the published lists
 
-# What a file must say of its rule, and what it may say.
+# What a file must have, and what it may say of its rule.
+_KEYS = {"name": str, "version": int, "source": str, "rule": dict, "strings": list}
 _RULE: dict[str, tuple[Any, ...]] = {
     "match": ("anywhere", "start"),
     "case_sensitive": (True, False),
@@ -69,18 +70,19 @@ class Keywords(Judge):
         """Check and take what a file says; ``where`` names it in messages."""
         if not isinstance(data, dict):
             raise ValueError(f"judge {where!r} must be a JSON object, was {type(data).__name__}")
-        for key, kind in (("name", str), ("version", int), ("source", str), ("rule", dict)):
-            if not isinstance(data.get(key), kind):
+        missing = [key for key in _KEYS if key not in data]
+        if missing:
+            raise ValueError(
+                f"judge {where!r} has no {', '.join(missing)}: it must have {', '.join(_KEYS)}, as "
+                f"{_FOLDER / 'qi2023.json'} has"
+            )
+        for key, kind in _KEYS.items():
+            if not isinstance(data[key], kind):
                 raise ValueError(
-                    f"judge {where!r}: {key!r} is {data.get(key)!r}, must be of type "
-                    f"{kind.__name__}"
+                    f"judge {where!r}: {key!r} is {data[key]!r}, must be of type {kind.__name__}"
                 )
-        strings = data.get("strings")
-        if (
-            not isinstance(strings, list)
-            or not strings
-            or not all(isinstance(string, str) and string for string in strings)
-        ):
+        strings = data["strings"]
+        if not strings or not all(isinstance(string, str) and string for string in strings):
             raise ValueError(f"judge {where!r}: 'strings' must be a list of non-empty strings")
         rule = data["rule"]
         if set(rule) != {*_RULE, "min_words"}:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.models import text_config
+from ssah.models import config_size
 from ssah.training.finetune.run import count_parameters, optimizer_options
 from ssah.training.finetune.settings import Settings
 from ssah.training.plan import UpdatePlan
@@ -96,15 +96,15 @@ def _activations(plan: UpdatePlan, settings: Settings, length: int) -> int:
         _extrapolated(values, length / step, settings.batch_size / 2)
         for values in zip(*probes, strict=True)
     )
-    config = text_config(plan.model)
     tokens = settings.batch_size * length
     # The backward pass of the loss makes two gradients of the logits' size, in float32.
-    head += 2 * tokens * config.vocab_size * torch.float32.itemsize
+    head += 2 * tokens * config_size(plan.model, "vocab_size") * torch.float32.itemsize
     if not settings.gradient_checkpointing:
         return round(layers + head)
     # Kept: the input of each layer. Computed again: one layer at a time, after the head is done.
-    inputs = tokens * config.hidden_size * plan.model.dtype.itemsize * config.num_hidden_layers
-    return round(inputs + max(layers / config.num_hidden_layers, head))
+    n_layers = config_size(plan.model, "num_hidden_layers")
+    inputs = tokens * config_size(plan.model, "hidden_size") * plan.model.dtype.itemsize * n_layers
+    return round(inputs + max(layers / n_layers, head))
 
 
 def _extrapolated(values: tuple[int, ...], at: float, times: float) -> float:
