@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -18,6 +19,7 @@ __all__ = [
     "has_pre_hooks",
     "how_computed",
     "is_fsdp1",
+    "is_transformed",
     "partitioned",
     "without_hooks",
     "wrapper_of",
@@ -123,6 +125,12 @@ def is_fsdp1(model: nn.Module) -> bool:
         return True
     marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in parts)
     return marked and not any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` transforms what runs now: ``grad``, ``vmap``, ``jvp`` and their kin."""
+    # The compiler traces through a transform, and has no such state of its own to be asked for.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def partitioned(parameter: Tensor) -> bool:
