@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import ACTIVE, PLAN, watch_optimizers
+from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.entries import canonical_names, fingerprint, select_entries
 from ssah.training.importance import UnitImportance, unit_importance
+from ssah.training.in_place import check_in_place
 from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW, param_groups, rounding
+from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
 from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
@@ -92,6 +93,8 @@ class UpdatePlan:
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
+        if self.ranks is not None:
+            self.ranks.common(fingerprint=self.fingerprint)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         self._installed = Installed(
             model,
@@ -173,22 +176,30 @@ class UpdatePlan:
     def optimizer_cls_and_kwargs(
         self, args: Any, **options: Any
     ) -> tuple[type[PlanAdamW], dict[str, Any]]:
-        """For ``transformers.Trainer`` and TRL's: ``optimizer_cls_and_kwargs=``.
+        """For trainers that take ``optimizer_cls_and_kwargs=``: Trainer, SFTTrainer, RewardTrainer.
 
         Args:
             args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
                 from it. Clipping stays with the trainer (``max_grad_norm``).
             **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`; ``rounding`` as in
                 :meth:`optimizer`.
+
+        Raises:
+            ValueError: ``args`` asks for another optimiser than AdamW.
         """
-        return PlanAdamW, {
-            "params": self.param_groups(args.weight_decay),
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            **rounding(self.parameters()),
-            **options,
-        }
+        groups = self.param_groups(args.weight_decay)
+        own = trainer_options(args) | rounding(self.parameters()) | options
+        return PlanAdamW, {"params": groups, **own}
+
+    def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
+        """For trainers that take ``optimizers=``: TRL's for DPO, KTO, GRPO, RLOO, and any other.
+
+        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`. The trainer makes the schedule.
+        """
+        cls, own = self.optimizer_cls_and_kwargs(args, **options)
+        optimizer = cls(**own)
+        self._installed.last_optimizer = weakref.ref(optimizer)
+        return optimizer, None
 
     def importance(self, optimizer: Any = None) -> UnitImportance:
         """Importance of the trained units, accumulated inside the updates so far.
@@ -215,10 +226,12 @@ class UpdatePlan:
         Of a sharded model every rank looks at its own rows, and all have to call this.
 
         Raises:
-            RuntimeError: a frozen weight changed, if only by a bit; it is named. On every rank.
+            RuntimeError: a frozen weight changed, if only by a bit, or is not where it was, or an
+                adapter or a patch adds to what it computes; it is named. On every rank.
         """
         self._check_open()
         with (self.ranks or Ranks()).agreeing():
+            check_in_place(self._installed)
             now = self._installed.digests()
             moved = [name for name, value in self.digests.items() if now[name] != value]
             if moved:
@@ -270,9 +283,10 @@ class UpdatePlan:
         if self.closed:
             return
         self._check_open()
+        slices = self._installed.own_slices()
         self._installed.uninstall()
         self.model.__dict__.pop(PLAN, None)
-        ACTIVE.discard(self._installed)
+        retire(self._installed, slices)
 
     @property
     def closed(self) -> bool:
@@ -295,7 +309,7 @@ class UpdatePlan:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new._installed.last_optimizer = None  # it holds the parameters of the other model
+        new._installed.forget()
         watch_optimizers(new._installed)
         return new
 
