@@ -30,8 +30,9 @@ ACTIVE: weakref.WeakSet[Installed] = weakref.WeakSet()
 # Slices of closed plans that somebody holds still, by their id: they are in no model.
 CLOSED: dict[int, weakref.ref[Tensor]] = {}
 
-# Optimiser -> the state whose shapes were looked at; loading a checkpoint makes another one.
-_CHECKED: weakref.WeakKeyDictionary[Optimizer, Any] = weakref.WeakKeyDictionary()
+# Optimiser -> the state whose shapes were looked at (loading a checkpoint makes another one), and
+# how many elements its parameters had.
+_CHECKED: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int]] = weakref.WeakKeyDictionary()
 
 
 def check_unplanned(model: nn.Module) -> None:
@@ -86,9 +87,12 @@ def _check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, 
     # A closure makes the gradients after this.
     if len(args) < 2 and options.get("closure") is None:
         check_trains(held.values())
-    if _CHECKED.get(optimizer) is not optimizer.state:
+    # Shapes change as state is loaded, or as a parameter is given other data (more tokens).
+    size = sum(map(Tensor.numel, held.values()))
+    state, at = _CHECKED.get(optimizer, (None, 0))
+    if state is not optimizer.state or size != at:
         check_state(optimizer)
-        _CHECKED[optimizer] = optimizer.state
+        _CHECKED[optimizer] = optimizer.state, size
 
 
 def _check_held(

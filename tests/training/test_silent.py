@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
-from ssah.training import UpdatePlan, freeze, train_only
+from ssah.training import freeze
 
 MODELS = ["llama", "llama_bias", "gpt2", "phi3"]
 
@@ -55,7 +55,7 @@ def test_functional_call_computes_with_what_it_lends_and_keeps_nothing(
     expected = half_of_what_trains(model, mode)(**batch()).logits
     make(model, mode)
     before, logits = snapshot(model), model(**batch()).logits
-    lent = {key: value for key, value in halved(model).items()}
+    lent = dict(halved(model).items())
     if mode == "train_only":
         trained = {key for key, p in model.named_parameters() if p.requires_grad}
         lent = {key: value for key, value in lent.items() if key in trained}
