@@ -16,12 +16,10 @@ Example, a model that was compiled, and the swap that an evaluation of averaged 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
-
-if TYPE_CHECKING:
-    from ssah.training.splitting.split_tensor import SplitTensor
 
 __all__ = ["PackedParameter"]
 
@@ -30,16 +28,16 @@ class PackedParameter(nn.Parameter):
     """A parameter ``[trained, ...]`` over some rows of a storage.
 
     Attributes:
-        slice_of: whose storage it aliases; None of a copy until it is known.
+        on_swap: called once ``data`` was assigned; None of a copy until it is known.
     """
 
-    slice_of: SplitTensor | None = None
+    on_swap: Callable[[], None] | None = None
 
     # Not a property: the compiler reads ``data`` of a tensor, and would not read through one.
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
-        if name == "data" and self.slice_of is not None:
-            self.slice_of.part()
+        if name == "data" and self.on_swap is not None:
+            self.on_swap()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # Saved by itself it is an ordinary parameter, which any program can read.

@@ -127,7 +127,7 @@ class SplitTensor:
                 parameter = nn.Parameter(_rows(self.storage, part))
             else:
                 parameter = PackedParameter(_rows(self.storage, part))
-                parameter.slice_of = self
+                parameter.on_swap = self.part
             yield name, parameter
 
     def trained_pieces(self) -> list[Tensor]:
@@ -228,10 +228,10 @@ class SplitTensor:
             assert parameter is not None
             if isinstance(part, tuple):
                 if isinstance(parameter, PackedParameter):
-                    parameter.slice_of = None  # this is no swap
+                    parameter.on_swap = None  # this is no swap
                 parameter.data = _rows(self.storage, part)
                 if isinstance(parameter, PackedParameter):
-                    parameter.slice_of = self
+                    parameter.on_swap = self.part
         self.swapped = False
 
     def restore(self) -> nn.Parameter:
