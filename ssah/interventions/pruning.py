@@ -115,6 +115,7 @@ def _zero_rows(
 def _mean_values(
     model: nn.Module, means: Attribution | Mapping[str, Tensor]
 ) -> Mapping[str, Tensor]:
+    """B's name -> ``[n_units]``, the mean of what enters B; refuses scores of another model."""
     if isinstance(means, Mapping):
         return means
     means.check_model(model)

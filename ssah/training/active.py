@@ -23,7 +23,6 @@ __all__ = ["ACTIVE", "PLAN", "check_unplanned", "retire", "watch_optimizers"]
 
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
-
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.
 ACTIVE: weakref.WeakSet[Installed] = weakref.WeakSet()
 

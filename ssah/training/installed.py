@@ -36,8 +36,8 @@ class Installed:
     Args:
         model: the model.
         entries: parameter -> which of its entries train.
-        sharded: whether its parameters are DTensors.
         fingerprint: of the plan.
+        sharded: whether its parameters are DTensors.
 
     Attributes:
         masked: name -> projection that is split.
@@ -49,9 +49,9 @@ class Installed:
         self,
         model: PreTrainedModel,
         entries: Mapping[str, Entries],
+        fingerprint: str,
         *,
         sharded: bool,
-        fingerprint: str,
     ) -> None:
         self.model, self.entries = model, entries
         self.sharded, self.fingerprint = sharded, fingerprint

@@ -96,12 +96,8 @@ class UpdatePlan:
         if self.ranks is not None:
             self.ranks.common(fingerprint=self.fingerprint)
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        self._installed = Installed(
-            model,
-            self.entries,
-            sharded=self.ranks is not None,
-            fingerprint=self.fingerprint,
-        )
+        sharded = self.ranks is not None
+        self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
         self.masked = self._installed.masked
         self.digests = self._installed.install(self.modules, masks)
         model.__dict__[PLAN] = self

@@ -45,7 +45,7 @@ Part = tuple[int, int] | Tensor
 
 
 def runs(positions: Tensor) -> list[tuple[int, int]]:
-    """The stretches (start, stop) of consecutive integers in ``positions``, in their order.
+    """The stretches (start, stop) of consecutive integers in ``positions`` ``[n]``, in order.
 
     Example: 4, 5, 6, 9 gives (4, 7) and (9, 10).
     """
@@ -155,6 +155,7 @@ class SplitTensor:
         """A copy in the original order and orientation."""
         rows = self.storage
         rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
+        # The inverse of `unit_major`: [entries, ...] to [experts, entries of one, ...] and back.
         inside = rows.unflatten(0, [self.shape[dim] for dim in self.dims])
         return inside.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
 
@@ -263,8 +264,12 @@ def unit_major(values: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def complement_rows(weight: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
-    """What of ``weight`` is not in ``index`` along ``dims``: unit-major, in ascending order."""
-    rows = unit_major(weight.detach(), dims)
+    """What of ``weight`` is not in ``index`` along ``dims``: unit-major, in ascending order.
+
+    Example: of a weight ``[out, 4]`` with dims (1,) and index ``[1, 3]``, columns 0 and 2 as
+    ``[2, out]``.
+    """
+    rows = unit_major(weight.detach(), dims)  # [entries, ...]
     keep = torch.ones(len(rows), dtype=torch.bool)
     keep[index] = False
     return rows.index_select(0, keep.nonzero()[:, 0].to(weight.device))
@@ -276,6 +281,7 @@ def width(part: Part) -> int:
 
 
 def _rows(storage: Tensor, part: Part) -> Tensor:
+    """The rows of a part, ``[trained, ...]``: a view of a stretch, or gathered."""
     if isinstance(part, Tensor):
         return storage.index_select(0, part)
     return storage[part[0] : part[1]]
