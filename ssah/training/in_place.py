@@ -5,11 +5,13 @@ An adapter on a frozen query projection leaves the weight as it is, and adds to 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ssah.compat.modules import active_adapters
 from ssah.training.installed import Installed
 from ssah.training.splitting import replaced_slices
 
-__all__ = ["check_in_place"]
+__all__ = ["check_in_place", "check_unmoved"]
 
 
 def check_in_place(installed: Installed) -> None:
@@ -54,3 +56,21 @@ def check_in_place(installed: Installed) -> None:
                 f"the forward of {owner!r}, which has frozen entries, was replaced after the plan "
                 "was made: nobody knows what it computes with them. Replace it before the plan"
             )
+
+
+def check_unmoved(before: Mapping[str, str], now: Mapping[str, str]) -> None:
+    """Refuse frozen entries that have other bits.
+
+    Args:
+        before, now: parameter -> hash of its frozen entries.
+
+    Raises:
+        RuntimeError: the first five parameters are named.
+    """
+    moved = [name for name, value in before.items() if now[name] != value]
+    if moved:
+        more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
+        raise RuntimeError(
+            f"frozen entries of {', '.join(moved[:5])}{more} are not what they were when the plan "
+            "was made (weights loaded from elsewhere, another dtype, or written to)"
+        )

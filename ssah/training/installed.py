@@ -90,6 +90,8 @@ class Installed:
             else:
                 split_model(self.model, modules, masks, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)
+                for module in self.masked.values():  # tied ones share slices: only now are all set
+                    module.remember()
             self.trained()  # now: later, something else may be in the place of a parameter
             frozen = self.digests()
             check = ForwardCheck(self.masked, self.fingerprint, frozen)
@@ -103,6 +105,8 @@ class Installed:
 
     def uninstall(self) -> None:
         """An ordinary model again, without gradients, with the values of now."""
+        for module in self.masked.values():
+            module.sync()  # raises where its slices were taken away, before anything is changed
         uninstall_gated(self._ffns)
         for module in self.masked.values():
             module.uninstall()
@@ -171,6 +175,14 @@ class Installed:
     def own_slices(self) -> list[nn.Parameter]:
         """The trained slices of what is split."""
         return [p for module in self.masked.values() for p in module.own.values()]
+
+    def optimizer(self, given: Any) -> Any:
+        """The optimiser that is ``given``, or the last one that stepped under the plan."""
+        if given is None and self.last_optimizer is not None:
+            given = self.last_optimizer()
+        if given is None:
+            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
+        return getattr(given, "optimizer", given)  # Trainer's is wrapped by accelerate
 
     def n_trained(self) -> int:
         """How many elements train."""

@@ -29,7 +29,7 @@ from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.entries import canonical_names, fingerprint, select_entries
 from ssah.training.importance import UnitImportance, unit_importance
-from ssah.training.in_place import check_in_place
+from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
 from ssah.training.saving import push_update, save_update
@@ -172,7 +172,7 @@ class UpdatePlan:
     def optimizer_cls_and_kwargs(
         self, args: Any, **options: Any
     ) -> tuple[type[PlanAdamW], dict[str, Any]]:
-        """For trainers that take ``optimizer_cls_and_kwargs=``: Trainer, SFTTrainer, RewardTrainer.
+        """For ``optimizer_cls_and_kwargs=`` of Trainer, and of TRL's SFTTrainer and RewardTrainer.
 
         Args:
             args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
@@ -183,14 +183,13 @@ class UpdatePlan:
         Raises:
             ValueError: ``args`` asks for another optimiser than AdamW.
         """
-        groups = self.param_groups(args.weight_decay)
         own = trainer_options(args) | rounding(self.parameters()) | options
-        return PlanAdamW, {"params": groups, **own}
+        return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
 
     def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
-        """For trainers that take ``optimizers=``: TRL's for DPO, KTO, GRPO, RLOO, and any other.
+        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
 
-        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`. The trainer makes the schedule.
+        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
         """
         cls, own = self.optimizer_cls_and_kwargs(args, **options)
         optimizer = cls(**own)
@@ -207,11 +206,7 @@ class UpdatePlan:
             RuntimeError: there is none, or it was made without ``track_importance=True``.
         """
         self._check_open()
-        if optimizer is None and self._installed.last_optimizer is not None:
-            optimizer = self._installed.last_optimizer()
-        if optimizer is None:
-            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
-        own = getattr(optimizer, "optimizer", optimizer)  # Trainer's is wrapped by accelerate
+        own = self._installed.optimizer(optimizer)
         return unit_importance(own.importance(), self._installed.slices(), self.modules)
 
     # --------------------------------------------------------------------- frozen means frozen
@@ -228,15 +223,7 @@ class UpdatePlan:
         self._check_open()
         with (self.ranks or Ranks()).agreeing():
             check_in_place(self._installed)
-            now = self._installed.digests()
-            moved = [name for name, value in self.digests.items() if now[name] != value]
-            if moved:
-                more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
-                raise RuntimeError(
-                    f"frozen entries of {', '.join(moved[:5])}{more} are not what they were when "
-                    "the plan was made (weights loaded from elsewhere, another dtype, or written "
-                    "to)"
-                )
+            check_unmoved(self.digests, self._installed.digests())
 
     # --------------------------------------------------------------------------------- saving
 

@@ -104,10 +104,15 @@ class MaskedProjection(nn.Module):
         for name, parameter in module._parameters.items():
             own.update(split[name].parameters() if name in split else {name: parameter})
         module._parameters = own
-        module.own = {n: p for n, p in own.items() if n not in module.order}  # type: ignore
         module.given_out = GivenOut()  # type: ignore[assignment]
         assert isinstance(module, MaskedProjection)
+        module.remember()
         return module
+
+    def remember(self) -> None:
+        """The slices that it has now are its own."""
+        names = (name for split in self.split_tensors.values() for name in split.names)
+        self.own = {name: self._parameters[name] for name in names}  # type: ignore[misc]
 
     def uninstall(self) -> None:
         """The ordinary module again, with the original parameters and the present values."""
@@ -239,7 +244,7 @@ class MaskedProjection(nn.Module):
         for split in self.split_tensors.values():
             split.swapped = True  # until they are views again, below
         super()._apply(fn, recurse)
-        self.own = {name: self._parameters[name] for name in self.own}  # type: ignore[misc]
+        self.remember()
         for split in self.split_tensors.values():
             split.convert(fn, self)
         return self
