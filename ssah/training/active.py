@@ -19,7 +19,7 @@ from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
 from ssah.training.stepping import check_state, check_trains, lost
 
-__all__ = ["ACTIVE", "PLAN", "check_unplanned", "retire", "watch_optimizers"]
+__all__ = ["ACTIVE", "PLAN", "check_unplanned", "has_twin", "retire", "watch_optimizers"]
 
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
@@ -51,6 +51,11 @@ def watch_optimizers(plan: Installed) -> None:
         register_optimizer_step_pre_hook(_check_step)
         _watching = True
     ACTIVE.add(plan)
+
+
+def has_twin(plan: Installed) -> bool:
+    """Whether a copy of its model has a copy of this plan in force."""
+    return any(each is not plan and each.fingerprint == plan.fingerprint for each in ACTIVE)
 
 
 def retire(plan: Installed, slices: Iterable[Tensor]) -> None:

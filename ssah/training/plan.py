@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import PLAN, retire, watch_optimizers
+from ssah.training.active import PLAN, has_twin, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.entries import canonical_names, fingerprint, select_entries
 from ssah.training.importance import UnitImportance, unit_importance
@@ -183,7 +183,8 @@ class UpdatePlan:
         Raises:
             ValueError: ``args`` asks for another optimiser than AdamW.
         """
-        own = trainer_options(args) | rounding(self.parameters()) | options
+        own = trainer_options(args, has_twin=has_twin(self._installed))
+        own |= rounding(self.parameters()) | options
         return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
 
     def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
@@ -191,8 +192,7 @@ class UpdatePlan:
 
         Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
         """
-        cls, own = self.optimizer_cls_and_kwargs(args, **options)
-        optimizer = cls(**own)
+        optimizer = PlanAdamW(**self.optimizer_cls_and_kwargs(args, **options)[1])
         self._installed.last_optimizer = weakref.ref(optimizer)
         return optimizer, None
 

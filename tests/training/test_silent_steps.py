@@ -7,19 +7,17 @@ plan, never by ``verify``.
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from peft import LoraConfig, get_peft_model
-from plans import assert_equal, batch, draw, loss_of, make, masks, snapshot
+from plans import assert_equal, draw, loss_of, masks, snapshot
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from transformers import Adafactor, PreTrainedModel
 
-from ssah.training import freeze, train_only
+from ssah.training import freeze
 from ssah.units import UnitSet
 from ssah_kernels.optim import MaskedAdamW, MaskedSGD
 
@@ -242,137 +240,3 @@ def _stepped(p: nn.Parameter) -> dict[str, Any]:
     optimizer = MaskedAdamW([p])
     optimizer.step()
     return optimizer.state_dict()
-
-
-# ----------------------------------------------------------------------------- what trainers take
-
-
-def arguments(**options: Any) -> Any:
-    values = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "optim": "adamw_torch"}
-    return SimpleNamespace(**{"learning_rate": 1e-2, "weight_decay": 0.1} | values | options)
-
-
-def test_optimizers_for_trl_take_the_arguments() -> None:
-    model = tiny_models.build("llama")
-    dense = copy.deepcopy(model)
-    trains, before = masks(model, draw(model), "freeze"), snapshot(model)
-    plan = freeze(model, draw(model))
-    optimizer, schedule = plan.optimizers(arguments(), state_dtype=torch.float32)
-    assert schedule is None
-    for p in dense.parameters():
-        p.requires_grad_(True)
-    decays = [p for p in dense.parameters() if p.dim() > 1]
-    others = [p for p in dense.parameters() if p.dim() == 1]
-    theirs = torch.optim.AdamW(
-        [{"params": decays, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}],
-        lr=1e-2,
-        betas=(0.8, 0.9),
-        eps=1e-6,
-    )
-    step(model, optimizer)
-    step(dense, theirs)
-    now, wanted = model.state_dict(), dense.state_dict()
-    for name, mask in trains.items():
-        expected = torch.where(mask == 1, wanted[name], before[name])
-        torch.testing.assert_close(now[name], expected, rtol=1e-4, atol=2e-5)
-    assert plan._installed.last_optimizer is not None
-
-
-@pytest.mark.parametrize(
-    "options", [{"optim": "adamw_8bit"}, {"optim": "sgd"}, {"optim_args": "rank=8"}]
-)
-def test_an_optimiser_that_would_be_passed_over_is_refused(options: dict[str, str]) -> None:
-    model = tiny_models.build("llama")
-    plan = freeze(model, draw(model))
-    for take in (plan.optimizers, plan.optimizer_cls_and_kwargs):
-        with pytest.raises(ValueError, match=f"{next(iter(options))} .*its own will hold"):
-            take(arguments(**options))
-        take(arguments())
-
-
-# ----------------------------------------------------------------------- frozen, and what it does
-
-
-def test_verify_names_adapters_on_what_is_frozen() -> None:
-    model = tiny_models.build("llama")
-    logits = model(**batch()).logits
-    plan = train_only(model, mlp(draw(model)))
-    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    for name, p in peft_model.named_parameters():
-        if "lora_B" in name:
-            nn.init.normal_(p)
-    assert not torch.equal(peft_model(**batch()).logits, logits)
-    with pytest.raises(
-        RuntimeError, match=r"q_proj' has frozen entries, and the adapter 'default'"
-    ):
-        plan.verify()
-    with peft_model.disable_adapter():
-        plan.verify()
-    peft_model.unload()
-    plan.verify()
-
-
-def test_verify_lets_adapters_be_where_all_trains() -> None:
-    model = tiny_models.build("llama")
-    plan = freeze(model, mlp(draw(model)))
-    get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    plan.verify()
-
-
-class Doubled(nn.Module):
-    def forward(self, weight: Tensor) -> Tensor:
-        return 2 * weight
-
-
-def test_verify_names_what_is_no_longer_in_its_place() -> None:
-    model = tiny_models.build("llama")
-    attention = model.model.layers[0].self_attn
-    plan = train_only(model, draw(model))
-    plan.verify()
-    plain = attention.q_proj
-    parametrize.register_parametrization(plain, "weight", Doubled())
-    with pytest.raises(RuntimeError, match=r"q_proj\.weight', which has .*no longer where it was"):
-        plan.verify()
-    parametrize.remove_parametrizations(plain, "weight", leave_parametrized=False)
-    plan.verify()
-    attention.q_proj = nn.Sequential(plain)
-    with pytest.raises(RuntimeError, match="no longer where it was"):
-        plan.verify()
-    attention.q_proj = plain
-    mine = attention.o_proj
-    attention.o_proj = nn.Linear(mine.in_features, mine.out_features, bias=False)
-    with pytest.raises(RuntimeError, match=r"o_proj\.weight', which has .*no longer where it was"):
-        plan.verify()
-    attention.o_proj = mine
-    mine.forward = lambda x: 2 * type(mine).forward(mine, x)
-    with pytest.raises(RuntimeError, match=r"the forward of '.*o_proj', which has frozen entries"):
-        plan.verify()
-    del mine.forward
-    plan.verify()
-
-
-def test_a_slice_that_was_replaced_is_neither_saved_nor_closed() -> None:
-    model = tiny_models.build("llama")
-    plan = make(model, "freeze")
-    part = next(iter(plan.masked.values()))
-    name, own = next(iter(part.own.items()))
-    part._parameters[name] = nn.Parameter(own.detach() + 1)
-    for act in (model.state_dict, plan.verify, plan.close):
-        with pytest.raises(RuntimeError, match="were replaced by other parameters"):
-            act()
-    part._parameters[name] = own
-    plan.verify()
-    plan.close()
-
-
-def test_a_patch_of_others_outlives_the_plan() -> None:
-    model = tiny_models.build("llama")
-    first, second = (layer.mlp for layer in model.model.layers)
-    plan = make(model, "freeze")
-    patch = first.forward = lambda x: x
-    del second.forward
-    plan.close()
-    assert first.forward is patch
-    assert "forward" not in vars(second)
-    assert isinstance(first.down_proj, nn.Linear)
-    assert "weight" in first.down_proj._parameters
