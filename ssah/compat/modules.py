@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -116,6 +117,33 @@ def is_fsdp1(model: nn.Module) -> bool:
     # Of a model that was taken out of its wrapper only the mark tells.
     marked = any(getattr(part, "_is_fsdp_managed_module", False) for part in parts)
     return marked and not any(is_sharded(parameter) for parameter in model.parameters())
+
+
+def is_transformed() -> bool:
+    """Whether ``torch.func`` transforms what runs now: ``grad``, ``vmap``, ``jvp`` and so on."""
+    # The compiler traces through a transform, and has no such state of its own to be asked for.
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def takes_over(model: nn.Module) -> bool:
+    """Whether FSDP, of either kind, manages the parameters of ``model``."""
+    from torch.distributed.fsdp import FSDPModule
+
+    return is_fsdp1(model) or any(isinstance(part, FSDPModule) for part in model.modules())
+
+
+def active_ddp() -> Any:
+    """The ``DistributedDataParallel`` whose forward pass runs now, or None."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
+
+
+def active_adapters(module: Any) -> tuple[str, ...] | None:
+    """Names of the adapters of peft that add to what ``module`` does; None: it has no place."""
+    if "peft.tuners.tuners_utils.BaseTunerLayer" not in _qualified(module):
+        return None
+    return () if module.disable_adapters else tuple(module.active_adapters)
 
 
 def partitioned(parameter: Tensor) -> bool:

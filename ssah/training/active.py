@@ -8,20 +8,30 @@ Its first ``step`` under the plan raises, and says what to do.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
+from ssah.training.stepping import check_state, check_trains, lost
 
-__all__ = ["ACTIVE", "PLAN", "check_unplanned", "watch_optimizers"]
+__all__ = ["ACTIVE", "PLAN", "check_unplanned", "has_twin", "retire", "watch_optimizers"]
 
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.
 ACTIVE: weakref.WeakSet[Installed] = weakref.WeakSet()
+
+# Slices of closed plans that somebody holds still, by their id: they are in no model.
+CLOSED: dict[int, weakref.ref[Tensor]] = {}
+
+# Optimiser -> the state whose shapes were looked at (loading a checkpoint makes another one), and
+# how many elements its parameters had.
+_CHECKED: weakref.WeakKeyDictionary[Optimizer, tuple[Any, int]] = weakref.WeakKeyDictionary()
 
 
 def check_unplanned(model: nn.Module) -> None:
@@ -43,50 +53,99 @@ def watch_optimizers(plan: Installed) -> None:
     ACTIVE.add(plan)
 
 
-def _check_step(optimizer: Optimizer, *_: Any) -> None:
-    """Before every step of any optimiser: does it hold what a plan has taken away?"""
+def has_twin(plan: Installed) -> bool:
+    """Whether a copy of its model has a copy of this plan in force."""
+    return any(each is not plan and each.fingerprint == plan.fingerprint for each in ACTIVE)
+
+
+def retire(plan: Installed, slices: Iterable[Tensor]) -> None:
+    """A plan is closed: the slices of what it had split are in no model any more."""
+    ACTIVE.discard(plan)
+    for parameter in slices:
+        key = id(parameter)
+        CLOSED[key] = weakref.ref(parameter, partial(_forget, key))
+
+
+def _forget(key: int, _: Any) -> None:
+    CLOSED.pop(key, None)  # the id may soon be another tensor's
+
+
+def _check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Before every step of any optimiser: does it train what a plan has, and something at all?
+
+    A few look-ups for each tensor, and nothing that waits for a device.
+    """
     marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
-    if marks and isinstance(optimizer, PlanAdamW):
-        _check_own_plan(optimizer, marks)
-    if not ACTIVE:
+    if not (ACTIVE or CLOSED or marks):
         return
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    for plan in list(ACTIVE):
-        stale = [name for name, p in plan.replaced() if id(p) in held]
-        if stale:
-            raise RuntimeError(
-                f"the optimiser holds {len(stale)} parameters that the plan has replaced (first: "
-                f"{stale[0]!r}), so that it would train nothing of them: make it after freeze() "
-                "or train_only(), from plan.parameters() or with plan.optimizer()"
-            )
-        if any(id(p) in held for _, p in plan.parameters()):
-            # Sharded weights are not split: only the plan's optimiser knows what of them trains.
-            if plan.sharded and not isinstance(optimizer, PlanAdamW):
-                raise TypeError(
-                    f"the optimiser is a {type(optimizer).__name__}, which would move frozen "
-                    "entries of a sharded model; it must be plan.optimizer()"
-                )
-            if marks - {plan.fingerprint}:
-                raise other_plan(marks, {plan.fingerprint})
-            plan.last_optimizer = weakref.ref(optimizer)
+    held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+    closed = len(held.keys() & CLOSED.keys())
+    if closed:
+        raise lost(closed, len(held))
+    plans = [plan for plan in ACTIVE if _concerns(plan, optimizer, held, marks)]
+    if not (plans or marks):
+        return
+    if not plans:
+        raise lost(len(held), len(held))
+    _check_held(optimizer, held, plans, marks)
+    # A closure makes the gradients after this.
+    if len(args) < 2 and options.get("closure") is None:
+        check_trains(held.values())
+    # Shapes change as state is loaded, or as a parameter is given other data (more tokens).
+    size = sum(map(Tensor.numel, held.values()))
+    state, at = _CHECKED.get(optimizer, (None, 0))
+    if state is not optimizer.state or size != at:
+        check_state(optimizer)
+        _CHECKED[optimizer] = optimizer.state, size
 
 
-def _check_own_plan(optimizer: PlanAdamW, marks: set[str]) -> None:
-    """A plan's own optimiser steps only while what it holds is what trains under that plan.
+def _check_held(
+    optimizer: Optimizer, held: Mapping[int, Tensor], plans: list[Installed], marks: set[str]
+) -> None:
+    """Refuse parameters that train under no plan: all of a plan's own optimiser, else its slices.
 
     Args:
-        optimizer: about to step.
+        held: id -> parameter of the optimiser.
+        plans: those in force of which it holds something.
         marks: fingerprints of the plans that it was made for.
     """
-    # Of the model, not of the plan alone: what is frozen is in no optimiser of a plan, and asking
-    # each parameter whether it trains would take milliseconds a step.
-    models = [plan.model for plan in ACTIVE if plan.fingerprint in marks]
-    of_plans = {id(p) for model in models for p in model.parameters()}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    lost = sum(id(p) not in of_plans for p in params)
-    if lost:
+    trained = set().union(*(plan.trained() for plan in plans))
+    moved = set().union(*(plan.moved() for plan in plans))
+    strange = held.keys() - trained if isinstance(optimizer, PlanAdamW) else set()
+    strange |= held.keys() & moved
+    if strange:
+        # The slow way, for what was moved within the model, or was added to it since.
+        models = [plan.model for plan in ACTIVE if plan.fingerprint in marks or plan in plans]
+        strange -= {id(p) for model in models for p in model.parameters()}
+    if strange:
+        raise lost(len(strange), len(held))
+
+
+def _concerns(
+    plan: Installed, optimizer: Optimizer, held: Mapping[int, Tensor], marks: set[str]
+) -> bool:
+    """Whether the optimiser holds something that trains under ``plan``.
+
+    Raises:
+        RuntimeError, TypeError, ValueError: it holds what the plan has replaced, is not the plan's
+            though the model is sharded, or has the state of another plan.
+    """
+    if not held.keys().isdisjoint(plan.taken()):
+        stale = [name for key, name in plan.taken().items() if key in held]
         raise RuntimeError(
-            f"{lost} of the optimiser's {len(params)} parameters train under no plan in force: "
-            "its plan was closed, or made for another model. Make a plan, and the optimiser with "
-            "plan.optimizer(), before the next step"
+            f"the optimiser holds {len(stale)} parameters that the plan has replaced (first: "
+            f"{stale[0]!r}), so that it would train nothing of them: make it after freeze() "
+            "or train_only(), from plan.parameters() or with plan.optimizer()"
         )
+    if held.keys().isdisjoint(plan.trained()):
+        return False
+    # Sharded weights are not split: only the plan's optimiser knows what of them trains.
+    if plan.sharded and not isinstance(optimizer, PlanAdamW):
+        raise TypeError(
+            f"the optimiser is a {type(optimizer).__name__}, which would move frozen "
+            "entries of a sharded model; it must be plan.optimizer()"
+        )
+    if marks - {plan.fingerprint}:
+        raise other_plan(marks, {plan.fingerprint})
+    plan.last_optimizer = weakref.ref(optimizer)
+    return True

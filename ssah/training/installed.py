@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ssah.models import digests
 from ssah.training.entries import Entries, TrainedSlice
+from ssah.training.forward_check import ForwardCheck
 from ssah.training.sharded import clear_frozen_gradients, frozen_pieces
 from ssah.training.splitting import (
     MaskedProjection,
@@ -40,6 +41,7 @@ class Installed:
 
     Attributes:
         masked: name -> projection that is split.
+        owners: names of all projections that units own something of.
         last_optimizer: a weak reference to the last one that stepped or was made for it.
     """
 
@@ -57,6 +59,9 @@ class Installed:
         self.masked: dict[str, MaskedProjection] = {}
         self._ffns: list[nn.Module] = []
         self._hooks: list[Any] = []
+        self._taken: dict[int, str] | None = None
+        self._trained: dict[int, tuple[nn.Module, str, nn.Parameter]] | None = None
+        self.owners: set[str] = set()
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
     def install(
@@ -71,6 +76,8 @@ class Installed:
         Returns:
             the hashes of what is frozen, see :meth:`digests`.
         """
+        owned = (each for m in modules.values() for each in (*m.inputs, m.output))
+        self.owners = {each.param.rpartition(".")[0] for each in owned}
         gradients = {name: p.grad for name, p in self.model.named_parameters()}
         try:
             for name, parameter in self.model.named_parameters():
@@ -83,7 +90,13 @@ class Installed:
             else:
                 split_model(self.model, modules, masks, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)
-            return self.digests()
+                for module in self.masked.values():  # tied ones share slices: only now are all set
+                    module.remember()
+            self.trained()  # now: later, something else may be in the place of a parameter
+            frozen = self.digests()
+            check = ForwardCheck(self.masked, self.fingerprint, frozen)
+            self._hooks.append(check.hang_on(self.model))
+            return frozen
         except BaseException:  # out of memory, for one: the model is as it was
             self.uninstall()
             for name, parameter in self.model.named_parameters():
@@ -92,6 +105,8 @@ class Installed:
 
     def uninstall(self) -> None:
         """An ordinary model again, without gradients, with the values of now."""
+        for module in self.masked.values():
+            module.sync()  # raises where its slices were taken away, before anything is changed
         uninstall_gated(self._ffns)
         for module in self.masked.values():
             module.uninstall()
@@ -131,6 +146,43 @@ class Installed:
     def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Names and original parameters of what is split: no optimiser may hold them now."""
         return ((name, tensor.original) for name, (_, tensor) in self.split().items())
+
+    def taken(self) -> dict[int, str]:
+        """Id of an original parameter that is split -> its name: no optimiser may hold it now."""
+        if self._taken is None:
+            self._taken = {id(parameter): name for name, parameter in self.replaced()}
+        return self._taken
+
+    def trained(self) -> dict[int, tuple[nn.Module, str, nn.Parameter]]:
+        """Id of a parameter that trains -> the module that has it, its name there, and itself."""
+        if self._trained is None:
+            self._trained = {}
+            for name, parameter in self.parameters():
+                owner, _, leaf = name.rpartition(".")
+                place = (self.model.get_submodule(owner), leaf, parameter)
+                self._trained[id(parameter)] = place
+        return self._trained
+
+    def moved(self) -> set[int]:
+        """Ids of the parameters that train and are no longer where they were."""
+        places = self.trained().items()
+        return {key for key, (at, leaf, own) in places if at._parameters.get(leaf) is not own}
+
+    def forget(self) -> None:
+        """What belongs to the model that this one was copied from."""
+        self.last_optimizer = self._taken = self._trained = None
+
+    def own_slices(self) -> list[nn.Parameter]:
+        """The trained slices of what is split."""
+        return [p for module in self.masked.values() for p in module.own.values()]
+
+    def optimizer(self, given: Any) -> Any:
+        """The optimiser that is ``given``, or the last one that stepped under the plan."""
+        if given is None and self.last_optimizer is not None:
+            given = self.last_optimizer()
+        if given is None:
+            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
+        return getattr(given, "optimizer", given)  # Trainer's is wrapped by accelerate
 
     def n_trained(self) -> int:
         """How many elements train."""

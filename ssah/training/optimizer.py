@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Set
 from typing import Any
 
@@ -12,7 +13,7 @@ from ssah.training.entries import TrainedSlice
 from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.sharded import Dim, is_sharded
 
-__all__ = ["PlanAdamW", "other_plan", "param_groups", "rounding"]
+__all__ = ["PlanAdamW", "other_plan", "param_groups", "rounding", "trainer_options"]
 
 
 class PlanAdamW(MaskedAdamW):
@@ -49,6 +50,46 @@ def rounding(parameters: Iterable[nn.Parameter]) -> dict[str, str]:
     dtypes = {p.dtype for p in parameters}
     stochastic = torch.bfloat16 in dtypes and torch.float16 not in dtypes
     return {"rounding": "stochastic"} if stochastic else {}
+
+
+# What transformers calls AdamW with moments in full precision, each in a form of its own.
+_ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
+
+
+def trainer_options(args: Any, *, has_twin: bool) -> dict[str, Any]:
+    """What ``TrainingArguments`` say of AdamW, as options of `PlanAdamW`.
+
+    Args:
+        args: the ``TrainingArguments``.
+        has_twin: whether there is a copy of the model that has the plan's copy. TRL brings a
+            reference model up to date parameter by parameter, so that both must have the same ones.
+
+    Raises:
+        ValueError: they ask for another optimiser, which would be passed over in silence.
+    """
+    name = getattr(args, "optim", None)
+    name = getattr(name, "value", name)  # an enumeration
+    more = getattr(args, "optim_args", None)
+    if (name is not None and name not in _ADAMW) or more:
+        what = f"optim is {name!r}" + (f" and optim_args {more!r}" if more else "")
+        raise ValueError(
+            f"args.{what}; with a plan's own optimiser it must be one of {', '.join(_ADAMW)}, "
+            "without optim_args: it is AdamW, with moments of state_dtype=. To train with another "
+            "optimiser give the trainer none of the plan's: its own will hold the trained slices"
+        )
+    if getattr(args, "sync_ref_model", False) and not has_twin:
+        warnings.warn(
+            "args.sync_ref_model is True, and TRL pairs the parameters of both models by position, "
+            "which a plan has changed: give the trainer ref_model=copy.deepcopy(model), made after "
+            "the plan and before this call",
+            UserWarning,
+            stacklevel=3,
+        )
+    return {
+        "lr": args.learning_rate,
+        "betas": (args.adam_beta1, args.adam_beta2),
+        "eps": args.adam_epsilon,
+    }
 
 
 def param_groups(

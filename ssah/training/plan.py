@@ -25,12 +25,13 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import ACTIVE, PLAN, watch_optimizers
+from ssah.training.active import PLAN, has_twin, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.entries import canonical_names, fingerprint, select_entries
 from ssah.training.importance import UnitImportance, unit_importance
+from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW, param_groups, rounding
+from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
 from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
@@ -92,6 +93,8 @@ class UpdatePlan:
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
+        if self.ranks is not None:
+            self.ranks.common(fingerprint=self.fingerprint)
         self.n_parameters = sum(p.numel() for p in model.parameters())
         sharded = self.ranks is not None
         self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
@@ -169,22 +172,29 @@ class UpdatePlan:
     def optimizer_cls_and_kwargs(
         self, args: Any, **options: Any
     ) -> tuple[type[PlanAdamW], dict[str, Any]]:
-        """For ``transformers.Trainer`` and TRL's: ``optimizer_cls_and_kwargs=``.
+        """For ``optimizer_cls_and_kwargs=`` of Trainer, and of TRL's SFTTrainer and RewardTrainer.
 
         Args:
             args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
                 from it. Clipping stays with the trainer (``max_grad_norm``).
             **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`; ``rounding`` as in
                 :meth:`optimizer`.
+
+        Raises:
+            ValueError: ``args`` asks for another optimiser than AdamW.
         """
-        return PlanAdamW, {
-            "params": self.param_groups(args.weight_decay),
-            "lr": args.learning_rate,
-            "betas": (args.adam_beta1, args.adam_beta2),
-            "eps": args.adam_epsilon,
-            **rounding(self.parameters()),
-            **options,
-        }
+        own = trainer_options(args, has_twin=has_twin(self._installed))
+        own |= rounding(self.parameters()) | options
+        return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
+
+    def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
+        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
+
+        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
+        """
+        optimizer = PlanAdamW(**self.optimizer_cls_and_kwargs(args, **options)[1])
+        self._installed.last_optimizer = weakref.ref(optimizer)
+        return optimizer, None
 
     def importance(self, optimizer: Any = None) -> UnitImportance:
         """Importance of the trained units, accumulated inside the updates so far.
@@ -196,11 +206,7 @@ class UpdatePlan:
             RuntimeError: there is none, or it was made without ``track_importance=True``.
         """
         self._check_open()
-        if optimizer is None and self._installed.last_optimizer is not None:
-            optimizer = self._installed.last_optimizer()
-        if optimizer is None:
-            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
-        own = getattr(optimizer, "optimizer", optimizer)  # Trainer's is wrapped by accelerate
+        own = self._installed.optimizer(optimizer)
         return unit_importance(own.importance(), self._installed.slices(), self.modules)
 
     # --------------------------------------------------------------------- frozen means frozen
@@ -211,19 +217,13 @@ class UpdatePlan:
         Of a sharded model every rank looks at its own rows, and all have to call this.
 
         Raises:
-            RuntimeError: a frozen weight changed, if only by a bit; it is named. On every rank.
+            RuntimeError: a frozen weight changed, if only by a bit, or is not where it was, or an
+                adapter or a patch adds to what it computes; it is named. On every rank.
         """
         self._check_open()
         with (self.ranks or Ranks()).agreeing():
-            now = self._installed.digests()
-            moved = [name for name, value in self.digests.items() if now[name] != value]
-            if moved:
-                more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
-                raise RuntimeError(
-                    f"frozen entries of {', '.join(moved[:5])}{more} are not what they were when "
-                    "the plan was made (weights loaded from elsewhere, another dtype, or written "
-                    "to)"
-                )
+            check_in_place(self._installed)
+            check_unmoved(self.digests, self._installed.digests())
 
     # --------------------------------------------------------------------------------- saving
 
@@ -266,9 +266,10 @@ class UpdatePlan:
         if self.closed:
             return
         self._check_open()
+        slices = self._installed.own_slices()
         self._installed.uninstall()
         self.model.__dict__.pop(PLAN, None)
-        ACTIVE.discard(self._installed)
+        retire(self._installed, slices)
 
     @property
     def closed(self) -> bool:
@@ -291,7 +292,7 @@ class UpdatePlan:
         new = type(self).__new__(type(self))
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        new._installed.last_optimizer = None  # it holds the parameters of the other model
+        new._installed.forget()
         watch_optimizers(new._installed)
         return new
 

@@ -201,13 +201,24 @@ class MaskedOptimizer(Optimizer):
         checkpoint.expand_state_(self, result)
         return result
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Options that a checkpoint's groups lack (another optimiser's, an earlier release's) are
+        those that this one was made with."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                if name != "differentiable":  # torch's own, which no group of ours has
+                    group.setdefault(name, value)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, step counts (which the rounding noise follows) and state, in the dtype
         that the state was saved in.
 
         Raises:
-            ValueError: the checkpoint is of other parameters, or trains other entries of them.
+            ValueError: the checkpoint is of other parameters, or trains other entries of them, or
+                was written by an optimiser that computes something else (``amsgrad``).
         """
+        checkpoint.check_same_update(self, state_dict)
         current = checkpoint.entries_of(self)
         checkpoint.check_same_entries(current, state_dict["param_groups"])
         super().load_state_dict(state_dict)

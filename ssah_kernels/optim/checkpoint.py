@@ -68,9 +68,19 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
         shape = list(p.shape)
         if index is not None and isinstance(dim, int):
             shape[dim] = len(index)  # [trained, other]
-        for name, value in state_dict["state"].get(n, {}).items():
+        saved = state_dict["state"].get(n, {})
+        if saved and "step" not in saved:
+            # torch's SGD counts no steps. It keeps a buffer from the first one on, if at all.
+            saved = {**saved, "step": 1}
+        for name, value in saved.items():
+            if value is None:  # the buffer of an SGD without momentum
+                optimizer.state[p].pop(name, None)
+                continue
             if is_sharded(p) and name != "step":
                 value = compact(p, value, index, dim)
+            elif name == "step":
+                # torch counts in float32, which is exact up to 2^24 steps alone.
+                value = torch.as_tensor(value).to(torch.float64)
             elif name in optimizer.state_names and list(value.shape) != shape:
                 raise ValueError(
                     f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
@@ -79,6 +89,32 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
             # Steps are counted on the host, where reading them waits for no GPU.
             device = "cpu" if name == "step" else p.device
             optimizer.state[p][name] = value.detach().to(device, copy=True)
+
+
+# Options of torch's optimisers that change the update, and their values for ours. Others of them
+# (foreach, fused, capturable, differentiable) say how it is computed.
+_SAME_UPDATE = {"amsgrad": False, "decoupled_weight_decay": True}
+
+
+def check_same_update(optimizer: Masked, state_dict: dict[str, Any]) -> None:
+    """Raise ValueError where a checkpoint is of an optimiser that computes something else."""
+    for number, group in enumerate(state_dict["param_groups"]):
+        for name, own in _SAME_UPDATE.items():
+            if name in group and group[name] != own:
+                raise ValueError(
+                    f"{name} is {group[name]!r} in group {number} of the checkpoint; it must be "
+                    f"{own!r}, as {type(optimizer).__name__} computes nothing else: start a new "
+                    "optimiser"
+                )
+    known = {"step", "compensation", "importance_signed", "importance_squared"}
+    for state in state_dict["state"].values():
+        strange = state.keys() - known - set(optimizer.state_names)
+        if strange:
+            raise ValueError(
+                f"the checkpoint has state that {type(optimizer).__name__} does not know "
+                f"({', '.join(sorted(strange))}): another kind of optimiser wrote it; start a new "
+                "one"
+            )
 
 
 def check_same_entries(current: list[Entries], groups: Iterable[dict[str, Any]]) -> None:

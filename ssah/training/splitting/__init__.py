@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssah.training.splitting.masked_experts import check_no_hooks
 from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
-from ssah.training.splitting.projection import MaskedProjection, pickling_error
+from ssah.training.splitting.projection import MaskedProjection, pickling_error, replaced_slices
 from ssah.training.splitting.split_model import split_model
 from ssah.training.splitting.split_tensor import SplitTensor, complement_rows, runs
 
@@ -15,6 +15,7 @@ __all__ = [
     "complement_rows",
     "install_gated",
     "pickling_error",
+    "replaced_slices",
     "runs",
     "split_model",
     "uninstall_gated",

@@ -51,7 +51,7 @@ class MaskedExperts(MaskedProjection):
             ``[tokens, hidden]``.
         """
         check_no_hooks(type(self).__name__, self)
-        self.sync()
+        self.given_out.check()
         up = up_name(self)
         matrices, outputs = self._halves(up), self._halves(DOWN)
         biases = self._halves(f"{up}_bias") if self.has_bias else None

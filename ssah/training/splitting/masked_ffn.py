@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.compat.modules import has_hooks
+from ssah.compat.modules import has_hooks, is_transformed
 from ssah.models import runs_own_forward
 from ssah.training.splitting.projection import MaskedProjection
 from ssah.units import DepthTwoModule
@@ -56,8 +56,8 @@ def _forward(
     if hooked and isinstance(up, MaskedProjection):
         up.check_order()
     # The derivative below is that of the function alone, not of what a hook makes of it. The
-    # compiler fuses the plain product itself.
-    if compiling or hooked or not torch.is_grad_enabled():
+    # compiler fuses the plain product itself, and torch.func takes none that is written by hand.
+    if compiling or hooked or not torch.is_grad_enabled() or is_transformed():
         return down(act(first) * second)
     return down(_GatedProduct.apply(first, second, act, name))
 
@@ -79,6 +79,8 @@ def install_gated(model: PreTrainedModel, modules: Mapping[str, DepthTwoModule])
 
 
 def uninstall_gated(changed: list[nn.Module]) -> None:
-    """The modules' own forward again."""
+    """The modules' own forward again; one that somebody has put there since is left alone."""
     for module in changed:
-        del module.forward
+        forward = vars(module).get("forward")
+        if isinstance(forward, partial) and forward.func is _forward:
+            del module.forward

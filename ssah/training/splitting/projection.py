@@ -14,11 +14,14 @@ from pickle import PicklingError
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from ssah.compat.modules import is_transformed
+from ssah.training.splitting.given_out import GivenOut
 from ssah.training.splitting.masked_linear import MaskedLinearFunction
 from ssah.training.splitting.split_tensor import SplitTensor, width
 
-__all__ = ["MaskedProjection", "SplitWeightError", "pickling_error"]
+__all__ = ["MaskedProjection", "SplitWeightError", "pickling_error", "replaced_slices"]
 
 
 class SplitWeightError(AttributeError, RuntimeError):
@@ -34,6 +37,15 @@ def pickling_error() -> PicklingError:
         "the model is under a plan, and cannot be pickled (torch.save of a whole model): save its "
         "weights (model.save_pretrained, model.state_dict()) or what was trained "
         "(plan.save_pretrained), or close the plan first (plan.close())"
+    )
+
+
+def replaced_slices(module: nn.Module) -> RuntimeError:
+    """The error of a projection whose trained slices others have taken away."""
+    return RuntimeError(
+        f"the trained slices of this {type(module).__name__} were replaced by other parameters "
+        "after the plan was made (fully_shard, FSDP and DeepSpeed do that, and so do Trainer and "
+        "accelerate with them): shard the model first, and make the plan then"
     )
 
 
@@ -66,6 +78,8 @@ class MaskedProjection(nn.Module):
         is_output: whether units are the columns (B) rather than the rows (A) of the weight.
         order: names of the original parameters, in their order.
         plain: the class that the module had.
+        own: the trained slices by their names, as they were made.
+        given_out: the copies that ``state_dict`` gave away.
     """
 
     is_split = True  # rooms below this one know a split projection by it
@@ -73,6 +87,8 @@ class MaskedProjection(nn.Module):
     is_output: bool
     order: tuple[str, ...]
     plain: type[nn.Module]
+    own: dict[str, nn.Parameter]
+    given_out: GivenOut
 
     @classmethod
     def install(
@@ -88,8 +104,15 @@ class MaskedProjection(nn.Module):
         for name, parameter in module._parameters.items():
             own.update(split[name].parameters() if name in split else {name: parameter})
         module._parameters = own
+        module.given_out = GivenOut()  # type: ignore[assignment]
         assert isinstance(module, MaskedProjection)
+        module.remember()
         return module
+
+    def remember(self) -> None:
+        """The slices that it has now are its own."""
+        names = (name for split in self.split_tensors.values() for name in split.names)
+        self.own = {name: self._parameters[name] for name in names}  # type: ignore[misc]
 
     def uninstall(self) -> None:
         """The ordinary module again, with the original parameters and the present values."""
@@ -98,13 +121,19 @@ class MaskedProjection(nn.Module):
         own.update((name, split.restore()) for name, split in self.split_tensors.items())
         self._parameters = {name: own[name] for name in self.order}
         plain = self.plain
-        del self.split_tensors, self.is_output, self.order, self.plain
+        del self.split_tensors, self.is_output, self.order, self.plain, self.own, self.given_out
         self.__class__ = plain  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         """The projection of ``x`` ``[..., in]``: ``[..., out]``."""
-        self.sync()
         weight, bias = self.split_tensors["weight"], self.split_tensors.get("bias")
+        self.given_out.check()
+        if self.lent or is_transformed():
+            # torch.func knows no function like the one below, and lent slices are not to be kept.
+            matrix = weight.assembled(self)  # [entries, ...]
+            b = self._parameters.get("bias") if bias is None else bias.assembled(self)
+            return F.linear(x, matrix.t() if self.is_output else matrix, b)
+        self.sync()
         names = (name for split in self.split_tensors.values() for name in split.names)
         y: Tensor = MaskedLinearFunction.apply(
             x,
@@ -116,6 +145,11 @@ class MaskedProjection(nn.Module):
             *(self._parameters[name] for name in names),
         )
         return y
+
+    @property
+    def lent(self) -> bool:
+        """Whether its slices are others than its own now, as inside ``functional_call``."""
+        return any(self._parameters.get(name) is not own for name, own in self.own.items())
 
     def __getattr__(self, name: str) -> Any:
         split = vars(self).get("split_tensors")
@@ -152,7 +186,13 @@ class MaskedProjection(nn.Module):
         )
 
     def sync(self) -> None:
-        """Bring trained values that are held apart into what the forward pass uses."""
+        """Bring trained values that are held apart into what the forward pass uses.
+
+        Raises:
+            RuntimeError: a slice was replaced by another one.
+        """
+        if self.lent:
+            raise replaced_slices(self)
         for split in self.split_tensors.values():
             split.sync(self)
 
@@ -181,11 +221,15 @@ class MaskedProjection(nn.Module):
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
             self._parameters = own
+        self.given_out.add(
+            {prefix + name: destination[prefix + name] for name in self.split_tensors}
+        )
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         own, self._parameters = self._parameters, self._originals()
+        self.given_out = GivenOut()  # what was written to comes back: nothing is lost
         # Assigning would part the parameters from their storage: always copy.
         metadata = {**local_metadata, "assign_to_params_buffers": False}
         try:
@@ -197,7 +241,10 @@ class MaskedProjection(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MaskedProjection:
         self.sync()
+        for split in self.split_tensors.values():
+            split.swapped = True  # until they are views again, below
         super()._apply(fn, recurse)
+        self.remember()
         for split in self.split_tensors.values():
             split.convert(fn, self)
         return self
@@ -210,6 +257,7 @@ class MaskedProjection(nn.Module):
         new = self.__class__.__new__(self.__class__)
         memo[id(self)] = new
         new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        new.given_out = GivenOut()  # of the model that was copied
         # Copied apart, slices and storage are two tensors: here too they must be one.
         for split in new.split_tensors.values():
             split.alias(new)

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ssah.training.splitting.packed_parameter import PackedParameter
+
 __all__ = ["Part", "SplitTensor", "complement_rows", "restored", "runs", "unit_major", "width"]
 
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
@@ -69,6 +71,7 @@ class SplitTensor:
             the order is the original one.
         parts: the storage rows that train, one element per parameter in ``names``.
         names: the trained parameters' names in their projection.
+        swapped: whether somebody gave a packed slice other memory, see :meth:`part`.
     """
 
     original: nn.Parameter
@@ -78,6 +81,7 @@ class SplitTensor:
     order: Tensor | None
     parts: tuple[Part, ...]
     names: tuple[str, ...]
+    swapped: bool = False
 
     @classmethod
     def of(
@@ -118,7 +122,13 @@ class SplitTensor:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """New parameters over the trained rows: views where packed, a copy where gathered."""
         for name, part in zip(self.names, self.parts, strict=True):
-            yield name, nn.Parameter(_rows(self.storage, part))
+            parameter: nn.Parameter
+            if isinstance(part, Tensor):
+                parameter = nn.Parameter(_rows(self.storage, part))
+            else:
+                parameter = PackedParameter(_rows(self.storage, part))
+                parameter.on_swap = self.part
+            yield name, parameter
 
     def trained_pieces(self) -> list[Tensor]:
         """The original entries that each trained parameter has, int64 on the CPU."""
@@ -168,20 +178,40 @@ class SplitTensor:
             else:
                 self.storage.data[part[0] : part[1]].copy_(parameter.data)
 
+    def part(self) -> None:
+        """A packed slice got other memory: from now on its values are copied before each use.
+
+        Into a copy of the storage. Whoever swapped may hold the old memory as a backup, which must
+        keep what it has.
+        """
+        if not self.swapped:
+            self.storage = self.storage.clone()
+            self.swapped = True
+
+    def assembled(self, owner: nn.Module) -> Tensor:
+        """The storage ``[entries, ...]`` with ``owner``'s present slices, as autograd follows it.
+
+        Nothing is written: these slices may be another's, which ``functional_call`` lends.
+        """
+        result = self.storage
+        for name, part in zip(self.names, self.parts, strict=True):
+            values = owner._parameters[name]  # [trained, ...]
+            assert values is not None
+            if isinstance(part, Tensor):
+                result = result.index_copy(0, part, values)
+            else:
+                result = result.slice_scatter(values, 0, *part)
+        return result
+
     def _apart(self, owner: nn.Module) -> Iterator[tuple[nn.Parameter, Part]]:
         """The trained parameters that have memory of their own, with their part of storage.
 
-        A gathered one always has. A packed one has it once somebody gave it other memory: an
-        optimiser that flattens what it holds, or ``parameter.data = ...``.
+        A gathered one always has. A packed one has it once somebody gave it other memory.
         """
         for name, part in zip(self.names, self.parts, strict=True):
-            parameter = owner._parameters[name]
-            assert parameter is not None
-            # The compiler cannot compare addresses; it takes the layout for what it was made as.
-            if isinstance(part, Tensor) or not (
-                torch.compiler.is_compiling()
-                or parameter.data_ptr() == self.storage[part[0]].data_ptr()
-            ):
+            if isinstance(part, Tensor) or self.swapped:
+                parameter = owner._parameters[name]
+                assert parameter is not None
                 yield parameter, part
 
     def convert(self, function: Callable[[Tensor], Tensor], owner: nn.Module) -> None:
@@ -198,7 +228,12 @@ class SplitTensor:
             parameter = owner._parameters[name]
             assert parameter is not None
             if isinstance(part, tuple):
+                if isinstance(parameter, PackedParameter):
+                    parameter.on_swap = None  # this is no swap
                 parameter.data = _rows(self.storage, part)
+                if isinstance(parameter, PackedParameter):
+                    parameter.on_swap = self.part
+        self.swapped = False
 
     def restore(self) -> nn.Parameter:
         """The original parameter with the present values."""

@@ -1,0 +1,112 @@
+"""Plans in several processes: the same on each, and made after a model is sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_models
+import torch
+from plans import draw, loss_of, masks, snapshot
+from ranks import shard, start, train
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from ssah.training import freeze
+from ssah.units import UnitSet, find_modules
+
+
+def as_many(model: PreTrainedModel, seed: int) -> UnitSet:
+    """A fifth of the units of each FFN: slices of the same shapes, whatever the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    chosen = {
+        name: torch.randperm(size, generator=generator)[: size // 5].sort().values
+        for name, size in sizes.items()
+        if "mlp" in name
+    }
+    return UnitSet(chosen, sizes)
+
+
+def other_units(rank: int, n: int, folder: Path) -> None:
+    model = tiny_models.build("llama")
+    trains, before = masks(model, as_many(model, rank), "freeze"), snapshot(model)
+    plan = freeze(model, as_many(model, rank))
+    parallel = DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="rank 1 trains other units than rank 0"):
+        train(parallel, plan.optimizer(lr=1e-2), range(1), rank, n)
+    plan.close()
+    for name, value in model.state_dict().items():
+        # As it was made, DistributedDataParallel gave the slices of rank 0 to all.
+        same = slice(None) if rank == 0 else trains[name] == 0
+        assert torch.equal(value[same], before[name][same]), name
+
+
+def other_weights(rank: int, n: int, folder: Path) -> None:
+    model = tiny_models.build("llama", seed=rank)
+    plan = freeze(model, draw(model))
+    parallel = DistributedDataParallel(model)
+    with pytest.raises(ValueError, match="rank 1 has other frozen weights than rank 0"):
+        train(parallel, plan.optimizer(lr=1e-2), range(1), rank, n)
+
+
+def equal_plans(rank: int, n: int, folder: Path) -> None:
+    model = tiny_models.build("llama")
+    trains, before = masks(model, draw(model), "freeze"), snapshot(model)
+    plan = freeze(model, draw(model))
+    train(DistributedDataParallel(model), plan.optimizer(lr=1e-2), range(2), rank, n)
+    one = tiny_models.build("llama")
+    alone = freeze(one, draw(one))
+    train(one, alone.optimizer(lr=1e-2), range(2))  # the rows of all ranks
+    wanted = one.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(value[trains[name] == 0], before[name][trains[name] == 0]), name
+        torch.testing.assert_close(value, wanted[name], rtol=1e-3, atol=1e-4)
+
+
+def plans_of_their_own(rank: int, n: int, folder: Path) -> None:
+    """Each rank trains a model of its own: nothing says that they must be alike."""
+    model = tiny_models.build("llama", seed=rank)
+    plan = freeze(model, draw(model, seed=rank))
+    train(model, plan.optimizer(lr=1e-2), range(1))
+    if rank == 0:  # nor that every rank has one
+        twin = tiny_models.build("llama")
+        train(twin, freeze(twin, draw(twin)).optimizer(lr=1e-2), range(1))
+
+
+def sharded_afterwards(rank: int, n: int, folder: Path) -> None:
+    for whole in (False, True):
+        model = tiny_models.build("llama")
+        plan = freeze(model, draw(model))
+        if whole:
+            fully_shard(model)
+        else:
+            shard(model, n)
+        for act in (lambda: loss_of(model), model.state_dict, plan.verify, plan.close):  # noqa: B023
+            with pytest.raises(RuntimeError, match="shard the model first, and make the plan then"):
+                act()
+
+
+def sharded_with_other_units(rank: int, n: int, folder: Path) -> None:
+    model = shard(tiny_models.build("llama"), n)
+    units = draw(tiny_models.build("llama"), seed=rank)
+    with pytest.raises(ValueError, match=r"fingerprint is .* on rank 1"):
+        freeze(model, units)
+    assert all(p.requires_grad for p in model.parameters())
+    freeze(model, draw(tiny_models.build("llama")))
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [
+        other_units,
+        other_weights,
+        equal_plans,
+        plans_of_their_own,
+        sharded_afterwards,
+        sharded_with_other_units,
+    ],
+)
+def test_two_ranks(worker: object, tmp_path: Path) -> None:
+    start(worker, 2, tmp_path)
