@@ -27,7 +27,8 @@ from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
 from ssah.training.active import ACTIVE, PLAN, watch_optimizers
 from ssah.training.checks import check_planable
-from ssah.training.entries import canonical_names, fingerprint, select_entries
+from ssah.training.choice import Beside, Rows, choose
+from ssah.training.entries import fingerprint
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding
@@ -75,19 +76,15 @@ class UpdatePlan:
         *,
         keep: bool,
         extra_parameters: Collection[str] = (),
+        kept_parameters: Collection[str] = (),
+        rows: Rows | None = None,
+        unfreeze: bool = False,
     ) -> None:
         self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
-        given = UnitSet({}, {name: m.n_units for name, m in self.modules.items()}) | units
-        self.trained_units = given.complement() if keep else given
-        masks = {name: self.trained_units.mask(name) for name in units}  # bool [n_units] each
-        extra = canonical_names(model, extra_parameters)
-        self.entries = select_entries(model, self.modules, masks, rest=keep, extra=extra)
-        if not any(each.some for each in self.entries.values()):
-            raise ValueError(
-                f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
-                "units that own something, or name parameters in extra_parameters="
-            )
+        beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
+        choice = choose(model, self.modules, units, beside, keep=keep)
+        self.trained_units, self.entries = choice.trained_units, choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
@@ -96,7 +93,7 @@ class UpdatePlan:
         sharded = self.ranks is not None
         self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
         self.masked = self._installed.masked
-        self.digests = self._installed.install(self.modules, masks)
+        self.digests = self._installed.install(self.modules, choice.masks)
         model.__dict__[PLAN] = self
         watch_optimizers(self._installed)
 
