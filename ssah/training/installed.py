@@ -134,6 +134,14 @@ class Installed:
         """Names and original parameters of what is split: no optimiser may hold them now."""
         return ((name, tensor.original) for name, (_, tensor) in self.split().items())
 
+    def optimizer(self, given: Any) -> Any:
+        """The optimiser that is ``given``, or the last one that stepped under the plan."""
+        if given is None and self.last_optimizer is not None:
+            given = self.last_optimizer()
+        if given is None:
+            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
+        return getattr(given, "optimizer", given)  # Trainer's is wrapped by accelerate
+
     def n_trained(self) -> int:
         """How many elements train."""
         # Sharded, the parameter is all of the weight: of it the share of its entries trains.

@@ -32,6 +32,7 @@ from ssah.training.entries import fingerprint
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding
+from ssah.training.original_values import OriginalValues, Reversible
 from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
@@ -44,7 +45,7 @@ def plan_of(model: nn.Module) -> UpdatePlan | None:
     return vars(model).get(PLAN)
 
 
-class UpdatePlan:
+class UpdatePlan(Reversible):
     """Which entries of a model train, in force until it is closed. Made by `freeze`/`train_only`.
 
     While it is in force ``model.named_parameters()`` holds a compact parameter for every slice
@@ -93,6 +94,7 @@ class UpdatePlan:
         sharded = self.ranks is not None
         self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
         self.masked = self._installed.masked
+        self._originals = OriginalValues(self._installed, self.weights_hash)
         self.digests = self._installed.install(self.modules, choice.masks)
         model.__dict__[PLAN] = self
         watch_optimizers(self._installed)
@@ -193,11 +195,7 @@ class UpdatePlan:
             RuntimeError: there is none, or it was made without ``track_importance=True``.
         """
         self._check_open()
-        if optimizer is None and self._installed.last_optimizer is not None:
-            optimizer = self._installed.last_optimizer()
-        if optimizer is None:
-            raise RuntimeError("no optimiser has stepped under this plan; pass optimizer=")
-        own = getattr(optimizer, "optimizer", optimizer)  # Trainer's is wrapped by accelerate
+        own = self._installed.optimizer(optimizer)
         return unit_importance(own.importance(), self._installed.slices(), self.modules)
 
     # --------------------------------------------------------------------- frozen means frozen
@@ -239,6 +237,7 @@ class UpdatePlan:
     def _about(self) -> dict[str, Any]:
         """What is written beside the slices: the plan, and what it kept frozen."""
         self._check_open()
+        self._originals.check_trained()
         if self.ranks is not None:
             raise ValueError(
                 f"model is sharded over {self.ranks.size} ranks, must be in one memory for its "
@@ -262,6 +261,7 @@ class UpdatePlan:
         """
         if self.closed:
             return
+        self._originals.check_trained()
         self._check_open()
         self._installed.uninstall()
         self.model.__dict__.pop(PLAN, None)
