@@ -12,7 +12,7 @@ from plans import assert_equal, batch, draw, loss_of, make, snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import ssah
+from ssah.models import weights_hash
 from ssah.training import UpdatePlan, freeze, plan_of, train_only
 
 
@@ -105,11 +105,16 @@ def test_an_error_and_a_nested_block_leave_what_was_trained() -> None:
     plan.keep_originals()
     train(plan)
     trained = snapshot(model)
-    with pytest.raises(ZeroDivisionError), plan.disabled():
+
+    def fail() -> None:
         with plan.disabled():
-            assert_equal(snapshot(model), before)
-        assert_equal(snapshot(model), before)  # the inner block has not ended the outer one
-        _ = 1 / 0
+            with plan.disabled():
+                assert_equal(snapshot(model), before)
+            assert_equal(snapshot(model), before)  # the inner block has not ended the outer one
+            _ = 1 / 0
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert_equal(snapshot(model), trained)
     train(plan)  # hooks and checks are gone
     plan.close()
@@ -132,7 +137,8 @@ def test_what_would_be_lost_or_wrong_inside_is_refused(tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="leave the block"):
             plan.save_pretrained(tmp_path / "update")
         other = nn.Linear(2, 2)
-        other(torch.ones(1, 2)).sum().backward()
+        with torch.enable_grad():
+            other(torch.ones(1, 2)).sum().backward()
         torch.optim.SGD(other.parameters(), lr=0.1).step()  # of something else
     assert not (tmp_path / "update").exists()
     assert not plan.closed
@@ -152,9 +158,8 @@ def test_values_that_are_gone_are_not_made_up() -> None:
     plan = freeze(model, draw(model))  # from the weights of now
     plan.keep_originals()
     model.bfloat16()
-    with pytest.raises(RuntimeError, match=r"was torch.float32 and is torch.bfloat16"):
-        with plan.disabled():
-            pass
+    with pytest.raises(RuntimeError, match=r"was torch\.float32 and is"), plan.disabled():
+        pass
 
 
 def test_adapters_are_not_taken_for_the_reference() -> None:
@@ -186,10 +191,10 @@ def test_a_copy_has_originals_of_its_own() -> None:
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
 def test_weights_have_one_hash_with_and_without_a_plan(name: str) -> None:
     model = tiny_models.build(name)
-    before = ssah.weights(model)
+    before = weights_hash(model)
     plan = freeze(model, draw(model))
-    assert plan.weights_hash == before == ssah.weights(model)
+    assert plan.weights_hash == before == weights_hash(model)
     train(plan)
-    during = ssah.weights(model)
+    during = weights_hash(model)
     plan.close()
-    assert before != during == ssah.weights(model)
+    assert before != during == weights_hash(model)
