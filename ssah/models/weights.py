@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -104,6 +105,11 @@ def _offloaded(model: nn.Module) -> bool:
 
 def _weights(module: nn.Module) -> Iterator[Tensor]:
     """What ``module`` itself has of the model's state, not what the modules in it have."""
+    if getattr(module, "is_split", False):  # by a plan: the hash is that of the weights as they are
+        split: Any = module
+        originals = sorted(split.originals().items())
+        yield from (tensor for _, tensor in originals if tensor is not None)
+        return
     # Buffers that no checkpoint holds (rotary frequencies) follow from the configuration.
     own = {*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)}
     packed = identity(module)

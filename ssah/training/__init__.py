@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
+    from ssah.training.plan_callback import PlanCallback
     from ssah.training.saving import load_update
     from ssah.training.splitting import runs
     from ssah.training.verifying import verify
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCallback",
     "ImportanceCallback",
+    "PlanCallback",
     "ProtectedAdapter",
     "UpdatePlan",
     "freeze",
@@ -39,6 +41,7 @@ __getattr__ = names_of(
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
+    plan_callback="PlanCallback",
     saving="load_update",
     splitting="runs",
     verifying="verify",

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim
 
-__all__ = ["Entries", "TrainedSlice", "canonical_names", "fingerprint", "select_entries"]
+__all__ = ["Entries", "TrainedSlice", "fingerprint", "select_entries"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,6 +104,8 @@ def select_entries(
     *,
     rest: bool,
     extra: Collection[str] = (),
+    kept: Collection[str] = (),
+    rows: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Entries]:
     """Every parameter's entries that train, by canonical name.
 
@@ -114,6 +116,9 @@ def select_entries(
             not in it follow ``rest``.
         rest: whether what no unit of ``trained`` owns trains.
         extra: names of parameters that train whole.
+        kept: names of parameters that stay whole.
+        rows: of parameters that no unit owns: name -> int64 ``[rows]``, those that do not follow
+            ``rest``.
     """
     # What no unit owns (norms, embeddings, Q and K) has rows for entries, all of them alike.
     result = {
@@ -138,8 +143,12 @@ def select_entries(
             all_train = torch.bincount(owned.index[mask], minlength=size) == feeds  # [entries]
             own = before.trains[owned.offset : owned.offset + size]  # a view: of this expert
             own[feeds > 0] = all_train[feeds > 0]
-    for name in extra:
-        result[name] = replace(result[name], trains=torch.ones_like(result[name].trains))
+    for name, index in (rows or {}).items():
+        result[name].trains[index] = not rest
+    for names, train in ((extra, True), (kept, False)):
+        for name in names:
+            trains = torch.full_like(result[name].trains, train)
+            result[name] = replace(result[name], trains=trains)
     _check_experts(modules, trained, result, extra)
     return result
 
@@ -150,15 +159,18 @@ def _check_experts(
     entries: Mapping[str, Entries],
     extra: Collection[str],
 ) -> None:
-    """Refuse a part of a layer's experts that is to train whole while the rest does not."""
+    """Refuse a part of a layer's experts that is to train or stay whole while the rest is split."""
     layers = {modules[name].output.param: modules[name] for name in trained}
     for module in layers.values():
         params = {owned.param for owned in (*module.inputs, module.output)}
         if module.expert is not None and len({entries[param].partial for param in params}) > 1:
+            whole = sorted(param for param in params if not entries[param].partial)
+            what = (
+                "extra_parameters" if set(whole) <= set(extra) else "keep (or requires_grad=False)"
+            )
             raise ValueError(
-                f"extra_parameters has {sorted(params & set(extra))}, must have all of "
-                f"{sorted(params)} or none of them: some units of these experts train and some do "
-                "not"
+                f"{what} has {whole}, must have all of {sorted(params)} or none of them: some "
+                "units of these experts train and some do not"
             )
 
 
@@ -170,26 +182,3 @@ def fingerprint(config: str, entries: Mapping[str, Entries]) -> str:
             state.update(json.dumps([name, each.dim, len(each.trains)]).encode())
             state.update(each.trains.numpy().tobytes())
     return state.hexdigest()
-
-
-def canonical_names(model: nn.Module, extra: Collection[str]) -> set[str]:
-    """Names as ``model.named_parameters()`` gives them: of tied parameters, the first.
-
-    Raises:
-        TypeError: ``extra`` is no collection of names.
-        ValueError: the model lacks one; it is named.
-    """
-    if isinstance(extra, str | Mapping):
-        raise TypeError(
-            f"extra_parameters is a {'string' if isinstance(extra, str) else 'mapping'}, must be a "
-            "collection of parameter names: these train whole, not some of their rows"
-        )
-    every = dict(model.named_parameters(remove_duplicate=False))
-    unknown = [name for name in extra if name not in every]
-    if unknown:
-        raise ValueError(
-            f"extra_parameters has names that the model lacks: {', '.join(unknown)}; they must be "
-            "from model.named_parameters()"
-        )
-    first = {id(p): name for name, p in model.named_parameters()}
-    return {first[id(every[name])] for name in extra}

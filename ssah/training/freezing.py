@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.moved import renamed
@@ -13,46 +14,86 @@ from ssah.units import UnitSet
 __all__ = ["freeze", "train_only"]
 
 
-def freeze(model: PreTrainedModel, units: UnitSet) -> UpdatePlan:
+def freeze(
+    model: PreTrainedModel,
+    units: UnitSet | None = None,
+    *,
+    keep: Collection[str] = (),
+    rows: Mapping[str, Sequence[int] | Tensor] | None = None,
+    unfreeze: bool = False,
+) -> UpdatePlan:
     """Train everything except what ``units`` own, which stays bit for bit what it is.
 
     A unit owns a column of B, a row of every A and A's bias there. With shared key/value heads a
-    row of V trains only if every column of O that it feeds trains. Every other parameter of the
-    model trains, whatever its ``requires_grad`` was; the plan's :meth:`~UpdatePlan.close` puts
-    that back.
+    row of V trains only if every column of O that it feeds trains. Every other parameter that
+    required a gradient before trains; the plan's :meth:`~UpdatePlan.close` puts
+    ``requires_grad`` back.
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to keep, for instance ``groups["scu"]``.
+        units: what to keep, for instance ``groups["scu"]``; None where ``keep`` or ``rows`` says.
+        keep: further parameters that stay whole: names in ``model.named_parameters()``, or
+            patterns of them such as ``"*norm*"``.
+        rows: rows of embeddings and heads that stay, the rest of which trains: name of the
+            parameter -> numbers of its rows. Of tied weights either name is meant for both.
+        unfreeze: parameters that required no gradient before train too.
 
     Raises:
-        TypeError, ValueError: units of another model, a quantised or already planned model, or
-            nothing left to train.
+        TypeError, ValueError: units of another model, an unknown name, pattern or row, a quantised
+            or already planned model, or nothing left to train.
         FloatingPointError: a weight of a unit is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (freezing safety-critical components).
     """
-    return UpdatePlan(model, units, keep=True)
+    return UpdatePlan(
+        model,
+        _units(units, "keep", keep, rows),
+        keep=True,
+        kept_parameters=keep,
+        rows=rows,
+        unfreeze=unfreeze,
+    )
 
 
 @renamed(also="extra_parameters")
 def train_only(
-    model: PreTrainedModel, units: UnitSet, extra_parameters: Collection[str] = ()
+    model: PreTrainedModel,
+    units: UnitSet | None = None,
+    extra_parameters: Collection[str] = (),
+    *,
+    rows: Mapping[str, Sequence[int] | Tensor] | None = None,
 ) -> UpdatePlan:
-    """Train what ``units`` own and nothing else.
+    """Train what ``units`` own and nothing else, whatever ``requires_grad`` was before.
 
     With shared key/value heads a row of V trains only if every column of O that it feeds trains.
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to train, for instance ``groups["ru"]``.
-        extra_parameters: names in ``model.named_parameters()`` of parameters that train whole.
+        units: what to train, for instance ``groups["ru"]``; None where ``extra_parameters`` or
+            ``rows`` says.
+        extra_parameters: further parameters that train whole: names in
+            ``model.named_parameters()``, or patterns of them.
+        rows: rows of embeddings and heads that train: name of the parameter -> numbers of its
+            rows. Of tied weights either name is meant for both.
 
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, an
-            unknown name in ``extra_parameters``, or nothing to train.
+            unknown name, pattern or row, or nothing to train.
         FloatingPointError: a weight of a unit is NaN or infinite.
 
     Source: Li & Kim, arXiv 2410.10862 (redundant units as an alignment budget).
     """
-    return UpdatePlan(model, units, keep=False, extra_parameters=extra_parameters)
+    units = _units(units, "extra_parameters", extra_parameters, rows)
+    return UpdatePlan(model, units, keep=False, extra_parameters=extra_parameters, rows=rows)
+
+
+def _units(units: UnitSet | None, argument: str, names: object, rows: object) -> UnitSet:
+    """``units``, or none where something else says what is meant."""
+    if units is not None:
+        return units
+    if not names and not rows:
+        raise TypeError(
+            f"units is None; it must be a UnitSet, e.g. groups['scu'], or {argument}= or rows= "
+            "must say what is meant"
+        )
+    return UnitSet({}, {})

@@ -23,6 +23,7 @@ from ssah.training.splitting import (
     SplitTensor,
     install_gated,
     split_model,
+    split_rows,
     uninstall_gated,
 )
 from ssah.units import DepthTwoModule
@@ -89,6 +90,7 @@ class Installed:
                 self._hooks = clear_frozen_gradients(self.model, self.entries)
             else:
                 split_model(self.model, modules, masks, self.entries, self.masked)
+                split_rows(self.model, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)
                 for module in self.masked.values():  # tied ones share slices: only now are all set
                     module.remember()

@@ -27,11 +27,13 @@ from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
 from ssah.training.active import PLAN, has_twin, retire, watch_optimizers
 from ssah.training.checks import check_planable
-from ssah.training.entries import canonical_names, fingerprint, select_entries
+from ssah.training.choice import Beside, Rows, choose
+from ssah.training.entries import fingerprint
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
+from ssah.training.original_values import OriginalValues, Reversible
 from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
@@ -44,7 +46,7 @@ def plan_of(model: nn.Module) -> UpdatePlan | None:
     return vars(model).get(PLAN)
 
 
-class UpdatePlan:
+class UpdatePlan(Reversible):
     """Which entries of a model train, in force until it is closed. Made by `freeze`/`train_only`.
 
     While it is in force ``model.named_parameters()`` holds a compact parameter for every slice
@@ -76,19 +78,15 @@ class UpdatePlan:
         *,
         keep: bool,
         extra_parameters: Collection[str] = (),
+        kept_parameters: Collection[str] = (),
+        rows: Rows | None = None,
+        unfreeze: bool = False,
     ) -> None:
         self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
-        given = UnitSet({}, {name: m.n_units for name, m in self.modules.items()}) | units
-        self.trained_units = given.complement() if keep else given
-        masks = {name: self.trained_units.mask(name) for name in units}  # bool [n_units] each
-        extra = canonical_names(model, extra_parameters)
-        self.entries = select_entries(model, self.modules, masks, rest=keep, extra=extra)
-        if not any(each.some for each in self.entries.values()):
-            raise ValueError(
-                f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
-                "units that own something, or name parameters in extra_parameters="
-            )
+        beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
+        choice = choose(model, self.modules, units, beside, keep=keep)
+        self.trained_units, self.entries = choice.trained_units, choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
@@ -99,7 +97,8 @@ class UpdatePlan:
         sharded = self.ranks is not None
         self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
         self.masked = self._installed.masked
-        self.digests = self._installed.install(self.modules, masks)
+        self._originals = OriginalValues(self._installed, self.weights_hash)
+        self.digests = self._installed.install(self.modules, choice.masks)
         model.__dict__[PLAN] = self
         watch_optimizers(self._installed)
 
@@ -242,6 +241,7 @@ class UpdatePlan:
     def _about(self) -> dict[str, Any]:
         """What is written beside the slices: the plan, and what it kept frozen."""
         self._check_open()
+        self._originals.check_trained()
         if self.ranks is not None:
             raise ValueError(
                 f"model is sharded over {self.ranks.size} ranks, must be in one memory for its "
@@ -265,6 +265,7 @@ class UpdatePlan:
         """
         if self.closed:
             return
+        self._originals.check_trained()
         self._check_open()
         slices = self._installed.own_slices()
         self._installed.uninstall()

@@ -61,8 +61,11 @@ def _members(owner: str, value: Any) -> Iterator[str]:
 
     PyTorch puts a ``step`` of its own into the class of an optimiser when one is first made.
     """
-    inherited = {name for base in value.__mro__[1:] for name in vars(base)}
-    for member in sorted(vars(value).keys() - inherited):
+    # What a base of ours has is public too: a class may be in several files.
+    parts = [c for c in value.__mro__[1:] if c.__module__.startswith("ssah.")]
+    own = {name for each in (value, *parts) for name in vars(each)}
+    inherited = {name for c in value.__mro__[1:] if c not in parts for name in vars(c)}
+    for member in sorted(own - inherited):
         if not member.startswith("_"):
             yield f"{owner}.{member}{_parameters(getattr(value, member))}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ssah.training.splitting.masked_experts import check_no_hooks
 from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
+from ssah.training.splitting.masked_rows import check_rows_split, split_rows
 from ssah.training.splitting.projection import MaskedProjection, pickling_error, replaced_slices
 from ssah.training.splitting.split_model import split_model
 from ssah.training.splitting.split_tensor import SplitTensor, complement_rows, runs
@@ -12,11 +13,13 @@ __all__ = [
     "MaskedProjection",
     "SplitTensor",
     "check_no_hooks",
+    "check_rows_split",
     "complement_rows",
     "install_gated",
     "pickling_error",
     "replaced_slices",
     "runs",
     "split_model",
+    "split_rows",
     "uninstall_gated",
 ]

@@ -206,7 +206,7 @@ class MaskedProjection(nn.Module):
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.extra_repr()})"
 
-    def _originals(self) -> dict[str, nn.Parameter | None]:
+    def originals(self) -> dict[str, nn.Parameter | None]:
         """The parameters as the ordinary module would have them; copies where they are split."""
         self.sync()
         originals = dict(self._parameters)
@@ -216,7 +216,7 @@ class MaskedProjection(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         # A state dict has the names and shapes of the model as it was: files fit any model.
-        own, self._parameters = self._parameters, self._originals()
+        own, self._parameters = self._parameters, self.originals()
         try:
             super()._save_to_state_dict(destination, prefix, keep_vars)
         finally:
@@ -228,7 +228,7 @@ class MaskedProjection(nn.Module):
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
-        own, self._parameters = self._parameters, self._originals()
+        own, self._parameters = self._parameters, self.originals()
         self.given_out = GivenOut()  # what was written to comes back: nothing is lost
         # Assigning would part the parameters from their storage: always copy.
         metadata = {**local_metadata, "assign_to_params_buffers": False}

@@ -56,6 +56,10 @@ def runs(positions: Tensor) -> list[tuple[int, int]]:
     return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces]
 
 
+def _nothing() -> None:
+    """No copy was put into a state dict yet."""
+
+
 @dataclass(eq=False)
 class SplitTensor:
     """One tensor of a projection while only part of it trains.
@@ -72,6 +76,7 @@ class SplitTensor:
         parts: the storage rows that train, one element per parameter in ``names``.
         names: the trained parameters' names in their projection.
         swapped: whether somebody gave a packed slice other memory, see :meth:`part`.
+        last_copy: of tied rows: what was put into a state dict last, while that is alive.
     """
 
     original: nn.Parameter
@@ -82,6 +87,7 @@ class SplitTensor:
     parts: tuple[Part, ...]
     names: tuple[str, ...]
     swapped: bool = False
+    last_copy: Callable[[], Tensor | None] = _nothing
 
     @classmethod
     def of(
@@ -91,6 +97,8 @@ class SplitTensor:
         dims: tuple[int, ...],
         order: Tensor | None,
         trains: Tensor,
+        *,
+        stretches: int = 0,
     ) -> SplitTensor:
         """Take over ``original``, of which the entries ``trains`` (bool) along ``dims`` train.
 
@@ -100,13 +108,18 @@ class SplitTensor:
             dims: dimensions that run over entries.
             order: int64 ``[entries]``, pack the entries in this order; or None to gather.
             trains: bool ``[entries]``.
+            stretches: gathered, up to so many stretches of rows are views all the same.
         """
         device, shape = original.device, original.shape
         values = unit_major(original.detach(), dims)  # [entries, ...]
         parts: tuple[Part, ...]
         if order is None:
             storage = values.clone(memory_format=torch.contiguous_format)
-            parts = (trains.nonzero()[:, 0].to(device),)
+            index = trains.nonzero()[:, 0]
+            pieces = runs(index)
+            # A tensor may stay whole beside others of its module that train in part.
+            several = (index.to(device),) if len(index) else ()
+            parts = tuple(pieces) if len(pieces) <= stretches else several
         else:
             storage = values.index_select(0, order.to(device))
             parts = tuple(runs(trains[order].nonzero()[:, 0]))

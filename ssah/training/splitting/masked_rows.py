@@ -1,0 +1,188 @@
+"""Embeddings and heads of which only some rows train.
+
+A row of an embedding is a token's vector, a row of a head what gives a token's logit; often both
+are one parameter ("tied"). Its rows keep their order: a token's number must stay its row.
+
+    storage row   0  1  2  3  4  5        rows 3, 4 and 5 train: one stretch, one parameter that
+    trains                 x  x  x        aliases storage. Scattered rows are gathered.
+
+With ids ``[tokens]`` and y = S[ids] ``[tokens, hidden]``, the gradient of trained row r is the sum
+of dy over the tokens whose id is r. It is computed as torch does for a whole embedding, with ids
+counted among the trained rows, so that nothing is as large as the vocabulary.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from ssah.models import runs_own_forward
+from ssah.training.entries import Entries
+from ssah.training.splitting.projection import MaskedProjection
+from ssah.training.splitting.split_tensor import Part, SplitTensor, restored, width
+from ssah.units import check_parameters
+
+__all__ = ["MaskedEmbedding", "MaskedRows", "check_rows_split", "split_rows"]
+
+# Up to so many stretches of rows are parameters of their own, without a copy: the tokens that were
+# added, or all but a few. Each is one more launch of every optimiser.
+_STRETCHES = 8
+
+
+class _Lookup(torch.autograd.Function):
+    """y = S[ids], with gradients for the trained rows of S alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ids: Tensor,  # int64 [...]
+        storage: Tensor,  # [rows, hidden]
+        parts: tuple[Part, ...],
+        padding: int,  # the row that gets no gradient; -1: none
+        by_frequency: bool,  # whether gradients are divided by how often a row is read
+        *trained: Tensor,  # the slices: [trained, hidden] each
+    ) -> Tensor:
+        ctx.save_for_backward(ids)
+        ctx.parts, ctx.padding, ctx.by_frequency = parts, padding, by_frequency
+        ctx.dtypes = [each.dtype for each in trained]
+        return F.embedding(ids, storage)  # [..., hidden]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        (ids,) = ctx.saved_tensors
+        result: list[Tensor | None] = [None] * 5
+        for i, part in enumerate(ctx.parts):
+            if not ctx.needs_input_grad[5 + i]:
+                result.append(None)
+                continue
+            n = width(part)
+            # [...], from 0 to n: row n takes what belongs to no trained row, and is left out
+            own = _among(ids, part, n)
+            own = torch.where(ids == ctx.padding, n, own)
+            value = torch.ops.aten.embedding_dense_backward(
+                grads[0], own, n + 1, n, ctx.by_frequency
+            )
+            result.append(value[:n].to(ctx.dtypes[i]))
+        return tuple(result)
+
+
+def _among(ids: Tensor, part: Part, n: int) -> Tensor:
+    """Which of the ``n`` rows of ``part`` each id is; ``n`` where it is none of them."""
+    if isinstance(part, Tensor):
+        place = torch.searchsorted(part, ids).clamp_(max=n - 1)
+        return torch.where(part[place] == ids, place, n)
+    return torch.where((ids >= part[0]) & (ids < part[1]), ids - part[0], n)
+
+
+class MaskedRows(MaskedProjection):
+    """A ``Linear`` of whose weight some rows train, and which may be tied to an embedding.
+
+    Attributes:
+        is_first: whether it is the first module that has the weight.
+    """
+
+    is_first: bool
+
+    def uninstall(self) -> None:
+        """The ordinary module again, with the original parameter and the present values."""
+        super().uninstall()
+        del self.is_first
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # Tied weights must share memory there as well: by that transformers knows to write one.
+        split, key = self.split_tensors["weight"], f"{prefix}weight"
+        if self.is_first:
+            split.last_copy = weakref.ref(destination[key])
+            return
+        first = split.last_copy()
+        if first is not None and any(value is first for value in destination.values()):
+            destination[key] = first
+
+
+class MaskedEmbedding(MaskedRows):
+    """An ``nn.Embedding`` of which some rows train."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The rows of ``ids`` ``[...]``: ``[..., hidden]``."""
+        self.sync()
+        split = self.split_tensors["weight"]
+        padding = -1 if self.padding_idx is None else int(self.padding_idx)
+        y: Tensor = _Lookup.apply(
+            ids,
+            split.storage,
+            split.parts,
+            padding,
+            self.scale_grad_by_freq,
+            *(self._parameters[name] for name in split.names),
+        )
+        return y
+
+
+def split_rows(
+    model: nn.Module, entries: Mapping[str, Entries], masked: dict[str, MaskedProjection]
+) -> None:
+    """Split every weight of which some rows train and that no unit owns, wherever it is tied.
+
+    Args:
+        model: the model.
+        entries: parameter -> which of its entries train.
+        masked: name -> the module, now masked; added to.
+    """
+    split = {f"{owner}.{leaf}" for owner, own in masked.items() for leaf in own.split_tensors}
+    rows = [name for name, each in entries.items() if each.partial and name not in split]
+    for name in rows:
+        owners = _owners(model, name)
+        tensors: dict[str, SplitTensor] = {}
+        with restored(tensors):
+            original, each = model.get_parameter(name), entries[name]
+            tensors["weight"] = SplitTensor.of(
+                "weight", original, each.dims, None, each.trains, stretches=_STRETCHES
+            )
+        slices: dict[str, nn.Parameter | None] = {}
+        for owner in owners:
+            module = model.get_submodule(owner)
+            kind = MaskedEmbedding if isinstance(module, nn.Embedding) else MaskedRows
+            masked[owner] = installed = kind.install(module, tensors)
+            installed.is_first = not slices  # type: ignore[assignment]
+            # One parameter under both names, as the weight was.
+            slices = slices or {own: installed._parameters[own] for own in tensors["weight"].names}
+            installed._parameters.update(slices)
+
+
+def _owners(model: nn.Module, name: str) -> list[str]:
+    """Names of the modules that have the parameter ``name``, in the order of the model."""
+    wanted = model.get_parameter(name)
+    every = model.named_parameters(remove_duplicate=False)
+    return [other.rpartition(".")[0] for other, p in every if p is wanted]
+
+
+def check_rows_split(model: nn.Module, name: str) -> None:
+    """Refuse a parameter whose rows cannot train apart.
+
+    Raises:
+        ValueError: it is not the weight of plain ``Linear`` and ``Embedding`` modules.
+    """
+    for owner in _owners(model, name):
+        module, leaf = model.get_submodule(owner), name.rpartition(".")[2]
+        check_parameters(model, [f"{owner}.{leaf}"], "for some of its rows to train")
+        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+        if leaf != "weight" or not plain or not runs_own_forward(module):
+            raise ValueError(
+                f"rows has {name!r}, which is the {leaf} of {owner!r}, a {type(module).__name__}; "
+                "it must be the weight of a plain nn.Embedding or nn.Linear, whose rows can train "
+                "apart"
+            )
+        if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
+            raise ValueError(
+                f"rows has {name!r}, and the embedding {owner!r} has max_norm={module.max_norm}, "
+                f"sparse={module.sparse}; it must have neither: every forward pass would move "
+                "rows, or gradients would be of another form"
+            )
