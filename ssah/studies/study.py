@@ -1,8 +1,8 @@
 """What every study does alike: read, load, open the folder, choose a precision, score, group.
 
-A study of its own is one file:
+A study of its own is one file (docs/architecture.md has a whole one):
 
-    study = Study(loading, out, "mine", settings)
+    study = Study(loading, out, "mine", settings, batch_size=settings.batch_size)
     rows = study.scored_rows(safety, utility)
     requests = study.sources.requests("requests", requests)
     study.load()

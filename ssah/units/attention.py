@@ -39,9 +39,8 @@ def attention_module(model: nn.Module, layer: str, attention: Attention) -> Dept
     units = torch.arange(n_units)
     head, channel = units // head_dim, units % head_dim  # [units] each
     if attention.layout == "latent":
-        own = (
-            config_size(model, "qk_nope_head_dim") + head_dim
-        )  # of one head: its key without position, its value
+        # Of one head: its key without position, its value.
+        own = config_size(model, "qk_nope_head_dim") + head_dim
         check_width(value_name, value, n_heads * own, name)
         rows = (head + 1) * own - head_dim + channel
     else:

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import ssah
 from ssah.cli.running import as_command
 from ssah.evaluation import judge
+from ssah.evaluation.judges import Keywords
 from ssah.models import load_model
 
 PAGE = "docs/architecture.md"
@@ -66,8 +67,18 @@ def test_the_recipes_lead_to_the_end(names: dict[str, Any]) -> None:
     }
     # A judge: a function, and a class.
     requests, answers = ["a", "b"], ["Sure, this is how it is done.", "No."]
-    for each in (names["begins_with_sure"], names["Short"](3)):
+    for each in (names["begins_with_sure"], names["Short"].parse("3")):
         assert judge(each)(requests, answers) == [True, False]
+    own = next(block.text for block in blocks(PAGE) if block.language == "json")
+    assert Keywords.from_data(json.loads(own), PAGE)(requests, ["Sure.", " no way"]) == [
+        True,
+        False,
+    ]
+    # A study: the page has run it, and running it again computes nothing.
+    again = names["redundant"](
+        names["Loading"]("./smollm2"), "runs/redundant", names["RedundantSettings"]()
+    )
+    assert again["result"] == names["found"]
     # A command: what it prints for programs is true.
     app = typer.Typer()
     app.command()(as_command(names["count"]))

@@ -11,7 +11,7 @@ import ast
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import family_checks
 import pytest
@@ -32,7 +32,7 @@ NAME = "made_up"
 
 class MadeUpConfig(PreTrainedConfig):
     model_type = NAME
-    attribute_map = {"hidden_size": "width", "num_attention_heads": "heads"}
+    attribute_map: ClassVar = {"hidden_size": "width", "num_attention_heads": "heads"}
 
     def __init__(
         self, width: int = 48, inner: int = 40, depth: int = 2, heads: int = 4, **options: Any
@@ -179,7 +179,7 @@ def test_an_entry_that_does_not_fit_says_what_to_do(monkeypatch: pytest.MonkeyPa
             ssah.find_modules(model)
     monkeypatch.setitem(families.FAMILIES, NAME, entry)
     monkeypatch.setattr(MadeUpConfig, "attribute_map", {"hidden_size": "width"})
-    with pytest.raises(ValueError, match="no 'num_attention_heads'.*MadeUpConfig.attribute_map"):
+    with pytest.raises(ValueError, match=r"no 'num_attention_heads'.*MadeUpConfig\.attribute_map"):
         ssah.find_modules(model)
 
 
