@@ -97,7 +97,7 @@ def _offloaded(model: nn.Module) -> bool:
 def _weights(module: nn.Module) -> Iterator[Tensor]:
     """What ``module`` itself has of the model's state, not what the modules in it have."""
     if getattr(module, "is_split", False):  # by a plan: the hash is that of the weights as they are
-        originals = sorted(module.originals().items())
+        originals = sorted(module.originals().items())  # type: ignore[operator]
         yield from (tensor for _, tensor in originals if tensor is not None)
         return
     own = {*module._parameters, *(module._buffers.keys() - module._non_persistent_buffers_set)}
