@@ -24,7 +24,7 @@ def test_close_gives_the_ordinary_model_back(family: str) -> None:
     names = [(name, id(p), p.shape, p.requires_grad) for name, p in model.named_parameters()]
     classes = [type(module) for module in model.modules()]
     before = snapshot(model)
-    with freeze(model, draw(model)) as plan:
+    with freeze(model, draw(model), unfreeze=True) as plan:
         assert first.requires_grad
         loss_of(model).backward()
     assert plan.closed

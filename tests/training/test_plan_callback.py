@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_chat
 import tiny_models
 import torch
 from plans import assert_equal, draw, masks, snapshot
@@ -131,3 +133,50 @@ def test_rows_of_a_tied_embedding_resume_bit_for_bit(rows: list[int], tmp_path: 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "checkpoint-4")
     assert_equal(snapshot(again), whole)
     assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_dpo_trainer_needs_no_second_model(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    words = [(f"w{3 + i} w{9 + i}", f" w{20 + i}", f" w{7 + i}") for i in range(8)]
+    keys = ("prompt", "chosen", "rejected")
+
+    def run(second: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        model = tiny_models.build("llama")
+        plan = train_only(model, draw(model))
+        args = DPOConfig(
+            str(tmp_path / f"{second}"),
+            max_steps=3,
+            per_device_train_batch_size=2,
+            precompute_ref_log_probs=not second,
+            logging_steps=1,
+            report_to="none",
+            use_cpu=True,
+            bf16=False,
+            disable_tqdm=True,
+            save_strategy="no",
+        )
+        trainer = DPOTrainer(
+            model,
+            ref_model=copy.deepcopy(model) if second else None,
+            args=args,
+            train_dataset=Dataset.from_list([dict(zip(keys, each, strict=True)) for each in words]),
+            processing_class=tiny_chat.word_tokenizer(),
+            optimizers=(plan.optimizer(lr=1e-2), None),
+            callbacks=[PlanCallback(plan, tmp_path / f"update-{second}")],
+        )
+        trainer.train()
+        assert plan.closed
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        return losses, snapshot(model)
+
+    (losses, weights), (expected, theirs) = run(False), run(True)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert len(set(losses)) == 3
+    for name, value in weights.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+    base = tiny_models.build("llama")
+    load_update(base, tmp_path / "update-False")
+    assert_equal(snapshot(base), weights)
