@@ -26,10 +26,6 @@ def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwo
         ValueError, RuntimeError: it cannot; the module or parameter that is in the way is named.
         FloatingPointError: a weight of a unit is NaN or infinite; on every rank.
     """
-    if not isinstance(units, UnitSet):
-        raise TypeError(
-            f"units is {type(units).__name__}; it must be a UnitSet, e.g. groups['scu']"
-        )
     check_unplanned(model)
     modules = find_modules(model)
     check_units(model, units)
