@@ -37,7 +37,7 @@ def other_plan(theirs: Set[Any], own: Set[Any]) -> ValueError:
     return ValueError(
         f"the optimiser state was saved under another plan (fingerprint {saved}, this one is "
         f"{current}): resume with the same model, the same units and the same extra_parameters=, "
-        "or start a new optimiser"
+        "keep= and rows=, or start a new optimiser"
     )
 
 

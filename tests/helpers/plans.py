@@ -79,3 +79,20 @@ def in_plan_order(
                 order = slot.order.argsort() if back else slot.order
                 result[name] = result[name].index_select(slot.dims[0], order)
     return result
+
+
+def train(plan: UpdatePlan, steps: int = 3) -> None:
+    """With weight decay, momentum and gradients left to whatever is trained."""
+    optimizer = torch.optim.AdamW(plan.parameters(), lr=1e-2, weight_decay=0.1)
+    for seed in range(steps):
+        optimizer.zero_grad()
+        loss_of(plan.model, seed).backward()
+        optimizer.step()
+
+
+def check_moved(model: nn.Module, before: dict[str, Tensor], trains: dict[str, Tensor]) -> None:
+    """What does not train has every bit; something of what does has moved."""
+    for name, mask in trains.items():
+        now, old = model.state_dict()[name], before[name]
+        assert torch.equal(now[mask == 0], old[mask == 0]), name
+        assert torch.equal(now, old) != bool(mask.any()), name
