@@ -139,13 +139,6 @@ def active_ddp() -> Any:
     return torch.nn.parallel.DistributedDataParallel._get_active_ddp_module()
 
 
-def active_adapters(module: Any) -> tuple[str, ...] | None:
-    """Names of the adapters of peft that add to what ``module`` does; None: it has no place."""
-    if "peft.tuners.tuners_utils.BaseTunerLayer" not in _qualified(module):
-        return None
-    return () if module.disable_adapters else tuple(module.active_adapters)
-
-
 def partitioned(parameter: Tensor) -> bool:
     """Whether DeepSpeed's ZeRO stage 3 holds a part of ``parameter`` ``[...]`` in each process."""
     return hasattr(parameter, "ds_id")

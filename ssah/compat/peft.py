@@ -38,6 +38,14 @@ def adapted(inner: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in inner.named_modules() if isinstance(module, layer)}
 
 
+def adapters_on(module: nn.Module) -> tuple[str, ...] | None:
+    """Names of the adapters that add to what ``module`` does; None: it has no place for any."""
+    if not adapted(module).get(""):
+        return None
+    own: Any = module
+    return () if own.disable_adapters else tuple(own.active_adapters)
+
+
 def saved_whole(inner: nn.Module) -> dict[str, nn.Module]:
     """Name in the model -> wrapper of a module that trains whole (``modules_to_save``)."""
     if "peft" not in sys.modules:

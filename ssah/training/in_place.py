@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ssah.compat.modules import active_adapters
+from ssah.compat import peft
 from ssah.training.installed import Installed
 from ssah.training.splitting import replaced_slices
 
@@ -31,7 +31,7 @@ def check_in_place(installed: Installed) -> None:
             continue
         owner, _, leaf = name.rpartition(".")
         module = modules.get(owner)
-        adapters = None if module is None else active_adapters(module)
+        adapters = None if module is None else peft.adapters_on(module)
         if adapters:
             raise RuntimeError(
                 f"module {owner!r} has frozen entries, and the adapter {adapters[0]!r} that was "
