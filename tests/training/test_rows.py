@@ -10,6 +10,7 @@ import tiny_models
 import torch
 from plans import assert_equal, batch, check_moved, draw, loss_of, loss_on, masks, snapshot, train
 from torch import Tensor, nn
+from torch.func import functional_call, grad
 from transformers import PreTrainedModel
 
 from ssah.training import freeze, load_update, plan_of, train_only
@@ -208,3 +209,21 @@ def test_an_ordinary_model_while_rows_train(rows: list[int]) -> None:
     plan.close()
     assert [n for n, _ in model.named_parameters()] == names
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["apart", "tied"])
+def test_functional_call_and_gradients_of_rows(together: bool) -> None:
+    """What a call lends counts in it and is not kept; ``torch.func.grad`` gives the gradients."""
+    model = tied() if together else tiny_models.build("llama")
+    ids = batch()["input_ids"]
+    plan = train_only(model, rows={EMBEDDING: FEW})
+    own = {name: p.detach().clone() for name, p in model.named_parameters()}
+    with torch.no_grad():
+        before = model(ids).logits
+        lent = {name: p * 0.5 for name, p in own.items()}
+        assert not torch.equal(functional_call(model, lent, (ids,)).logits, before)
+        assert torch.equal(model(ids).logits, before)
+    found = grad(lambda given: functional_call(model, given, (ids,)).logits.square().mean())(own)
+    model(ids).logits.square().mean().backward()
+    for name, parameter in plan.named_parameters():
+        torch.testing.assert_close(found[name], parameter.grad)

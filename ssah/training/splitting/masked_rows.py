@@ -18,10 +18,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
+from ssah.compat.modules import is_transformed
 from ssah.models import runs_own_forward
 from ssah.training.entries import Entries
 from ssah.training.splitting.projection import MaskedProjection
@@ -112,10 +113,21 @@ class MaskedEmbedding(MaskedRows):
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of ``ids`` ``[...]``: ``[..., hidden]``."""
-        self.sync()
+        y: Tensor
         split = self.split_tensors["weight"]
+        self.given_out.check()
+        if self.lent or is_transformed():
+            # torch.func knows no function like the one below, and lent slices are not to be kept.
+            y = F.embedding(
+                ids,
+                split.assembled(self),
+                self.padding_idx,
+                scale_grad_by_freq=self.scale_grad_by_freq,
+            )
+            return y
+        self.sync()
         padding = -1 if self.padding_idx is None else int(self.padding_idx)
-        y: Tensor = _Lookup.apply(
+        y = _Lookup.apply(
             ids,
             split.storage,
             split.parts,
