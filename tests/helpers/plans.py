@@ -50,10 +50,6 @@ def masks(model: PreTrainedModel, units: UnitSet, mode: str) -> dict[str, Tensor
                 owners.setdefault(entry, []).append(unit)
             for entry, own in owners.items():
                 mask[entry] = float(all((unit in chosen) != keep for unit in own))
-    if keep:  # what required no gradient before stays as well
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                result[name].zero_()
     return result
 
 
