@@ -68,10 +68,14 @@ def verify(
     moved: dict[str, tuple[int, int]] = {}
     for weights, before, entries in _pieces(model, base, units, only=only):
         for name, own in entries.items():
-            if own.whole or name not in before:
+            if own.whole:
                 continue
-            if name not in weights:
-                raise ValueError(f"model has no parameter {name!r}, which base has")
+            for which, found in (("model", weights), ("base", before)):
+                if name not in found:
+                    raise ValueError(
+                        f"{which} has no parameter {name!r}, which its architecture has: if a plan "
+                        "is in force on it, close the plan first"
+                    )
             differ, n = _compare(name, weights[name](), before[name](), own)
             if differ:
                 moved[name] = (differ, n)
@@ -142,16 +146,19 @@ def _weights(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     active = peft.active_adapters(model) if inner is not None else ()
     whole = check_whole(model if inner is None else inner)
     layers, saved = peft.adapted(whole), peft.saved_whole(whole)
+    # Of a module that trains whole, the copy that the forward pass uses counts.
+    used = {}
+    for each, wrapper in saved.items():
+        copies = [f"modules_to_save.{adapter}" for adapter in active]
+        own = {part for part, _ in wrapper.named_modules()}
+        used[each] = next((copy for copy in copies if copy in own), "original_module")
     found: dict[str, Callable[[], Tensor]] = {}
     for name, module in whole.named_modules():
         if any(name.startswith(f"{each}.") and f"{each}.base_layer" not in name for each in layers):
             continue  # a tensor of an adapter
         plain = name.replace(".base_layer", "")
-        for each in saved:
-            # Of a module that trains whole, the copy that the forward pass uses counts.
-            copies = [f"{each}.modules_to_save.{adapter}" for adapter in active]
-            used = next((copy for copy in copies if copy in dict(whole.named_modules())), None)
-            kept = used or f"{each}.original_module"
+        for each, part in used.items():
+            kept = f"{each}.{part}"
             if name == kept or name.startswith(f"{kept}."):
                 plain = each + name[len(kept) :]
             elif name.startswith(f"{each}."):

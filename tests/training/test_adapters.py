@@ -383,3 +383,27 @@ def test_a_plan_ends_where_verify_agrees() -> None:
         ] += 1
     with pytest.raises(RuntimeError, match=r"up_proj\.weight \(1 of"):
         ssah.verify(model, base, units)
+
+
+def test_a_model_under_a_plan_is_no_proof() -> None:
+    """Its weights are split: what is not found must not count as equal."""
+    model = tiny_models.build("llama")
+    base, units = copy.deepcopy(model), draw(model, 0.2)
+    with ssah.freeze(base, units), pytest.raises(ValueError, match=r"base has no parameter .*plan"):
+        ssah.verify(model, base, units)
+    with (
+        ssah.freeze(model, units),
+        pytest.raises(ValueError, match=r"model has no parameter .*plan"),
+    ):
+        ssah.verify(model, base, units)
+
+
+def test_what_an_adapter_trains_whole_is_compared() -> None:
+    """Of a module in ``modules_to_save``, the copy that the forward pass uses counts."""
+    model = tiny_models.build("llama")
+    base, units = copy.deepcopy(model), draw(model, 0.2)
+    adapted = lora(model, target_modules=["q_proj"], modules_to_save=["mlp"])
+    ssah.verify(adapted, base, units)
+    train(adapted)
+    with pytest.raises(RuntimeError, match=r"mlp\.\w+\.weight"):
+        ssah.verify(adapted, base, units)
