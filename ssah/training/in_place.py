@@ -5,7 +5,7 @@ An adapter on a frozen query projection leaves the weight as it is, and adds to 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from ssah.compat import peft
 from ssah.training.installed import Installed
@@ -69,8 +69,13 @@ def check_unmoved(before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """
     moved = [name for name, value in before.items() if now[name] != value]
     if moved:
-        more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
         raise RuntimeError(
-            f"frozen entries of {', '.join(moved[:5])}{more} are not what they were when the plan "
-            "was made (weights loaded from elsewhere, another dtype, or written to)"
+            f"frozen entries of {listed(moved)} are not what they were when the plan was made "
+            "(weights loaded from elsewhere, another dtype, or written to)"
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{', '.join(names[:5])}{more}"

@@ -19,6 +19,7 @@ from ssah.compat import peft
 from ssah.models import at_hand, check_whole, dequantised, load_weights, locate
 from ssah.training.adapters.entries import changed_entries, frozen_entries
 from ssah.training.entries import Entries
+from ssah.training.in_place import listed
 from ssah.training.splitting import complement_rows
 from ssah.units import UnitSet
 
@@ -70,8 +71,8 @@ def verify(
         for name, own in entries.items():
             if own.whole:
                 continue
-            for which, found in (("model", weights), ("base", before)):
-                if name not in found:
+            for which, own_weights in (("model", weights), ("base", before)):
+                if name not in own_weights:
                     raise ValueError(
                         f"{which} has no parameter {name!r}, which its architecture has: if a plan "
                         "is in force on it, close the plan first"
@@ -82,11 +83,10 @@ def verify(
     if isinstance(model, nn.Module):
         moved |= changed_entries(model, units, only=only)
     if moved:
-        shown = [f"{name} ({differ} of {n})" for name, (differ, n) in list(moved.items())[:5]]
-        more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
+        found = listed([f"{name} ({differ} of {n})" for name, (differ, n) in moved.items()])
         raise RuntimeError(
-            f"entries of {', '.join(shown)}{more} are not those of the base model, although the "
-            "units that own them were to stay"
+            f"entries of {found} are not those of the base model, although the units that own them "
+            "were to stay"
         )
 
 

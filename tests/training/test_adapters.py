@@ -114,6 +114,12 @@ def test_only_the_units_own_projections_train() -> None:
     trains = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert not any("q_proj" in name or "k_proj" in name for name in trains)
     assert any("o_proj" in name for name in trains)
+    protected.verify()
+    queries = next(p for name, p in adapted.named_parameters() if "q_proj.lora_B" in name)
+    with torch.no_grad():
+        queries.fill_(0.1)  # as loading another adapter does
+    with pytest.raises(RuntimeError, match=r"the adapter of \S*q_proj\.weight writes"):
+        protected.verify()
     protected.remove()
     assert any("q_proj" in n for n, p in adapted.named_parameters() if p.requires_grad)
 

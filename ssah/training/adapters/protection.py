@@ -29,6 +29,7 @@ from ssah.training.adapters.entries import (
     touched,
 )
 from ssah.training.entries import Entries
+from ssah.training.in_place import listed
 from ssah.units import UnitSet
 
 __all__ = ["ProtectedAdapter", "protect_adapter"]
@@ -37,10 +38,17 @@ __all__ = ["ProtectedAdapter", "protect_adapter"]
 class ProtectedAdapter:
     """What `protect_adapter` has done, and can prove or undo."""
 
-    def __init__(self, parts: list[Part], stilled: list[nn.Parameter]) -> None:
-        self._parts = parts
-        self._stilled = stilled
+    def __init__(self, parts: list[Part], stilled: list[tuple[str, nn.Module, str]]) -> None:
+        """Clear the parts and keep them so; ``stilled`` has parameter, layer and adapter of each
+        adapter that stands still as a whole."""
+        self._parts, self._stilled = parts, stilled
+        for part in parts:
+            part.clear()
         self._hooks = [part.tensor.register_hook(part.mask) for part in parts]
+        own = [p for _, layer, adapter in stilled for p in tensors(layer, adapter)]
+        self._unmoved = [parameter for parameter in own if parameter.requires_grad]
+        for parameter in self._unmoved:
+            parameter.requires_grad_(False)
 
     @property
     def parts(self) -> int:
@@ -53,21 +61,21 @@ class ProtectedAdapter:
         Raises:
             RuntimeError: an entry is not zero (an adapter was loaded or written to); it is named.
         """
-        moved = [part.name for part in self._parts if bool(part.rows().ne(0).any())]
+        moved = [part.name for part in self._parts if part.written()]
+        moved += [name for name, layer, adapter in self._stilled if changes(layer, adapter, None)]
         if moved:
-            more = f" and {len(moved) - 5} more" if len(moved) > 5 else ""
             raise RuntimeError(
-                f"the adapter of {', '.join(moved[:5])}{more} writes entries of protected units: "
-                "somebody has loaded or changed it since protect_adapter"
+                f"the adapter of {listed(moved)} writes entries of protected units: somebody has "
+                "loaded or changed it since protect_adapter"
             )
 
     def remove(self) -> None:
         """From now on everything in the adapters trains again."""
         for hook in self._hooks:
             hook.remove()
-        for parameter in self._stilled:
+        for parameter in self._unmoved:
             parameter.requires_grad_(True)
-        self._hooks, self._stilled = [], []
+        self._hooks, self._unmoved = [], []
 
 
 def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> ProtectedAdapter:
@@ -108,7 +116,7 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
     for name, wrapper in peft.saved_whole(inner).items():
         _check_saved(name, wrapper, trains, active, only=only)
     parts: list[Part] = []
-    stilled: list[nn.Parameter] = []
+    stilled: list[tuple[str, nn.Module, str]] = []
     for param, layer, adapter, part, _ in touched(model, trains, only=only):
         if changes(layer, adapter, part):
             raise ValueError(
@@ -120,12 +128,8 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
             parts.append(part)
         else:
             # Where nothing of a projection trains, its adapter stands still as a whole.
-            stilled += [p for p in tensors(layer, adapter) if p.requires_grad]
+            stilled.append((param, layer, adapter))
     # Nothing was changed until here, so that a refusal leaves the model as it was.
-    for part in parts:
-        part.clear()
-    for parameter in stilled:
-        parameter.requires_grad_(False)
     return ProtectedAdapter(parts, stilled)
 
 
