@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from tiny_studies import SOURCES, tree
 import ssah
 from ssah.data import DataError, encode, load_rows, make_loader
 from ssah.models import load_model
-from ssah.studies.stability.draws import chance_overlap, jaccard, spearman
+from ssah.studies.stability.draws import Draws, chance_overlap, jaccard, spearman
 from ssah.studies.stability.row_moments import RowMoments, row_moments
 from ssah.studies.stability.run import stability
 from ssah.studies.stability.settings import StabilitySettings
@@ -72,5 +73,50 @@ def test_stability(loading, tmp_path):
     assert stability(loading, tmp_path, settings, **SOURCES)["result"] == found
     assert tree(tmp_path / "steps") == before
     more = dataclasses.replace(settings, sizes=(9,))
-    with pytest.raises(DataError, match="safety has 16 rows; two disjoint draws of 9 need 18"):
+    with pytest.raises(
+        DataError,
+        match="safety has 16 rows that differ in their prompt; two disjoint draws of 9 need 18",
+    ):
         stability(loading, tmp_path / "other", more, **SOURCES)
+
+
+def test_no_two_rows_of_a_pair_of_draws_have_the_same_prompt(tmp_path, monkeypatch):
+    drawn: list[list[int]] = []
+
+    def scores(self, rows=None):
+        drawn.append(rows.tolist())
+        return {"layer": self.mean["layer"][rows].sum(0)}
+
+    monkeypatch.setattr(RowMoments, "scores", scores)
+    # Rows 0, 3, 6, ... have prompt 0, and so on: three prompts of four rows each.
+    prompts = {role: ["abc"[row % 3] for row in range(12)] for role in ("safety", "utility")}
+    for role in prompts:
+        moments = torch.rand(12, 8, dtype=torch.float64)
+        RowMoments(
+            {"layer": torch.full((12,), 5.0, dtype=torch.float64)},
+            {"layer": moments},
+            {"layer": moments.clone()},
+            {"layer": moments[0].clone()},
+        ).save(tmp_path / role)
+    settings = StabilitySettings(sizes=(1,), resamples=1, scu=0.2, ucu=0.2, ru=0.2)
+    draws = Draws(tmp_path, settings, prompts)
+    for number in range(20):
+        draws.pair(1, number)
+    for first, second in zip(drawn[::2], drawn[1::2], strict=True):
+        assert len(first) == len(second) == 1
+        assert first[0] % 3 != second[0] % 3
+    # Every row of a prompt has its turn.
+    assert len({row for rows in drawn for row in rows}) > 6
+
+
+def test_prompts_that_repeat_count_once(loading, tmp_path):
+    rows = load_rows("builtin:safety[0:8]")
+    answers = [dict(row, completion=f"{row['completion']} ({n})") for n in range(2) for row in rows]
+    path = tmp_path / "safety.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in answers))
+    settings = StabilitySettings(sizes=(5,), resamples=1)
+    with (
+        pytest.warns(UserWarning, match="8 of 16 rows repeat a prompt"),
+        pytest.raises(DataError, match="safety has 8 rows that differ in their prompt"),
+    ):
+        stability(loading, tmp_path / "run", settings, safety=str(path), utility=SOURCES["utility"])

@@ -25,8 +25,8 @@ def stability(
     --sizes 8 16 32 --out runs/stability`
 
     Groups from two disjoint draws of as many prompts are compared, again and again. Each row runs
-    through the model once. Needs twice the largest size of rows of both kinds, and 16 bytes a unit
-    and row of memory.
+    through the model once. Needs twice the largest size of different prompts of both kinds, and 16
+    bytes a unit and row of memory.
     """
     quiet_threads()
     from ssah.report.terminal.experiments import stability_tables

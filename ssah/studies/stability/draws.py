@@ -1,7 +1,9 @@
 """Groups from many draws of rows: how much two draws have in common.
 
-For each size n, two disjoint sets of n safety rows and of n utility rows are drawn again and again.
-Each draw is scored and grouped from the moments of its rows, so that no model runs here. Two groups
+For each size n, two disjoint sets of n safety prompts and of n utility prompts are drawn again and
+again. Each draw is scored and grouped from the moments of its rows, so that no model runs here. Of
+the rows with the same prompt a draw has one: with the prompt in both sets of a pair, the two would
+agree more than other prompts do. Two groups
 A and B are compared by the overlap of Jaccard, |A and B| / |A or B|. For example, two SCU groups of
 10 units that share 8 overlap by 8 / 12 = 0.67. By chance two sets of a share p of all units overlap
 by p / (2 - p): 0.005 at 1 %, and 0.081 at 15 %, which is why the figure stands beside it.
@@ -9,7 +11,7 @@ by p / (2 - p): 0.005 at 1 %, and 0.081 at 15 %, which is why the figure stands 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -37,10 +39,16 @@ class Draws:
     Args:
         folder: where the moments are; read when they are first needed.
         settings: of the study.
+        prompts: for ``"safety"`` and ``"utility"`` the prompt of every row.
     """
 
-    def __init__(self, folder: Path, settings: StabilitySettings) -> None:
-        self.folder, self.settings = folder, settings
+    def __init__(
+        self,
+        folder: Path,
+        settings: StabilitySettings,
+        prompts: Mapping[str, Sequence[Hashable]],
+    ) -> None:
+        self.folder, self.settings, self.prompts = folder, settings, prompts
 
     @cached_property
     def moments(self) -> dict[str, RowMoments]:
@@ -57,14 +65,19 @@ class Draws:
         return grouped(own, scores, scu=own.scu, ucu=own.ucu, ru=own.ru)
 
     def pair(self, size: int, number: int) -> list[UnitGroups]:
-        """The groups of two disjoint draws of ``size`` rows."""
+        """The groups of two draws of ``size`` rows, no two of which have the same prompt."""
         # The seed is that of this pair alone: another list of sizes gives the same draws.
         generator = torch.Generator().manual_seed(self.settings.seed + 1_000_003 * size + number)
         halves: list[dict[str, dict[str, Tensor]]] = [{}, {}]
         for role, moments in self.moments.items():
-            order = torch.randperm(len(moments), generator=generator)  # [rows]
+            order = torch.randperm(len(moments), generator=generator).tolist()
+            # The first row of each prompt in this order; a dict keeps what came first.
+            first: dict[Hashable, int] = {}
+            for row in order:
+                first.setdefault(self.prompts[role][row], row)
+            rows = torch.tensor(list(first.values()))  # [prompts]
             for i, half in enumerate(halves):
-                half[role] = moments.scores(order[i * size : (i + 1) * size])
+                half[role] = moments.scores(rows[i * size : (i + 1) * size])
         return [self.groups(half) for half in halves]
 
     def compare(self, size: int) -> dict[str, Any]:

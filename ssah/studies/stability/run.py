@@ -7,7 +7,7 @@ draws of it are compared. See `draws` for what is compared.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,19 +43,21 @@ def stability(
         ``suffices`` (per group the smallest size that suffices, or None).
 
     Raises:
-        ValueError: a set has fewer rows than twice the largest size.
+        DataError: a set has fewer prompts than twice the largest size.
     """
     study = Study(loading, out, KIND, settings, batch_size=1)
     rows = study.scored_rows(safety, utility)
-    _check_enough(settings, rows)
+    # A set has no more prompts than rows: this much is known before the model is loaded.
+    _check_enough(settings, {role: range(len(own)) for role, own in rows.items()})
     study.load()
     examples = {role: study.encoded(role, own, settings.max_length) for role, own in rows.items()}
-    _check_enough(settings, examples)  # again: rows that were too long may have been left out
+    prompts = {role: [_prompt(example) for example in own] for role, own in examples.items()}
+    _check_enough(settings, prompts)  # rows that repeat a prompt, or were left out, do not count
     with study.under_way(4 + len(settings.sizes)) as steps:
         for role, own in examples.items():
             compute = partial(_keep_moments, study, role, own)
             steps(f"moments-{role}", compute, lambda found: f"{found['rows']} rows")
-        draws = Draws(out / MOMENTS, settings)
+        draws = Draws(out / MOMENTS, settings, prompts)
         units = steps("units", lambda: sum(draws.whole.sizes.values()), lambda units: f"{units:,}")
         sizes = [
             steps(f"size-{size}", partial(draws.compare, size), _line)
@@ -68,6 +70,7 @@ def stability(
         "dtype": study.dtype,
         "units": units,
         "rows": {role: len(own) for role, own in examples.items()},
+        "prompts": {role: len(set(own)) for role, own in prompts.items()},
         "sizes": sizes,
         "suffices": {group: _suffices(group, sizes, settings.enough) for group in GROUPS},
         "rule": (
@@ -93,13 +96,19 @@ def _keep_moments(study: Study, role: str, examples: Sequence[Encoded]) -> dict[
     return {"rows": len(found)}
 
 
-def _check_enough(settings: StabilitySettings, rows: Mapping[str, Sequence[Any]]) -> None:
+def _prompt(example: Encoded) -> tuple[int, ...]:
+    """The tokens before the response: what two rows with the same prompt share."""
+    labelled = (i for i, label in enumerate(example["labels"]) if label != -100)
+    return tuple(example["input_ids"][: next(labelled, None)])
+
+
+def _check_enough(settings: StabilitySettings, prompts: Mapping[str, Sequence[Hashable]]) -> None:
     most = max(settings.sizes)
-    for role, own in rows.items():
-        if len(own) < 2 * most:
+    for role, own in prompts.items():
+        if (found := len(set(own))) < 2 * most:
             raise DataError(
-                f"{role} has {len(own)} rows; two disjoint draws of {most} need {2 * most}: give "
-                "more rows, or smaller sizes"
+                f"{role} has {found} rows that differ in their prompt; two disjoint draws of "
+                f"{most} need {2 * most}: give more rows, or smaller sizes"
             )
 
 

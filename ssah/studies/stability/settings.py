@@ -16,7 +16,7 @@ _share = partial(_grouping, help="Share of all units, above 0.", above=0, max=1)
 
 @dataclass(frozen=True)
 class StabilitySettings:
-    """What is measured; twice the largest size of rows must be there."""
+    """What is measured; twice the largest size of different prompts must be there."""
 
     sizes: tuple[int, ...] = setting(
         (16, 32, 64, 128), "Prompts of each set; default: 16 32 64 128.", min=1
