@@ -12,6 +12,7 @@ from typing import Literal, TypeAlias
 __all__ = [
     "By",
     "Counted",
+    "DeviceMap",
     "Dtype",
     "Group",
     "Kind",
@@ -31,6 +32,8 @@ Scope: TypeAlias = Literal["module", "model"]  # what is ranked together: one de
 By: TypeAlias = Literal["safety", "utility", "difference", "sum", "group"]
 Normalize: TypeAlias = Literal["none", "zscore", "rank"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
+# How accelerate deals a model that is larger than one device to all that there are.
+DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
 Overlong: TypeAlias = Literal["cut", "skip", "error"]  # what becomes of a row that is too long
 # Of the studies, which score rows with answers: the response, or every token.
 Counted: TypeAlias = Literal["labels", "all"]

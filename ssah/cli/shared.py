@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ssah.choices import Dtype, Overlong
+from ssah.choices import DeviceMap, Dtype, Overlong
 from ssah.settings import setting
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchSize",
     "Data",
+    "DealtWeights",
     "FastWeights",
     "Groups",
     "Limit",
@@ -87,7 +88,10 @@ class Weights:
     dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
     device: str = setting("auto", "`auto`: a GPU if there is one.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
-    packed: bool = False  # no option here: packed weights are scored and run, and not trained
+    # No options here: such weights are scored and run, and not trained.
+    packed: bool = False
+    device_map: DeviceMap | None = None
+    offload_folder: str | None = None
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, with a spinner on standard error meanwhile."""
@@ -104,6 +108,8 @@ class Weights:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 packed=self.packed,
+                device_map=self.device_map,
+                offload_folder=self.offload_folder,
             )
 
     def loading(self, name: str, rows: Rows) -> Loading:
@@ -111,18 +117,38 @@ class Weights:
         from ssah.studies.loading import Loading
 
         # Nothing is loaded yet: rows that are wrong are refused first, which takes no time.
-        return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
+        return Loading(
+            name,
+            self.dtype,
+            self.device,
+            self.trust_remote_code,
+            rows.reading(),
+            self.device_map,
+            self.offload_folder,
+        )
 
 
 @dataclass(frozen=True)
-class PackedWeights(Weights):
+class DealtWeights(Weights):
+    """Weights that may be dealt to several devices, for a model that is larger than one."""
+
+    device_map: DeviceMap | None = setting(
+        None, "Deal a model that is larger than one GPU to all of them, then to memory."
+    )
+    offload_folder: str | None = setting(
+        None, "With --device-map: folder for weights that fit nowhere else.", metavar="DIR"
+    )
+
+
+@dataclass(frozen=True)
+class PackedWeights(DealtWeights):
     """Weights that may stay as a file packs them."""
 
     packed: bool = setting(False, "Keep a .gguf in its blocks: less memory, slower.")
 
 
 @dataclass(frozen=True)
-class FastWeights(Weights):
+class FastWeights(DealtWeights):
     """Weights of a model that is measured: a study computes in what is fast."""
 
     # The same field with another promise: a study times both types before it chooses.

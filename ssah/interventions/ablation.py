@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.interventions.columns import Columns, check_finite, checked_modules, columns_of
-from ssah.models import check_idle, scheme_of
+from ssah.models import check_idle, is_offloaded, scheme_of
 from ssah.units import UnitSet, check_parameters, is_computed
 
 __all__ = ["ablate", "check_not_ablated"]
@@ -34,11 +34,11 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Inside, what is trained or loaded into these columns is lost, and what would make the zeros
     permanent is refused: `freeze`, `train_only`, `prune` and `load_update`.
 
-    A packed weight (:mod:`ssah.models.packed`) cannot hold every column of zeros, and one that is
-    computed anew as the model runs (``torch.nn.utils.prune``, ``parametrize``, ``weight_norm``)
-    would not keep them. Neither is touched: there a hook sets the units' channels to zero before
-    they enter B, which is the same function (where B rounds its input by the largest channel, of
-    the input without these).
+    A packed weight (:mod:`ssah.models.packed`) cannot hold every column of zeros. One that is
+    computed anew as the model runs (``torch.nn.utils.prune``, ``parametrize``, ``weight_norm``), or
+    that accelerate fetches then, would not keep them. None of these is touched: there a hook sets
+    the units' channels to zero before they enter B, which is the same function (where B rounds its
+    input by the largest channel, of the input without these).
 
     Args:
         model: a model that `find_modules` knows.
@@ -59,7 +59,10 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
         name
         for name, module in modules.items()
         if scheme_of(module.down) is not None
-        or (module.routed is None and is_computed(model, module.output.param))
+        or (
+            module.routed is None
+            and (is_computed(model, module.output.param) or is_offloaded(module.down))
+        )
     }
     plain = {name: module for name, module in modules.items() if name not in hooked}
     # Where the weight cannot hold the zeros, the channels that enter it are zeroed by a hook.

@@ -18,7 +18,14 @@ from ssah.models.loading import (
     put_tensor,
     quiet,
 )
-from ssah.models.offload import at_hand, device_of, replaced_forward, runs_own_forward, swapped
+from ssah.models.offload import (
+    at_hand,
+    device_of,
+    is_offloaded,
+    replaced_forward,
+    runs_own_forward,
+    swapped,
+)
 from ssah.models.packed import (
     check_plain,
     dequantised,

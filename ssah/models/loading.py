@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from ssah.choices import Dtype
+from ssah.choices import DeviceMap, Dtype
 from ssah.compat import gguf
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.packed import packed_modules
 from ssah.models.source import Source, locate
 
 DTYPES: tuple[str, ...] = get_args(Dtype)
+_MAPS: tuple[str, ...] = get_args(DeviceMap)
 
 
 def load_model(
@@ -35,6 +37,8 @@ def load_model(
     device: str = "auto",
     trust_remote_code: bool = False,
     packed: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in evaluation mode, and its tokenizer.
 
@@ -50,16 +54,30 @@ def load_model(
         trust_remote_code: run code that comes with the model.
         packed: keep the weights of a GGUF file in their blocks: slower, in the memory that the file
             takes. They can be scored and ablated, not trained.
+        device_map: in place of ``device``, for a model that is larger than one: how accelerate
+            deals its layers to the GPUs, then to the memory of the CPU, then to
+            ``offload_folder``. ``"auto"``, ``"balanced"``, ``"balanced_low_0"``,
+            ``"sequential"``, or names of modules -> device, as transformers takes them. Such a
+            model can be scored, ablated and measured, and not trained under a plan.
+        offload_folder: where weights are put for which there is no memory; they are read from
+            there whenever their layer runs.
 
     Raises:
-        ModelError: nothing of that name, a package is missing, the files cannot be read, or
-            ``packed`` weights are wanted where there are none.
+        ModelError: nothing of that name, a package is missing, the files cannot be read,
+            ``packed`` weights are wanted where there are none, ``device_map`` is none of the
+            above or given beside ``device``, or ``offload_folder`` is given without it.
     """
-    check_options(name, dtype, device, packed)
+    check_options(name, dtype, device, packed, device_map, offload_folder)
     # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
     tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
     model = load_weights(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
+        name,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        packed=packed,
+        device_map=device_map,
+        offload_folder=offload_folder,
     )
     return model, tokenizer
 
@@ -71,13 +89,17 @@ def load_weights(
     device: str = "auto",
     trust_remote_code: bool = False,
     packed: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
     """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
-    source, target = check_options(name, dtype, device, packed)
+    source, target = check_options(name, dtype, device, packed, device_map, offload_folder)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
     options["dtype"] = stored if stored == "auto" else getattr(torch, stored)
+    if device_map is not None:
+        options |= {"device_map": device_map, "offload_folder": offload_folder}
     architectures: list[str] = []
     with loading_errors(name):
         if source.gguf_file:
@@ -94,15 +116,35 @@ def load_weights(
             "an architecture whose files transformers keeps packed "
             f"({', '.join(architectures)})"
         )
-    return move(model, target).eval()
+    # accelerate has put a dispatched model where it belongs: moving it would undo that.
+    return (move(model, target) if device_map is None else model).eval()
 
 
 def check_options(
-    name: str, dtype: str, device: str, packed: bool = False
+    name: str,
+    dtype: str,
+    device: str,
+    packed: bool = False,
+    device_map: str | Mapping[str, Any] | None = None,
+    offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Source, torch.device]:
     """Where the model is and where it goes, before minutes of loading; as of :func:`load_model`."""
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
+    if isinstance(device_map, str) and device_map not in _MAPS:
+        raise ModelError(
+            f"device_map is {device_map!r}, must be one of {', '.join(_MAPS)}, or names of modules "
+            "with their devices"
+        )
+    if device_map is not None and device != "auto":
+        raise ModelError(
+            f"device is {device!r} and device_map {device_map!r}: give the one or the other"
+        )
+    if offload_folder is not None and device_map is None:
+        raise ModelError(
+            f"offload_folder is {os.fspath(offload_folder)!r}, must be left out without a "
+            "device_map: nothing would be put there"
+        )
     target = pick_device(device)
     source = locate(name)
     if packed and not source.gguf_file:

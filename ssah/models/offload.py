@@ -43,6 +43,12 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device(hook.execution_device)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether weights of ``module`` itself are elsewhere until it runs."""
+    own = module.parameters(recurse=False)
+    return offloading_hook(module) is not None and any(weight.is_meta for weight in own)
+
+
 @contextmanager
 def at_hand(*modules: nn.Module) -> Iterator[None]:
     """Offloaded weights of ``modules`` are fetched once for the block, however often they run."""

@@ -29,6 +29,7 @@ class Loading:
         device: as ``load_model`` takes it.
         trust_remote_code: as ``load_model`` takes it.
         reading: how rows are read, and the chat template.
+        device_map, offload_folder: as ``load_model`` takes them.
     """
 
     name: str
@@ -36,6 +37,8 @@ class Loading:
     device: str = "auto"
     trust_remote_code: bool = False
     reading: Reading = READING
+    device_map: str | None = None
+    offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         # Refused here, because data are read before the model is loaded, and that takes a while.
@@ -51,6 +54,8 @@ class Loading:
                 dtype=dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
+                device_map=self.device_map,
+                offload_folder=self.offload_folder,
             )
         return model, self.reading.tokenizer(tokenizer)
 
@@ -58,6 +63,8 @@ class Loading:
         """For the record of a run."""
         fields = asdict(self)
         del fields["reading"]  # flat among the others, as the options of the command are
+        # Where weights lie changes no result, and a run may go on with other hardware.
+        del fields["device_map"], fields["offload_folder"]
         return {"model": fields.pop("name"), **fields, **self.reading.settings()}
 
     def precision(

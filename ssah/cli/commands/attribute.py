@@ -97,7 +97,8 @@ def attribute(
         about: dict[str, Any] = {"out": str(out), "data": data, "processes": ranks.size}
         if settings.stream:
             how = asdict(weights)
-            del how["packed"]  # which `_check_streamed` refuses
+            for refused in ("packed", "device_map", "offload_folder"):  # by `_check_streamed`
+                del how[refused]
             attribution, traffic = stream(model, loader, **how, **options)
             about["traffic"] = asdict(traffic)
         else:
@@ -122,6 +123,7 @@ def _check_streamed(settings: AttributeSettings, weights: PackedWeights, process
     for option, given in (
         ("--all-experts", settings.all_experts),
         ("--packed", weights.packed),
+        ("--device-map", weights.device_map is not None),
         ("--save-every", settings.save_every is not None),
     ):
         if given:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import Row
-from ssah.models import SMOLLM2, quiet
+from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.paired_measures import Evaluation, attack_line, intact_coherence, measured_line
 from ssah.studies.study import Study, grouped
@@ -63,6 +63,11 @@ class Comparison(Study):
     def __init__(
         self, loading: Loading, out: Path, kind: str, settings: StudySettings, *, keep: bool
     ) -> None:
+        if loading.device_map is not None:  # a plan would refuse it, minutes later
+            raise ModelError(
+                f"device_map is {loading.device_map!r}: a study that trains holds its model on one "
+                "device; leave --device-map out"
+            )
         super().__init__(loading, out, kind, settings, batch_size=settings.eval_batch_size)
         self.keep = keep
 

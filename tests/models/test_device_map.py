@@ -1,0 +1,99 @@
+"""Models that are dealt to several places: here the memory of the CPU and a folder on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import call, fails
+
+import ssah
+from ssah.data import load_rows, make_loader
+from ssah.models import ModelError, load_model
+from ssah.studies.loading import Loading
+from ssah.studies.training.budget import budget
+from ssah.studies.training.settings import BudgetSettings
+
+# One layer in memory, the other on disk, as where a GPU holds a part of the model.
+PLACES = {
+    "model.embed_tokens": "cpu",
+    "model.rotary_emb": "cpu",
+    "model.layers.0": "cpu",
+    "model.layers.1": "disk",
+    "model.norm": "cpu",
+    "lm_head": "cpu",
+}
+
+
+def test_a_dealt_model_is_scored_ablated_and_measured_as_one_in_memory(
+    tiny_chat_folder: Path, tmp_path: Path
+) -> None:
+    whole, tokenizer = load_model(str(tiny_chat_folder), device="cpu")
+    dealt, _ = load_model(
+        str(tiny_chat_folder), device_map=PLACES, offload_folder=tmp_path / "offload"
+    )
+    elsewhere = {name for name, each in dealt.named_parameters() if each.is_meta}
+    assert elsewhere
+    assert all(name.startswith("model.layers.1.") for name in elsewhere)
+    assert not dealt.training
+    rows = load_rows("builtin:safety[0:6]")
+    loader = make_loader(rows, tokenizer, batch_size=3)
+    expected, found = (ssah.attribute(model, loader) for model in (whole, dealt))
+    for name, scores in expected.scores.items():
+        assert torch.equal(found.scores[name], scores), name
+    sizes = {name: len(scores) for name, scores in expected.scores.items()}
+    units = ssah.units.UnitSet.random(12, sizes, seed=1)
+    tokens = torch.arange(3, 9)[None]  # [1, 6]
+    with torch.no_grad(), ssah.ablate(whole, units), ssah.ablate(dealt, units):
+        assert torch.equal(dealt(tokens).logits, whole(tokens).logits)
+    with pytest.raises(ValueError, match="on meta, must be a floating-point weight in memory"):
+        ssah.freeze(dealt, units)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"device_map": "evenly"}, "device_map is 'evenly', must be one of auto, balanced"),
+        ({"device_map": "auto", "device": "cpu"}, "device is 'cpu' and device_map 'auto'"),
+        ({"offload_folder": "somewhere"}, "offload_folder is 'somewhere', must be left out"),
+    ],
+)
+def test_a_map_that_means_nothing_is_refused(
+    tiny_chat_folder: Path, given: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_model(str(tiny_chat_folder), **given)
+
+
+def test_commands_deal_a_model(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    data = ("--data", "builtin:safety[0:4]", "--batch-size", 2)
+    call("attribute", tiny_chat_folder, *data, "--out", tmp_path / "whole")
+    call("attribute", tiny_chat_folder, *data, "--out", tmp_path / "dealt", "--device-map", "auto")
+    expected, found = (
+        ssah.Attribution.load(tmp_path / folder).scores for folder in ("whole", "dealt")
+    )
+    for name, scores in expected.items():
+        assert torch.equal(found[name], scores), name
+    line = fails(
+        "attribute", tiny_chat_folder, *data, "--out", tmp_path / "s", "--device-map", "auto",
+        "--stream",
+    )  # fmt: skip
+    assert "--device-map" in line
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_study_that_trains_refuses_a_map_before_anything_is_done(tmp_path: Path) -> None:
+    loading = Loading("smollm2", device_map="auto")
+    with pytest.raises(ModelError, match="holds its model on one device"):
+        budget(
+            loading,
+            tmp_path / "run",
+            BudgetSettings(),
+            safety="builtin:safety",
+            utility="builtin:utility",
+            requests=("builtin:safety_eval",),
+            utility_eval="builtin:utility_eval",
+            save_model=False,
+        )
+    assert not (tmp_path / "run").exists()
