@@ -101,17 +101,7 @@ def run(
     )
 
     heading(console, "full", "Transfer: which units changed their group?")
-    groups, moved = out / "groups", {}
-    if result["alignment"]:
-        before = _regrouped(aligned, name, groups, out / _UNALIGNED)
-        moved["alignment"] = run_transfer(
-            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
-        )
-    for arm in (NONE, SCU_CU):
-        tuned_model = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
-        after = _regrouped(aligned, tuned_model, groups, out / f"groups-{arm}")
-        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
-        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    moved = _transfers(aligned, name if result["alignment"] else None, out)
     for change in moved:
         console.print(f"{change}: {out / f'transfer-{change}'}")
 
@@ -135,6 +125,31 @@ def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any
     result: dict[str, Any] = json.loads(path.read_text())
     same = result["model"] == name and result["groups"]["shares"] == dict(shares)
     return result if same else None
+
+
+def _transfers(loading: Loading, unaligned: str | None, out: Path) -> dict[str, Any]:
+    """What moved units between groups: the alignment, if there was one, and both fine-tunes.
+
+    Args:
+        loading: of the model that was scored in ``out``.
+        unaligned: that model before its alignment; None where there was none.
+        out: folder of the demonstration, with its groups and the models of its fine-tunes.
+
+    Returns:
+        ``"alignment"`` or the arm -> the record of :func:`ssah.studies.transfer.run_transfer`.
+    """
+    groups, moved = out / "groups", {}
+    if unaligned is not None:
+        before = _regrouped(loading, unaligned, groups, out / _UNALIGNED)
+        moved["alignment"] = run_transfer(
+            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
+        )
+    for arm in (NONE, SCU_CU):
+        tuned = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
+        after = _regrouped(loading, tuned, groups, out / f"groups-{arm}")
+        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
+        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    return moved
 
 
 def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:
