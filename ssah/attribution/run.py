@@ -37,8 +37,6 @@ from ssah.progress import token_bar
 from ssah.units import config_hash, find_modules
 from ssah.version import __version__
 
-__all__ = ["Run"]
-
 
 class Run:
     """What is scored on what, and what has been seen of it so far.

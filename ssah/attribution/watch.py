@@ -28,8 +28,6 @@ from ssah.models import at_hand, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
 from ssah_kernels import ops
 
-__all__ = ["Watch", "watching"]
-
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
 
 

@@ -18,24 +18,6 @@ if TYPE_CHECKING:
     from ssah.data import Reading
     from ssah.studies.loading import Loading
 
-__all__ = [
-    "BatchSize",
-    "Data",
-    "FastWeights",
-    "Groups",
-    "Limit",
-    "MaxLength",
-    "MeasuredSets",
-    "Model",
-    "Out",
-    "PackedWeights",
-    "Rows",
-    "RunFolder",
-    "SaveModel",
-    "ScoredSets",
-    "Weights",
-]
-
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id or `smollm2`.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the result.")]
 Groups = Annotated[

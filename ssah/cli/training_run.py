@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ssah.training.finetune import Settings
     from ssah.units import UnitSet
 
-__all__ = ["NOTHING", "RunOptions", "Selected", "train"]
-
 NOTHING = "none"  # what `--freeze` says where everything trains
 
 

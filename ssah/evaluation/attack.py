@@ -8,29 +8,17 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.generation import Answer, answers, bar, generate
+from ssah.evaluation.coherence import Coherence
+from ssah.evaluation.generation import Answer, bar, generate
 from ssah.evaluation.judges import Judge, Judged, judge
 from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
-from ssah.evaluation.rates import rate, summary
+from ssah.evaluation.rates import summary
 from ssah.interventions import ablate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ssah.units import UnitSet
-
-__all__ = [
-    "answers",
-    "attack_success",
-    "coherence",
-    "distinct_judges",
-    "judge",
-    "judge_answers",
-    "judged_answers",
-    "rate",
-    "summary",
-]
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
 _DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations

@@ -29,18 +29,6 @@ from ssah.models import as_it_was, check_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Answer",
-    "Finite",
-    "answer_tokens",
-    "answers",
-    "bar",
-    "generate",
-    "greedy",
-    "left_padded",
-    "stop_tokens",
-]
-
 _OPENING_TOKENS = 16  # of a prompt's end: enough to hold what opens a block of reasoning
 
 

@@ -13,18 +13,6 @@ from ssah.models import text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "OPENING",
-    "Request",
-    "asked_turns",
-    "check_list",
-    "check_room",
-    "fitting",
-    "longest_first",
-    "prompts",
-    "room_of",
-]
-
 OPENING = 32  # tokens that the opening of an answer may take after a request
 
 Request: TypeAlias = "str | Mapping[str, Any]"

@@ -11,21 +11,6 @@ from torch import Tensor
 from ssah.choices import By, Group, Normalize, Scope
 from ssah.units import UnitSet, split
 
-__all__ = [
-    "GROUPS",
-    "NORMALIZATIONS",
-    "ORDERS",
-    "SCOPES",
-    "SLACK",
-    "Checked",
-    "check_same_modules",
-    "checked_scores",
-    "fraction_of",
-    "labels_of",
-    "share_of",
-    "sizes_of",
-]
-
 GROUPS: tuple[str, ...] = get_args(Group)
 SCOPES: tuple[str, ...] = get_args(Scope)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)

@@ -39,8 +39,6 @@ from ssah.groups.unit_groups import UnitGroups
 from ssah.models import check_same_weights
 from ssah.units import UnitSet, blocks, lowest, normalized, share_count, split, without
 
-__all__ = ["classify"]
-
 
 def classify(
     safety: Attribution | Mapping[str, Tensor],

@@ -13,8 +13,6 @@ from torch import Tensor
 
 from ssah.groups.unit_groups import UnitGroups
 
-__all__ = ["Transfer", "transfer"]
-
 
 @dataclass(frozen=True)
 class Transfer:

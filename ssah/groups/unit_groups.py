@@ -40,8 +40,6 @@ from ssah.units import (
 )
 from ssah.version import __version__
 
-__all__ = ["UnitGroups"]
-
 # By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
 _OWN: dict[str, tuple[str, int]] = {
     "scu": ("difference", 1),

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ssah.models import nonfinite
 from ssah.units import DepthTwoModule, UnitSet, check_units
 
-__all__ = ["Columns", "check_finite", "checked_modules", "columns_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Columns:

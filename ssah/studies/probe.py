@@ -23,8 +23,6 @@ from ssah.studies.run_folder import Run
 from ssah.studies.sources import Sources
 from ssah.studies.step_bars import Steps
 
-__all__ = ["run_probe"]
-
 KIND = "probe"
 _MODEL, _BESIDE = "model", "beside"
 

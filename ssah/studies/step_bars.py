@@ -14,8 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ssah.report.terminal.tables import as_data
 from ssah.studies.run_folder import Run
 
-__all__ = ["Steps"]
-
 
 class Steps:
     """Takes the steps of a run, with a bar and a line for each on standard error.

@@ -13,8 +13,6 @@ from ssah.groups import Transfer, UnitGroups, transfer
 from ssah.report.pictures.transfer import plot_transfer
 from ssah.studies.run_folder import Run
 
-__all__ = ["run_transfer", "summary"]
-
 KIND = "transfer"
 
 

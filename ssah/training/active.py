@@ -19,8 +19,6 @@ from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
 from ssah.training.stepping import check_state, check_trains, lost
 
-__all__ = ["ACTIVE", "PLAN", "check_unplanned", "has_twin", "retire", "watch_optimizers"]
-
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.

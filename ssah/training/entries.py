@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim
 
-__all__ = ["Entries", "TrainedSlice", "fingerprint", "select_entries"]
-
 
 @dataclass(frozen=True, eq=False)
 class Entries:

@@ -11,8 +11,6 @@ from ssah.moved import renamed
 from ssah.training.plan import UpdatePlan
 from ssah.units import UnitSet
 
-__all__ = ["freeze", "train_only"]
-
 
 def freeze(
     model: PreTrainedModel,

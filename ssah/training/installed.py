@@ -28,8 +28,6 @@ from ssah.training.splitting import (
 )
 from ssah.units import DepthTwoModule
 
-__all__ = ["Installed"]
-
 
 class Installed:
     """The change of one model.

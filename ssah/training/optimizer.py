@@ -13,8 +13,6 @@ from ssah.training.entries import TrainedSlice
 from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.sharded import Dim, is_sharded
 
-__all__ = ["PlanAdamW", "other_plan", "param_groups", "rounding", "trainer_options"]
-
 
 class PlanAdamW(MaskedAdamW):
     """:class:`~ssah_kernels.optim.MaskedAdamW` over the parameters of a plan.

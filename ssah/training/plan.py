@@ -38,8 +38,6 @@ from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
 
-__all__ = ["UpdatePlan", "plan_of"]
-
 
 def plan_of(model: nn.Module) -> UpdatePlan | None:
     """The plan that is in force on ``model``, or None."""

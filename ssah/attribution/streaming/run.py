@@ -42,8 +42,6 @@ from ssah.storage import one_run
 from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
 from ssah.version import __version__
 
-__all__ = ["STREAMED_METRICS", "Traffic", "stream"]
-
 STREAMED_METRICS = ("variance", "norm")
 
 

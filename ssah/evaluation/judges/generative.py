@@ -35,8 +35,6 @@ from ssah.models import move
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["GenerativeClassifier", "Question", "Reads", "verdict"]
-
 _BATCH = 16  # answers judged at a time
 _VERDICT_TOKENS = 8  # "unsafe", and the line with a category that Llama Guard adds
 _SUCCESS, _REFUSED = ("unsafe", "yes"), ("safe", "no")  # in whatever case

@@ -11,8 +11,6 @@ from typing import Any
 
 from ssah.evaluation.judges.base import Judge
 
-__all__ = ["KEYWORDS", "Keywords"]
-
 _FOLDER = Path(__file__).parent
 KEYWORDS = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))  # the published lists
 

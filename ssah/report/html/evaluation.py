@@ -19,8 +19,6 @@ from ssah.report.html.records import (
 )
 from ssah.report.terminal.evaluation import ablated_name
 
-__all__ = ["evaluate"]
-
 # Columns as `records_table` takes them: the heading, the field of a record, the format of numbers.
 _NAMES = (("ablated", "what"), ("system prompt", "system_prompt"), ("judge", "judge"))
 _HARMFUL = (

@@ -12,8 +12,6 @@ from ssah.studies.bench.cases import Case
 from ssah.studies.bench.settings import Settings
 from ssah_kernels import backends, timing
 
-__all__ = ["measure_op", "synchronize"]
-
 
 def measure_op(
     case: Case, settings: Settings, dtype: torch.dtype, device: torch.device, compiled: bool

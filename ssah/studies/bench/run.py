@@ -22,8 +22,6 @@ from ssah.studies.bench.scoring import measure_attribute
 from ssah.studies.bench.settings import FULL, QUICK, Settings
 from ssah_kernels import backends, timing
 
-__all__ = ["run_bench"]
-
 
 def run_bench(out: Path, *, quick: bool, threads: int | None = None) -> dict[str, Any]:
     """Measure, print tables, and write ``bench.json`` and ``bench.png`` to ``out``.

@@ -23,8 +23,6 @@ from ssah.studies.loading import Loading
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["BATCH", "DATA", "aligned", "measures", "working_dtype"]
-
 DATA = {"safety": "builtin:safety", "utility": "builtin:utility"}  # aligned and scored on
 BATCH = 8
 _RECORD = "alignment.json"

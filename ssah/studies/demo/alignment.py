@@ -16,8 +16,6 @@ from ssah.data import Encoded, Row, encode
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["align"]
-
 _HALF = 4  # refusals in a batch, and ordinary answers
 _MAX_LENGTH = 192
 _LEARNING_RATE = 1e-4

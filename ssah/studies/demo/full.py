@@ -29,8 +29,6 @@ from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, freeze
 from ssah.studies.training.settings import FreezeSettings
 from ssah.studies.transfer import run_transfer
 
-__all__ = ["run"]
-
 _SAFETY, _UTILITY = "builtin:safety", "builtin:utility"
 _REQUESTS, _ANSWERS = "builtin:safety_eval", "builtin:utility_eval"
 _UNALIGNED = "groups-unaligned"

@@ -30,8 +30,6 @@ if TYPE_CHECKING:
 
     from ssah.data import Loader
 
-__all__ = ["run"]
-
 
 def run(
     loading: Loading,

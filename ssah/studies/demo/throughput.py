@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ssah.data import Loader
 
-__all__ = ["throughput"]
-
 _ROUNDS = 4
 _CALLS = {
     "attribute": "ssah.attribute",

@@ -18,14 +18,6 @@ if TYPE_CHECKING:
     from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.settings import EvaluateSettings
 
-__all__ = [
-    "BENIGN",
-    "INTACT",
-    "OVER_REFUSAL",
-    "REQUESTS",
-    "records",
-]
-
 REQUESTS, OVER_REFUSAL, BENIGN = "requests", "over_refusal", "benign"
 INTACT = "0-intact"  # name of the model as it is
 

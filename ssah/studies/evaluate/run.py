@@ -41,8 +41,6 @@ from ssah.units import family_of
 if TYPE_CHECKING:
     from ssah.evaluation import Coherence
 
-__all__ = ["KIND", "evaluate"]
-
 KIND = "evaluate"
 
 

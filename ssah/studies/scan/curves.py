@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ssah.evaluation import Coherence
     from ssah.studies.scan.settings import ScanSettings
 
-__all__ = ["ORDER", "Curves", "Point"]
-
 ORDER = ("ru", "scu", "ucu")  # of choosing: that of `classify`
 _SLACK = 1e-9  # the fall of a share such as 0.95 to 0.9 is not exact in binary
 

@@ -19,8 +19,6 @@ from ssah.studies.scan.grouping_ways import WAYS, compare
 from ssah.studies.scan.settings import ScanSettings
 from ssah.studies.study import Study
 
-__all__ = ["RULE", "scan"]
-
 KIND = "scan"
 RULE = (
     "From high shares to low, as in arXiv 2410.10862: the largest RU share at which utility and "

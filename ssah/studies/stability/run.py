@@ -21,8 +21,6 @@ from ssah.studies.stability.row_moments import row_moments
 from ssah.studies.stability.settings import StabilitySettings
 from ssah.studies.study import Study
 
-__all__ = ["stability"]
-
 KIND = "stability"
 MOMENTS = "moments"  # folder of a run
 

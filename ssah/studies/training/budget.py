@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from ssah.studies.training.arms import Trained
 
-__all__ = ["ARMS", "budget"]
-
 KIND = "budget"
 FULL, RU = "full", "ru"
 ARMS = {BEFORE: "(before)", FULL: "everything", RU: "RU alone"}

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from ssah.groups import UnitGroups
     from ssah.studies.training.settings import StudySettings
 
-__all__ = ["Comparison"]
-
 MODELS = "models"  # folder of a run
 
 

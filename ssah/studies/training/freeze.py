@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from ssah.studies.training.arms import Trained
 
-__all__ = ["freeze"]
-
 KIND = "freeze"
 NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = FREEZE_ARMS
 _SLACK = 0.05  # nats

@@ -23,8 +23,6 @@ from ssah.training.entries import Entries, select_entries
 from ssah.units import UnitSet, check_units, find_modules
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["Part", "changed_entries", "changes", "frozen_entries", "inner_of", "tensors", "touched"]
-
 
 @dataclass(frozen=True, eq=False)
 class Part:

@@ -14,8 +14,6 @@ from ssah.compat.trainer import TrainerCallback
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Monitor", "progress_bar"]
-
 
 class Monitor(TrainerCallback):
     """Shows progress, logs the last step too, and stops when the loss is not a number."""

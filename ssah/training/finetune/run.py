@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ssah.compat.trainer import Trainer
     from ssah.data import Encoded
 
-__all__ = ["count_parameters", "fine_tune", "optimizer_options"]
-
 MERGED = "merged"
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole

@@ -21,8 +21,6 @@ from ssah.training.splitting.given_out import GivenOut
 from ssah.training.splitting.masked_linear import MaskedLinearFunction
 from ssah.training.splitting.split_tensor import SplitTensor, width
 
-__all__ = ["MaskedProjection", "SplitWeightError", "pickling_error", "replaced_slices"]
-
 
 class SplitWeightError(AttributeError, RuntimeError):
     """The tensor is split up: reading it would give a copy, writing it would change nothing.

@@ -38,8 +38,6 @@ from torch import Tensor, nn
 
 from ssah.training.splitting.packed_parameter import PackedParameter
 
-__all__ = ["Part", "SplitTensor", "complement_rows", "restored", "runs", "unit_major", "width"]
-
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
 Part = tuple[int, int] | Tensor
 

@@ -1,0 +1,112 @@
+"""The house: functions that fit a screen, and one rule for ``__all__``."""
+
+from __future__ import annotations
+
+import ast
+import io
+import tokenize
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pages import ROOT
+from surface import PUBLIC
+
+LONGEST = 60  # lines of code of a function
+NO_CODE = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+FILES = sorted(path for room in ("ssah", "ssah_kernels") for path in (ROOT / room).rglob("*.py"))
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def code_lines(source: str) -> set[int]:
+    """Numbers of the lines that have code: no blank line, comment or docstring."""
+    found: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in NO_CODE:
+            found |= set(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(source)):
+        # A string that is a statement of its own: it does nothing.
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            found -= set(range(node.lineno, (node.end_lineno or 0) + 1))
+    return found
+
+
+def lengths(source: str, *, over: int = 0) -> Iterator[tuple[str, int]]:
+    """Each function, also inside others, with its lines of code, if over so many.
+
+    The signature counts.
+    """
+    spans = [
+        (node.name, range(node.lineno, (node.end_lineno or 0) + 1))
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, Function)
+    ]
+    # Few functions are long even with their comments: only their files are read token by token.
+    if any(len(span) > over for _, span in spans):
+        lines = code_lines(source)
+        found = ((name, len(lines & set(span))) for name, span in spans)
+        yield from ((name, length) for name, length in found if length > over)
+
+
+def test_lines_of_code_are_counted() -> None:
+    source = (
+        "def f(\n"
+        "    x,\n"
+        "):\n"
+        '    """What it does.\n'
+        "\n"
+        '    And more."""\n'
+        "    # why\n"
+        "\n"
+        '    text = """two\n'
+        'lines"""\n'
+        "    def g(): return x  # twice as long\n"
+        "    return g\n"
+    )
+    assert list(lengths(source)) == [("f", 7), ("g", 1)]
+
+
+def test_a_function_fits_a_screen() -> None:
+    long = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        for name, _ in lengths(path.read_text(encoding="utf-8"), over=LONGEST)
+    }
+    assert not long, f"over {LONGEST} lines of code: cut into plan, run and finish"
+
+
+def exported(path: Path) -> list[str]:
+    """Public names that a package gives: its functions and classes, and names of its files."""
+    package = ".".join(path.parent.relative_to(ROOT).parts)
+    names = []
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, Function | ast.ClassDef):
+            names.append(node.name)
+        elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{package}."):
+            names += [alias.asname or alias.name for alias in node.names]
+    return [name for name in names if not name.startswith("_")]
+
+
+def lists_names(path: Path) -> bool:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return any(isinstance(node, ast.Name) and node.id == "__all__" for node in ast.walk(tree))
+
+
+@pytest.mark.parametrize("room", ["ssah", "ssah_kernels"])
+def test_all_stands_where_names_are_given_out(room: str) -> None:
+    """In the ``__init__`` of a package and in public modules; what a file has, its text says."""
+    files = [path for path in FILES if path.relative_to(ROOT).parts[0] == room]
+    public = {ROOT / Path(*module.split(".")).with_suffix(".py") for module in PUBLIC}
+    gives = {
+        path for path in files if path in public or (path.name == "__init__.py" and exported(path))
+    }
+    have = {path for path in files if lists_names(path)}
+    assert not {str(path.relative_to(ROOT)) for path in gives - have}, "__all__ is missing"
+    assert not {str(path.relative_to(ROOT)) for path in have - gives}, "take __all__ out"
