@@ -57,7 +57,7 @@ def has_twin(plan: Installed) -> bool:
 
 
 def retire(plan: Installed, slices: Iterable[Tensor]) -> None:
-    """A plan is closed: the slices of what it had split are in no model any more."""
+    """A plan is closed: the slices of what it had split, of any shape, are in no model any more."""
     ACTIVE.discard(plan)
     for parameter in slices:
         key = id(parameter)

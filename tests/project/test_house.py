@@ -1,9 +1,10 @@
-"""The house: functions that fit a screen, and one rule for ``__all__``."""
+"""The house: functions that fit a screen, their shapes, and one rule for ``__all__``."""
 
 from __future__ import annotations
 
 import ast
 import io
+import re
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +23,8 @@ NO_CODE = {
     tokenize.ENDMARKER,
 }
 FILES = sorted(path for room in ("ssah", "ssah_kernels") for path in (ROOT / room).rglob("*.py"))
+SHAPE = re.compile(r"(?<!\w)\[[\w .,*+/()-]*\]|\bany shapes?\b")
+TENSOR = re.compile(r"\b(Tensor|Parameter)\b")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -110,3 +113,76 @@ def test_all_stands_where_names_are_given_out(room: str) -> None:
     have = {path for path in files if lists_names(path)}
     assert not {str(path.relative_to(ROOT)) for path in gives - have}, "__all__ is missing"
     assert not {str(path.relative_to(ROOT)) for path in have - gives}, "take __all__ out"
+
+
+def public_functions(
+    body: list[ast.stmt], owner: ast.ClassDef | None = None
+) -> Iterator[tuple[ast.FunctionDef, str]]:
+    """Functions and methods without underscore, each with its docstring; a class's is __init__'s.
+
+    A method without one overrides another's, which is looked at there.
+    """
+    for node in body:
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+            yield from public_functions(node.body, node)
+        elif isinstance(node, ast.FunctionDef):
+            doc = ast.get_docstring(node)
+            if owner is not None and (node.name == "__init__" or not (doc or owner.bases)):
+                doc = f"{ast.get_docstring(owner)}\n{doc}"
+            if doc is not None and (node.name == "__init__" or not node.name.startswith("_")):
+                yield node, doc
+
+
+def takes_tensors(function: ast.FunctionDef) -> bool:
+    """Whether a tensor is in the signature, given or returned."""
+    given = function.args
+    every = [each.annotation for each in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    written = [ast.unparse(each) for each in (*every, function.returns) if each is not None]
+    return any(TENSOR.search(each) for each in written)
+
+
+def without_shape(source: str) -> list[str]:
+    """Public functions with a tensor in their signature that say no shape."""
+    lines, found = source.splitlines(), []
+    for function, doc in public_functions(ast.parse(source).body):
+        signature = "\n".join(lines[function.lineno - 1 : function.body[0].lineno - 1])
+        comments = " ".join(re.findall(r"#.*", signature))
+        if takes_tensors(function) and not SHAPE.search(doc) and not SHAPE.search(comments):
+            found.append(function.name)
+    return found
+
+
+def test_a_shape_is_found() -> None:
+    source = """
+def a(x: Tensor):
+    "Sums of ``[rows, units]``."
+def b(x: Tensor):
+    "A ``list[int]``."
+def c(
+    x: Tensor,  # [units]
+):
+    "Sums."
+def d() -> dict[str, Tensor]:
+    "Sums."
+def e(x: int):
+    "Sums."
+class F:
+    "Of ``[n]``."
+    def __init__(self, x: Tensor):
+        self.x = x
+    def g(self, x: Tensor):
+        "Sums."
+"""
+    assert without_shape(source) == ["b", "d", "g"]
+
+
+def test_shapes_stand_where_tensors_are_taken() -> None:
+    """In the library, and in the operators and optimisers that users call."""
+    kernels = {ROOT / "ssah_kernels" / "ops.py", *(ROOT / "ssah_kernels" / "optim").glob("*.py")}
+    lacking = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in FILES
+        if path.is_relative_to(ROOT / "ssah") or path in kernels
+        for name in without_shape(path.read_text(encoding="utf-8"))
+    }
+    assert not lacking, "say the shapes, e.g. ``[tokens, units]``, in the docstring"

@@ -163,7 +163,7 @@ def _param_of(name: str, layer: nn.Module) -> str:
 
 
 def tensors(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """The parameters of one adapter in one layer."""
+    """The parameters of one adapter in one layer: LoRA's are ``[rank, in]`` and ``[out, rank]``."""
     for kind in layer.adapter_layer_names:  # type: ignore[union-attr]
         held: Any = getattr(layer, kind, {})
         if adapter in held:

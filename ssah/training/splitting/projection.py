@@ -205,7 +205,8 @@ class MaskedProjection(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def originals(self) -> dict[str, nn.Parameter | None]:
-        """The parameters as the ordinary module would have them; copies where they are split."""
+        """The parameters as the ordinary module would have them, ``[out, in]`` and ``[out]``; a
+        copy where one is split."""
         self.sync()
         originals = dict(self._parameters)
         for name, split in self.split_tensors.items():
