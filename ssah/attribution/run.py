@@ -63,7 +63,7 @@ class Run:
     ) -> None:
         """Check a call on this rank, and that the other ranks were called alike.
 
-        Arguments as of ``attribute``; ``resumes``: whether it was given a folder to resume from.
+        Arguments and errors as of ``attribute``; ``resumes``: whether it has a folder for that.
         """
         self.ranks, self.metric, self.kinds, self.all_experts = ranks, metric, kinds, all_experts
         self.gradient = metric in GRADIENT_METRICS

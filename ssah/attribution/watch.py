@@ -112,7 +112,7 @@ class Watch:
     def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
         """``x``, such that its gradient is added to ``sums`` when it arrives.
 
-        ``x``: ``[..., n_units]``, ``mask``: ``[...]``.
+        ``x``: ``[..., n_units]``, ``mask``: ``[...]``. RuntimeError where no gradient is recorded.
         """
         if not self.gradient:
             return x

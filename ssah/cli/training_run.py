@@ -41,7 +41,7 @@ class RunOptions:
     dry_run: bool = setting(False, "Show what trains and the memory it takes.", panel="Run")
 
     def check(self) -> None:
-        """Refuse, before a model is loaded, a folder that the run could not be written to."""
+        """Raise ValueError, before a model is loaded, where the run could not be written."""
         from ssah.storage import check_free
         from ssah.training.finetune import check_folder
 
@@ -68,7 +68,7 @@ class Selected:
     groups: Path | None = None
 
     def check(self) -> None:
-        """Refuse, before a model is loaded, a selection that cannot be."""
+        """Raise ValueError, before a model is loaded, for a selection that cannot be."""
         from ssah.groups import UnitGroups
         from ssah.training.finetune import select_units
 

@@ -117,7 +117,7 @@ def judged_answers(
             :func:`attack_success` takes them.
 
     Returns:
-        What :func:`judge_answers` does, of all requests, in their order.
+        What :func:`judge_answers` does, of all requests, in their order; errors as of it.
     """
     for each in judges:
         each.to(model.device)
@@ -199,7 +199,12 @@ def judge_answers(
 
 
 def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:
-    """The judges that are meant, checked: at least one, no name twice, none that cannot succeed."""
+    """The judges that are meant.
+
+    Raises:
+        ValueError: there is none, or a name twice, or ``max_new_tokens`` is fewer than the words
+            that one asks for, so that no answer could succeed.
+    """
     if isinstance(judges, str) or not judges:
         raise ValueError(f"judges is {judges!r}, must be a list with at least one judge")
     chosen = [judge(each) for each in judges]

@@ -131,7 +131,7 @@ def answer_tokens(
     batch_size: int,
     progress: bool = False,
 ) -> list[Answer]:
-    """As :func:`generate`, for prompts that are tokens already."""
+    """As :func:`generate`, for prompts that are tokens already; errors as of it."""
     check_count("max_new_tokens", max_new_tokens)
     chunks = longest_first(encoded, batch_size)
     if not check_whole(model).can_generate():
@@ -211,6 +211,7 @@ class Finite:
         return logits
 
     def check(self) -> None:
+        """Raise FloatingPointError if there were such logits: now the device is waited for."""
         if self.bad is not None and bool(self.bad):
             raise FloatingPointError(
                 "the model's logits are NaN or infinite, so that it says nothing: an empty answer "

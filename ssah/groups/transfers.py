@@ -16,7 +16,7 @@ from ssah.groups.unit_groups import UnitGroups
 
 @dataclass(frozen=True)
 class Transfer:
-    """How units moved between groups.
+    """How units moved between groups: Li & Kim, arXiv 2410.10862, attribute transfer.
 
     Attributes:
         groups: names of rows and columns, `("scu", "ucu", "ru", "cu")`.

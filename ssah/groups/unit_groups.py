@@ -70,7 +70,8 @@ _FIELDS: Fields = {
 class UnitGroups(Mapping[str, UnitSet]):
     """The four groups of units of a model: `"scu"`, `"ucu"`, `"ru"` and `"cu"`, each a `UnitSet`.
 
-    Groups are disjoint, and together they hold every unit of the scope. Made by `classify`.
+    Groups are disjoint, and together they hold every unit of the scope. Made by `classify`, after
+    Li & Kim, arXiv 2410.10862: safety- and utility-critical, redundant and complex units.
 
     Attributes:
         safety, utility: the scores I_S and I_U that were ranked, as measured: B's name to float64

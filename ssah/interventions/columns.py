@@ -54,7 +54,11 @@ def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModul
 
 
 def columns_of(units: UnitSet, modules: Mapping[str, DepthTwoModule]) -> dict[str, Columns]:
-    """The columns of B that units own, by module; refuses weights that cannot be written."""
+    """The columns of B that units own, by module.
+
+    Raises:
+        ValueError: a weight cannot be written: it is packed, or not in memory.
+    """
     columns = {}
     for name, module in modules.items():
         if len(units[name]) == 0:

@@ -72,7 +72,7 @@ def load_weights(
     trust_remote_code: bool = False,
     packed: bool = False,
 ) -> PreTrainedModel:
-    """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
+    """The model without its tokenizer; arguments and errors as of :func:`load_model`."""
     source, target = check_options(name, dtype, device, packed)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
@@ -100,7 +100,10 @@ def load_weights(
 def check_options(
     name: str, dtype: str, device: str, packed: bool = False
 ) -> tuple[Source, torch.device]:
-    """Where the model is and where it goes, before minutes of loading; as of :func:`load_model`."""
+    """Where the model is and where it goes, before minutes of loading.
+
+    Arguments and errors as of :func:`load_model`.
+    """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     target = pick_device(device)

@@ -179,7 +179,7 @@ class Installed:
         return [p for module in self.masked.values() for p in module.own.values()]
 
     def optimizer(self, given: Any) -> Any:
-        """The optimiser that is ``given``, or the last one that stepped under the plan."""
+        """The optimiser ``given``, or the last that stepped under the plan; RuntimeError: none."""
         if given is None and self.last_optimizer is not None:
             given = self.last_optimizer()
         if given is None:

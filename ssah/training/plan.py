@@ -115,9 +115,8 @@ class UpdatePlan(Reversible):
         """Names and values of the whole model as they were before the plan, in their order.
 
         For whoever reads weights by name: a weight sync to another engine, an average of weights.
-        What is split is put together anew, one parameter at a time, e.g. B's weight
-        ``[out, units]``: a copy, without a gradient, that no write reaches. Everything else is the
-        model's own parameter.
+        What is split is put together anew, one at a time, e.g. ``[out, units]``: a copy, without a
+        gradient, that no write reaches. Everything else is the model's own parameter.
         """
         self._check_open()
         yield from self._installed.originals()

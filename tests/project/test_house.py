@@ -186,3 +186,55 @@ def test_shapes_stand_where_tensors_are_taken() -> None:
         for name in without_shape(path.read_text(encoding="utf-8"))
     }
     assert not lacking, "say the shapes, e.g. ``[tokens, units]``, in the docstring"
+
+
+def raised(function: ast.AST) -> Iterator[str]:
+    """Names of the errors that a function itself raises, and no function inside it."""
+    for node in ast.iter_child_nodes(function):
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
+            yield ast.unparse(node.exc.func).rpartition(".")[2]
+        elif not isinstance(node, Function | ast.Lambda):
+            yield from raised(node)
+
+
+def untold_errors(source: str) -> list[str]:
+    """Public functions with errors that their docstring does not name."""
+    return [
+        f"{function.name} {name}"
+        for function, doc in public_functions(ast.parse(source).body)
+        for name in sorted(set(raised(function)))
+        if name.endswith("Error")
+        and name not in doc
+        and "errors as of" not in " ".join(doc.split())
+    ]
+
+
+def test_an_untold_error_is_found() -> None:
+    source = """
+def a(x):
+    "``[n]``. ValueError for 0."
+    if not x:
+        raise ValueError("x is 0")
+    raise TypeError("x is no number")
+def b(x):
+    "Arguments and errors as of `a`."
+    raise ValueError("x is 0")
+def c(x):
+    "Twice."
+    def inside():
+        raise ValueError("x is 0")
+    return inside
+"""
+    assert untold_errors(source) == ["a TypeError"]
+
+
+def test_errors_are_told_where_they_are_raised() -> None:
+    """Those that a function raises itself: what it calls has a docstring of its own."""
+    operators = ROOT / "ssah_kernels" / "ops.py"
+    untold = {
+        f"{path.relative_to(ROOT)}: {each}"
+        for path in FILES
+        if path.is_relative_to(ROOT / "ssah") or path.parent.name == "optim" or path == operators
+        for each in untold_errors(path.read_text(encoding="utf-8"))
+    }
+    assert not untold, "name the error in the docstring, under Raises"

@@ -29,6 +29,7 @@ def judge(name_or_callable: str | Judge | Judged) -> Judge:
     Raises:
         ValueError: no such judge; the message lists those that there are.
         TypeError: neither a string nor callable.
+        FileNotFoundError: a name that ends in ``.json`` is no file.
     """
     if isinstance(name_or_callable, Judge):
         return name_or_callable

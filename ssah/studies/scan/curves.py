@@ -100,7 +100,11 @@ class Curves:
         ]
 
     def point(self, name: str, share: float, units: UnitSet | None) -> Point:
-        """What is measured with units ablated, or of the intact model: a step of that name."""
+        """What is measured with units ablated, or of the intact model: a step of that name.
+
+        Raises:
+            ValueError: there are no units: the share is too small.
+        """
         if units is not None and not len(units):
             raise ValueError(f"the share {share:g} has no unit in this model; it must be larger")
         steps, model = self.study.steps, self.study.model

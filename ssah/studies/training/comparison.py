@@ -82,6 +82,9 @@ class Comparison(Study):
             requests: harmful requests.
             held_out: name -> rows whose loss is measured.
             arms: how many there are.
+
+        Raises:
+            ValueError: a batch cannot have as many rows of each of the roles.
         """
         settings = self.settings
         self.load()

@@ -79,6 +79,7 @@ def frozen_entries(
 
 
 def inner_of(model: nn.Module) -> PreTrainedModel:
+    """The model under the adapters of a PEFT model; TypeError where ``model`` is none."""
     inner = peft.inner_model(model)
     if inner is None:
         raise TypeError(

@@ -35,6 +35,7 @@ class Monitor(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print what the trainer logs; RuntimeError where the loss is NaN or infinite."""
         logs = kwargs.get("logs", {})
         if "loss" not in logs:
             return
