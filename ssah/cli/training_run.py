@@ -102,7 +102,7 @@ def train(
 ) -> Result:
     """Train a model with units selected, or show what that would take."""
     from ssah.data import Counts, rows_read, warn_of_shared
-    from ssah.report.terminal.training import preview_table, trained_table
+    from ssah.report.terminal import preview_table, trained_table
     from ssah.training import freeze, train_only
     from ssah.training.finetune import fine_tune, preview
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssah.evaluation import COMPLIANCE, OPENING, REFUSAL, Probe, fitting, opened, probe, prompts
 from ssah.models import load_tokenizer, quiet, weights_hash
-from ssah.report.pictures.probe import plot_probe
+from ssah.report.pictures import plot_probe
 from ssah.storage import check_free
 from ssah.studies.claims import claim
 from ssah.studies.loading import Loading

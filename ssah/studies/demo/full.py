@@ -20,12 +20,12 @@ from ssah.data import make_loader
 from ssah.groups import UnitGroups, classify
 from ssah.models import move
 from ssah.report.html import write_report
-from ssah.studies.demo import short
 from ssah.studies.demo.aligned_model import working_dtype
 from ssah.studies.demo.screen import heading
+from ssah.studies.demo.short import run_demo
 from ssah.studies.loading import Loading
 from ssah.studies.probe import run_probe
-from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, freeze
+from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, run_freeze
 from ssah.studies.training.settings import FreezeSettings
 from ssah.studies.transfer import run_transfer
 
@@ -43,7 +43,7 @@ _SEED = 0
 UPDATES = 30  # of the benign fine-tune with nothing frozen
 
 
-def run(
+def run_full_demo(
     loading: Loading,
     out: Path,
     *,
@@ -54,7 +54,7 @@ def run(
     """Run everything, print it as it goes, and leave it in ``out`` with ``report.html``.
 
     Args:
-        loading, out, seconds, shares, fresh: as :func:`ssah.studies.demo.short.run` takes them;
+        loading, out, seconds, shares, fresh: as :func:`ssah.studies.demo.run_demo` takes them;
             ``fresh`` begins the other parts anew as well.
 
     Returns:
@@ -67,7 +67,7 @@ def run(
             shutil.rmtree(out / part, ignore_errors=True)
     result = _earlier(out, name, shares) if not fresh else None
     if result is None:
-        result = short.run(loading, out, seconds=seconds, shares=shares, fresh=fresh)
+        result = run_demo(loading, out, seconds=seconds, shares=shares, fresh=fresh)
     else:
         console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
     aligned = replace(loading, name=str(out / "aligned")) if result["alignment"] else loading
@@ -79,7 +79,7 @@ def run(
 
     heading(console, "full", "A benign fine-tune, with and without freezing")
     # Its arms end with the same training loss, so that what differs is what was frozen.
-    tuned = freeze(
+    tuned = run_freeze(
         aligned,
         out / "freeze",
         FreezeSettings(
@@ -134,7 +134,7 @@ def _transfers(loading: Loading, unaligned: str | None, out: Path) -> dict[str, 
         out: folder of the demonstration, with its groups and the models of its fine-tunes.
 
     Returns:
-        ``"alignment"`` or the arm -> the record of :func:`ssah.studies.transfer.run_transfer`.
+        ``"alignment"`` or the arm -> the record of :func:`ssah.studies.run_transfer`.
     """
     groups, moved = out / "groups", {}
     if unaligned is not None:

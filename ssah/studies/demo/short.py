@@ -18,7 +18,7 @@ from ssah.data import make_loader
 from ssah.evaluation import ablations
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.report.pictures import plot_ablations, plot_scores
-from ssah.report.terminal.tables import ablation_table, facts_table, groups_table, layers
+from ssah.report.terminal import ablation_table, facts_table, groups_table, layers
 from ssah.studies.demo.aligned_model import BATCH, DATA, aligned, measures
 from ssah.studies.demo.screen import bar, heading
 from ssah.studies.demo.throughput import throughput
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ssah.data import Loader
 
 
-def run(
+def run_demo(
     loading: Loading,
     out: Path,
     *,

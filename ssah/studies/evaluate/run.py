@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 KIND = "evaluate"
 
 
-def evaluate(
+def run_evaluation(
     loading: Loading,
     out: str | os.PathLike[str],
     settings: EvaluateSettings,

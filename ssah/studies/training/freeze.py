@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
-from ssah.report.pictures.study import plot_freeze
+from ssah.report.pictures import plot_freeze
 from ssah.studies.claims import difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
@@ -45,7 +45,7 @@ STRONG = 0.15  # rise of the ASR with nothing frozen, below which there is littl
 _CONTROLS: dict[str, str] = {SCU_CU: RANDOM, SCU_ALL_CU: RANDOM_ALL}
 
 
-def freeze(
+def run_freeze(
     loading: Loading,
     out: Path,
     settings: FreezeSettings,
