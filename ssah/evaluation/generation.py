@@ -147,7 +147,7 @@ def answer_tokens(
         bar(progress, len(encoded)) as advance,
     ):
         for chunk in chunks:
-            new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
+            new = _new_tokens(model, [encoded[i] for i in chunk])
             for i, ids in zip(chunk, new.tolist(), strict=True):
                 found[i] = _answer(tokenizer, encoded[i], ids, stops)
             advance(len(chunk))
@@ -220,9 +220,7 @@ class Finite:
             )
 
 
-def _new_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
-) -> Tensor:
+def _new_tokens(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """int64 ``[rows, new tokens]``; rows that are done are filled with the padding token."""
     given = left_padded(model, rows)
     options: dict[str, Any] = {}

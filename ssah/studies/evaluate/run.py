@@ -25,13 +25,7 @@ from ssah.evaluation import (
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
-from ssah.studies.evaluate.record import (
-    BENIGN,
-    INTACT,
-    OVER_REFUSAL,
-    REQUESTS,
-    records,
-)
+from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence, measured_line

@@ -6,7 +6,7 @@ The list is a table of pointers, shapes and strides in device memory, so that on
 every tensor that can be accessed alike. A compact matrix [rows, cols] is cut into tiles of
 STEPS * HEIGHT rows and BLOCK columns; a program takes one tile, HEIGHT rows at a time.
 Computation: float32 (float64 for float64 parameters); each written value is rounded once.
-Triton puts the text of every function into the kernel that calls it: a cut costs no call.
+Triton inlines every function below: that the kernel is cut into several costs no call.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
 state 22; SGD with momentum in float32 20; Kahan's remainder 2 itemsize more. Importance adds
 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in the L2 cache.
