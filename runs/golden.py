@@ -31,9 +31,8 @@ from torch import Tensor  # noqa: E402
 import ssah  # noqa: E402
 from ssah.data import make_loader  # noqa: E402
 from ssah.evaluation import refusal_margin, utility_loss  # noqa: E402
-from ssah.studies.loading import Loading  # noqa: E402
-from ssah.studies.scan.run import scan  # noqa: E402
-from ssah.studies.scan.settings import ScanSettings  # noqa: E402
+from ssah.studies import Loading  # noqa: E402
+from ssah.studies.scan import ScanSettings, run_scan  # noqa: E402
 
 # One of each way in which a family lays out its units: shared heads, fused projections, experts.
 FAMILIES = ("llama", "gpt2", "phi3", "gemma2", "mixtral", "gpt_oss")
@@ -95,7 +94,7 @@ def of_commands() -> Iterator[tuple[str, str]]:
     settings = ScanSettings(shares=(0.05, 0.1), ru_shares=(0.1, 0.2), asr=4, max_new_tokens=24)
     with tempfile.TemporaryDirectory() as folder:
         chat = tiny_chat.save(Path(folder) / "model")
-        found = scan(
+        found = run_scan(
             Loading(str(chat), dtype="float32"),
             Path(folder) / "scan",
             settings,

@@ -9,21 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
-__all__ = [
-    "By",
-    "Counted",
-    "DeviceMap",
-    "Dtype",
-    "Group",
-    "Kind",
-    "Metric",
-    "Normalize",
-    "Overlong",
-    "Scope",
-    "Tokens",
-    "check_choice",
-]
-
 Metric: TypeAlias = Literal["variance", "norm", "taylor", "fisher"]
 Tokens: TypeAlias = Literal["auto", "all", "after_first", "labels"]  # which of them count
 Kind: TypeAlias = Literal["mlp", "attention"]

@@ -130,6 +130,7 @@ class Ranks:
 
         Raises:
             the other rank's error, as the nearest of Python's own kinds, with the rank's number.
+            RankLostError: a collective failed because another rank is gone.
         """
         try:
             yield

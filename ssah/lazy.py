@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-__all__ = ["names_of", "submodules_of"]
-
 
 def submodules_of(package: str) -> Callable[[str], ModuleType]:
     """A ``__getattr__`` for ``package`` that imports its public submodules as they are first used.

@@ -15,8 +15,6 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any, ParamSpec, TypeVar
 
-__all__ = ["MOVED", "accept", "renamed"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

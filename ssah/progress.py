@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-__all__ = ["scoring_bar", "token_bar"]
-
 
 @contextmanager
 def scoring_bar(

@@ -19,8 +19,6 @@ import math
 from dataclasses import Field, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-__all__ = ["HELP", "check_settings", "choices_of", "declared", "setting"]
-
 HELP = "help"  # key of the metadata that makes an option of a field
 _BOUNDS = {  # key -> how a message says it, and whether a value keeps to it
     "above": ("greater than", lambda value, bound: value > bound),

@@ -128,6 +128,8 @@ def column_sq_norms(weight: Tensor) -> Tensor:
 
     Raises:
         TypeError, ValueError: weight is not a floating-point matrix.
+
+    Source: SSAH (arXiv 2410.10862) eq. 1.
     """
     return torch.ops.ssah.column_sq_norms(weight)
 

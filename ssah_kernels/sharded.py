@@ -22,21 +22,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = [
-    "Dim",
-    "Part",
-    "check_layout",
-    "compact",
-    "cut",
-    "expand",
-    "first_row",
-    "is_sharded",
-    "join",
-    "local",
-    "local_index",
-    "parts",
-]
-
 Dim: TypeAlias = int | tuple[int, int]
 
 

@@ -17,8 +17,6 @@ import torch
 from ssah_kernels import backends
 from ssah_kernels.backends import cpu
 
-__all__ = ["facts", "interleave", "percentiles", "ratio", "read_bandwidth", "rotating"]
-
 
 def interleave(
     calls: Mapping[str, Callable[[int], Any]], repeats: int = 15, warmup: int = 2

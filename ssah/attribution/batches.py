@@ -30,8 +30,6 @@ from ssah.data import IGNORE_INDEX as IGNORED
 from ssah.models import device_of, text_config
 from ssah.units import FAMILIES
 
-__all__ = ["IGNORED", "Batch", "BatchReader", "counted_tokens", "may_drop_mask"]
-
 # A batch with other keys may mean positions or masks that we do not know: it is left as it is.
 _PLAIN_KEYS = frozenset({"input_ids", "attention_mask", "labels"})
 

@@ -26,8 +26,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["FastCausalBackward"]
-
 _QUERIES = 256  # queries in a block: the probabilities [heads, 256, keys] stay in the cache
 
 

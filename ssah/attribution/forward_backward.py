@@ -33,8 +33,6 @@ from ssah.distributed import Ranks
 from ssah.models import swapped, text_config
 from ssah.units import DepthTwoModule
 
-__all__ = ["check_sharded", "nothing", "run_batch"]
-
 _LOGITS_AT_ONCE = 2**23  # elements: 32 MiB in float32
 
 

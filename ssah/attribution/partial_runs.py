@@ -23,8 +23,6 @@ from torch import Tensor
 from ssah.attribution.sums import Sums
 from ssah.storage import META, check_fields, load_tensors, save_tensors
 
-__all__ = ["damaged", "discard", "keep", "load", "refuse_other"]
-
 _SUMS = tuple(field.name for field in fields(Sums))
 
 

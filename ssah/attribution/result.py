@@ -13,8 +13,6 @@ from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensor
 from ssah.units import check_same_model, find_modules
 from ssah.version import __version__
 
-__all__ = ["CONTENT", "GRADIENT_METRICS", "METRICS", "TOKENS", "Attribution"]
-
 METRICS: tuple[str, ...] = get_args(Metric)
 GRADIENT_METRICS = ("taylor", "fisher")
 TOKENS: tuple[str, ...] = get_args(Tokens)

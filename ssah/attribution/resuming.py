@@ -15,8 +15,6 @@ from ssah.attribution.tally import BatchHash
 from ssah.distributed import Ranks
 from ssah.storage import META, check_fields, one_run
 
-__all__ = ["BatchState"]
-
 
 class BatchState:
     """The sums over the first batches of a rank's loader, written now and then.

@@ -37,8 +37,6 @@ from ssah.progress import token_bar
 from ssah.units import config_hash, find_modules
 from ssah.version import __version__
 
-__all__ = ["Run"]
-
 
 class Run:
     """What is scored on what, and what has been seen of it so far.
@@ -65,7 +63,7 @@ class Run:
     ) -> None:
         """Check a call on this rank, and that the other ranks were called alike.
 
-        Arguments as of ``attribute``; ``resumes``: whether it was given a folder to resume from.
+        Arguments and errors as of ``attribute``; ``resumes``: whether it has a folder for that.
         """
         self.ranks, self.metric, self.kinds, self.all_experts = ranks, metric, kinds, all_experts
         self.gradient = metric in GRADIENT_METRICS

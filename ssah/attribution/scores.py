@@ -29,8 +29,6 @@ from ssah.units import DepthTwoModule, model_name, units_hash
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["column_sq_norms", "score_all"]
-
 
 def score_all(
     model: nn.Module,

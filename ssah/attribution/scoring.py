@@ -21,8 +21,6 @@ from ssah.distributed import Group, Ranks
 from ssah.moved import renamed
 from ssah.units import KINDS
 
-__all__ = ["attribute"]
-
 
 @renamed(group="process_group", state="resume_dir", save_every="save_every_seconds")
 def attribute(

@@ -25,8 +25,6 @@ from ssah.models import device_of
 from ssah.units import DepthTwoModule
 from ssah_kernels.reference.channel_moments import merge_moments_
 
-__all__ = ["Sums", "check_finite", "check_ran", "join"]
-
 _UNITS_AT_ONCE = 2**18  # gathered at a time: 2 MiB a rank and sum
 
 

@@ -20,8 +20,6 @@ from torch import Tensor
 from ssah.attribution.batches import IGNORED, Batch
 from ssah.distributed import Ranks
 
-__all__ = ["BatchHash", "Tally"]
-
 
 @dataclass
 class Tally:

@@ -28,8 +28,6 @@ from ssah.models import at_hand, replaced_forward, runs_own_forward
 from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
 from ssah_kernels import ops
 
-__all__ = ["Watch", "watching"]
-
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
 
 
@@ -114,7 +112,7 @@ class Watch:
     def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
         """``x``, such that its gradient is added to ``sums`` when it arrives.
 
-        ``x``: ``[..., n_units]``, ``mask``: ``[...]``.
+        ``x``: ``[..., n_units]``, ``mask``: ``[...]``. RuntimeError where no gradient is recorded.
         """
         if not self.gradient:
             return x

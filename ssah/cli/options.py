@@ -22,8 +22,6 @@ import typer
 
 from ssah.settings import HELP, choices_of, declared
 
-__all__ = ["with_options"]
-
 
 def with_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function`` with options in place of its arguments whose type is a settings dataclass."""

@@ -22,8 +22,6 @@ from ssah.cli.options import with_options
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-__all__ = ["Result", "as_command", "quiet_threads"]
-
 WRONG_INPUT, FAILED = 2, 1  # exit codes
 
 _JSON = typer.Option("--json", help="Print JSON alone on standard output.")

@@ -10,8 +10,6 @@ from typing import Any, get_args, get_origin
 
 from typer.core import TyperCommand
 
-__all__ = ["several_values"]
-
 # A word that only looks like a number, such as 1.5.2, is for typer to refuse.
 _NUMBER = re.compile(r"-?[0-9.]+(e-?[0-9]+)?")
 

@@ -16,26 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ssah.data import Reading
-    from ssah.studies.loading import Loading
-
-__all__ = [
-    "BatchSize",
-    "Data",
-    "DealtWeights",
-    "FastWeights",
-    "Groups",
-    "Limit",
-    "MaxLength",
-    "MeasuredSets",
-    "Model",
-    "Out",
-    "PackedWeights",
-    "Rows",
-    "RunFolder",
-    "SaveModel",
-    "ScoredSets",
-    "Weights",
-]
+    from ssah.studies import Loading
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id or `smollm2`.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the result.")]
@@ -98,7 +79,7 @@ class Weights:
         from rich.console import Console
 
         from ssah.models import load_model, quiet
-        from ssah.report.terminal.tables import as_data
+        from ssah.report.terminal import as_data
 
         # Standard output is the result's.
         with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
@@ -114,7 +95,7 @@ class Weights:
 
     def loading(self, name: str, rows: Rows) -> Loading:
         """How a study loads the model, which it does when it has read its rows."""
-        from ssah.studies.loading import Loading
+        from ssah.studies import Loading
 
         # Nothing is loaded yet: rows that are wrong are refused first, which takes no time.
         return Loading(

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from ssah.training.finetune import Settings
     from ssah.units import UnitSet
 
-__all__ = ["NOTHING", "RunOptions", "Selected", "train"]
-
 NOTHING = "none"  # what `--freeze` says where everything trains
 
 
@@ -42,6 +40,18 @@ class RunOptions:
     keep_checkpoints: bool = setting(False, "Also when the run is finished.", panel="Run")
     dry_run: bool = setting(False, "Show what trains and the memory it takes.", panel="Run")
 
+    def check(self) -> None:
+        """Raise ValueError, before a model is loaded, where the run could not be written."""
+        from ssah.storage import check_free
+        from ssah.training.finetune import check_folder
+
+        if self.dry_run:  # it writes nothing
+            return
+        if self.out is None:
+            raise ValueError("out is missing: give --out DIR, or --dry-run")
+        check_folder(self.out)  # a folder that has another run would be refused hours later
+        check_free(self.out)
+
 
 @dataclass(frozen=True)
 class Selected:
@@ -58,7 +68,7 @@ class Selected:
     groups: Path | None = None
 
     def check(self) -> None:
-        """Refuse, before a model is loaded, a selection that cannot be."""
+        """Raise ValueError, before a model is loaded, for a selection that cannot be."""
         from ssah.groups import UnitGroups
         from ssah.training.finetune import select_units
 
@@ -92,18 +102,12 @@ def train(
 ) -> Result:
     """Train a model with units selected, or show what that would take."""
     from ssah.data import Counts, rows_read, warn_of_shared
-    from ssah.report.terminal.training import preview_table, trained_table
-    from ssah.storage import check_free
+    from ssah.report.terminal import preview_table, trained_table
     from ssah.training import freeze, train_only
-    from ssah.training.finetune import check_folder, fine_tune, preview
+    from ssah.training.finetune import fine_tune, preview
 
     # Everything that needs no model is refused before one is loaded.
-    out = options.out
-    if out is None and not options.dry_run:
-        raise ValueError("out is missing: give --out DIR, or --dry-run")
-    if out is not None and not options.dry_run:  # a dry run writes nothing
-        check_folder(out)  # a folder that has another run would be refused hours later
-        check_free(out)
+    options.check()
     selected.check()
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
     source = reading.rows(data, options.split, options.limit, counts)
@@ -138,7 +142,8 @@ def train(
         length = max(len(example["input_ids"]) for example in examples)
         result |= {"longest_row": length, **preview(plan, settings, length)}
         return Result(result, (preview_table(result, settings.batch_size),))
-    assert out is not None  # it was refused above
+    out = options.out
+    assert out is not None  # RunOptions.check refuses it
     result |= fine_tune(
         plan,
         examples,

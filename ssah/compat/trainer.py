@@ -19,32 +19,19 @@ from safetensors import SafetensorError
 from ssah.compat.notes import Without
 from ssah.compat.transformers import LIBRARY
 
-__all__ = [
-    "PrinterCallback",
-    "SchedulerType",
-    "SealingTrainer",
-    "Trainer",
-    "TrainerCallback",
-    "TrainingArguments",
-    "get_available_reporting_integrations",
-    "set_seed",
-    "training_arguments",
-]
-
-
 _LOGGER = logging.getLogger("bitsandbytes.backends.cpu.ops")
 _NOTE = Without(("gemm_4bit_forward",))
 _LOGGER.addFilter(_NOTE)
 try:
-    from transformers import (
-        PrinterCallback,
-        Trainer,
-        TrainerCallback,
-        TrainingArguments,
-        set_seed,
+    # ``as`` with the same name: handed on, as no other room imports these from transformers.
+    from transformers import PrinterCallback as PrinterCallback
+    from transformers import Trainer, TrainingArguments
+    from transformers import TrainerCallback as TrainerCallback
+    from transformers import set_seed as set_seed
+    from transformers.integrations import (
+        get_available_reporting_integrations as get_available_reporting_integrations,
     )
-    from transformers.integrations import get_available_reporting_integrations
-    from transformers.trainer_utils import SchedulerType
+    from transformers.trainer_utils import SchedulerType as SchedulerType
 except ImportError as error:
     raise LIBRARY.lacks("Trainer that fits", "to train", str(error)) from error
 finally:

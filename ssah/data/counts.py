@@ -6,8 +6,6 @@ import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 
-__all__ = ["Counts", "warn_of_shared"]
-
 
 @dataclass
 class Counts:

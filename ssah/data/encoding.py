@@ -86,7 +86,7 @@ def encode_checked(
     overlong: Overlong,
     counts: Counts,
 ) -> Iterator[Encoded]:
-    """What `encode` does, for rows that `load_rows` has checked as it read them."""
+    """What `encode` does, for rows that `load_rows` has checked already; errors as of it."""
     check_count("max_length", max_length, least=2)
     if overlong not in ("cut", "skip", "error"):
         raise ValueError(f"overlong must be 'cut', 'skip' or 'error', was {overlong!r}")
@@ -176,7 +176,11 @@ class Encoder:
         return self.one_bos(self.bos(text) + self.tokenize(text), where)
 
     def render_turns(self, turns: Sequence[Message], where: str) -> tuple[str, str]:
-        """The texts of prompt and response under the chat template."""
+        """The texts of prompt and response under the chat template.
+
+        Raises:
+            DataError: the template does not let the beginning of the response be found.
+        """
         assert self.template is not None
         prompt = self.template.render(turns[:-1], where, add_generation_prompt=True)
         full = self.template.render(turns, where)
@@ -205,7 +209,11 @@ class Encoder:
         return prompt, response
 
     def split_tokens(self, prompt: str, response: str, where: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, such that together they are those of the whole text where possible."""
+        """Tokens of both, such that together they are those of the whole text where possible.
+
+        Raises:
+            DataError: tokenised apart, they read differently.
+        """
         prompt_ids = self.tokenize(prompt)
         full_ids = self.tokenize(prompt + response)
         if full_ids[: len(prompt_ids)] == prompt_ids:

@@ -6,18 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, TypeAlias, TypedDict
 
-__all__ = [
-    "Columns",
-    "DataError",
-    "Message",
-    "Row",
-    "check_count",
-    "check_request",
-    "check_row",
-    "check_text",
-    "turns_of",
-]
-
 Message: TypeAlias = "dict[str, str]"  # one turn: "role" and "content"
 
 # In this order. `goal`: AdvBench, JailbreakBench; `forbidden_prompt`: StrongREJECT; `behavior`:

@@ -10,8 +10,6 @@ from typing import Any
 
 from ssah.data.fields import DataError, kind_of
 
-__all__ = ["SUFFIXES", "read_objects"]
-
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
 SUFFIXES = (".jsonl", ".json", ".txt", *_SEPARATORS)  # no data set of the Hub is called like this
 

@@ -11,8 +11,6 @@ from ssah.data.counts import Counts
 from ssah.data.fields import Columns, DataError, check_count, check_request
 from ssah.data.rows import Invalid, read, row_range
 
-__all__ = ["load_requests"]
-
 
 def load_requests(
     source: str | os.PathLike[str],

@@ -19,8 +19,6 @@ from ssah.data.templates import template_record, use_template
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["Reading", "rows_read", "template_options"]
-
 
 @dataclass(frozen=True)
 class Reading:

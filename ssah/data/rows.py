@@ -133,7 +133,7 @@ def read(
     invalid: Invalid,
     counts: Counts,
 ) -> list[Item] | RowStream[Item]:
-    """What `load_rows` does, for any ``check`` of a row."""
+    """What `load_rows` does, for any ``check`` of a row; errors as of it."""
     if limit is not None:
         check_count("limit", limit)
     if invalid not in ("error", "skip"):

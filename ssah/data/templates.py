@@ -19,8 +19,6 @@ from ssah.data.fields import DataError, Message, check_text
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DATE", "Template", "template_record", "use_template"]
-
 DATE = date(2024, 7, 26)  # what Llama 3.2's template says where it knows no date
 _NOW = "strftime_now"  # the function that templates ask for today's date
 _DIRECTIVES = [*"aAbBcdfGHIjmMpSuUVwWxXyYZz", "-d", "-m", "-H", "-I", "-M", "-S", "-j"]

@@ -8,29 +8,17 @@ from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.generation import Answer, answers, bar, generate
+from ssah.evaluation.coherence import Coherence
+from ssah.evaluation.generation import Answer, bar, generate
 from ssah.evaluation.judges import Judge, Judged, judge
 from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
-from ssah.evaluation.rates import rate, summary
+from ssah.evaluation.rates import summary
 from ssah.interventions import ablate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ssah.units import UnitSet
-
-__all__ = [
-    "answers",
-    "attack_success",
-    "coherence",
-    "distinct_judges",
-    "judge",
-    "judge_answers",
-    "judged_answers",
-    "rate",
-    "summary",
-]
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
 _DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations
@@ -129,7 +117,7 @@ def judged_answers(
             :func:`attack_success` takes them.
 
     Returns:
-        What :func:`judge_answers` does, of all requests, in their order.
+        What :func:`judge_answers` does, of all requests, in their order; errors as of it.
     """
     for each in judges:
         each.to(model.device)
@@ -211,7 +199,12 @@ def judge_answers(
 
 
 def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:
-    """The judges that are meant, checked: at least one, no name twice, none that cannot succeed."""
+    """The judges that are meant.
+
+    Raises:
+        ValueError: there is none, or a name twice, or ``max_new_tokens`` is fewer than the words
+            that one asks for, so that no answer could succeed.
+    """
     if isinstance(judges, str) or not judges:
         raise ValueError(f"judges is {judges!r}, must be a list with at least one judge")
     chosen = [judge(each) for each in judges]

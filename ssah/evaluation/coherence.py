@@ -27,8 +27,6 @@ from ssah.evaluation.prompting import Request, check_list, prompts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["NEUTRAL", "Coherence", "coherence"]
-
 NEUTRAL = "Write something."
 _MAX_TOKENS = 64  # of an answer: what is scored, and what calibrates
 _MIN_TOKENS = 8  # the sum of a shorter answer is divided by as many: its mean would say little

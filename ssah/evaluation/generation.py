@@ -29,18 +29,6 @@ from ssah.models import as_it_was, check_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "Answer",
-    "Finite",
-    "answer_tokens",
-    "answers",
-    "bar",
-    "generate",
-    "greedy",
-    "left_padded",
-    "stop_tokens",
-]
-
 _OPENING_TOKENS = 16  # of a prompt's end: enough to hold what opens a block of reasoning
 
 
@@ -143,7 +131,7 @@ def answer_tokens(
     batch_size: int,
     progress: bool = False,
 ) -> list[Answer]:
-    """As :func:`generate`, for prompts that are tokens already."""
+    """As :func:`generate`, for prompts that are tokens already; errors as of it."""
     check_count("max_new_tokens", max_new_tokens)
     chunks = longest_first(encoded, batch_size)
     if not check_whole(model).can_generate():
@@ -159,7 +147,7 @@ def answer_tokens(
         bar(progress, len(encoded)) as advance,
     ):
         for chunk in chunks:
-            new = _new_tokens(model, tokenizer, [encoded[i] for i in chunk])
+            new = _new_tokens(model, [encoded[i] for i in chunk])
             for i, ids in zip(chunk, new.tolist(), strict=True):
                 found[i] = _answer(tokenizer, encoded[i], ids, stops)
             advance(len(chunk))
@@ -223,6 +211,7 @@ class Finite:
         return logits
 
     def check(self) -> None:
+        """Raise FloatingPointError if there were such logits: now the device is waited for."""
         if self.bad is not None and bool(self.bad):
             raise FloatingPointError(
                 "the model's logits are NaN or infinite, so that it says nothing: an empty answer "
@@ -231,9 +220,7 @@ class Finite:
             )
 
 
-def _new_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[list[int]]
-) -> Tensor:
+def _new_tokens(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
     """int64 ``[rows, new tokens]``; rows that are done are filled with the padding token."""
     given = left_padded(model, rows)
     options: dict[str, Any] = {}

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["bootstrap", "check_level", "paired_difference", "wilson"]
-
 _CHUNK = 4_000_000  # values drawn at a time
 
 

@@ -24,8 +24,6 @@ from ssah.models import as_it_was, check_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["log_probs_by_length", "response_log_probs", "utility_loss"]
-
 
 def utility_loss(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> float:
     """Mean negative log-likelihood of a response token, in nats.

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ssah.groups import UnitGroups
 
-__all__ = ["Measurement", "Measures", "ablations"]
-
 
 @dataclass(frozen=True)
 class Measurement:

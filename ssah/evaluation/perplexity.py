@@ -21,8 +21,6 @@ from ssah.evaluation.prompting import check_list
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Perplexity", "count_words", "perplexity"]
-
 
 @dataclass(frozen=True)
 class Perplexity:

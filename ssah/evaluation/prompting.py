@@ -13,18 +13,6 @@ from ssah.models import text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = [
-    "OPENING",
-    "Request",
-    "asked_turns",
-    "check_list",
-    "check_room",
-    "fitting",
-    "longest_first",
-    "prompts",
-    "room_of",
-]
-
 OPENING = 32  # tokens that the opening of an answer may take after a request
 
 Request: TypeAlias = "str | Mapping[str, Any]"
@@ -46,6 +34,7 @@ def prompts(
 
     Raises:
         ValueError: no request, or a single string in place of a list.
+        TypeError: ``system_prompt`` is no string.
         DataError: as ``ssah.evaluation.generate`` describes.
     """
     check_list(name, requests)
@@ -65,7 +54,10 @@ def prompts(
 
 
 def check_list(name: str, given: object) -> None:
-    """Refuse a text, or one row, in the place of several: its letters or fields would be them."""
+    """Raise ValueError for a text or one row in the place of several.
+
+    Its letters or fields would be taken for them.
+    """
     if isinstance(given, (str, Mapping)):
         what = "a string" if isinstance(given, str) else "one row"
         raise ValueError(f"{name} is {what}, must be a list of strings or rows")

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from ssah.evaluation.coherence import Coherence
     from ssah.evaluation.judges import Judge
 
-__all__ = ["answer_rates", "rate", "summary"]
-
 _CANNED = 3  # an answer given as often may not depend on the request
 
 

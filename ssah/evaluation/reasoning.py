@@ -6,8 +6,6 @@ not closed holds all of the answer: the model was cut off before it said anythin
 
 from __future__ import annotations
 
-__all__ = ["opens_reasoning", "spoken"]
-
 # How a block of reasoning opens, and what follows it. The last one: gpt-oss.
 _BLOCKS = (
     ("<think>", "</think>"),

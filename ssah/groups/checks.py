@@ -11,21 +11,6 @@ from torch import Tensor
 from ssah.choices import By, Group, Normalize, Scope
 from ssah.units import UnitSet, split
 
-__all__ = [
-    "GROUPS",
-    "NORMALIZATIONS",
-    "ORDERS",
-    "SCOPES",
-    "SLACK",
-    "Checked",
-    "check_same_modules",
-    "checked_scores",
-    "fraction_of",
-    "labels_of",
-    "share_of",
-    "sizes_of",
-]
-
 GROUPS: tuple[str, ...] = get_args(Group)
 SCOPES: tuple[str, ...] = get_args(Scope)
 NORMALIZATIONS: tuple[str, ...] = get_args(Normalize)
@@ -34,7 +19,7 @@ SLACK = 1e-9  # shares such as 0.7 + 0.2 + 0.1 are not exact in binary
 
 
 def fraction_of(argument: str, value: object) -> float:
-    """A number from 0 to 1, and nothing else."""
+    """A number from 0 to 1; TypeError for what is none, ValueError for another."""
     # True is an int to Python, and would be a share of 100 %.
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{argument} is {value!r}; it must be a fraction between 0 and 1")
@@ -49,6 +34,9 @@ def share_of(whole: str, text: str) -> float:
     Args:
         whole: what the message begins with, e.g. ``"ablate is 'runs/groups:cu:few'"``.
         text: the share alone, e.g. ``"few"``. Its bounds are those of `UnitGroups.top`.
+
+    Raises:
+        ValueError: ``text`` is no number.
     """
     try:
         return float(text)
@@ -68,7 +56,12 @@ class Checked(dict[str, Tensor]):
 
 
 def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
-    """Copies of scores, float64 [n_units] on the CPU; refuses unusable ones by name."""
+    """Copies of scores, float64 [n_units] on the CPU.
+
+    Raises:
+        TypeError: scores that are no real numbers; the module is named.
+        ValueError: no module, another shape, or a score that is NaN or infinite.
+    """
     if isinstance(scores, Checked):
         return scores
     if not scores:
@@ -108,7 +101,7 @@ def checked_scores(role: str, scores: Mapping[str, Tensor]) -> Checked:
 def check_same_modules(
     left_name: str, left: Mapping[str, int], right_name: str, right: Mapping[str, int]
 ) -> None:
-    """Refuse two results that are not of the same modules, with the same numbers of units."""
+    """Raise ValueError unless two results are of the same modules, with as many units each."""
     # Both ways round: each may have modules that the other lacks.
     for here, there, a, b in (
         (left_name, right_name, left, right),

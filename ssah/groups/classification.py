@@ -39,8 +39,6 @@ from ssah.groups.unit_groups import UnitGroups
 from ssah.models import check_same_weights
 from ssah.units import UnitSet, blocks, lowest, normalized, share_count, split, without
 
-__all__ = ["classify"]
-
 
 def classify(
     safety: Attribution | Mapping[str, Tensor],
@@ -76,6 +74,7 @@ def classify(
         ValueError: for shares outside [0, 1] or above 1 together; scores that are NaN or infinite;
             attributions of different modules, models, weights, metrics or token selections; or of
             the same data, where no unit matters more for one than for the other.
+        TypeError: a share is no number; or scores are neither two attributions nor two mappings.
 
     Source: Li & Kim, arXiv 2410.10862.
     """

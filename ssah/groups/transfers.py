@@ -13,12 +13,10 @@ from torch import Tensor
 
 from ssah.groups.unit_groups import UnitGroups
 
-__all__ = ["Transfer", "transfer"]
-
 
 @dataclass(frozen=True)
 class Transfer:
-    """How units moved between groups.
+    """How units moved between groups: Li & Kim, arXiv 2410.10862, attribute transfer.
 
     Attributes:
         groups: names of rows and columns, `("scu", "ucu", "ru", "cu")`.

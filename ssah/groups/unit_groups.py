@@ -40,8 +40,6 @@ from ssah.units import (
 )
 from ssah.version import __version__
 
-__all__ = ["UnitGroups"]
-
 # By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
 _OWN: dict[str, tuple[str, int]] = {
     "scu": ("difference", 1),
@@ -72,7 +70,8 @@ _FIELDS: Fields = {
 class UnitGroups(Mapping[str, UnitSet]):
     """The four groups of units of a model: `"scu"`, `"ucu"`, `"ru"` and `"cu"`, each a `UnitSet`.
 
-    Groups are disjoint, and together they hold every unit of the scope. Made by `classify`.
+    Groups are disjoint, and together they hold every unit of the scope. Made by `classify`, after
+    Li & Kim, arXiv 2410.10862: safety- and utility-critical, redundant and complex units.
 
     Attributes:
         safety, utility: the scores I_S and I_U that were ranked, as measured: B's name to float64

@@ -19,8 +19,6 @@ from ssah.interventions.columns import Columns, check_finite, checked_modules, c
 from ssah.models import check_idle, is_offloaded, scheme_of
 from ssah.units import UnitSet, check_parameters, is_computed
 
-__all__ = ["ablate", "check_not_ablated"]
-
 # How many ablations each B is inside of. Weak keys, and not an attribute of the module: a copy of
 # the model made inside keeps its zeros for good and is an ordinary model.
 _ABLATED: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()

@@ -14,8 +14,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-__all__ = ["create_biases"]
-
 
 def create_biases(model: nn.Module, lacking: list[str]) -> None:
     """Give the B of these modules a zero bias that the model's configuration knows about.

@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ssah.models import nonfinite
 from ssah.units import DepthTwoModule, UnitSet, check_units
 
-__all__ = ["Columns", "check_finite", "checked_modules", "columns_of"]
-
 
 @dataclass(frozen=True, eq=False)
 class Columns:
@@ -56,7 +54,11 @@ def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModul
 
 
 def columns_of(units: UnitSet, modules: Mapping[str, DepthTwoModule]) -> dict[str, Columns]:
-    """The columns of B that units own, by module; refuses weights that cannot be written."""
+    """The columns of B that units own, by module.
+
+    Raises:
+        ValueError: a weight cannot be written: it is packed, or not in memory.
+    """
     columns = {}
     for name, module in modules.items():
         if len(units[name]) == 0:

@@ -23,8 +23,6 @@ from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_parameters
 if TYPE_CHECKING:
     from ssah.attribution import Attribution
 
-__all__ = ["prune"]
-
 
 def prune(
     model: nn.Module,

@@ -92,7 +92,7 @@ def load_weights(
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> PreTrainedModel:
-    """The model alone, where no tokenizer is needed; everything as of :func:`load_model`."""
+    """The model without its tokenizer; arguments and errors as of :func:`load_model`."""
     source, target = check_options(name, dtype, device, packed, device_map, offload_folder)
     options = source.options(trust_remote_code)
     # A GGUF file has blocks of many types, of which none is a dtype to go on with.
@@ -128,7 +128,10 @@ def check_options(
     device_map: str | Mapping[str, Any] | None = None,
     offload_folder: str | os.PathLike[str] | None = None,
 ) -> tuple[Source, torch.device]:
-    """Where the model is and where it goes, before minutes of loading; as of :func:`load_model`."""
+    """Where the model is and where it goes, before minutes of loading.
+
+    Arguments and errors as of :func:`load_model`.
+    """
     if dtype not in DTYPES:
         raise ModelError(f"dtype is {dtype!r}, must be one of {', '.join(DTYPES)}")
     if isinstance(device_map, str) and device_map not in _MAPS:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-__all__ = ["COLOURS", "IMPLEMENTATIONS", "NAMES", "SCORING"]
-
 # Told apart by people with any kind of colour vision (after Okabe and Ito).
 COLOURS = {
     "scu": "#d55e00",

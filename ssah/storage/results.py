@@ -32,7 +32,7 @@ FORMAT = 2  # of meta.json; 1 had config_hash, a hash of every setting, in place
 def save_tensors(
     directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> None:
-    """Write ``tensors`` and ``meta`` (JSON types only) to ``directory``: whole, or not at all.
+    """Write ``tensors``, of any shape, and ``meta`` (JSON types) to a folder: whole or not at all.
 
     An earlier result of the same kind in the folder is replaced, and what a killed process left of
     one is removed. The kind is ``meta["content"]``. Of several processes that save to one folder,

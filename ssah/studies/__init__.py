@@ -2,6 +2,20 @@
 
 from __future__ import annotations
 
-from ssah.lazy import submodules_of
+from typing import TYPE_CHECKING
 
-__getattr__ = submodules_of(__name__)
+from ssah.lazy import names_of
+
+if TYPE_CHECKING:
+    from ssah.studies.loading import Loading
+    from ssah.studies.probe import run_probe
+    from ssah.studies.transfer import run_transfer, transfer_summary
+
+__all__ = ["Loading", "run_probe", "run_transfer", "transfer_summary"]
+
+__getattr__ = names_of(
+    __name__,
+    loading="Loading",
+    probe="run_probe",
+    transfer="run_transfer transfer_summary",
+)

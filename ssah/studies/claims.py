@@ -14,8 +14,6 @@ from torch import Tensor
 
 from ssah.evaluation import paired_difference, wilson
 
-__all__ = ["Expected", "Unit", "claim", "difference"]
-
 Expected = Literal["lower", "higher", "not higher"]
 Unit = Literal["points", "nats", "cosine"]
 

@@ -38,16 +38,6 @@ if TYPE_CHECKING:
     from ssah.studies.study import Study
     from ssah.units import UnitSet
 
-__all__ = [
-    "Evaluation",
-    "attack_line",
-    "intact_coherence",
-    "losses",
-    "measured_line",
-    "succeeded",
-    "summary",
-]
-
 UTILITY, MATH = "utility", "math"
 # Tokens that a request has at least, whatever ``max_length`` of rows is: it is never cut, because
 # half a request may be harmless.

@@ -8,22 +8,20 @@ do with one another, says which way the model leans at a layer.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ssah.evaluation import COMPLIANCE, OPENING, REFUSAL, Probe, fitting, opened, probe, prompts
 from ssah.models import load_tokenizer, quiet, weights_hash
-from ssah.report.pictures.probe import plot_probe
+from ssah.report.pictures import plot_probe
 from ssah.storage import check_free
 from ssah.studies.claims import claim
 from ssah.studies.loading import Loading
 from ssah.studies.run_folder import Run
 from ssah.studies.sources import Sources
 from ssah.studies.step_bars import Steps
-
-__all__ = ["run_probe"]
 
 KIND = "probe"
 _MODEL, _BESIDE = "model", "beside"
@@ -61,55 +59,21 @@ def run_probe(
     if beside == model.name:
         raise ValueError(f"beside is {beside!r}, which is the model itself; must be another one")
     sources = Sources(model.reading)
-    asked = sources.requests("requests", requests)
     names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
-    for name in names.values():  # refused before anything is written; both get the same requests
-        with quiet():
-            own = load_tokenizer(name, trust_remote_code=model.trust_remote_code)
-        encoded = prompts(model.reading.tokenizer(own), asked)
-        asked = fitting(asked, encoded, max_length - OPENING, overlong=model.reading.overlong)
-        for opening in (refusal, compliance):
-            opened(asked, opening, own, max_length=max_length)
-    if len(asked) < 2:
-        raise ValueError(f"requests has {len(asked)}, must have at least 2: the baseline")
-    settings = {
-        **model.settings(),
-        "beside": beside,
+    options = {
         "tokens": tokens,
         "refusal": refusal,
         "compliance": compliance,
         "max_length": max_length,
-        "seed": 0,
     }
+    given = sources.requests("requests", requests)
+    asked = _fitting_all(model, names.values(), given, (refusal, compliance), max_length)
+    settings = {**model.settings(), "beside": beside, **options, "seed": 0}
     run = Run(out, KIND, settings, sources.record)
     weights: dict[str, str] = {}  # known only once a model is loaded, so no part of the settings
     with Steps(run, len(names)) as steps:
         for role, name in names.items():
-            loaded, tokenizer = model(model.dtype, name)
-            weights[role] = weights_hash(loaded)
-
-            def compute(role: str = role, loaded: Any = loaded, tokenizer: Any = tokenizer) -> Any:
-                with steps.part("requests", len(asked)) as advance:
-                    found = probe(
-                        loaded,
-                        tokenizer,
-                        asked,
-                        tokens=tokens,
-                        refusal=refusal,
-                        compliance=compliance,
-                        batch_size=batch_size,
-                        max_length=max_length,
-                        advance=advance,
-                    )
-                found.save(run.out / role)
-                return {"weights": weights[role]}
-
-            if steps(f"probe-{role}", compute)["weights"] != weights[role]:
-                raise ValueError(
-                    f"{str(run.out)!r} has this experiment with other weights of {name!r}: take "
-                    "another folder, or remove this one"
-                )
-            del loaded, compute  # both models may not fit: before the next one is loaded
+            weights[role] = _probed(steps, model, role, name, asked, batch_size, options)
     probes = {names[role]: Probe.load(run.out / role) for role in names}
     title = f"Which way {model.name} reasons on {len(asked)} harmful requests"
     picture = plot_probe(probes, run.out / "probe.png", title)
@@ -119,6 +83,57 @@ def run_probe(
     ]
     claims = _claims(names, [*probes.values()])
     return run.finish({"requests": len(asked), "models": rows, "claims": claims}, [picture])
+
+
+def _fitting_all(
+    loading: Loading,
+    names: Iterable[str],
+    requests: list[str],
+    openings: Sequence[str],
+    max_length: int,
+) -> list[str]:
+    """The requests that fit every model, so that all are asked the same; from tokenizers alone."""
+    for name in names:
+        with quiet():
+            own = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
+        encoded = prompts(loading.reading.tokenizer(own), requests)
+        most = max_length - OPENING
+        requests = fitting(requests, encoded, most, overlong=loading.reading.overlong)
+        for opening in openings:
+            opened(requests, opening, own, max_length=max_length)
+    if len(requests) < 2:
+        raise ValueError(f"requests has {len(requests)}, must have at least 2: the baseline")
+    return requests
+
+
+def _probed(
+    steps: Steps,
+    loading: Loading,
+    role: str,
+    name: str,
+    requests: Sequence[str],
+    batch_size: int,
+    options: Mapping[str, Any],
+) -> str:
+    """Probe one model, a step, and keep the probe in the folder of its role; its weights' hash."""
+    # Local, so that it is gone before the next model is loaded: both may not fit.
+    loaded, tokenizer = loading(loading.dtype, name)
+    weights, out = weights_hash(loaded), steps.run.out
+
+    def compute() -> dict[str, str]:
+        with steps.part("requests", len(requests)) as advance:
+            found = probe(
+                loaded, tokenizer, requests, batch_size=batch_size, advance=advance, **options
+            )
+        found.save(out / role)
+        return {"weights": weights}
+
+    if steps(f"probe-{role}", compute)["weights"] != weights:
+        raise ValueError(
+            f"{str(out)!r} has this experiment with other weights of {name!r}: take another "
+            "folder, or remove this one"
+        )
+    return weights
 
 
 def _measured(found: Probe) -> dict[str, Any]:

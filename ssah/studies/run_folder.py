@@ -26,8 +26,6 @@ import transformers
 from ssah.storage import RECORD, Fields, one_run, read_record, read_sealed, sealed, write_whole
 from ssah.version import __version__
 
-__all__ = ["Run", "read_run"]
-
 _STEPS = "steps"
 _FIELDS: Fields = {
     "kind": str,

@@ -9,8 +9,6 @@ from typing import Any, TypeVar
 
 from ssah.data import Counts, Reading, Row, warn_of_shared
 
-__all__ = ["Sources"]
-
 # Roles whose rows a model was calibrated or trained on; the others measure it, and a prompt that is
 # on both sides makes a result look better than it is.
 _SEEN = ("safety", "utility", "finetune")

@@ -11,10 +11,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from ssah.report.terminal.tables import as_data
+from ssah.report.terminal import as_data
 from ssah.studies.run_folder import Run
-
-__all__ = ["Steps"]
 
 
 class Steps:

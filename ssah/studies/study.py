@@ -45,8 +45,6 @@ if TYPE_CHECKING:
     from ssah.choices import Normalize, Scope
     from ssah.data import Loader
 
-__all__ = ["Study", "grouped"]
-
 SCORES = "scores"  # folder of a run
 
 

@@ -10,10 +10,8 @@ from typing import Any
 import torch
 
 from ssah.groups import Transfer, UnitGroups, transfer
-from ssah.report.pictures.transfer import plot_transfer
+from ssah.report.pictures import plot_transfer
 from ssah.studies.run_folder import Run
-
-__all__ = ["run_transfer", "summary"]
 
 KIND = "transfer"
 
@@ -37,7 +35,7 @@ def run_transfer(
     """
     groups = {"before": UnitGroups.load(before), "after": UnitGroups.load(after)}
     moved = transfer(groups["before"], groups["after"])
-    found = summary(moved, groups["before"], groups["after"])
+    found = transfer_summary(moved, groups["before"], groups["after"])
     data = {
         role: {
             "source": str(folder),
@@ -54,7 +52,7 @@ def run_transfer(
         return run.finish(found, [picture])
 
 
-def summary(moved: Transfer, before: UnitGroups, after: UnitGroups) -> dict[str, Any]:
+def transfer_summary(moved: Transfer, before: UnitGroups, after: UnitGroups) -> dict[str, Any]:
     """A transfer as plain data.
 
     Returns:

@@ -19,8 +19,6 @@ from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
 from ssah.training.stepping import check_state, check_trains, lost
 
-__all__ = ["ACTIVE", "PLAN", "check_unplanned", "has_twin", "retire", "watch_optimizers"]
-
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 
 # Plans that are in force; a closed plan leaves, a forgotten one vanishes.
@@ -59,7 +57,7 @@ def has_twin(plan: Installed) -> bool:
 
 
 def retire(plan: Installed, slices: Iterable[Tensor]) -> None:
-    """A plan is closed: the slices of what it had split are in no model any more."""
+    """A plan is closed: the slices of what it had split, of any shape, are in no model any more."""
     ACTIVE.discard(plan)
     for parameter in slices:
         key = id(parameter)

@@ -15,8 +15,6 @@ from ssah.training.splitting import check_no_hooks
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import check_layout, is_sharded
 
-__all__ = ["check_planable"]
-
 
 def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of a model that a plan over ``units`` can be made for.

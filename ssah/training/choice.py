@@ -21,8 +21,6 @@ from ssah.training.entries import Entries, select_entries
 from ssah.training.splitting import check_rows_split
 from ssah.units import DepthTwoModule, UnitSet
 
-__all__ = ["Beside", "Choice", "Rows", "choose"]
-
 Rows = Mapping[str, Sequence[int] | Tensor]  # parameter -> numbers of its rows
 
 

@@ -27,8 +27,6 @@ from torch import Tensor, nn
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim
 
-__all__ = ["Entries", "TrainedSlice", "fingerprint", "select_entries"]
-
 
 @dataclass(frozen=True, eq=False)
 class Entries:
@@ -84,8 +82,8 @@ class TrainedSlice:
         name: of the original parameter.
         parameter: what trains now. Where the original is split, the trained entries alone,
             unit-major: ``[len(index), ...]``. Else the original itself.
-        index: int64 on the CPU, the entries of the original that the rows of ``parameter`` are; of
-            a parameter that is not split, those that train.
+        index: int64 ``[trained]`` on the CPU, the entries of the original that the rows of
+            ``parameter`` are; of a parameter that is not split, those that train.
         entries: of the original parameter.
         split: whether the original is split.
     """

@@ -20,8 +20,6 @@ from ssah.compat.modules import active_ddp, takes_over
 from ssah.distributed import Ranks
 from ssah.training.splitting import MaskedProjection, replaced_slices
 
-__all__ = ["ForwardCheck"]
-
 
 class ForwardCheck:
     """A hook on the model of a plan.

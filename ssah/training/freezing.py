@@ -11,8 +11,6 @@ from ssah.moved import renamed
 from ssah.training.plan import UpdatePlan
 from ssah.units import UnitSet
 
-__all__ = ["freeze", "train_only"]
-
 
 def freeze(
     model: PreTrainedModel,
@@ -35,7 +33,8 @@ def freeze(
         keep: further parameters that stay whole: names in ``model.named_parameters()``, or
             patterns of them such as ``"*norm*"``.
         rows: rows of embeddings and heads that stay, the rest of which trains: name of the
-            parameter -> numbers of its rows. Of tied weights either name is meant for both.
+            parameter -> numbers of its rows, a list or a tensor ``[n]``. Of tied weights either
+            name is meant for both.
         unfreeze: parameters that required no gradient before train too.
 
     Raises:
@@ -74,7 +73,7 @@ def train_only(
         extra_parameters: further parameters that train whole: names in
             ``model.named_parameters()``, or patterns of them.
         rows: rows of embeddings and heads that train: name of the parameter -> numbers of its
-            rows. Of tied weights either name is meant for both.
+            rows, a list or a tensor ``[n]``. Of tied weights either name is meant for both.
 
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, an

@@ -18,8 +18,6 @@ from torch import Tensor
 from ssah.training.entries import TrainedSlice
 from ssah.units import DepthTwoModule
 
-__all__ = ["UnitImportance", "unit_importance"]
-
 
 @dataclass(frozen=True, eq=False)
 class UnitImportance:

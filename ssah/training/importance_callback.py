@@ -13,8 +13,6 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from ssah.training.plan import UpdatePlan
 
-__all__ = ["ImportanceCallback"]
-
 
 class ImportanceCallback(TrainerCallback):
     """Adds to every log of a ``transformers.Trainer`` how important trained units have become.

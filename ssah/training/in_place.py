@@ -11,8 +11,6 @@ from ssah.compat import peft
 from ssah.training.installed import Installed
 from ssah.training.splitting import replaced_slices
 
-__all__ = ["check_in_place", "check_unmoved"]
-
 
 def check_in_place(installed: Installed) -> None:
     """Refuse frozen entries that are elsewhere, or whose module computes something more.

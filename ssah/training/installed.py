@@ -28,8 +28,6 @@ from ssah.training.splitting import (
 )
 from ssah.units import DepthTwoModule
 
-__all__ = ["Installed"]
-
 
 class Installed:
     """The change of one model.
@@ -141,12 +139,14 @@ class Installed:
                 yield TrainedSlice(name, parameter, entries.index, entries, split=False)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that train now, as in ``model.named_parameters()``."""
+        """Names and parameters that train now, as in ``model.named_parameters()``; slices of what
+        is split are ``[trained, ...]``."""
         every = self.model.named_parameters()
         return ((n, p) for n, p in every if n not in self.entries or self.entries[n].some)
 
     def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and original parameters of what is split: no optimiser may hold them now."""
+        """Names and original parameters of what is split, empty ``[0]``: no optimiser may hold
+        them now."""
         return ((name, tensor.original) for name, (_, tensor) in self.split().items())
 
     def taken(self) -> dict[int, str]:
@@ -156,7 +156,7 @@ class Installed:
         return self._taken
 
     def trained(self) -> dict[int, tuple[nn.Module, str, nn.Parameter]]:
-        """Id of a parameter that trains -> the module that has it, its name there, and itself."""
+        """Id of a parameter of any shape that trains -> its module, its name there, and itself."""
         if self._trained is None:
             self._trained = {}
             for name, parameter in self.parameters():
@@ -175,11 +175,11 @@ class Installed:
         self.last_optimizer = self._taken = self._trained = None
 
     def own_slices(self) -> list[nn.Parameter]:
-        """The trained slices of what is split."""
+        """The trained slices of what is split, ``[trained, ...]`` each."""
         return [p for module in self.masked.values() for p in module.own.values()]
 
     def optimizer(self, given: Any) -> Any:
-        """The optimiser that is ``given``, or the last one that stepped under the plan."""
+        """The optimiser ``given``, or the last that stepped under the plan; RuntimeError: none."""
         if given is None and self.last_optimizer is not None:
             given = self.last_optimizer()
         if given is None:

@@ -13,8 +13,6 @@ from ssah.training.entries import TrainedSlice
 from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.sharded import Dim, is_sharded
 
-__all__ = ["PlanAdamW", "other_plan", "param_groups", "rounding", "trainer_options"]
-
 
 class PlanAdamW(MaskedAdamW):
     """:class:`~ssah_kernels.optim.MaskedAdamW` over the parameters of a plan.
@@ -44,8 +42,8 @@ def other_plan(theirs: Set[Any], own: Set[Any]) -> ValueError:
 def rounding(parameters: Iterable[nn.Parameter]) -> dict[str, str]:
     """How weights are stored unless the caller says so, as an option of `PlanAdamW`.
 
-    bfloat16 has 8 bits: a step of less than a 512th of a weight is lost to nearest. float16
-    parameters know no stochastic rounding.
+    Parameters are of any shape. bfloat16 has 8 bits: a step of less than a 512th of a weight is
+    lost to nearest. float16 parameters know no stochastic rounding.
     """
     dtypes = {p.dtype for p in parameters}
     stochastic = torch.bfloat16 in dtypes and torch.float16 not in dtypes
@@ -101,8 +99,8 @@ def param_groups(
     """Groups of what trains, with and without decay, with the dimension that units run along.
 
     Args:
-        parameters: all that train, in the order of the model; also what no slice is of, such as
-            adapters that the model was given since.
+        parameters: all that train, of any shape, in the order of the model; also what no slice is
+            of, such as adapters that the model was given since.
         slices: what is known of them.
         fingerprint: of the plan.
         weight_decay: of parameters of more than one dimension; norms and biases do not decay.

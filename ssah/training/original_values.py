@@ -22,8 +22,6 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 from ssah.models import weights_hash
 from ssah.training.installed import Installed
 
-__all__ = ["OriginalValues", "Reversible"]
-
 
 class OriginalValues:
     """What the slices of one plan were.

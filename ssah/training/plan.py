@@ -38,8 +38,6 @@ from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
 
-__all__ = ["UpdatePlan", "plan_of"]
-
 
 def plan_of(model: nn.Module) -> UpdatePlan | None:
     """The plan that is in force on ``model``, or None."""
@@ -104,20 +102,21 @@ class UpdatePlan(Reversible):
     # ---------------------------------------------------------------------------- what trains
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and parameters that train, as in ``model.named_parameters()``."""
+        """Names and parameters that train, as in ``model.named_parameters()``; of what is split a
+        slice ``[trained, ...]``, unit by unit: of B's weight ``[out, units]`` it is a transpose."""
         self._check_open()
         return self._installed.parameters()
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that train: for any optimiser of torch."""
+        """The parameters that train, slices ``[trained, ...]``: for any optimiser of torch."""
         return (parameter for _, parameter in self.named_parameters())
 
     def original_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the whole model as they were before the plan, in their order.
 
         For whoever reads weights by name: a weight sync to another engine, an average of weights.
-        What is split is put together anew, one parameter at a time: a copy, without a gradient,
-        that no write reaches. Everything else is the model's own parameter.
+        What is split is put together anew, one at a time, e.g. ``[out, units]``: a copy, without a
+        gradient, that no write reaches. Everything else is the model's own parameter.
         """
         self._check_open()
         yield from self._installed.originals()
@@ -125,14 +124,14 @@ class UpdatePlan(Reversible):
     def trained_slices(self) -> Iterator[tuple[str, nn.Parameter, Tensor, int]]:
         """Every parameter that trains, as (original name, parameter, entries, number of entries).
 
-        The entries, int64, are those of the original parameter that the rows of this one are;
-        of a parameter that is not split, those that train, along the dimension that units own.
+        A slice ``[trained, ...]`` has one row for each of its entries, int64 ``[trained]``, of the
+        original; of a parameter that is not split, they are those that train.
         """
         slices = self._installed.slices()
         return ((s.name, s.parameter, s.index, len(s.entries.trains)) for s in slices)
 
     def replaced(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Names and original parameters of what is split: no optimiser may hold them now."""
+        """Names and originals of what is split, empty ``[0]``: no optimiser may hold them now."""
         return self._installed.replaced()
 
     def print_trainable_parameters(self) -> None:
@@ -156,7 +155,7 @@ class UpdatePlan(Reversible):
         """AdamW over what trains.
 
         Args:
-            lr: learning rate.
+            lr: learning rate, a float or a tensor ``[]``.
             weight_decay: decoupled; not of norms and biases.
             **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
                 rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where

@@ -10,8 +10,6 @@ from ssah.compat.trainer import TrainerCallback
 if TYPE_CHECKING:
     from ssah.training.plan import UpdatePlan
 
-__all__ = ["PlanCallback"]
-
 
 class PlanCallback(TrainerCallback):
     """Verifies a plan at each checkpoint and at the end, saves the update, and closes the plan.

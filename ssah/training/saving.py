@@ -33,8 +33,6 @@ from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
 
-__all__ = ["load_update", "push_update", "save_update"]
-
 HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
 _FIELDS: Fields = {

@@ -16,8 +16,6 @@ from ssah.training.entries import Entries
 from ssah.training.splitting import complement_rows
 from ssah_kernels.sharded import Part, local, local_index, parts
 
-__all__ = ["clear_frozen_gradients", "frozen_pieces"]
-
 
 def frozen_pieces(
     model: nn.Module, entries: Mapping[str, Entries]

@@ -12,8 +12,6 @@ from collections.abc import Collection
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["check_state", "check_trains", "lost"]
-
 # State that has an element for each of the parameter's, as optimisers of torch and of bitsandbytes
 # call it. Their kernels run over it with the parameter's size, whatever its own is. Factored state
 # (Adafactor's) and blocks' scales have other names and shapes, which are right.

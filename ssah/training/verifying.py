@@ -23,8 +23,6 @@ from ssah.training.in_place import listed
 from ssah.training.splitting import complement_rows
 from ssah.units import UnitSet
 
-__all__ = ["verify"]
-
 _ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
 
 # Name of a parameter -> how to get it: [...] as the model keeps it, what a packed one stands for.

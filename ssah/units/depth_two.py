@@ -132,7 +132,7 @@ class GatedFFN:
 
 @dataclass(frozen=True, eq=False)
 class DepthTwoModule:
-    """One depth-2 module of a model.
+    """One depth-2 module of a model: f(X) = B sigma(A X), as in Li & Kim, arXiv 2410.10862.
 
     Attributes:
         name: B's qualified name in the model; scores and unit sets are keyed by it. Of expert e

@@ -24,6 +24,17 @@ import torch
 from ssah_kernels.checks import shown
 from ssah_kernels.schema import KERNELS
 
+__all__ = [
+    "BACKENDS",
+    "MissingBackendError",
+    "available",
+    "choose",
+    "kernel",
+    "missing",
+    "stem",
+    "use",
+]
+
 BACKENDS = ("reference", "cpu", "triton", "cuda")
 
 

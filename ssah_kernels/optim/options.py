@@ -35,7 +35,7 @@ def _number(name: str, value: Any, *, below: float = math.inf) -> None:
 
 
 def check_lr(lr: Any) -> None:
-    """Raise before a step that would make every weight NaN; a tensor on a GPU is not read."""
+    """Raise ValueError before a step that would make every weight NaN; no tensor is read."""
     if isinstance(lr, (int, float)) and not 0 <= lr < math.inf:
         raise ValueError(f"lr is {lr}; it must be at least 0 and finite")
 
@@ -79,7 +79,11 @@ def check(group: dict[str, Any]) -> None:
 
 
 def as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:
-    """``value`` as a list with one entry a parameter; None: ``default`` for each."""
+    """``value`` as a list with one entry a parameter; None: ``default`` for each.
+
+    Raises:
+        ValueError: it is no list, or of another length.
+    """
     if value is None:
         return [default] * n
     if name == "dims" and isinstance(value, int):
@@ -125,6 +129,9 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
         p: the parameter.
         index: int64 [trained], which entries train along ``dim``; None: all.
         dim: a dimension, or of a sharded parameter with experts a pair of them.
+
+    Raises:
+        ValueError: ``index`` or ``dim`` does not fit the parameter.
     """
     n = p.dim() or 1
     if is_sharded(p):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import typer
@@ -70,16 +69,10 @@ def _members(owner: str, value: Any) -> Iterator[str]:
             yield f"{owner}.{member}{_parameters(getattr(value, member))}"
 
 
-def _defined(module: ModuleType) -> list[str]:
-    """Public names of a module that lists none."""
-    own = ((name, value) for name, value in vars(module).items() if not name.startswith("_"))
-    return [name for name, value in own if getattr(value, "__module__", None) == module.__name__]
-
-
 def _names() -> Iterator[str]:
     for module in PUBLIC:
         imported = importlib.import_module(module)
-        for name in sorted(getattr(imported, "__all__", None) or _defined(imported)):
+        for name in sorted(imported.__all__):
             value = getattr(imported, name)
             yield f"{module}.{name}{_parameters(value)}"
             # ssah.UnitSet and ssah.units.UnitSet are one class: its members stand once.

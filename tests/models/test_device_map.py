@@ -11,9 +11,8 @@ from commands import call, fails
 import ssah
 from ssah.data import load_rows, make_loader
 from ssah.models import ModelError, load_model
-from ssah.studies.loading import Loading
-from ssah.studies.training.budget import budget
-from ssah.studies.training.settings import BudgetSettings
+from ssah.studies import Loading
+from ssah.studies.training import BudgetSettings, run_budget
 
 # One layer in memory, the other on disk, as where a GPU holds a part of the model.
 PLACES = {
@@ -86,7 +85,7 @@ def test_commands_deal_a_model(tiny_chat_folder: Path, tmp_path: Path) -> None:
 def test_a_study_that_trains_refuses_a_map_before_anything_is_done(tmp_path: Path) -> None:
     loading = Loading("smollm2", device_map="auto")
     with pytest.raises(ModelError, match="holds its model on one device"):
-        budget(
+        run_budget(
             loading,
             tmp_path / "run",
             BudgetSettings(),

@@ -13,9 +13,8 @@ from ssah.data import make_loader
 from ssah.evaluation import generation
 from ssah.groups import UnitGroups, classify
 from ssah.models import load_model
+from ssah.studies.scan import ScanSettings, run_scan
 from ssah.studies.scan.curves import Curves, Point
-from ssah.studies.scan.run import scan
-from ssah.studies.scan.settings import ScanSettings
 
 pytestmark = pytest.mark.xdist_group("scan")  # its fixture is made once
 
@@ -23,7 +22,7 @@ pytestmark = pytest.mark.xdist_group("scan")  # its fixture is made once
 @pytest.fixture(scope="module")
 def scanned(loading, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("scan") / "run"
-    return out, scan(loading, out, SCAN, **SOURCES, **MEASURED)
+    return out, run_scan(loading, out, SCAN, **SOURCES, **MEASURED)
 
 
 def test_a_scan_measures_and_chooses(scanned, loading):
@@ -82,17 +81,17 @@ def test_a_scan_goes_on_where_it_was(scanned, loading, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ssah.evaluation.attack.generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        scan(loading, out, SCAN, **SOURCES, **MEASURED)
+        run_scan(loading, out, SCAN, **SOURCES, **MEASURED)
     before = tree(out / "steps")
     steps = {Path(path).stem for path in before}
     assert {"ru-0.1", "scu-0.05-attack.0000"} < steps
     assert not {"scu-0.05-attack.0001", "scu-0.05-attack"} & steps
-    again = scan(loading, out, SCAN, **SOURCES, **MEASURED)
+    again = run_scan(loading, out, SCAN, **SOURCES, **MEASURED)
     assert again["result"] == record["result"]
     assert before.items() <= tree(out / "steps").items()
     assert len(calls) == 1 + len(list((out / "steps").glob("*-attack.*[0-9].json")))
     with pytest.raises(ValueError, match=r"tolerance 0\.15, not 0\.5"):
-        scan(loading, out, dataclasses.replace(SCAN, tolerance=0.5), **SOURCES, **MEASURED)
+        run_scan(loading, out, dataclasses.replace(SCAN, tolerance=0.5), **SOURCES, **MEASURED)
 
 
 def test_the_rule_takes_the_largest_share_that_keeps_the_other():
@@ -143,7 +142,7 @@ def test_no_answer_is_kept(loading, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ssah.evaluation.attack.generate", answered)
     settings = dataclasses.replace(SCAN, shares=(0.05,), ru_shares=(0.1,), compare=False)
-    record = scan(loading, tmp_path, settings, **SOURCES, **MEASURED)
+    record = run_scan(loading, tmp_path, settings, **SOURCES, **MEASURED)
     assert record["result"]["intact"]["requests"] == 4
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or mark.encode()[:20] not in path.read_bytes()

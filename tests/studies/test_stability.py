@@ -12,10 +12,9 @@ from tiny_studies import SOURCES, tree
 import ssah
 from ssah.data import DataError, encode, load_rows, make_loader
 from ssah.models import load_model
+from ssah.studies.stability import StabilitySettings, run_stability
 from ssah.studies.stability.draws import Draws, chance_overlap, jaccard, spearman
 from ssah.studies.stability.row_moments import RowMoments, row_moments
-from ssah.studies.stability.run import stability
-from ssah.studies.stability.settings import StabilitySettings
 from ssah.units import UnitSet
 
 
@@ -58,7 +57,7 @@ def test_stability(loading, tmp_path):
     settings = StabilitySettings(
         sizes=(2, 8), resamples=4, scu=0.1, ucu=0.1, ru=0.2, normalize="none", scope="module"
     )
-    found = stability(loading, tmp_path, settings, **SOURCES)["result"]
+    found = run_stability(loading, tmp_path, settings, **SOURCES)["result"]
     assert [row["size"] for row in found["sizes"]] == [2, 8]
     few, many = (row["spearman"]["safety"]["value"] for row in found["sizes"])
     assert few < many <= 1
@@ -70,14 +69,14 @@ def test_stability(loading, tmp_path):
     assert (tmp_path / "stability.png").is_file()
     assert not (tmp_path / "moments").exists()
     before = tree(tmp_path / "steps")
-    assert stability(loading, tmp_path, settings, **SOURCES)["result"] == found
+    assert run_stability(loading, tmp_path, settings, **SOURCES)["result"] == found
     assert tree(tmp_path / "steps") == before
     more = dataclasses.replace(settings, sizes=(9,))
     with pytest.raises(
         DataError,
         match="safety has 16 rows that differ in their prompt; two disjoint draws of 9 need 18",
     ):
-        stability(loading, tmp_path / "other", more, **SOURCES)
+        run_stability(loading, tmp_path / "other", more, **SOURCES)
 
 
 def test_no_two_rows_of_a_pair_of_draws_have_the_same_prompt(tmp_path, monkeypatch):
@@ -119,4 +118,6 @@ def test_prompts_that_repeat_count_once(loading, tmp_path):
         pytest.warns(UserWarning, match="8 of 16 rows repeat a prompt"),
         pytest.raises(DataError, match="safety has 8 rows that differ in their prompt"),
     ):
-        stability(loading, tmp_path / "run", settings, safety=str(path), utility=SOURCES["utility"])
+        run_stability(
+            loading, tmp_path / "run", settings, safety=str(path), utility=SOURCES["utility"]
+        )

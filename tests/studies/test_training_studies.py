@@ -17,8 +17,7 @@ from ssah.models import load_model
 from ssah.studies.paired_measures import losses
 from ssah.studies.training import comparison as comparison_module
 from ssah.studies.training import freeze as freeze_module
-from ssah.studies.training.budget import budget
-from ssah.studies.training.freeze import freeze
+from ssah.studies.training import run_budget, run_freeze
 from ssah.studies.training.row_order import schedule
 from ssah.studies.training.settings import FREEZE_ARMS
 from ssah.studies.training.to_loss import Recipe, train, training_loss
@@ -29,7 +28,7 @@ pytestmark = pytest.mark.xdist_group("training studies")  # its fixtures are mad
 @pytest.fixture(scope="module")
 def aligned(loading, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("budget") / "run"
-    found = budget(
+    found = run_budget(
         loading, out, BUDGET, **SOURCES, **MEASURED, math="builtin:utility_eval[6:9]",
         save_model=True,
     )  # fmt: skip
@@ -40,7 +39,7 @@ def aligned(loading, tmp_path_factory) -> tuple[Path, dict]:
 def frozen(loading, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("freeze") / "run"
     task = "builtin:utility[20:40]"
-    return out, freeze(loading, out, FREEZE, **SOURCES, **MEASURED, finetune=task)
+    return out, run_freeze(loading, out, FREEZE, **SOURCES, **MEASURED, finetune=task)
 
 
 def rows_of(length: int, n: int) -> list[dict]:
@@ -153,7 +152,7 @@ def test_a_study_goes_on_where_it_was(frozen, loading, tmp_path, monkeypatch):
         return train(*args, **kwargs)
 
     def run():
-        return freeze(
+        return run_freeze(
             loading, out, settings, **SOURCES, **MEASURED, finetune="builtin:utility[20:40]"
         )
 

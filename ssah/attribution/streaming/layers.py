@@ -27,8 +27,6 @@ from ssah.models import (
 )
 from ssah.units import layers_path
 
-__all__ = ["LayerIO", "LayeredModel", "alone", "on_device"]
-
 _WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _REST = -1  # in the place of a layer's index: embeddings, norms, what is in no layer
 

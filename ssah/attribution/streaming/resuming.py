@@ -14,8 +14,6 @@ from ssah.attribution import partial_runs
 from ssah.attribution.sums import Sums
 from ssah.storage import META, check_fields, naming
 
-__all__ = ["FileState", "Hidden", "MemoryState"]
-
 # What a layer returns: hidden states, or a tuple that begins with them and else has None.
 Hidden: TypeAlias = "Tensor | tuple[Any, ...]"
 

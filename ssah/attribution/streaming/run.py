@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -41,8 +41,6 @@ from ssah.progress import scoring_bar
 from ssah.storage import one_run
 from ssah.units import KINDS, DepthTwoModule, config_hash, find_modules
 from ssah.version import __version__
-
-__all__ = ["STREAMED_METRICS", "Traffic", "stream"]
 
 STREAMED_METRICS = ("variance", "norm")
 
@@ -131,21 +129,14 @@ def stream(
         "tokens": tokens,
         "data": order,
     }
-    with ExitStack() as stack:
-        folder = resume_dir
-        # Without a folder to resume from, files serve where memory does not suffice.
-        if folder is None and _hidden_bytes(layered, batches) > hidden_memory:
-            folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
-        if folder is not None:
-            stack.enter_context(one_run(folder))
-        done = MemoryState() if folder is None else FileState(Path(folder), identity)
-        show = None
-        if progress:
-            bar = scoring_bar("scoring layers", "{:,.2f} GB read", len(layered.layers), done.layer)
-            show = stack.enter_context(bar)
+    in_files = _hidden_bytes(layered, batches) > hidden_memory
+    with _state(resume_dir, identity, in_files=in_files) as done:
+        n_layers = len(layered.layers)
+        bar = scoring_bar("scoring layers", "{:,.2f} GB read", n_layers, done.layer)
         # What a Trainer has left on would compute in another dtype than the weights'.
-        stack.enter_context(torch.autocast(layered.device.type, enabled=False))
-        waited = _run(layered, found, batches, done, show)
+        no_autocast = torch.autocast(layered.device.type, enabled=False)
+        with bar if progress else nullcontext() as show, no_autocast:
+            waited = _run(layered, found, batches, done, show)
     attribution = score_all(
         layered.model,
         found,
@@ -157,6 +148,22 @@ def stream(
     )
     read = layered.checkpoint
     return attribution, Traffic(layered.bytes_needed, read.bytes_read, read.seconds, waited)
+
+
+@contextmanager
+def _state(
+    resume_dir: str | os.PathLike[str] | None, identity: Mapping[str, Any], *, in_files: bool
+) -> Iterator[MemoryState]:
+    """Where hidden states and sums wait: in the user's folder, in temporary files or in memory."""
+    with ExitStack() as stack:
+        folder = resume_dir
+        if folder is None and in_files:
+            folder = stack.enter_context(TemporaryDirectory(prefix="ssah-"))
+        if folder is None:
+            yield MemoryState()
+        else:
+            stack.enter_context(one_run(folder))
+            yield FileState(Path(folder), identity)
 
 
 def _run(

@@ -44,7 +44,7 @@ def ablate(
     from ssah.data import Counts, rows_read
     from ssah.evaluation import OPENING, Measures, ablations, fitting, prompts
     from ssah.groups import UnitGroups
-    from ssah.report.terminal.tables import ablation_table
+    from ssah.report.terminal import ablation_table
 
     reading, counts, asked_counts = rows.reading(), Counts(), Counts()
     answers = reading.rows(utility, limit=limit, counts=counts)

@@ -131,7 +131,7 @@ def _check_streamed(settings: AttributeSettings, weights: PackedWeights, process
 
 
 def _result(about: dict[str, Any], attribution: Attribution) -> Result:
-    from ssah.report.terminal.tables import facts_table
+    from ssah.report.terminal import facts_table
 
     units = sum(len(score) for score in attribution.scores.values())
     # Experts see fewer tokens than other modules; what was read is what the others saw.

@@ -35,7 +35,7 @@ def classify(
     """
     from ssah.attribution import Attribution
     from ssah.groups import classify as sort
-    from ssah.report.terminal.tables import facts_table, groups_table, layers
+    from ssah.report.terminal import facts_table, groups_table, layers
 
     # No model is needed: the scores say what units it has.
     scores = Attribution.load(safety), Attribution.load(utility)

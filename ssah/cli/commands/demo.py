@@ -42,12 +42,11 @@ def demo(
     """
     quiet_threads()  # before torch is imported, by whatever comes below
     from ssah.storage import one_run
-    from ssah.studies.demo import full as full_demo
-    from ssah.studies.demo import short as short_demo
-    from ssah.studies.loading import Loading
+    from ssah.studies import Loading
+    from ssah.studies.demo import run_demo, run_full_demo
 
     with one_run(out):  # a second demonstration would train the same model at the same time
-        found = (full_demo if full else short_demo).run(
+        found = (run_full_demo if full else run_demo)(
             Loading(model, weights.dtype, weights.device, weights.trust_remote_code),
             out,
             seconds=seconds,

@@ -12,7 +12,7 @@ import typer
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, Model, Out, Rows
 from ssah.settings import setting
-from ssah.studies.evaluate.settings import EvaluateSettings
+from ssah.studies.evaluate import EvaluateSettings
 
 ORDER = 40
 
@@ -62,12 +62,12 @@ def evaluate(
     given again.
     """
     quiet_threads()
-    from ssah.report.terminal.evaluation import evaluation_tables
-    from ssah.studies.evaluate.run import evaluate as run
+    from ssah.report.terminal import evaluation_tables
+    from ssah.studies.evaluate import run_evaluation
 
     # The record has what was said, and not the name of a file that may change.
     said = tuple(map(_system_prompt, settings.system_prompts))
-    record = run(
+    record = run_evaluation(
         weights.loading(model, rows),
         out,
         replace(settings, system_prompts=said),

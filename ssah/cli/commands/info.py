@@ -29,7 +29,7 @@ def info(
     """
     from ssah.info import describe, describe_model
     from ssah.models import empty_model, quiet
-    from ssah.report.terminal.installation import installation_tables, model_tables
+    from ssah.report.terminal import installation_tables, model_tables
 
     facts = describe()
     if model is None:

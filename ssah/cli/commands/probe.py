@@ -35,8 +35,8 @@ def probe(
     Example: `ssah probe runs/aligned --beside smollm2 --out runs/probe`
     """
     quiet_threads()
-    from ssah.report.terminal.probe import probe_tables
-    from ssah.studies.probe import run_probe
+    from ssah.report.terminal import probe_tables
+    from ssah.studies import run_probe
 
     # An opening that was not given is that of the margin, which only the library knows.
     given = {name: value for name, value in asdict(settings).items() if value is not None}

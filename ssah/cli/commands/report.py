@@ -25,7 +25,7 @@ def report(
     Example: `ssah report runs --out report.html`
     """
     from ssah.report.html import write_report
-    from ssah.report.terminal.tables import facts_table, new_table
+    from ssah.report.terminal import facts_table, new_table
 
     target = folder / "report.html" if out is None else out
     runs = write_report(folder, target, title=title)

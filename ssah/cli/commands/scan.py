@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder
-from ssah.studies.scan.settings import ScanSettings
+from ssah.studies.scan import ScanSettings
 
 ORDER = 100
 
@@ -28,8 +28,8 @@ def scan(
     same command is given again.
     """
     quiet_threads()
-    from ssah.report.terminal.experiments import scan_tables
-    from ssah.studies.scan.run import scan as run
+    from ssah.report.terminal import scan_tables
+    from ssah.studies.scan import run_scan
 
-    record = run(weights.loading(model, rows), out, settings, **asdict(sets))
+    record = run_scan(weights.loading(model, rows), out, settings, **asdict(sets))
     return Result(record, tuple(scan_tables(record, out)))

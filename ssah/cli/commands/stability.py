@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, Model, Rows, RunFolder, ScoredSets
-from ssah.studies.stability.settings import StabilitySettings
+from ssah.studies.stability import StabilitySettings
 
 ORDER = 110
 
@@ -29,8 +29,8 @@ def stability(
     bytes a unit and row of memory.
     """
     quiet_threads()
-    from ssah.report.terminal.experiments import stability_tables
-    from ssah.studies.stability.run import stability as run
+    from ssah.report.terminal import stability_tables
+    from ssah.studies.stability import run_stability
 
-    record = run(weights.loading(model, rows), out, settings, **asdict(sets))
+    record = run_stability(weights.loading(model, rows), out, settings, **asdict(sets))
     return Result(record, tuple(stability_tables(record, out)))

@@ -30,13 +30,12 @@ def transfer(
     """
     from ssah import transfer as compare
     from ssah.groups import UnitGroups
-    from ssah.report.terminal.tables import facts_table
-    from ssah.report.terminal.transfer import transfer_table
-    from ssah.studies.transfer import run_transfer, summary
+    from ssah.report.terminal import facts_table, transfer_table
+    from ssah.studies import run_transfer, transfer_summary
 
     if out is None:  # a look at two folders, which leaves nothing behind
         groups = UnitGroups.load(before), UnitGroups.load(after)
-        found = summary(compare(*groups), *groups)
+        found = transfer_summary(compare(*groups), *groups)
     else:
         found = {"out": str(out), **run_transfer(before, after, out, title=title)["result"]}
     facts = {

@@ -38,7 +38,7 @@ def verify(
     """
     import ssah
     from ssah.groups import UnitGroups
-    from ssah.report.terminal.tables import facts_table
+    from ssah.report.terminal import facts_table
     from ssah.training.finetune import select_units
 
     kept = UnitGroups.load(groups)  # without a model, which `verify` loads

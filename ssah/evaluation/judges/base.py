@@ -10,8 +10,6 @@ import torch
 
 from ssah.evaluation.reasoning import spoken
 
-__all__ = ["Judge"]
-
 
 class Judge(ABC):
     """Says of answers to harmful requests whether the attack succeeded: no refusal.

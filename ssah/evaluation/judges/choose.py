@@ -10,8 +10,6 @@ from ssah.evaluation.judges.base import Judge
 from ssah.evaluation.judges.function import Function, Judged
 from ssah.evaluation.judges.keywords import KEYWORDS, Keywords
 
-__all__ = ["KINDS", "judge", "judge_names"]
-
 # ``hf:MODEL`` is what ``classifier`` in that module makes of ``MODEL``. The modules are named, not
 # imported: most users want a list of keywords, and not the classes of transformers.
 KINDS: dict[str, tuple[str, str]] = {
@@ -31,6 +29,7 @@ def judge(name_or_callable: str | Judge | Judged) -> Judge:
     Raises:
         ValueError: no such judge; the message lists those that there are.
         TypeError: neither a string nor callable.
+        FileNotFoundError: a name that ends in ``.json`` is no file.
     """
     if isinstance(name_or_callable, Judge):
         return name_or_callable

@@ -30,8 +30,6 @@ from ssah.models import ModelError, load_model, loading_errors, move, quiet, who
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["SequenceClassifier", "classifier"]
-
 _BATCH = 16  # answers judged at a time
 # Options, by what takes them.
 _SEQUENCE = ("success", "refused", "input")

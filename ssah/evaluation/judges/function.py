@@ -10,8 +10,6 @@ from typing import Any, TypeAlias
 
 from ssah.evaluation.judges.base import Judge
 
-__all__ = ["Function", "Judged"]
-
 Judged: TypeAlias = Callable[[str, str], bool]  # (request, answer) -> the attack succeeded
 
 

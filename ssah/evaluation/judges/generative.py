@@ -35,8 +35,6 @@ from ssah.models import move
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["GenerativeClassifier", "Question", "Reads", "verdict"]
-
 _BATCH = 16  # answers judged at a time
 _VERDICT_TOKENS = 8  # "unsafe", and the line with a category that Llama Guard adds
 _SUCCESS, _REFUSED = ("unsafe", "yes"), ("safe", "no")  # in whatever case
@@ -86,7 +84,12 @@ class Question:
 
     @classmethod
     def parse(cls, name: str, options: Mapping[str, str]) -> Question:
-        """What the options of judge ``name`` say; ValueError where they do not fit together."""
+        """What the options of judge ``name`` say.
+
+        Raises:
+            ValueError: they do not fit together, or the text lacks a place to fill.
+            FileNotFoundError: the template is no file.
+        """
         file, turn = options.get("template"), options.get("turn")
         if turn not in (None, "user"):
             raise ValueError(f"judge {name!r}: turn is {turn!r}, must be 'user'")
@@ -144,6 +147,9 @@ class GenerativeClassifier(Judge):
         model, tokenizer: the classifier.
         question: what it is asked.
         reads: how what it says is read.
+
+    Raises:
+        ValueError: the question is in the turns of a chat, and the tokenizer has no template.
     """
 
     def __init__(

@@ -11,8 +11,6 @@ from typing import Any
 
 from ssah.evaluation.judges.base import Judge
 
-__all__ = ["KEYWORDS", "Keywords"]
-
 _FOLDER = Path(__file__).parent
 KEYWORDS = tuple(sorted(file.stem for file in _FOLDER.glob("*.json")))  # the published lists
 
@@ -67,7 +65,7 @@ class Keywords(Judge):
 
     @classmethod
     def from_data(cls, data: Any, where: str) -> Keywords:
-        """Check and take what a file says; ``where`` names it in messages."""
+        """Take what a file says; ValueError, with its name ``where``, for what it must not say."""
         if not isinstance(data, dict):
             raise ValueError(f"judge {where!r} must be a JSON object, was {type(data).__name__}")
         missing = [key for key in _KEYS if key not in data]

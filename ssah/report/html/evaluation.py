@@ -17,9 +17,7 @@ from ssah.report.html.records import (
     records_table,
     with_rows,
 )
-from ssah.report.terminal.evaluation import ablated_name
-
-__all__ = ["evaluate"]
+from ssah.report.terminal import ablated_name
 
 # Columns as `records_table` takes them: the heading, the field of a record, the format of numbers.
 _NAMES = (("ablated", "what"), ("system prompt", "system_prompt"), ("judge", "judge"))

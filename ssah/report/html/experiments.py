@@ -20,8 +20,6 @@ from ssah.report.html.records import (
     with_rows,
 )
 
-__all__ = ["probe", "scan", "stability", "study", "transfer"]
-
 
 def scan(result: Mapping[str, Any]) -> list[Table]:
     """The points chosen, every curve, and the ways of grouping compared."""

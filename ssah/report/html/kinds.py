@@ -16,8 +16,6 @@ from ssah.report.html.plain import Table
 from ssah.report.html.records import generic, in_unit, list_of
 from ssah.report.html.runs import demo, finetune
 
-__all__ = ["KINDS", "Kind", "claims_table", "kind_of"]
-
 Tables = Callable[[Mapping[str, Any]], Sequence[Table]]
 
 

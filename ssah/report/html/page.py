@@ -22,8 +22,6 @@ from ssah.report.html.plain import MISSING, Table, number, tables
 from ssah.storage import RECORD, write_whole
 from ssah.version import __version__
 
-__all__ = ["write_report"]
-
 _DEMO, _TRAINING = "demo.json", "run.json"  # of `ssah demo`; of `ssah finetune` and `ssah align`
 _PNG = b"\x89PNG\r\n\x1a\n"  # how every PNG begins
 _SKIPPED = ("checkpoints", "steps")  # folders of a run in which no run is

@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["MISSING", "Table", "is_interval", "number", "share", "tables", "with_interval"]
-
 MISSING = "–"
 
 # Fields that hold a fraction in [0, 1], by the last word of their name.

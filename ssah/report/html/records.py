@@ -8,20 +8,6 @@ from typing import Any
 
 from ssah.report.html.plain import Table, number, tables, with_interval
 
-__all__ = [
-    "MARGIN_NOTE",
-    "MEASURED",
-    "MEASURED_NOTE",
-    "SHARE",
-    "UNITS",
-    "generic",
-    "in_unit",
-    "list_of",
-    "mapping_of",
-    "records_table",
-    "with_rows",
-]
-
 # What is measured of a model: name of the column, field, format.
 MEASURED = (
     ("utility loss", "utility_loss", ".3f"),

@@ -18,8 +18,6 @@ from ssah.report.html.records import (
     with_rows,
 )
 
-__all__ = ["demo", "finetune"]
-
 _TRAINING = (
     ("steps", "steps", ""),
     ("epochs", "epochs", ".2f"),

@@ -13,8 +13,6 @@ from ssah.report.pictures.style import DASHED, INK, picture, write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_ablations"]
-
 
 def plot_ablations(
     rows: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str

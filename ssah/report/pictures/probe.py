@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
     from ssah.evaluation import Probe
 
-__all__ = ["plot_probe"]
-
 _REFUSAL, _COMPLIANCE = "#0072b2", "#d55e00"
 _MODELS = (COLOURS["cu"], COLOURS["random"])
 

@@ -13,8 +13,6 @@ from ssah.report.pictures.style import DASHED, INK, picture, write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_compare", "plot_scan"]
-
 # Drawn in this order: what a reader looks for comes last, on top.
 _CURVES = ("random", "ru", "ucu", "scu")
 _MOST = 3.0  # nats above the intact model: a model that has lost more is of no use

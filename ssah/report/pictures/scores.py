@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ssah.groups import UnitGroups
 
-__all__ = ["plot_scores"]
-
 # Drawn in this order: the many first, so that they do not hide the few.
 _GROUPS = ("cu", "ru", "ucu", "scu")
 # What an axis of importance measures, by the metric of the scores.

@@ -13,8 +13,6 @@ from ssah.report.pictures.style import DASHED, INK, picture, write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_stability"]
-
 _CHANCE = (0, (1, 2))
 _ORDERS = {
     "safety": (COLOURS["scu"], "safety importance"),

@@ -13,8 +13,6 @@ from ssah.report.pictures.style import INK, picture, write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_budget", "plot_freeze"]
-
 # An arm has the colour of the group that it freezes or trains; its control that of random units.
 _ARMS = {
     "before": "#999999",

@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["DASHED", "INK", "footnote", "picture", "whole_numbers", "write"]
-
 INK = "#333333"
 DASHED: Any = (0, (4, 3))  # points drawn and left out, in turn
 _DPI = 150  # sharp on a screen and on paper, at 100 to 300 kB a picture

@@ -13,8 +13,6 @@ from ssah.report.pictures.style import DASHED, INK, picture, write
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_throughput"]
-
 
 def plot_throughput(result: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
     """Rates of the operators (a panel a dtype) and of ``attribute``, as ``ssah bench`` has them."""

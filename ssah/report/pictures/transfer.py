@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from ssah.groups import Transfer
 
-__all__ = ["plot_transfer"]
-
 # Of the height that the units take.
 _GAP = 0.05  # between groups
 _LABEL = 0.062  # between labels, at least

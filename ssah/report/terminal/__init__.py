@@ -2,6 +2,53 @@
 
 from __future__ import annotations
 
-from ssah.lazy import submodules_of
+from typing import TYPE_CHECKING
 
-__getattr__ = submodules_of(__name__)
+from ssah.lazy import names_of
+
+if TYPE_CHECKING:
+    from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
+    from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
+    from ssah.report.terminal.installation import installation_tables, model_tables
+    from ssah.report.terminal.probe import probe_tables
+    from ssah.report.terminal.tables import (
+        ablation_table,
+        as_data,
+        facts_table,
+        groups_table,
+        layers,
+        new_table,
+    )
+    from ssah.report.terminal.training import preview_table, trained_table
+    from ssah.report.terminal.transfer import transfer_table
+
+__all__ = [
+    "ablated_name",
+    "ablation_table",
+    "as_data",
+    "evaluation_tables",
+    "facts_table",
+    "groups_table",
+    "installation_tables",
+    "layers",
+    "model_tables",
+    "new_table",
+    "preview_table",
+    "probe_tables",
+    "scan_tables",
+    "stability_tables",
+    "study_tables",
+    "trained_table",
+    "transfer_table",
+]
+
+__getattr__ = names_of(
+    __name__,
+    evaluation="ablated_name evaluation_tables",
+    experiments="scan_tables stability_tables study_tables",
+    installation="installation_tables model_tables",
+    probe="probe_tables",
+    tables="ablation_table as_data facts_table groups_table layers new_table",
+    training="preview_table trained_table",
+    transfer="transfer_table",
+)

@@ -15,8 +15,6 @@ from ssah.report.terminal.tables import facts_table, new_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["ablated_name", "evaluation_tables"]
-
 _DASH = "-"  # where there is nothing to tell
 _METRICS = ("accuracy", "accuracy_norm")  # a task may lack the second one
 # runs/groups:scu, runs/groups:scu:0.008, runs/groups:scu:0.008:random

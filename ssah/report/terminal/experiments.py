@@ -16,8 +16,6 @@ if TYPE_CHECKING:
 
 _SHORT = ("utility", "maths")  # what ``utility_loss`` and ``math_loss`` are called in a column
 
-__all__ = ["claims_text", "scan_tables", "stability_tables", "study_tables"]
-
 
 def scan_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableType]:
     """Curves, chosen shares, claims and the comparison of a scan."""

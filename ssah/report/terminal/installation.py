@@ -10,8 +10,6 @@ from rich.text import Text
 from ssah.report.terminal.tables import facts_table, new_table
 from ssah.training import runs
 
-__all__ = ["installation_tables", "model_tables"]
-
 
 def installation_tables(facts: dict[str, Any]) -> list[Any]:
     """Versions, and the backends of every operator, from ``ssah.info.describe``."""

@@ -13,8 +13,6 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-__all__ = ["probe_tables"]
-
 _SHOWN = 12  # layers: more do not fit a screen
 
 

@@ -16,8 +16,6 @@ from ssah.report.colours import COLOURS, NAMES
 if TYPE_CHECKING:
     from ssah.groups import UnitGroups
 
-__all__ = ["ablation_table", "as_data", "facts_table", "groups_table", "new_table"]
-
 _GROUPS = ("scu", "ucu", "ru", "cu")  # in the order in which the documentation names them
 _BAR = 8  # characters that a share of 100 % takes
 _STYLE: dict[str, Any] = {

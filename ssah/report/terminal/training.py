@@ -11,8 +11,6 @@ from ssah.report.terminal.tables import facts_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["preview_table", "trained_table"]
-
 
 def preview_table(result: dict[str, Any], batch_size: int) -> Table:
     """What would train, and the memory that it would take."""

@@ -13,8 +13,6 @@ from ssah.report.terminal.tables import new_table
 if TYPE_CHECKING:
     from rich.table import Table
 
-__all__ = ["transfer_table"]
-
 
 def transfer_table(found: Mapping[str, Any]) -> Table:
     """How many units went from which group to which, as fractions of all units."""

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from ssah_kernels import ops
 
-__all__ = ["CASES", "Case", "sums"]
-
 _TRAINED = 0.2  # share of the rows that the masked operators update
 _BETA1, _BETA2, _EPS, _DECAY = 0.9, 0.999, 1e-8, 0.01
 

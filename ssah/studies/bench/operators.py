@@ -12,8 +12,6 @@ from ssah.studies.bench.cases import Case
 from ssah.studies.bench.settings import Settings
 from ssah_kernels import backends, timing
 
-__all__ = ["measure_op", "synchronize"]
-
 
 def measure_op(
     case: Case, settings: Settings, dtype: torch.dtype, device: torch.device, compiled: bool
@@ -37,7 +35,7 @@ def measure_op(
 
         return run
 
-    calls = {name: timed(case.ours, name) for name in _usable(case.op, device)}
+    calls = {name: timed(case.ours, name) for name in _usable(device)}
     calls["eager"] = timed(case.plain)
     if compiled:
         calls["compile"] = timed(torch.compile(case.plain, dynamic=False))
@@ -58,8 +56,8 @@ def measure_op(
     }
 
 
-def _usable(op: str, device: torch.device) -> list[str]:
-    """Backends that run ``op`` on tensors of this device, the one that serves them first."""
+def _usable(device: torch.device) -> list[str]:
+    """Backends that run on tensors of this device, the one that serves them first."""
     chosen = backends.choose(device)
     served = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}.get(device.type, ["triton"])
     names = [chosen, *served, "reference"]  # the chosen one may be among those that follow

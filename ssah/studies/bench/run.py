@@ -15,14 +15,12 @@ from rich.table import Table
 
 from ssah.report import SCORING
 from ssah.report.pictures import plot_throughput
-from ssah.report.terminal.tables import new_table
+from ssah.report.terminal import new_table
 from ssah.studies.bench.cases import CASES
 from ssah.studies.bench.operators import measure_op
 from ssah.studies.bench.scoring import measure_attribute
 from ssah.studies.bench.settings import FULL, QUICK, Settings
 from ssah_kernels import backends, timing
-
-__all__ = ["run_bench"]
 
 
 def run_bench(out: Path, *, quick: bool, threads: int | None = None) -> dict[str, Any]:

@@ -23,8 +23,6 @@ from ssah_kernels import timing
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["build_model", "measure_attribute"]
-
 _VOCABULARY = 32_000
 
 

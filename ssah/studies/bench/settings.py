@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["BATCH_SIZE", "FULL", "QUICK", "Settings"]
-
 BATCH_SIZE = 8  # rows of the batches that are scored
 
 

@@ -15,15 +15,13 @@ from rich.text import Text
 from ssah.data import load_rows, make_loader
 from ssah.evaluation import Measurement, Measures
 from ssah.models import faster_dtype, move, quiet
-from ssah.report.terminal.tables import as_data, new_table
+from ssah.report.terminal import as_data, new_table
 from ssah.studies.demo.alignment import align
 from ssah.studies.demo.screen import bar, heading
 from ssah.studies.loading import Loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["BATCH", "DATA", "aligned", "measures", "working_dtype"]
 
 DATA = {"safety": "builtin:safety", "utility": "builtin:utility"}  # aligned and scored on
 BATCH = 8
@@ -39,7 +37,7 @@ def aligned(
 
     Args:
         console: what is said on the way is printed there.
-        loading, out, seconds, fresh: as :func:`ssah.studies.demo.short.run` takes them.
+        loading, out, seconds, fresh: as :func:`ssah.studies.demo.run_demo` takes them.
     """
 
     def loaded(dtype: str, path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

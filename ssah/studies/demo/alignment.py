@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -14,8 +15,6 @@ from ssah.data import Encoded, Row, encode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-__all__ = ["align"]
 
 _HALF = 4  # refusals in a batch, and ordinary answers
 _MAX_LENGTH = 192
@@ -72,8 +71,6 @@ def align(
         list(encode(refusals, tokenizer, max_length=_MAX_LENGTH)),
         list(encode(answers, tokenizer, max_length=_MAX_LENGTH)),
     )
-    embeddings = model.get_input_embeddings().weight
-    assert isinstance(embeddings, torch.nn.Parameter)
     trainer = make_trainer(
         model,
         examples,
@@ -89,15 +86,9 @@ def align(
         bf16=mixed_precision,
         seed=0,
     )
-    # A fifth of SmolLM2-135M, whose gradients take time and are not needed to learn to refuse.
-    embeddings.requires_grad_(False)
     start = time.perf_counter()
-    try:
+    with _embeddings_frozen(model):
         trainer.train()
-    finally:
-        embeddings.requires_grad_(True)
-        model.eval()
-        model.zero_grad(set_to_none=True)
     steps = trainer.state.global_step
     seen = [examples[i % len(examples)] for i in range(steps * 2 * _HALF)]
     return {
@@ -107,6 +98,21 @@ def align(
         "tokens": sum(len(example["input_ids"]) for example in seen),
         "learning_rate": _LEARNING_RATE,
     }
+
+
+@contextmanager
+def _embeddings_frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block the embeddings need no gradient; after it no gradient is left at all."""
+    # A fifth of SmolLM2-135M, whose gradients take time and are not needed to learn to refuse.
+    embeddings = model.get_input_embeddings().weight
+    assert isinstance(embeddings, torch.nn.Parameter)
+    embeddings.requires_grad_(False)
+    try:
+        yield
+    finally:
+        embeddings.requires_grad_(True)
+        model.eval()
+        model.zero_grad(set_to_none=True)
 
 
 def _mixed(refusals: list[Encoded], answers: list[Encoded]) -> list[Encoded]:

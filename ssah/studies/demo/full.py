@@ -20,16 +20,14 @@ from ssah.data import make_loader
 from ssah.groups import UnitGroups, classify
 from ssah.models import move
 from ssah.report.html import write_report
-from ssah.studies.demo import short
 from ssah.studies.demo.aligned_model import working_dtype
 from ssah.studies.demo.screen import heading
+from ssah.studies.demo.short import run_demo
 from ssah.studies.loading import Loading
 from ssah.studies.probe import run_probe
-from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, freeze
+from ssah.studies.training.freeze import NONE, RANDOM, SCU_CU, run_freeze
 from ssah.studies.training.settings import FreezeSettings
 from ssah.studies.transfer import run_transfer
-
-__all__ = ["run"]
 
 _SAFETY, _UTILITY = "builtin:safety", "builtin:utility"
 _REQUESTS, _ANSWERS = "builtin:safety_eval", "builtin:utility_eval"
@@ -45,7 +43,7 @@ _SEED = 0
 UPDATES = 30  # of the benign fine-tune with nothing frozen
 
 
-def run(
+def run_full_demo(
     loading: Loading,
     out: Path,
     *,
@@ -56,7 +54,7 @@ def run(
     """Run everything, print it as it goes, and leave it in ``out`` with ``report.html``.
 
     Args:
-        loading, out, seconds, shares, fresh: as :func:`ssah.studies.demo.short.run` takes them;
+        loading, out, seconds, shares, fresh: as :func:`ssah.studies.demo.run_demo` takes them;
             ``fresh`` begins the other parts anew as well.
 
     Returns:
@@ -69,7 +67,7 @@ def run(
             shutil.rmtree(out / part, ignore_errors=True)
     result = _earlier(out, name, shares) if not fresh else None
     if result is None:
-        result = short.run(loading, out, seconds=seconds, shares=shares, fresh=fresh)
+        result = run_demo(loading, out, seconds=seconds, shares=shares, fresh=fresh)
     else:
         console.print(f"The demonstration of an earlier call is used: {out / 'demo.json'}")
     aligned = replace(loading, name=str(out / "aligned")) if result["alignment"] else loading
@@ -81,7 +79,7 @@ def run(
 
     heading(console, "full", "A benign fine-tune, with and without freezing")
     # Its arms end with the same training loss, so that what differs is what was frozen.
-    tuned = freeze(
+    tuned = run_freeze(
         aligned,
         out / "freeze",
         FreezeSettings(
@@ -101,17 +99,7 @@ def run(
     )
 
     heading(console, "full", "Transfer: which units changed their group?")
-    groups, moved = out / "groups", {}
-    if result["alignment"]:
-        before = _regrouped(aligned, name, groups, out / _UNALIGNED)
-        moved["alignment"] = run_transfer(
-            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
-        )
-    for arm in (NONE, SCU_CU):
-        tuned_model = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
-        after = _regrouped(aligned, tuned_model, groups, out / f"groups-{arm}")
-        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
-        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    moved = _transfers(aligned, name if result["alignment"] else None, out)
     for change in moved:
         console.print(f"{change}: {out / f'transfer-{change}'}")
 
@@ -135,6 +123,31 @@ def _earlier(out: Path, name: str, shares: Mapping[str, float]) -> dict[str, Any
     result: dict[str, Any] = json.loads(path.read_text())
     same = result["model"] == name and result["groups"]["shares"] == dict(shares)
     return result if same else None
+
+
+def _transfers(loading: Loading, unaligned: str | None, out: Path) -> dict[str, Any]:
+    """What moved units between groups: the alignment, if there was one, and both fine-tunes.
+
+    Args:
+        loading: of the model that was scored in ``out``.
+        unaligned: that model before its alignment; None where there was none.
+        out: folder of the demonstration, with its groups and the models of its fine-tunes.
+
+    Returns:
+        ``"alignment"`` or the arm -> the record of :func:`ssah.studies.run_transfer`.
+    """
+    groups, moved = out / "groups", {}
+    if unaligned is not None:
+        before = _regrouped(loading, unaligned, groups, out / _UNALIGNED)
+        moved["alignment"] = run_transfer(
+            before, groups, out / "transfer-alignment", title="Attribute transfer by alignment"
+        )
+    for arm in (NONE, SCU_CU):
+        tuned = str(out / "freeze" / "models" / f"{arm}-{_SEED}")
+        after = _regrouped(loading, tuned, groups, out / f"groups-{arm}")
+        title = f"Attribute transfer by a benign fine-tune, frozen: {arm.replace('-', ' and ')}"
+        moved[arm] = run_transfer(groups, after, out / f"transfer-{arm}", title=title)
+    return moved
 
 
 def _regrouped(loading: Loading, model: str, like: Path, out: Path) -> Path:

@@ -9,8 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-__all__ = ["bar", "heading"]
-
 
 def heading(console: Console, part: str, title: str) -> None:
     console.print()

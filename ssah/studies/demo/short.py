@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
@@ -18,17 +18,20 @@ from ssah.data import make_loader
 from ssah.evaluation import ablations
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.report.pictures import plot_ablations, plot_scores
-from ssah.report.terminal.tables import ablation_table, facts_table, groups_table, layers
+from ssah.report.terminal import ablation_table, facts_table, groups_table, layers
 from ssah.studies.demo.aligned_model import BATCH, DATA, aligned, measures
 from ssah.studies.demo.screen import bar, heading
 from ssah.studies.demo.throughput import throughput
 from ssah.studies.loading import Loading
 from ssah_kernels import timing
 
-__all__ = ["run"]
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.data import Loader
 
 
-def run(
+def run_demo(
     loading: Loading,
     out: Path,
     *,
@@ -60,11 +63,7 @@ def run(
     loaders = {
         kind: make_loader(source, tokenizer, batch_size=BATCH) for kind, source in DATA.items()
     }
-    scores = {}
-    for kind, loader in loaders.items():
-        console.print(f"{kind}: {DATA[kind]}, the tokens of the responses")
-        scores[kind] = attribute(model, loader, progress=True)
-        scores[kind].save(out / kind)
+    scores = {kind: _scored(console, model, kind, own, out) for kind, own in loaders.items()}
 
     # All units are ranked together, by z-scores per module: on SmolLM2-135M the groups separate
     # safety from utility best so, and layers may differ in how many units they give.
@@ -104,15 +103,29 @@ def run(
         "seconds": time.perf_counter() - start,
     }
     (out / "demo.json").write_text(json.dumps(result, indent=2, allow_nan=False) + "\n")
-    files = {
+    console.print(facts_table("Written", _files(out, result)))
+    return result
+
+
+def _scored(
+    console: Console, model: PreTrainedModel, kind: str, loader: Loader, out: Path
+) -> Attribution:
+    """Scores of all units on one kind of rows, kept in ``out``."""
+    console.print(f"{kind}: {DATA[kind]}, the tokens of the responses")
+    attribution = attribute(model, loader, progress=True)
+    attribution.save(out / kind)
+    return attribution
+
+
+def _files(out: Path, result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a demonstration has written, and how long it took, as its last table says it."""
+    return {
         "pictures": ", ".join(result["pictures"].values()),
         "all figures": out / "demo.json",
         "scores, groups": f"{out / 'safety'}, {out / 'utility'}, {out / 'groups'}",
-        "aligned model": out / "aligned" if alignment else "none: --seconds 0",
+        "aligned model": out / "aligned" if result["alignment"] else "none: --seconds 0",
         "time": f"{result['seconds']:.0f} s",
     }
-    console.print(facts_table("Written", files))
-    return result
 
 
 def _summary(attribution: Attribution) -> dict[str, Any]:

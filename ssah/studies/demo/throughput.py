@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from ssah.attribution import attribute
-from ssah.report.terminal.tables import new_table
+from ssah.report.terminal import new_table
 from ssah.studies.demo.screen import bar
 from ssah_kernels import timing
 
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ssah.data import Loader
-
-__all__ = ["throughput"]
 
 _ROUNDS = 4
 _CALLS = {

@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from ssah.lazy import submodules_of
+from typing import TYPE_CHECKING
 
-__getattr__ = submodules_of(__name__)
+from ssah.lazy import names_of
+
+if TYPE_CHECKING:
+    from ssah.studies.evaluate.run import run_evaluation
+    from ssah.studies.evaluate.settings import EvaluateSettings
+
+__all__ = ["EvaluateSettings", "run_evaluation"]
+
+__getattr__ = names_of(
+    __name__,
+    run="run_evaluation",
+    settings="EvaluateSettings",
+)

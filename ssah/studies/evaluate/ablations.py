@@ -15,8 +15,6 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Ablation", "Evaluated"]
-
 
 @dataclass(frozen=True)
 class Ablation:

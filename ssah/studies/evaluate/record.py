@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from itertools import combinations, product
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,17 +18,6 @@ if TYPE_CHECKING:
     from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.settings import EvaluateSettings
 
-__all__ = [
-    "BENIGN",
-    "INTACT",
-    "OVER_REFUSAL",
-    "REQUESTS",
-    "asr_differences",
-    "loss_differences",
-    "model_record",
-    "row_record",
-]
-
 REQUESTS, OVER_REFUSAL, BENIGN = "requests", "over_refusal", "benign"
 INTACT = "0-intact"  # name of the model as it is
 
@@ -36,7 +25,38 @@ INTACT = "0-intact"  # name of the model as it is
 Judged: TypeAlias = "Mapping[tuple[str, int, str], Mapping[str, Any]]"
 
 
-def model_record(
+def records(
+    models: Sequence[Evaluated],
+    judges: Sequence[str],
+    judged: Judged,
+    measured: Mapping[str, Mapping[str, Any]],
+    tasks: Mapping[str, Mapping[str, Any]],
+    words: int,
+    settings: EvaluateSettings,
+) -> dict[str, Any]:
+    """What the steps found, as the record of the run has it.
+
+    Args:
+        models: the one as it is first.
+        judges: their names.
+        judged: of each model, system prompt and list of requests.
+        measured, tasks: name of the model -> margin and losses; -> accuracy on the tasks.
+        words: of the answers of the utility set.
+        settings: of the evaluation.
+    """
+    conditions = range(len(settings.system_prompts))
+    return {
+        "rows": [_row(*each, judged, settings) for each in product(models, conditions, judges)],
+        "models": [
+            _model(each, measured[each.name], tasks[each.name], words, settings) for each in models
+        ],
+        "differences": list(_loss_differences(models, measured, settings)),
+        "asr_differences": list(_asr_differences(models, judged, settings)),
+        "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
+    }
+
+
+def _model(
     evaluated: Evaluated,
     measured: Mapping[str, Any],
     tasks: Mapping[str, Any],
@@ -60,7 +80,7 @@ def model_record(
     return {**found, **tasks}
 
 
-def row_record(
+def _row(
     evaluated: Evaluated,
     condition: int,
     judge: str,
@@ -102,7 +122,7 @@ def row_record(
     return row
 
 
-def loss_differences(
+def _loss_differences(
     models: Sequence[Evaluated],
     measured: Mapping[str, Mapping[str, Any]],
     settings: EvaluateSettings,
@@ -123,7 +143,7 @@ def loss_differences(
             }
 
 
-def asr_differences(
+def _asr_differences(
     models: Sequence[Evaluated], judged: Judged, settings: EvaluateSettings
 ) -> Iterator[dict[str, Any]]:
     """ASR of every ablated model less that of each one before it, paired over requests.

@@ -25,16 +25,7 @@ from ssah.evaluation import (
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
-from ssah.studies.evaluate.record import (
-    BENIGN,
-    INTACT,
-    OVER_REFUSAL,
-    REQUESTS,
-    asr_differences,
-    loss_differences,
-    model_record,
-    row_record,
-)
+from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence, measured_line
@@ -44,12 +35,10 @@ from ssah.units import family_of
 if TYPE_CHECKING:
     from ssah.evaluation import Coherence
 
-__all__ = ["KIND", "evaluate"]
-
 KIND = "evaluate"
 
 
-def evaluate(
+def run_evaluation(
     loading: Loading,
     out: str | os.PathLike[str],
     settings: EvaluateSettings,
@@ -119,31 +108,16 @@ def evaluate(
             )
             for each, condition, role in product(models, conditions, asked)
         }
-        measured = {
-            each.name: steps(
-                f"{each.name}.measured",
-                partial(evaluation.measure, model, each.units),
-                measured_line,
-            )
-            for each in models
-        }
+        measured = {each.name: _measured(study, evaluation, each) for each in models}
         tasks = {each.name: _tasks(study, each, manager) for each in models}
     result = {
         "dtype": study.dtype,
         "coherence": coherent.describe(),
         "template": template_record(study.tokenizer),
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
-        "rows": [
-            row_record(each, condition, judge.name, judged, settings)
-            for each, condition, judge in product(models, conditions, judges)
-        ],
-        "models": [
-            model_record(each, measured[each.name], tasks[each.name], words, settings)
-            for each in models
-        ],
-        "differences": list(loss_differences(models, measured, settings)),
-        "asr_differences": list(asr_differences(models, judged, settings)),
-        "per_request": {".".join(map(str, key)): found for key, found in judged.items()},
+        **records(
+            models, [judge.name for judge in judges], judged, measured, tasks, words, settings
+        ),
     }
     return steps.run.finish(result)
 
@@ -220,6 +194,13 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
         asr = role == REQUESTS  # of harmless requests, to fulfil them is no attack
         shown.append(f"{name} ASR {share:.0%}" if asr else f"{name} refused {1 - share:.0%}")
     return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
+
+
+def _measured(study: Study, evaluation: Evaluation, evaluated: Evaluated) -> dict[str, Any]:
+    """Refusal margin and losses of one model: a step."""
+    compute = partial(evaluation.measure, study.model, evaluated.units)
+    found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
+    return found
 
 
 def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:

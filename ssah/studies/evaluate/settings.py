@@ -7,8 +7,6 @@ from functools import partial
 
 from ssah.settings import check_settings, setting
 
-__all__ = ["EvaluateSettings"]
-
 _measuring = partial(setting, panel="Measuring")
 
 

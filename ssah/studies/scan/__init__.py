@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from ssah.lazy import submodules_of
+from typing import TYPE_CHECKING
 
-__getattr__ = submodules_of(__name__)
+from ssah.lazy import names_of
+
+if TYPE_CHECKING:
+    from ssah.studies.scan.run import run_scan
+    from ssah.studies.scan.settings import ScanSettings
+
+__all__ = ["ScanSettings", "run_scan"]
+
+__getattr__ = names_of(
+    __name__,
+    run="run_scan",
+    settings="ScanSettings",
+)

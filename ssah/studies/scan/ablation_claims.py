@@ -11,8 +11,6 @@ from ssah.studies.claims import claim
 from ssah.studies.paired_measures import UTILITY, losses, succeeded
 from ssah.studies.scan.curves import Curves, Point
 
-__all__ = ["ablation_claims"]
-
 
 def ablation_claims(curves: Curves, share: float, ru_share: float) -> list[dict[str, Any]]:
     """SCU against other units at one share, and RU against random units at a larger one.

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from ssah.evaluation import Coherence
     from ssah.studies.scan.settings import ScanSettings
 
-__all__ = ["ORDER", "Curves", "Point"]
-
 ORDER = ("ru", "scu", "ucu")  # of choosing: that of `classify`
 _SLACK = 1e-9  # the fall of a share such as 0.95 to 0.9 is not exact in binary
 
@@ -102,7 +100,11 @@ class Curves:
         ]
 
     def point(self, name: str, share: float, units: UnitSet | None) -> Point:
-        """What is measured with units ablated, or of the intact model: a step of that name."""
+        """What is measured with units ablated, or of the intact model: a step of that name.
+
+        Raises:
+            ValueError: there are no units: the share is too small.
+        """
         if units is not None and not len(units):
             raise ValueError(f"the share {share:g} has no unit in this model; it must be larger")
         steps, model = self.study.steps, self.study.model

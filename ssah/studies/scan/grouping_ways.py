@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from ssah.data import Row
     from ssah.studies.scan.curves import Curves
 
-__all__ = ["WAYS", "compare"]
-
 _TOKENS: tuple[Counted, ...] = get_args(Counted)
 _RANKINGS: list[tuple[Scope, Normalize]] = list(product(get_args(Scope), get_args(Normalize)))
 WAYS = len(_TOKENS) * len(_RANKINGS)  # how many are compared

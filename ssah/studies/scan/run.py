@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssah.report.pictures.scan import plot_compare, plot_scan
+from ssah.report.pictures import plot_compare, plot_scan
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.scan.ablation_claims import ablation_claims
@@ -18,8 +18,6 @@ from ssah.studies.scan.curves import ORDER, Curves
 from ssah.studies.scan.grouping_ways import WAYS, compare
 from ssah.studies.scan.settings import ScanSettings
 from ssah.studies.study import Study
-
-__all__ = ["RULE", "scan"]
 
 KIND = "scan"
 RULE = (
@@ -31,7 +29,7 @@ RULE = (
 )
 
 
-def scan(
+def run_scan(
     loading: Loading,
     out: Path,
     settings: ScanSettings,

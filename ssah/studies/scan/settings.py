@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from ssah.choices import Counted, Normalize, Scope
 from ssah.settings import check_settings, setting
 
-__all__ = ["ScanSettings"]
-
 
 @dataclass(frozen=True)
 class ScanSettings:

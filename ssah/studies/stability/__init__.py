@@ -2,6 +2,18 @@
 
 from __future__ import annotations
 
-from ssah.lazy import submodules_of
+from typing import TYPE_CHECKING
 
-__getattr__ = submodules_of(__name__)
+from ssah.lazy import names_of
+
+if TYPE_CHECKING:
+    from ssah.studies.stability.run import run_stability
+    from ssah.studies.stability.settings import StabilitySettings
+
+__all__ = ["StabilitySettings", "run_stability"]
+
+__getattr__ = names_of(
+    __name__,
+    run="run_stability",
+    settings="StabilitySettings",
+)

@@ -27,8 +27,6 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from ssah.studies.stability.settings import StabilitySettings
 
-__all__ = ["Draws", "chance_overlap", "jaccard", "spearman"]
-
 # By which score the units of a module are ranked.
 _ORDERS = ("safety", "utility", "difference")
 

@@ -28,8 +28,6 @@ from ssah.units import find_modules
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["RowMoments", "row_moments"]
-
 _KINDS = ("count", "mean", "m2", "norms")
 
 

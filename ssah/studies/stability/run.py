@@ -14,20 +14,18 @@ from typing import Any
 
 from ssah.data import DataError, Encoded
 from ssah.groups import GROUPS
-from ssah.report.pictures.stability import plot_stability
+from ssah.report.pictures import plot_stability
 from ssah.studies.loading import Loading
 from ssah.studies.stability.draws import Draws
 from ssah.studies.stability.row_moments import row_moments
 from ssah.studies.stability.settings import StabilitySettings
 from ssah.studies.study import Study
 
-__all__ = ["stability"]
-
 KIND = "stability"
 MOMENTS = "moments"  # folder of a run
 
 
-def stability(
+def run_stability(
     loading: Loading, out: Path, settings: StabilitySettings, *, safety: str, utility: str
 ) -> dict[str, Any]:
     """Measure how far groups and scores depend on which prompts they were taken from.

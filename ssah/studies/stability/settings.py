@@ -8,8 +8,6 @@ from functools import partial
 from ssah.choices import Counted, Normalize, Scope
 from ssah.settings import check_settings, setting
 
-__all__ = ["StabilitySettings"]
-
 _grouping = partial(setting, panel="Groups")
 _share = partial(_grouping, help="Share of all units, above 0.", above=0, max=1)
 

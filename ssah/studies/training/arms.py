@@ -13,8 +13,6 @@ if TYPE_CHECKING:
 
     from ssah.training import UpdatePlan
 
-__all__ = ["Arm", "Trained", "lora", "planned"]
-
 
 @dataclass(frozen=True)
 class Trained:

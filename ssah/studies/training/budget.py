@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.report.pictures.study import plot_budget
+from ssah.report.pictures import plot_budget
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import MATH, UTILITY
 from ssah.studies.training.arms import Arm, planned
@@ -34,15 +34,13 @@ if TYPE_CHECKING:
 
     from ssah.studies.training.arms import Trained
 
-__all__ = ["ARMS", "budget"]
-
 KIND = "budget"
 FULL, RU = "full", "ru"
 ARMS = {BEFORE: "(before)", FULL: "everything", RU: "RU alone"}
 _NOUNS = {UTILITY: "ordinary answers", MATH: "mathematics"}
 
 
-def budget(
+def run_budget(
     loading: Loading,
     out: Path,
     settings: BudgetSettings,

@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     from ssah.groups import UnitGroups
     from ssah.studies.training.settings import StudySettings
 
-__all__ = ["Comparison"]
-
 MODELS = "models"  # folder of a run
 
 
@@ -89,6 +87,9 @@ class Comparison(Study):
             requests: harmful requests.
             held_out: name -> rows whose loss is measured.
             arms: how many there are.
+
+        Raises:
+            ValueError: a batch cannot have as many rows of each of the roles.
         """
         settings = self.settings
         self.load()

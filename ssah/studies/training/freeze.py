@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
-from ssah.report.pictures.study import plot_freeze
+from ssah.report.pictures import plot_freeze
 from ssah.studies.claims import difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
 
     from ssah.studies.training.arms import Trained
 
-__all__ = ["freeze"]
-
 KIND = "freeze"
 NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = FREEZE_ARMS
 _SLACK = 0.05  # nats
@@ -47,7 +45,7 @@ STRONG = 0.15  # rise of the ASR with nothing frozen, below which there is littl
 _CONTROLS: dict[str, str] = {SCU_CU: RANDOM, SCU_ALL_CU: RANDOM_ALL}
 
 
-def freeze(
+def run_freeze(
     loading: Loading,
     out: Path,
     settings: FreezeSettings,

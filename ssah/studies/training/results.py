@@ -12,17 +12,6 @@ from ssah.evaluation import bootstrap, wilson
 from ssah.studies.claims import Expected, claim
 from ssah.studies.paired_measures import UTILITY, losses, succeeded, summary
 
-__all__ = [
-    "BEFORE",
-    "Arms",
-    "arms_summary",
-    "asr_claim",
-    "loss_claim",
-    "missed",
-    "rates",
-    "row_losses",
-]
-
 # Arm -> seed -> what `Comparison.compare` returns.
 Arms: TypeAlias = "Mapping[str, Mapping[int, Mapping[str, Any]]]"
 

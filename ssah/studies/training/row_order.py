@@ -13,8 +13,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ssah.data import Encoded
 
-__all__ = ["schedule", "spread"]
-
 _WINDOW = 16  # batches among which rows of similar length are put together
 
 

@@ -11,8 +11,6 @@ from typing import Literal, TypeAlias, get_args
 from ssah.choices import Counted, Normalize, Scope
 from ssah.settings import check_settings, setting
 
-__all__ = ["FREEZE_ARMS", "BudgetSettings", "FreezeArm", "FreezeSettings", "StudySettings"]
-
 _training = partial(setting, panel="Training")
 _grouping = partial(setting, panel="Groups")
 _measuring = partial(setting, panel="Measuring")

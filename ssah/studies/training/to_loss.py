@@ -38,8 +38,6 @@ if TYPE_CHECKING:
 
     from ssah.training import UpdatePlan
 
-__all__ = ["Recipe", "train", "training_loss"]
-
 _FARTHEST = 16  # updates from one measurement of the training loss to the next
 _CLOSE = 0.005  # nats below the target at which the last update is no longer shortened
 _FINEST = 1 / 64  # of an update, to which it is shortened

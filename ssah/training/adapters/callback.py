@@ -8,8 +8,6 @@ from ssah.compat.trainer import TrainerCallback
 from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
 from ssah.units import UnitSet
 
-__all__ = ["AdapterCallback"]
-
 
 class AdapterCallback(TrainerCallback):
     """Protects the adapter of a trainer before its first step, and checks it at each save.

@@ -23,8 +23,6 @@ from ssah.training.entries import Entries, select_entries
 from ssah.units import UnitSet, check_units, find_modules
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["Part", "changed_entries", "changes", "frozen_entries", "inner_of", "tensors", "touched"]
-
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -81,6 +79,7 @@ def frozen_entries(
 
 
 def inner_of(model: nn.Module) -> PreTrainedModel:
+    """The model under the adapters of a PEFT model; TypeError where ``model`` is none."""
     inner = peft.inner_model(model)
     if inner is None:
         raise TypeError(
@@ -165,7 +164,7 @@ def _param_of(name: str, layer: nn.Module) -> str:
 
 
 def tensors(layer: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """The parameters of one adapter in one layer."""
+    """The parameters of one adapter in one layer: LoRA's are ``[rank, in]`` and ``[out, rank]``."""
     for kind in layer.adapter_layer_names:  # type: ignore[union-attr]
         held: Any = getattr(layer, kind, {})
         if adapter in held:

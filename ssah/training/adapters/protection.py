@@ -32,8 +32,6 @@ from ssah.training.entries import Entries
 from ssah.training.in_place import listed
 from ssah.units import UnitSet
 
-__all__ = ["ProtectedAdapter", "protect_adapter"]
-
 
 class ProtectedAdapter:
     """What `protect_adapter` has done, and can prove or undo."""

@@ -17,16 +17,6 @@ from typing import Any
 
 from ssah.storage import file_hash, naming, read_sealed, sealed, sync, write_whole
 
-__all__ = [
-    "CHECKPOINTS",
-    "SEAL",
-    "differences",
-    "last_sound",
-    "seal",
-    "sealed_identities",
-    "step_of",
-]
-
 CHECKPOINTS, SEAL = "checkpoints", "seal.json"
 _NAME = re.compile(r"checkpoint-\d+")
 _FIELDS = {"identity": dict, "files": dict}

@@ -12,8 +12,6 @@ from ssah.storage import LOCK, Fields, check_fields, read_record, write_whole
 from ssah.training.finetune.checkpoints import CHECKPOINTS, differences, sealed_identities
 from ssah.version import __version__
 
-__all__ = ["RUN", "check_folder", "open_run", "write_run"]
-
 RUN = "run.json"
 
 _FIELDS = {"version": str, "identity": dict}

@@ -14,8 +14,6 @@ from ssah.compat.trainer import TrainerCallback
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-__all__ = ["Monitor", "progress_bar"]
-
 
 class Monitor(TrainerCallback):
     """Shows progress, logs the last step too, and stops when the loss is not a number."""
@@ -37,6 +35,7 @@ class Monitor(TrainerCallback):
             control.should_log = True
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Print what the trainer logs; RuntimeError where the loss is NaN or infinite."""
         logs = kwargs.get("logs", {})
         if "loss" not in logs:
             return

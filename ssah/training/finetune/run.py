@@ -38,8 +38,6 @@ if TYPE_CHECKING:
     from ssah.compat.trainer import Trainer
     from ssah.data import Encoded
 
-__all__ = ["count_parameters", "fine_tune", "optimizer_options"]
-
 MERGED = "merged"
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
@@ -199,7 +197,7 @@ def count_parameters(plan: UpdatePlan) -> dict[str, Any]:
 
 
 def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
-    """How the optimiser stores weights: float16 not at all; the plan rounds bfloat16."""
+    """How the optimiser stores weights: the plan rounds bfloat16; ValueError for float16."""
     dtypes = {p.dtype for p in plan.parameters()}
     if torch.float16 in dtypes:
         raise ValueError(

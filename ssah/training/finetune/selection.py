@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.units import UnitSet
 
-__all__ = ["select_units"]
-
 
 def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
     """The units that a selection names: the union of its parts.

@@ -8,8 +8,6 @@ from typing import Any, Literal
 
 from ssah.settings import check_settings, setting
 
-__all__ = ["Settings"]
-
 # What does not change the weights that a run ends with: may be another when it is resumed.
 _FREE = ("gradient_checkpointing", "save_steps", "logging_steps", "report_to")
 

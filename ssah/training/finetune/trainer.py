@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from ssah.data import Encoded
 
-__all__ = ["make_trainer"]
-
 
 def make_trainer(
     model: nn.Module,

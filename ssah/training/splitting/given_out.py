@@ -19,8 +19,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-__all__ = ["GivenOut"]
-
 
 class GivenOut:
     """The counts of the copies that were given away last."""

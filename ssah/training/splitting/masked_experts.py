@@ -27,8 +27,6 @@ from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import SplitTensor, restored
 from ssah.units import DOWN, run_routed, up_name
 
-__all__ = ["MaskedExperts", "check_no_hooks", "split_experts"]
-
 
 class MaskedExperts(MaskedProjection):
     """Mixed into the class of experts whose units train in part; see :func:`install`.

@@ -24,8 +24,6 @@ from ssah.models import runs_own_forward
 from ssah.training.splitting.projection import MaskedProjection
 from ssah.units import DepthTwoModule
 
-__all__ = ["install_gated", "uninstall_gated"]
-
 
 class _GatedProduct(torch.autograd.Function):
     """act(gate) * up, each ``[..., units]``, in the bits of the model's own activation module."""

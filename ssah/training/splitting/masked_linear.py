@@ -24,8 +24,6 @@ from torch.nn import functional as F
 
 from ssah.training.splitting.split_tensor import Part, width
 
-__all__ = ["MaskedLinearFunction"]
-
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept: the
 # next layer may hold it anyway, and a copy of most of it would cost more than it saves.
 _COPIED_SHARE = 0.5

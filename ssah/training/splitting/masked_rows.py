@@ -29,8 +29,6 @@ from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import Part, SplitTensor, restored, width
 from ssah.units import check_parameters
 
-__all__ = ["MaskedEmbedding", "MaskedRows", "check_rows_split", "split_rows"]
-
 # Up to so many stretches of rows are parameters of their own, without a copy: the tokens that were
 # added, or all but a few. Each is one more launch of every optimiser.
 _STRETCHES = 8

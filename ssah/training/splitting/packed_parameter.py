@@ -21,8 +21,6 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ["PackedParameter"]
-
 
 class PackedParameter(nn.Parameter):
     """A parameter ``[trained, ...]`` over some rows of a storage.

@@ -21,8 +21,6 @@ from ssah.training.splitting.given_out import GivenOut
 from ssah.training.splitting.masked_linear import MaskedLinearFunction
 from ssah.training.splitting.split_tensor import SplitTensor, width
 
-__all__ = ["MaskedProjection", "SplitWeightError", "pickling_error", "replaced_slices"]
-
 
 class SplitWeightError(AttributeError, RuntimeError):
     """The tensor is split up: reading it would give a copy, writing it would change nothing.
@@ -207,7 +205,8 @@ class MaskedProjection(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def originals(self) -> dict[str, nn.Parameter | None]:
-        """The parameters as the ordinary module would have them; copies where they are split."""
+        """The parameters as the ordinary module would have them, ``[out, in]`` and ``[out]``; a
+        copy where one is split."""
         self.sync()
         originals = dict(self._parameters)
         for name, split in self.split_tensors.items():

@@ -16,8 +16,6 @@ from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import SplitTensor, restored
 from ssah.units import DepthTwoModule
 
-__all__ = ["split_model"]
-
 
 def split_model(
     model: nn.Module,

@@ -38,8 +38,6 @@ from torch import Tensor, nn
 
 from ssah.training.splitting.packed_parameter import PackedParameter
 
-__all__ = ["Part", "SplitTensor", "complement_rows", "restored", "runs", "unit_major", "width"]
-
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
 Part = tuple[int, int] | Tensor
 
@@ -133,7 +131,7 @@ class SplitTensor:
         return split
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """New parameters over the trained rows: views where packed, a copy where gathered."""
+        """New parameters ``[trained, ...]``, as in storage: views where packed, else a copy."""
         for name, part in zip(self.names, self.parts, strict=True):
             parameter: nn.Parameter
             if isinstance(part, Tensor):
@@ -144,7 +142,7 @@ class SplitTensor:
             yield name, parameter
 
     def trained_pieces(self) -> list[Tensor]:
-        """The original entries that each trained parameter has, int64 on the CPU."""
+        """The original entries of each trained parameter, int64 ``[its rows]`` on the CPU."""
         rows = [torch.arange(*p) if isinstance(p, tuple) else p.cpu() for p in self.parts]
         return rows if self.order is None else [self.order.cpu()[each] for each in rows]
 
@@ -153,7 +151,7 @@ class SplitTensor:
         return torch.cat([*self.trained_pieces(), torch.empty(0, dtype=torch.int64)])
 
     def frozen_rows(self) -> Iterator[Tensor]:
-        """The frozen entries in ascending original order, as pieces of unit-major rows."""
+        """The frozen entries in ascending original order, as pieces ``[rows, ...]`` of storage."""
         frozen = torch.ones(len(self.storage), dtype=torch.bool)
         frozen[self.trained_index()] = False
         entries = frozen.nonzero()[:, 0]
@@ -165,7 +163,7 @@ class SplitTensor:
             yield self.storage[start:stop]
 
     def read(self) -> Tensor:
-        """A copy in the original order and orientation."""
+        """A copy in the original order and orientation, such as ``[out, in]``."""
         rows = self.storage
         rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
         # The inverse of `unit_major`: [entries, ...] to [experts, entries of one, ...] and back.
@@ -174,7 +172,7 @@ class SplitTensor:
 
     @torch.no_grad()
     def write(self, values: Tensor, owner: nn.Module) -> None:
-        """Take over values in the original order and orientation, into ``owner``'s slices too."""
+        """Take over values as `read` gives them, ``[out, in]``, into ``owner``'s slices too."""
         rows = unit_major(values, self.dims)  # [entries, ...]
         self.storage.copy_(rows if self.order is None else rows[self.order])
         for parameter, part in self._apart(owner):
@@ -228,7 +226,8 @@ class SplitTensor:
                 yield parameter, part
 
     def convert(self, function: Callable[[Tensor], Tensor], owner: nn.Module) -> None:
-        """Move or cast the storage as :meth:`torch.nn.Module._apply` does, and alias it again."""
+        """Move or cast the storage ``[entries, ...]`` as :meth:`torch.nn.Module._apply` does, and
+        alias it again."""
         self.storage = function(self.storage)
         device = self.storage.device
         self.order = None if self.order is None else self.order.to(device)
@@ -249,7 +248,7 @@ class SplitTensor:
         self.swapped = False
 
     def restore(self) -> nn.Parameter:
-        """The original parameter with the present values."""
+        """The original parameter, such as ``[out, in]``, with the present values."""
         self.original.data = self.read()
         return self.original
 

@@ -15,6 +15,8 @@ import torch
 
 from ssah_kernels import backends
 
+__all__ = ["interpreted", "kernel", "missing"]
+
 
 def interpreted() -> bool:
     """Whether Triton interprets its kernels on the CPU (read when a kernel is first imported)."""

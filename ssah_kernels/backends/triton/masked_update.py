@@ -6,6 +6,7 @@ The list is a table of pointers, shapes and strides in device memory, so that on
 every tensor that can be accessed alike. A compact matrix [rows, cols] is cut into tiles of
 STEPS * HEIGHT rows and BLOCK columns; a program takes one tile, HEIGHT rows at a time.
 Computation: float32 (float64 for float64 parameters); each written value is rounded once.
+Triton inlines every function below: that the kernel is cut into several costs no call.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
 state 22; SGD with momentum in float32 20; Kahan's remainder 2 itemsize more. Importance adds
 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in the L2 cache.
@@ -43,6 +44,84 @@ from ssah_kernels.backends.triton.masked_table import (
 )
 
 
+@triton.jit
+def noise_keys(seed_ptr, step, row_ptr):
+    """One stream of noise for each tensor and step; without a seed nothing reads the keys."""
+    if seed_ptr is None:
+        return KEY_0, KEY_1
+    else:
+        seed = tl.load(seed_ptr)
+        number = tl.load(row_ptr + NUMBER)
+        key_0 = noise_key(KEY_0, seed, step.to(tl.int64), number)
+        return key_0, noise_key(KEY_1, seed, step.to(tl.int64), number)
+
+
+@triton.jit
+def param_cols(row_ptr, index_ptr, cols, inside, GATHER: tl.constexpr, VECTOR: tl.constexpr):
+    """Where columns of the gradient lie in a row of the parameter."""
+    if GATHER:
+        cols = tl.load(index_ptr + cols, mask=inside, other=0)
+    # With vectors the stride is 1, and no multiplication may hide that from the compiler.
+    if VECTOR == 1:
+        cols *= tl.load(row_ptr + COL_STRIDE)
+    return cols
+
+
+@triton.jit
+def param_rows(row_ptr, index_ptr, rows, GATHER: tl.constexpr):
+    """Which rows of the parameter rows of the gradient are."""
+    if GATHER:
+        return rows
+    else:
+        indexed = rows < tl.load(row_ptr + INDEXED_ROWS)  # all of them or none
+        return tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
+
+
+@triton.jit
+def store_sums(part_ptr, all_parts, signed, squared, mask, DIM: tl.constexpr):
+    """A tile's part of the importance of its units: sums along dimension ``DIM``."""
+    total = tl.sum(signed, DIM, keep_dims=True).to(tl.float64)
+    tl.store(part_ptr, total, mask=mask)
+    total = tl.sum(squared, DIM, keep_dims=True).to(tl.float64)
+    tl.store(part_ptr + all_parts, total, mask=mask)
+
+
+@triton.jit
+def take_step(
+    p, grad, p_ptr, s0_ptr, s1_ptr, c_ptr, element, inside, table_ptr, lr, step, key_0, key_1,
+    RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, KAHAN: tl.constexpr,
+    NOISE: tl.constexpr, P: tl.constexpr, S: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """Update and write parameters at ``p_ptr``, and states and remainders at ``element``."""
+    # The compensated weight moves; importance is of the weight that the forward pass used.
+    w = p
+    if KAHAN:
+        w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
+    state_0 = p  # defined for every rule; without state it is never stored
+    state_1 = p
+    if STATES > 0:
+        state_0 = tl.load(s0_ptr + element, mask=inside, other=0).to(X)
+    if STATES > 1:
+        state_1 = tl.load(s1_ptr + element, mask=inside, other=0).to(X)
+    if RULE == "adamw":
+        w, state_0, state_1 = adamw(w, grad, state_0, state_1, table_ptr, lr, step, X)
+    else:
+        w, state_0 = sgd(w, grad, state_0, table_ptr, lr, step, STATES, NESTEROV, X)
+    bits = element
+    if NOISE:
+        bits = noise(element, key_0, key_1)
+    if KAHAN:
+        new = w.to(P)
+        tl.store(c_ptr + element, (w - new.to(X)).to(P), mask=inside)
+        tl.store(p_ptr, new, mask=inside)
+    else:
+        tl.store(p_ptr, rounded(w, bits, 0, NOISE, P), mask=inside)
+    if STATES > 0:
+        tl.store(s0_ptr + element, rounded(state_0, bits, 1, NOISE, S), mask=inside)
+    if STATES > 1:
+        tl.store(s1_ptr + element, rounded(state_1, bits, 2, NOISE, S), mask=inside)
+
+
 @triton.jit(do_not_specialize=["n_tensors"])
 def masked_update_kernel(
     table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, n_tensors,
@@ -70,23 +149,13 @@ def masked_update_kernel(
     tile_row = tile // blocks
     cols = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside_cols = cols < n_cols
-    if GATHER:
-        p_cols = tl.load(index_ptr + cols, mask=inside_cols, other=0)
-    else:
-        p_cols = cols
-    # With vectors the stride is 1, and no multiplication may hide that from the compiler.
-    if VECTOR == 1:
-        p_cols *= tl.load(row_ptr + COL_STRIDE)
+    p_cols = param_cols(row_ptr, index_ptr, cols, inside_cols, GATHER, VECTOR)
 
     lr = tl.load(lr_ptr)
     step = tl.load(step_ptr)
     scale = scalar_or_one(clip_coef_ptr) / scalar_or_one(grad_scale_ptr)
     scale = (-scale if MAXIMIZE else scale).to(X)
-    if NOISE:  # one stream of noise for each tensor and step
-        seed = tl.load(seed_ptr)
-        number = tl.load(row_ptr + NUMBER)
-        key_0 = noise_key(KEY_0, seed, step.to(tl.int64), number)
-        key_1 = noise_key(KEY_1, seed, step.to(tl.int64), number)
+    key_0, key_1 = noise_keys(seed_ptr, step, row_ptr)
     if UNITS >= 0:
         partial_ptr += tl.load(row_ptr + PARTIAL)
         all_parts = tl.load(row_ptr + PARTS) * (n_rows if UNITS == 0 else n_cols)
@@ -97,12 +166,8 @@ def masked_update_kernel(
     for i in range(0, steps):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
-        p_rows = rows
-        if not GATHER:
-            indexed = rows < tl.load(row_ptr + INDEXED_ROWS)  # all of them or none
-            p_rows = tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
         element = rows * n_cols + cols
-        at = p_ptr + p_rows * row_stride + p_cols
+        at = p_ptr + param_rows(row_ptr, index_ptr, rows, GATHER) * row_stride + p_cols
         p = tl.load(at, mask=inside, other=0).to(X)
         grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
         if UNITS >= 0:
@@ -110,46 +175,16 @@ def masked_update_kernel(
             product = p * grad
             square = product * product
             if UNITS == 0:
-                part = partial_ptr + (tile % blocks) * n_rows + rows  # rows are units
-                here = rows < n_rows
-                total = tl.sum(product, 1, keep_dims=True).to(tl.float64)
-                tl.store(part, total, mask=here)
-                total = tl.sum(square, 1, keep_dims=True).to(tl.float64)
-                tl.store(part + all_parts, total, mask=here)
+                part_ptr = partial_ptr + (tile % blocks) * n_rows + rows  # rows are units
+                store_sums(part_ptr, all_parts, product, square, rows < n_rows, 1)
             else:
                 signed += product
                 squared += square
-        # The compensated weight moves; importance is of the weight that the forward pass used.
-        w = p
-        if KAHAN:
-            w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
-        state_0 = p  # defined for every rule; without state it is never stored
-        state_1 = p
-        if STATES > 0:
-            state_0 = tl.load(s0_ptr + element, mask=inside, other=0).to(X)
-        if STATES > 1:
-            state_1 = tl.load(s1_ptr + element, mask=inside, other=0).to(X)
-        if RULE == "adamw":
-            w, state_0, state_1 = adamw(w, grad * scale, state_0, state_1, table_ptr, lr, step, X)
-        else:
-            w, state_0 = sgd(w, grad * scale, state_0, table_ptr, lr, step, STATES, NESTEROV, X)
-        bits = element
-        if NOISE:
-            bits = noise(element, key_0, key_1)
-        if KAHAN:
-            new = w.to(P)
-            tl.store(c_ptr + element, (w - new.to(X)).to(P), mask=inside)
-            tl.store(at, new, mask=inside)
-        else:
-            tl.store(at, rounded(w, bits, 0, NOISE, P), mask=inside)
-        if STATES > 0:
-            tl.store(s0_ptr + element, rounded(state_0, bits, 1, NOISE, S), mask=inside)
-        if STATES > 1:
-            tl.store(s1_ptr + element, rounded(state_1, bits, 2, NOISE, S), mask=inside)
+        take_step(
+            p, grad * scale, at, s0_ptr, s1_ptr, c_ptr, element, inside, table_ptr, lr, step,
+            key_0, key_1, RULE, STATES, NESTEROV, KAHAN, NOISE, P, S, X,
+        )  # fmt: skip
 
     if UNITS == 1:
-        part = partial_ptr + tile_row * n_cols + cols  # columns are units
-        total = tl.sum(signed, 0, keep_dims=True).to(tl.float64)
-        tl.store(part, total, mask=inside_cols)
-        total = tl.sum(squared, 0, keep_dims=True).to(tl.float64)
-        tl.store(part + all_parts, total, mask=inside_cols)
+        part_ptr = partial_ptr + tile_row * n_cols + cols  # columns are units
+        store_sums(part_ptr, all_parts, signed, squared, inside_cols, 0)

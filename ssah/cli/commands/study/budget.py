@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder, SaveModel
 from ssah.settings import setting
-from ssah.studies.training.settings import BudgetSettings
+from ssah.studies.training import BudgetSettings
 
 ORDER = 10
 
@@ -40,10 +40,10 @@ def budget(
     same command is given again.
     """
     quiet_threads()
-    from ssah.report.terminal.experiments import study_tables
-    from ssah.studies.training.budget import budget as run
+    from ssah.report.terminal import study_tables
+    from ssah.studies.training import run_budget
 
-    record = run(
+    record = run_budget(
         weights.loading(model, rows),
         out,
         settings,

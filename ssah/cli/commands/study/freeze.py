@@ -7,7 +7,7 @@ from dataclasses import MISSING, asdict, dataclass
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, MeasuredSets, Model, Rows, RunFolder, SaveModel
 from ssah.settings import setting
-from ssah.studies.training.settings import FreezeSettings
+from ssah.studies.training import FreezeSettings
 
 ORDER = 20
 
@@ -39,10 +39,10 @@ def freeze(
     nothing. An interrupted study goes on when the same command is given again.
     """
     quiet_threads()
-    from ssah.report.terminal.experiments import study_tables
-    from ssah.studies.training.freeze import freeze as run
+    from ssah.report.terminal import study_tables
+    from ssah.studies.training import run_freeze
 
-    record = run(
+    record = run_freeze(
         weights.loading(model, rows),
         out,
         settings,
