@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
     from ssah.choices import Overlong
     from ssah.data import Counts
+    from ssah.training import UpdatePlan
     from ssah.training.finetune import Settings
-    from ssah.units import UnitSet
 
-__all__ = ["NOTHING", "RunOptions", "Selected", "train"]
+__all__ = ["RunOptions", "Selected", "train"]
 
-NOTHING = "none"  # what `--freeze` says where everything trains
+_NOTHING = "none"  # what `--freeze` and `--train` say of no units
 
 
 @dataclass(frozen=True)
@@ -45,40 +45,63 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Selected:
-    """Units that a command names.
+    """What a command names.
 
     Attributes:
-        mode: whether they are frozen, or they alone train.
+        mode: whether it is frozen, or it alone trains.
         names: groups and shares of groups, such as ``["scu", "cu:0.06"]``, or ``["none"]``.
         groups: folder that has the groups, or None.
+        rows: of embeddings and heads, as `ssah.training.finetune.select_rows` takes them.
+        keep: names or patterns of parameters that are frozen whole; not where the rest trains.
     """
 
     mode: Literal["freeze", "train"]
     names: list[str]
     groups: Path | None = None
+    rows: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Refuse, before a model is loaded, a selection that cannot be."""
         from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_units
+        from ssah.training.finetune import select_rows, select_units
 
-        if self.mode == "freeze" and NOTHING in self.names:
+        select_rows(self.rows)
+        if _NOTHING in self.names:
             if len(self.names) > 1 or self.groups is not None:
-                raise ValueError("freeze is none: it must stand alone, and without --groups")
+                raise ValueError(f"{self.mode} is none: it must stand alone, and without --groups")
+            if self.mode == "train" and not self.rows:
+                raise ValueError("train is none: nothing would train; give --rows, or units")
         elif self.groups is None:
-            raise ValueError("groups is missing: give --groups DIR, or --freeze none")
+            raise ValueError(f"groups is missing: give --groups DIR, or --{self.mode} none")
         else:
             select_units(self.names, UnitGroups.load(self.groups))
 
-    def units(self, model: Any) -> UnitSet:
-        """The units of ``model`` that are selected; none for ``none``."""
+    def plan(self, model: Any) -> UpdatePlan:
+        """The plan for ``model``; without units for ``none``."""
         from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_units
+        from ssah.training import freeze, train_only
+        from ssah.training.finetune import select_rows, select_units
         from ssah.units import UnitSet, find_modules
 
+        rows = select_rows(self.rows)
         if self.groups is None:  # check() lets that pass for "none" alone
-            return UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
-        return select_units(self.names, UnitGroups.load(self.groups, model))
+            units = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
+        else:
+            units = select_units(self.names, UnitGroups.load(self.groups, model))
+        if self.mode == "freeze":
+            return freeze(model, units, keep=self.keep, rows=rows)
+        return train_only(model, units, rows=rows)
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON of the run."""
+        from ssah.training.finetune import select_rows
+
+        # What was not given is left out, so that the records of other runs stay as they were.
+        beside = {"keep": list(self.keep), "parameter_rows": select_rows(self.rows)}
+        given = {key: value for key, value in beside.items() if value}
+        groups = None if self.groups is None else str(self.groups)
+        return {"groups": groups, self.mode: self.names, **given}
 
 
 def train(
@@ -94,7 +117,6 @@ def train(
     from ssah.data import Counts, rows_read, warn_of_shared
     from ssah.report.terminal.training import preview_table, trained_table
     from ssah.storage import check_free
-    from ssah.training import freeze, train_only
     from ssah.training.finetune import check_folder, fine_tune, preview
 
     # Everything that needs no model is refused before one is loaded.
@@ -114,21 +136,19 @@ def train(
         warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
     loaded, tokenizer = weights.load(model)
     reading.tokenizer(tokenizer)  # the template is the tokenizer's, and saved with a merged model
-    units = selected.units(loaded)
     how = reading.overlong, options.max_length
     examples = _encoded(source, data, tokenizer, counts, *how)
     eval_examples = None
     if held_out:
         name = str(options.eval_data)
         eval_examples = _encoded(held_out, name, tokenizer, eval_counts, *how)
-    plan = (freeze if selected.mode == "freeze" else train_only)(loaded, units)
+    plan = selected.plan(loaded)
     result: dict[str, Any] = {
         "model": plan.base_name,
         "data": data,
-        "groups": None if selected.groups is None else str(selected.groups),
-        selected.mode: selected.names,
-        "units": len(units),
-        "unit_fraction": units.fraction,
+        **selected.record(),
+        "units": len(plan.units),
+        "unit_fraction": plan.units.fraction,
         "rows": len(examples),
         "rows_read": rows_read(tokenizer, counts),
         "dry_run": options.dry_run,
