@@ -36,7 +36,10 @@ __all__ = [
     "Weights",
 ]
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id or `smollm2`.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id, `smollm2`, or an update of one."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the result.")]
 Groups = Annotated[
     Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
@@ -87,19 +90,24 @@ class Weights:
     dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
     device: str = setting("auto", "`auto`: a GPU if there is one.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    base: str | None = setting(
+        None, "Of an update: what it was trained from; default: as it says.", metavar="MODEL"
+    )
     packed: bool = False  # no option here: packed weights are scored and run, and not trained
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, with a spinner on standard error meanwhile."""
         from rich.console import Console
 
-        from ssah.models import load_model, quiet
+        from ssah.models import quiet
         from ssah.report.terminal.tables import as_data
+        from ssah.training import load_trained
 
         # Standard output is the result's.
         with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
-            return load_model(
+            return load_trained(
                 name,
+                base=self.base,
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
@@ -111,7 +119,8 @@ class Weights:
         from ssah.studies.loading import Loading
 
         # Nothing is loaded yet: rows that are wrong are refused first, which takes no time.
-        return Loading(name, self.dtype, self.device, self.trust_remote_code, rows.reading())
+        reading = rows.reading()
+        return Loading(name, self.dtype, self.device, self.trust_remote_code, reading, self.base)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ssah.evaluation import COMPLIANCE, OPENING, REFUSAL, Probe, fitting, opened, probe, prompts
-from ssah.models import load_tokenizer, quiet, weights_hash
+from ssah.models import weights_hash
 from ssah.report.pictures.probe import plot_probe
 from ssah.storage import check_free
 from ssah.studies.claims import claim
@@ -64,9 +64,8 @@ def run_probe(
     asked = sources.requests("requests", requests)
     names = {_MODEL: model.name, **({} if beside is None else {_BESIDE: beside})}
     for name in names.values():  # refused before anything is written; both get the same requests
-        with quiet():
-            own = load_tokenizer(name, trust_remote_code=model.trust_remote_code)
-        encoded = prompts(model.reading.tokenizer(own), asked)
+        own = model.tokenizer(name)
+        encoded = prompts(own, asked)
         asked = fitting(asked, encoded, max_length - OPENING, overlong=model.reading.overlong)
         for opening in (refusal, compliance):
             opened(asked, opening, own, max_length=max_length)

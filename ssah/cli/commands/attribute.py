@@ -97,7 +97,7 @@ def attribute(
         about: dict[str, Any] = {"out": str(out), "data": data, "processes": ranks.size}
         if settings.stream:
             how = asdict(weights)
-            del how["packed"]  # which `_check_streamed` refuses
+            del how["packed"], how["base"]  # which `_check_streamed` refuses
             attribution, traffic = stream(model, loader, **how, **options)
             about["traffic"] = asdict(traffic)
         else:
@@ -122,6 +122,7 @@ def _check_streamed(settings: AttributeSettings, weights: PackedWeights, process
     for option, given in (
         ("--all-experts", settings.all_experts),
         ("--packed", weights.packed),
+        ("--base", weights.base is not None),
         ("--save-every", settings.save_every is not None),
     ):
         if given:

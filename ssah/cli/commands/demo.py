@@ -48,7 +48,13 @@ def demo(
 
     with one_run(out):  # a second demonstration would train the same model at the same time
         found = (full_demo if full else short_demo).run(
-            Loading(model, weights.dtype, weights.device, weights.trust_remote_code),
+            Loading(
+                model,
+                weights.dtype,
+                weights.device,
+                weights.trust_remote_code,
+                base=weights.base,
+            ),
             out,
             seconds=seconds,
             shares={"scu": scu, "ucu": ucu, "ru": ru},
