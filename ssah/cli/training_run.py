@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssah.cli.running import Result
 from ssah.cli.shared import Rows, Weights
-from ssah.settings import setting
+from ssah.settings import check_settings, setting
+from ssah.studies.evaluate.settings import EvaluateSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,13 +18,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ssah.choices import Overlong
-    from ssah.data import Counts
+    from ssah.data import Counts, Reading
     from ssah.training import UpdatePlan
     from ssah.training.finetune import Settings
 
-__all__ = ["RunOptions", "Selected", "train"]
+__all__ = ["AskedSafety", "RunOptions", "Selected", "train"]
 
-_NOTHING = "none"  # what `--freeze` and `--train` say of no units
+_NOTHING = "none"  # what `--freeze` and `--train` say of no units, and `--over-refusal`
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,43 @@ class RunOptions:
     merge: bool = setting(False, "Also save the whole model.", panel="Run")
     keep_checkpoints: bool = setting(False, "Also when the run is finished.", panel="Run")
     dry_run: bool = setting(False, "Show what trains and the memory it takes.", panel="Run")
+
+
+_safety = partial(setting, panel="Is it still safe?")
+
+
+@dataclass(frozen=True)
+class AskedSafety:
+    """What a model is asked before and after it trains; the answers are judged and forgotten."""
+
+    requests: tuple[str, ...] = _safety(
+        (),
+        "Harmful, and how many are refused is measured before and after: .txt, CSV, JSONL, "
+        "`FILE[a:b]`, `builtin:safety_eval`; may be repeated.",
+    )
+    over_refusal: str = _safety("builtin:overrefusal", "Harmless but dangerous-looking, or `none`.")
+    # What `ssah evaluate` does where nothing else is said, so that figures compare.
+    judge: str = _safety(EvaluateSettings.judges[0], "As `ssah evaluate` takes it.")
+    max_new_tokens: int = _safety(EvaluateSettings.max_new_tokens, "Of an answer.", min=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def read(self, reading: Reading) -> dict[str, Any] | None:
+        """Arguments of `ssah.evaluation.Refusals`; None where nothing is measured."""
+        from ssah.evaluation import distinct_judges
+
+        if not self.requests:
+            return None
+        harmless = [] if self.over_refusal == _NOTHING else reading.requests(self.over_refusal)
+        (judge,) = distinct_judges([self.judge], self.max_new_tokens)
+        return {
+            "requests": [each for name in self.requests for each in reading.requests(name)],
+            "over_refusal": harmless,
+            "judge": judge,
+            "max_new_tokens": self.max_new_tokens,
+            "overlong": reading.overlong,
+        }
 
 
 @dataclass(frozen=True)
@@ -110,11 +149,13 @@ def train(
     data: str,
     settings: Settings,
     options: RunOptions,
+    asked: AskedSafety,
     weights: Weights,
     rows: Rows,
 ) -> Result:
     """Train a model with units selected, or show what that would take."""
     from ssah.data import Counts, rows_read, warn_of_shared
+    from ssah.evaluation import Refusals, refusals_change
     from ssah.report.terminal.training import preview_table, trained_table
     from ssah.storage import check_free
     from ssah.training.finetune import check_folder, fine_tune, preview
@@ -130,10 +171,15 @@ def train(
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
     source = reading.rows(data, options.split, options.limit, counts)
     held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)
+    given = asked.read(reading)
     # The prompts of a stream are not known before it has been read.
-    if isinstance(source, list) and isinstance(held_out, list):
-        prompts, own = ([row["prompt"] for row in each] for each in (held_out, source))
-        warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
+    if isinstance(source, list):
+        own = [row["prompt"] for row in source]
+        if isinstance(held_out, list):
+            prompts = [row["prompt"] for row in held_out]
+            warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
+        if given is not None:
+            warn_of_shared("--requests", given["requests"], f"--data {data}", own)
     loaded, tokenizer = weights.load(model)
     reading.tokenizer(tokenizer)  # the template is the tokenizer's, and saved with a merged model
     how = reading.overlong, options.max_length
@@ -142,6 +188,9 @@ def train(
     if held_out:
         name = str(options.eval_data)
         eval_examples = _encoded(held_out, name, tokenizer, eval_counts, *how)
+    safety = None
+    if given is not None:  # requests that leave no room are refused before anything is changed
+        safety = Refusals(loaded, tokenizer, **given, batch_size=settings.batch_size)
     plan = selected.plan(loaded)
     result: dict[str, Any] = {
         "model": plan.base_name,
@@ -166,10 +215,15 @@ def train(
         settings,
         tokenizer=tokenizer,
         eval_examples=eval_examples,
+        safety=safety,
         merge=options.merge,
         keep_checkpoints=options.keep_checkpoints,
     )
     result |= {"frozen_verified": True, "out": str(out)}
+    if safety is not None:
+        found = result["safety"]
+        change = refusals_change(found["before"], found["after"])
+        result["safety"] = {**found, "change": change}
     return Result(result, (trained_table(result),))
 
 

@@ -10,7 +10,7 @@ import typer
 
 from ssah.cli.running import Result
 from ssah.cli.shared import Data, Model, Rows, Weights
-from ssah.cli.training_run import RunOptions, Selected
+from ssah.cli.training_run import AskedSafety, RunOptions, Selected
 from ssah.cli.training_run import train as run
 from ssah.settings import setting
 from ssah.training.finetune import Settings
@@ -47,6 +47,7 @@ def align(
     beside: TrainedBeside,
     options: RunOptions,
     settings: Settings,
+    asked: AskedSafety,
     weights: Weights,
     rows: Rows,
 ) -> Result:
@@ -60,4 +61,4 @@ def align(
     model.
     """
     selected = Selected("train", train or ["ru"], groups, beside.rows)  # as the paper does
-    return run(selected, model, data, settings, options, weights, rows)
+    return run(selected, model, data, settings, options, asked, weights, rows)

@@ -10,7 +10,7 @@ import typer
 
 from ssah.cli.running import Result
 from ssah.cli.shared import Data, Model, Rows, Weights
-from ssah.cli.training_run import RunOptions, Selected, train
+from ssah.cli.training_run import AskedSafety, RunOptions, Selected, train
 from ssah.settings import setting
 from ssah.training.finetune import Settings
 
@@ -54,6 +54,7 @@ def finetune(
     beside: FrozenBeside,
     options: RunOptions,
     settings: Settings,
+    asked: AskedSafety,
     weights: Weights,
     rows: Rows,
 ) -> Result:
@@ -67,4 +68,4 @@ def finetune(
     model.
     """
     selected = Selected("freeze", freeze, groups, beside.rows, beside.keep)
-    return train(selected, model, data, settings, options, weights, rows)
+    return train(selected, model, data, settings, options, asked, weights, rows)
