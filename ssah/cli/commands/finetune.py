@@ -61,7 +61,7 @@ def finetune(
     """Fine-tune a model while the units you name stay bit for bit what they are.
 
     Example: `ssah finetune smollm2 --data task.jsonl --groups runs/groups --freeze scu
-    --freeze cu:0.06 --out runs/tuned`
+    --freeze cu --requests harmful.txt --out runs/tuned`
 
     The loss is that of the response. An interrupted run goes on when the same command is given
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
