@@ -18,7 +18,10 @@ if TYPE_CHECKING:
     from ssah.data import Reading
     from ssah.studies import Loading
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id or `smollm2`.")]
+Model = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="Folder, .gguf, hub id, `smollm2`, or an update of one."),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Folder for the result.")]
 Groups = Annotated[
     Path, typer.Option("--groups", metavar="DIR", help="What `ssah classify` saved.")
@@ -69,6 +72,9 @@ class Weights:
     dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
     device: str = setting("auto", "`auto`: a GPU if there is one.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
+    base: str | None = setting(
+        None, "Of an update: what it was trained from; default: as it says.", metavar="MODEL"
+    )
     # No options here: such weights are scored and run, and not trained.
     packed: bool = False
     device_map: DeviceMap | None = None
@@ -78,13 +84,15 @@ class Weights:
         """The model and its tokenizer, with a spinner on standard error meanwhile."""
         from rich.console import Console
 
-        from ssah.models import load_model, quiet
+        from ssah.models import quiet
         from ssah.report.terminal import as_data
+        from ssah.training import load_trained
 
         # Standard output is the result's.
         with Console(stderr=True).status(f"loading {as_data(name)}"), quiet():
-            return load_model(
+            return load_trained(
                 name,
+                base=self.base,
                 dtype=self.dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
@@ -104,6 +112,7 @@ class Weights:
             self.device,
             self.trust_remote_code,
             rows.reading(),
+            self.base,
             self.device_map,
             self.offload_folder,
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssah.cli.running import Result
 from ssah.cli.shared import Rows, Weights
-from ssah.settings import setting
+from ssah.settings import check_settings, setting
+from ssah.studies.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -16,11 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from ssah.choices import Overlong
-    from ssah.data import Counts
+    from ssah.data import Counts, Reading
+    from ssah.training import UpdatePlan
     from ssah.training.finetune import Settings
-    from ssah.units import UnitSet
 
-NOTHING = "none"  # what `--freeze` says where everything trains
+# What `--freeze` and `--train` say of no units, and `--over-refusal` of no requests.
+NOTHING = "none"
 
 
 @dataclass(frozen=True)
@@ -53,42 +56,102 @@ class RunOptions:
         check_free(self.out)
 
 
+_safety = partial(setting, panel="Is it still safe?")
+
+
+@dataclass(frozen=True)
+class AskedSafety:
+    """What a model is asked before and after it trains; the answers are judged and forgotten."""
+
+    requests: tuple[str, ...] = _safety(
+        (),
+        "Harmful, and how many are refused is measured before and after: .txt, CSV, JSONL, "
+        "`FILE[a:b]`, `builtin:safety_eval`; may be repeated.",
+    )
+    over_refusal: str = _safety("builtin:overrefusal", "Harmless but dangerous-looking, or `none`.")
+    # What `ssah evaluate` does where nothing else is said, so that figures compare.
+    judge: str = _safety(EvaluateSettings.judges[0], "As `ssah evaluate` takes it.")
+    max_new_tokens: int = _safety(EvaluateSettings.max_new_tokens, "Of an answer.", min=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+    def read(self, reading: Reading) -> dict[str, Any] | None:
+        """Arguments of `ssah.evaluation.Refusals`; None where nothing is measured."""
+        from ssah.evaluation import distinct_judges
+
+        if not self.requests:
+            return None
+        harmless = [] if self.over_refusal == NOTHING else reading.requests(self.over_refusal)
+        (judge,) = distinct_judges([self.judge], self.max_new_tokens)
+        return {
+            "requests": [each for name in self.requests for each in reading.requests(name)],
+            "over_refusal": harmless,
+            "judge": judge,
+            "max_new_tokens": self.max_new_tokens,
+            "overlong": reading.overlong,
+        }
+
+
 @dataclass(frozen=True)
 class Selected:
-    """Units that a command names.
+    """What a command names.
 
     Attributes:
-        mode: whether they are frozen, or they alone train.
+        mode: whether it is frozen, or it alone trains.
         names: groups and shares of groups, such as ``["scu", "cu:0.06"]``, or ``["none"]``.
         groups: folder that has the groups, or None.
+        rows: of embeddings and heads, as `ssah.training.finetune.select_rows` takes them.
+        keep: names or patterns of parameters that are frozen whole; not where the rest trains.
     """
 
     mode: Literal["freeze", "train"]
     names: list[str]
     groups: Path | None = None
+    rows: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ValueError, before a model is loaded, for a selection that cannot be."""
         from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_units
+        from ssah.training.finetune import select_rows, select_units
 
-        if self.mode == "freeze" and NOTHING in self.names:
+        select_rows(self.rows)
+        if NOTHING in self.names:
             if len(self.names) > 1 or self.groups is not None:
-                raise ValueError("freeze is none: it must stand alone, and without --groups")
+                raise ValueError(f"{self.mode} is none: it must stand alone, and without --groups")
+            if self.mode == "train" and not self.rows:
+                raise ValueError("train is none: nothing would train; give --rows, or units")
         elif self.groups is None:
-            raise ValueError("groups is missing: give --groups DIR, or --freeze none")
+            raise ValueError(f"groups is missing: give --groups DIR, or --{self.mode} none")
         else:
             select_units(self.names, UnitGroups.load(self.groups))
 
-    def units(self, model: Any) -> UnitSet:
-        """The units of ``model`` that are selected; none for ``none``."""
+    def plan(self, model: Any) -> UpdatePlan:
+        """The plan for ``model``; without units for ``none``."""
         from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_units
+        from ssah.training import freeze, train_only
+        from ssah.training.finetune import select_rows, select_units
         from ssah.units import UnitSet, find_modules
 
+        rows = select_rows(self.rows)
         if self.groups is None:  # check() lets that pass for "none" alone
-            return UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
-        return select_units(self.names, UnitGroups.load(self.groups, model))
+            units = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
+        else:
+            units = select_units(self.names, UnitGroups.load(self.groups, model))
+        if self.mode == "freeze":
+            return freeze(model, units, keep=self.keep, rows=rows)
+        return train_only(model, units, rows=rows)
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON of the run."""
+        from ssah.training.finetune import select_rows
+
+        # What was not given is left out, so that the records of other runs stay as they were.
+        beside = {"keep": list(self.keep), "parameter_rows": select_rows(self.rows)}
+        given = {key: value for key, value in beside.items() if value}
+        groups = None if self.groups is None else str(self.groups)
+        return {"groups": groups, self.mode: self.names, **given}
 
 
 def train(
@@ -97,13 +160,14 @@ def train(
     data: str,
     settings: Settings,
     options: RunOptions,
+    asked: AskedSafety,
     weights: Weights,
     rows: Rows,
 ) -> Result:
     """Train a model with units selected, or show what that would take."""
     from ssah.data import Counts, rows_read, warn_of_shared
+    from ssah.evaluation import Refusals, refusals_change
     from ssah.report.terminal import preview_table, trained_table
-    from ssah.training import freeze, train_only
     from ssah.training.finetune import fine_tune, preview
 
     # Everything that needs no model is refused before one is loaded.
@@ -112,27 +176,33 @@ def train(
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
     source = reading.rows(data, options.split, options.limit, counts)
     held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)
+    given = asked.read(reading)
     # The prompts of a stream are not known before it has been read.
-    if isinstance(source, list) and isinstance(held_out, list):
-        prompts, own = ([row["prompt"] for row in each] for each in (held_out, source))
-        warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
+    if isinstance(source, list):
+        own = [row["prompt"] for row in source]
+        if isinstance(held_out, list):
+            prompts = [row["prompt"] for row in held_out]
+            warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
+        if given is not None:
+            warn_of_shared("--requests", given["requests"], f"--data {data}", own)
     loaded, tokenizer = weights.load(model)
     reading.tokenizer(tokenizer)  # the template is the tokenizer's, and saved with a merged model
-    units = selected.units(loaded)
     how = reading.overlong, options.max_length
     examples = _encoded(source, data, tokenizer, counts, *how)
     eval_examples = None
     if held_out:
         name = str(options.eval_data)
         eval_examples = _encoded(held_out, name, tokenizer, eval_counts, *how)
-    plan = (freeze if selected.mode == "freeze" else train_only)(loaded, units)
+    safety = None
+    if given is not None:  # requests that leave no room are refused before anything is changed
+        safety = Refusals(loaded, tokenizer, **given, batch_size=settings.batch_size)
+    plan = selected.plan(loaded)
     result: dict[str, Any] = {
         "model": plan.base_name,
         "data": data,
-        "groups": None if selected.groups is None else str(selected.groups),
-        selected.mode: selected.names,
-        "units": len(units),
-        "unit_fraction": units.fraction,
+        **selected.record(),
+        "units": len(plan.units),
+        "unit_fraction": plan.units.fraction,
         "rows": len(examples),
         "rows_read": rows_read(tokenizer, counts),
         "dry_run": options.dry_run,
@@ -151,10 +221,15 @@ def train(
         settings,
         tokenizer=tokenizer,
         eval_examples=eval_examples,
+        safety=safety,
         merge=options.merge,
         keep_checkpoints=options.keep_checkpoints,
     )
     result |= {"frozen_verified": True, "out": str(out)}
+    if safety is not None:
+        found = result["safety"]
+        change = refusals_change(found["before"], found["after"])
+        result["safety"] = {**found, "change": change}
     return Result(result, (trained_table(result),))
 
 

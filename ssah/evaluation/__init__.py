@@ -10,7 +10,14 @@ from ssah.evaluation.attack import (
 )
 from ssah.evaluation.coherence import Coherence, coherence
 from ssah.evaluation.generation import Answer, answers, generate
-from ssah.evaluation.intervals import bootstrap, check_level, paired_difference, wilson
+from ssah.evaluation.intervals import (
+    Unit,
+    bootstrap,
+    check_level,
+    difference,
+    paired_difference,
+    wilson,
+)
 from ssah.evaluation.judges import Judge, judge
 from ssah.evaluation.loss import response_log_probs, utility_loss
 from ssah.evaluation.loss_and_margin import Measurement, Measures, ablations
@@ -19,6 +26,7 @@ from ssah.evaluation.perplexity import Perplexity, count_words
 from ssah.evaluation.probing import Probe, probe
 from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
 from ssah.evaluation.rates import answer_rates, rate, summary
+from ssah.evaluation.refusals import Refusals, refusals_change
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 
@@ -30,6 +38,7 @@ __all__ = [
     "Judge",
     "Measurement",
     "Measures",
+    "Refusals",
     "ablations",
     "answers",
     "attack_success",
@@ -42,6 +51,7 @@ __all__ = [
     "rate",
     "refusal_margin",
     "refusal_margins",
+    "refusals_change",
     "response_log_probs",
     "utility_loss",
     "wilson",

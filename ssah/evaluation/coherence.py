@@ -14,6 +14,7 @@ An answer is incoherent if
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -42,7 +43,8 @@ class Coherence:
 
     Attributes:
         model, tokenizer: the intact model. To be called outside any ``ssah.ablate`` of it.
-        max_nll: threshold, nats per token.
+        max_nll: threshold, nats per token; infinite: the model is not asked, and only what is empty
+            or repeats itself is incoherent.
         max_repeated: threshold, fraction of 3-grams in [0, 1].
         neutral: score answers as if to a neutral request, whatever the requests; for answers
             whose requests are not known.
@@ -82,7 +84,10 @@ class Coherence:
 
     def __call__(self, answers: Sequence[str], requests: Sequence[Request]) -> list[bool]:
         """True where an answer to its request is coherent."""
-        nll, repeated = self.nll(answers, requests), self.repeated(answers)
+        # No answer is too surprising for an infinite threshold: no forward pass is needed.
+        surprises = not math.isinf(self.max_nll)
+        nll = self.nll(answers, requests) if surprises else [0.0] * len(answers)
+        repeated = self.repeated(answers)
         return [
             bool(answer.strip()) and n <= self.max_nll and r <= self.max_repeated
             for answer, n, r in zip(answers, nll, repeated, strict=True)

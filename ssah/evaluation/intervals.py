@@ -6,7 +6,11 @@ Of 10 requests, 8 are refused: 0.80, with a 95 % interval from 0.49 to 0.94. Of 
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
+
+Unit = Literal["points", "nats", "cosine"]
 
 _CHUNK = 4_000_000  # values drawn at a time
 
@@ -124,6 +128,32 @@ def paired_difference(
     difference = first.double() - second.double()
     interval = bootstrap(difference, level=level, resamples=resamples, seed=seed)
     return float(difference.mean()), interval
+
+
+def difference(
+    first: Tensor, second: Tensor, unit: Unit, *, level: float = 0.95, seed: int = 0
+) -> tuple[float, list[float]]:
+    """Mean of ``first - second`` and its interval: the bootstrap, paired, by request.
+
+    Where every request has the same difference d, all resamples agree and the bootstrap has no
+    width, although other requests might differ. Of rates the interval is then that of how many do:
+    none of n, so at most u of all, Wilson's upper bound; each moves the mean by at most 1 + |d|:
+
+        d -+ u (1 + |d|), inside [-1, 1]
+
+    Args:
+        first, second: ``[requests]`` or ``[requests, seeds]``.
+        unit: ``"points"`` where values are rates in [0, 1], ``"nats"`` where they are losses,
+            ``"cosine"`` where they are cosine distances.
+        level: of confidence, a fraction in (0, 1).
+        seed: of the bootstrap.
+    """
+    value, (low, high) = paired_difference(first, second, level=level, seed=seed)
+    # Losses are never equal by chance: only rates can agree on every request and mean little by it.
+    if unit == "points" and low == high:
+        reach = wilson(0, len(first), level)[1] * (1 + abs(value))
+        low, high = max(-1.0, value - reach), min(1.0, value + reach)
+    return value, [low, high]
 
 
 def check_level(level: float) -> None:

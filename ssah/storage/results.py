@@ -71,15 +71,20 @@ def check_kind(folder: Path, content: object) -> None:
     Raises:
         ValueError: the folder holds a result of another kind; what cannot be read back may go.
     """
-    try:
-        there = json.loads((folder / META).read_bytes())["content"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return  # nothing is there, or nothing that anybody could use
-    if there != content:
+    there = kind_in(folder)
+    if there is not None and there != content:
         raise ValueError(
             f"directory {str(folder)!r} holds {there!r}, which {content!r} must not replace: "
             "choose another directory, or remove that one"
         )
+
+
+def kind_in(folder: Path) -> object:
+    """The kind of result in a folder; None: nothing is there, or nothing that anybody could use."""
+    try:
+        return json.loads((folder / META).read_bytes())["content"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
 
 
 def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -91,13 +96,13 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
     """
     folder = Path(directory)
     while True:  # until both files are of one result
-        meta = _read_meta(folder)
+        meta = read_meta(folder)
         file = folder / meta["tensors"]
         try:
             content = file.read_bytes()
             break
         except FileNotFoundError:
-            if _read_meta(folder) == meta:
+            if read_meta(folder) == meta:
                 raise  # and not replaced by another process between the two files
     del meta["tensors"]
     digest = hashlib.sha256(content).hexdigest()
@@ -109,7 +114,8 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         raise ValueError(f"file {str(file)!r} is damaged: {error}") from error
 
 
-def _read_meta(folder: Path) -> dict[str, Any]:
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The metadata alone, with the name and the hash of the tensors."""
     path = folder / META
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")

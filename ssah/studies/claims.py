@@ -12,38 +12,12 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ssah.evaluation import paired_difference, wilson
+from ssah.evaluation import Unit, difference
 
 Expected = Literal["lower", "higher", "not higher"]
-Unit = Literal["points", "nats", "cosine"]
 
 # Unit -> by what a value is multiplied to be shown, and with how many digits. Points are percent.
 _UNITS = {"points": (100.0, 1), "nats": (1.0, 3), "cosine": (1.0, 3)}
-
-
-def difference(
-    first: Tensor, second: Tensor, unit: Unit, *, level: float = 0.95, seed: int = 0
-) -> tuple[float, list[float]]:
-    """Mean of ``first - second`` and its interval: the bootstrap, paired, by request.
-
-    Where every request has the same difference d, all resamples agree and the bootstrap has no
-    width, although other requests might differ. Of rates the interval is then that of how many do:
-    none of n, so at most u of all, Wilson's upper bound; each moves the mean by at most 1 + |d|:
-
-        d -+ u (1 + |d|), inside [-1, 1]
-
-    Args:
-        first, second: ``[requests]`` or ``[requests, seeds]``.
-        unit: as in :func:`claim`.
-        level: of confidence, a fraction in (0, 1).
-        seed: of the bootstrap.
-    """
-    value, (low, high) = paired_difference(first, second, level=level, seed=seed)
-    # Losses are never equal by chance: only rates can agree on every request and mean little by it.
-    if unit == "points" and low == high:
-        reach = wilson(0, len(first), level)[1] * (1 + abs(value))
-        low, high = max(-1.0, value - reach), min(1.0, value + reach)
-    return value, [low, high]
 
 
 def claim(

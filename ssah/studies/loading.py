@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.choices import check_choice
 from ssah.data import Reading
-from ssah.models import DTYPES, faster_dtype, load_model, quiet
+from ssah.models import DTYPES, faster_dtype, quiet
 from ssah.studies.step_bars import Steps
+from ssah.training import load_trained, load_trained_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -22,11 +23,12 @@ class Loading:
     """How a model is loaded.
 
     Attributes:
-        name: as ``ssah.models.load_model`` takes it.
+        name: as ``ssah.training.load_trained`` takes it: a model, or an update of one.
         dtype: of scoring and measuring; ``"auto"``: what multiplies faster here.
         device: as ``load_model`` takes it.
         trust_remote_code: as ``load_model`` takes it.
         reading: how rows are read, and the chat template.
+        base: of an update, see ``load_trained``.
         device_map, offload_folder: as ``load_model`` takes them.
     """
 
@@ -35,6 +37,7 @@ class Loading:
     device: str = "auto"
     trust_remote_code: bool = False
     reading: Reading = READING
+    base: str | None = None
     device_map: str | None = None
     offload_folder: str | None = None
 
@@ -47,8 +50,9 @@ class Loading:
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model in ``dtype``, or another one (a folder) loaded in the same way."""
         with quiet():
-            model, tokenizer = load_model(
+            model, tokenizer = load_trained(
                 name or self.name,
+                base=self._base(name),
                 dtype=dtype,
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
@@ -57,12 +61,26 @@ class Loading:
             )
         return model, self.reading.tokenizer(tokenizer)
 
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """The tokenizer alone, of the model or of another one."""
+        with quiet():
+            found = load_trained_tokenizer(
+                name, base=self._base(name), trust_remote_code=self.trust_remote_code
+            )
+        return self.reading.tokenizer(found)
+
+    def _base(self, name: str | None) -> str | None:
+        """``base`` is this model's: another one is found by its own record."""
+        return self.base if name in (None, self.name) else None
+
     def settings(self) -> dict[str, Any]:
         """For the record of a run."""
         fields = asdict(self)
         del fields["reading"]  # flat among the others, as the options of the command are
-        # Where weights lie changes no result, and a run may go on with other hardware.
-        del fields["device_map"], fields["offload_folder"]
+        # Where weights lie changes no result, and a run may go on elsewhere. Of an update, the hash
+        # of the weights is recorded.
+        for place in ("base", "device_map", "offload_folder"):
+            del fields[place]
         return {"model": fields.pop("name"), **fields, **self.reading.settings()}
 
     def precision(

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ssah.evaluation import COMPLIANCE, OPENING, REFUSAL, Probe, fitting, opened, probe, prompts
-from ssah.models import load_tokenizer, quiet, weights_hash
+from ssah.models import weights_hash
 from ssah.report.pictures import plot_probe
 from ssah.storage import check_free
 from ssah.studies.claims import claim
@@ -94,9 +94,8 @@ def _fitting_all(
 ) -> list[str]:
     """The requests that fit every model, so that all are asked the same; from tokenizers alone."""
     for name in names:
-        with quiet():
-            own = load_tokenizer(name, trust_remote_code=loading.trust_remote_code)
-        encoded = prompts(loading.reading.tokenizer(own), requests)
+        own = loading.tokenizer(name)
+        encoded = prompts(own, requests)
         most = max_length - OPENING
         requests = fitting(requests, encoded, most, overlong=loading.reading.overlong)
         for opening in openings:

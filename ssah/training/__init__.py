@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ssah.training.plan_callback import PlanCallback
     from ssah.training.saving import load_update
     from ssah.training.splitting import runs
+    from ssah.training.updated_models import is_update, load_trained, load_trained_tokenizer
     from ssah.training.verifying import verify
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ProtectedAdapter",
     "UpdatePlan",
     "freeze",
+    "load_trained",
     "load_update",
     "plan_of",
     "protect_adapter",
@@ -44,5 +46,6 @@ __getattr__ = names_of(
     plan_callback="PlanCallback",
     saving="load_update",
     splitting="runs",
+    updated_models="is_update load_trained load_trained_tokenizer",
     verifying="verify",
 )

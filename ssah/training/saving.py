@@ -34,7 +34,7 @@ from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
 
 HUB = "hf:"  # before the id of a repository
-_CONTENT = "update"
+UPDATE = "update"  # kind of result
 _FIELDS: Fields = {
     "base_model": str,
     "units_hash": TEXT,
@@ -73,7 +73,7 @@ def save_update(
         tensors[f"values/{name}"] = torch.cat(values)[ascending]  # [trained, ...]
         dims[name] = own[0].entries.dims
     meta = {
-        "content": _CONTENT,
+        "content": UPDATE,
         "format": FORMAT,
         "version": __version__,
         **about,
@@ -133,18 +133,29 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             an active plan, other units or another dtype, packed weights, or other weights where
             the update kept them frozen. Nothing is changed then.
     """
+    merge_update(model, read_update(directory))
+
+
+def read_update(directory: str | os.PathLike[str]) -> Stored:
+    """What :func:`load_update` merges, read and checked as far as no model is needed."""
+    stored = Stored(update_folder(directory), UPDATE, _FIELDS, {"units_hash": None, "experts": []})
+    meta = stored.meta
+    check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
+    check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
+    if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
+        raise stored.damaged("the field 'experts' has more than parameters that train in part")
+    return stored
+
+
+def merge_update(model: nn.Module, stored: Stored) -> None:
+    """Merge what :func:`read_update` read; everything as of :func:`load_update`."""
     check_unplanned(model)
     params = [param for module in find_modules(model).values() for param in module.params]
     check_idle(model, "to be given an update")
     check_not_ablated(model, "to be given an update")
     check_plain(model, "to be given an update")
     check_parameters(model, params, "to be given an update")
-    stored = Stored(_folder(directory), _CONTENT, _FIELDS, {"units_hash": None, "experts": []})
     meta = stored.meta
-    check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
-    check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
-    if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
-        raise stored.damaged("the field 'experts' has more than parameters that train in part")
     check_same_model(model, meta["units_hash"], expected_name=meta["base_model"], what="the update")
     own = dict(model.named_parameters())
     experts = frozenset(meta["experts"])
@@ -173,7 +184,7 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             entries[place] = value.to(own[name].device)
 
 
-def _folder(directory: str | os.PathLike[str]) -> str:
+def update_folder(directory: str | os.PathLike[str]) -> str:
     """The folder that is meant, fetched if it is a repository."""
     name = os.fspath(directory)
     if name.startswith(HUB):

@@ -21,6 +21,7 @@ from ssah.training.adapters.entries import changed_entries, frozen_entries
 from ssah.training.entries import Entries
 from ssah.training.in_place import listed
 from ssah.training.splitting import complement_rows
+from ssah.training.updated_models import is_update, load_trained
 from ssah.units import UnitSet
 
 _ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
@@ -42,8 +43,8 @@ def verify(
 
     Args:
         model: the one that was trained: a transformers model, a ``PeftModel``, what
-            `ssah.models.load_model` takes, or the folder of an adapter of ``base``. An adapter must
-            add exactly zero to these entries.
+            `ssah.models.load_model` takes, or the folder of an update or an adapter of ``base``. An
+            adapter must add exactly zero to these entries.
         base: the one that it was trained from: a model, or what `ssah.models.load_model` takes.
         units: of either. With shared key/value heads a row of V counts if any column of O that it
             feeds does.
@@ -64,6 +65,9 @@ def verify(
                 f"folder of an adapter ({os.fspath(model)!r}): the adapter is put on it"
             )
         model = peft.with_adapter(load_weights(os.fspath(base)), os.fspath(model))
+    elif not isinstance(model, nn.Module) and is_update(os.fspath(model)):
+        start = None if isinstance(base, nn.Module) else os.fspath(base)
+        model, _ = load_trained(os.fspath(model), base=start)
     moved: dict[str, tuple[int, int]] = {}
     for weights, before, entries in _pieces(model, base, units, only=only):
         for name, own in entries.items():

@@ -26,7 +26,11 @@ from ssah.models import load_model
 
 pytestmark = pytest.mark.xdist_group("docs")  # the world of the pages is made once
 
-PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))]
+FOLDERS = ("docs", "docs/training")
+PAGES = [
+    "README.md",
+    *sorted(f"{folder}/{path.name}" for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md")),
+]
 # Commands that were run for hours on real models: they are parsed.
 RESULTS = sorted(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md"))
 PARSED = ["csrc/README.md", *RESULTS]
@@ -37,14 +41,15 @@ STUDIES = {("scan",), ("stability",), ("study", "budget"), ("study", "freeze")}
 # How many blocks of a page are not run. Each says why; a new one is counted here.
 NOT_RUN = {
     "README.md": 1,
-    "docs/adapters.md": 1,
     "docs/cuda.md": 1,
     "docs/evaluation.md": 2,
     "docs/gpu.md": 1,
     "docs/installing.md": 2,
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
-    "docs/scaling.md": 3,
+    "docs/scaling.md": 2,
+    "docs/training/fsdp2.md": 2,
+    "docs/training/lora.md": 1,
     "docs/versions.md": 1,
 }
 # What the pages call their models. One that is named like a hub id is read in the place of the hub.
@@ -55,6 +60,10 @@ MODELS = (
     "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-Next-80B-A3B-Instruct",
 )
+# They train with TRL, which a user may lack, and so may a machine that runs the tests.
+WITH_TRL = {f"docs/training/{name}.md" for name in ("sft", "dpo", "grpo")}
+# They need neither model nor groups: all that they use is in their own blocks.
+WHOLE = {"README.md", "docs/operators.md", "docs/training/your_stack.md"}
 # Options of other programs that the pages name.
 OTHERS = {"--help", "--no-build-isolation", "--no-deps", "--nproc-per-node", "--kind"}
 
@@ -117,10 +126,10 @@ def here(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def names_of(page: str) -> dict[str, Any]:
-    """What a page need not say before its first block. README and the operators say all of it."""
+    """What a page need not say before its first block."""
     # A warning that a name is deprecated is an error, as it is in the library's own files.
     own = {"__name__": "ssah.page"}
-    if page in ("README.md", "docs/operators.md"):
+    if page in WHOLE:
         return own
     model, tokenizer = load_model("./smollm2")
     groups = UnitGroups.load("runs/groups")
@@ -141,6 +150,8 @@ def names_of(page: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run_as_pasted(page: str, here: Path) -> None:
+    if page in WITH_TRL:
+        pytest.importorskip("trl")
     names = _run(page, left_out=TIMED | STUDIES)
     if page == "README.md":
         assert len(names["groups"]["scu"]) > 0

@@ -170,6 +170,88 @@ def test_bfloat16_weights_move_by_unbiased_rounding(place: Path, tmp_path: Path)
     assert (seen[0][name] != before[name])[before[name].abs() > 0.1].any()
 
 
+# ---------------------------------------------------------------------- rows and whole parameters
+
+EMBEDDING = "model.embed_tokens.weight"
+
+
+def moved_rows(before: Tensor, after: Tensor) -> list[int]:
+    return (before != after).any(1).nonzero()[:, 0].tolist()
+
+
+def test_rows_and_names_stay_beside_units(place: Path, tmp_path: Path) -> None:
+    write = tmp_path / "rows.txt"
+    write.write_text(f"{EMBEDDING}:7\n\nlm_head.weight:0-3, 9\n")
+    options = ("--freeze", "scu", "--keep", "*norm*", "--rows", f"{EMBEDDING}:3-5,11")
+    run = (*options, "--rows", write, "--out", tmp_path / "run", *QUICK, "--weight-decay", "0.1")
+    found = answer(call("finetune", place, *run, "--json"))
+    assert found["keep"] == ["*norm*"]
+    assert found["parameter_rows"] == {
+        EMBEDDING: [3, 4, 5, 7, 11],
+        "lm_head.weight": [0, 1, 2, 3, 9],
+    }
+    start, after = snapshot(base(place)), updated(place, tmp_path / "run")
+    for name, frozen in found["parameter_rows"].items():
+        free = start[name].any(1)  # the row of padding is zero: no decay moves it
+        free[frozen] = False
+        assert moved_rows(start[name], after[name]) == free.nonzero()[:, 0].tolist(), name
+    norms = [name for name in start if "norm" in name]
+    assert norms
+    assert all(torch.equal(start[name], after[name]) for name in norms)
+
+    message = error(call("finetune", place, *run, "--rows", "lm_head.weight:20"))
+    assert "trained units (groups and selection) was" in message
+
+
+def test_rows_alone_train_without_groups(place: Path, tmp_path: Path) -> None:
+    options = ("--train", "none", "--rows", f"{EMBEDDING}:5,7", "--out", tmp_path / "run")
+    model = base(place)
+    data = ("--data", place / "rows.jsonl", *QUICK, "--json")
+    given = ["align", place / "base", *options, *data]
+    found = answer(CliRunner().invoke(app, [str(each) for each in given], catch_exceptions=False))
+    assert found["parameters"]["trained"] == 2 * model.config.hidden_size
+    assert found["units"] == 0
+    start, after = snapshot(model), updated(place, tmp_path / "run")
+    assert moved_rows(start[EMBEDDING], after[EMBEDDING]) == [5, 7]
+    assert all(torch.equal(start[name], after[name]) for name in start if name != EMBEDDING)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--rows", "lm_head.weight"), "rows is 'lm_head.weight'; it must be the name of a"),
+        (("--rows", "lm_head.weight:5-3"), "rows has the rows '5-3' of lm_head.weight; the first"),
+        (("--rows", "lm_head.weight:0-99999999999"), "the last below 10,000,000"),
+        (("--rows", "lm_head.weight:1,,2"), "it must be the name of a parameter and its rows"),
+        (("--rows", "FILE"), "rows.txt:2 is 'lm_head.weight:x'; it must be"),
+        (("--rows", "EMPTY"), "which is empty"),
+        (("--rows", "head.weight:1"), "rows has names that the model lacks: head.weight"),
+        (("--rows", "lm_head.weight:100000"), "rows has 100000 for 'lm_head.weight'"),
+        (("--keep", "nothing.*"), "keep has names that the model lacks: nothing.*"),
+    ],
+)
+def test_wrong_rows_and_names_are_named(
+    options: tuple[str, str], named: str, place: Path, tmp_path: Path
+) -> None:
+    files = {"FILE": tmp_path / "rows.txt", "EMPTY": tmp_path / "empty.txt"}
+    files["FILE"].write_text("lm_head.weight:1\nlm_head.weight:x\n")
+    files["EMPTY"].write_text("\n")
+    given = [files.get(option, option) for option in options]
+    message = error(
+        call("finetune", place, "--freeze", "scu", *given, "--out", tmp_path / "run", *QUICK)
+    )
+    assert named in message
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_units_and_no_rows_are_nothing_to_train(place: Path, tmp_path: Path) -> None:
+    given = ["align", place / "base", "--data", place / "rows.jsonl", "--out", tmp_path / "run"]
+    words = [str(each) for each in given]
+    message = error(CliRunner().invoke(app, [*words, "--train", "none"]))
+    assert "nothing would train; give --rows, or units" in message
+    assert "give --groups DIR, or --train none" in error(CliRunner().invoke(app, words))
+
+
 # ------------------------------------------------------------------------------------ resuming
 
 

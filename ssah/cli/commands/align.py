@@ -2,30 +2,52 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from ssah.cli.running import Result
-from ssah.cli.shared import Data, Groups, Model, Rows, Weights
-from ssah.cli.training_run import RunOptions, Selected
+from ssah.cli.shared import Data, Model, Rows, Weights
+from ssah.cli.training_run import AskedSafety, RunOptions, Selected
 from ssah.cli.training_run import train as run
+from ssah.settings import setting
 from ssah.training.finetune import Settings
 
 ORDER = 60
 
 
+@dataclass(frozen=True)
+class TrainedBeside:
+    """What trains beside units."""
+
+    rows: tuple[str, ...] = setting(
+        (),
+        "Rows of an embedding or a head that train too: `lm_head.weight:300-310,512`, or a file of "
+        "such lines; may be repeated.",
+        metavar="NAME:ROWS",
+    )
+
+
 def align(
     model: Model,
     data: Data,
-    groups: Groups,
     *,
     train: Annotated[
         list[str] | None,
-        typer.Option(help="`ru` (default), `cu:0.06`, ...; may be repeated."),
+        typer.Option(help="`ru` (default), `cu:0.06`, ...; may be repeated. `none`: no units."),
     ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            "--groups", metavar="DIR", help="What `ssah classify` saved; not for `--train none`."
+        ),
+    ] = None,
+    beside: TrainedBeside,
     options: RunOptions,
     settings: Settings,
+    asked: AskedSafety,
     weights: Weights,
     rows: Rows,
 ) -> Result:
@@ -38,5 +60,5 @@ def align(
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
     model.
     """
-    selected = Selected("train", train or ["ru"], groups)  # as the paper does
-    return run(selected, model, data, settings, options, weights, rows)
+    selected = Selected("train", train or ["ru"], groups, beside.rows)  # as the paper does
+    return run(selected, model, data, settings, options, asked, weights, rows)

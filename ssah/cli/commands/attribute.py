@@ -97,7 +97,8 @@ def attribute(
         about: dict[str, Any] = {"out": str(out), "data": data, "processes": ranks.size}
         if settings.stream:
             how = asdict(weights)
-            for refused in ("packed", "device_map", "offload_folder"):  # by `_check_streamed`
+            # `_check_streamed` refuses them.
+            for refused in ("packed", "base", "device_map", "offload_folder"):
                 del how[refused]
             attribution, traffic = stream(model, loader, **how, **options)
             about["traffic"] = asdict(traffic)
@@ -124,6 +125,7 @@ def _check_streamed(settings: AttributeSettings, weights: PackedWeights, process
         ("--all-experts", settings.all_experts),
         ("--packed", weights.packed),
         ("--device-map", weights.device_map is not None),
+        ("--base", weights.base is not None),
         ("--save-every", settings.save_every is not None),
     ):
         if given:

@@ -47,7 +47,13 @@ def demo(
 
     with one_run(out):  # a second demonstration would train the same model at the same time
         found = (run_full_demo if full else run_demo)(
-            Loading(model, weights.dtype, weights.device, weights.trust_remote_code),
+            Loading(
+                model,
+                weights.dtype,
+                weights.device,
+                weights.trust_remote_code,
+                base=weights.base,
+            ),
             out,
             seconds=seconds,
             shares={"scu": scu, "ucu": ucu, "ru": ru},

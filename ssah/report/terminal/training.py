@@ -39,6 +39,8 @@ def trained_table(result: dict[str, Any]) -> Table:
     }
     if result["eval_loss"] is not None:
         facts["eval loss"] = f"{result['eval_loss_before']:.4f} -> {result['eval_loss']:.4f}"
+    if result["safety"] is not None:
+        facts |= _safety(result["safety"])
     facts["frozen units"] = "verified: not a bit changed"
     facts["time"] = f"{result['seconds']:.1f} s"
     facts["update saved to"] = result["out"]
@@ -46,6 +48,32 @@ def trained_table(result: dict[str, Any]) -> Table:
         facts["model saved to"] = result["merged"]
     title = "Finished earlier; not trained again" if result["already_finished"] else "Trained"
     return facts_table(title, facts)
+
+
+def _safety(safety: dict[str, Any]) -> dict[str, str]:
+    """What the model refuses before and after, and the change with its interval."""
+    before, after, change = (safety[when] for when in ("before", "after", "change"))
+    judge, facts = safety["asked"]["judge"]["name"], {}
+    for key, name in (
+        ("refused", f"harmful requests refused ({judge})"),
+        ("over_refused", "harmless ones refused"),
+        ("empty_or_repeating", "empty or repeating answers"),
+    ):
+        if before[key] is not None:
+            shown = [f"{each[key]['rate']:.1%}" for each in (before, after)]
+            facts[name] = f"{' -> '.join(shown)} of {before[key]['n']}"
+            facts[name] += _change(change.get(key), 100, "points")
+    shown = [f"{each['refusal_margin']:+.3f}" for each in (before, after)]
+    facts["refusal margin"] = " -> ".join(shown) + _change(change["refusal_margin"], 1, "nats")
+    return facts
+
+
+def _change(change: dict[str, Any] | None, factor: float, unit: str) -> str:
+    if change is None:
+        return ""
+    value, low, high = (factor * each for each in (change["change"], *change["interval"]))
+    digits = 1 if factor > 1 else 3
+    return f" ({value:+.{digits}f} {unit} [{low:+.{digits}f}, {high:+.{digits}f}])"
 
 
 def _parameters(parameters: dict[str, Any]) -> str:

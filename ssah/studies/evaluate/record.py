@@ -10,8 +10,15 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ssah.evaluation import Perplexity, answer_rates, bootstrap, paired_difference, rate
-from ssah.studies.claims import Unit, difference
+from ssah.evaluation import (
+    Perplexity,
+    Unit,
+    answer_rates,
+    bootstrap,
+    difference,
+    paired_difference,
+    rate,
+)
 from ssah.studies.paired_measures import UTILITY, losses
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssah.evaluation import difference
 from ssah.groups import UnitGroups
 from ssah.report.pictures import plot_freeze
-from ssah.studies.claims import difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
 from ssah.studies.training.arms import Arm, lora, planned

@@ -27,6 +27,7 @@ from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
 from ssah.training.finetune.monitor import Monitor, progress_bar
+from ssah.training.finetune.safety import SAFETY, SafetyMeasure, SafetyRecord
 from ssah.training.finetune.settings import Settings
 from ssah.training.finetune.trainer import make_trainer
 from ssah.training.plan import UpdatePlan
@@ -51,6 +52,7 @@ def fine_tune(
     *,
     tokenizer: PreTrainedTokenizerBase,
     eval_examples: Sequence[Encoded] | None = None,
+    safety: SafetyMeasure | None = None,
     merge: bool = False,
     keep_checkpoints: bool = False,
 ) -> dict[str, Any]:
@@ -67,6 +69,7 @@ def fine_tune(
         settings: how to train.
         tokenizer: pads batches, and is saved beside a merged model.
         eval_examples: rows whose loss is measured before and after training.
+        safety: of the plan's model, measured before and after: `ssah.evaluation.Refusals`.
         merge: also save the whole model, to ``out/merged``.
         keep_checkpoints: do not remove checkpoints when the run is finished.
 
@@ -74,7 +77,8 @@ def fine_tune(
         plain data: ``parameters`` (as `count_parameters` gives them), ``steps``, ``epochs``,
         ``resumed_from`` (a step; 0 from the start), ``loss_first`` and ``loss_last`` (nats per
         token, the means of the first step and of those of the last log), ``eval_loss_before`` and
-        ``eval_loss`` (None without ``eval_examples``), ``seconds`` (of this call),
+        ``eval_loss`` (None without ``eval_examples``), ``safety`` (``asked``, and what ``safety``
+        found ``before`` and ``after``; None without it), ``seconds`` (of this call),
         ``already_finished``, ``merged`` (the folder or None).
 
     Raises:
@@ -92,12 +96,18 @@ def fine_tune(
     with one_run(folder):
         record = open_run(folder, identity)
         finished = "result" in record
+        measured = None if safety is None else SafetyRecord(safety, folder, record)
+        log = None
+        if not finished:
+            trainer = _trainer(plan, examples, folder, settings, tokenizer, eval_examples, identity)
+            log = trainer.log
+        if measured is not None:
+            measured.take("before", log)
         if finished:
             # The model still has the weights that the run began with: it gets those of its end.
             plan.close()
             load_update(plan.model, folder)
         else:
-            trainer = _trainer(plan, examples, folder, settings, tokenizer, eval_examples, identity)
             trained = _train(trainer, folder, settings, record)
             plan.verify()
             plan.save_pretrained(folder)
@@ -105,6 +115,8 @@ def fine_tune(
             # Last: a run is finished once its record says so, and only then is it not repeated.
             write_run(folder, record)
             plan.close()
+        if measured is not None:  # of a finished run too, which nobody asked then
+            measured.take("after", log)
         merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
         if merge:
             tokenizer.save_pretrained(merged)
@@ -114,6 +126,7 @@ def fine_tune(
     return {
         "parameters": parameters,
         **record["result"],
+        SAFETY: None if safety is None else record[SAFETY],
         "already_finished": finished,
         "seconds": time.perf_counter() - start,
         "merged": str(merged) if merged.is_dir() else None,
