@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ssah.interventions import ablate, prune
     from ssah.training import (
         UpdatePlan,
+        export_lora,
         freeze,
         load_update,
         protect_adapter,
@@ -59,6 +60,7 @@ __all__ = [
     "attribute",
     "classify",
     "data",
+    "export_lora",
     "find_modules",
     "freeze",
     "load_update",
@@ -80,6 +82,7 @@ _ROOMS = {
     "interventions": ("ablate", "prune"),
     "training": (
         "UpdatePlan",
+        "export_lora",
         "freeze",
         "load_update",
         "protect_adapter",

@@ -11,6 +11,8 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
+    from ssah.training.adapters.card import LoraExport
+    from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
@@ -23,9 +25,11 @@ if TYPE_CHECKING:
 __all__ = [
     "AdapterCallback",
     "ImportanceCallback",
+    "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
     "UpdatePlan",
+    "export_lora",
     "freeze",
     "load_update",
     "plan_of",
@@ -37,6 +41,7 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
+    **{"adapters.card": "LoraExport", "adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",

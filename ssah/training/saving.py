@@ -29,11 +29,12 @@ from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.training.active import check_unplanned
 from ssah.training.entries import TrainedSlice
+from ssah.training.placed import Placed
 from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
 
-__all__ = ["load_update", "push_update", "save_update"]
+__all__ = ["load_update", "public_name", "push_update", "read_update", "save_update"]
 
 HUB = "hf:"  # before the id of a repository
 _CONTENT = "update"
@@ -106,14 +107,14 @@ def push_update(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_update(slices, {**about, "base_model": _public(about["base_model"])}, folder)
+        save_update(slices, {**about, "base_model": public_name(about["base_model"])}, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         )
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
     is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
     return name if is_id and not Path(name).exists() else Path(name).name
@@ -122,7 +123,7 @@ def _public(name: str) -> str:
 def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Merge what :meth:`UpdatePlan.save_pretrained` wrote into the model that it started from.
 
-    Afterwards the model is, bit for bit, the one that was trained.
+    Afterwards the model is, bit for bit, the one that was trained. `attach` can take it back.
 
     Args:
         model: the base model, in the dtype that it was trained in; changed in place.
@@ -134,6 +135,15 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
         ValueError: the folder holds something else or is damaged; the model is inside `ablate`, has
             an active plan, other units or another dtype, packed weights, or other weights where
             the update kept them frozen. Nothing is changed then.
+    """
+    for each in read_update(model, directory):
+        each.write(each.values)
+
+
+def read_update(model: nn.Module, directory: str | os.PathLike[str]) -> list[Placed]:
+    """What an update would write into ``model``, once all of it is known to fit.
+
+    Arguments and errors as of :func:`load_update`. Nothing is changed.
     """
     check_unplanned(model)
     params = [param for module in find_modules(model).values() for param in module.params]
@@ -153,7 +163,6 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     dims: dict[str, tuple[int, ...]] = {
         name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
     }
-    # All is checked before anything is written: an error leaves the model as it was.
     values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:
@@ -162,17 +171,10 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
             "one: it is not whole, or belongs to another model"
         )
     _check_frozen(own, stored, dims)
-    with torch.no_grad():
-        for name, value in values.items():
-            if name not in dims:
-                own[name].copy_(value)
-                continue
-            index = stored.tensors[f"index/{name}"].to(own[name].device)
-            # Entries first, as a view, so that what is written here is written to the weight:
-            # [entries, ...], of experts [experts, entries, ...].
-            entries = own[name].movedim(dims[name], tuple(range(len(dims[name]))))
-            place = torch.unravel_index(index, entries.shape[: len(dims[name])])
-            entries[place] = value.to(own[name].device)
+    return [
+        Placed(name, own[name], dims.get(name), stored.tensors.get(f"index/{name}"), value)
+        for name, value in values.items()
+    ]
 
 
 def _folder(directory: str | os.PathLike[str]) -> str:
