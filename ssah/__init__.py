@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ssah.interventions import ablate, prune
     from ssah.training import (
         UpdatePlan,
+        attach,
         export_lora,
         freeze,
         load_update,
@@ -57,6 +58,7 @@ __all__ = [
     "UnitSet",
     "UpdatePlan",
     "ablate",
+    "attach",
     "attribute",
     "classify",
     "data",
@@ -82,6 +84,7 @@ _ROOMS = {
     "interventions": ("ablate", "prune"),
     "training": (
         "UpdatePlan",
+        "attach",
         "export_lora",
         "freeze",
         "load_update",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ssah.training.adapters.card import LoraExport
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
+    from ssah.training.attaching import Attached, attach
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterCallback",
+    "Attached",
     "ImportanceCallback",
     "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
     "UpdatePlan",
+    "attach",
     "export_lora",
     "freeze",
     "load_update",
@@ -43,6 +46,7 @@ __getattr__ = names_of(
     **{"adapters.callback": "AdapterCallback"},
     **{"adapters.card": "LoraExport", "adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
+    attaching="Attached attach",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
