@@ -22,15 +22,19 @@ if TYPE_CHECKING:
     from ssah.training.saving import load_update
     from ssah.training.splitting import runs
     from ssah.training.verifying import verify
+    from ssah.training.weight_changes import ChangedWeight, WeightChanges, apply_changes
 
 __all__ = [
     "AdapterCallback",
     "Attached",
+    "ChangedWeight",
     "ImportanceCallback",
     "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
     "UpdatePlan",
+    "WeightChanges",
+    "apply_changes",
     "attach",
     "export_lora",
     "freeze",
@@ -54,4 +58,5 @@ __getattr__ = names_of(
     saving="load_update",
     splitting="runs",
     verifying="verify",
+    weight_changes="ChangedWeight WeightChanges apply_changes",
 )
