@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from ssah.interventions import ablate, prune
     from ssah.training import (
         UpdatePlan,
+        attach,
+        export_lora,
         freeze,
         load_update,
         protect_adapter,
@@ -56,9 +58,11 @@ __all__ = [
     "UnitSet",
     "UpdatePlan",
     "ablate",
+    "attach",
     "attribute",
     "classify",
     "data",
+    "export_lora",
     "find_modules",
     "freeze",
     "load_update",
@@ -80,6 +84,8 @@ _ROOMS = {
     "interventions": ("ablate", "prune"),
     "training": (
         "UpdatePlan",
+        "attach",
+        "export_lora",
         "freeze",
         "load_update",
         "protect_adapter",

@@ -30,8 +30,6 @@ from ssah.evaluation.rates import rate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-__all__ = ["Refusals", "refusals_change"]
-
 
 class Refusals:
     """Measures what a model refuses, now; the answers are judged and forgotten.

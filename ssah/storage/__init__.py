@@ -14,6 +14,7 @@ from ssah.storage.files import (
     read_sealed,
     sealed,
     sync,
+    write_folder,
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
@@ -50,6 +51,7 @@ __all__ = [
     "save_tensors",
     "sealed",
     "sync",
+    "write_folder",
     "write_whole",
 ]
 

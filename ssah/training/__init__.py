@@ -11,7 +11,10 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
+    from ssah.training.adapters.card import LoraExport
+    from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
+    from ssah.training.attaching import Attached, attach
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
@@ -20,13 +23,21 @@ if TYPE_CHECKING:
     from ssah.training.splitting import runs
     from ssah.training.updated_models import is_update, load_trained, load_trained_tokenizer
     from ssah.training.verifying import verify
+    from ssah.training.weight_changes import ChangedWeight, WeightChanges, apply_changes
 
 __all__ = [
     "AdapterCallback",
+    "Attached",
+    "ChangedWeight",
     "ImportanceCallback",
+    "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
     "UpdatePlan",
+    "WeightChanges",
+    "apply_changes",
+    "attach",
+    "export_lora",
     "freeze",
     "load_trained",
     "load_update",
@@ -39,7 +50,9 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
+    **{"adapters.card": "LoraExport", "adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
+    attaching="Attached attach",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
@@ -48,4 +61,5 @@ __getattr__ = names_of(
     splitting="runs",
     updated_models="is_update load_trained load_trained_tokenizer",
     verifying="verify",
+    weight_changes="ChangedWeight WeightChanges apply_changes",
 )

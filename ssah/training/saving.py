@@ -29,6 +29,7 @@ from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.training.active import check_unplanned
 from ssah.training.entries import TrainedSlice
+from ssah.training.placed import Placed
 from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
@@ -104,14 +105,14 @@ def push_update(
     """
     api = HfApi(token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_update(slices, {**about, "base_model": _public(about["base_model"])}, folder)
+        save_update(slices, {**about, "base_model": public_name(about["base_model"])}, folder)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         return str(
             api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
         )
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
     """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
     is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
     return name if is_id and not Path(name).exists() else Path(name).name
@@ -120,7 +121,7 @@ def _public(name: str) -> str:
 def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Merge what :meth:`UpdatePlan.save_pretrained` wrote into the model that it started from.
 
-    Afterwards the model is, bit for bit, the one that was trained.
+    Afterwards the model is, bit for bit, the one that was trained. `attach` can take it back.
 
     Args:
         model: the base model, in the dtype that it was trained in; changed in place.
@@ -149,6 +150,15 @@ def read_update(directory: str | os.PathLike[str]) -> Stored:
 
 def merge_update(model: nn.Module, stored: Stored) -> None:
     """Merge what :func:`read_update` read; everything as of :func:`load_update`."""
+    for each in placed_update(model, stored):
+        each.write(each.values)
+
+
+def placed_update(model: nn.Module, stored: Stored) -> list[Placed]:
+    """What an update would write into ``model``, once all of it is known to fit.
+
+    Arguments and errors as of :func:`merge_update`. Nothing is changed.
+    """
     check_unplanned(model)
     params = [param for module in find_modules(model).values() for param in module.params]
     check_idle(model, "to be given an update")
@@ -162,7 +172,6 @@ def merge_update(model: nn.Module, stored: Stored) -> None:
     dims: dict[str, tuple[int, ...]] = {
         name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
     }
-    # All is checked before anything is written: an error leaves the model as it was.
     values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:
@@ -171,17 +180,10 @@ def merge_update(model: nn.Module, stored: Stored) -> None:
             "one: it is not whole, or belongs to another model"
         )
     _check_frozen(own, stored, dims)
-    with torch.no_grad():
-        for name, value in values.items():
-            if name not in dims:
-                own[name].copy_(value)
-                continue
-            index = stored.tensors[f"index/{name}"].to(own[name].device)
-            # Entries first, as a view, so that what is written here is written to the weight:
-            # [entries, ...], of experts [experts, entries, ...].
-            entries = own[name].movedim(dims[name], tuple(range(len(dims[name]))))
-            place = torch.unravel_index(index, entries.shape[: len(dims[name])])
-            entries[place] = value.to(own[name].device)
+    return [
+        Placed(name, own[name], dims.get(name), stored.tensors.get(f"index/{name}"), value)
+        for name, value in values.items()
+    ]
 
 
 def update_folder(directory: str | os.PathLike[str]) -> str:

@@ -16,7 +16,7 @@ from ssah.units.find import (
     layers_path,
 )
 from ssah.units.identity import check_same_model, config_hash, model_name, units_hash
-from ssah.units.projections import check_parameters, is_computed
+from ssah.units.projections import check_parameters, features, is_computed
 from ssah.units.ranking import blocks, lowest, normalized, order_key, share_count, split, without
 from ssah.units.unit_set import UnitSet
 

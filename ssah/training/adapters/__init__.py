@@ -1,4 +1,4 @@
-"""Adapters that leave chosen units as they are."""
+"""Adapters that leave chosen units as they are, and updates that are written as adapters."""
 
 from __future__ import annotations
 

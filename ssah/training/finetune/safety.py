@@ -18,8 +18,6 @@ from typing import Any, Literal, Protocol
 from ssah.storage import check_fields
 from ssah.training.finetune.folder import RUN, write_run
 
-__all__ = ["SAFETY", "SafetyMeasure", "SafetyRecord"]
-
 SAFETY = "safety"
 
 

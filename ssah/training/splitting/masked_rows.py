@@ -9,12 +9,17 @@ are one parameter ("tied"). Its rows keep their order: a token's number must sta
 With ids ``[tokens]`` and y = S[ids] ``[tokens, hidden]``, the gradient of trained row r is the sum
 of dy over the tokens whose id is r. It is computed as torch does for a whole embedding, with ids
 counted among the trained rows, so that nothing is as large as the vocabulary.
+
+Some embeddings have a forward of their own around torch's. Gemma's returns
+``super().forward(ids) * scale``, OPT's positions call ``super().forward(positions + 2)``. The
+lookup above is put between such a class and ``nn.Embedding``, so that it is what ``super()`` finds.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from ssah.compat.modules import is_transformed
 from ssah.models import runs_own_forward
 from ssah.training.entries import Entries
+from ssah.training.splitting.given_out import GivenOut
 from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import Part, SplitTensor, restored, width
 from ssah.units import check_parameters
@@ -106,8 +112,13 @@ class MaskedRows(MaskedProjection):
             destination[key] = first
 
 
-class MaskedEmbedding(MaskedRows):
-    """An ``nn.Embedding`` of which some rows train."""
+class RowLookup(nn.Embedding):
+    """The lookup of an embedding of which some rows train, in the place of ``nn.Embedding``'s."""
+
+    given_out: GivenOut
+    lent: bool
+    split_tensors: dict[str, SplitTensor]
+    sync: Callable[[], None]
 
     def forward(self, ids: Tensor) -> Tensor:
         """The rows of ``ids`` ``[...]``: ``[..., hidden]``."""
@@ -134,6 +145,53 @@ class MaskedEmbedding(MaskedRows):
             *(self._parameters[name] for name in split.names),
         )
         return y
+
+
+class MaskedEmbedding(MaskedRows):
+    """An ``nn.Embedding`` of which some rows train, or a subclass that calls its forward."""
+
+    _facts: WeightFacts | None = None  # while a forward of its own runs
+
+    @classmethod
+    def bases(cls, plain: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """With the lookup of rows after ``plain``: its ``super().forward`` finds it."""
+        return (cls, RowLookup) if plain is nn.Embedding else (cls, plain, RowLookup)
+
+    def forward(self, *args: Any, **options: Any) -> Tensor:
+        """What the class that this is mixed into computes, with the lookup of rows."""
+        own = super(MaskedProjection, self).forward
+        y: Tensor
+        if self.plain is nn.Embedding:  # which reads no attribute of its weight
+            y = own(*args, **options)
+            return y
+        storage = self.split_tensors["weight"].storage
+        self._facts = WeightFacts(storage.dtype, storage.device, storage.shape)
+        try:
+            y = own(*args, **options)
+        finally:
+            del self._facts
+        return y
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self._facts is not None:
+            return self._facts
+        return super().__getattr__(name)
+
+
+@dataclass(frozen=True)
+class WeightFacts:
+    """What a forward may read of a weight that is split: Gemma's takes its scale to the dtype."""
+
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(
+            f"the forward of this embedding reads weight.{name}; of an embedding of which only "
+            "some rows train it may read dtype, device and shape, and call super().forward: name "
+            "the whole parameter in extra_parameters= or keep="
+        )
 
 
 def split_rows(
@@ -178,17 +236,18 @@ def check_rows_split(model: nn.Module, name: str) -> None:
     """Refuse a parameter whose rows cannot train apart.
 
     Raises:
-        ValueError: it is not the weight of plain ``Linear`` and ``Embedding`` modules.
+        ValueError: it is not the weight of plain ``Linear`` and ``Embedding`` modules, or of an
+            embedding whose own forward calls that of ``nn.Embedding``.
     """
     for owner in _owners(model, name):
         module, leaf = model.get_submodule(owner), name.rpartition(".")[2]
         check_parameters(model, [f"{owner}.{leaf}"], "for some of its rows to train")
-        plain = type(module).forward in (nn.Linear.forward, nn.Embedding.forward)
+        plain = type(module).forward is nn.Linear.forward or _looks_up(module)
         if leaf != "weight" or not plain or not runs_own_forward(module):
             raise ValueError(
                 f"rows has {name!r}, which is the {leaf} of {owner!r}, a {type(module).__name__}; "
-                "it must be the weight of a plain nn.Embedding or nn.Linear, whose rows can train "
-                "apart"
+                "it must be the weight of a plain nn.Linear or nn.Embedding, or of an embedding "
+                "whose forward calls super().forward, so that its rows can train apart"
             )
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             raise ValueError(
@@ -196,3 +255,13 @@ def check_rows_split(model: nn.Module, name: str) -> None:
                 f"sparse={module.sparse}; it must have neither: every forward pass would move "
                 "rows, or gradients would be of another form"
             )
+
+
+def _looks_up(module: nn.Module) -> bool:
+    """Whether ``module`` is an embedding whose forward is, or goes through, ``nn.Embedding``'s."""
+    forward = type(module).forward
+    if not isinstance(module, nn.Embedding) or forward is nn.Embedding.forward:
+        return isinstance(module, nn.Embedding)
+    code = getattr(forward, "__code__", None)
+    # super() without arguments needs the cell `__class__`, which a function has for nothing else.
+    return code is not None and "__class__" in code.co_freevars and "forward" in code.co_names

@@ -62,7 +62,7 @@ def _in_order(register: Callable[..., Any]) -> Callable[..., Any]:
 @functools.cache
 def _mixed(mixin: type[MaskedProjection], plain: type[nn.Module]) -> type[nn.Module]:
     """The class of a ``plain`` module while it is split: a MaskedLinear, for one."""
-    return type(f"Masked{plain.__name__}", (mixin, plain), {})
+    return type(f"Masked{plain.__name__}", mixin.bases(plain), {})
 
 
 class MaskedProjection(nn.Module):
@@ -87,6 +87,11 @@ class MaskedProjection(nn.Module):
     plain: type[nn.Module]
     own: dict[str, nn.Parameter]
     given_out: GivenOut
+
+    @classmethod
+    def bases(cls, plain: type[nn.Module]) -> tuple[type[nn.Module], ...]:
+        """What the class of a ``plain`` module is made of while it is split."""
+        return (cls, plain)
 
     @classmethod
     def install(

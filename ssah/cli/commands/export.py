@@ -1,0 +1,72 @@
+"""``ssah export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ssah.cli.running import Result
+from ssah.cli.shared import Model, Out
+
+ORDER = 57
+
+
+def export(
+    model: Model,
+    out: Out,
+    *,
+    change: Annotated[
+        str | None,
+        typer.Option(
+            "--change",
+            metavar="DIR",
+            help="What was trained: an update that a plan saved, or a tuned model.",
+        ),
+    ] = None,
+    groups: Annotated[
+        Path | None,
+        typer.Option(
+            "--groups", metavar="DIR", help="To ablate units: what `ssah classify` saved."
+        ),
+    ] = None,
+    units: Annotated[
+        list[str] | None,
+        typer.Option(help="With --groups: `scu`, `cu:0.06` (its top), ...; may be repeated."),
+    ] = None,
+    max_rank: Annotated[
+        int, typer.Option("--max-rank", min=1, help="Refuse a larger rank; vLLM serves 512.")
+    ] = 512,
+) -> Result:
+    """Write an update or an ablation as an exact LoRA adapter, for PEFT, vLLM and the Hub.
+
+    Example: `ssah export smollm2 --change runs/update --out runs/adapter`
+
+    MODEL is the base model. The change must be on rows or columns of projections, as that of units
+    is. With --groups and --units the adapter switches these units off.
+    """
+    import ssah
+    from ssah.groups import UnitGroups
+    from ssah.report.terminal import facts_table
+    from ssah.training.finetune import select_units
+
+    if (change is None) == (groups is None) or (groups is None) != (not units):
+        raise ValueError(
+            "either --change (what was trained) or --groups with --units (what is ablated) must "
+            "be given, and not both"
+        )
+    what = select_units(units, UnitGroups.load(groups)) if groups and units else change
+    assert what is not None
+    made = ssah.export_lora(what, out, base=model, max_rank=max_rank)
+    exact = "all, bit for bit, once merged"
+    if made.inexact:
+        exact = f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"
+    facts = {
+        "adapters": f"{len(made.ranks)}, of rank {min(made.ranks.values())} to {made.rank}",
+        "changed": f"{made.changed:,} elements",
+        "exact": exact,
+        "written to": str(out),
+    }
+    data = {"model": model, "out": str(out), **made.to_dict()}
+    return Result(data, (facts_table("Exported", facts),))

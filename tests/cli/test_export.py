@@ -1,0 +1,57 @@
+"""``ssah export``: an update, a tuned model, or an ablation as an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from plans import draw
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import ssah
+from ssah.cli import app
+
+
+def run(*words: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(app, ["export", *map(str, words)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_an_update_a_model_and_an_ablation(
+    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    units = draw(model, 0.1)
+    with ssah.train_only(model, units) as plan, torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.mul_(1.5)
+        plan.save_pretrained(tmp_path / "update")
+    model.save_pretrained(tmp_path / "tuned")
+    folder, found = tiny_chat_folder, {}
+    for name in ("update", "tuned"):
+        words = ("--change", tmp_path / name, "--out", tmp_path / f"{name}_adapter", "--json")
+        code, out, error = run(folder, *words)
+        assert code == 0, error
+        found[name] = json.loads(out)
+        assert (tmp_path / f"{name}_adapter" / "adapter_model.safetensors").is_file()
+    assert found["update"]["ranks"] == found["tuned"]["ranks"]
+    assert found["update"]["rank"] == max(found["update"]["ranks"].values())
+
+    monkeypatch.setattr("ssah.groups.UnitGroups.load", lambda _: {"scu": units})
+    monkeypatch.setattr("ssah.training.finetune.select_units", lambda names, g: g[names[0]])
+    out = tmp_path / "ablation"
+    code, shown, error = run(folder, "--groups", ".", "--units", "scu", "--out", out)
+    assert code == 0, error
+    assert "bit for bit" in shown
+    for words, message in (
+        ((), "either --change"),
+        (("--groups", "."), "either --change"),
+        (("--change", tmp_path / "update", "--max-rank", 1), "max_rank=1"),
+    ):
+        code, _, error = run(folder, *words, "--out", tmp_path / "none")
+        assert code == 2, error
+        assert message in error
+    assert not (tmp_path / "none").exists()
