@@ -177,6 +177,33 @@ def test_packed_where_nothing_can_be(build: Build, folder: Path, tmp_path: Path)
         load_model(str(tmp_path / "plain.gguf"), packed=True)
 
 
+def test_a_gguf_file_is_parsed_once(
+    build: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Configuration, tokenizer and weights each ask for all of it."""
+    build("gguf")
+    import gguf
+
+    read = []
+
+    class Counted(gguf.GGUFReader):
+        def __init__(self, path: str) -> None:
+            read.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    tables = gguf.get_tensor_name_map
+    for packed in (False, True):
+        read.clear()
+        load_model(str(folder / "tiny.gguf"), packed=packed)
+        assert len(read) == 1
+        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, tables)
+    (tmp_path / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:200])
+    with pytest.raises(ModelError):
+        load_model(str(tmp_path / "cut.gguf"))
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, tables)
+
+
 @pytest.mark.real
 def test_real_blocks(smollm2: Path) -> None:
     """SmolLM2 with its FFNs and the outputs of attention as the blocks of its file.
