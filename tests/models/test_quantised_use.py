@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_chat
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssah
 from ssah.attribution import attribute, column_sq_norms
-from ssah.models import ModelError, dequantised, load_model, locate, packed_modules
+from ssah.models import ModelError, dequantised, load_model, loading, locate, packed_modules
 from ssah.models import packed as quantised
 from ssah.units import find_modules
 
@@ -180,28 +181,36 @@ def test_packed_where_nothing_can_be(build: Build, folder: Path, tmp_path: Path)
 def test_a_gguf_file_is_parsed_once(
     build: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Configuration, tokenizer and weights each ask for all of it."""
+    """Whoever asks for it while a model is loaded gets the same; afterwards nothing is kept."""
     build("gguf")
     import gguf
 
-    read = []
+    file, own = folder / "tiny.gguf", (gguf.GGUFReader, gguf.get_tensor_name_map)
+    asked = []
 
-    class Counted(gguf.GGUFReader):
-        def __init__(self, path: str) -> None:
-            read.append(path)
-            super().__init__(path)
+    def asks(name: str) -> None:
+        plain = getattr(loading, name)
 
-    monkeypatch.setattr(gguf, "GGUFReader", Counted)
-    tables = gguf.get_tensor_name_map
-    for packed in (False, True):
-        read.clear()
-        load_model(str(folder / "tiny.gguf"), packed=packed)
-        assert len(read) == 1
-        assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, tables)
-    (tmp_path / "cut.gguf").write_bytes((folder / "tiny.gguf").read_bytes()[:200])
+        def asking(*args: Any, **options: Any) -> Any:
+            asked.append(
+                (gguf.GGUFReader(file), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2))
+            )
+            return plain(*args, **options)
+
+        monkeypatch.setattr(loading, name, asking)
+
+    asks("load_tokenizer")
+    asks("whole")  # the weights
+    load_model(str(file))
+    tokenizers, weights = asked
+    assert all(a is b for a, b in zip(tokenizers, weights, strict=True))
+    load_model(str(file), packed=True)
+    assert asked[2][0] is asked[3][0] is not weights[0]  # another call: the file may have changed
+    assert own == (gguf.GGUFReader, gguf.get_tensor_name_map)
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:200])
     with pytest.raises(ModelError):
         load_model(str(tmp_path / "cut.gguf"))
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, tables)
+    assert own == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
 @pytest.mark.real
