@@ -2,27 +2,33 @@
 
     runs/mutations.sh [--only N ...] [--folder DIR]
 
-Ends with 1 if one survives, or if its text or its check does not stand any more. A check has to
-pass on the copy as it is before its failure means anything.
+Example: ``runs/mutations.sh --only 2 7`` tries the second and the seventh of mutation_table.py.
+
+A check has to pass on the copy as it is before its failure means anything. What came out stands in
+DIR/outcomes.json (default: build/mutations). A run that was interrupted goes on there: what was
+caught with these sources is not tried again. Ends with 1 if a fault survives, or if its text or its
+check does not stand any more.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 import os
 import re
-import shlex
-import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from mutation import Check, command
 from mutation_table import MUTATIONS, Mutation
 
 ROOT = Path(__file__).parents[1]
 # In place of the kernels of an instruction set: a table without any.
-NO_KERNELS = """#include "../types.h"
+NO_KERNELS = b"""#include "../types.h"
 namespace ssah {
 namespace SSAH_ISA {
 extern const Kernels kernels;
@@ -32,20 +38,6 @@ const Kernels kernels = {"none"};
 """
 # A check that fails for one of these says nothing about the fault.
 BROKEN = re.compile(r"SyntaxError|ImportError|ModuleNotFoundError|no tests ran|: error: ")
-
-
-def copy_to(tree: Path) -> None:
-    """The files of the checkout and its extension, with their times."""
-    tree.mkdir(parents=True, exist_ok=True)
-    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
-    pack = ["tar", "-c", "--null", "-T", "-"]
-    archive = subprocess.run(pack, cwd=ROOT, input=names, capture_output=True, check=True).stdout
-    subprocess.run(["tar", "-x"], cwd=tree, input=archive, check=True)
-    for library in (ROOT / "ssah_kernels").glob("_C*.so"):
-        shutil.copy2(library, tree / "ssah_kernels")
-    setup = tree / "setup.py"
-    setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # compiles in half the time
 
 
 def python(tree: Path, *args: str) -> tuple[bool, str]:
@@ -70,19 +62,62 @@ def python(tree: Path, *args: str) -> tuple[bool, str]:
     return done.returncode == 0, done.stdout + done.stderr
 
 
-def keep_one_instruction_set(tree: Path) -> None:
-    """Leave the kernels alone that this processor chooses: a third of the compiler's work."""
-    ask = "from ssah_kernels.backends import cpu; print(cpu.facts()['isa'])"
-    chosen = python(tree, "-c", ask)[1].split()[-1]
-    for file in (tree / "csrc" / "cpu" / "isa").glob("*.cpp"):
-        if file.stem != chosen:
-            file.write_text(file.read_text().replace('#include "kernels.h"\n', NO_KERNELS))
+def sources() -> Iterator[tuple[str, bytes]]:
+    """The files of the checkout, made for a quick build: with little optimisation, and with the
+    kernels alone that this processor chooses."""
+    asked = "from ssah_kernels.backends import cpu; print(cpu.facts()['isa'])"
+    chosen = python(ROOT, "-c", asked)[1].split()[-1]
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True).stdout
+    for name in filter(None, names.decode().split("\0")):
+        path = ROOT / name
+        if not path.exists():
+            continue  # removed, and not yet committed
+        content = path.read_bytes()
+        if name == "setup.py":
+            content = content.replace(b'"-O3"', b'"-O1"')
+        elif path.match("csrc/cpu/isa/*.cpp") and path.stem != chosen:
+            content = content.replace(b'#include "kernels.h"\n', NO_KERNELS)
+        yield name, content
+
+
+def copy_to(tree: Path) -> str:
+    """Brings the copy up to date; a hash of what it holds.
+
+    A file that is as it should be keeps its time, any other gets the time of now: a build compiles
+    that again, even where a run was stopped between a fault and its repair.
+    """
+    digest = hashlib.sha256()
+    for name, content in sources():
+        target = tree / name
+        if not target.exists() or target.read_bytes() != content:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+        if not name.startswith("docs/") and not name.endswith(".md"):
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
 
 
 def build(tree: Path) -> None:
     done, said = python(tree, "setup.py", "--quiet", "build_ext", "--inplace")
     if not done:
         raise SystemExit(f"the extension does not build:\n{said[-3000:]}")
+
+
+def broken_checks(tree: Path, checks: Iterable[Check]) -> dict[Check, str]:
+    """Those that fail without any fault, and what they say; one process for those of a file."""
+    of_file: dict[str, list[Check]] = {}
+    for check in dict.fromkeys(checks):
+        of_file.setdefault(check.file, []).append(check)
+    broken = {}
+    for file, mine in of_file.items():
+        if python(tree, *command(file, [check.chosen for check in mine]))[0]:
+            continue
+        for check in mine:
+            passed, said = python(tree, *command(file, [check.chosen]))
+            if not passed:
+                broken[check] = said
+    return broken
 
 
 def verdict(tree: Path, mutation: Mutation) -> str:
@@ -95,7 +130,7 @@ def verdict(tree: Path, mutation: Mutation) -> str:
         path.write_text(before.replace(mutation.old, mutation.new))
         if mutation.rebuilds:
             build(tree)
-        passed, said = python(tree, *shlex.split(mutation.check))
+        passed, said = python(tree, *command(mutation.check.file, [mutation.check.chosen]))
     finally:
         path.write_text(before)
     if passed:
@@ -108,29 +143,44 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", metavar="N", help="numbers in the table")
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutations")
     options = parser.parse_args()
-    tree: Path = options.folder.resolve()
+    folder: Path = options.folder.resolve()
+    tree, record = folder / "tree", folder / "outcomes.json"
+    held = copy_to(tree)
+    outcomes = json.loads(record.read_text()) if record.exists() else {}
     chosen = options.only or range(1, len(MUTATIONS) + 1)
-    # Those that need a build come one after the other, so that the rest meet a sound extension.
-    order = sorted(chosen, key=lambda number: MUTATIONS[number - 1].rebuilds)
-    copy_to(tree)
-    keep_one_instruction_set(tree)
-    sound: dict[str, bool] = {}
-    failed = 0
-    for number in order:
+
+    def caught(number: int) -> bool:
+        known = outcomes.get(MUTATIONS[number - 1].name, {})
+        return known.get("sources") == held and known["outcome"] == "caught"
+
+    # Those that need a build come last and one after the other: each build then makes one fault
+    # and mends the one before it, and the rest meet a sound extension.
+    left = sorted(
+        (number for number in chosen if not caught(number)),
+        key=lambda number: MUTATIONS[number - 1].rebuilds,
+    )
+    if left:
+        build(tree)
+    broken = broken_checks(tree, (MUTATIONS[number - 1].check for number in left))
+    for number in left:
         mutation, start = MUTATIONS[number - 1], time.monotonic()
-        if mutation.check not in sound:
-            if mutation.rebuilds:
-                build(tree)
-            sound[mutation.check], said = python(tree, *shlex.split(mutation.check))
-        outcome = (
-            verdict(tree, mutation) if sound[mutation.check] else f"CHECK FAILS: {said[-900:]}"
-        )
-        failed += outcome != "caught"
-        line = mutation.old.strip().splitlines()[0]
+        said = broken.get(mutation.check)
+        outcome = verdict(tree, mutation) if said is None else f"CHECK FAILS: {said[-900:]}"
         seconds = time.monotonic() - start
-        print(f"{number:3} {outcome:9} {seconds:4.0f} s  {mutation.file}: {line}", flush=True)
-    print(f"{len(order) - failed} of {len(order)} caught")
-    sys.exit(failed > 0)
+        outcomes[mutation.name] = {
+            "number": number,
+            "outcome": outcome,
+            "check": " ".join(command(mutation.check.file, [mutation.check.chosen])),
+            "seconds": round(seconds, 1),
+            "sources": held,
+        }
+        record.write_text(json.dumps(outcomes, indent=1) + "\n")
+        print(
+            f"{number:3} {outcome:9} {seconds:4.0f} s  {mutation.name.splitlines()[0]}", flush=True
+        )
+    caught_now = sum(caught(number) for number in chosen)
+    print(f"{caught_now} of {len(chosen)} caught: {record}")
+    sys.exit(caught_now < len(chosen))
 
 
 if __name__ == "__main__":

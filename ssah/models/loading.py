@@ -6,7 +6,7 @@ import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import Any, get_args
 
 import torch
@@ -67,18 +67,19 @@ def load_model(
             ``packed`` weights are wanted where there are none, ``device_map`` is none of the
             above or given beside ``device``, or ``offload_folder`` is given without it.
     """
-    check_options(name, dtype, device, packed, device_map, offload_folder)
-    # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    model = load_weights(
-        name,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        packed=packed,
-        device_map=device_map,
-        offload_folder=offload_folder,
-    )
+    source, _ = check_options(name, dtype, device, packed, device_map, offload_folder)
+    with _read_once(source):
+        # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = load_weights(
+            name,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            packed=packed,
+            device_map=device_map,
+            offload_folder=offload_folder,
+        )
     return model, tokenizer
 
 
@@ -101,7 +102,7 @@ def load_weights(
     if device_map is not None:
         options |= {"device_map": device_map, "offload_folder": offload_folder}
     architectures: list[str] = []
-    with loading_errors(name):
+    with loading_errors(name), _read_once(source):
         if source.gguf_file:
             options["quantization_config"] = gguf.config(packed=packed)
         if packed:
@@ -118,6 +119,11 @@ def load_weights(
         )
     # accelerate has put a dispatched model where it belongs: moving it would undo that.
     return (move(model, target) if device_map is None else model).eval()
+
+
+def _read_once(source: Source) -> AbstractContextManager[None]:
+    """Where a GGUF file is loaded; anything else has no need to import what reads those."""
+    return gguf.read_once() if source.gguf_file else nullcontext()
 
 
 def check_options(
