@@ -1,6 +1,8 @@
-"""A result: a folder with ``meta.json`` and the one safetensors file that it names.
+"""A result: a folder with ``meta.json`` and the safetensors files that it names.
 
-Scores, for example, are ``meta.json`` and ``tensors-<hash>.safetensors``. The JSON is replaced last
+Scores, for example, are ``meta.json`` and ``tensors-<hash>.safetensors``. What a plan trained of a
+large model is several such files of half a GiB, written one after the other, so that no more than
+one of them is in memory beside the model. The JSON is replaced last
 and in one step, so that a folder holds either the whole old result or the whole new one, whatever
 happens in between. :func:`load_tensors` sees that a folder is as it was written. What was written
 may still be another release's, or another program's, with a field too few or scores that are NaN:
@@ -12,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +28,27 @@ from ssah.storage.folder_lock import one_writer
 META = "meta.json"
 _OWN = "meta_sha256"  # key of the checksum of everything else in that file
 
+SHARD_BYTES = 1 << 29  # of tensors in a file, unless one tensor has more
+
 FORMAT = 2  # of meta.json; 1 had config_hash, a hash of every setting, in place of units_hash
 
 
 def save_tensors(
-    directory: str | os.PathLike[str], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+    directory: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]],
+    meta: Mapping[str, Any],
 ) -> None:
     """Write ``tensors``, of any shape, and ``meta`` (JSON types) to a folder: whole or not at all.
 
     An earlier result of the same kind in the folder is replaced, and what a killed process left of
     one is removed. The kind is ``meta["content"]``. Of several processes that save to one folder,
     the last one's result stays.
+
+    Args:
+        directory: the folder.
+        tensors: by name, or pairs of name and tensor ``[...]`` that are made as they are asked for:
+            those of one file are in memory at a time.
+        meta: what is written beside them.
 
     Raises:
         ValueError: ``meta`` has a reserved key, ``"tensors"``, ``"sha256"`` or ``"meta_sha256"``;
@@ -47,22 +59,54 @@ def save_tensors(
     if reserved:
         raise ValueError(f"meta has the reserved keys {sorted(reserved)}")
     folder = Path(directory)
-    content = safetensors.torch.save({key: value.contiguous() for key, value in tensors.items()})
-    digest = hashlib.sha256(content).hexdigest()
-    # Named by its content: the old meta.json goes on naming the old tensors until it is replaced.
-    name = f"tensors-{digest[:12]}.safetensors"
-    record = {**meta, "tensors": name, "sha256": digest}
     folder.mkdir(parents=True, exist_ok=True)
+    pairs = tensors.items() if isinstance(tensors, Mapping) else tensors
     with one_writer(folder):
         check_kind(folder, meta.get("content"))
         # Nobody else writes here now, so that these are a killed process's.
         for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
             half.unlink()
-        write_whole(folder / name, content)
+        digests = [_write_shard(folder, shard) for shard in _shards(pairs)]
+        names = [_named(digest) for digest in digests]
+        # One file is told as it always was, so that earlier releases read it.
+        several = len(names) > 1
+        record = {
+            **meta,
+            "tensors": names if several else names[0],
+            "sha256": digests if several else digests[0],
+        }
         write_whole(folder / META, sealed(record, _OWN))
         for old in folder.glob("tensors-*.safetensors"):
-            if old.name != name:
+            if old.name not in names:
                 old.unlink()
+
+
+def _named(digest: str) -> str:
+    """A file of tensors is named by its content: an old meta.json goes on naming the old ones."""
+    return f"tensors-{digest[:12]}.safetensors"
+
+
+def _shards(pairs: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name in pieces of about ``SHARD_BYTES``; at least one piece, if an empty one."""
+    shard: dict[str, Tensor] = {}
+    n_bytes, n_shards = 0, 0
+    for name, tensor in pairs:
+        shard[name] = tensor.contiguous()
+        n_bytes += tensor.nbytes
+        del tensor  # it would be kept while the next one is made, beside a shard that is written
+        if n_bytes >= SHARD_BYTES:
+            yield shard
+            shard, n_bytes, n_shards = {}, 0, n_shards + 1
+    if shard or not n_shards:
+        yield shard
+
+
+def _write_shard(folder: Path, shard: dict[str, Tensor]) -> str:
+    """Write one file; returns its SHA-256 (hex)."""
+    content = safetensors.torch.save(shard)
+    digest = hashlib.sha256(content).hexdigest()
+    write_whole(folder / _named(digest), content)
+    return digest
 
 
 def check_kind(folder: Path, content: object) -> None:
@@ -95,23 +139,35 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
         ValueError: a file was cut off or edited; it is named.
     """
     folder = Path(directory)
-    while True:  # until both files are of one result
+    while True:  # until all files are of one result
         meta = read_meta(folder)
-        file = folder / meta["tensors"]
         try:
-            content = file.read_bytes()
+            tensors = _read_shards(folder, meta)
             break
         except FileNotFoundError:
             if read_meta(folder) == meta:
-                raise  # and not replaced by another process between the two files
-    del meta["tensors"]
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != meta.pop("sha256"):
-        raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
-    try:
-        return safetensors.torch.load(content), meta
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"file {str(file)!r} is damaged: {error}") from error
+                raise  # and not replaced by another process between two files
+    del meta["tensors"], meta["sha256"]
+    return tensors, meta
+
+
+def _read_shards(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for name, expected in zip(_listed(meta["tensors"]), _listed(meta["sha256"]), strict=True):
+        file = folder / name
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise ValueError(f"file {str(file)!r} is damaged: its tensors are not those of {META}")
+        try:
+            tensors |= safetensors.torch.load(content)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"file {str(file)!r} is damaged: {error}") from error
+    return tensors
+
+
+def _listed(value: Any) -> list[Any]:
+    """A field that is one thing or a list of several."""
+    return value if isinstance(value, list) else [value]
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -119,9 +175,12 @@ def read_meta(folder: Path) -> dict[str, Any]:
     path = folder / META
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
-    meta = read_sealed(path, {"tensors": str, "sha256": str}, _OWN)
+    meta = read_sealed(path, {"tensors": (str, list), "sha256": (str, list)}, _OWN)
+    names = _listed(meta["tensors"])
+    if len(names) != len(_listed(meta["sha256"])):
+        raise ValueError(f"file {str(path)!r} is damaged: 'tensors' and 'sha256' differ in length")
     # A file from elsewhere may name any path.
-    if Path(meta["tensors"]).name != meta["tensors"]:
+    if any(not isinstance(name, str) or Path(name).name != name for name in names):
         raise ValueError(f"file {str(path)!r} is damaged: it names tensors outside its folder")
     return meta
 

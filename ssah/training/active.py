@@ -46,7 +46,7 @@ def watch_optimizers(plan: Installed) -> None:
     global _watching
     if not _watching:
         # Of the process, and never taken away: it costs nothing where no plan is in force.
-        register_optimizer_step_pre_hook(_check_step)
+        register_optimizer_step_pre_hook(check_step)
         _watching = True
     ACTIVE.add(plan)
 
@@ -68,7 +68,7 @@ def _forget(key: int, _: Any) -> None:
     CLOSED.pop(key, None)  # the id may soon be another tensor's
 
 
-def _check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+def check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Before every step of any optimiser: does it train what a plan has, and something at all?
 
     A few look-ups for each tensor, and nothing that waits for a device.
@@ -86,8 +86,9 @@ def _check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, 
     if not plans:
         raise lost(len(held), len(held))
     _check_held(optimizer, held, plans, marks)
-    # A closure makes the gradients after this.
-    if len(args) < 2 and options.get("closure") is None:
+    # A closure makes the gradients after this; an update in the backward pass has used them up.
+    closure = len(args) > 1 or options.get("closure") is not None
+    if not closure and not getattr(optimizer, "in_backward", False):
         check_trains(held.values())
     # Shapes change as state is loaded, or as a parameter is given other data (more tokens).
     size = sum(map(Tensor.numel, held.values()))

@@ -42,6 +42,7 @@ class Installed:
         masked: name -> projection that is split.
         owners: names of all projections that units own something of.
         last_optimizer: a weak reference to the last one that stepped or was made for it.
+        update_hooks: of the optimiser that updates in the backward pass, if there is one.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Installed:
         self.masked: dict[str, MaskedProjection] = {}
         self._ffns: list[nn.Module] = []
         self._hooks: list[Any] = []
+        self.update_hooks: list[Any] = []
         self._taken: dict[int, str] | None = None
         self._trained: dict[int, tuple[nn.Module, str, nn.Parameter]] | None = None
         self.owners: set[str] = set()
@@ -112,6 +114,7 @@ class Installed:
             module.uninstall()
         for hook in self._hooks:
             hook.remove()
+        self.replace_update_hooks([])
         for name, parameter in self.model.named_parameters():
             if name in self._required_grad:  # what was added since (adapters, say) is left alone
                 parameter.grad = None
@@ -170,9 +173,16 @@ class Installed:
         places = self.trained().items()
         return {key for key, (at, leaf, own) in places if at._parameters.get(leaf) is not own}
 
+    def replace_update_hooks(self, hooks: list[Any]) -> None:
+        """Another optimiser updates in the backward pass now, with these hooks; or none."""
+        for hook in self.update_hooks:
+            hook.remove()
+        self.update_hooks = hooks
+
     def forget(self) -> None:
         """What belongs to the model that this one was copied from."""
         self.last_optimizer = self._taken = self._trained = None
+        self.replace_update_hooks([])
 
     def own_slices(self) -> list[nn.Parameter]:
         """The trained slices of what is split, ``[trained, ...]`` each."""

@@ -18,7 +18,12 @@ class PlanAdamW(MaskedAdamW):
     """:class:`~ssah_kernels.optim.MaskedAdamW` over the parameters of a plan.
 
     Its groups carry the plan's fingerprint, so that a checkpoint of another plan is refused.
+
+    Attributes:
+        in_backward: whether its updates happen in ``backward()``, see `ssah.training.in_backward`.
     """
+
+    in_backward = False
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume. Refuses, with ValueError, the state of another plan."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import copy
 import os
-import weakref
 from collections.abc import Collection, Iterator
 from typing import Any, NoReturn
 
@@ -25,14 +24,13 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import PLAN, has_twin, retire, watch_optimizers
+from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.choice import Beside, Rows, choose
 from ssah.training.entries import fingerprint
-from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
+from ssah.training.optimised import Optimised
 from ssah.training.original_values import OriginalValues, Reversible
 from ssah.training.saving import push_update, save_update
 from ssah.training.splitting import pickling_error
@@ -44,7 +42,7 @@ def plan_of(model: nn.Module) -> UpdatePlan | None:
     return vars(model).get(PLAN)
 
 
-class UpdatePlan(Reversible):
+class UpdatePlan(Optimised, Reversible):
     """Which entries of a model train, in force until it is closed. Made by `freeze`/`train_only`.
 
     While it is in force ``model.named_parameters()`` holds a compact parameter for every slice
@@ -107,10 +105,6 @@ class UpdatePlan(Reversible):
         self._check_open()
         return self._installed.parameters()
 
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters that train, slices ``[trained, ...]``: for any optimiser of torch."""
-        return (parameter for _, parameter in self.named_parameters())
-
     def original_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Names and values of the whole model as they were before the plan, in their order.
 
@@ -141,70 +135,6 @@ class UpdatePlan(Reversible):
             f"trainable params: {trained:,d} || all params: {self.n_parameters:,d} || "
             f"trainable%: {100 * trained / self.n_parameters:.4f}"
         )
-
-    # ------------------------------------------------------------------------------ optimiser
-
-    def param_groups(self, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-        """Parameter groups for any optimiser: norms and biases (one dimension) do not decay."""
-        slices = self._installed.slices()
-        return param_groups(self.parameters(), slices, self.fingerprint, weight_decay)
-
-    def optimizer(
-        self, lr: float | Tensor = 1e-3, *, weight_decay: float = 0.01, **options: Any
-    ) -> PlanAdamW:
-        """AdamW over what trains.
-
-        Args:
-            lr: learning rate, a float or a tensor ``[]``.
-            weight_decay: decoupled; not of norms and biases.
-            **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
-                rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where
-                a bfloat16 weight trains: to nearest, most steps of 1e-5 would change nothing.
-        """
-        options = rounding(self.parameters()) | options
-        optimizer = PlanAdamW(self.param_groups(weight_decay), lr=lr, **options)
-        self._installed.last_optimizer = weakref.ref(optimizer)
-        return optimizer
-
-    def optimizer_cls_and_kwargs(
-        self, args: Any, **options: Any
-    ) -> tuple[type[PlanAdamW], dict[str, Any]]:
-        """For ``optimizer_cls_and_kwargs=`` of Trainer, and of TRL's SFTTrainer and RewardTrainer.
-
-        Args:
-            args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
-                from it. Clipping stays with the trainer (``max_grad_norm``).
-            **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`; ``rounding`` as in
-                :meth:`optimizer`.
-
-        Raises:
-            ValueError: ``args`` asks for another optimiser than AdamW.
-        """
-        own = trainer_options(args, has_twin=has_twin(self._installed))
-        own |= rounding(self.parameters()) | options
-        return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
-
-    def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
-        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
-
-        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
-        """
-        optimizer = PlanAdamW(**self.optimizer_cls_and_kwargs(args, **options)[1])
-        self._installed.last_optimizer = weakref.ref(optimizer)
-        return optimizer, None
-
-    def importance(self, optimizer: Any = None) -> UnitImportance:
-        """Importance of the trained units, accumulated inside the updates so far.
-
-        Args:
-            optimizer: by default the last one that stepped under this plan.
-
-        Raises:
-            RuntimeError: there is none, or it was made without ``track_importance=True``.
-        """
-        self._check_open()
-        own = self._installed.optimizer(optimizer)
-        return unit_importance(own.importance(), self._installed.slices(), self.modules)
 
     # --------------------------------------------------------------------- frozen means frozen
 

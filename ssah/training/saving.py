@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,19 +60,7 @@ def save_update(
     by_name: dict[str, list[TrainedSlice]] = {}
     for each in slices:
         by_name.setdefault(each.name, []).append(each)
-    tensors: dict[str, Tensor] = {}
-    dims: dict[str, tuple[int, ...]] = {}
-    for name, own in by_name.items():
-        values = [each.parameter.detach().cpu() for each in own]
-        # Packed, a parameter that trains whole is split too: its rows are not in their order.
-        if own[0].entries.whole and not own[0].split:
-            tensors[f"values/{name}"] = values[0]
-            continue
-        index = torch.cat([each.index for each in own])
-        ascending = index.argsort()  # slices are in the order that the plan packs
-        tensors[f"index/{name}"] = index[ascending]
-        tensors[f"values/{name}"] = torch.cat(values)[ascending]  # [trained, ...]
-        dims[name] = own[0].entries.dims
+    dims = {name: own[0].entries.dims for name, own in by_name.items() if not _is_whole(own)}
     meta = {
         "content": UPDATE,
         "format": FORMAT,
@@ -81,7 +69,26 @@ def save_update(
         "dims": {name: each[-1] for name, each in dims.items()},
         "experts": [name for name, each in dims.items() if len(each) > 1],
     }
-    save_tensors(directory, tensors, meta)
+    save_tensors(directory, _tensors(by_name), meta)
+
+
+def _is_whole(slices: Sequence[TrainedSlice]) -> bool:
+    """Whether the slices of a parameter are all of it, in its own order."""
+    # Packed, a parameter that trains whole is split too: its rows are not in their order.
+    return slices[0].entries.whole and not slices[0].split
+
+
+def _tensors(by_name: Mapping[str, Sequence[TrainedSlice]]) -> Iterator[tuple[str, Tensor]]:
+    """What is written, one parameter at a time: only what is asked for is put together."""
+    for name, own in by_name.items():
+        values = [each.parameter.detach().cpu() for each in own]
+        if _is_whole(own):
+            yield f"values/{name}", values[0]
+            continue
+        index = torch.cat([each.index for each in own])
+        ascending = index.argsort()  # slices are in the order that the plan packs
+        yield f"index/{name}", index[ascending]
+        yield f"values/{name}", torch.cat(values)[ascending]  # [trained, ...]
 
 
 def push_update(

@@ -14,8 +14,8 @@ Nothing here waits for a GPU: numbers that live on a device stay there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from ssah_kernels.optim.calls import Call, Scalars, cut_state
 from ssah_kernels.sharded import Dim, Part, first_row, is_sharded, join, local, parts
 
 COMPENSATED = (torch.bfloat16, torch.float16)
+
+# Number in the optimiser, group, parameter, index [trained] and dimension.
+Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"
 
 
 class MaskedOptimizer(Optimizer):
@@ -74,7 +77,7 @@ class MaskedOptimizer(Optimizer):
             index, dim = group["indices"][i], group["dims"][i]
             group["indices"][i] = options.entries(f"[{i}]", p, index, dim)
 
-    def entries(self) -> Iterator[tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]]:
+    def entries(self) -> Iterator[Entry]:
         """Number, group, parameter, index [trained] and dimension of every parameter."""
         number = 0
         for group in self.param_groups:
@@ -104,10 +107,10 @@ class MaskedOptimizer(Optimizer):
                 state[name] = torch.zeros(units, dtype=torch.float64, device=grad.device)
         return state
 
-    def _calls(self) -> list[tuple[dict[str, Any], Call]]:
-        """The work of one step: every parameter that has a gradient, in as few calls as may be."""
+    def _calls(self, entries: Iterable[Entry]) -> list[tuple[dict[str, Any], Call]]:
+        """The work of one update: those of ``entries`` with a gradient, in few calls."""
         calls: dict[tuple[Any, ...], tuple[dict[str, Any], Call]] = {}
-        for number, group, p, index, dim in self.entries():
+        for number, group, p, index, dim in entries:
             if p.grad is None:
                 continue
             if p.grad.is_sparse:
@@ -164,15 +167,20 @@ class MaskedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self.update_entries(self.entries())
+        return loss
+
+    @torch.no_grad()
+    def update_entries(self, entries: Iterable[Entry]) -> None:
+        """A step of some parameters: those of ``entries``, of :meth:`entries`, with a gradient."""
         # A schedule may have changed the rate since it was checked.
         for group in self.param_groups:
             options.check_lr(group["lr"])
-        calls = self._calls()
+        calls = self._calls(entries)
         for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
             self._update(group, call, call.scalars(group, clip_coef))
             for count in call.steps:
                 count += 1
-        return loss
 
     def importance(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Every parameter's (signed, squared) importance, summed over the steps so far.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 from collections.abc import Iterable
 from pathlib import Path
@@ -93,6 +94,42 @@ def test_trainer_resumes_bit_for_bit_and_refuses_other_units(tmp_path: Path) -> 
         build_trainer(other, arguments(tmp_path)).train(
             resume_from_checkpoint=str(tmp_path / "checkpoint-3")
         )
+
+
+def test_updates_in_the_backward_pass_under_trainer(tmp_path: Path) -> None:
+    states = []
+    for in_backward in (False, True):
+        model = tiny_models.build("llama")
+        plan = freeze(model, draw(model))
+        args = arguments(tmp_path / str(in_backward), max_grad_norm=0)
+        trainer = build_trainer(plan, args, in_backward=in_backward)
+        trainer.train()
+        states.append(snapshot(model))
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert (max(norms) == 0) == in_backward  # no gradient is there any more
+    assert_equal(states[1], states[0])
+    resumed = tiny_models.build("llama")
+    plan = freeze(resumed, draw(resumed))
+    build_trainer(plan, args, in_backward=True).train(
+        resume_from_checkpoint=str(tmp_path / "True" / "checkpoint-3")
+    )
+    assert_equal(snapshot(resumed), states[0])
+    optimizer, _ = plan.optimizers(args, in_backward=True)
+    assert optimizer.in_backward
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"gradient_accumulation_steps": 2}, {"max_grad_norm": 1.0}, {"fp16": True}, {"world_size": 2}],
+)
+def test_arguments_that_need_gradients_are_refused(tmp_path: Path, wrong: dict[str, Any]) -> None:
+    model = tiny_models.build("llama")
+    plan = freeze(model, draw(model))
+    args = argparse.Namespace(**(vars(arguments(tmp_path, max_grad_norm=0)) | wrong))
+    ((name, value),) = wrong.items()
+    with pytest.raises(ValueError, match=rf"args\.{name} is {value}, must be .*in_backward=True"):
+        plan.optimizers(args, in_backward=True)
+    plan.optimizers(args)
 
 
 def test_importance_is_logged(tmp_path: Path) -> None:

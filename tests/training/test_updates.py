@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,10 +14,11 @@ import pytest
 import tiny_models
 import torch
 from plans import assert_equal, draw, loss_of, make, snapshot
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from transformers import PreTrainedModel
 
 from ssah.models import digest
+from ssah.storage import results
 from ssah.training import UpdatePlan, freeze, load_update, train_only
 from ssah.training import saving as updates
 from ssah.training.splitting import complement_rows
@@ -52,6 +55,52 @@ def test_merges_exactly(family: str, mode: str, dtype: torch.dtype, tmp_path: Pa
     (file,) = tmp_path.glob("*.safetensors")
     values = sum(v.numel() for k, v in load_file(file).items() if k.startswith("values/"))
     assert values == sum(p.numel() for p in plan.parameters())
+
+
+def test_a_large_update_is_made_and_written_piece_by_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, base, again = (tiny_models.build("llama") for _ in range(3))
+    plan = trained(model)
+    shard = 8000
+    monkeypatch.setattr(results, "SHARD_BYTES", shard)
+    made: list[weakref.ref[torch.Tensor]] = []
+    most = []
+    write = results.write_whole
+
+    def watched(path: Path, content: bytes) -> None:
+        if path.suffix == ".safetensors":
+            tensors = load(content)
+            alive = sum(each.nbytes for ref in made if (each := ref()) is not None)
+            most.append((alive, sum(t.nbytes for t in tensors.values()) - alive))
+        write(path, content)
+
+    def noted(*args: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in pieces(*args):
+            made.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+
+    pieces = updates._tensors
+    monkeypatch.setattr(updates, "_tensors", noted)
+    monkeypatch.setattr(results, "write_whole", watched)
+    plan.save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("*.safetensors"))
+    assert len(files) == len(most) > 2
+    # While a file is written, the tensors of this file are there, and none of another.
+    assert all(other == 0 for _, other in most)
+    largest = max(p.nbytes for p in plan.parameters())
+    assert max(alive for alive, _ in most) < shard + largest
+    load_update(base, tmp_path)
+    assert_equal(snapshot(base), snapshot(model))
+    files[1].write_bytes(files[1].read_bytes()[:-1] + b"?")
+    with pytest.raises(ValueError, match=f"{files[1].name}.* is damaged"):
+        load_update(again, tmp_path)
+    monkeypatch.undo()
+    plan.save_pretrained(tmp_path)  # one file, in the place of several
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+    load_update(again, tmp_path)
+    assert_equal(snapshot(again), snapshot(model))
 
 
 def test_refuses_what_it_does_not_belong_to(tmp_path: Path) -> None:

@@ -1,0 +1,129 @@
+"""The part of a plan that makes optimisers, for loops and for trainers.
+
+Example: of 0.3 B parameters 20 % train. Every optimiser that is made here holds these alone, so
+that gradients and moments are a fifth of a dense run's. With ``in_backward=True`` there is at most
+one gradient at a time (`ssah.training.in_backward`).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ssah.training.active import has_twin
+from ssah.training.importance import UnitImportance, unit_importance
+from ssah.training.in_backward import InBackwardAdamW, check_arguments
+from ssah.training.installed import Installed
+from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
+from ssah.units import DepthTwoModule
+
+
+class Optimised:
+    """The part of a plan that makes optimisers."""
+
+    fingerprint: str
+    modules: Mapping[str, DepthTwoModule]
+    _installed: Installed
+
+    def _check_open(self) -> None:
+        raise NotImplementedError
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters that train, slices ``[trained, ...]``: for any optimiser of torch."""
+        self._check_open()
+        return (parameter for _, parameter in self._installed.parameters())
+
+    def param_groups(self, weight_decay: float = 0.01) -> list[dict[str, Any]]:
+        """Parameter groups for any optimiser: norms and biases (one dimension) do not decay."""
+        slices = self._installed.slices()
+        return param_groups(self.parameters(), slices, self.fingerprint, weight_decay)
+
+    def optimizer(
+        self,
+        lr: float | Tensor = 1e-3,
+        *,
+        weight_decay: float = 0.01,
+        in_backward: bool = False,
+        **options: Any,
+    ) -> PlanAdamW:
+        """AdamW over what trains.
+
+        Args:
+            lr: learning rate, a float or a tensor ``[]``.
+            weight_decay: decoupled; not of norms and biases.
+            in_backward: update each slice in ``backward()``, as its gradient arrives, and free the
+                gradient: see :class:`ssah.training.in_backward.InBackwardAdamW`. The last one that
+                was made so is the one that updates.
+            **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
+                rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where
+                a bfloat16 weight trains: to nearest, most steps of 1e-5 would change nothing.
+
+        Raises:
+            TypeError, ValueError: an option is wrong, or does not go with ``in_backward``.
+        """
+        kind, kwargs = self._kind_and_kwargs(in_backward, {"lr": lr, **options}, weight_decay)
+        return self._remembered(kind(**kwargs))
+
+    def optimizer_cls_and_kwargs(
+        self, args: Any, *, in_backward: bool = False, **options: Any
+    ) -> tuple[type[PlanAdamW], dict[str, Any]]:
+        """For ``optimizer_cls_and_kwargs=`` of Trainer, and of TRL's SFTTrainer and RewardTrainer.
+
+        Args:
+            args: the ``TrainingArguments``: learning rate, betas, epsilon and decay are taken
+                from it. Clipping stays with the trainer (``max_grad_norm``).
+            in_backward: as of :meth:`optimizer`; ``args`` must then ask for no clipping
+                (``max_grad_norm=0``), no accumulation of gradients and no ``fp16``.
+            **options: further ones of :class:`ssah_kernels.optim.MaskedAdamW`; ``rounding`` as in
+                :meth:`optimizer`.
+
+        Raises:
+            ValueError: ``args`` asks for another optimiser than AdamW, or for what
+                ``in_backward=True`` cannot do.
+        """
+        if in_backward:
+            check_arguments(args, sharded=self._installed.sharded)
+        own = trainer_options(args, has_twin=has_twin(self._installed)) | options
+        return self._kind_and_kwargs(in_backward, own, args.weight_decay)
+
+    def optimizers(
+        self, args: Any, *, in_backward: bool = False, **options: Any
+    ) -> tuple[PlanAdamW, None]:
+        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
+
+        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
+        """
+        kind, kwargs = self.optimizer_cls_and_kwargs(args, in_backward=in_backward, **options)
+        return self._remembered(kind(**kwargs)), None
+
+    def importance(self, optimizer: Any = None) -> UnitImportance:
+        """Importance of the trained units, accumulated inside the updates so far.
+
+        Args:
+            optimizer: by default the last one that stepped under this plan.
+
+        Raises:
+            RuntimeError: there is none, or it was made without ``track_importance=True``.
+        """
+        self._check_open()
+        own = self._installed.optimizer(optimizer)
+        return unit_importance(own.importance(), self._installed.slices(), self.modules)
+
+    def _kind_and_kwargs(
+        self, in_backward: bool, options: dict[str, Any], weight_decay: float
+    ) -> tuple[type[PlanAdamW], dict[str, Any]]:
+        kwargs = {
+            "params": self.param_groups(weight_decay),
+            **rounding(self.parameters()),
+            **options,
+        }
+        if in_backward:
+            return InBackwardAdamW, {**kwargs, "installed": self._installed}
+        return PlanAdamW, kwargs
+
+    def _remembered(self, optimizer: PlanAdamW) -> PlanAdamW:
+        self._installed.last_optimizer = weakref.ref(optimizer)
+        return optimizer
