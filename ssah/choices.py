@@ -11,9 +11,12 @@ from typing import Literal, TypeAlias
 
 __all__ = [
     "By",
+    "Combine",
     "Counted",
     "Dtype",
     "Group",
+    "Kept",
+    "KeptScope",
     "Kind",
     "Metric",
     "Normalize",
@@ -34,6 +37,11 @@ Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 Overlong: TypeAlias = Literal["cut", "skip", "error"]  # what becomes of a row that is too long
 # Of the studies, which score rows with answers: the response, or every token.
 Counted: TypeAlias = Literal["labels", "all"]
+
+# Of deltas: how several become one, which elements of each are kept, and what is ranked together.
+Combine: TypeAlias = Literal["sum", "mean", "ties"]
+Kept: TypeAlias = Literal["magnitude", "random"]
+KeptScope: TypeAlias = Literal["tensor", "model"]
 
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from ssah.storage.files import (
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
 from ssah.storage.results import FORMAT, META, Stored, check_kind, load_tensors, save_tensors
+from ssah.storage.whole_folders import check_new, whole_folder
 
 __all__ = [
     "FORMAT",
@@ -30,6 +31,7 @@ __all__ = [
     "check_fields",
     "check_free",
     "check_kind",
+    "check_new",
     "file_hash",
     "load_tensors",
     "naming",
@@ -39,6 +41,7 @@ __all__ = [
     "save_tensors",
     "sealed",
     "sync",
+    "whole_folder",
     "write_whole",
 ]
 

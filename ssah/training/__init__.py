@@ -11,7 +11,9 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
+    from ssah.training.adapters.entries import frozen_entries
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
+    from ssah.training.entries import Entries
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
@@ -37,7 +39,9 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
+    **{"adapters.entries": "frozen_entries"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
+    entries="Entries",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",

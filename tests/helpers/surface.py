@@ -23,6 +23,7 @@ PUBLIC = (
     "ssah.interventions",
     "ssah.attribution",
     "ssah.data",
+    "ssah.deltas",
     "ssah.distributed",
     "ssah.evaluation",
     "ssah.evaluation.tasks",
