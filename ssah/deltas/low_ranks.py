@@ -27,6 +27,8 @@ from ssah.deltas.weights import WeightsOf
 
 __all__ = ["low_rank"]
 
+_BLOCK = 1 << 22  # elements of a block of rows: enough for a product to run at full speed
+
 
 def low_rank(
     base: WeightsOf, tuned: WeightsOf, rank: int, *, out: Out = None
@@ -57,7 +59,7 @@ def _make(deltas: Deltas, rank: int, name: str) -> Tensor:
     result = torch.empty_like(after)
     for out, b, t in zip(*map(_matrices, (result, before, after)), strict=True):
         leading = leading_vectors(name, b, t, rank)
-        for rows in blocks(b):
+        for rows in blocks(b, _BLOCK):
             delta = delta_of(name, b[rows], t[rows])
             change = delta @ leading @ leading.T
             add(out[rows], b[rows], [t[rows]], [delta], change)
@@ -71,7 +73,7 @@ def leading_vectors(name: str, base: Tensor, tuned: Tensor, rank: int) -> Tensor
         FloatingPointError: an element is NaN or infinite.
     """
     gram = torch.zeros(base.shape[1], base.shape[1], dtype=torch.float64)
-    for rows in blocks(base):
+    for rows in blocks(base, _BLOCK):
         delta = delta_of(name, base[rows], tuned[rows])
         gram.addmm_(delta.T, delta)
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:]

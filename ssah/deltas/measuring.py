@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.deltas.arithmetic import blocks, delta_of
+from ssah.deltas.arithmetic import CHUNK, blocks, delta_of
 from ssah.deltas.matching import Deltas
 from ssah.deltas.model_parts import PARTS, parts_of
 from ssah.deltas.owners import Place, places
@@ -156,7 +156,7 @@ def _size(deltas: Deltas, name: str, owners: _Owners | None) -> Size:
         return size
     before, (after,) = deltas.read(name)
     before, after = (each if each.dim() else each[None] for each in (before, after))
-    for rows in blocks(before):
+    for rows in blocks(before, CHUNK):
         b, t = before[rows], after[rows]
         squares = delta_of(name, b, t).square_()
         size._add(

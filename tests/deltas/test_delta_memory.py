@@ -61,7 +61,7 @@ def test_one_tensor_of_each_model_is_in_memory_at_a_time(
 
 @pytest.mark.exhaustive
 def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
-    """Three checkpoints of 230 MB, whose largest tensor has 16 MB."""
+    """Three checkpoints of 135 MB, whose largest tensor has 16 MB."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,7 +69,7 @@ def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
         vocab_size=4000,
         hidden_size=1024,
         intermediate_size=2816,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=8,
     )
     folders = []
@@ -79,4 +79,4 @@ def test_the_peak_does_not_grow_with_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", _MEASURE, *folders, str(tmp_path / "out")]
     output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     grown = json.loads(output.splitlines()[-1])
-    assert grown < 200 * 1024, f"{grown / 1024:.0f} MiB"
+    assert grown < 120 * 1024, f"{grown / 1024:.0f} MiB"

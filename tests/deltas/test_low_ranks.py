@@ -11,14 +11,14 @@ import torch
 from tuned import FAMILIES, assert_same_state, loaded, pair, saved
 
 from ssah import deltas
-from ssah.deltas import arithmetic
+from ssah.deltas import low_ranks
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_matrix_has_its_best_approximation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arithmetic, "CHUNK", 500)  # several blocks of rows a matrix
+    monkeypatch.setattr(low_ranks, "_BLOCK", 500)  # several blocks of rows a matrix
     base, tuned = pair(name)
     found: Any = deltas.low_rank(base, tuned, 5)
     for key, after in tuned.state_dict().items():

@@ -118,7 +118,7 @@ def largest_by_sorting(base: State, tuned: State, share: float, names: list[str]
         max_size=3,
     ),
     st.floats(0.01, 1),
-    st.sampled_from([2, 3, 1 << 21]),
+    st.sampled_from([2, 3, arithmetic.CHUNK]),
     st.sampled_from(["model", "tensor"]),
 )
 def test_the_largest_are_kept_and_ties_go_to_the_lower_index(
