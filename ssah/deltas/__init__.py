@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.deltas.lora_adapters import to_lora
 from ssah.deltas.low_ranks import low_rank
 from ssah.deltas.measuring import DeltaSizes, GroupSize, Size, measure
 from ssah.deltas.merging import interpolate, keep, merge
@@ -19,6 +20,7 @@ __all__ = [
     "measure",
     "merge",
     "rewind",
+    "to_lora",
 ]
 
 __getattr__ = submodules_of(__name__)

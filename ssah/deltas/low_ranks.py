@@ -25,9 +25,9 @@ from ssah.deltas.matching import Deltas
 from ssah.deltas.results import Out, finished
 from ssah.deltas.weights import WeightsOf
 
-__all__ = ["low_rank"]
+__all__ = ["BLOCK", "leading_vectors", "low_rank"]
 
-_BLOCK = 1 << 22  # elements of a block of rows: enough for a product to run at full speed
+BLOCK = 1 << 22  # elements of a block of rows: enough for a product to run at full speed
 
 
 def low_rank(
@@ -59,7 +59,7 @@ def _make(deltas: Deltas, rank: int, name: str) -> Tensor:
     result = torch.empty_like(after)
     for out, b, t in zip(*map(_matrices, (result, before, after)), strict=True):
         leading = leading_vectors(name, b, t, rank)
-        for rows in blocks(b, _BLOCK):
+        for rows in blocks(b, BLOCK):
             delta = delta_of(name, b[rows], t[rows])
             change = delta @ leading @ leading.T
             add(out[rows], b[rows], [t[rows]], [delta], change)
@@ -73,7 +73,7 @@ def leading_vectors(name: str, base: Tensor, tuned: Tensor, rank: int) -> Tensor
         FloatingPointError: an element is NaN or infinite.
     """
     gram = torch.zeros(base.shape[1], base.shape[1], dtype=torch.float64)
-    for rows in blocks(base, _BLOCK):
+    for rows in blocks(base, BLOCK):
         delta = delta_of(name, base[rows], tuned[rows])
         gram.addmm_(delta.T, delta)
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:]

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import tiny_chat
+import torch
 from commands import as_json, call, fails, prepare
 from tuned import assert_same_state, loaded, saved, tuned_from
 
@@ -82,6 +84,22 @@ def test_it_shows_how_large_a_delta_is(folder: Path) -> None:
     for word in ("embedding", "attention", "by layer", "SCU", "random units", "no unit"):
         assert word in shown
     assert f"{sizes.groups['scu'].share:.2%}" in shown
+
+
+def test_a_change_of_low_rank_is_written_as_an_adapter(folder: Path, tmp_path: Path) -> None:
+    model, generator = tiny_chat.model(), torch.Generator().manual_seed(0)
+    name = "model.layers.0.self_attn.q_proj"
+    with torch.no_grad():
+        b, a = (torch.randn(shape, generator=generator) for shape in ((32, 2), (2, 32)))
+        model.get_parameter(f"{name}.weight").add_(b @ a)
+    tuned = saved(model, tmp_path / "tuned")
+    found = as_json("delta", folder / "model", tuned, "--lora", 2, "--out", tmp_path / "out")
+    assert list(found["left_out"]) == [name]
+    adapted = peft.PeftModel.from_pretrained(tiny_chat.model(), tmp_path / "out")
+    whole = adapted.merge_and_unload().get_parameter(f"{name}.weight")
+    torch.testing.assert_close(whole, model.get_parameter(f"{name}.weight"), rtol=1e-5, atol=1e-5)
+    line = fails("delta", folder / "model", tuned, "--lora", 1, "--out", tmp_path / "other")
+    assert f"the change of '{name}.weight' is not of rank 1" in line
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from ssah.deltas import low_ranks
 def test_every_matrix_has_its_best_approximation(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(low_ranks, "_BLOCK", 500)  # several blocks of rows a matrix
+    monkeypatch.setattr(low_ranks, "BLOCK", 500)  # several blocks of rows a matrix
     base, tuned = pair(name)
     found: Any = deltas.low_rank(base, tuned, 5)
     for key, after in tuned.state_dict().items():

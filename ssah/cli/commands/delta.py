@@ -26,6 +26,7 @@ _EDITS: dict[str, tuple[str, ...]] = {
     "merge": ("scale", "keep", "by", "rescale", "scope", "seed"),
     "keep": ("by", "rescale", "scope", "seed"),
     "rank": (),
+    "lora": (),
 }
 
 
@@ -49,6 +50,9 @@ class DeltaSettings:
     merge: Combine | None = setting(None, "Add what several TUNED learnt.", panel="What to do")
     rank: int | None = setting(
         None, "Keep the part of this rank of every matrix.", panel="What to do", min=1
+    )
+    lora: int | None = setting(
+        None, "Write the change as a LoRA adapter of this rank.", panel="What to do", min=1
     )
     groups: Path | None = setting(None, "What `ssah classify` saved.", metavar="DIR", panel="How")
     scale: float | None = setting(None, "Of what is added by `--merge`; 1.", panel="How")
@@ -118,10 +122,27 @@ def delta(
         return Result(found, tuple(delta_tables(found)))
     if out is None:
         raise ValueError(f"--out is not given; --{settings.edit} must have a folder to write to")
+    if settings.lora is not None:
+        return _adapter(base, tuned[0], settings.lora, out)
     with Console(stderr=True).status("computing, tensor by tensor"):
         _write(base, tuned, settings, out)
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     return Result({"out": str(out), **record}, (facts_table("Written", record | {"to": out}),))
+
+
+def _adapter(base: str, tuned: str, rank: int, out: Path) -> Result:
+    from ssah.deltas import to_lora
+    from ssah.report.terminal.tables import facts_table
+
+    left = to_lora(base, tuned, rank, out=out)
+    found = {"out": str(out), "base": base, "tuned": tuned, "rank": rank, "left_out": left}
+    facts = {
+        "adapter": out,
+        "of": base,
+        "projections": len(left),
+        "left out, at most": f"{max(left.values()):.2g} of a change's norm",
+    }
+    return Result(found, (facts_table("Written", facts),))
 
 
 def _measured(base: str, tuned: str, settings: DeltaSettings) -> dict[str, Any]:
