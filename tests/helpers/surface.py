@@ -24,6 +24,7 @@ PUBLIC = (
     "ssah.attribution",
     "ssah.data",
     "ssah.deltas",
+    "ssah.deltas.subspaces",
     "ssah.distributed",
     "ssah.evaluation",
     "ssah.evaluation.tasks",
