@@ -58,7 +58,7 @@ def configuration(layers: int, hidden_size: int) -> LlamaConfig:
     )
 
 
-def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
+def write_checkpoint(folder: Path, config: LlamaConfig, seed: int = 0) -> None:
     """Random weights, a shard for each layer and one for the rest; the index is written last."""
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(folder)
@@ -69,7 +69,7 @@ def write_checkpoint(folder: Path, config: LlamaConfig) -> None:
         layer = name.split(".")[2] if ".layers." in name else "rest"
         shard = f"model-{layer}-of-{config.num_hidden_layers}.safetensors"
         shards.setdefault(shard, {})[name] = weight
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     for shard, weights in shards.items():
         tensors = {
             name: torch.ones(weight.shape, dtype=weight.dtype)

@@ -19,7 +19,7 @@ leave_out_notes()  # before anything imports transformers
 accept()
 
 if TYPE_CHECKING:
-    from ssah import data
+    from ssah import data, deltas
     from ssah.attribution import Attribution, attribute, stream
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
@@ -62,6 +62,7 @@ __all__ = [
     "attribute",
     "classify",
     "data",
+    "deltas",
     "export_lora",
     "find_modules",
     "freeze",

@@ -23,6 +23,11 @@ Overlong: TypeAlias = Literal["cut", "skip", "error"]  # what becomes of a row t
 # Of the studies, which score rows with answers: the response, or every token.
 Counted: TypeAlias = Literal["labels", "all"]
 
+# Of deltas: how several become one, which elements of each are kept, and what is ranked together.
+Combine: TypeAlias = Literal["sum", "mean", "ties"]
+Kept: TypeAlias = Literal["magnitude", "random"]
+KeptScope: TypeAlias = Literal["tensor", "model"]
+
 
 def check_choice(name: str, value: object, allowed: Sequence[str]) -> None:
     """Refuse, with ValueError, a value of the argument ``name`` that is not among the allowed."""

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from ssah.attribution.batches import IGNORED, Batch, BatchReader, may_drop_mask
+from ssah.attribution.batches import (
+    IGNORED,
+    Batch,
+    BatchReader,
+    counted_tokens,
+    may_drop_mask,
+)
 from ssah.attribution.partial_runs import discard
 from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
 from ssah.attribution.scores import column_sq_norms

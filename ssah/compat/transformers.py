@@ -124,6 +124,16 @@ class WeightReader:
         return list(info.mismatched_keys)
 
 
+def in_checkpoint_layout(model: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors ``[...]`` by their names in ``model``, as a checkpoint has them: what saving does.
+
+    Example: ``mlp.experts.gate_up_proj`` of Mixtral is two matrices an expert there, w1 and w3.
+    """
+    revert = _for_weights("core_model_loading:revert_weight_conversion")
+    found: dict[str, Tensor] = revert(model, tensors)
+    return found
+
+
 def tied_weights(model: Any) -> dict[str, str]:
     """Name of a weight that is another one -> the name of that one."""
     return dict(_own(model, "all_tied_weights_keys", _READING))

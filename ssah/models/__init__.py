@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.models.checkpoint import Checkpoint, weights_folder
+from ssah.models.checkpoint_writing import COPIED, copy_beside, write_checkpoint
 from ssah.models.checks import ModelError, loading_errors, whole
 from ssah.models.dtype import faster_dtype
 from ssah.models.finite import naming_weights, nonfinite

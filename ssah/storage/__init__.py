@@ -14,7 +14,6 @@ from ssah.storage.files import (
     read_sealed,
     sealed,
     sync,
-    write_folder,
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
@@ -28,6 +27,7 @@ from ssah.storage.results import (
     read_meta,
     save_tensors,
 )
+from ssah.storage.whole_folders import check_new, whole_folder
 
 __all__ = [
     "FORMAT",
@@ -40,6 +40,7 @@ __all__ = [
     "check_fields",
     "check_free",
     "check_kind",
+    "check_new",
     "file_hash",
     "kind_in",
     "load_tensors",
@@ -51,7 +52,7 @@ __all__ = [
     "save_tensors",
     "sealed",
     "sync",
-    "write_folder",
+    "whole_folder",
     "write_whole",
 ]
 

@@ -10,7 +10,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,29 +63,6 @@ def write_whole(path: Path, content: bytes) -> None:
             sync(path.parent)  # the new name is in the folder, which is written by itself
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Make a folder with these files in one step: whatever happens, all are there, or none is.
-
-    Args:
-        folder: it may be there, but empty.
-        files: name -> content.
-
-    Raises:
-        OSError: it cannot be written, or somebody has put something there meanwhile.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        for name, content in files.items():
-            write_whole(temporary / name, content)
-        with naming(folder):
-            os.replace(temporary, folder)  # refused by the system where the folder has files
-            sync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

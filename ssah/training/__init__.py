@@ -12,9 +12,11 @@ from ssah.lazy import names_of
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
     from ssah.training.adapters.card import LoraExport
+    from ssah.training.adapters.entries import frozen_entries
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
     from ssah.training.attaching import Attached, attach
+    from ssah.training.entries import Entries
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
@@ -50,9 +52,11 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
-    **{"adapters.card": "LoraExport", "adapters.exporting": "export_lora"},
+    **{"adapters.card": "LoraExport", "adapters.entries": "frozen_entries"},
+    **{"adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
     attaching="Attached attach",
+    entries="Entries",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",

@@ -30,9 +30,8 @@ from transformers import (
 from ssah.attribution import METRICS, Attribution, attribute, stream, watch
 from ssah.attribution.streaming import run as streaming
 from ssah.attribution.streaming.layers import LayeredModel
-from ssah.attribution.streaming.reader import Checkpoint
 from ssah.attribution.streaming.resuming import FileState
-from ssah.models import ModelError
+from ssah.models import Checkpoint, ModelError
 from ssah.units import families
 
 

@@ -22,6 +22,8 @@ PUBLIC = (
     "ssah.interventions",
     "ssah.attribution",
     "ssah.data",
+    "ssah.deltas",
+    "ssah.deltas.subspaces",
     "ssah.distributed",
     "ssah.evaluation",
     "ssah.evaluation.tasks",

@@ -18,8 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ssah.attribution import Attribution
-from ssah.attribution.streaming.reader import Checkpoint
-from ssah.models import ModelError, load_model, quiet
+from ssah.models import Checkpoint, ModelError, load_model, quiet
 
 LACKING = "model.layers.0.mlp.down_proj.weight"
 

@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from ssah.attribution import Attribution, attribute
-from ssah.attribution.streaming.reader import Checkpoint
 from ssah.groups import UnitGroups, classify
+from ssah.models import Checkpoint
 from ssah.training import freeze, load_update
 from ssah.training.finetune.checkpoints import last_sound, seal
 

@@ -217,7 +217,7 @@ def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path: Path) -> No
     assert not folder.exists()
     folder.mkdir()
     (folder / "README.md").write_text("mine")
-    with pytest.raises(ValueError, match=r"has something in it"):
+    with pytest.raises(FileExistsError, match=r"must be new or empty"):
         ssah.export_lora(units, folder, base=base)
     assert (folder / "README.md").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]  # nothing half made

@@ -6,17 +6,16 @@ import ctypes
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from ssah.attribution.streaming.reader import Checkpoint
 from ssah.attribution.streaming.resuming import Hidden
 from ssah.compat.transformers import WeightReader, tie_weights, tied_weights
 from ssah.models import (
+    Checkpoint,
     ModelError,
     check_options,
     loading_errors,
@@ -24,10 +23,10 @@ from ssah.models import (
     quiet,
     replaced_forward,
     text_config,
+    weights_folder,
 )
 from ssah.units import layers_path
 
-_WEIGHT_FILES = ["model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"]
 _REST = -1  # in the place of a layer's index: embeddings, norms, what is in no layer
 
 
@@ -72,7 +71,7 @@ class LayeredModel:
             config = AutoConfig.from_pretrained(
                 source, local_files_only=local, trust_remote_code=trust_remote_code
             )
-            self.checkpoint = Checkpoint.in_folder(_folder(source, local))
+            self.checkpoint = Checkpoint.in_folder(weights_folder(source, local))
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(f"model {name!r} is quantised, must be plain weights to be streamed")
         stored = config.dtype or self.checkpoint.dtype
@@ -225,15 +224,6 @@ def on_device(output: Hidden, device: torch.device) -> Hidden:
         return output.to(device)
     # Its length stays, as the model may unpack it.
     return (output[0].to(device), *[None] * (len(output) - 1))
-
-
-def _folder(source: str, local: bool) -> Path:
-    """Where the weights are; those of a hub id are fetched first, and found again later."""
-    if local:
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(source, allow_patterns=_WEIGHT_FILES))
 
 
 def _trim_heap() -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
+    from ssah.report.terminal.deltas import delta_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
     from ssah.report.terminal.installation import installation_tables, model_tables
@@ -26,6 +27,7 @@ __all__ = [
     "ablated_name",
     "ablation_table",
     "as_data",
+    "delta_tables",
     "evaluation_tables",
     "facts_table",
     "groups_table",
@@ -44,6 +46,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
+    deltas="delta_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",
     installation="installation_tables model_tables",

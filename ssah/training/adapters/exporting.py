@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import safetensors.torch
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ssah.models import nonfinite
-from ssah.storage import write_folder
+from ssah.storage import check_new, whole_folder
 from ssah.training.adapters.card import SERVED, LoraExport, card
 from ssah.training.adapters.changed import Change, changed_weights, checked_base
 from ssah.training.adapters.factors import Factors, factors
@@ -66,19 +65,15 @@ def export_lora(
     Raises:
         TypeError, ValueError: the change is not on rows or columns of projections alone (an
             embedding, a norm, packed experts changed), or on more than ``max_rank``; nothing
-            changed; the folder has something in it; base and change do not belong together.
+            changed; base and change do not belong together.
+        FileExistsError: the folder has something in it.
         FloatingPointError: a changed weight is NaN or infinite.
         ModelError: a model cannot be loaded.
 
     Source: LoRA, Hu et al., arXiv 2106.09685 (the form); S2FT, Yang et al., arXiv 2412.06289
     (updates of selected rows and columns, and merging them as adapters).
     """
-    folder = Path(directory)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(
-            f"directory {str(folder)!r} has something in it, which an adapter must not replace: "
-            "choose another directory, or empty that one"
-        )
+    folder = check_new(directory)
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}, must be at least 1, or None for any rank")
     model = checked_base(change, base)
@@ -99,7 +94,9 @@ def export_lora(
         "adapter_config.json": config.encode(),
         "README.md": card(made).encode(),
     }
-    write_folder(folder, files)
+    with whole_folder(folder) as made_in:
+        for name, content in files.items():
+            (made_in / name).write_bytes(content)
     return made
 
 

@@ -24,8 +24,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {
+INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+DTYPES = {  # what a safetensors file calls a type
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -96,8 +96,8 @@ class Checkpoint:
             FileNotFoundError: there is none, or a shard is missing.
             ValueError: a file is damaged.
         """
-        if (folder / _INDEX).is_file():
-            files = [folder / shard for shard in _shards(folder / _INDEX)]
+        if (folder / INDEX).is_file():
+            files = [folder / shard for shard in _shards(folder / INDEX)]
         else:
             files = [folder / _SINGLE]
         for file in files:
@@ -122,6 +122,19 @@ class Checkpoint:
         about = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in self.files]
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of one tensor."""
+        return self._entries[name].shape
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """Of one tensor."""
+        return self._entries[name].dtype
+
+    def in_file(self, file: Path) -> tuple[str, ...]:
+        """The tensors of one file, from its front to its back."""
+        own = {name: entry for name, entry in self._entries.items() if entry.file == file}
+        return tuple(sorted(own, key=lambda name: own[name].start))
+
     def n_bytes(self, names: Iterable[str]) -> int:
         """Size of some tensors."""
         return sum(self._entries[name].n_bytes for name in names)
@@ -140,6 +153,21 @@ class Checkpoint:
         self.bytes_read += sum(tensor.nbytes for tensor in tensors.values())
         self.seconds += time.perf_counter() - start
         return tensors
+
+
+def weights_folder(source: str, local: bool, *, beside: Sequence[str] = ()) -> Path:
+    """Where the weights are; those of a hub id are fetched first, and found again later.
+
+    Args:
+        source, local: as `ssah.models.locate` has them.
+        beside: patterns of other files that are fetched too.
+    """
+    if local:
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    files = [_SINGLE, "model-*-of-*.safetensors", INDEX, *beside]
+    return Path(snapshot_download(source, allow_patterns=files))
 
 
 def _shards(index: Path) -> list[str]:
@@ -173,11 +201,11 @@ def _header(file: Path) -> dict[str, _Entry]:
     entries = {}
     for name, about in header.items():
         start = 8 + length + about["data_offsets"][0]
-        dtype = _DTYPES.get(about["dtype"])
+        dtype = DTYPES.get(about["dtype"])
         if dtype is None:
             raise ValueError(
                 f"file {str(file)!r}: {name!r} has the type {about['dtype']}, must be one of "
-                f"{', '.join(_DTYPES)}"
+                f"{', '.join(DTYPES)}"
             )
         entries[name] = _Entry(file, start, dtype, tuple(about["shape"]))
     return entries

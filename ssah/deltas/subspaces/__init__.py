@@ -1,0 +1,22 @@
+"""Directions that matter: Gram matrices of inputs, subspaces, projections, and what they share."""
+
+from __future__ import annotations
+
+from ssah.deltas.subspaces.bases import Subspace, delta_subspace, output_subspace
+from ssah.deltas.subspaces.gram_matrices import Gram, gram
+from ssah.deltas.subspaces.overlaps import Share, energy, overlap, principal_angles
+from ssah.lazy import submodules_of
+
+__all__ = [
+    "Gram",
+    "Share",
+    "Subspace",
+    "delta_subspace",
+    "energy",
+    "gram",
+    "output_subspace",
+    "overlap",
+    "principal_angles",
+]
+
+__getattr__ = submodules_of(__name__)
