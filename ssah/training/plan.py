@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import PLAN, has_twin, retire, watch_optimizers
+from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.choice import Beside, Rows, choose
 from ssah.training.entries import fingerprint
@@ -181,8 +181,8 @@ class UpdatePlan(Reversible):
         Raises:
             ValueError: ``args`` asks for another optimiser than AdamW.
         """
-        own = trainer_options(args, has_twin=has_twin(self._installed))
-        own |= rounding(self.parameters()) | options
+        own = trainer_options(args) | rounding(self.parameters()) | options
+        self._installed.note(args)
         return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
 
     def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:

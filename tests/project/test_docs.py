@@ -45,6 +45,7 @@ NOT_RUN = {
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
     "docs/scaling.md": 3,
+    "docs/training.md": 1,
     "docs/versions.md": 1,
 }
 # What the pages call their models. One that is named like a hub id is read in the place of the hub.

@@ -6,7 +6,6 @@ What moved is judged by a mask made from the modules alone (``plans.masks``).
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -98,9 +97,7 @@ def test_dpo_trains_what_the_plan_trains(sync: bool, tmp_path: Path) -> None:
         {"prompt": "w3 w4", "chosen": f" w{9 + i} w7", "rejected": f" w{20 + i} w8"}
         for i in range(8)
     ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="args.sync_ref_model")
-        optimizers = plan.optimizers(args)
+    optimizers = plan.optimizers(args)
     trainer = DPOTrainer(
         model=model,
         ref_model=reference,
@@ -119,10 +116,3 @@ def test_dpo_trains_what_the_plan_trains(sync: bool, tmp_path: Path) -> None:
         assert torch.equal(value, now[name] if sync else before[name]), name
     assert sync or losses[2] < losses[0]
     assert all(each["initial_lr"] == args.learning_rate for each in optimizers[0].param_groups)
-
-
-def test_a_reference_that_cannot_be_brought_up_to_date_is_warned_of() -> None:
-    model = tiny_models.build("llama")
-    plan = freeze(model, draw(model))
-    with pytest.warns(UserWarning, match=r"sync_ref_model is True.*copy\.deepcopy\(model\)"):
-        plan.optimizers(arguments(sync_ref_model=True))
