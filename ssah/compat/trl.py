@@ -7,10 +7,11 @@ from typing import Any
 
 from ssah.compat import Library
 
-__all__ = ["averages", "reference_syncs", "weight_sync"]
+__all__ = ["averages", "reference_syncs", "sends_weights", "weight_sync"]
 
 _LIBRARY = Library("trl", ">=1.0,<1.17")
 _PURPOSE = "to prepare a trainer for a plan"
+_ASYNC = "trl.experimental.async_"
 
 
 def averages(trainer: Any) -> list[Any]:
@@ -21,6 +22,12 @@ def averages(trainer: Any) -> list[Any]:
 def reference_syncs(trainer: Any) -> list[Any]:
     """The callbacks of a trainer that bring its reference model up to date."""
     return _callbacks(trainer, "SyncRefModelCallback")
+
+
+def sends_weights(trainer: Any) -> bool:
+    """Whether a trainer hands its weights to vLLM; those that generate elsewhere always do."""
+    elsewhere = (kind.__module__.startswith(_ASYNC) for kind in type(trainer).__mro__)
+    return bool(getattr(trainer.args, "use_vllm", False)) or any(elsewhere)
 
 
 def weight_sync(trainer: Any) -> tuple[Any, str] | None:

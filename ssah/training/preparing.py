@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssah.compat.peft import inner_model
-from ssah.compat.trl import averages, reference_syncs, weight_sync
+from ssah.compat.trl import averages, reference_syncs, sends_weights, weight_sync
 from ssah.training.plan import UpdatePlan, plan_of
 
 __all__ = ["prepare_trainer"]
@@ -42,7 +42,7 @@ def prepare_trainer(plan: UpdatePlan, trainer: Any) -> None:
     _check(plan, trainer, syncs)
     # A sharded plan splits nothing: names and shapes are those from before.
     if plan.ranks is None:
-        if getattr(trainer.args, "use_vllm", False):
+        if sends_weights(trainer):
             _see_whole_weights(plan, *_known_sync(trainer))
         for sync in syncs:
             # A copy that was made under the plan has its slices too: they are paired as they are.
@@ -87,7 +87,7 @@ def _check(plan: UpdatePlan, trainer: Any, syncs: list[Any]) -> None:
             "trainer averages weights or updates a reference model, must not do so while the model "
             "is sharded: leave out BEMACallback and sync_ref_model"
         )
-    if getattr(trainer.args, "use_vllm", False):
+    if sends_weights(trainer):
         _known_sync(trainer)
     for sync in syncs:
         _check_pairs(plan, sync.ref_model)
@@ -98,9 +98,9 @@ def _known_sync(trainer: Any) -> tuple[Any, str]:
     found = weight_sync(trainer)
     if found is None:
         raise ValueError(
-            f"trainer is a {type(trainer).__name__} with use_vllm=True, and how it sends weights "
-            "to vLLM is not known: it must be one of GRPO, RLOO, online DPO and those that send as "
-            "they do; or use use_vllm=False"
+            f"trainer is a {type(trainer).__name__}, which sends weights to vLLM in a way that is "
+            "not known here, must be one of GRPO, RLOO, online DPO and those that send as they do: "
+            "take one of them, or generate without vLLM (use_vllm=False)"
         )
     return found
 

@@ -14,7 +14,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from plans import draw, loss_of, masks, snapshot
+from plans import assert_equal, draw, loss_of, masks, snapshot
 from torch import nn
 
 from ssah.training import freeze
@@ -116,3 +116,23 @@ def test_dpo_trains_what_the_plan_trains(sync: bool, tmp_path: Path) -> None:
         assert torch.equal(value, now[name] if sync else before[name]), name
     assert sync or losses[2] < losses[0]
     assert all(each["initial_lr"] == args.learning_rate for each in optimizers[0].param_groups)
+
+
+@pytest.mark.parametrize(("name", "twin_will_do"), [("use_vllm", False), ("sync_ref_model", True)])
+def test_what_reads_whole_weights_waits_for_a_prepared_trainer(
+    name: str, twin_will_do: bool
+) -> None:
+    model = tiny_models.build("llama")
+    plan = freeze(model, draw(model))
+    before = snapshot(model)
+    optimizer, _ = plan.optimizers(arguments(**{name: True}))
+    with pytest.raises(RuntimeError, match=rf"args\.{name} is True.*prepare_trainer"):
+        step(model, optimizer)
+    assert_equal(snapshot(model), before)
+    twin = copy.deepcopy(model)  # a reference with the same slices
+    if twin_will_do:
+        step(model, optimizer)
+    else:
+        with pytest.raises(RuntimeError, match="prepare_trainer"):
+            step(model, optimizer)
+    del twin
