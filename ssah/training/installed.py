@@ -177,7 +177,7 @@ class Installed:
         """What belongs to the model that this one was copied from."""
         self.last_optimizer = self._taken = self._trained = None
 
-    def note(self, args: Any) -> None:
+    def note_arguments(self, args: Any) -> None:
         """Which of a trainer's arguments asks for what `ssah.training.prepare_trainer` is for."""
         asked = (name for name in ("use_vllm", "sync_ref_model") if getattr(args, name, False))
         self.unprepared_for = next(asked, None)

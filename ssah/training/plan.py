@@ -182,11 +182,11 @@ class UpdatePlan(Reversible):
             ValueError: ``args`` asks for another optimiser than AdamW.
         """
         own = trainer_options(args) | rounding(self.parameters()) | options
-        self._installed.note(args)
+        self._installed.note_arguments(args)
         return PlanAdamW, {"params": self.param_groups(args.weight_decay), **own}
 
     def optimizers(self, args: Any, **options: Any) -> tuple[PlanAdamW, None]:
-        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
+        """For ``optimizers=`` of every trainer of TRL. See also `ssah.training.prepare_trainer`.
 
         Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
         """

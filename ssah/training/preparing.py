@@ -55,7 +55,7 @@ def prepare_trainer(plan: UpdatePlan, trainer: Any) -> None:
 
 def _check(plan: UpdatePlan, trainer: Any, syncs: list[Any]) -> None:
     """Refuse what cannot be prepared, before anything is changed."""
-    next(plan.named_parameters(), None)  # raises if the plan is closed
+    plan._check_open()
     if inner_model(trainer.model) is plan.model:
         raise ValueError(
             "trainer has put adapters on the plan's model (peft_config=), must train without them: "

@@ -192,7 +192,7 @@ def clip_norm(setting: Setting) -> None:
     setting.steps(setting.plan.optimizer(lr=1e-2), each=clip)
 
 
-@works(AROUND, "`clip_grad_value_`", "")
+@works(AROUND, "`clip_grad_value_`", exhaustive=True)
 def clip_value(setting: Setting) -> None:
     def clip() -> None:
         torch.nn.utils.clip_grad_value_(setting.plan.parameters(), 0.1)
@@ -218,10 +218,10 @@ def scheduled(make_schedule: Callable[[Any], Any]) -> Callable[[Setting], None]:
 works(AROUND, "`LambdaLR`, and schedules of transformers", "")(
     scheduled(lambda o: transformers.get_cosine_schedule_with_warmup(o, 1, 5))
 )
-works(AROUND, "`OneCycleLR`", "")(
+works(AROUND, "`OneCycleLR`", exhaustive=True)(
     scheduled(lambda o: optim.lr_scheduler.OneCycleLR(o, 1e-2, total_steps=5))
 )
-works(AROUND, "`ReduceLROnPlateau`", "")(
+works(AROUND, "`ReduceLROnPlateau`", exhaustive=True)(
     scheduled(lambda o: optim.lr_scheduler.ReduceLROnPlateau(o, patience=0))
 )
 
@@ -237,7 +237,7 @@ def scaler(setting: Setting) -> None:
         scale.update()
 
 
-@works(AROUND, "`zero_grad(set_to_none=False)`", "")
+@works(AROUND, "`zero_grad(set_to_none=False)`", exhaustive=True)
 def zeros(setting: Setting) -> None:
     optimizer = optim.AdamW(setting.plan.parameters(), lr=1e-2)
     for seed in range(3):

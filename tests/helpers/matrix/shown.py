@@ -106,13 +106,20 @@ for kind, name in NAMES.items():
 
 PREPARED = T + "test_prepared_trainers.py::"
 shown(
+    LORA,
+    "GRPO, `use_vllm=True`, `peft_config=` and `AdapterCallback(units)`",
+    "works",
+    "vLLM is given protected entries as they were.",
+    PREPARED + "test_vllm_is_given_protected_units_as_they_were",
+)
+shown(
     TRL,
     "DPO, `ref_model=copy.deepcopy(model)`, made under the plan",
     "works",
     "With `sync_ref_model=True` too.",
     T + "test_silent_trainers.py::test_dpo_trains_what_the_plan_trains[True]",
 )
-for kind in ("dpo", "kto", "grpo"):
+for kind in ("dpo", "grpo", "rloo"):
     shown(
         TRL,
         f"{NAMES[kind]}, `sync_ref_model=True`",
@@ -404,6 +411,11 @@ for situation, words, node in (
         "DistributedDataParallel, compared with one process",
         "All ranks end alike.",
         RANKS + "[equal_plans]",
+    ),
+    (
+        "DPO under `torchrun`, two processes, `sync_ref_model=True`",
+        "After `prepare_trainer`. All ranks end alike.",
+        RANKS + "[under_a_trainer]",
     ),
     ("a model and a plan of its own on each rank", "", RANKS + "[plans_of_their_own]"),
     (
