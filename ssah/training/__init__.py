@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
+    from ssah.training.preparing import prepare_trainer
     from ssah.training.saving import load_update
     from ssah.training.splitting import runs
     from ssah.training.updated_models import is_update, load_trained, load_trained_tokenizer
@@ -44,6 +45,7 @@ __all__ = [
     "load_trained",
     "load_update",
     "plan_of",
+    "prepare_trainer",
     "protect_adapter",
     "train_only",
     "verify",
@@ -61,6 +63,7 @@ __getattr__ = names_of(
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
+    preparing="prepare_trainer",
     saving="load_update",
     splitting="runs",
     updated_models="is_update load_trained load_trained_tokenizer",

@@ -146,5 +146,18 @@ def _concerns(
         )
     if marks - {plan.fingerprint}:
         raise other_plan(marks, {plan.fingerprint})
+    _check_prepared(plan)
     plan.last_optimizer = weakref.ref(optimizer)
     return True
+
+
+def _check_prepared(plan: Installed) -> None:
+    """Refuse the first step of a trainer that would read slices where it expects weights."""
+    name = plan.unprepared_for
+    # A copy of the model has the same slices: as the reference it can be paired with it.
+    if name is None or (name == "sync_ref_model" and has_twin(plan)):
+        return
+    raise RuntimeError(
+        f"args.{name} is True, which reads whole weights, and the trainer was not prepared for the "
+        "plan: call ssah.training.prepare_trainer(plan, trainer) before trainer.train()"
+    )

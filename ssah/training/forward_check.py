@@ -1,8 +1,9 @@
 """What is looked at before a planned model runs: that it is whole, and the same on every rank.
 
 Both can only go wrong after the plan was made. ``fully_shard``, as Trainer and accelerate apply it,
-replaces the trained slices by pieces of them. DistributedDataParallel averages gradients by their
-position, so that with other units on each rank the gradient of unit 3 would go to unit 7.
+replaces the trained slices by pieces of them, and offloading takes them away.
+DistributedDataParallel averages gradients by their position, so that with other units on each rank
+the gradient of unit 3 would go to unit 7.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from ssah.compat.accelerate import offloading_hook
 from ssah.compat.modules import active_ddp, takes_over
 from ssah.distributed import Ranks
 from ssah.training.splitting import MaskedProjection, replaced_slices
@@ -51,7 +53,7 @@ class ForwardCheck:
         if torch.compiler.is_compiling():
             return  # the compiler knows no process group
         lent = next((module for module in self.masked.values() if module.lent), None)
-        if lent is not None and takes_over(model):
+        if lent is not None and (takes_over(model) or offloading_hook(lent) is not None):
             raise replaced_slices(lent)
         ddp = None if self.compared else active_ddp()
         if ddp is not None:

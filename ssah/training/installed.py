@@ -43,6 +43,8 @@ class Installed:
         owners: names of all projections that units own something of.
         last_optimizer: a weak reference to the last one that stepped or was made for it.
         update_hooks: of the optimiser that updates in the backward pass, if there is one.
+        unprepared_for: what the arguments of a trainer ask for that reads whole weights, until
+            the trainer was prepared for it; or None.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class Installed:
         self.model, self.entries = model, entries
         self.sharded, self.fingerprint = sharded, fingerprint
         self.last_optimizer: Callable[[], Any] | None = None
+        self.unprepared_for: str | None = None
         self.masked: dict[str, MaskedProjection] = {}
         self._ffns: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -183,6 +186,11 @@ class Installed:
         """What belongs to the model that this one was copied from."""
         self.last_optimizer = self._taken = self._trained = None
         self.replace_update_hooks([])
+
+    def note_arguments(self, args: Any) -> None:
+        """Which of a trainer's arguments asks for what `ssah.training.prepare_trainer` is for."""
+        asked = (name for name in ("use_vllm", "sync_ref_model") if getattr(args, name, False))
+        self.unprepared_for = next(asked, None)
 
     def own_slices(self) -> list[nn.Parameter]:
         """The trained slices of what is split, ``[trained, ...]`` each."""

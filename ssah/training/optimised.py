@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ssah.training.active import has_twin
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.in_backward import InBackwardAdamW, check_arguments
 from ssah.training.installed import Installed
@@ -86,13 +85,14 @@ class Optimised:
         """
         if in_backward:
             check_arguments(args, sharded=self._installed.sharded)
-        own = trainer_options(args, has_twin=has_twin(self._installed)) | options
+        own = trainer_options(args) | options
+        self._installed.note_arguments(args)
         return self._kind_and_kwargs(in_backward, own, args.weight_decay)
 
     def optimizers(
         self, args: Any, *, in_backward: bool = False, **options: Any
     ) -> tuple[PlanAdamW, None]:
-        """For ``optimizers=`` of every other trainer: TRL's for DPO, KTO, GRPO and RLOO.
+        """For ``optimizers=`` of every trainer of TRL. See also `ssah.training.prepare_trainer`.
 
         Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
         """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Set
 from typing import Any
 
@@ -59,13 +58,8 @@ def rounding(parameters: Iterable[nn.Parameter]) -> dict[str, str]:
 _ADAMW = ("adamw_torch", "adamw_torch_fused", "adamw_torch_xla", "adamw_torch_npu_fused")
 
 
-def trainer_options(args: Any, *, has_twin: bool) -> dict[str, Any]:
+def trainer_options(args: Any) -> dict[str, Any]:
     """What ``TrainingArguments`` say of AdamW, as options of `PlanAdamW`.
-
-    Args:
-        args: the ``TrainingArguments``.
-        has_twin: whether there is a copy of the model that has the plan's copy. TRL brings a
-            reference model up to date parameter by parameter, so that both must have the same ones.
 
     Raises:
         ValueError: they ask for another optimiser, which would be passed over in silence.
@@ -79,14 +73,6 @@ def trainer_options(args: Any, *, has_twin: bool) -> dict[str, Any]:
             f"args.{what}; with a plan's own optimiser it must be one of {', '.join(_ADAMW)}, "
             "without optim_args: it is AdamW, with moments of state_dtype=. To train with another "
             "optimiser give the trainer none of the plan's: its own will hold the trained slices"
-        )
-    if getattr(args, "sync_ref_model", False) and not has_twin:
-        warnings.warn(
-            "args.sync_ref_model is True, and TRL pairs the parameters of both models by position, "
-            "which a plan has changed: give the trainer ref_model=copy.deepcopy(model), made after "
-            "the plan and before this call",
-            UserWarning,
-            stacklevel=3,
         )
     return {
         "lr": args.learning_rate,

@@ -47,9 +47,10 @@ NOT_RUN = {
     "docs/installing.md": 2,
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
-    "docs/scaling.md": 2,
+    "docs/scaling.md": 3,
     "docs/training/fsdp2.md": 2,
     "docs/training/lora.md": 1,
+    "docs/training/trl.md": 1,
     "docs/versions.md": 1,
 }
 # What the pages call their models. One that is named like a hub id is read in the place of the hub.

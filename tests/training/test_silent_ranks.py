@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import tiny_models
 import torch
-from plans import draw, loss_of, masks, snapshot
+import torch.distributed as dist
+import trl_trainers
+from plans import assert_equal, check_moved, draw, loss_of, masks, snapshot
 from ranks import shard, start, train
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
-from ssah.training import freeze
+from ssah.training import freeze, prepare_trainer
 from ssah.units import UnitSet, find_modules
 
 
@@ -97,9 +100,40 @@ def sharded_with_other_units(rank: int, n: int, folder: Path) -> None:
     freeze(model, draw(tiny_models.build("llama")))
 
 
+def under_a_trainer(rank: int, n: int, folder: Path) -> None:
+    """As ``torchrun`` starts it: the trainer wraps the model in DistributedDataParallel itself."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the group is there already
+    model = trl_trainers.build_model("dpo")
+    trains, before = masks(model, draw(model), "freeze"), snapshot(model)
+    plan = freeze(model, draw(model))
+    trainer = trl_trainers.make(
+        "dpo",
+        model,
+        folder / str(rank),
+        optimizers=plan.optimizers,
+        given={"ref_model": trl_trainers.build_model("dpo")},
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+        ddp_backend="gloo",
+    )
+    prepare_trainer(plan, trainer)
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+    check_moved(model, before, trains)
+    assert_equal(snapshot(trainer.accelerator.unwrap_model(trainer.ref_model)), snapshot(model))
+    for name, value in snapshot(model).items():
+        theirs = value.clone()
+        dist.broadcast(theirs, 0)
+        assert torch.equal(theirs, value), name
+
+
 @pytest.mark.parametrize(
     "worker",
     [
+        pytest.param(under_a_trainer, marks=pytest.mark.exhaustive),
         other_units,
         other_weights,
         equal_plans,

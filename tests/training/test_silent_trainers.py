@@ -6,7 +6,6 @@ What moved is judged by a mask made from the modules alone (``plans.masks``).
 from __future__ import annotations
 
 import copy
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +14,7 @@ import pytest
 import tiny_chat
 import tiny_models
 import torch
-from plans import draw, loss_of, masks, snapshot
+from plans import assert_equal, draw, loss_of, masks, snapshot
 from torch import nn
 
 from ssah.training import freeze
@@ -98,9 +97,7 @@ def test_dpo_trains_what_the_plan_trains(sync: bool, tmp_path: Path) -> None:
         {"prompt": "w3 w4", "chosen": f" w{9 + i} w7", "rejected": f" w{20 + i} w8"}
         for i in range(8)
     ]
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="args.sync_ref_model")
-        optimizers = plan.optimizers(args)
+    optimizers = plan.optimizers(args)
     trainer = DPOTrainer(
         model=model,
         ref_model=reference,
@@ -121,8 +118,21 @@ def test_dpo_trains_what_the_plan_trains(sync: bool, tmp_path: Path) -> None:
     assert all(each["initial_lr"] == args.learning_rate for each in optimizers[0].param_groups)
 
 
-def test_a_reference_that_cannot_be_brought_up_to_date_is_warned_of() -> None:
+@pytest.mark.parametrize(("name", "twin_will_do"), [("use_vllm", False), ("sync_ref_model", True)])
+def test_what_reads_whole_weights_waits_for_a_prepared_trainer(
+    name: str, twin_will_do: bool
+) -> None:
     model = tiny_models.build("llama")
     plan = freeze(model, draw(model))
-    with pytest.warns(UserWarning, match=r"sync_ref_model is True.*copy\.deepcopy\(model\)"):
-        plan.optimizers(arguments(sync_ref_model=True))
+    before = snapshot(model)
+    optimizer, _ = plan.optimizers(arguments(**{name: True}))
+    with pytest.raises(RuntimeError, match=rf"args\.{name} is True.*prepare_trainer"):
+        step(model, optimizer)
+    assert_equal(snapshot(model), before)
+    twin = copy.deepcopy(model)  # a reference with the same slices
+    if twin_will_do:
+        step(model, optimizer)
+    else:
+        with pytest.raises(RuntimeError, match="prepare_trainer"):
+            step(model, optimizer)
+    del twin

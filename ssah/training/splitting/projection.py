@@ -42,8 +42,9 @@ def replaced_slices(module: nn.Module) -> RuntimeError:
     """The error of a projection whose trained slices others have taken away."""
     return RuntimeError(
         f"the trained slices of this {type(module).__name__} were replaced by other parameters "
-        "after the plan was made (fully_shard, FSDP and DeepSpeed do that, and so do Trainer and "
-        "accelerate with them): shard the model first, and make the plan then"
+        "after the plan was made (fully_shard, FSDP, DeepSpeed and offloading do that, and so do "
+        "Trainer and accelerate with them): shard the model first, and make the plan then; a model "
+        "under a plan cannot be offloaded"
     )
 
 
