@@ -256,9 +256,7 @@ def _part(name: str, layer: nn.Module, adapter: str, entries: Entries) -> Part:
 def _experts_part(name: str, held: Any, adapter: str, entries: Entries, frozen: Tensor) -> Part:
     """The same of the experts of a layer; ``frozen`` is ``[experts, entries]``."""
     experts, rank = held.num_experts, held.r[adapter]
-    # Some architectures keep an expert as [in, out].
-    transposed = getattr(held.get_base_layer(), "is_transposed", False)
-    if (entries.dim == 2) == transposed:
+    if entries.dim == peft.experts_out_dim(held):
         b = held.lora_B[adapter].weight  # [out, r * experts]
         return Part(name, b, (len(b), rank, experts), 1, frozen.t()[:, None])
     a = held.lora_A[adapter].weight  # [experts * r, in]
