@@ -49,6 +49,14 @@ def adapters_on(module: nn.Module) -> tuple[str, ...] | None:
     return () if own.disable_adapters else tuple(own.active_adapters)
 
 
+def experts_out_dim(layer: Any) -> int:
+    """Of adapted experts' parameter, the dimension that B of the adapter runs along; A: the other.
+
+    Which one it is depends on the release of peft, and on whether an expert is ``[in, out]``.
+    """
+    return 1 if layer._did_swap_in_out_features else 2
+
+
 def saved_whole(inner: nn.Module) -> dict[str, nn.Module]:
     """Name in the model -> wrapper of a module that trains whole (``modules_to_save``)."""
     if "peft" not in sys.modules:

@@ -200,25 +200,40 @@ def test_other_adapters_and_models_are_refused() -> None:
         ssah.protect_adapter(merged, units)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe"])
-def test_adapters_beside_experts(family) -> None:
-    """Attention of a mixture may be adapted; adapters of its experts are refused by name."""
+EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+
+
+@pytest.mark.parametrize("mode", ["freeze", "only"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "gpt_oss"])
+def test_adapters_of_experts_keep_their_units(family, mode) -> None:
+    """GPT-OSS keeps an expert as [in, out], and gate and up in turn."""
     model = tiny_models.build(family)
     units = draw(model, 0.2)
-    before, mask = parameters(model), masks(model, units, "freeze")
-    adapted = lora(model, target_modules=["q_proj", "v_proj", "o_proj"])
-    ssah.protect_adapter(adapted, units)
+    before, mask = parameters(model), masks(model, units, mode)
+    targets = ["q_proj", "v_proj", "o_proj"]
+    adapted = lora(model, target_modules=targets, target_parameters=EXPERTS)
+    protected = ssah.protect_adapter(adapted, units, only=mode == "only")
     train(adapted)
+    protected.verify()
+    base = tiny_models.build(family)
+    ssah.verify(adapted, base, units, only=mode == "only")
+    experts = next(m for n, m in adapted.named_modules() if n.endswith("experts"))
+    tensors = [experts.lora_A["default"].weight, experts.lora_B["default"].weight]
+    kept = [each.detach().clone() for each in tensors]
+    with torch.no_grad():
+        for each in tensors:  # which of them protects depends on the release of peft
+            each.add_(1e-3)
+    with pytest.raises(RuntimeError, match=r"experts.* writes entries of protected units"):
+        protected.verify()
+    with pytest.raises(RuntimeError, match=r"experts\.\w+ \(\d+ of \d+\)"):
+        ssah.verify(adapted, base, units, only=mode == "only")
+    with torch.no_grad():
+        for each, before_it in zip(tensors, kept, strict=True):
+            each.copy_(before_it)
     stay, move = moved(before, adapted.merge_and_unload(), mask)
     assert (stay, move > 0) == (0, True)
-
-
-def test_adapters_of_experts_are_refused() -> None:
-    model = tiny_models.build("qwen3_moe")
-    units = draw(model, 0.2)
-    adapted = lora(model, target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
-    with pytest.raises(ValueError, match=r"ParamWrapper .*leave this module out"):
-        ssah.protect_adapter(adapted, units)
+    still = {n for n, p in adapted.get_base_model().named_parameters() if torch.equal(p, before[n])}
+    assert not any("experts" in name and "bias" not in name for name in still)
 
 
 def test_four_bit_base_adds_exactly_zero_to_protected_units(tmp_path) -> None:

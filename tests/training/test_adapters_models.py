@@ -61,10 +61,8 @@ def loaded(folder: Path, kind: str) -> PreTrainedModel:
 
 def lora(model: PreTrainedModel, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    # Of a mixture "all-linear" means the experts too, which are refused: here they stay whole.
-    routed = model.config.model_type == "mixtral"
-    targets: Any = [f"{each}_proj" for each in "qkvo"] if routed else "all-linear"
-    settings = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
+    # Of a mixture "all-linear" means the experts too.
+    settings = peft.LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
     return peft.get_peft_model(model, settings)
 
 
@@ -85,7 +83,9 @@ def check_kept(adapted: nn.Module, mask: dict[str, Tensor], before: dict[str, Te
     is merged has every bit there. Somewhere else something has moved."""
     inner, moved, kept = adapted.get_base_model(), 0, 0
     deltas = {
-        f"{name}.weight": module.get_delta_weight("default").detach()
+        f"{name.replace('.base_layer', '')}.{getattr(module, 'parameter_name', 'weight')}": (
+            module.get_delta_weight("default").detach()
+        )
         for name, module in inner.named_modules()
         if hasattr(module, "lora_A")
     }

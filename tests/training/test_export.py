@@ -239,3 +239,22 @@ def test_a_plan_is_exported_while_it_trains(tmp_path: Path) -> None:
     optimizer.step()
     with pytest.raises(RuntimeError, match=r"call plan\.keep_originals\(\)"):
         ssah.export_lora(late, tmp_path / "late")
+
+
+def test_a_refusal_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    """A plan that trained a NaN: its originals are not left in the place of what was trained."""
+    model = tiny_models.build("llama")
+    plan = trained(model)
+    with torch.no_grad():
+        list(plan.parameters())[-1].view(-1)[0] = float("nan")
+    before = {name: p.detach().clone() for name, p in plan.named_parameters()}
+    with pytest.raises(FloatingPointError, match=r"is NaN or infinite before or after") as caught:
+        ssah.export_lora(plan, tmp_path / "adapter")
+    assert all(before[n].equal(p) or p.isnan().any() for n, p in plan.named_parameters())
+    assert caught.tb is not None  # whose frames are alive
+    plan.save_pretrained(tmp_path / "update")  # refused while the originals are there
+    plan.close()
+    with torch.device("meta"):
+        empty = type(model)(model.config)
+    with pytest.raises(ValueError, match=r"is not in memory \(offloaded\)"):
+        ssah.export_lora(draw(model, 0.1), tmp_path / "adapter", base=empty)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ssah.cli.running import Result
-from ssah.cli.shared import Model, Out
+from ssah.cli.shared import Model, Out, Weights
 
 ORDER = 57
 
@@ -38,6 +38,7 @@ def export(
     max_rank: Annotated[
         int, typer.Option("--max-rank", min=1, help="Refuse a larger rank; vLLM serves 512.")
     ] = 512,
+    weights: Weights,
 ) -> Result:
     """Write an update or an ablation as an exact LoRA adapter, for PEFT, vLLM and the Hub.
 
@@ -48,6 +49,7 @@ def export(
     """
     import ssah
     from ssah.groups import UnitGroups
+    from ssah.models import load_weights
     from ssah.report.terminal import facts_table
     from ssah.training.finetune import select_units
 
@@ -58,7 +60,13 @@ def export(
         )
     what = select_units(units, UnitGroups.load(groups)) if groups and units else change
     assert what is not None
-    made = ssah.export_lora(what, out, base=model, max_rank=max_rank)
+    base = load_weights(
+        model,
+        dtype=weights.dtype,
+        device=weights.device,
+        trust_remote_code=weights.trust_remote_code,
+    )
+    made = ssah.export_lora(what, out, base=base, max_rank=max_rank)
     exact = "all, bit for bit, once merged"
     if made.inexact:
         exact = f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"

@@ -26,7 +26,7 @@ def plot_scan(result: Mapping[str, Any], path: str | os.PathLike[str], title: st
     """Utility loss, refusal margin and, where it was measured, ASR against the share ablated.
 
     Args:
-        result: of ``ssah.studies.scan.run.scan``.
+        result: of ``ssah.studies.scan.run_scan``.
     """
     from matplotlib.ticker import LogLocator
 

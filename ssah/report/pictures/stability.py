@@ -25,7 +25,7 @@ def plot_stability(result: Mapping[str, Any], path: str | os.PathLike[str], titl
     """Overlap of two disjoint draws per group, with that expected by chance, and Spearman's rho.
 
     Args:
-        result: of ``ssah.studies.stability.run.stability``.
+        result: of ``ssah.studies.stability.run_stability``.
     """
     rows = result["sizes"]
     x = [row["size"] for row in rows]

@@ -39,7 +39,7 @@ def plot_freeze(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
     """ASR of every arm with its interval and seeds, beside its utility loss and training loss.
 
     Args:
-        result: of ``ssah.studies.training.freeze.freeze``.
+        result: of ``ssah.studies.training.run_freeze``.
     """
     return _panels(result, ("utility_loss", "training_loss"), path, title)
 
@@ -48,7 +48,7 @@ def plot_budget(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
     """ASR before and after both alignments, beside what they cost.
 
     Args:
-        result: of ``ssah.studies.training.budget.budget``.
+        result: of ``ssah.studies.training.run_budget``.
     """
     measured = next(iter(result["arms"].values()))["mean"]
     kinds = [key for key in ("utility_loss", "math_loss") if key in measured]

@@ -27,7 +27,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
     """Attack success under each judge, refusals, the answers, the models, and the facts.
 
     Args:
-        record: as ``ssah.studies.evaluate.run.evaluate`` returns it.
+        record: as ``ssah.studies.evaluate.run_evaluation`` returns it.
         out: folder of the run.
     """
     result, settings = record["result"], record["settings"]

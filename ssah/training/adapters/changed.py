@@ -7,7 +7,7 @@ Each comes as (name, weight before, weight after), of the parameters in which th
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from torch import Tensor, nn
 
@@ -19,6 +19,8 @@ from ssah.training.saving import placed_update, read_update
 from ssah.training.updated_models import is_update
 from ssah.units import UnitSet, find_modules
 
+# Name, weight before, weight after, [...] each. To be closed: meanwhile the model may be changed.
+Weights = Generator[tuple[str, Tensor, Tensor], None, None]
 Change = UpdatePlan | UnitSet | nn.Module | str | os.PathLike[str]
 
 
@@ -45,10 +47,16 @@ def checked_base(change: Change, base: nn.Module | str | os.PathLike[str] | None
     check_unplanned(model)
     check_not_ablated(model, "to be the base of an adapter")
     check_plain(model, "to be the base of an adapter")
+    away = next((name for name, p in model.named_parameters() if p.is_meta), None)
+    if away is not None:
+        raise ValueError(
+            f"{away!r} of the base model is not in memory (offloaded), must be: load the model "
+            "whole, device_map='cpu' for instance"
+        )
     return model
 
 
-def changed_weights(change: Change, base: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def changed_weights(change: Change, base: nn.Module) -> Weights:
     """Name, weight before and weight after, ``[...]`` each, of what ``change`` may have changed.
 
     Args:
@@ -72,7 +80,7 @@ def changed_weights(change: Change, base: nn.Module) -> Iterator[tuple[str, Tens
     return _tuned(base, load_weights(name))
 
 
-def _trained(plan: UpdatePlan) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _trained(plan: UpdatePlan) -> Weights:
     names = {name for name, *_ in plan.trained_slices()}
     # Copies, since those of a parameter that trains whole are the model's own.
     tuned = {n: v.detach().clone() for n, v in plan.original_named_parameters() if n in names}
@@ -82,7 +90,7 @@ def _trained(plan: UpdatePlan) -> Iterator[tuple[str, Tensor, Tensor]]:
                 yield name, before.detach(), tuned[name]
 
 
-def _ablated(base: nn.Module, units: UnitSet) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _ablated(base: nn.Module, units: UnitSet) -> Weights:
     modules = find_modules(base)
     names = dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
     before = {name: base.get_parameter(name).detach().clone() for name in names}
@@ -91,7 +99,7 @@ def _ablated(base: nn.Module, units: UnitSet) -> Iterator[tuple[str, Tensor, Ten
             yield name, weight, base.get_parameter(name).detach()
 
 
-def _tuned(base: nn.Module, model: nn.Module) -> Iterator[tuple[str, Tensor, Tensor]]:
+def _tuned(base: nn.Module, model: nn.Module) -> Weights:
     tuned = check_whole(model)
     plan = plan_of(tuned)
     if plan is None:

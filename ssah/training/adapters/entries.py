@@ -1,9 +1,11 @@
 """Which tensors of an adapter write entries that must stay, and whether they do.
 
 LoRA adds s B A to a weight ``[out, in]``, with B ``[out, r]`` and A ``[r, in]``. What writes row i
-of the weight is row i of B; what writes column j is column j of A. MiSS adds its block
-``[r, out]``, transposed and repeated along the inputs: column i of the block writes row i of the
-weight, and row k writes every r-th column from k on.
+of the weight is row i of B; what writes column j is column j of A. Of routed experts each has its
+own A and B, which PEFT keeps in one tensor each: A as ``[experts * r, in]``, the rows of the first
+expert first, and B as ``[out, r * experts]``, with the columns of all experts in turn. MiSS adds
+its block ``[r, out]``, transposed and repeated along the inputs: column i of the block writes row i
+of the weight, and row k writes every r-th column from k on.
 """
 
 from __future__ import annotations
@@ -20,33 +22,46 @@ from transformers.pytorch_utils import Conv1D
 from ssah.compat import peft
 from ssah.models import check_whole
 from ssah.training.entries import Entries, select_entries
+from ssah.training.splitting import complement_rows
 from ssah.units import UnitSet, check_units, find_modules
 from ssah_kernels.sharded import is_sharded
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Entries of one adapter tensor that must be zero: ``index`` along ``dim``."""
+    """Entries of one adapter tensor that must be zero.
 
-    name: str  # of the adapted projection, for messages
+    Attributes:
+        name: of the adapted projection, for messages.
+        tensor: it.
+        shape: as what it is seen, with one dimension of the adapter's rank: ``[out, r]``, or of
+            experts ``[out, r, experts]``.
+        rank_dim: which dimension that is.
+        frozen: bool, what must be zero: of ``shape`` with a one for the rank.
+    """
+
+    name: str
     tensor: nn.Parameter
-    dim: int
-    index: Tensor
-
-    def rows(self) -> Tensor:
-        """A copy of these entries, ``[entries, ...]``."""
-        return self.tensor.detach().index_select(self.dim, self.index.to(self.tensor.device))
+    shape: tuple[int, ...]
+    rank_dim: int
+    frozen: Tensor
 
     def written(self) -> int:
         """How many of these entries are not zero."""
-        return int(self.rows().movedim(self.dim, 0).flatten(1).ne(0).any(1).sum())
+        seen = self.tensor.detach().view(self.shape)
+        return int((seen.ne(0) & self._mask(seen)).any(self.rank_dim).sum())
 
     def clear(self) -> None:
-        self.tensor.detach().index_fill_(self.dim, self.index.to(self.tensor.device), 0)
+        seen = self.tensor.detach().view(self.shape)
+        seen.masked_fill_(self._mask(seen), 0)
 
     def mask(self, grad: Tensor) -> Tensor:
         """The gradient ``[...]`` of the tensor, with zeros at these entries."""
-        return grad.index_fill(self.dim, self.index.to(grad.device), 0)
+        seen = grad.reshape(self.shape)
+        return seen.masked_fill(self._mask(seen), 0).reshape(grad.shape)
+
+    def _mask(self, seen: Tensor) -> Tensor:
+        return self.frozen.to(seen.device)
 
 
 def frozen_entries(
@@ -129,32 +144,37 @@ def changed_entries(
         return found
     trains = frozen_entries(check_whole(inner), units, only=only)
     for param, layer, adapter, part, entries in touched(model, trains, only=only):
-        if changes(layer, adapter, part):
+        if changes(layer, adapter, entries):
             n = int(entries.trains.logical_not().sum())
             found[param] = (n if part is None else part.written(), n)
     return found
 
 
-def changes(layer: nn.Module, adapter: str, part: Part | None) -> bool:
+def changes(layer: nn.Module, adapter: str, entries: Entries) -> bool:
     """Whether an adapter changes entries of its projection that must stay.
 
     Args:
         layer: the adapted projection.
         adapter: the name of the adapter.
-        part: the entries, or None: all of them.
+        entries: of its parameter; what does not train must stay.
     """
     held: Any = layer
+    frozen = ~entries.trains
     if hasattr(layer, "miss_block"):
-        own = held.miss_block[adapter].detach() if part is None else part.rows()
-        return bool(own.ne(0).any())
-    a = held.lora_A[adapter].weight.detach().float()  # [r, in]
-    b = held.lora_B[adapter].weight.detach().float()  # [out, r]
-    if part is not None and part.dim == 1:
-        a = a.index_select(1, part.index.to(a.device))  # [r, entries]
-    elif part is not None:
-        b = b.index_select(0, part.index.to(b.device))  # [entries, r]
-    # B of a fresh adapter is zero: then the product, the dear part of this, is not needed.
-    return bool(b.any()) and bool(a.any()) and bool((b @ a).ne(0).any())
+        block = held.miss_block[adapter].detach()  # [r, out]
+        # Another number of entries: a projection out of units, of which nothing trains.
+        block = block[:, frozen.to(block.device)] if len(frozen) == block.shape[1] else block
+        return bool(block.any())
+    a, b = (each[adapter].weight.detach().float() for each in (held.lora_A, held.lora_B))
+    if not bool(b.any()):  # a fresh adapter: then the product, the dear part of this, is not needed
+        return False
+    if entries.experts:
+        with torch.no_grad():
+            delta = held.get_delta_weight(adapter)  # [experts, ...] as the parameter
+    else:
+        delta = b @ a  # [out, in]
+        delta = delta.t() if isinstance(held.get_base_layer(), Conv1D) else delta
+    return bool(complement_rows(delta, entries.dims, entries.index).any())
 
 
 def _param_of(name: str, layer: nn.Module) -> str:
@@ -195,22 +215,27 @@ def _check_layer(name: str, layer: nn.Module, adapter: str) -> None:
             f"{what} is LoRA as {variant}, which couples rows and columns of the weight (DoRA "
             "scales by the norm of each whole row), so that no unit stays: use plain LoRA"
         )
-    plain = adapter in getattr(layer, "lora_A", {}) and kind != "ParamWrapper"
-    if not plain or not isinstance(layer.lora_A[adapter], nn.Linear):  # type: ignore[index]
+    held: Any = layer
+    plain = adapter in getattr(layer, "lora_A", {})
+    if not plain or not isinstance(held.lora_A[adapter], nn.Linear):
         raise ValueError(
             f"{what} is a {kind} ({module}), must be LoRA or MiSS of a linear projection: leave "
             "this module out of target_modules"
         )
-    if layer.lora_B[adapter].bias is not None:  # type: ignore[index, union-attr]
+    if held.lora_B[adapter].bias is not None:
         raise ValueError(f"{what} has lora_bias=True, which changes A's bias: leave it off")
 
 
 def _part(name: str, layer: nn.Module, adapter: str, entries: Entries) -> Part:
     """What of the adapter writes entries that must stay."""
-    index = entries.trains.logical_not().nonzero()[:, 0]  # [entries]
-    base: Any = layer.get_base_layer()  # type: ignore[operator]
+    frozen = ~entries.trains  # [entries], of experts [experts * entries]
+    held: Any = layer
+    if entries.experts:
+        return _experts_part(name, held, adapter, entries, frozen.view(held.num_experts, -1))
     # A Conv1D keeps its weight as [in, out], everything else as [out, in].
-    writes_rows = (entries.dim == 1) if isinstance(base, Conv1D) else (entries.dim == 0)
+    writes_rows = (
+        (entries.dim == 1) if isinstance(held.get_base_layer(), Conv1D) else (entries.dim == 0)
+    )
     if hasattr(layer, "miss_block"):
         if not writes_rows:
             raise ValueError(
@@ -218,7 +243,20 @@ def _part(name: str, layer: nn.Module, adapter: str, entries: Entries) -> Part:
                 "its rows writes every r-th column, so that no unit stays. Leave this module out "
                 "of target_modules, or use LoRA"
             )
-        block: Any = layer.miss_block  # [r, out] each
-        return Part(name, block[adapter], 1, index)
-    held: Any = layer.lora_B if writes_rows else layer.lora_A  # [out, r] or [r, in]
-    return Part(name, held[adapter].weight, 0 if writes_rows else 1, index)
+        block = held.miss_block[adapter]  # [r, out]
+        return Part(name, block, tuple(block.shape), 0, frozen[None])
+    if writes_rows:
+        b = held.lora_B[adapter].weight  # [out, r]
+        return Part(name, b, tuple(b.shape), 1, frozen[:, None])
+    a = held.lora_A[adapter].weight  # [r, in]
+    return Part(name, a, tuple(a.shape), 0, frozen[None])
+
+
+def _experts_part(name: str, held: Any, adapter: str, entries: Entries, frozen: Tensor) -> Part:
+    """The same of the experts of a layer; ``frozen`` is ``[experts, entries]``."""
+    experts, rank = held.num_experts, held.r[adapter]
+    if entries.dim == peft.experts_out_dim(held):
+        b = held.lora_B[adapter].weight  # [out, r * experts]
+        return Part(name, b, (len(b), rank, experts), 1, frozen.t()[:, None])
+    a = held.lora_A[adapter].weight  # [experts * r, in]
+    return Part(name, a, (experts, rank, a.shape[1]), 1, frozen[:, None])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,16 +78,9 @@ def export_lora(
     if max_rank is not None and max_rank < 1:
         raise ValueError(f"max_rank is {max_rank}, must be at least 1, or None for any rank")
     model = checked_base(change, base)
-    found = _adapters(model, change)
+    found = _adapters(model, change, max_rank)
     name = public_name(model_name(model))
     made = _record(name, found, model)
-    if max_rank is not None and made.rank > max_rank:
-        module = max(made.ranks, key=lambda each: made.ranks[each])
-        raise ValueError(
-            f"the change of {module!r} has rank {made.rank}, must be at most max_rank={max_rank} "
-            "(vLLM serves up to 512): train fewer units a module, ship the update itself "
-            "(ssah.load_update), or pass max_rank=None for programs that take any rank"
-        )
     conv = any(isinstance(model.get_submodule(each), Conv1D) for each in found)
     config = json.dumps(_config(made, fan_in_fan_out=conv), indent=2) + "\n"
     files = {
@@ -100,28 +94,38 @@ def export_lora(
     return made
 
 
-def _adapters(model: nn.Module, change: Change) -> dict[str, _Adapter]:
+def _adapters(model: nn.Module, change: Change, max_rank: int | None) -> dict[str, _Adapter]:
     """Projection -> its adapter, of those that ``change`` changed."""
     found: dict[str, _Adapter] = {}
     refused: list[str] = []
-    for name, before, after in changed_weights(change, model):
-        if torch.equal(before, after):
-            continue
-        bad = nonfinite([(name, before), (name, after)])
-        if bad is not None:
-            raise FloatingPointError(
-                f"{bad} is NaN or infinite before or after the change: no adapter can add that"
-            )
-        owner, _, leaf = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if not isinstance(module, nn.Linear | Conv1D) or leaf not in ("weight", "bias"):
-            refused.append(f"{name} ({type(module).__name__})")
-            continue
-        pair = [each[:, None] if leaf == "bias" else each for each in (before, after)]
-        if isinstance(module, Conv1D) and leaf == "weight":  # which keeps it as [in, out]
-            pair = [each.t() for each in pair]
-        made = factors(*pair)
-        if made is not None:  # zeros may differ in their sign alone
+    # Closed at once where something is refused: meanwhile the model is inside `ablate`, say.
+    with closing(changed_weights(change, model)) as pairs:
+        for name, before, after in pairs:
+            if torch.equal(before, after):
+                continue
+            bad = nonfinite([(name, before), (name, after)])
+            if bad is not None:
+                raise FloatingPointError(
+                    f"{bad} is NaN or infinite before or after the change: no adapter can add that"
+                )
+            owner, _, leaf = name.rpartition(".")
+            module = model.get_submodule(owner)
+            if not isinstance(module, nn.Linear | Conv1D) or leaf not in ("weight", "bias"):
+                refused.append(f"{name} ({type(module).__name__})")
+                continue
+            pair = [each[:, None] if leaf == "bias" else each for each in (before, after)]
+            if isinstance(module, Conv1D) and leaf == "weight":  # which keeps it as [in, out]
+                pair = [each.t() for each in pair]
+            made = factors(*pair)
+            if made is None:  # zeros that differ in their sign alone
+                continue
+            if max_rank is not None and made.rank > max_rank:
+                raise ValueError(
+                    f"the change of {owner!r} has rank {made.rank}, must be at most "
+                    f"max_rank={max_rank} (vLLM serves up to 512): train fewer units a module, "
+                    "ship the update itself (ssah.load_update), or pass max_rank=None for programs "
+                    "that take any rank"
+                )
             setattr(found.setdefault(owner, _Adapter()), leaf, made)
     if refused:
         raise ValueError(
@@ -157,7 +161,7 @@ def _tensors(
     tensors: dict[str, Tensor] = {}
     for owner, each in found.items():
         n, out = features(model.get_submodule(owner))
-        dtype = next(part.a.dtype for part in (each.weight, each.bias) if part)
+        dtype = next(part.change.dtype for part in (each.weight, each.bias) if part)
         a, b = torch.zeros(1, n, dtype=dtype), torch.zeros(out, 1, dtype=dtype)
         if each.weight is not None:
             a, b = each.weight.a, each.weight.b

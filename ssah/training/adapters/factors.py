@@ -28,15 +28,19 @@ class Factors:
     """A change as B A.
 
     Attributes:
-        a: ``[rank, in]``.
-        b: ``[out, rank]``.
+        index: int64 ``[rank]``, the rows or columns that changed.
+        by_columns: whether they are columns.
+        change: of these, ``[rank, in]`` or ``[out, rank]``.
+        size: how many rows, or columns, the weight has.
         changed: how many elements of the weight changed.
         inexact: of how many the sum of weight and change, rounded, is not the tuned value.
         error: the largest difference among these, in the units of the weight.
     """
 
-    a: Tensor
-    b: Tensor
+    index: Tensor
+    by_columns: bool
+    change: Tensor
+    size: int
     changed: int
     inexact: int
     error: float
@@ -44,7 +48,23 @@ class Factors:
     @property
     def rank(self) -> int:
         """The inner dimension."""
-        return len(self.a)
+        return len(self.index)
+
+    @property
+    def a(self) -> Tensor:
+        """A, ``[rank, in]``."""
+        return self._one_hot() if self.by_columns else self.change
+
+    @property
+    def b(self) -> Tensor:
+        """B, ``[out, rank]``."""
+        return self.change if self.by_columns else self._one_hot().t()
+
+    def _one_hot(self) -> Tensor:
+        # Not before it is asked for: of a weight that changed as a whole it is as large as that.
+        matrix = torch.zeros(self.rank, self.size, dtype=self.change.dtype)
+        matrix[torch.arange(self.rank), self.index] = 1
+        return matrix  # [rank, size]
 
 
 def factors(weight: Tensor, tuned: Tensor) -> Factors | None:
@@ -57,15 +77,19 @@ def factors(weight: Tensor, tuned: Tensor) -> Factors | None:
     if not len(rows):
         return None
     by_columns = len(columns) <= len(rows)
-    index = columns if by_columns else rows  # [rank]
-    before, after = (each.index_select(int(by_columns), index) for each in (weight, tuned))
+    index, dim = (columns, 1) if by_columns else (rows, 0)  # [rank]
+    before, after = (each.index_select(dim, index) for each in (weight, tuned))
     dtype = torch.promote_types(weight.dtype, torch.float32)
     change = (after.double() - before.double()).to(dtype)
     # As PEFT merges: the sum is made in the wider type, and rounded once.
     merged = (before.to(dtype) + change).to(weight.dtype)
     error = (merged.double() - after.double()).abs()
-    one_hot = torch.zeros(len(index), weight.shape[int(by_columns)], dtype=dtype)
-    one_hot[torch.arange(len(index)), index.cpu()] = 1
-    change = change.cpu()
-    a, b = (one_hot, change) if by_columns else (change, one_hot.t())
-    return Factors(a, b, int(differs.sum()), int((error != 0).sum()), float(error.max()))
+    return Factors(
+        index.cpu(),
+        by_columns,
+        change.cpu(),
+        weight.shape[dim],
+        changed=int(differs.sum()),
+        inexact=int((error != 0).sum()),
+        error=float(error.max()),
+    )

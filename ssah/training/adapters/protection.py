@@ -36,14 +36,16 @@ from ssah.units import UnitSet
 class ProtectedAdapter:
     """What `protect_adapter` has done, and can prove or undo."""
 
-    def __init__(self, parts: list[Part], stilled: list[tuple[str, nn.Module, str]]) -> None:
-        """Clear the parts and keep them so; ``stilled`` has parameter, layer and adapter of each
-        adapter that stands still as a whole."""
+    def __init__(
+        self, parts: list[Part], stilled: list[tuple[str, nn.Module, str, Entries]]
+    ) -> None:
+        """Clear the parts and keep them so; ``stilled`` has parameter, layer, adapter and entries
+        of each adapter that stands still as a whole."""
         self._parts, self._stilled = parts, stilled
         for part in parts:
             part.clear()
         self._hooks = [part.tensor.register_hook(part.mask) for part in parts]
-        own = [p for _, layer, adapter in stilled for p in tensors(layer, adapter)]
+        own = [p for _, layer, adapter, _ in stilled for p in tensors(layer, adapter)]
         self._unmoved = [parameter for parameter in own if parameter.requires_grad]
         for parameter in self._unmoved:
             parameter.requires_grad_(False)
@@ -60,7 +62,7 @@ class ProtectedAdapter:
             RuntimeError: an entry is not zero (an adapter was loaded or written to); it is named.
         """
         moved = [part.name for part in self._parts if part.written()]
-        moved += [name for name, layer, adapter in self._stilled if changes(layer, adapter, None)]
+        moved += [n for n, layer, adapter, e in self._stilled if changes(layer, adapter, e)]
         if moved:
             raise RuntimeError(
                 f"the adapter of {listed(moved)} writes entries of protected units: somebody has "
@@ -90,8 +92,8 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
         protected.verify()
 
     Args:
-        model: a ``PeftModel`` over a causal language model. LoRA (rsLoRA, on a packed base too)
-            and MiSS, the latter on projections into units alone.
+        model: a ``PeftModel`` over a causal language model. LoRA (rsLoRA, on a packed base too, of
+            routed experts too) and MiSS, the latter on projections into units alone.
         units: what stays. With shared key/value heads a row of V stays if any column of O that it
             feeds does.
         only: the reverse: the adapters change what ``units`` own and nothing else. Adapters of
@@ -114,9 +116,9 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
     for name, wrapper in peft.saved_whole(inner).items():
         _check_saved(name, wrapper, trains, active, only=only)
     parts: list[Part] = []
-    stilled: list[tuple[str, nn.Module, str]] = []
-    for param, layer, adapter, part, _ in touched(model, trains, only=only):
-        if changes(layer, adapter, part):
+    stilled: list[tuple[str, nn.Module, str, Entries]] = []
+    for param, layer, adapter, part, entries in touched(model, trains, only=only):
+        if changes(layer, adapter, entries):
             raise ValueError(
                 f"the adapter {adapter!r} of {param!r} changes protected units already (it was "
                 "trained without protection, or starts from init_lora_weights such as 'pissa'): "
@@ -126,7 +128,7 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
             parts.append(part)
         else:
             # Where nothing of a projection trains, its adapter stands still as a whole.
-            stilled.append((param, layer, adapter))
+            stilled.append((param, layer, adapter, entries))
     # Nothing was changed until here, so that a refusal leaves the model as it was.
     return ProtectedAdapter(parts, stilled)
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
 import torch
+from group_scores import attribution
 from plans import draw
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import ssah
 from ssah.cli import app
+from ssah.units import units_hash
 
 
 def run(*words: object) -> tuple[int, str, str]:
@@ -20,9 +21,7 @@ def run(*words: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def test_an_update_a_model_and_an_ablation(
-    tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_update_a_model_and_an_ablation(tiny_chat_folder: Path, tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
     units = draw(model, 0.1)
     with ssah.train_only(model, units) as plan, torch.no_grad():
@@ -40,10 +39,17 @@ def test_an_update_a_model_and_an_ablation(
     assert found["update"]["ranks"] == found["tuned"]["ranks"]
     assert found["update"]["rank"] == max(found["update"]["ranks"].values())
 
-    monkeypatch.setattr("ssah.groups.UnitGroups.load", lambda _: {"scu": units})
-    monkeypatch.setattr("ssah.training.finetune.select_units", lambda names, g: g[names[0]])
-    out = tmp_path / "ablation"
-    code, shown, error = run(folder, "--groups", ".", "--units", "scu", "--out", out)
+    scores = [
+        attribution(
+            {name: torch.rand(n, dtype=torch.float64) for name, n in units.sizes.items()},
+            units_hash=units_hash(model),
+            data_fingerprint=data,
+        )
+        for data in ("safety", "utility")
+    ]
+    ssah.classify(*scores, scu=0.1, ucu=0.1, ru=0.1).save(tmp_path / "groups")
+    words = ("--groups", tmp_path / "groups", "--units", "scu", "--out", tmp_path / "ablation")
+    code, shown, error = run(folder, *words)
     assert code == 0, error
     assert "bit for bit" in shown
     for words, message in (
