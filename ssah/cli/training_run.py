@@ -90,6 +90,7 @@ class AskedSafety:
             "judge": judge,
             "max_new_tokens": self.max_new_tokens,
             "overlong": reading.overlong,
+            "progress": True,
         }
 
 

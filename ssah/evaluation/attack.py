@@ -73,25 +73,30 @@ def attack_success(
     chosen = distinct_judges(judges, max_new_tokens)
     scorer = coherent or Coherence.calibrate(model, tokenizer, batch_size=batch_size)
     with bar(progress, len(requests)) as advance:
-
-        def keep(_: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-            found = compute()
-            advance(len(found["tokens"]))
-            return found
-
         found = judged_answers(
             model,
             tokenizer,
             requests,
             chosen,
             scorer,
-            keep,
+            counting(advance),
             ablated=ablated,
             system_prompt=system_prompt,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
         )
     return summary(found, chosen, scorer, level=level)
+
+
+def counting(advance: Callable[[int], None]) -> Keep:
+    """Keeps nothing of a batch, but counts its answers."""
+
+    def keep(_: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        found = compute()
+        advance(len(found["tokens"]))
+        return found
+
+    return keep
 
 
 def judged_answers(

@@ -12,15 +12,16 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ssah.choices import Overlong
-from ssah.evaluation.attack import distinct_judges, judged_answers
+from ssah.evaluation.attack import counting, distinct_judges, judged_answers
 from ssah.evaluation.coherence import Coherence
+from ssah.evaluation.generation import bar
 from ssah.evaluation.intervals import difference
 from ssah.evaluation.judges import Judge, Judged
 from ssah.evaluation.margin import refusal_margins
@@ -47,6 +48,7 @@ class Refusals:
         batch_size: requests answered at a time.
         overlong: of requests that leave no room: ``"skip"`` leaves them out with a warning; with
             anything else they are refused.
+        progress: show a bar on standard error.
 
     Raises:
         ValueError: no harmful request, one that leaves no room for an answer, no such judge, or an
@@ -65,11 +67,12 @@ class Refusals:
         max_new_tokens: int = 64,
         batch_size: int = 16,
         overlong: Overlong = "error",
+        progress: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         (self.judge,) = distinct_judges([judge], max_new_tokens)
         self.judge.check()
-        self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
+        self.max_new_tokens, self.batch_size, self.progress = max_new_tokens, batch_size, progress
         self.requests = self._fitting(requests, "requests", overlong)
         harmless = self._fitting(over_refusal, "over_refusal", overlong) if over_refusal else []
         self.over_refusal = harmless
@@ -146,16 +149,17 @@ class Refusals:
     def _judged(self, requests: Sequence[str]) -> dict[str, Any]:
         # The model before training, which could tell nonsense from sense, is gone after it.
         shape_alone = Coherence(self.model, self.tokenizer, math.inf, batch_size=self.batch_size)
-        return judged_answers(
-            self.model,
-            self.tokenizer,
-            requests,
-            [self.judge],
-            shape_alone,
-            _at_once,
-            max_new_tokens=self.max_new_tokens,
-            batch_size=self.batch_size,
-        )
+        with bar(self.progress, len(requests)) as advance:
+            return judged_answers(
+                self.model,
+                self.tokenizer,
+                requests,
+                [self.judge],
+                shape_alone,
+                counting(advance),
+                max_new_tokens=self.max_new_tokens,
+                batch_size=self.batch_size,
+            )
 
     def _refused(self, judged: Mapping[str, Any]) -> list[int]:
         """0 or 1 a request: an answer that ended inside its reasoning is no refusal."""
@@ -164,11 +168,6 @@ class Refusals:
             int(not fulfilled and not cut)
             for fulfilled, cut in zip(success, judged["unfinished"], strict=True)
         ]
-
-
-def _at_once(_: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Nothing is kept of a batch: a measurement that was interrupted begins anew."""
-    return compute()
 
 
 def refusals_change(

@@ -27,6 +27,9 @@ def freeze(
     required a gradient before trains; the plan's :meth:`~UpdatePlan.close` puts
     ``requires_grad`` back.
 
+    What is frozen does not move: that alone keeps no model safe. By our own measurement it matters
+    how much is frozen, and not which units (docs/training/index.md).
+
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
         units: what to keep, for instance ``groups["scu"]``; None where ``keep`` or ``rows`` says.

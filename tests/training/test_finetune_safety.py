@@ -14,7 +14,8 @@ from transformers import Trainer
 
 from ssah.data import load_requests
 from ssah.evaluation import Refusals, answers
-from ssah.training import load_trained
+from ssah.training import freeze, load_trained
+from ssah.training.finetune import Settings, fine_tune
 
 pytestmark = pytest.mark.xdist_group("finetune safety")  # its fixtures are made once
 
@@ -149,6 +150,16 @@ def test_wrong_requests_are_refused_before_training(
     (here / "long.txt").write_text("why " * 3000)
     given = [here / "long.txt" if option == "LONG" else option for option in options]
     assert named in fails(*command(place, here / "new"), *given)
+    assert not (here / "new").exists()
+
+
+def test_another_model_is_not_measured(place: Path, here: Path) -> None:
+    (model, tokenizer), (other, _) = (load_trained(str(place / "base")) for _ in range(2))
+    examples: Any = [{"input_ids": [3, 4, 5], "labels": [-100, 4, 5]}]
+    plan = freeze(model, keep=["*norm*"])
+    asked = Refusals(other, tokenizer, ["Why?"], judge="zou2023")
+    with pytest.raises(ValueError, match="another model than the plan's"):
+        fine_tune(plan, examples, here / "new", Settings(), tokenizer=tokenizer, safety=asked)
     assert not (here / "new").exists()
 
 

@@ -63,6 +63,9 @@ def finetune(
     Example: `ssah finetune smollm2 --data task.jsonl --groups runs/groups --freeze scu
     --freeze cu --requests harmful.txt --out runs/tuned`
 
+    How much is frozen protects what the model refuses, more than which units: measure it with
+    `--requests`, before and after.
+
     The loss is that of the response. An interrupted run goes on when the same command is given
     again. The folder then holds the update alone, see `ssah.load_update`; `--merge` adds the whole
     model.

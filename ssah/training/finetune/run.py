@@ -84,12 +84,14 @@ def fine_tune(
     Raises:
         ValueError: ``out`` holds another run (what differs is named) or something else, or a run
             is under way there, or its record or all of its checkpoints are damaged (the file is
-            named); the weights are float16.
+            named); ``safety`` is of another model; the weights are float16.
         OSError: the disk is full, or the like; what the last checkpoint has is kept.
         RuntimeError: the loss is not a number any more, or a frozen weight moved; nothing is
             saved then.
     """
     check_folder(out)
+    if safety is not None and safety.model is not plan.model:
+        raise ValueError("safety measures another model than the plan's; both must have the same")
     folder, start = Path(out), time.perf_counter()
     parameters = count_parameters(plan)
     identity = _identity(plan, examples, settings)

@@ -24,6 +24,8 @@ SAFETY = "safety"
 class SafetyMeasure(Protocol):
     """Measures the model of a plan as it is now, see `ssah.evaluation.Refusals`."""
 
+    model: Any
+
     def describe(self) -> Mapping[str, Any]:
         """What is asked, as plain data."""
 
