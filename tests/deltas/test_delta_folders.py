@@ -177,5 +177,5 @@ def test_wrong_places_are_refused_before_anything_is_read(tmp_path: Path) -> Non
         deltas.interpolate("./nowhere", folders[1], 0.5, out=tmp_path / "out")
     with pytest.raises(TypeError, match="tuned is a int, must be a folder"):
         deltas.interpolate(base, 3, 0.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no values for .*: load it into memory"):
+    with pytest.raises(ValueError, match=r"has not all of .* here: load it into memory"):
         deltas.interpolate(base, tuned.to("meta"), 0.5)
