@@ -1,6 +1,7 @@
 """attribute() on a Llama of random parameters, beside its backbone's own forward.
 
 Wall time is the median ratio of interleaved pairs; peak memory is that of a process of its own.
+``gram`` computes the Gram matrices of what enters all projections (``ssah.deltas.subspaces``).
 Baselines are the scoring rules of FLAP and Wanda (``peers.py``), as eager hooks on that forward.
 
     python benchmarks/bench_attribute.py --out bench_out/attribute.json
@@ -29,9 +30,10 @@ from benchmarks import common
 from benchmarks.models import LENGTH, ROWS, Batch, build_batches, build_model
 from benchmarks.peers import Flap, Wanda
 from ssah.attribution import METRICS, attribute
+from ssah.deltas.subspaces import gram
 from ssah.units import find_modules
 
-LIMITS = {"variance": 1.0, "norm": 1.0, "taylor": 2.5, "fisher": 2.5}
+LIMITS = {"variance": 1.0, "norm": 1.0, "taylor": 2.5, "fisher": 2.5, "gram": 2.0}
 MEMORY_LIMIT = 1.1
 KINDS = ("full", "ragged")
 Call = Callable[[int], Any]
@@ -74,6 +76,7 @@ def calls(model: PreTrainedModel, batches: list[Batch]) -> dict[str, Call]:
     return {
         "backbone": lambda i: backbone(model, turn(i)),
         **ours,
+        "gram": lambda i: gram(model, [turn(i)]),
         "flap": lambda i: eager(model, turn(i), Flap),
         "wanda": lambda i: eager(model, turn(i), Wanda),
     }
@@ -158,7 +161,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--layers", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=[*METRICS, "flap", "wanda"])
+    parser.add_argument("--only", nargs="*", default=[*METRICS, "gram", "flap", "wanda"])
     parser.add_argument("--batches", choices=[*KINDS, "both"], default="both")
     parser.add_argument("--memory", help=argparse.SUPPRESS)
     options = parser.parse_args()

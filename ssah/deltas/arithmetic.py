@@ -1,18 +1,19 @@
-"""One tensor of a result: some of every delta kept, what was kept combined, scaled, and added.
+"""One tensor of a result: some of every delta kept and scaled, all of them combined, and added.
 
 With b the base, t_i a tuned model, d_i = t_i - b its delta, and m_i in {0, 1} what is kept of it:
 
-    k_i = m_i d_i / s                     s is the share that is kept where kept is rescaled, else 1
+    k_i = w_i m_i d_i / s                 s is the share that is kept where kept is rescaled, else 1
     c   = sum_i k_i                       "sum"    task arithmetic (Ilharco et al. 2022, 2212.04089)
           sum_i k_i / n                   "mean"
           mean of the k_i with the sign   "ties"   TIES (Yadav et al. 2023, 2306.01708)
           of sum_i k_i, zeros left out
-    r   = b + scale c
+    r   = b + c
 
-Interpolation (WiSE-FT, Wortsman et al. 2021, 2109.01903) is the sum of one delta, scaled by alpha.
+Interpolation (WiSE-FT, Wortsman et al. 2021, 2109.01903) is the sum of one delta with w = alpha.
 Random m with a rescaled rest is DARE (Yu et al. 2023, 2311.03099). Example, b = 1 and the deltas
-0.5, 0.25 and -0.5, all kept: the sum is 0.25 and the mean 0.083; TIES elects the sign +, and takes
-the mean of 0.5 and 0.25, which is 0.375. With scale 2 the results are 1.5, 1.167 and 1.75.
+0.25, 0.125 and -0.25, all kept, all scaled by 2 to 0.5, 0.25 and -0.5: the sum is 0.25 and the mean
+0.083; TIES elects the sign +, and takes the mean of 0.5 and 0.25, which is 0.375. The results are
+1.25, 1.083 and 1.375.
 
 All is computed in float64 and rounded once. An element whose change comes out as 0 has the bits of
 the base, and one whose change is a whole delta has the bits of that tuned model.

@@ -55,7 +55,7 @@ def interpolate(
     Source: Wortsman et al. 2021, arXiv 2109.01903 (WiSE-FT).
     """
     _check_finite("alpha", alpha)
-    return _merged({"edit": "interpolate", "alpha": alpha}, base, [tuned], out, scale=alpha)
+    return _merged({"edit": "interpolate", "alpha": alpha}, base, [tuned], out, scales=[alpha])
 
 
 def keep(
@@ -95,7 +95,7 @@ def merge(
     tuned: Sequence[WeightsOf],
     *,
     how: Combine = "mean",
-    scale: float = 1.0,
+    scale: float | Sequence[float] = 1.0,
     share: float = 1.0,
     by: Kept = "magnitude",
     rescale: bool = False,
@@ -110,7 +110,9 @@ def merge(
         tuned: one model or more; the result has the files and dtypes of the first.
         how: ``"sum"``: task arithmetic; ``"mean"``; ``"ties"``: elements that disagree with the
             sign of the sum are left out, and the others averaged.
-        scale: of what is added, no unit. The papers: 0.3 to 0.4 for a sum, about 1 for TIES.
+        scale: of every delta, or one number for each; no unit. The papers: 0.3 to 0.4 for a sum,
+            about 1 for TIES. ``merge(base, [tuned, aligned], how="sum", scale=[1, 0.5])`` adds half
+            of what alignment changed to another model that was tuned from the same base.
         share, by, rescale, scope, seed: what is kept of each delta before, as of `keep`. TIES keeps
             0.2 by magnitude, a merge with DARE 0.1 at random, rescaled. Each model has its own
             draw and its own ranking.
@@ -123,10 +125,17 @@ def merge(
     code gives it the sign that most of the model has.
     """
     check_choice("how", how, get_args(Combine))
-    _check_finite("scale", scale)
+    scales = [scale] * len(tuned) if isinstance(scale, int | float) else list(scale)
+    if len(scales) != len(tuned):
+        raise ValueError(
+            f"scale has {len(scales)} numbers; it must have one, or one for each of the "
+            f"{len(tuned)} tuned models"
+        )
+    for each in scales:
+        _check_finite("scale", each)
     keeping = _Keeping(share, by, rescale, scope, seed)
-    record = {"edit": "merge", "how": how, "scale": scale, **keeping.describe()}
-    return _merged(record, base, tuned, out, how=how, scale=scale, keeping=keeping)
+    record = {"edit": "merge", "how": how, "scale": scales, **keeping.describe()}
+    return _merged(record, base, tuned, out, how=how, scales=scales, keeping=keeping)
 
 
 class _Keeping:
@@ -154,16 +163,17 @@ class _Keeping:
                 ranked |= largest(each, pieces, self.share)
             self._ranked.append(ranked)
 
-    def of(self, name: str, place: int) -> Callable[[Tensor], Tensor]:
-        """Gives what is kept of the next piece ``[n]`` of a tensor's delta to one tuned model."""
+    def of(self, name: str, place: int, scale: float) -> Callable[[Tensor], Tensor]:
+        """Gives what is kept of the next piece ``[n]`` of a tensor's delta to one model, scaled."""
         if self.share == 1:
-            return lambda delta: delta
+            return lambda delta: delta * scale
         chosen: Draw | Largest = (
             Draw(self.share, self.seed, name, place)
             if self.by == "random"
             else self._ranked[place][name]
         )
-        return lambda delta: torch.where(chosen.mask(delta), delta * self.factor, 0.0)
+        factor = scale * self.factor
+        return lambda delta: torch.where(chosen.mask(delta), delta * factor, 0.0)
 
     def describe(self) -> dict[str, object]:
         """The arguments, for a record."""
@@ -177,8 +187,8 @@ def _merged(
     tuned: Sequence[WeightsOf],
     out: Out,
     *,
+    scales: Sequence[float] = (1.0,),
     how: Combine = "sum",
-    scale: float = 1.0,
     keeping: _Keeping | None = None,
 ) -> Path | dict[str, Tensor]:
     deltas = Deltas(base, tuned)
@@ -186,22 +196,24 @@ def _merged(
 
     def plan() -> Maker:
         kept.rank(deltas)
-        return partial(_make, deltas, how, scale, kept)
+        return partial(_make, deltas, how, scales, kept)
 
     return finished(deltas, out, record, plan)
 
 
-def _make(deltas: Deltas, how: Combine, scale: float, keeping: _Keeping, name: str) -> Tensor:
+def _make(
+    deltas: Deltas, how: Combine, scales: Sequence[float], keeping: _Keeping, name: str
+) -> Tensor:
     """The tensor ``name`` of the result, ``[...]``."""
     base, tuned = deltas.read(name)
     if not deltas.in_float(name):
         return tuned[0]
-    if scale == 0:
+    if not any(scales):
         return base.to(tuned[0].dtype)  # the bits of its zeros too, of which there are two
-    kept = [keeping.of(name, place) for place in range(len(tuned))]
+    kept = [keeping.of(name, place, scale) for place, scale in enumerate(scales)]
 
     def change(own: list[Tensor]) -> Tensor:
-        return combined([of(delta) for of, delta in zip(kept, own, strict=True)], how) * scale
+        return combined([of(delta) for of, delta in zip(kept, own, strict=True)], how)
 
     return added(base, tuned, change, name)
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssah.compat.transformers import in_checkpoint_layout
 from ssah.deltas.weights import Weights
 from ssah.training import Entries
 
@@ -62,30 +61,21 @@ def places(weights: Weights, entries: Mapping[str, Entries]) -> Iterator[Place]:
         entries: name of a parameter -> its entries; which of them train is of no matter.
 
     Raises:
-        ValueError: the files keep a parameter in pieces that saving would not make.
+        ValueError: as of `Weights.in_pieces`.
     """
     for param, own in entries.items():
         shape = weights.model.get_parameter(param).shape
         sizes = [size if dim in own.dims else 1 for dim, size in enumerate(shape)]
         numbers = torch.arange(len(own.trains)).reshape(sizes)  # [.., entries, ..]
-        if param in weights.shapes:
-            yield Place(param, param, numbers)
-            continue
-        # Expanded, numbers take no memory: what is made of them are views.
-        apart = in_checkpoint_layout(weights.model, {param: numbers.expand(shape)})
-        for name, piece in apart.items():
-            if weights.shapes.get(name) != piece.shape:
-                raise ValueError(
-                    f"{weights.about!r} has no tensor {name!r} of shape {list(piece.shape)}, in "
-                    f"which saving keeps a part of {param!r}: load it and write it anew with "
-                    "save_pretrained"
-                )
+        # Expanded, they take no memory: what is made of them are mostly views.
+        for name, piece in weights.in_pieces(param, numbers.expand(shape)).items():
             yield Place(name, param, _narrowed(piece))
 
 
 def _narrowed(numbers: Tensor) -> Tensor:
     """The same with size 1 along every dimension in which nothing changes."""
-    for dim in range(numbers.dim()):
-        if bool((numbers == numbers.narrow(dim, 0, 1)).all()):
-            numbers = numbers.narrow(dim, 0, 1)
+    for dim, stride in enumerate(numbers.stride()):
+        first = numbers.narrow(dim, 0, 1)
+        if stride == 0 or bool((numbers == first).all()):
+            numbers = first
     return numbers.contiguous()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.compat.transformers import WeightReader, tied_weights
+from ssah.compat.transformers import WeightReader, in_checkpoint_layout, tied_weights
 from ssah.models import (
     COPIED,
     Checkpoint,
@@ -31,6 +31,7 @@ from ssah.models import (
     locate,
     weights_folder,
 )
+from ssah_kernels.sharded import is_sharded
 
 # What a function of this room takes for a model: a folder or hub id, a model, or its state.
 WeightsOf: TypeAlias = "str | os.PathLike[str] | nn.Module | Mapping[str, Tensor]"
@@ -70,6 +71,17 @@ class Weights(ABC):
     @abstractmethod
     def param(self, name: str) -> str:
         """The parameter of the model that the tensor ``name`` is, or is a piece of."""
+
+    @abstractmethod
+    def in_pieces(self, param: str, values: Tensor) -> dict[str, Tensor]:
+        """``values`` for the elements of a parameter, ``[...]``, taken apart as its tensors are.
+
+        Returns:
+            Name of each tensor that the parameter is kept in -> what is of its elements, ``[...]``.
+
+        Raises:
+            ValueError: the files keep the parameter in pieces that saving would not make.
+        """
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
@@ -141,6 +153,20 @@ class FolderWeights(Weights):
     def param(self, name: str) -> str:
         return self._params[name]
 
+    def in_pieces(self, param: str, values: Tensor) -> dict[str, Tensor]:
+        pieces = in_checkpoint_layout(self.model, {param: values})
+        if param in self.shapes:
+            # Under another name perhaps. Where saving makes several, the file has it undivided.
+            return {param: next(iter(pieces.values())) if len(pieces) == 1 else values}
+        for name, piece in pieces.items():
+            if self.shapes.get(name) != piece.shape:
+                raise ValueError(
+                    f"{self.about!r} has no tensor {name!r} of shape {list(piece.shape)}, in "
+                    f"which saving keeps a part of {param!r}: load it and write it anew with "
+                    "save_pretrained"
+                )
+        return pieces
+
     def dtype(self, name: str) -> torch.dtype:
         return self.checkpoint.dtype_of(self._keys[name])
 
@@ -176,8 +202,8 @@ class MemoryWeights(Weights):
                 raise TypeError(
                     f"{about} has a {type(tensor).__name__} under {name!r}, must have tensors"
                 )
-            if tensor.is_meta:
-                raise ValueError(f"{about} has no values for {name!r}: load it into memory whole")
+            if tensor.is_meta or is_sharded(tensor):
+                raise ValueError(f"{about} has not all of {name!r} here: load it into memory whole")
         owners: dict[tuple[object, ...], str] = {}
         tied: dict[str, str] = {}
         for name, tensor in self.state.items():
@@ -203,6 +229,9 @@ class MemoryWeights(Weights):
 
     def param(self, name: str) -> str:
         return name
+
+    def in_pieces(self, param: str, values: Tensor) -> dict[str, Tensor]:
+        return {param: values}
 
     def dtype(self, name: str) -> torch.dtype:
         return self.state[name].dtype

@@ -47,6 +47,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             lambda b, t, _: deltas.merge(b, t, how="ties", scale=0.8, share=0.2, scope="tensor"),
         ),
         (["--merge", "mean"], lambda b, t, _: deltas.merge(b, t)),
+        (
+            ["--merge", "sum", "--scale", 1, "--scale", -0.5],
+            lambda b, t, _: deltas.merge(b, t, how="sum", scale=[1, -0.5]),
+        ),
     ],
 )
 def test_it_does_what_the_library_does(

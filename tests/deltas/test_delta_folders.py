@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import tiny_chat
+import tiny_gguf
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 from tuned import FAMILIES, assert_same_state, loaded, pair, saved, tuned_from
 
 from ssah import deltas
-from ssah.models import ModelError
+from ssah.models import ModelError, load_model
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -80,6 +81,15 @@ def test_a_head_that_training_untied_is_compared_with_the_embedding(tmp_path: Pa
         expected = (before + tuned.get_parameter(name).double()) / 2
         torch.testing.assert_close(found[name].double(), expected, rtol=1e-7, atol=0)
     assert found["lm_head.weight"].ne(found["model.embed_tokens.weight"]).any()
+
+
+def test_a_gguf_file_can_be_the_base(tmp_path: Path) -> None:
+    tiny_gguf.write(tmp_path / "base.gguf")
+    base = load_model(str(tmp_path / "base.gguf"))[0]
+    tuned = tuned_from(base)
+    folder = saved(tuned, tmp_path / "tuned")
+    deltas.interpolate(str(tmp_path / "base.gguf"), folder, 0.5, out=tmp_path / "out")
+    assert_same_state(loaded(tmp_path / "out"), deltas.interpolate(base, tuned, 0.5))  # type: ignore[arg-type]
 
 
 def test_a_base_in_memory_goes_with_a_folder_of_what_was_tuned(tmp_path: Path) -> None:
@@ -167,5 +177,5 @@ def test_wrong_places_are_refused_before_anything_is_read(tmp_path: Path) -> Non
         deltas.interpolate("./nowhere", folders[1], 0.5, out=tmp_path / "out")
     with pytest.raises(TypeError, match="tuned is a int, must be a folder"):
         deltas.interpolate(base, 3, 0.5)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"no values for .*: load it into memory"):
+    with pytest.raises(ValueError, match=r"has not all of .* here: load it into memory"):
         deltas.interpolate(base, tuned.to("meta"), 0.5)

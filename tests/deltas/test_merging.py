@@ -28,18 +28,20 @@ def values(found: Any) -> list[float]:
     return [x for tensor in found.values() for x in tensor.flatten().tolist()]
 
 
-def by_hand(base: list[float], tuned: list[list[float]], how: str, scale: float) -> list[float]:
+def by_hand(
+    base: list[float], tuned: list[list[float]], how: str, scales: list[float]
+) -> list[float]:
     """What the head of arithmetic.py says, one element at a time."""
     result = []
     for i, b in enumerate(base):
-        own = [each[i] - b for each in tuned]
+        own = [scale * (each[i] - b) for scale, each in zip(scales, tuned, strict=True)]
         total = sum(own)
         if how == "ties":
             agreed = [d for d in own if d * total > 0]
             change = sum(agreed) / len(agreed) if agreed else 0.0
         else:
             change = total if how == "sum" else total / len(own)
-        result.append(b + scale * change)
+        result.append(b + change)
     return result
 
 
@@ -74,25 +76,27 @@ def test_the_ends_have_the_bits_of_both_models(dtype: torch.dtype) -> None:
         st.lists(st.floats(-100, 100, width=16), min_size=3, max_size=3), min_size=2, max_size=5
     ),
     st.sampled_from(["sum", "mean", "ties"]),
-    st.floats(-2, 2, width=16),
+    st.lists(st.floats(-2, 2, width=16), min_size=4, max_size=4),
+    st.booleans(),
 )
-def test_merges_are_what_the_formula_says(rows: list[list[float]], how: Any, scale: float) -> None:
+def test_merges_are_what_the_formula_says(
+    rows: list[list[float]], how: Any, drawn: list[float], one: bool
+) -> None:
     base, *tuned = rows
+    scales = drawn[:1] * len(tuned) if one else drawn[: len(tuned)]
     found = deltas.merge(
         state(base, dtype=torch.float64),
         [state(row, dtype=torch.float64) for row in tuned],
         how=how,
-        scale=scale,
+        scale=scales[0] if one else scales,
     )
-    assert values(found) == pytest.approx(by_hand(base, tuned, how, scale), rel=1e-12, abs=1e-12)
+    assert values(found) == pytest.approx(by_hand(base, tuned, how, scales), rel=1e-12, abs=1e-12)
 
 
-def test_the_worked_example() -> None:
-    base, tuned = state([1.0]), [state([1.5]), state([1.25]), state([0.5])]
-    found = [
-        values(deltas.merge(base, tuned, how=how, scale=2))[0] for how in ("sum", "mean", "ties")
-    ]  # type: ignore[arg-type]
-    assert found == pytest.approx([1.5, 1 + 1 / 6, 1.75])
+@pytest.mark.parametrize(("how", "expected"), [("sum", 1.25), ("mean", 13 / 12), ("ties", 1.375)])
+def test_the_worked_example(how: Any, expected: float) -> None:
+    base, tuned = state([1.0]), [state([1.25]), state([1.125]), state([0.75])]
+    assert values(deltas.merge(base, tuned, how=how, scale=2)) == pytest.approx([expected])
 
 
 def largest_by_sorting(base: State, tuned: State, share: float, names: list[str]) -> State:
@@ -200,6 +204,7 @@ def test_the_dtype_is_that_of_the_tuned_model_and_integers_are_its_own() -> None
         (lambda b, t: deltas.keep(b, t, 0.5, scope="layer"), "scope is 'layer'; it must be one of"),
         (lambda b, t: deltas.merge(b, [t], how="median"), "how is 'median'; it must be one of"),
         (lambda b, t: deltas.merge(b, [t], scale=math.inf), "scale is inf; it must be a finite"),
+        (lambda b, t: deltas.merge(b, [t], scale=[1, 2]), "scale has 2 numbers; it must have one"),
         (lambda b, t: deltas.merge(b, []), "tuned is empty"),
         (lambda b, t: deltas.merge(b, [t, {"a": t["a"]}]), r"'tuned\[1\]' lacks 1 tensors .*'b'"),
         (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from plans import draw, masks
+from safetensors.torch import load_file, save_file
 from tuned import FAMILIES, assert_same_state, loaded, pair, saved
 
 import ssah
@@ -77,6 +78,17 @@ def test_a_module_by_its_name_in_the_model_is_found_in_files_that_call_it_otherw
     folders = saved(base, tmp_path / "base"), saved(tuned, tmp_path / "tuned")
     deltas.rewind(*folders, name, out=tmp_path / "out")
     assert_same_state(loaded(tmp_path / "out"), deltas.rewind(base, tuned, name))  # type: ignore[arg-type]
+
+
+def test_files_that_keep_experts_undivided_are_rewound_too(tmp_path: Path) -> None:
+    base, tuned = pair("mixtral")
+    units = draw(base)
+    folders = [saved(model, tmp_path / name) for model, name in ((base, "base"), (tuned, "tuned"))]
+    for folder, model in zip(folders, (base, tuned), strict=True):
+        save_file(model.state_dict(), f"{folder}/model.safetensors", {"format": "pt"})
+    deltas.rewind(folders[0], folders[1], units, out=tmp_path / "out")
+    assert "model.layers.0.mlp.experts.down_proj" in load_file(tmp_path / "out/model.safetensors")
+    assert_same_state(loaded(tmp_path / "out"), deltas.rewind(base, tuned, units))  # type: ignore[arg-type]
 
 
 def test_wrong_selections_are_refused() -> None:

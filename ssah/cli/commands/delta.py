@@ -45,7 +45,7 @@ class DeltaSettings:
         panel="What to do",
     )
     keep: float | None = setting(
-        None, "Keep this share of the elements that changed.", panel="What to do", above=0, max=1
+        None, "Keep this share of all elements, else BASE's.", panel="What to do", above=0, max=1
     )
     merge: Combine | None = setting(None, "Add what several TUNED learnt.", panel="What to do")
     rank: int | None = setting(
@@ -55,7 +55,9 @@ class DeltaSettings:
         None, "Write the change as a LoRA adapter of this rank.", panel="What to do", min=1
     )
     groups: Path | None = setting(None, "What `ssah classify` saved.", metavar="DIR", panel="How")
-    scale: float | None = setting(None, "Of what is added by `--merge`; 1.", panel="How")
+    scale: tuple[float, ...] = setting(
+        (), "Of what `--merge` adds: one number, or one for each TUNED; 1.", panel="How"
+    )
     by: Kept | None = setting(None, "Keep the largest, or some drawn; `magnitude`.", panel="How")
     rescale: bool = setting(False, "Divide what is kept by its share, as DARE does.", panel="How")
     scope: KeptScope | None = setting(None, "Rank over the `model`, or each tensor.", panel="How")
@@ -169,7 +171,7 @@ def _write(base: str, tuned: list[str], settings: DeltaSettings, out: Path) -> N
     elif settings.rewind:
         deltas.rewind(base, tuned[0], _selection(settings), out=out)
     elif settings.merge is not None:
-        scale = 1.0 if settings.scale is None else settings.scale
+        scale = settings.scale[0] if len(settings.scale) == 1 else settings.scale or 1.0
         share = 1.0 if settings.keep is None else settings.keep
         deltas.merge(base, tuned, how=settings.merge, scale=scale, share=share, **how, out=out)
     elif settings.keep is not None:
