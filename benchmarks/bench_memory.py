@@ -92,7 +92,7 @@ ARMS = {
     "bitsandbytes": Arm(of_package("bitsandbytes"), "bitsandbytes"),
     "torchao": Arm(of_package("torchao"), "torchao"),
     "plan": Arm(planned(state_dtype=BF16), memory=1.0, time=1.0),
-    "in backward": Arm(planned(state_dtype=BF16, in_backward=True), memory=0.78, time=1.0),
+    "in backward": Arm(planned(state_dtype=BF16, in_backward=True), memory=0.85, time=1.0),
 }
 
 

@@ -48,10 +48,10 @@ class UpdatePlan(Optimised, Reversible):
     While it is in force ``model.named_parameters()`` holds a compact parameter for every slice
     that trains (``<weight>_trained``), so that gradients and optimiser state exist for nothing
     else. ``state_dict``, ``load_state_dict`` and ``save_pretrained`` keep names, shapes and order;
-    they copy what is split. FFN channels are permuted inside, which changes sums by rounding.
-    A copy of the model (``copy.deepcopy``) carries a plan of its own, see `plan_of`. A model that
-    ``fully_shard`` has sharded keeps its parameters, with dense gradients, and only the plan's own
-    optimiser may train it.
+    they copy what is split, into host memory. FFN channels are permuted inside, which changes sums
+    by rounding. A copy of the model (``copy.deepcopy``) carries a plan of its own, see `plan_of`. A
+    model that ``fully_shard`` has sharded keeps its parameters, with dense gradients, and only the
+    plan's own optimiser may train it.
 
     Attributes:
         model: the model.

@@ -40,6 +40,23 @@ def test_close_gives_the_ordinary_model_back(family: str) -> None:
             call()
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("family", ["llama_tied", "gpt2", "mixtral"])
+def test_a_state_dict_is_no_second_model_on_the_device(family: str, tmp_path: Path) -> None:
+    model = tiny_models.build(family).cuda()
+    plan = train_only(model, draw(model))
+    split = {name for name, _ in plan.replaced()}
+    state = model.state_dict()
+    assert {name for name, value in state.items() if value.device.type == "cpu"} >= split
+    assert any(value.is_cuda for value in state.values())
+    other = snapshot(tiny_models.build(family, seed=1))
+    model.load_state_dict(other)
+    assert_equal({name: value.cpu() for name, value in model.state_dict().items()}, other)
+    model.save_pretrained(tmp_path)
+    assert_equal(snapshot(AutoModelForCausalLM.from_pretrained(tmp_path)), other)
+    assert all(p.is_cuda for p in plan.parameters())  # the model itself is where it was
+
+
 @pytest.mark.parametrize("family", ["llama_tied", "gpt2", "phi3"])
 def test_state_dict_loads_into_and_out_of_a_plan(family: str, tmp_path: Path) -> None:
     model = tiny_models.build(family)

@@ -27,6 +27,7 @@ from ssah.training.splitting.split_tensor import Part, width
 # At most this share of B's input is copied for the backward pass; beyond, all of it is kept: the
 # next layer may hold it anyway, and a copy of most of it would cost more than it saves.
 _COPIED_SHARE = 0.5
+_HALVES = (torch.bfloat16, torch.float16)
 _BEFORE = 6  # arguments of `MaskedLinearFunction` before the trained slices
 
 
@@ -35,6 +36,20 @@ def _columns(matrix: Tensor, part: Part) -> Tensor:
     if isinstance(part, Tensor):
         return matrix.index_select(1, part)
     return matrix[:, part[0] : part[1]]
+
+
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x [tokens, k] @ matrix [k, n] + bias [n]``, contiguous."""
+    if x.device.type == "cpu" and x.dtype in _HALVES:
+        # Of this layout torch makes single products where the processor has no arithmetic of these
+        # types: 64 tokens through [2816, 1024] took 0.8 seconds, and its transpose takes 0.02.
+        across = x.t().contiguous()  # [k, tokens]
+        if bias is None:
+            y = matrix.t() @ across  # [n, tokens]
+        else:
+            y = torch.addmm(bias[:, None], matrix.t(), across)
+        return y.t().contiguous()
+    return F.linear(x, matrix.t(), bias)
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -63,10 +78,11 @@ class MaskedLinearFunction(torch.autograd.Function):
             ctx.dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(ctx.dtype), storage.to(ctx.dtype)
             b = None if bias is None else bias.to(ctx.dtype)
-        y = F.linear(x, weight.t() if is_output else weight, b)  # [..., out]
+        matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
+        y = _product(matrix, weight, b) if is_output else F.linear(matrix, weight, b)
+        y = y.view(*x.shape[:-1], y.shape[-1])  # [..., out]
         kept: list[Tensor] = []
         if any(ctx.needs_input_grad[_BEFORE : _BEFORE + len(weight_parts)]):
-            matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
             share = sum(width(part) for part in weight_parts) / len(storage)
             # A multiplies all of x by the trained columns of g; B the trained columns of x by g.
             ctx.copied = is_output and share <= _COPIED_SHARE
@@ -89,7 +105,8 @@ class MaskedLinearFunction(torch.autograd.Function):
         result: list[Tensor | None] = [None] * _BEFORE
         if needs[0]:
             weight = storage.to(ctx.dtype)
-            grad_x = grad @ (weight.t() if ctx.is_output else weight)  # [tokens, in]
+            # [tokens, in]
+            grad_x = grad @ weight.t() if ctx.is_output else _product(grad, weight)
             result[0] = grad_x.view(ctx.shape).to(ctx.x_dtype)
         if bias is not None and needs[2]:  # a bias that trains whole is no slice
             result[2] = grad.sum(0).to(bias.dtype)

@@ -211,12 +211,15 @@ class MaskedProjection(nn.Module):
         return f"{type(self).__name__}({self.extra_repr()})"
 
     def originals(self) -> dict[str, nn.Parameter | None]:
-        """The parameters as the ordinary module would have them, ``[out, in]`` and ``[out]``; a
-        copy where one is split."""
+        """The parameters as the ordinary module would have them, ``[out, in]`` and ``[out]``.
+
+        Copies in host memory where one is split: on a device, those of all modules would be a
+        second model.
+        """
         self.sync()
         originals = dict(self._parameters)
         for name, split in self.split_tensors.items():
-            originals[name] = nn.Parameter(split.read(), requires_grad=False)
+            originals[name] = nn.Parameter(split.read().cpu(), requires_grad=False)
         return {name: originals[name] for name in self.order}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -173,7 +173,7 @@ class SplitTensor:
     @torch.no_grad()
     def write(self, values: Tensor, owner: nn.Module) -> None:
         """Take over values as `read` gives them, ``[out, in]``, into ``owner``'s slices too."""
-        rows = unit_major(values, self.dims)  # [entries, ...]
+        rows = unit_major(values.to(self.storage.device), self.dims)  # [entries, ...]
         self.storage.copy_(rows if self.order is None else rows[self.order])
         for parameter, part in self._apart(owner):
             parameter.copy_(_rows(self.storage, part))
