@@ -2,10 +2,12 @@
 //
 // Per element and in this order: read p, g and the states, update in float32 (float64 for f64),
 // write p and the states. Bytes moved per element: AdamW in f32 28, in bf16 with bf16 state 14,
-// with f32 state 22; SGD with momentum in f32 20. Noise and rounding are specified, to the bit, in
+// with f32 state 22, with state in 8 bits 10 and 16/256 for the scales (of f32 parameters 16 and
+// 16/256); SGD with momentum in f32 20. Noise and rounding are specified, to the bit, in
 // ssah_kernels/reference/masked_update.py.
 #pragma once
 
+#include "masked_codes.h"
 #include "masked_rounding.h"
 
 namespace ssah {
@@ -192,10 +194,12 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
   const bool kahan = t.compensation != nullptr;
   const bool row_unit = t.signed_sum != nullptr && !t.units_are_columns;
   const bool column_units = t.signed_sum != nullptr && t.units_are_columns;
-  const UpdateRun<T, S, Rule> update =
-      row_unit       ? choose_run<kRowUnit, T, S, Rule>(t.stochastic, kahan)
-      : column_units ? choose_run<kColumnUnits, T, S, Rule>(t.stochastic, kahan)
-                     : choose_run<kNoUnits, T, S, Rule>(t.stochastic, kahan);
+  typedef typename StateBlock<T, S>::Values V;
+  const UpdateRun<T, V, Rule> update =
+      row_unit       ? choose_run<kRowUnit, T, V, Rule>(t.stochastic, kahan)
+      : column_units ? choose_run<kColumnUnits, T, V, Rule>(t.stochastic, kahan)
+                     : choose_run<kNoUnits, T, V, Rule>(t.stochastic, kahan);
+  StateBlock<T, S> states(t);
   const bool gathers = t.columns != nullptr || t.column_stride != 1;
   T gathered[kPiece];
   scalar<T> signed_sums[kColumnStripe + kFloatLanes], squared_sums[kColumnStripe + kFloatLanes];
@@ -213,15 +217,17 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
       n = block.column_end - c;
       if (n > kPiece && (row_unit || gathers)) n = kPiece;
       if ((unsigned long)n > to_wrap) n = (long)to_wrap;
+      n = states.template begin<Rule::kStates>(row, c, n);
       const long* const columns = t.columns == nullptr ? nullptr : t.columns + c;
       T* const p = p_row + (columns == nullptr ? c * t.column_stride : 0);
       if (gathers) gather(p, columns, t.column_stride, gathered, n);
       const long at = column_units ? c - block.column_begin : 0;
-      update(Run<T, S>{gathers ? gathered : p, (const T*)t.grad + element, (S*)t.state0 + element,
-                       (S*)t.state1 + element, (T*)t.compensation + element, n, (unsigned)element,
+      update(Run<T, V>{gathers ? gathered : p, (const T*)t.grad + element, states.at(0, element, c),
+                       states.at(1, element, c), (T*)t.compensation + element, n, (unsigned)element,
                        Noise{t.key0, t.key1 + (unsigned)(element >> 32)}, signed_sums + at,
                        squared_sums + at},
              rule);
+      states.template end<Rule::kStates>(row, c + n);
       if (gathers) scatter(p, columns, t.column_stride, gathered, n);
       if (row_unit) {
         t.signed_sum[row] += unscale * sum_lanes(load(signed_sums));

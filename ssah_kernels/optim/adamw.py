@@ -11,7 +11,7 @@ g and g^2: with lr 0.1, no decay and g = 0.3 a weight goes down by 0.1, whatever
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,10 @@ class MaskedAdamW(MaskedOptimizer):
             is compact; so is the copy of the gradient's trained entries.
         lr: a float, or a tensor ``[]`` or ``[1]``.
         betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
-        state_dtype: of both moments: float32, bfloat16, or None (float32; float64 for float64
-            parameters).
+        state_dtype: of both moments: float32, bfloat16, None (float32; float64 for float64
+            parameters), or ``"8bit"``: codes of the dynamic map, with a scale for each 256 elements
+            of a row (:mod:`ssah_kernels.dynamic_map`). Parameters of one dimension, and rows of
+            fewer than 64 elements, keep float32.
         rounding: how bfloat16 parameters without a master copy are stored: ``"nearest"``;
             ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation in bfloat16.
             bfloat16 state is rounded stochastically by the last two. float16 parameters take
@@ -59,7 +61,7 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         max_norm: float | None = None,
@@ -91,6 +93,8 @@ class MaskedAdamW(MaskedOptimizer):
             call.state("compensation"),
             call.state("importance_signed"),
             call.state("importance_squared"),
+            call.state("exp_avg_scales"),
+            call.state("exp_avg_sq_scales"),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

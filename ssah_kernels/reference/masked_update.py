@@ -43,8 +43,14 @@ each unit's sum of p * grad / grad_scale and of its square, with p as it was bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ssah_kernels.checks.matrices import as_matrix
+from ssah_kernels.dynamic_map import dequantize, n_blocks, quantize
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
@@ -101,6 +107,11 @@ def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None
         param.copy_(value)
     else:
         param.index_copy_(dim, index, value)
+
+
+def entry(tensors: Sequence[Tensor] | None, i: int) -> Tensor | None:
+    """The ``i``-th of a list that may be missing."""
+    return None if tensors is None else tensors[i]
 
 
 def gradient(
@@ -168,3 +179,38 @@ class Rounder:
         p = w.to(param.dtype)
         compensation.copy_(w - p.double())
         write_(param, index, dim, p)
+
+
+@dataclass
+class State:
+    """Compact state of one tensor, in a floating-point dtype or, with scales, in 8 bits.
+
+    Attributes:
+        values: the state, or its codes.
+        scales: float32, of the codes as a matrix: [rows, blocks] of [rows, columns].
+        which: 1 or 2, the first or the second state: it decides the noise and the map.
+        dim: that the units run along.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    which: int
+    dim: int
+
+    def read(self) -> Tensor:
+        """The state in float64."""
+        if self.scales is None:
+            return self.values.double()
+        codes = as_matrix(self.values, self.dim)  # [rows, columns]
+        scales = self.scales.view(len(codes), n_blocks(codes.shape[1]))
+        read = dequantize(codes, scales, signed=self.which == 1).double()
+        return read.view(self.values.shape)
+
+    def write_(self, value: Tensor, rounded: Rounder) -> None:
+        """Store ``value``, of the shape of the state, rounded once."""
+        if self.scales is None:
+            self.values.copy_(rounded(value, self.values.dtype, self.which))
+            return
+        codes, scales = quantize(as_matrix(value.float(), self.dim), signed=self.which == 1)
+        self.values.copy_(codes.view(value.shape))
+        self.scales.view(scales.shape).copy_(scales)

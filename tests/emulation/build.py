@@ -114,9 +114,11 @@ class Emulation:
 
     def compiled(self, name: str, text: str) -> Path:
         """The object of one C++ text, compiled against the headers that stand in for CUDA's."""
-        includes = [f"-I{HERE / 'include'}", f"-I{self.sources}"]
+        # The last finds csrc/dynamic_map.h for altered sources, which are copied without it.
+        includes = [f"-I{HERE / 'include'}", f"-I{self.sources}", f"-I{SOURCES}"]
         flags = [*STABLE, self.optimise, *CXX, *ALIGNED]
         headers = [*self.sources.glob("*.*h"), *(HERE / "include").rglob("*.h")]
+        headers += SOURCES.parent.glob("*.h")
         key = [*flags, text, *(file.read_text() for file in sorted(headers))]
 
         def compile_to(target: Path) -> None:

@@ -7,8 +7,9 @@ every tensor that can be accessed alike. A compact matrix [rows, cols] is cut in
 STEPS * HEIGHT rows and BLOCK columns; a program takes one tile, HEIGHT rows at a time.
 Computation: float32 (float64 for float64 parameters); each written value is rounded once.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
-state 22; SGD with momentum in float32 20; Kahan's remainder 2 itemsize more. Importance adds
-32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in the L2 cache.
+state 22, with state in 8 bits 10.1; SGD with momentum in float32 20; Kahan's remainder 2 itemsize
+more. Importance adds 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in
+the L2 cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssah_kernels.backends.triton.masked_codes import nearest_codes, read_codes
 from ssah_kernels.backends.triton.masked_rounding import KEY_0, KEY_1, noise, noise_key, rounded
 from ssah_kernels.backends.triton.masked_rules import adamw, sgd
 from ssah_kernels.backends.triton.masked_table import (
@@ -35,6 +37,8 @@ from ssah_kernels.backends.triton.masked_table import (
     REMAINDER,
     ROW_STRIDE,
     ROWS,
+    SCALES_0,
+    SCALES_1,
     STATE_0,
     STATE_1,
     find_row,
@@ -45,22 +49,27 @@ from ssah_kernels.backends.triton.masked_table import (
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def masked_update_kernel(
-    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, n_tensors,
+    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, map_ptr,
+    n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     KAHAN: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
     P: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
-    there is an index. UNITS: the dimension along which importance is summed per entry, or -1."""
+    there is an index. UNITS: the dimension along which importance is summed per entry, or -1.
+    map_ptr: the maps of state in 8 bits, whose blocks are the rows of a tile; else None."""
     X: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
     NOISE: tl.constexpr = seed_ptr is not None
+    CODES: tl.constexpr = map_ptr is not None
     row_ptr = find_row(table_ptr, n_tensors, HEAD, FIELDS)
     p_ptr = pointer(row_ptr, PARAM, P, VECTOR)
     g_ptr = pointer(row_ptr, GRAD, P, VECTOR)
     s0_ptr = pointer(row_ptr, STATE_0, S, VECTOR)
     s1_ptr = pointer(row_ptr, STATE_1, S, VECTOR)
     c_ptr = pointer(row_ptr, REMAINDER, P, VECTOR)
+    scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
+    scales_1_ptr = pointer(row_ptr, SCALES_1, tl.float32, 1)
     index_ptr = pointer(row_ptr, INDEX, tl.int64, 1)
     n_rows = tl.load(row_ptr + ROWS)
     n_cols = tl.load(row_ptr + COLS) * VECTOR  # held divided by it: the compiler sees the factor
@@ -125,10 +134,19 @@ def masked_update_kernel(
             w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
         state_0 = p  # defined for every rule; without state it is never stored
         state_1 = p
+        state_block = rows * blocks + tile % blocks
         if STATES > 0:
-            state_0 = tl.load(s0_ptr + element, mask=inside, other=0).to(X)
+            state_0 = tl.load(s0_ptr + element, mask=inside, other=0)
+            if CODES:
+                scales = tl.load(scales_0_ptr + state_block, mask=rows < n_rows, other=0)
+                state_0 = read_codes(state_0, scales, map_ptr, 0)
+            state_0 = state_0.to(X)
         if STATES > 1:
-            state_1 = tl.load(s1_ptr + element, mask=inside, other=0).to(X)
+            state_1 = tl.load(s1_ptr + element, mask=inside, other=0)
+            if CODES:
+                scales = tl.load(scales_1_ptr + state_block, mask=rows < n_rows, other=0)
+                state_1 = read_codes(state_1, scales, map_ptr, 1)
+            state_1 = state_1.to(X)
         if RULE == "adamw":
             w, state_0, state_1 = adamw(w, grad * scale, state_0, state_1, table_ptr, lr, step, X)
         else:
@@ -143,9 +161,19 @@ def masked_update_kernel(
         else:
             tl.store(at, rounded(w, bits, 0, NOISE, P), mask=inside)
         if STATES > 0:
-            tl.store(s0_ptr + element, rounded(state_0, bits, 1, NOISE, S), mask=inside)
+            if CODES:
+                new_0, scales = nearest_codes(state_0, inside, map_ptr, 0)
+                tl.store(scales_0_ptr + state_block, scales, mask=rows < n_rows)
+            else:
+                new_0 = rounded(state_0, bits, 1, NOISE, S)
+            tl.store(s0_ptr + element, new_0, mask=inside)
         if STATES > 1:
-            tl.store(s1_ptr + element, rounded(state_1, bits, 2, NOISE, S), mask=inside)
+            if CODES:
+                new_1, scales = nearest_codes(state_1, inside, map_ptr, 1)
+                tl.store(scales_1_ptr + state_block, scales, mask=rows < n_rows)
+            else:
+                new_1 = rounded(state_1, bits, 2, NOISE, S)
+            tl.store(s1_ptr + element, new_1, mask=inside)
 
     if UNITS == 1:
         part = partial_ptr + tile_row * n_cols + cols  # columns are units
