@@ -43,7 +43,7 @@ struct AdamwRule {
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_adamw_kernel(Targets targets, UpdateScalars scalars, AdamwSettings settings) {
   masked_update<T, S, AdamwRule<Real<T>>>(targets, scalars, settings);
 }

@@ -28,6 +28,11 @@ constexpr int kWideColumns = kInCodes<S> ? kStateBlock / kLanes : kWide<T>;
 template <typename T, typename S>
 constexpr int kNarrowColumns = kInCodes<S> ? kStateBlock / kLanes : kNarrow<T>;
 
+// Blocks on a multiprocessor. A lane with 8 elements and the states of all of them, read back,
+// needs more registers than two blocks leave it.
+template <typename S>
+constexpr int kUpdateBlocks = kInCodes<S> ? 1 : 2;
+
 // Of first and of second moments.
 static __device__ const DynamicMap kMaps[2] = {make_dynamic_map(true), make_dynamic_map(false)};
 

@@ -42,7 +42,7 @@ struct SgdRule {
 };
 
 template <typename T, typename S, int kMomentumBuffers>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_sgd_kernel(Targets targets, UpdateScalars scalars, SgdSettings settings) {
   masked_update<T, S, SgdRule<Real<T>, kMomentumBuffers>>(targets, scalars, settings);
 }

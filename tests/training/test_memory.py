@@ -43,10 +43,11 @@ def test_activations_are_extrapolated_exactly(family: str) -> None:
 
 
 def test_state_is_counted_as_it_is_stored() -> None:
-    """Rows of the tiny model are 48 wide: in 8 bits is what has the 72 units of an FFN in a row."""
+    """The tiny model has rows of 48 and of 72, of which the latter are in 8 bits."""
     model = tiny_models.build("llama", dtype=torch.bfloat16)
     expected = {}
-    with freeze(model, UnitSet({})) as plan:
+    units = UnitSet({}, {n: m.n_units for n, m in find_modules(model).items()})
+    with freeze(model, units) as plan:
         for state_dtype in ("float32", "bfloat16", "8bit"):
             settings = Settings(state_dtype=state_dtype)
             memory = preview(plan, settings, 20)["memory"]
