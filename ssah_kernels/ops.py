@@ -177,9 +177,10 @@ def masked_adamw_(
         clip_coef: gradients are multiplied by it, after that.
         seed: int64 tensor of one element: round bfloat16 parameters and state stochastically. The
             noise depends on (seed, step, position in the list, position in the compact tensor).
-        compensations: of bfloat16 or float16 parameters: compact, in their dtype, zero at the
-            start: Kahan's remainder of the parameters, which are then rounded to nearest. Updated
-            in place.
+        compensations: of bfloat16 or float16 parameters: compact, zero at the start: what their 16
+            bits cannot hold. Of bfloat16 int16, the other half of a float32 weight: the update is,
+            bit for bit, that of float32 parameters. Of float16 Kahan's, in float16. Parameters are
+            rounded to nearest. Updated in place.
         signed, squared: float64, the compact size along ``dims[i]``: every unit's sum of p * g and
             of (p * g)^2 is added, with p as before the update and g without ``clip_coef``. Squares
             are of float32: of p * g beyond 1.8e19 infinite, and 0 below 1e-22.

@@ -46,6 +46,9 @@ def compare(actual: Tensor, expected: Tensor, inputs: torch.dtype) -> None:
     assert actual.dtype == expected.dtype
     if expected.numel() == 0:
         return
+    if expected.dtype == torch.int16:
+        assert torch.equal(actual, expected)
+        return
     if expected.dtype == torch.uint8:
         check_codes(actual, expected)
         return
@@ -149,6 +152,15 @@ def _adjusted_compensation(
         pair = [
             p[i] if index is None else p[i].index_select(dim, index) for p in (expected, actual)
         ]
+        if compensations[i].dtype == torch.int16:
+            halves = (expected[first + i], actual[first + i])
+            exact, mine = (
+                update_samples.whole_weight(p, rest) for p, rest in zip(pair, halves, strict=True)
+            )
+            lost = 4 * torch.finfo(torch.float32).eps * (1 + mine.abs())
+            near = ((mine - exact).abs() <= lost) | (mine.isnan() & exact.isnan())
+            expected[first + i] = torch.where(near, halves[1], halves[0])
+            continue
         moved = pair[0].double() - pair[1].double()
         rest, mine = expected[first + i].double() + moved, actual[first + i].double()
         narrow = torch.finfo(expected[first + i].dtype)

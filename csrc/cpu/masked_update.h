@@ -16,6 +16,9 @@ namespace SSAH_ISA {
 constexpr long kPiece = 1024;     // elements between merges of a row unit's sums into float64
 constexpr long kRowsPerSum = 64;  // rows between merges of column units' sums into float64
 
+// When a rule is used: with compensations, without, or either way.
+enum Compensated { kNever, kMaybe, kAlways };
+
 // Whose sums of p * g and its square are kept: nobody's, one unit's (a row), one per element.
 enum Units { kNoUnits, kRowUnit, kColumnUnits };
 
@@ -51,7 +54,7 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
     }
   }
   vec<T> w = p, state0 = {}, state1 = {};
-  if constexpr (kKahan) w += load_up_to(r.compensation + i, n);
+  if constexpr (kKahan) w = compensated((const T*)nullptr, w, load_up_to(r.compensation + i, n));
   if constexpr (Rule::kStates > 0) state0 = load_up_to(r.state0 + i, n);
   if constexpr (Rule::kStates > 1) state1 = load_up_to(r.state1 + i, n);
   rule.update(grad, w, state0, state1);
@@ -83,7 +86,7 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
       signed_sum += product;
       squared_sum = mul_add(product, product, squared_sum);
     }
-    if constexpr (kKahan) w[half] += rest[half];
+    if constexpr (kKahan) w[half] = compensated((const bf16*)nullptr, w[half], rest[half]);
     rule.update(grad[half], w[half], state0[half], state1[half]);
     if constexpr (kNoise) bits[half] = r.noise.bits(numbers + (unsigned)half);
   }
@@ -132,12 +135,17 @@ using UpdateRun = void (*)(const Run<T, S>&, const Rule&);
 
 template <Units kUnits, class T, class S, class Rule>
 SSAH_INLINE UpdateRun<T, S, Rule> choose_run(bool noise, bool kahan) {
-  if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
+  if constexpr (sizeof(T) == 2 && Rule::kCompensated != kNever) {
     if (noise && kahan) return update_run<true, true, kUnits, T, S, Rule>;
-    if (noise) return update_run<true, false, kUnits, T, S, Rule>;
     if (kahan) return update_run<false, true, kUnits, T, S, Rule>;
   }
-  return update_run<false, false, kUnits, T, S, Rule>;
+  if constexpr (Rule::kCompensated != kAlways) {
+    if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
+      if (noise) return update_run<true, false, kUnits, T, S, Rule>;
+    }
+    return update_run<false, false, kUnits, T, S, Rule>;
+  }
+  return nullptr;
 }
 
 // Elements of a row that lie apart, side by side in `values`, and back. `columns` may be null.

@@ -144,7 +144,9 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
       t.maps[1] = &kMaps[1];
     }
     if (lists.compensations.has_value()) {
-      t.compensation = compact((*lists.compensations)[i], t, dtype, "compensations");
+      // The lower half of a float32 weight, see masked_rounding.h.
+      const ScalarType rest = dtype == ScalarType::BFloat16 ? ScalarType::Short : dtype;
+      t.compensation = compact((*lists.compensations)[i], t, rest, "compensations");
     }
     if (lists.signed_sums.has_value()) {
       const int64_t units = t.units_are_columns ? t.n_columns : t.n_rows;

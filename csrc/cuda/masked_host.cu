@@ -131,7 +131,9 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     target.scales[0] = scales_pointer(lists.scales0, i, target, param, state);
     target.scales[1] = scales_pointer(lists.scales1, i, target, param, state);
     if (lists.compensations) {
-      target.compensation = compact((*lists.compensations)[i], dtype, "compensations");
+      // Of bfloat16 the lower half of a float32 weight, see masked_rounding.cuh.
+      const ScalarType rest = dtype == ScalarType::BFloat16 ? ScalarType::Short : dtype;
+      target.compensation = compact((*lists.compensations)[i], rest, "compensations");
     }
     // Blocks of states in 8 bits must stay within the rows that they were in.
     const bool contiguous = target.index == nullptr && target.column_stride == 1 &&

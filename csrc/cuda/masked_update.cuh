@@ -63,7 +63,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
         R w = to_real(p.at[k]);
         const R grad = to_real(g.at[k]);
         sums.add(k, w * grad * factors.unscale);  // before the update and before clipping
-        if (kahan) w += to_real(c.at[k]);
+        if (kahan) w = compensated(p.at[k], c.at[k]);
         R state[2] = {0, 0};
         if constexpr (kInCodes<S>) {
           state[0] = coded.values[0][k];
@@ -75,8 +75,11 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
         rule.update(grad * factors.gradient, w, state[0], state[1]);
         const int64_t position = first_element + element + k * place.kStep;
         const uint32_t bits = noise.on ? noise.bits(position) : 0u;
-        p.at[k] = rounded<T>(w, noise.on && !kahan, bits & 0xffffu);
-        if (kahan) c.at[k] = from_real<T>(w - to_real(p.at[k]));
+        if (kahan) {
+          split(w, p.at[k], c.at[k]);
+        } else {
+          p.at[k] = rounded<T>(w, noise.on, bits & 0xffffu);
+        }
         if constexpr (kInCodes<S>) {
           coded.values[0][k] = state[0];
           if constexpr (Rule::kStates > 1) coded.values[1][k] = state[1];

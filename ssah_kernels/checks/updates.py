@@ -19,6 +19,9 @@ from ssah_kernels.checks.matrices import as_matrix, axis_of, can_be_matrix
 from ssah_kernels.checks.tensors import dense, floating, state_of
 from ssah_kernels.dynamic_map import scales_shape
 
+# The dtype of what compensates a parameter of 16 bits, see reference/masked_update.py.
+COMPENSATIONS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
+
 
 class _Compact(NamedTuple):
     """A list of tensors that have an entry for each trained element, and what they must be."""
@@ -118,12 +121,13 @@ def _lists(
         lists.append(_Compact(name, state, dtypes, True, []))
     if compensations is not None:
         # Of wider parameters, rounding loses too little to be worth their memory.
-        if first.dtype not in (torch.bfloat16, torch.float16):
+        if first.dtype not in COMPENSATIONS:
             raise TypeError(
                 f"compensations are given for {first.dtype} parameters; they must be bfloat16 or "
                 "float16"
             )
-        lists.append(_Compact("compensations", compensations, (first.dtype,), True, []))
+        dtypes = (COMPENSATIONS[first.dtype],)
+        lists.append(_Compact("compensations", compensations, dtypes, True, []))
     return lists
 
 

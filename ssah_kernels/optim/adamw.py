@@ -39,9 +39,10 @@ class MaskedAdamW(MaskedOptimizer):
             of a row (:mod:`ssah_kernels.dynamic_map`). Parameters of one dimension, and rows of
             fewer than 64 elements, keep float32.
         rounding: how bfloat16 parameters without a master copy are stored: ``"nearest"``;
-            ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation in bfloat16.
-            bfloat16 state is rounded stochastically by the last two. float16 parameters take
-            ``"nearest"`` or ``"kahan"``; nothing of it touches float32.
+            ``"stochastic"``, which is unbiased; ``"remainder"``, which keeps the other 16 bits of a
+            float32 weight beside them: the step is, bit for bit, that of float32 weights. bfloat16
+            state is rounded stochastically by the last two. float16 parameters take ``"nearest"``
+            or ``"remainder"``, Kahan's compensation there; nothing of it touches float32.
         seed: of the rounding noise, with the step: a resumed run repeats the uninterrupted one.
         max_norm: clip the norm of all gradients together to this, inside the update.
         track_importance: accumulate every unit's sum of p * g and (p * g)^2, see ``importance``.

@@ -22,12 +22,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssah_kernels import ops
+from ssah_kernels.checks.updates import COMPENSATIONS
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
 from ssah_kernels.optim.calls import Call, Scalars, cut_state, scales_of
 from ssah_kernels.sharded import Dim, Part, first_row, is_sharded, join, local, parts
-
-COMPENSATED = (torch.bfloat16, torch.float16)
 
 
 class MaskedOptimizer(Optimizer):
@@ -104,8 +103,9 @@ class MaskedOptimizer(Optimizer):
             if dtype == torch.uint8:
                 blocks = scales_shape(grad.shape, dim)
                 state[scales_of(name)] = torch.zeros(blocks, device=grad.device)
-        if group["rounding"] == "kahan" and grad.dtype in COMPENSATED:
-            state["compensation"] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+        if group["rounding"] == "remainder" and grad.dtype in COMPENSATIONS:
+            rest = COMPENSATIONS[grad.dtype]
+            state["compensation"] = torch.zeros(grad.shape, dtype=rest, device=grad.device)
         if group["track_importance"]:
             units = grad.shape[dim] if grad.dim() else 1
             for name in ("importance_signed", "importance_squared"):
@@ -228,6 +228,8 @@ class MaskedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, which no group of ours has
                     group.setdefault(name, value)
+            if group["rounding"] == "kahan":  # of an earlier release
+                group["rounding"] = "remainder"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, step counts (which the rounding noise follows) and state, in the dtype

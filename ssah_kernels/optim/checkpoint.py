@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim.calls import scales_of
-from ssah_kernels.sharded import compact, expand, is_sharded
+from ssah_kernels.sharded import Part, compact, expand, is_sharded, join, local, parts
 
 
 class Masked(Protocol):
@@ -80,6 +80,18 @@ def expand_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
             }
 
 
+def _other_half(p: Tensor, rest: Tensor) -> Tensor:
+    """Int16 [...] of Kahan's ``rest`` [...] of bfloat16 ``p``: the nearest float32 weight's.
+
+    Earlier releases kept the two as a sum: 1 and 0.001 are the float32 weight 1.001.
+    """
+    weight, upper = (
+        x.contiguous().view(torch.int32).long() for x in (p.float() + rest.float(), p.float())
+    )
+    # Half a unit up does not fit, by one: the weight is a float32 neighbour then.
+    return (weight - upper).clamp(-(1 << 15), (1 << 15) - 1).short()
+
+
 def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
     """Give the optimiser the state of ``state_dict``, in the dtype that it was saved in.
 
@@ -111,6 +123,10 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
                     f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
                     f"it must be {shapes[name]}: was it saved with another selection of units?"
                 )
+            if name == "compensation" and value.dtype == torch.bfloat16:
+                pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]
+                own = join([part.entries(local(p.detach())) for part in pieces])
+                value = _other_half(own, value.to(p.device))
             # Steps are counted on the host, where reading them waits for no GPU.
             device = "cpu" if name == "step" else p.device
             optimizer.state[p][name] = value.detach().to(device, copy=True)

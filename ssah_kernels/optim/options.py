@@ -6,6 +6,7 @@ A parameter group may have options of its own, so that each group is checked, no
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ssah_kernels import checks, indices, overlap
 from ssah_kernels.sharded import Dim, check_layout, is_sharded, local
 
-ROUNDINGS = ("nearest", "stochastic", "kahan")
+ROUNDINGS = ("nearest", "stochastic", "remainder")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
 EIGHT_BIT = "8bit"
 SHORTEST_ROW = 64  # elements: of a shorter row, scales would take back what codes save
@@ -59,6 +60,13 @@ def check(group: dict[str, Any]) -> None:
             raise ValueError(f"dampening is {checks.shown(dampening)}; it must be a finite number")
         if group["nesterov"] and (group["momentum"] <= 0 or dampening != 0):
             raise ValueError("nesterov needs a momentum greater than 0 and no dampening")
+    if group["rounding"] == "kahan":
+        warnings.warn(
+            "rounding='kahan' is now rounding='remainder', which keeps bfloat16 weights exactly",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        group["rounding"] = "remainder"
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(
             f"rounding is {checks.shown(group['rounding'])}; it must be one of "

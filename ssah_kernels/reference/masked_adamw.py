@@ -26,6 +26,7 @@ from ssah_kernels.reference.masked_update import (
     entry,
     gradient,
     selected,
+    trained_weight,
 )
 
 
@@ -60,7 +61,7 @@ def masked_adamw_(
             # Before the update: p and g of one and the same forward pass.
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
         compensation = entry(compensations, i)
-        w = p if compensation is None else p + compensation.double()
+        w = trained_weight(param, index, dim, compensation)
         g = gradient(grad, grad_scale, clip_coef, maximize)
         states = (
             State(exp_avgs[i], entry(exp_avg_scales, i), 1, dim),

@@ -28,6 +28,7 @@ from ssah_kernels.reference.masked_update import (
     entry,
     gradient,
     selected,
+    trained_weight,
 )
 
 
@@ -59,7 +60,7 @@ def masked_sgd_(
         if signed is not None and squared is not None:
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
         compensation = entry(compensations, i)
-        w = p if compensation is None else p + compensation.double()
+        w = trained_weight(param, index, dim, compensation)
         g = gradient(grad, grad_scale, clip_coef, maximize)
         if weight_decay != 0:  # an infinite weight times 0 is NaN
             g = g + weight_decay * w

@@ -56,6 +56,24 @@ def _parameter(
     return normal(shape, dtype, g)
 
 
+def compensation(trained: Tensor, g: torch.Generator) -> Tensor:
+    """What 16 bits of ``trained`` [...] could not hold: of bfloat16 any half of a float32."""
+    if trained.dtype == torch.bfloat16:
+        half = torch.randint(-(1 << 15), 1 << 15, trained.shape, generator=g)
+        return half.to(torch.int16)
+    return (trained * 2**-10).contiguous()
+
+
+def whole_weight(p: Tensor, rest: Tensor) -> Tensor:
+    """The weight of which ``p`` [...] and its compensation are the parts, in float64."""
+    if rest.dtype != torch.int16:
+        return p.double() + rest.double()
+    # Through memory: two halves of a little-endian word, where the sum has no carry to make.
+    word = p.flatten().view(torch.int16).numpy().astype("<u2").astype("<u4") * 65536
+    word = (word.astype("<i8") + rest.flatten().numpy()) % 2**32
+    return torch.from_numpy(word.astype("<u4").view("<f4")).double().view(p.shape)
+
+
 def _selection(size: int, share: float, g: torch.Generator) -> Tensor | None:
     if share == 1:
         return None
@@ -99,7 +117,7 @@ def update_lists(
             lists[f"{name}_scales"].append(scales)
         lists["indices"].append(index)
         lists["dims"].append(dim)
-        lists["compensations"].append((trained * 2**-10).contiguous() if kahan else None)
+        lists["compensations"].append(compensation(trained, g) if kahan else None)
         lists["signed"].append(torch.randn(units, generator=g, dtype=torch.float64))
         lists["squared"].append(torch.rand(units, generator=g, dtype=torch.float64))
     return lists

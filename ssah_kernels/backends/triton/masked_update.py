@@ -7,7 +7,7 @@ every tensor that can be accessed alike. A compact matrix [rows, cols] is cut in
 STEPS * HEIGHT rows and BLOCK columns; a program takes one tile, HEIGHT rows at a time.
 Computation: float32 (float64 for float64 parameters); each written value is rounded once.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
-state 22, with state in 8 bits 10.1; SGD with momentum in float32 20; Kahan's remainder 2 itemsize
+state 22, with state in 8 bits 10.1; SGD with momentum in float32 20; a compensation 2 itemsize
 more. Importance adds 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in
 the L2 cache.
 """
@@ -19,7 +19,15 @@ import triton
 import triton.language as tl
 
 from ssah_kernels.backends.triton.masked_codes import nearest_codes, read_codes
-from ssah_kernels.backends.triton.masked_rounding import KEY_0, KEY_1, noise, noise_key, rounded
+from ssah_kernels.backends.triton.masked_rounding import (
+    KEY_0,
+    KEY_1,
+    compensated,
+    noise,
+    noise_key,
+    rounded,
+    split,
+)
 from ssah_kernels.backends.triton.masked_rules import adamw, sgd
 from ssah_kernels.backends.triton.masked_table import (
     COL_STRIDE,
@@ -67,7 +75,8 @@ def masked_update_kernel(
     g_ptr = pointer(row_ptr, GRAD, P, VECTOR)
     s0_ptr = pointer(row_ptr, STATE_0, S, VECTOR)
     s1_ptr = pointer(row_ptr, STATE_1, S, VECTOR)
-    c_ptr = pointer(row_ptr, REMAINDER, P, VECTOR)
+    # What a parameter of 16 bits cannot hold: of bfloat16 the other half of a float32 weight.
+    c_ptr = pointer(row_ptr, REMAINDER, tl.int16 if tl.bfloat16 == P else P, VECTOR)
     scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
     scales_1_ptr = pointer(row_ptr, SCALES_1, tl.float32, 1)
     index_ptr = pointer(row_ptr, INDEX, tl.int64, 1)
@@ -112,7 +121,8 @@ def masked_update_kernel(
             p_rows = tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
         element = rows * n_cols + cols
         at = p_ptr + p_rows * row_stride + p_cols
-        p = tl.load(at, mask=inside, other=0).to(X)
+        stored = tl.load(at, mask=inside, other=0)
+        p = stored.to(X)
         grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
@@ -131,7 +141,7 @@ def masked_update_kernel(
         # The compensated weight moves; importance is of the weight that the forward pass used.
         w = p
         if KAHAN:
-            w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
+            w = compensated(stored, tl.load(c_ptr + element, mask=inside, other=0))
         state_0 = p  # defined for every rule; without state it is never stored
         state_1 = p
         state_block = rows * blocks + tile % blocks
@@ -155,8 +165,8 @@ def masked_update_kernel(
         if NOISE:
             bits = noise(element, key_0, key_1)
         if KAHAN:
-            new = w.to(P)
-            tl.store(c_ptr + element, (w - new.to(X)).to(P), mask=inside)
+            new, rest = split(w, P)
+            tl.store(c_ptr + element, rest, mask=inside)
             tl.store(at, new, mask=inside)
         else:
             tl.store(at, rounded(w, bits, 0, NOISE, P), mask=inside)
