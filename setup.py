@@ -94,7 +94,7 @@ def extensions() -> list[Extension]:
     cpu = Extension(
         "ssah_kernels._C",
         sources("csrc/register.cpp", "csrc/cpu/*.cpp", "csrc/cpu/isa/*.cpp"),
-        depends=sources("csrc/cpu/*.h", "csrc/cpu/isa/*.h"),
+        depends=sources("csrc/*.h", "csrc/cpu/*.h", "csrc/cpu/isa/*.h"),
         libraries=["torch_cpu", "c10"],
         extra_compile_args=[*CXX_FLAGS, *QUIET, STABLE_ABI],
         language="c++",
@@ -105,7 +105,7 @@ def extensions() -> list[Extension]:
     cuda = Extension(
         "ssah_kernels._C_cuda",
         sources("csrc/cuda/*.cu"),
-        depends=sources("csrc/cuda/*.*h"),
+        depends=sources("csrc/*.h", "csrc/cuda/*.*h"),
         libraries=["torch_cpu", "c10", "cudart_static", "rt", "dl", "pthread"],
         extra_compile_args={
             "cxx": CXX_FLAGS,

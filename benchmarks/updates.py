@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ssah_kernels import ops
+from ssah_kernels.dynamic_map import quantize
 
 HIDDEN, INTERMEDIATE = 1024, 2816
 FFN, ATTENTION = ("gate", "up", "down"), ("v", "o")
@@ -57,12 +58,14 @@ class Ours:
     signed: list[Tensor] = field(default_factory=list)
     squared: list[Tensor] = field(default_factory=list)
     compensations: list[Tensor] = field(default_factory=list)
+    exp_avg_scales: list[Tensor] = field(default_factory=list)  # of state in 8 bits alone
+    exp_avg_sq_scales: list[Tensor] = field(default_factory=list)
     packing_seconds: float = 0.0
 
     def elements(self) -> int:
         return sum(g.numel() for g in self.grads)
 
-    def call(self, *, importance: bool, seed: bool, kahan: bool) -> Call:
+    def call(self, *, importance: bool, seed: bool, remainder: bool) -> Call:
         rate = torch.tensor(LR, dtype=torch.float64)
         step = torch.tensor(100.0, dtype=torch.float64)
 
@@ -78,9 +81,11 @@ class Ours:
                 rate,
                 step,
                 seed=torch.tensor(1) if seed else None,
-                compensations=self.compensations if kahan else None,
+                compensations=self.compensations if remainder else None,
                 signed=self.signed if importance else None,
                 squared=self.squared if importance else None,
+                exp_avg_scales=self.exp_avg_scales or None,
+                exp_avg_sq_scales=self.exp_avg_sq_scales or None,
                 weight_decay=DECAY,
             )
 
@@ -92,7 +97,7 @@ def build_ours(
     fraction: float,
     dtype: torch.dtype,
     state: torch.dtype,
-    kahan: bool,
+    remainder: bool,
 ) -> Ours:
     ours = Ours()
     for ffn, attention in draw_units(layers, fraction):
@@ -114,14 +119,21 @@ def build_ours(
             shape = (len(units), weight.shape[1])  # compact: [trained, other]
             ours.params.append(weight)
             ours.grads.append(random(shape, 1e-3, dtype))
-            ours.exp_avgs.append(random(shape, 1e-3, state))
-            ours.exp_avg_sqs.append(random(shape, 1e-3, torch.float32).square_().to(state))
+            m, v = (random(shape, 1e-3, torch.float32) for _ in "mv")
+            v.square_()
+            if state == torch.uint8:
+                m, scales = quantize(m, signed=True)
+                ours.exp_avg_scales.append(scales)
+                v, scales = quantize(v, signed=False)
+                ours.exp_avg_sq_scales.append(scales)
+            ours.exp_avgs.append(m.to(state))
+            ours.exp_avg_sqs.append(v.to(state))
             ours.indices.append(None if name in FFN else units)
             ours.dims.append(0)
             ours.signed.append(torch.zeros(len(units), dtype=torch.float64))
             ours.squared.append(torch.zeros(len(units), dtype=torch.float64))
-            if kahan:
-                ours.compensations.append(torch.zeros(shape, dtype=dtype))
+            if remainder:
+                ours.compensations.append(torch.zeros(shape, dtype=torch.int16))
     return ours
 
 

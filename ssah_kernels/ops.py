@@ -149,6 +149,8 @@ def masked_adamw_(
     compensations: Sequence[Tensor] | None = None,  # [2202, 4096]
     signed: Sequence[Tensor] | None = None,  # [2202]
     squared: Sequence[Tensor] | None = None,  # [2202]
+    exp_avg_scales: Sequence[Tensor] | None = None,  # [2202, 16]
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,  # [2202, 16]
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -167,7 +169,7 @@ def masked_adamw_(
         grads: compact, in the parameters' dtype. A gradient or state is *compact* when it has its
             parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``.
         exp_avgs, exp_avg_sqs: compact and contiguous; float32 or bfloat16 (float64 for float64
-            parameters). Updated in place.
+            parameters), or with scales uint8. Updated in place.
         indices: int64, contiguous, strictly increasing, or None for all: what is trained along
             ``dims[i]``. Their values are read once, and again after they were changed in place.
         dims: the first or the last dimension of the parameter, the one that runs over units.
@@ -177,12 +179,17 @@ def masked_adamw_(
         clip_coef: gradients are multiplied by it, after that.
         seed: int64 tensor of one element: round bfloat16 parameters and state stochastically. The
             noise depends on (seed, step, position in the list, position in the compact tensor).
-        compensations: of bfloat16 or float16 parameters: compact, in their dtype, zero at the
-            start: Kahan's remainder of the parameters, which are then rounded to nearest. Updated
-            in place.
+        compensations: of bfloat16 or float16 parameters: compact, zero at the start: what their 16
+            bits cannot hold. Of bfloat16 int16, the other half of a float32 weight: the update is,
+            bit for bit, that of float32 parameters. Of float16 Kahan's, in float16. Parameters are
+            rounded to nearest. Updated in place.
         signed, squared: float64, the compact size along ``dims[i]``: every unit's sum of p * g and
             of (p * g)^2 is added, with p as before the update and g without ``clip_coef``. Squares
             are of float32: of p * g beyond 1.8e19 infinite, and 0 below 1e-22.
+        exp_avg_scales, exp_avg_sq_scales: float32 and contiguous, of the shape that
+            :func:`ssah_kernels.dynamic_map.scales_shape` gives: state is in 8 bits then, codes of
+            the dynamic map with a scale for each 256 of them. All zero at the start. Updated in
+            place. The update is of the state as it reads back, before it is rounded again.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
@@ -205,6 +212,8 @@ def masked_adamw_(
         compensations,
         signed,
         squared,
+        exp_avg_scales,
+        exp_avg_sq_scales,
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,
@@ -227,6 +236,7 @@ def masked_sgd_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -239,6 +249,7 @@ def masked_sgd_(
     Args:
         momentum_buffers: compact [trained, other] and contiguous, as AdamW's state; None if
             momentum is 0. At step 1 their content is not used. Updated in place.
+        momentum_scales: of buffers in 8 bits, as AdamW's.
         The rest is as for ``masked_adamw_``.
 
     Raises:
@@ -258,6 +269,7 @@ def masked_sgd_(
         compensations,
         signed,
         squared,
+        momentum_scales,
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,

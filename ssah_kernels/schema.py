@@ -22,14 +22,17 @@ SCHEMAS: dict[str, str] = {
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
         " Tensor?[] indices, int[] dims, Tensor lr, Tensor step, Tensor? grad_scale=None,"
         " Tensor? clip_coef=None, Tensor? seed=None, Tensor(d!)[]? compensations=None,"
-        " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None, *, float beta1=0.9,"
+        " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None,"
+        " Tensor(g!)[]? exp_avg_scales=None, Tensor(h!)[]? exp_avg_sq_scales=None, *,"
+        " float beta1=0.9,"
         " float beta2=0.999, float eps=1e-08, float weight_decay=0.01, bool maximize=False) -> ()"
     ),
     "masked_sgd_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[]? momentum_buffers,"
         " Tensor?[] indices, int[] dims, Tensor lr, Tensor step, Tensor? grad_scale=None,"
         " Tensor? clip_coef=None, Tensor? seed=None, Tensor(d!)[]? compensations=None,"
-        " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None, *, float momentum=0.0,"
+        " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None,"
+        " Tensor(g!)[]? momentum_scales=None, *, float momentum=0.0,"
         " float dampening=0.0, float weight_decay=0.0, bool nesterov=False, bool maximize=False)"
         " -> ()"
     ),

@@ -120,7 +120,13 @@ def join(pieces: Sequence[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat([piece.flatten() for piece in pieces])
 
 
-def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTensor:
+def expand(
+    tensor: DTensor,
+    own: Tensor,
+    index: Tensor | None,
+    dim: Dim,
+    shape: Sequence[int] | None = None,
+) -> DTensor:
     """A DTensor like ``tensor`` with ``own`` at the entries that train on this rank, else 0.
 
     Args:
@@ -128,12 +134,14 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTen
         own: compact state of this rank: [trained here, other], or flat where there are experts.
         index: int64 [trained], over the whole parameter; None: all, then no copy is made.
         dim: that ``index`` runs along.
+        shape: of the result, [rows, ...] with the rows of ``tensor``; None: that of ``tensor``.
     """
     from torch.distributed.tensor import DTensor
 
     rows = own
     if index is not None:
-        rows = own.new_zeros(local(tensor).shape)  # [rows of this rank, ...]
+        # [rows of this rank, ...]
+        rows = own.new_zeros((len(local(tensor)), *(shape or tensor.shape)[1:]))
         pieces = parts(tensor, index, dim)
         values = cut(own, [part.entries(rows) for part in pieces])
         for part, value in zip(pieces, values, strict=True):
@@ -144,25 +152,32 @@ def expand(tensor: DTensor, own: Tensor, index: Tensor | None, dim: Dim) -> DTen
         tensor.device_mesh,
         tensor.placements,
         run_check=False,  # a check would make every rank wait for all others
-        shape=tensor.shape,
-        stride=tensor.stride(),
+        shape=torch.Size(shape or tensor.shape),
+        stride=torch.empty(shape, device="meta").stride() if shape else tensor.stride(),
     )
 
 
-def compact(tensor: DTensor, dense: Tensor, index: Tensor | None, dim: Dim) -> Tensor:
+def compact(
+    tensor: DTensor,
+    dense: Tensor,
+    index: Tensor | None,
+    dim: Dim,
+    shape: Sequence[int] | None = None,
+) -> Tensor:
     """What :func:`expand` was made of: [trained here, other], or flat where there are experts.
 
     Raises:
-        ValueError: ``dense`` is no DTensor of the shape and placement of ``tensor``.
+        ValueError: ``dense`` is no DTensor of this shape and of the placement of ``tensor``.
     """
+    must = torch.Size(shape or tensor.shape)
     if (
         not is_sharded(dense)
-        or dense.shape != tensor.shape
+        or dense.shape != must
         or dense.placements != tensor.placements
         or dense.device_mesh != tensor.device_mesh
     ):
         raise ValueError(
-            f"state of a sharded parameter {list(tensor.shape)} is a {type(dense).__name__} "
+            f"state of a sharded parameter {list(must)} is a {type(dense).__name__} "
             f"{list(dense.shape)}; it must be a DTensor sharded alike: load it with "
             "torch.distributed.checkpoint, which shards it for any number of ranks"
         )

@@ -46,6 +46,12 @@ def compare(actual: Tensor, expected: Tensor, inputs: torch.dtype) -> None:
     assert actual.dtype == expected.dtype
     if expected.numel() == 0:
         return
+    if expected.dtype == torch.int16:
+        assert torch.equal(actual, expected)
+        return
+    if expected.dtype == torch.uint8:
+        check_codes(actual, expected)
+        return
     rtol, atol = tolerance(expected.dtype, inputs)
     finite = expected[expected.isfinite()].double()
     scale = finite.abs().max().item() if finite.numel() else 0.0
@@ -54,6 +60,20 @@ def compare(actual: Tensor, expected: Tensor, inputs: torch.dtype) -> None:
     torch.testing.assert_close(
         actual.double(), expected.double(), rtol=rtol, atol=atol * scale + lost, equal_nan=True
     )
+
+
+def check_codes(actual: Tensor, expected: Tensor) -> None:
+    """Assert that state in 8 bits has the reference's codes.
+
+    The arithmetic is float32 here and float64 there, so that one value in a thousand may lie so
+    near the bound of two codes that they fall on different sides of it: codes of neighbours then.
+    """
+    # Code 255 is the neighbour of 0 in the map with signs.
+    apart = (actual.int() - expected.int()).abs()
+    apart = apart.minimum(256 - apart)
+    assert int(apart.max()) <= 1, "codes that are no neighbours"
+    unequal = int(apart.sum())
+    assert unequal <= expected.numel() // 1000, f"{unequal} of {expected.numel()} codes"
 
 
 def check_bits(actual: Tensor, expected: Tensor) -> None:
@@ -132,6 +152,15 @@ def _adjusted_compensation(
         pair = [
             p[i] if index is None else p[i].index_select(dim, index) for p in (expected, actual)
         ]
+        if compensations[i].dtype == torch.int16:
+            halves = (expected[first + i], actual[first + i])
+            exact, mine = (
+                update_samples.whole_weight(p, rest) for p, rest in zip(pair, halves, strict=True)
+            )
+            lost = 4 * torch.finfo(torch.float32).eps * (1 + mine.abs())
+            near = ((mine - exact).abs() <= lost) | (mine.isnan() & exact.isnan())
+            expected[first + i] = torch.where(near, halves[1], halves[0])
+            continue
         moved = pair[0].double() - pair[1].double()
         rest, mine = expected[first + i].double() + moved, actual[first + i].double()
         narrow = torch.finfo(expected[first + i].dtype)
@@ -180,14 +209,14 @@ CASES: dict[str, OpCase] = {
         _of_activations("column_sq_norms", "column_sq_norms"),
         _of_lists(
             "masked_adamw_",
-            outputs=(0, 2, 3, 11, 12, 13),
+            outputs=(0, 2, 3, 11, 12, 13, 14, 15),
             rounded=3,
             seed=10,
             adjusted=_adjusted_compensation,
         ),
         _of_lists(
             "masked_sgd_",
-            outputs=(0, 2, 10, 11, 12),
+            outputs=(0, 2, 10, 11, 12, 13),
             rounded=2,
             seed=9,
             adjusted=_adjusted_compensation,
@@ -201,7 +230,8 @@ def results(case: OpCase, function: Callable[..., Any], sample: Sample) -> list[
     """Everything that a call writes: what it returns, then the arguments that it mutates."""
     args = [copied(a) if i in case.outputs else a for i, a in enumerate(sample.args)]
     returned = function(*args, **sample.kwargs)
-    return [*flat(returned), *(tensor for i in case.outputs for tensor in flat(args[i]))]
+    given = [i for i in case.outputs if i < len(args)]  # the last ones may be left out
+    return [*flat(returned), *(tensor for i in given for tensor in flat(args[i]))]
 
 
 def check_sample(

@@ -12,17 +12,20 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
                       const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                       const OptionalTensorList& compensations,
                       const OptionalTensorList& signed_sums, const OptionalTensorList& squared_sums,
-                      double beta1, double beta2, double eps, double weight_decay, bool maximize) {
+                      const OptionalTensorList& exp_avg_scales,
+                      const OptionalTensorList& exp_avg_sq_scales, double beta1, double beta2,
+                      double eps, double weight_decay, bool maximize) {
   const double rate = scalar_of(lr, 0), t = scalar_of(step, 0);
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
   // What is the same for every element is computed once, in double.
   const AdamWArgs args{
       maximize ? -scale : scale,       1 - rate * weight_decay,           beta1, beta2,
       rate / (1 - std::pow(beta1, t)), std::sqrt(1 - std::pow(beta2, t)), eps};
-  const std::vector<UpdateTensor> tensors =
-      update_tensors({params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed,
-                      compensations, signed_sums, squared_sums});
-  const auto run = kernel_of(kernels().masked_adamw, dtype_of(params[0]), dtype_of(exp_avgs[0]));
+  const std::vector<UpdateTensor> tensors = update_tensors(
+      {params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed, compensations,
+       signed_sums, squared_sums, &exp_avg_scales, &exp_avg_sq_scales});
+  const auto run =
+      kernel_of(kernels().masked_adamw, dtype_of(params[0]), state_type_of(exp_avgs[0]));
   over_blocks(blocks_of(tensors),
               [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });
 }

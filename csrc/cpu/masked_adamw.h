@@ -9,14 +9,17 @@
 namespace ssah {
 namespace SSAH_ISA {
 
-template <class T>
+// kMaster: of bf16 with compensations, which are float32 weights.
+template <class T, bool kMaster>
 struct AdamWRule {
   static constexpr int kStates = 2;
+  static constexpr bool kIsBf16 = __is_same(T, bf16);
+  static constexpr Compensated kCompensated = kMaster ? kAlways : kIsBf16 ? kNever : kMaybe;
   // float32 is bound by memory: a second division and separate roundings are free, and the result
   // is that of torch's fused AdamW to the bit. Two-byte types are bound by arithmetic: the scale of
   // the gradient is folded into its coefficients, of which that of v is squared after it has met
   // the gradient: the square of a factor that clips an exploded gradient would be 0.
-  static constexpr bool kAsTorch = sizeof(T) >= 4;
+  static constexpr bool kAsTorch = kMaster || sizeof(T) >= 4;
   typedef scalar<T> F;
   F scale, decay, beta1, grad_to_m, beta2, grad_to_v, step_size, bias, eps;
 
@@ -49,7 +52,13 @@ struct AdamWRule {
 
 template <class T, class S>
 void masked_adamw(const UpdateTensor& tensor, const AdamWArgs& args, UpdateBlock block) {
-  masked_update<T, S>(tensor, AdamWRule<T>(args), block);
+  if constexpr (__is_same(T, bf16)) {
+    if (tensor.compensation != nullptr) {
+      masked_update<T, S>(tensor, AdamWRule<T, true>(args), block);
+      return;
+    }
+  }
+  masked_update<T, S>(tensor, AdamWRule<T, false>(args), block);
 }
 
 }  // namespace SSAH_ISA

@@ -65,6 +65,24 @@ SSAH_INLINE void write(bf16* p, vfloat x, vuint bits, long n) {
   }
 }
 
+// What the update reads: p and what it is compensated by. Of bf16 that is the lower half of the
+// bits of a float32, from -2^15 on, and `rest` has it in its upper half: 0x3f81 and 0x8312 are
+// 0x3f808312, which is 1.004.
+template <class T>
+SSAH_INLINE vec<T> compensated(const T*, vec<T> p, vec<T> rest) {
+  return p + rest;
+}
+SSAH_INLINE vfloat compensated(const bf16*, vfloat p, vfloat rest) {
+  typedef vector_of<int, SSAH_LANES>::type vint;
+  return (vfloat)((vuint)p + (vuint)((vint)rest >> 16));
+}
+// The bits of x half a unit of bf16 up: p is their upper half, and the rest the lower one less
+// 2^15.
+SSAH_INLINE vuint split_bits(vfloat x) {
+  return (x == x ? (vuint)x : 0x7fc00000u + vuint{}) + 0x8000u;
+}
+SSAH_INLINE vuint rest_of(vuint split) { return (split ^ 0x8000u) << 16; }
+
 // Stores x rounded to nearest, and what that cut off.
 template <class T>
 SSAH_INLINE void write_compensated(T* p, T* compensation, vec<T> x, long n) {
@@ -74,9 +92,9 @@ SSAH_INLINE void write_compensated(T* p, T* compensation, vec<T> x, long n) {
   store_up_to(p, load(buffer), n);
 }
 SSAH_INLINE void write_compensated(bf16* p, bf16* compensation, vfloat x, long n) {
-  const vuint bits = bf16_bits(x);
-  store_upper(compensation, bf16_bits(x - (vfloat)(bits & 0xffff0000u)), n);
-  store_upper(p, bits, n);
+  const vuint split = split_bits(x);
+  store_upper(compensation, rest_of(split), n);
+  store_upper(p, split, n);
 }
 
 // 2 * SSAH_LANES bfloat16 values at a time: a word holds an even one below and an odd one above, so
@@ -102,8 +120,8 @@ SSAH_INLINE void write_pair(bf16* p, const vfloat (&values)[2], const vuint (&bi
 SSAH_INLINE void write_compensated_pair(bf16* p, bf16* compensation, const vfloat (&values)[2]) {
   vuint words[2], rest[2];
   for (int i = 0; i < 2; ++i) {
-    words[i] = bf16_bits(values[i]);
-    rest[i] = bf16_bits(values[i] - (vfloat)(words[i] & 0xffff0000u));
+    words[i] = split_bits(values[i]);
+    rest[i] = rest_of(words[i]);
   }
   store_upper_pair(compensation, rest);
   store_upper_pair(p, words);

@@ -9,8 +9,8 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip_coef,
                     const std::optional<Tensor>& seed, const OptionalTensorList& compensations,
                     const OptionalTensorList& signed_sums, const OptionalTensorList& squared_sums,
-                    double momentum, double dampening, double weight_decay, bool nesterov,
-                    bool maximize) {
+                    const OptionalTensorList& momentum_scales, double momentum, double dampening,
+                    double weight_decay, bool nesterov, bool maximize) {
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
   const SgdArgs args{
       maximize ? -scale : scale, scalar_of(lr, 0), weight_decay, momentum, 1 - dampening,
@@ -18,11 +18,11 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
   const TensorList* buffers = momentum_buffers.has_value() ? &*momentum_buffers : nullptr;
   const std::vector<UpdateTensor> tensors =
       update_tensors({params, grads, buffers, nullptr, indices, dims, step, grad_scale, seed,
-                      compensations, signed_sums, squared_sums});
+                      compensations, signed_sums, squared_sums, &momentum_scales, nullptr});
   const Dtype dtype = dtype_of(params[0]);
-  const Dtype state = buffers != nullptr  ? dtype_of((*buffers)[0])
-                      : dtype == kFloat64 ? kFloat64
-                                          : kFloat32;
+  const int state = buffers != nullptr  ? state_type_of((*buffers)[0])
+                    : dtype == kFloat64 ? kFloat64
+                                        : kFloat32;
   const auto run = kernel_of(kernels().masked_sgd, dtype, state);
   over_blocks(blocks_of(tensors),
               [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });

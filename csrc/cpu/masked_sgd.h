@@ -13,6 +13,7 @@ namespace SSAH_ISA {
 template <class T, bool kMomentum>
 struct SgdRule {
   static constexpr int kStates = kMomentum ? 1 : 0;
+  static constexpr Compensated kCompensated = kMaybe;
   scalar<T> scale, lr, weight_decay, momentum, one_minus_dampening;
   bool first, nesterov;
 

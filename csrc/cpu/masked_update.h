@@ -2,10 +2,12 @@
 //
 // Per element and in this order: read p, g and the states, update in float32 (float64 for f64),
 // write p and the states. Bytes moved per element: AdamW in f32 28, in bf16 with bf16 state 14,
-// with f32 state 22; SGD with momentum in f32 20. Noise and rounding are specified, to the bit, in
+// with f32 state 22, with state in 8 bits 10 and 16/256 for the scales (of f32 parameters 16 and
+// 16/256); SGD with momentum in f32 20. Noise and rounding are specified, to the bit, in
 // ssah_kernels/reference/masked_update.py.
 #pragma once
 
+#include "masked_codes.h"
 #include "masked_rounding.h"
 
 namespace ssah {
@@ -13,6 +15,9 @@ namespace SSAH_ISA {
 
 constexpr long kPiece = 1024;     // elements between merges of a row unit's sums into float64
 constexpr long kRowsPerSum = 64;  // rows between merges of column units' sums into float64
+
+// When a rule is used: with compensations, without, or either way.
+enum Compensated { kNever, kMaybe, kAlways };
 
 // Whose sums of p * g and its square are kept: nobody's, one unit's (a row), one per element.
 enum Units { kNoUnits, kRowUnit, kColumnUnits };
@@ -49,7 +54,7 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
     }
   }
   vec<T> w = p, state0 = {}, state1 = {};
-  if constexpr (kKahan) w += load_up_to(r.compensation + i, n);
+  if constexpr (kKahan) w = compensated((const T*)nullptr, w, load_up_to(r.compensation + i, n));
   if constexpr (Rule::kStates > 0) state0 = load_up_to(r.state0 + i, n);
   if constexpr (Rule::kStates > 1) state1 = load_up_to(r.state1 + i, n);
   rule.update(grad, w, state0, state1);
@@ -81,7 +86,7 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
       signed_sum += product;
       squared_sum = mul_add(product, product, squared_sum);
     }
-    if constexpr (kKahan) w[half] += rest[half];
+    if constexpr (kKahan) w[half] = compensated((const bf16*)nullptr, w[half], rest[half]);
     rule.update(grad[half], w[half], state0[half], state1[half]);
     if constexpr (kNoise) bits[half] = r.noise.bits(numbers + (unsigned)half);
   }
@@ -130,12 +135,17 @@ using UpdateRun = void (*)(const Run<T, S>&, const Rule&);
 
 template <Units kUnits, class T, class S, class Rule>
 SSAH_INLINE UpdateRun<T, S, Rule> choose_run(bool noise, bool kahan) {
-  if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
+  if constexpr (sizeof(T) == 2 && Rule::kCompensated != kNever) {
     if (noise && kahan) return update_run<true, true, kUnits, T, S, Rule>;
-    if (noise) return update_run<true, false, kUnits, T, S, Rule>;
     if (kahan) return update_run<false, true, kUnits, T, S, Rule>;
   }
-  return update_run<false, false, kUnits, T, S, Rule>;
+  if constexpr (Rule::kCompensated != kAlways) {
+    if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
+      if (noise) return update_run<true, false, kUnits, T, S, Rule>;
+    }
+    return update_run<false, false, kUnits, T, S, Rule>;
+  }
+  return nullptr;
 }
 
 // Elements of a row that lie apart, side by side in `values`, and back. `columns` may be null.
@@ -192,10 +202,12 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
   const bool kahan = t.compensation != nullptr;
   const bool row_unit = t.signed_sum != nullptr && !t.units_are_columns;
   const bool column_units = t.signed_sum != nullptr && t.units_are_columns;
-  const UpdateRun<T, S, Rule> update =
-      row_unit       ? choose_run<kRowUnit, T, S, Rule>(t.stochastic, kahan)
-      : column_units ? choose_run<kColumnUnits, T, S, Rule>(t.stochastic, kahan)
-                     : choose_run<kNoUnits, T, S, Rule>(t.stochastic, kahan);
+  typedef typename StateBlock<T, S>::Values V;
+  const UpdateRun<T, V, Rule> update =
+      row_unit       ? choose_run<kRowUnit, T, V, Rule>(t.stochastic, kahan)
+      : column_units ? choose_run<kColumnUnits, T, V, Rule>(t.stochastic, kahan)
+                     : choose_run<kNoUnits, T, V, Rule>(t.stochastic, kahan);
+  StateBlock<T, S> states(t);
   const bool gathers = t.columns != nullptr || t.column_stride != 1;
   T gathered[kPiece];
   scalar<T> signed_sums[kColumnStripe + kFloatLanes], squared_sums[kColumnStripe + kFloatLanes];
@@ -213,15 +225,17 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
       n = block.column_end - c;
       if (n > kPiece && (row_unit || gathers)) n = kPiece;
       if ((unsigned long)n > to_wrap) n = (long)to_wrap;
+      n = states.template begin<Rule::kStates>(row, c, n);
       const long* const columns = t.columns == nullptr ? nullptr : t.columns + c;
       T* const p = p_row + (columns == nullptr ? c * t.column_stride : 0);
       if (gathers) gather(p, columns, t.column_stride, gathered, n);
       const long at = column_units ? c - block.column_begin : 0;
-      update(Run<T, S>{gathers ? gathered : p, (const T*)t.grad + element, (S*)t.state0 + element,
-                       (S*)t.state1 + element, (T*)t.compensation + element, n, (unsigned)element,
+      update(Run<T, V>{gathers ? gathered : p, (const T*)t.grad + element, states.at(0, element, c),
+                       states.at(1, element, c), (T*)t.compensation + element, n, (unsigned)element,
                        Noise{t.key0, t.key1 + (unsigned)(element >> 32)}, signed_sums + at,
                        squared_sums + at},
              rule);
+      states.template end<Rule::kStates>(row, c + n);
       if (gathers) scatter(p, columns, t.column_stride, gathered, n);
       if (row_unit) {
         t.signed_sum[row] += unscale * sum_lanes(load(signed_sums));

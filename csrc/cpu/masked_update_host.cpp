@@ -13,6 +13,9 @@ namespace {
 
 constexpr long kBlockElements = 65536;
 
+// Of first and of second moments.
+constexpr DynamicMap kMaps[2] = {make_dynamic_map(true), make_dynamic_map(false)};
+
 unsigned mix(unsigned x) {
   x = (x ^ x >> 16) * 0x21f0aaadu;
   x = (x ^ x >> 15) * 0xd35a2d97u;
@@ -37,6 +40,21 @@ void* compact(const Tensor& x, const UpdateTensor& t, ScalarType dtype, const ch
   return x.data_ptr();
 }
 
+// The scales of state in codes [n_rows, n_columns]; null where there are none.
+float* scales_of(const OptionalTensorList* list, size_t i, const UpdateTensor& t,
+                 ScalarType state) {
+  const bool given = list != nullptr && list->has_value();
+  STD_TORCH_CHECK(given == (state == ScalarType::Byte),
+                  "states of uint8, and no others, must have scales");
+  if (!given) return nullptr;
+  const Tensor& scales = (**list)[i];
+  const long blocks = (t.n_columns + kStateBlock - 1) / kStateBlock;
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                      scales.numel() == t.n_rows * blocks,
+                  "scales must be contiguous float32, one for each 256 elements of a row");
+  return static_cast<float*>(scales.mutable_data_ptr());
+}
+
 void check_lists(const UpdateLists& lists) {
   const size_t n = lists.params.size();
   check_length(lists.params, n, "params");
@@ -46,6 +64,9 @@ void check_lists(const UpdateLists& lists) {
   check_length(lists.indices, n, "indices");
   check_length(lists.axes, n, "dims");
   if (lists.compensations.has_value()) check_length(*lists.compensations, n, "compensations");
+  for (const OptionalTensorList* scales : {lists.scales0, lists.scales1}) {
+    if (scales != nullptr && scales->has_value()) check_length(**scales, n, "scales");
+  }
   STD_TORCH_CHECK(lists.signed_sums.has_value() == lists.squared_sums.has_value(),
                   "signed and squared must be given together");
   if (!lists.signed_sums.has_value()) return;
@@ -54,6 +75,10 @@ void check_lists(const UpdateLists& lists) {
 }
 
 }  // namespace
+
+int state_type_of(const Tensor& state) {
+  return state.scalar_type() == ScalarType::Byte ? kCodes : static_cast<int>(dtype_of(state));
+}
 
 double scalar_of(const std::optional<Tensor>& x, double otherwise) {
   if (!x.has_value()) return otherwise;
@@ -108,10 +133,20 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
     STD_TORCH_CHECK(lists.params[i].scalar_type() == dtype, "params must have one dtype");
     t.param = lists.params[i].mutable_data_ptr();
     t.grad = compact(lists.grads[i], t, dtype, "grads");
-    if (lists.state0 != nullptr) t.state0 = compact((*lists.state0)[i], t, state, "states");
-    if (lists.state1 != nullptr) t.state1 = compact((*lists.state1)[i], t, state, "states");
+    if (lists.state0 != nullptr) {
+      t.state0 = compact((*lists.state0)[i], t, state, "states");
+      t.scales[0] = scales_of(lists.scales0, i, t, state);
+      t.maps[0] = &kMaps[0];
+    }
+    if (lists.state1 != nullptr) {
+      t.state1 = compact((*lists.state1)[i], t, state, "states");
+      t.scales[1] = scales_of(lists.scales1, i, t, state);
+      t.maps[1] = &kMaps[1];
+    }
     if (lists.compensations.has_value()) {
-      t.compensation = compact((*lists.compensations)[i], t, dtype, "compensations");
+      // The lower half of a float32 weight, see masked_rounding.h.
+      const ScalarType rest = dtype == ScalarType::BFloat16 ? ScalarType::Short : dtype;
+      t.compensation = compact((*lists.compensations)[i], t, rest, "compensations");
     }
     if (lists.signed_sums.has_value()) {
       const int64_t units = t.units_are_columns ? t.n_columns : t.n_rows;
@@ -121,7 +156,8 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
       t.squared_sum = doubles((*lists.squared_sums)[i]);
       t.unscale = unscale;
     } else if (t.rows == nullptr && t.columns == nullptr && t.column_stride == 1 &&
-               (t.n_rows == 1 || t.row_stride == t.n_columns)) {
+               (t.n_rows == 1 || t.row_stride == t.n_columns) &&
+               (t.scales[0] == nullptr || t.n_columns % kStateBlock == 0)) {
       t.n_columns *= t.n_rows;  // contiguous in every tensor: one long row
       t.n_rows = t.n_columns == 0 ? 0 : 1;
     }

@@ -39,18 +39,21 @@ struct UpdateLists {
   const std::vector<int64_t>& axes;
   const std::optional<Tensor>&step, &grad_scale, &seed;
   const OptionalTensorList &compensations, &signed_sums, &squared_sums;
+  const OptionalTensorList *scales0, *scales1;  // of states in 8 bits; null where there is no state
 };
 // Raises unless all lists fit each other.
 std::vector<UpdateTensor> update_tensors(const UpdateLists& lists);
 
 // The entry of a table of kernels, of a parameter's and its state's type.
 template <class Kernel>
-Kernel kernel_of(Kernel const (&table)[kDtypes][kDtypes], Dtype param, Dtype state) {
+Kernel kernel_of(Kernel const (&table)[kDtypes][kStateTypes], Dtype param, int state) {
   const Kernel kernel = table[param][state];
   STD_TORCH_CHECK(kernel != nullptr, "states must be float64 with float64 parameters, and else ",
-                  "float32 or bfloat16");
+                  "float32 or bfloat16, or uint8 with scales");
   return kernel;
 }
+// The type of `state`: a Dtype, or kCodes.
+int state_type_of(const Tensor& state);
 
 // Runs run(block, its number) over all blocks; every thread gets as many elements.
 template <class F>

@@ -31,7 +31,9 @@ void masked_adamw_cpu(const std::vector<Tensor>& params, const std::vector<Tenso
                       const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                       const std::optional<std::vector<Tensor>>& compensations,
                       const std::optional<std::vector<Tensor>>& signed_sums,
-                      const std::optional<std::vector<Tensor>>& squared_sums, double beta1,
+                      const std::optional<std::vector<Tensor>>& squared_sums,
+                      const std::optional<std::vector<Tensor>>& exp_avg_scales,
+                      const std::optional<std::vector<Tensor>>& exp_avg_sq_scales, double beta1,
                       double beta2, double eps, double weight_decay, bool maximize);
 void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                     const std::optional<std::vector<Tensor>>& momentum_buffers,
@@ -41,7 +43,8 @@ void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>
                     const std::optional<Tensor>& seed,
                     const std::optional<std::vector<Tensor>>& compensations,
                     const std::optional<std::vector<Tensor>>& signed_sums,
-                    const std::optional<std::vector<Tensor>>& squared_sums, double momentum,
+                    const std::optional<std::vector<Tensor>>& squared_sums,
+                    const std::optional<std::vector<Tensor>>& momentum_scales, double momentum,
                     double dampening, double weight_decay, bool nesterov, bool maximize);
 Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
                             const std::vector<std::optional<Tensor>>& indices,

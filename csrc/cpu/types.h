@@ -4,6 +4,8 @@
 // functions. Pointers are to elements; `rows` hold element offsets of each row from the base.
 #pragma once
 
+#include "../dynamic_map.h"
+
 namespace ssah {
 
 struct bf16 {
@@ -13,7 +15,14 @@ struct f16 {
   unsigned short bits;
 };
 
+// A code of the dynamic map, see DynamicMap.
+struct code8 {
+  unsigned char bits;
+};
+
 enum Dtype { kFloat64, kFloat32, kBFloat16, kFloat16, kDtypes };
+// Types of the state of an update: those of Dtype, and code8.
+constexpr int kCodes = kDtypes, kStateTypes = kDtypes + 1;
 // In the order of ACTIVATIONS in ssah_kernels/checks.
 enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2, kActivations };
 
@@ -65,6 +74,8 @@ struct UpdateTensor {
   void* param;
   const void* grad;
   void *state0, *state1, *compensation;  // or null
+  float* scales[2];                      // of states in codes: [n_rows, blocks] each
+  const DynamicMap* maps[2];             // of these
   const long *rows, *columns;            // selected; null for all
   long row_stride, column_stride;        // of param (masked_grad_norm: of grad)
   long n_rows, n_columns;                // selected
@@ -101,8 +112,8 @@ struct Kernels {
                                                 long row_end);
   void (*taylor_moments[kDtypes])(const TaylorMomentsArgs&, ChannelRange);
   void (*column_sq_norms[kDtypes])(const ColumnSqNormsArgs&, ChannelRange);
-  void (*masked_adamw[kDtypes][kDtypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);
-  void (*masked_sgd[kDtypes][kDtypes])(const UpdateTensor&, const SgdArgs&, UpdateBlock);
+  void (*masked_adamw[kDtypes][kStateTypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);
+  void (*masked_sgd[kDtypes][kStateTypes])(const UpdateTensor&, const SgdArgs&, UpdateBlock);
   double (*masked_grad_norm[kDtypes])(const UpdateTensor&, UpdateBlock);
   unsigned (*read_blocks)(const void* p, long begin, long end);
 };

@@ -6,7 +6,8 @@
 //
 //   params float64 / float32 / bfloat16 / float16 as matrices, everything else compact; states
 //   float64 for float64, else float32 or bfloat16; arithmetic in float32 (float64 for float64).
-//   Bytes per element: 28 in float32, 14 in bfloat16, 22 with float32 state; 4 more with Kahan.
+//   Bytes per element: 28 in float32, 14 in bfloat16, 22 with float32 state, 10.1 with state in 8
+//   bits; 4 more with Kahan.
 #include "masked_update.cuh"
 
 namespace ssah {
@@ -42,7 +43,7 @@ struct AdamwRule {
 };
 
 template <typename T, typename S>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_adamw_kernel(Targets targets, UpdateScalars scalars, AdamwSettings settings) {
   masked_update<T, S, AdamwRule<Real<T>>>(targets, scalars, settings);
 }
@@ -63,10 +64,13 @@ void masked_adamw_cuda(const TensorList& params, const TensorList& grads,
                        const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                        const std::optional<TensorList>& compensations,
                        const std::optional<TensorList>& signed_sums,
-                       const std::optional<TensorList>& squared_sums, double beta1, double beta2,
-                       double eps, double weight_decay, bool maximize) {
-  const UpdateLists lists{params, grads,         &exp_avgs,   &exp_avg_sqs, indices,
-                          dims,   compensations, signed_sums, squared_sums};
+                       const std::optional<TensorList>& squared_sums,
+                       const std::optional<TensorList>& exp_avg_scales,
+                       const std::optional<TensorList>& exp_avg_sq_scales, double beta1,
+                       double beta2, double eps, double weight_decay, bool maximize) {
+  const UpdateLists lists{
+      params,        grads,       &exp_avgs,    &exp_avg_sqs,    indices,           dims,
+      compensations, signed_sums, squared_sums, &exp_avg_scales, &exp_avg_sq_scales};
   const UpdateScalars scalars =
       update_scalars(first_of(params, "params"), lr, step, grad_scale, clip_coef, seed, maximize);
   const AdamwSettings settings{beta1, beta2, eps, weight_decay};

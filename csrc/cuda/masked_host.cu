@@ -43,6 +43,21 @@ void check_length(const List& list, size_t length, const char* name) {
                   " entries; it must have one a parameter, of which there are ", length);
 }
 
+// The scales of states in 8 bits; null where there are none.
+float* scales_pointer(const std::optional<TensorList>* list, size_t i, const Target& target,
+                      const Tensor& param, ScalarType state) {
+  if (list == nullptr) return nullptr;
+  STD_TORCH_CHECK(list->has_value() == (state == ScalarType::Byte),
+                  "states of uint8, and no others, must have scales");
+  if (!list->has_value()) return nullptr;
+  const Tensor& scales = (**list)[i];
+  STD_TORCH_CHECK(scales.scalar_type() == ScalarType::Float && scales.is_contiguous() &&
+                      scales.numel() == target.rows * ceil_div(target.columns, kStateBlock) &&
+                      scales.get_device_index() == param.get_device_index(),
+                  "scales must be contiguous float32, one for each 256 elements of a row");
+  return pointer<float>(scales);
+}
+
 void check_same(const Tensor& x, const Tensor& first, const char* name) {
   STD_TORCH_CHECK(
       x.scalar_type() == first.scalar_type() && x.get_device_index() == first.get_device_index(),
@@ -57,6 +72,9 @@ void check_lists(const UpdateLists& lists) {
   check_length(lists.indices, n, "indices");
   check_length(lists.dims, n, "dims");
   if (lists.compensations) check_length(*lists.compensations, n, "compensations");
+  for (const std::optional<TensorList>* scales : {lists.scales0, lists.scales1}) {
+    if (scales != nullptr && scales->has_value()) check_length(**scales, n, "scales");
+  }
   STD_TORCH_CHECK(lists.signed_sums.has_value() == lists.squared_sums.has_value(),
                   "signed and squared must be given together");
   if (!lists.signed_sums) return;
@@ -110,11 +128,17 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     target.grad = compact(lists.grads[i], dtype, "grads");
     if (lists.state0) target.state0 = compact((*lists.state0)[i], state, "states");
     if (lists.state1) target.state1 = compact((*lists.state1)[i], state, "states");
+    target.scales[0] = scales_pointer(lists.scales0, i, target, param, state);
+    target.scales[1] = scales_pointer(lists.scales1, i, target, param, state);
     if (lists.compensations) {
-      target.compensation = compact((*lists.compensations)[i], dtype, "compensations");
+      // Of bfloat16 the lower half of a float32 weight, see masked_rounding.cuh.
+      const ScalarType rest = dtype == ScalarType::BFloat16 ? ScalarType::Short : dtype;
+      target.compensation = compact((*lists.compensations)[i], rest, "compensations");
     }
+    // Blocks of states in 8 bits must stay within the rows that they were in.
     const bool contiguous = target.index == nullptr && target.column_stride == 1 &&
-                            (target.rows <= 1 || target.row_stride == target.columns);
+                            (target.rows <= 1 || target.row_stride == target.columns) &&
+                            (!target.scales[0] || target.columns % kStateBlock == 0);
     // Sums of units need the rows as they are, so that no such tensor is laid out anew.
     if (lists.signed_sums) {
       check_state((*lists.signed_sums)[i], target.units(), param, "signed");
@@ -153,8 +177,8 @@ std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& i
   return targets;
 }
 
-Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
-                   cudaStream_t stream) {
+Table finish_table(std::vector<Target>& targets, Widths widths, size_t part_bytes,
+                   const Tensor& like, cudaStream_t stream) {
   // An empty tensor has no block, and would begin at the same one as the next tensor.
   targets.erase(std::remove_if(targets.begin(), targets.end(),
                                [](const Target& t) { return t.rows == 0 || t.columns == 0; }),
@@ -165,7 +189,8 @@ Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, c
   for (Target& t : targets) {
     // A block's warps lie below each other; of a tensor of few rows, beside each other.
     t.row_warps = t.rows < kWarps ? 1 : kWarps;
-    const int64_t warp_columns = ceil_div(t.columns, kLanes * (t.wide ? width : width / 2));
+    const int64_t warp_columns =
+        ceil_div(t.columns, kLanes * (t.wide ? widths.wide : widths.narrow));
     const int64_t block_rows = ceil_div(t.rows, kRowsPerWarp * t.row_warps);
     t.block_columns = t.row_warps == 1 ? ceil_div(warp_columns, kWarps) : warp_columns;
     t.first_block = table.blocks;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "leading.h"
+#include "masked_codes.cuh"
 #include "masked_rounding.cuh"
 #include "masked_tiles.cuh"
 
@@ -20,6 +21,8 @@ struct UpdateLists {
   const std::optional<TensorList>& compensations;
   const std::optional<TensorList>& signed_sums;
   const std::optional<TensorList>& squared_sums;
+  const std::optional<TensorList>* scales0;  // of states in 8 bits; null where there is no state
+  const std::optional<TensorList>* scales1;
 };
 
 struct Table {
@@ -57,13 +60,15 @@ template <typename Visit>
 void dispatch_update(ScalarType dtype, ScalarType state, Visit&& visit) {
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
-    if constexpr (sizeof(T) == sizeof(double)) {
-      STD_TORCH_CHECK(state == ScalarType::Double, "states of float64 must be float64");
+    if (state == ScalarType::Byte) {
+      visit(T{}, code8{});
+    } else if constexpr (sizeof(T) == sizeof(double)) {
+      STD_TORCH_CHECK(state == ScalarType::Double, "states of float64 must be float64 or uint8");
       visit(T{}, double{});
     } else if (state == ScalarType::BFloat16) {
       visit(T{}, __nv_bfloat16{});
     } else {
-      STD_TORCH_CHECK(state == ScalarType::Float, "states must be float32 or bfloat16");
+      STD_TORCH_CHECK(state == ScalarType::Float, "states must be float32, bfloat16 or uint8");
       visit(T{}, float{});
     }
   });
@@ -82,9 +87,14 @@ inline const Tensor& first_of(const TensorList& list, const char* name) {
 // The trained elements of `x`: shape, strides and index.
 Target selected_matrix(const Tensor& x, const std::optional<Tensor>& index, int64_t dim);
 
+// Columns of a lane, as the kernels have them.
+struct Widths {
+  int wide, narrow;
+};
+
 // Fills in blocks and units of the targets, drops empty ones, and copies the table to the device.
-Table finish_table(std::vector<Target>& targets, int width, size_t part_bytes, const Tensor& like,
-                   cudaStream_t stream);
+Table finish_table(std::vector<Target>& targets, Widths widths, size_t part_bytes,
+                   const Tensor& like, cudaStream_t stream);
 
 // The targets of an update, whose elements have `width` in 16 bytes. A contiguous one without
 // importance becomes rows as long as a warp is wide, whatever its shape, and a rest.
@@ -95,15 +105,16 @@ std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& i
 
 template <typename T, typename S>
 Table make_update_table(const UpdateLists& lists, cudaStream_t stream) {
-  std::vector<Target> targets = update_targets(lists, kWide<T>, sizeof(T), sizeof(S));
-  return finish_table(targets, kWide<T>, sizeof(Real<T>), lists.params[0], stream);
+  constexpr Widths widths{kWideColumns<T, S>, kNarrowColumns<T, S>};
+  std::vector<Target> targets = update_targets(lists, widths.wide, sizeof(T), sizeof(S));
+  return finish_table(targets, widths, sizeof(Real<T>), lists.params[0], stream);
 }
 
 template <typename T>
 Table make_gradient_table(const TensorList& grads, const IndexList& indices,
                           const std::vector<int64_t>& dims, cudaStream_t stream) {
   std::vector<Target> targets = gradient_targets(grads, indices, dims, kWide<T>);
-  return finish_table(targets, kWide<T>, 0, grads[0], stream);
+  return finish_table(targets, {kWide<T>, kNarrow<T>}, 0, grads[0], stream);
 }
 
 }  // namespace ssah

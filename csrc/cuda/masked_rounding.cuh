@@ -73,4 +73,28 @@ __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x, bool no
   return __ushort_as_bfloat16(static_cast<unsigned short>((word + r) >> 16));
 }
 
+// The weight of which p is a part: of bfloat16 float32 bits, of which `rest` has the lower half.
+template <typename T>
+__device__ __forceinline__ Real<T> compensated(T p, T rest) {
+  return to_real(p) + to_real(rest);
+}
+__device__ __forceinline__ float compensated(__nv_bfloat16 p, __nv_bfloat16 rest) {
+  const uint32_t upper = static_cast<uint32_t>(__bfloat16_as_ushort(p)) << 16;
+  const int32_t low = static_cast<int16_t>(__bfloat16_as_ushort(rest));
+  return __uint_as_float(upper + static_cast<uint32_t>(low));
+}
+
+// p is w to nearest, and `rest` what that cut off.
+template <typename T>
+__device__ __forceinline__ void split(Real<T> w, T& p, T& rest) {
+  p = from_real<T>(w);
+  rest = from_real<T>(w - to_real(p));
+}
+__device__ __forceinline__ void split(float w, __nv_bfloat16& p, __nv_bfloat16& rest) {
+  // NaNs have several patterns, of which some would round to -0.
+  const uint32_t word = (w == w ? __float_as_uint(w) : 0x7fc00000u) + 0x8000u;
+  p = __ushort_as_bfloat16(static_cast<unsigned short>(word >> 16));
+  rest = __ushort_as_bfloat16(static_cast<unsigned short>((word & 0xffffu) ^ 0x8000u));
+}
+
 }  // namespace ssah

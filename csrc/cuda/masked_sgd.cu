@@ -42,7 +42,7 @@ struct SgdRule {
 };
 
 template <typename T, typename S, int kMomentumBuffers>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_sgd_kernel(Targets targets, UpdateScalars scalars, SgdSettings settings) {
   masked_update<T, S, SgdRule<Real<T>, kMomentumBuffers>>(targets, scalars, settings);
 }
@@ -63,11 +63,16 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                      const std::optional<TensorList>& compensations,
                      const std::optional<TensorList>& signed_sums,
-                     const std::optional<TensorList>& squared_sums, double momentum,
+                     const std::optional<TensorList>& squared_sums,
+                     const std::optional<TensorList>& momentum_scales, double momentum,
                      double dampening, double weight_decay, bool nesterov, bool maximize) {
   const TensorList* buffers = momentum_buffers ? &*momentum_buffers : nullptr;
-  const UpdateLists lists{params, grads,         buffers,     nullptr,     indices,
-                          dims,   compensations, signed_sums, squared_sums};
+  const UpdateLists lists{params,        grads,
+                          buffers,       nullptr,
+                          indices,       dims,
+                          compensations, signed_sums,
+                          squared_sums,  buffers == nullptr ? nullptr : &momentum_scales,
+                          nullptr};
   const UpdateScalars scalars =
       update_scalars(first_of(params, "params"), lr, step, grad_scale, clip_coef, seed, maximize);
   const SgdSettings settings{momentum, dampening, weight_decay, nesterov};

@@ -17,6 +17,7 @@ struct Target {
   const void* grad;
   void* state0;
   void* state1;
+  float* scales[2];  // of states in 8 bits, one for 256 elements of a row; else null
   void* compensation;
   const int64_t* index;  // of rows (dim 0) or columns (dim 1) of the parameter; null: all
   double* signed_sums;   // [units]; null: no importance

@@ -4,6 +4,7 @@
 
 #include "launch.cuh"
 #include "masked_access.cuh"
+#include "masked_codes.cuh"
 #include "masked_host.h"
 #include "masked_importance.cuh"
 #include "masked_rounding.cuh"
@@ -11,12 +12,11 @@
 namespace ssah {
 
 // Rule: update(g, w, state0, state1), in the arithmetic type; kStates of the states exist.
-template <typename T, typename S, int W, typename Rule>
+template <typename T, typename S, int W, bool kIsWide, typename Rule>
 __device__ __forceinline__ void update_rows(const Target& target, const Noise& noise,
                                             const GradientFactors<Real<T>>& factors,
                                             const Rule& rule) {
   using R = Real<T>;
-  constexpr bool kIsWide = W == kWide<T>;
   const Place<W, kIsWide> place(target);
   const int valid = place.valid;
   int64_t columns[W];
@@ -35,9 +35,12 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
   const bool row_units = target.dim == 0;
   const bool importance = target.signed_sums != nullptr;
   const bool kahan = sizeof(T) == 2 && compensations != nullptr;
+  const int64_t row_blocks = ceil_div(row_columns, kStateBlock);
+  CodedStates<R, kInCodes<S> ? W : 1> coded;
   for (int64_t row = place.row; row < place.end; row += place.row_step) {
     // Where rows are units, their sums end with the row; else with the tile.
     if (row_units) sums.clear();
+    const int64_t block = row * row_blocks + place.warp_column;  // of states in codes
     if (valid > 0) {
       const int64_t element = row * row_columns + place.column;
       T* const param_row = param + param_rows[row];
@@ -45,32 +48,61 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
       Vector<S, W> s0, s1;
       read_at<kIsWide>(p, param_row, columns, valid);
       read<kIsWide>(g, grads + element, valid);
-      if constexpr (Rule::kStates > 0) read<kIsWide>(s0, states0 + element, valid);
-      if constexpr (Rule::kStates > 1) read<kIsWide>(s1, states1 + element, valid);
+      if constexpr (kInCodes<S>) {
+        coded.template read<kIsWide>(0, states0 + element, target.scales[0][block], valid);
+        if constexpr (Rule::kStates > 1) {
+          coded.template read<kIsWide>(1, states1 + element, target.scales[1][block], valid);
+        }
+      } else {
+        if constexpr (Rule::kStates > 0) read<kIsWide>(s0, states0 + element, valid);
+        if constexpr (Rule::kStates > 1) read<kIsWide>(s1, states1 + element, valid);
+      }
       if (kahan) read<kIsWide>(c, compensations + element, valid);
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         R w = to_real(p.at[k]);
         const R grad = to_real(g.at[k]);
         sums.add(k, w * grad * factors.unscale);  // before the update and before clipping
-        if (kahan) w += to_real(c.at[k]);
+        if (kahan) w = compensated(p.at[k], c.at[k]);
         R state[2] = {0, 0};
-        if constexpr (Rule::kStates > 0) state[0] = to_real(s0.at[k]);
-        if constexpr (Rule::kStates > 1) state[1] = to_real(s1.at[k]);
+        if constexpr (kInCodes<S>) {
+          state[0] = coded.values[0][k];
+          if constexpr (Rule::kStates > 1) state[1] = coded.values[1][k];
+        } else {
+          if constexpr (Rule::kStates > 0) state[0] = to_real(s0.at[k]);
+          if constexpr (Rule::kStates > 1) state[1] = to_real(s1.at[k]);
+        }
         rule.update(grad * factors.gradient, w, state[0], state[1]);
         const int64_t position = first_element + element + k * place.kStep;
         const uint32_t bits = noise.on ? noise.bits(position) : 0u;
-        p.at[k] = rounded<T>(w, noise.on && !kahan, bits & 0xffffu);
-        if (kahan) c.at[k] = from_real<T>(w - to_real(p.at[k]));
-        if constexpr (Rule::kStates > 0) s0.at[k] = rounded<S>(state[0], noise.on, bits >> 16);
-        if constexpr (Rule::kStates > 1) {
-          s1.at[k] = rounded<S>(state[1], noise.on, (bits * 0x9e3779b1u) >> 16);
+        if (kahan) {
+          split(w, p.at[k], c.at[k]);
+        } else {
+          p.at[k] = rounded<T>(w, noise.on, bits & 0xffffu);
+        }
+        if constexpr (kInCodes<S>) {
+          coded.values[0][k] = state[0];
+          if constexpr (Rule::kStates > 1) coded.values[1][k] = state[1];
+        } else {
+          if constexpr (Rule::kStates > 0) s0.at[k] = rounded<S>(state[0], noise.on, bits >> 16);
+          if constexpr (Rule::kStates > 1) {
+            s1.at[k] = rounded<S>(state[1], noise.on, (bits * 0x9e3779b1u) >> 16);
+          }
         }
       }
       write_at<kIsWide>(param_row, p, columns, valid);
-      if constexpr (Rule::kStates > 0) write<kIsWide>(states0 + element, s0, valid);
-      if constexpr (Rule::kStates > 1) write<kIsWide>(states1 + element, s1, valid);
+      if constexpr (!kInCodes<S>) {
+        if constexpr (Rule::kStates > 0) write<kIsWide>(states0 + element, s0, valid);
+        if constexpr (Rule::kStates > 1) write<kIsWide>(states1 + element, s1, valid);
+      }
       if (kahan) write<kIsWide>(compensations + element, c, valid);
+    }
+    if constexpr (kInCodes<S>) {
+      const int64_t element = row * row_columns + place.column;
+      coded.template write<kIsWide>(0, states0 + element, target.scales[0] + block, valid);
+      if constexpr (Rule::kStates > 1) {
+        coded.template write<kIsWide>(1, states1 + element, target.scales[1] + block, valid);
+      }
     }
     if (importance && row_units) sums.write_row(target, place.warp_column, row);
   }
@@ -100,9 +132,9 @@ __device__ __forceinline__ void masked_update(const Targets& targets, const Upda
   const Rule rule = shared.rule;
   const Noise noise(scalars, target.number);
   if (target.wide) {
-    update_rows<T, S, kWide<T>>(target, noise, factors, rule);
+    update_rows<T, S, kWideColumns<T, S>, true>(target, noise, factors, rule);
   } else {
-    update_rows<T, S, kNarrow<T>>(target, noise, factors, rule);
+    update_rows<T, S, kNarrowColumns<T, S>, false>(target, noise, factors, rule);
   }
 }
 

@@ -37,8 +37,10 @@ void masked_adamw_cuda(const TensorList& params, const TensorList& grads,
                        const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                        const std::optional<TensorList>& compensations,
                        const std::optional<TensorList>& signed_sums,
-                       const std::optional<TensorList>& squared_sums, double beta1, double beta2,
-                       double eps, double weight_decay, bool maximize);
+                       const std::optional<TensorList>& squared_sums,
+                       const std::optional<TensorList>& exp_avg_scales,
+                       const std::optional<TensorList>& exp_avg_sq_scales, double beta1,
+                       double beta2, double eps, double weight_decay, bool maximize);
 
 void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<TensorList>& momentum_buffers, const IndexList& indices,
@@ -47,7 +49,8 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
                      const std::optional<TensorList>& compensations,
                      const std::optional<TensorList>& signed_sums,
-                     const std::optional<TensorList>& squared_sums, double momentum,
+                     const std::optional<TensorList>& squared_sums,
+                     const std::optional<TensorList>& momentum_scales, double momentum,
                      double dampening, double weight_decay, bool nesterov, bool maximize);
 
 Tensor masked_grad_norm_cuda(const TensorList& grads, const IndexList& indices,

@@ -69,11 +69,18 @@ def like(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
             raise ValueError(f"{name} has {what} {is_}; it must be {must}, as {other_name}")
 
 
-def state_of(name: str, state: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
-    """Raise unless ``state`` is float64, of this shape and contiguous."""
+def state_of(
+    name: str,
+    state: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> None:
+    """Raise unless ``state`` is of this dtype and shape, and contiguous."""
     dense(name, state)
-    if state.dtype != torch.float64:
-        raise TypeError(f"{name} has dtype {state.dtype}; state tensors must be float64")
+    if state.dtype != dtype:
+        must = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name} has dtype {state.dtype}; state tensors must be {must}")
     if tuple(state.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(state.shape)}; it must be {shape}")
     if state.device != device:

@@ -3,8 +3,8 @@
 Thousands of tensors pass here in every step: names are made where something is wrong, not before.
 
 Compact means the parameter's shape with the index's length in place of the size along its dim: of
-[4096, 11008] with 2,202 columns trained, gradient and state are [4096, 2202], and the sums of
-importance are [2202].
+[4096, 11008] with 2,202 columns trained, gradient and state are [4096, 2202], the sums of
+importance are [2202], and the scales of state in 8 bits are [4096, 9].
 """
 
 from __future__ import annotations
@@ -17,6 +17,10 @@ from torch import Tensor
 
 from ssah_kernels.checks.matrices import as_matrix, axis_of, can_be_matrix
 from ssah_kernels.checks.tensors import dense, floating, state_of
+from ssah_kernels.dynamic_map import scales_shape
+
+# The dtype of what compensates a parameter of 16 bits, see reference/masked_update.py.
+COMPENSATIONS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
 
 
 class _Compact(NamedTuple):
@@ -100,12 +104,15 @@ def _lists(
     grads: Sequence[Tensor],
     states: dict[str, Sequence[Tensor]],
     compensations: Sequence[Tensor] | None,
+    in_codes: bool,
 ) -> list[_Compact]:
     """What is compact with parameters like ``first``."""
     # Autograd gives gradients any strides; state is this package's own, and contiguous.
     lists = [_Compact("grads", grads, (first.dtype,), False, [])]
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    if first.dtype == torch.float64:
+    if in_codes:
+        dtypes = (torch.uint8,)
+    elif first.dtype == torch.float64:
         dtypes = (torch.float64,)
     for name, state in states.items():
         if state:
@@ -114,12 +121,13 @@ def _lists(
         lists.append(_Compact(name, state, dtypes, True, []))
     if compensations is not None:
         # Of wider parameters, rounding loses too little to be worth their memory.
-        if first.dtype not in (torch.bfloat16, torch.float16):
+        if first.dtype not in COMPENSATIONS:
             raise TypeError(
                 f"compensations are given for {first.dtype} parameters; they must be bfloat16 or "
                 "float16"
             )
-        lists.append(_Compact("compensations", compensations, (first.dtype,), True, []))
+        dtypes = (COMPENSATIONS[first.dtype],)
+        lists.append(_Compact("compensations", compensations, dtypes, True, []))
     return lists
 
 
@@ -131,6 +139,7 @@ def _update(
     dims: Sequence[int],
     compensations: Sequence[Tensor] | None,
     importance: dict[str, Sequence[Tensor] | None],
+    scales: dict[str, Sequence[Tensor] | None],
 ) -> tuple[list[Any], ...]:
     """Checks the lists of an update; params, grads, states, dims, compensations as matrices.
 
@@ -141,8 +150,12 @@ def _update(
     first = params[0]
     floating("params[0]", first, 0)
     dtype, device, strided = first.dtype, first.device, torch.strided
-    lists = _lists(first, grads, states, compensations)
+    per_block = [(name, each) for name, each in scales.items() if each is not None]
+    if 0 < len(per_block) < len(scales):
+        raise ValueError(f"{' and '.join(scales)} must be given together")
+    lists = _lists(first, grads, states, compensations, in_codes=bool(per_block))
     named = {"indices": indices, "dims": dims, **importance, **{x.name: x.tensors for x in lists}}
+    named |= scales
     for name, values in named.items():
         if values is not None:
             _same_length(name, values, len(params))
@@ -176,6 +189,9 @@ def _update(
             # dim may be -1, whose slice would end at 0.
             units = tuple(shape[dim : dim + 1 or None]) or (1,)
             state_of(f"{name}[{i}]", sums[i], units, device)
+        for name, each in per_block:
+            blocks = scales_shape(shape, dim)
+            state_of(f"{name}[{i}]", each[i], blocks, device, torch.float32)
         if is_matrix:
             matrices.append(param)
             axes.append(dim % 2)
@@ -200,8 +216,11 @@ def masked_adamw_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     **_: float,
 ) -> tuple[Any, ...]:
+    scales = {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
     p, axes, g, m, v, *c = _update(
         params,
         grads,
@@ -210,9 +229,11 @@ def masked_adamw_(
         dims,
         compensations,
         {"signed": signed, "squared": squared},
+        scales,
     )
     scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
-    return p, g, m, v, indices, axes, *scalars, c[0] if c else None, signed, squared
+    rest = (c[0] if c else None, signed, squared, *scales.values())
+    return p, g, m, v, indices, axes, *scalars, *rest
 
 
 def _scalars(like: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -236,6 +257,7 @@ def masked_sgd_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     *,
     momentum: float = 0.0,
     nesterov: bool = False,
@@ -246,13 +268,23 @@ def masked_sgd_(
         raise ValueError(
             f"momentum_buffers is None; momentum {momentum} and nesterov {nesterov} need them"
         )
+    if momentum_buffers is None and momentum_scales is not None:
+        raise ValueError("momentum_scales are given without momentum_buffers, which they are of")
     states = {} if momentum_buffers is None else {"momentum_buffers": momentum_buffers}
     p, axes, g, *rest = _update(
-        params, grads, states, indices, dims, compensations, {"signed": signed, "squared": squared}
+        params,
+        grads,
+        states,
+        indices,
+        dims,
+        compensations,
+        {"signed": signed, "squared": squared},
+        {"momentum_scales": momentum_scales},
     )
     buffers = None if momentum_buffers is None else rest.pop(0)
     scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
-    return p, g, buffers, indices, axes, *scalars, rest[0] if rest else None, signed, squared
+    c = rest[0] if rest else None
+    return p, g, buffers, indices, axes, *scalars, c, signed, squared, momentum_scales
 
 
 def masked_grad_norm(

@@ -11,7 +11,7 @@ g and g^2: with lr 0.1, no decay and g = 0.3 a weight goes down by 0.1, whatever
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,12 +34,15 @@ class MaskedAdamW(MaskedOptimizer):
             is compact; so is the copy of the gradient's trained entries.
         lr: a float, or a tensor ``[]`` or ``[1]``.
         betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
-        state_dtype: of both moments: float32, bfloat16, or None (float32; float64 for float64
-            parameters).
+        state_dtype: of both moments: float32, bfloat16, None (float32; float64 for float64
+            parameters), or ``"8bit"``: codes of the dynamic map, with a scale for each 256 elements
+            of a row (:mod:`ssah_kernels.dynamic_map`). Parameters of one dimension, and rows of
+            fewer than 64 elements, keep float32.
         rounding: how bfloat16 parameters without a master copy are stored: ``"nearest"``;
-            ``"stochastic"``, which is unbiased; ``"kahan"``, with a compensation in bfloat16.
-            bfloat16 state is rounded stochastically by the last two. float16 parameters take
-            ``"nearest"`` or ``"kahan"``; nothing of it touches float32.
+            ``"stochastic"``, which is unbiased; ``"remainder"``, which keeps the other 16 bits of a
+            float32 weight beside them: the step is, bit for bit, that of float32 weights. bfloat16
+            state is rounded stochastically by the last two. float16 parameters take ``"nearest"``
+            or ``"remainder"``, Kahan's compensation there; nothing of it touches float32.
         seed: of the rounding noise, with the step: a resumed run repeats the uninterrupted one.
         max_norm: clip the norm of all gradients together to this, inside the update.
         track_importance: accumulate every unit's sum of p * g and (p * g)^2, see ``importance``.
@@ -59,7 +62,7 @@ class MaskedAdamW(MaskedOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         max_norm: float | None = None,
@@ -91,6 +94,8 @@ class MaskedAdamW(MaskedOptimizer):
             call.state("compensation"),
             call.state("importance_signed"),
             call.state("importance_squared"),
+            call.state("exp_avg_scales"),
+            call.state("exp_avg_sq_scales"),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

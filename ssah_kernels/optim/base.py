@@ -22,11 +22,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssah_kernels import ops
+from ssah_kernels.checks.updates import COMPENSATIONS
+from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
-from ssah_kernels.optim.calls import Call, Scalars, cut_state
+from ssah_kernels.optim.calls import Call, Scalars, cut_state, scales_of
 from ssah_kernels.sharded import Dim, Part, first_row, is_sharded, join, local, parts
-
-COMPENSATED = (torch.bfloat16, torch.float16)
 
 # Number in the optimiser, group, parameter, index [trained] and dimension.
 Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"
@@ -74,6 +74,12 @@ class MaskedOptimizer(Optimizer):
                     f"params[{i}] is sharded: max_norm must be None (clip with "
                     "torch.nn.utils.clip_grad_norm_) and track_importance False"
                 )
+            # Its state lies flat, one expert behind the other, and so has no rows for the blocks.
+            if isinstance(group["dims"][i], tuple) and group["state_dtype"] == options.EIGHT_BIT:
+                raise ValueError(
+                    f"params[{i}] is sharded and holds experts: state_dtype must not be "
+                    f"{options.EIGHT_BIT!r}; use torch.bfloat16"
+                )
             index, dim = group["indices"][i], group["dims"][i]
             group["indices"][i] = options.entries(f"[{i}]", p, index, dim)
 
@@ -92,20 +98,32 @@ class MaskedOptimizer(Optimizer):
 
     def _new_state(self, group: dict[str, Any], grad: Tensor, dim: int) -> dict[str, Any]:
         """Zero state for a compact gradient [trained, other], or [other, trained] if dim is 1."""
-        dtype = group["state_dtype"] or torch.float32
-        if grad.dtype == torch.float64:
-            dtype = torch.float64
+        dtype = options.state_dtype(group, grad, dim)
         # A float64 count is exact up to 2^53 steps, and torch counts on the host too.
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float64)}
         for name in self._names(group):
             state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
-        if group["rounding"] == "kahan" and grad.dtype in COMPENSATED:
-            state["compensation"] = torch.zeros(grad.shape, dtype=grad.dtype, device=grad.device)
+            if dtype == torch.uint8:
+                blocks = scales_shape(grad.shape, dim)
+                state[scales_of(name)] = torch.zeros(blocks, device=grad.device)
+        if group["rounding"] == "remainder" and grad.dtype in COMPENSATIONS:
+            rest = COMPENSATIONS[grad.dtype]
+            state["compensation"] = torch.zeros(grad.shape, dtype=rest, device=grad.device)
         if group["track_importance"]:
             units = grad.shape[dim] if grad.dim() else 1
             for name in ("importance_signed", "importance_squared"):
                 state[name] = torch.zeros(units, dtype=torch.float64, device=grad.device)
         return state
+
+    def state_bytes(self) -> int:
+        """Bytes of state once every parameter has had a gradient; of all ranks together."""
+        total = 0
+        for _, group, p, index, dim in self.entries():
+            shape = checkpoint.trained_shape(p, index, dim)
+            grad = torch.empty(shape, dtype=p.dtype, device="meta")  # has a shape and no memory
+            state = self._new_state(group, grad, dim if isinstance(dim, int) else dim[-1])
+            total += sum(value.nbytes for name, value in state.items() if name != "step")
+        return total
 
     def _calls(self, entries: Iterable[Entry]) -> list[tuple[dict[str, Any], Call]]:
         """The work of one update: those of ``entries`` with a gradient, in few calls."""
@@ -124,7 +142,8 @@ class MaskedOptimizer(Optimizer):
             if not state:
                 state.update(self._new_state(group, join(grads), pieces[0].dim))
             # A parameter that joined late, or had no gradient in a step, has a count of its own.
-            key = (id(group), p.dtype, p.device, float(state["step"]))
+            kinds = tuple(state[name].dtype for name in self._names(group))
+            key = (id(group), p.dtype, p.device, float(state["step"]), kinds)
             for part, grad, own in zip(pieces, grads, cut_state(state, grads), strict=True):
                 if is_sharded(p) and not grad.numel():
                     continue
@@ -217,6 +236,8 @@ class MaskedOptimizer(Optimizer):
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, which no group of ours has
                     group.setdefault(name, value)
+            if group["rounding"] == "kahan":  # of an earlier release
+                group["rounding"] = "remainder"
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Resume: options, step counts (which the rounding noise follows) and state, in the dtype

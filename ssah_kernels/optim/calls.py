@@ -22,6 +22,11 @@ from ssah_kernels.sharded import cut
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
 
+def scales_of(name: str) -> str:
+    """The name of the scales [rows, blocks] of state in 8 bits that has this name."""
+    return f"{name}_scales"
+
+
 class Scalars(NamedTuple):
     """The numbers of one call, on its device and in the order that the operators take them."""
 

@@ -6,7 +6,7 @@ moment of row 3 must not become that of row 4.
 
 A sharded parameter's state is saved as a DTensor of the parameter's whole shape, zero where nothing
 trains. Any number of ranks can then read what any other number has written, because only whole
-shapes mean the same to both.
+shapes mean the same to both. Scales of state in 8 bits have a row for each row of the parameter.
 """
 
 from __future__ import annotations
@@ -17,7 +17,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssah_kernels.sharded import compact, expand, is_sharded
+from ssah_kernels.dynamic_map import scales_shape
+from ssah_kernels.optim.calls import scales_of
+from ssah_kernels.sharded import Part, compact, expand, is_sharded, join, local, parts
 
 
 class Masked(Protocol):
@@ -46,15 +48,48 @@ def numbers(state_dict: dict[str, Any]) -> Iterator[int]:
     return (n for group in state_dict["param_groups"] for n in group["params"])
 
 
+def trained_shape(p: Tensor, index: Tensor | None, dim: Any) -> list[int]:
+    """The shape of what trains of ``p`` [units, other], whole: [trained, other]."""
+    shape = list(p.shape)
+    if index is not None and isinstance(dim, int):
+        shape[dim] = len(index)
+    return shape
+
+
+def _placed(
+    optimizer: Masked, name: str, p: Tensor, index: Tensor | None, dim: Any
+) -> tuple[Tensor | None, Any, tuple[int, ...] | None]:
+    """Index, dimension and shape by which state ``name`` of a sharded parameter is expanded."""
+    if name not in map(scales_of, optimizer.state_names):
+        return index, dim, None
+    rows, *blocks = scales_shape(trained_shape(p, index, dim), dim)
+    by_row = dim % p.dim() == 0
+    return index if by_row else None, 0, (p.shape[0] if by_row else rows, *blocks)
+
+
 def expand_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
     """In ``state_dict``, put DTensors of whole shape in place of sharded parameters' state."""
     of_parameters = zip(optimizer.entries(), numbers(state_dict), strict=True)
     for (_, _, p, index, dim), n in of_parameters:
         if is_sharded(p) and n in state_dict["state"]:
             state_dict["state"][n] = {
-                name: value if name == "step" else expand(p, value, index, dim)
+                name: value
+                if name == "step"
+                else expand(p, value, *_placed(optimizer, name, p, index, dim))
                 for name, value in state_dict["state"][n].items()
             }
+
+
+def _other_half(p: Tensor, rest: Tensor) -> Tensor:
+    """Int16 [...] of Kahan's ``rest`` [...] of bfloat16 ``p``: the nearest float32 weight's.
+
+    Earlier releases kept the two as a sum: 1 and 0.001 are the float32 weight 1.001.
+    """
+    weight, upper = (
+        x.contiguous().view(torch.int32).long() for x in (p.float() + rest.float(), p.float())
+    )
+    # Half a unit up does not fit, by one: the weight is a float32 neighbour then.
+    return (weight - upper).clamp(-(1 << 15), (1 << 15) - 1).short()
 
 
 def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
@@ -65,9 +100,11 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
     """
     of_parameters = zip(optimizer.entries(), numbers(state_dict), strict=True)
     for (_, _, p, index, dim), n in of_parameters:
-        shape = list(p.shape)
-        if index is not None and isinstance(dim, int):
-            shape[dim] = len(index)  # [trained, other]
+        shape = trained_shape(p, index, dim)
+        shapes = dict.fromkeys(optimizer.state_names, shape)
+        if isinstance(dim, int):
+            scales = list(scales_shape(shape, dim))
+            shapes |= dict.fromkeys(map(scales_of, optimizer.state_names), scales)
         saved = state_dict["state"].get(n, {})
         if saved and "step" not in saved:
             # torch's SGD counts no steps. It keeps a buffer from the first one on, if at all.
@@ -77,15 +114,19 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
                 optimizer.state[p].pop(name, None)
                 continue
             if is_sharded(p) and name != "step":
-                value = compact(p, value, index, dim)
+                value = compact(p, value, *_placed(optimizer, name, p, index, dim))
             elif name == "step":
                 # torch counts in float32, which is exact up to 2^24 steps alone.
                 value = torch.as_tensor(value).to(torch.float64)
-            elif name in optimizer.state_names and list(value.shape) != shape:
+            elif name in shapes and list(value.shape) != shapes[name]:
                 raise ValueError(
                     f"{name} of parameter {n} has shape {list(value.shape)} in the checkpoint; "
-                    f"it must be {shape}: was it saved with another selection of units?"
+                    f"it must be {shapes[name]}: was it saved with another selection of units?"
                 )
+            if name == "compensation" and value.dtype == torch.bfloat16:
+                pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]
+                own = join([part.entries(local(p.detach())) for part in pieces])
+                value = _other_half(own, value.to(p.device))
             # Steps are counted on the host, where reading them waits for no GPU.
             device = "cpu" if name == "step" else p.device
             optimizer.state[p][name] = value.detach().to(device, copy=True)
@@ -109,6 +150,7 @@ def check_same_update(optimizer: Masked, state_dict: dict[str, Any]) -> None:
     known = {"step", "compensation", "importance_signed", "importance_squared"}
     for state in state_dict["state"].values():
         strange = state.keys() - known - set(optimizer.state_names)
+        strange -= set(map(scales_of, optimizer.state_names))
         if strange:
             raise ValueError(
                 f"the checkpoint has state that {type(optimizer).__name__} does not know "

@@ -6,6 +6,7 @@ A parameter group may have options of its own, so that each group is checked, no
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ from torch import Tensor
 from ssah_kernels import checks, indices, overlap
 from ssah_kernels.sharded import Dim, check_layout, is_sharded, local
 
-ROUNDINGS = ("nearest", "stochastic", "kahan")
+ROUNDINGS = ("nearest", "stochastic", "remainder")
 STATE_DTYPES = (torch.float32, torch.bfloat16)
+EIGHT_BIT = "8bit"
+SHORTEST_ROW = 64  # elements: of a shorter row, scales would take back what codes save
 
 
 def _number(name: str, value: Any, *, below: float = math.inf) -> None:
@@ -57,15 +60,22 @@ def check(group: dict[str, Any]) -> None:
             raise ValueError(f"dampening is {checks.shown(dampening)}; it must be a finite number")
         if group["nesterov"] and (group["momentum"] <= 0 or dampening != 0):
             raise ValueError("nesterov needs a momentum greater than 0 and no dampening")
+    if group["rounding"] == "kahan":
+        warnings.warn(
+            "rounding='kahan' is now rounding='remainder', which keeps bfloat16 weights exactly",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        group["rounding"] = "remainder"
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(
             f"rounding is {checks.shown(group['rounding'])}; it must be one of "
             f"{', '.join(ROUNDINGS)}"
         )
-    if group["state_dtype"] not in (None, *STATE_DTYPES):
+    if group["state_dtype"] not in (None, EIGHT_BIT, *STATE_DTYPES):
         raise ValueError(
             f"state_dtype is {checks.shown(group['state_dtype'])}; it must be torch.float32, "
-            "torch.bfloat16 or None (float32, and float64 for float64 parameters)"
+            f"torch.bfloat16, {EIGHT_BIT!r} or None (float32, and float64 for float64 parameters)"
         )
     seed, max_norm = group["seed"], group["max_norm"]
     if isinstance(seed, bool) or not isinstance(seed, int):
@@ -76,6 +86,21 @@ def check(group: dict[str, Any]) -> None:
         raise ValueError(
             f"max_norm is {checks.shown(max_norm)}; it must be None or a number greater than 0"
         )
+
+
+def state_dtype(group: dict[str, Any], grad: Tensor, dim: int) -> torch.dtype:
+    """The dtype of state for a compact gradient [trained, other]; uint8 are codes in 8 bits.
+
+    With ``"8bit"``, parameters of one dimension (norms, biases) and rows of fewer than 64 elements
+    have state in float32. Both follow from the shape of what trains, which no sharding changes.
+    """
+    wanted = group["state_dtype"]
+    if wanted == EIGHT_BIT:
+        row = grad.shape[1:] if grad.dim() > 1 and dim % grad.dim() == 0 else grad.shape[-1:]
+        if grad.dim() > 1 and math.prod(row) >= SHORTEST_ROW:
+            return torch.uint8
+        wanted = None
+    return torch.float64 if grad.dtype == torch.float64 else wanted or torch.float32
 
 
 def as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:

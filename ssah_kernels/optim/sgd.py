@@ -10,7 +10,7 @@ With lr 0.1, momentum 0.9 and g = 1 twice, b is 1 and then 1.9, and w goes down 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ class MaskedSGD(MaskedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
-        state_dtype: torch.dtype | None = None,
+        state_dtype: torch.dtype | Literal["8bit"] | None = None,
         rounding: str = "nearest",
         seed: int = 0,
         max_norm: float | None = None,
@@ -79,6 +79,7 @@ class MaskedSGD(MaskedOptimizer):
             call.state("compensation"),
             call.state("importance_signed"),
             call.state("importance_squared"),
+            call.state("momentum_buffer_scales"),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],

@@ -6,7 +6,8 @@ With t = step (already incremented by the caller), and g, w, round as in ``maske
     m <- beta1 m + (1 - beta1) g                 v <- beta2 v + (1 - beta2) g^2
     w <- w - lr / (1 - beta1^t) * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 
-as ``torch.optim.AdamW`` does. w is computed from m and v before these are rounded.
+as ``torch.optim.AdamW`` does. w is computed from m and v before these are rounded. With scales,
+m and v are stored in 8 bits: see ``dynamic_map``.
 
 Example, of step 1 with w = 1, g = 0.5, lr = 0.1 and weight_decay = 0.01. w decays to 0.999; m is
 0.05 and v 0.00025; without their bias they are 0.5 and 0.25, so that w becomes 0.999 - 0.1 = 0.899.
@@ -18,7 +19,15 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradient, selected
+from ssah_kernels.reference.masked_update import (
+    Rounder,
+    State,
+    add_importance_,
+    entry,
+    gradient,
+    selected,
+    trained_weight,
+)
 
 
 def masked_adamw_(
@@ -36,6 +45,8 @@ def masked_adamw_(
     compensations: Sequence[Tensor] | None = None,  # compact
     signed: Sequence[Tensor] | None = None,  # [trained]
     squared: Sequence[Tensor] | None = None,  # [trained]
+    exp_avg_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -49,15 +60,19 @@ def masked_adamw_(
         if signed is not None and squared is not None:
             # Before the update: p and g of one and the same forward pass.
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
-        compensation = None if compensations is None else compensations[i]
-        w = p if compensation is None else p + compensation.double()
+        compensation = entry(compensations, i)
+        w = trained_weight(param, index, dim, compensation)
         g = gradient(grad, grad_scale, clip_coef, maximize)
-        m, v = exp_avgs[i].double(), exp_avg_sqs[i].double()
+        states = (
+            State(exp_avgs[i], entry(exp_avg_scales, i), 1, dim),
+            State(exp_avg_sqs[i], entry(exp_avg_sq_scales, i), 2, dim),
+        )
+        m, v = (state.read() for state in states)
         w = w * (1 - rate * weight_decay)
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g * g
         w = w - rate / (1 - beta1**t) * m / (v.sqrt() / (1 - beta2**t).sqrt() + eps)
         rounded = Rounder(grad, step, seed, i)
         rounded.write_param_(param, index, dim, w, compensation)
-        exp_avgs[i].copy_(rounded(m, exp_avgs[i].dtype, 1))
-        exp_avg_sqs[i].copy_(rounded(v, exp_avg_sqs[i].dtype, 2))
+        for state, value in zip(states, (m, v), strict=True):
+            state.write_(value, rounded)

@@ -7,7 +7,8 @@ caller), and g, w, round as in ``masked_update``:
     b <- g if t = 1, else momentum b + (1 - dampening) g          (if momentum_buffers is given)
     w <- w - lr (g + momentum b  if nesterov,  else b)            (g without momentum_buffers)
 
-as ``torch.optim.SGD`` does. w is computed from b before that is rounded.
+as ``torch.optim.SGD`` does. w is computed from b before that is rounded. With scales, b is stored
+in 8 bits: see ``dynamic_map``.
 
 Example, of step 2 with w = 1, g = 0.5, b = 0.5, lr = 0.1 and momentum = 0.9. b becomes 0.45 + 0.5 =
 0.95 and w 1 - 0.095 = 0.905; with nesterov w becomes 1 - 0.1 (0.5 + 0.855) = 0.8645.
@@ -20,7 +21,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssah_kernels.reference.masked_update import Rounder, add_importance_, gradient, selected
+from ssah_kernels.reference.masked_update import (
+    Rounder,
+    State,
+    add_importance_,
+    entry,
+    gradient,
+    selected,
+    trained_weight,
+)
 
 
 def masked_sgd_(
@@ -37,6 +46,7 @@ def masked_sgd_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,  # [trained], as squared
     squared: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -49,16 +59,16 @@ def masked_sgd_(
         p = selected(param, index, dim)
         if signed is not None and squared is not None:
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
-        compensation = None if compensations is None else compensations[i]
-        w = p if compensation is None else p + compensation.double()
+        compensation = entry(compensations, i)
+        w = trained_weight(param, index, dim, compensation)
         g = gradient(grad, grad_scale, clip_coef, maximize)
         if weight_decay != 0:  # an infinite weight times 0 is NaN
             g = g + weight_decay * w
         rounded = Rounder(grad, step, seed, i)
         if momentum_buffers is not None:
-            buffer = momentum_buffers[i]
+            buffer = State(momentum_buffers[i], entry(momentum_scales, i), 1, dim)
             # What a buffer held before its first step does not count, even if it is NaN.
-            b = torch.where(first, g, momentum * buffer.double() + (1 - dampening) * g)
-            buffer.copy_(rounded(b, buffer.dtype, 1))
+            b = torch.where(first, g, momentum * buffer.read() + (1 - dampening) * g)
+            buffer.write_(b, rounded)
             g = g + momentum * b if nesterov else b
         rounded.write_param_(param, index, dim, w - rate * g, compensation)

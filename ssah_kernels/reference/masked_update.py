@@ -12,16 +12,19 @@ loss was multiplied by, clip_coef the factor of clipping; a missing one is 1.
 **Rounding.** The new value of every tensor is computed in full (float32 arithmetic in the backends)
 and rounded once to the tensor's dtype: to nearest even, with two exceptions.
 
-* ``compensations[i]``, of the dtype of a bfloat16 or float16 parameter, holds what that could not:
-  the update reads w = p + c, and writes p = round(w), c = round(w - p).
+* ``compensations[i]`` holds what a parameter of 16 bits could not. Of a bfloat16 parameter it is
+  int16, and the two are a float32 weight w: its bits are those of p, times 2^16, plus c. The update
+  is that of float32, and nothing of w is lost. p is w to nearest, a tie away from zero, since c
+  goes from -2^15 to 2^15 - 1. Of a float16 parameter c is float16: the update reads w = p + c, and
+  writes p = round(w), c = round(w - p).
 * With ``seed``, a bfloat16 tensor (a parameter without compensation, or state) is rounded
   stochastically: of the float32 result's 32 bits, b, the upper half of b + r is kept, where r is
   uniform in [0, 2^16). Infinite and NaN values take no noise. The expectation is exact.
 
 Take 1.001, between the neighbours 1 and 1.0078 of bfloat16. To nearest it is always 1, so that a
 weight of 1 which grows by 0.001 a step never moves. Stochastically it is 1.0078 once in 7.8 steps.
-With Kahan's compensation c collects 0.001, 0.002, 0.003, and in the fourth step w = 1.004 becomes
-p = 1.0078 and c = -0.0038.
+With a compensation w is 1.001, 1.002, 1.003. In the fourth step w = 1.004, whose bits are
+0x3f808312, becomes p = 1.0078 (0x3f81) and c = -31982 (0x8312 - 0x10000).
 
 **Noise.** r depends on the seed, the step, the tensor's position in the list and the element's
 position e in the compact tensor (row-major), and on nothing else. In arithmetic modulo 2^32:
@@ -43,8 +46,14 @@ each unit's sum of p * grad / grad_scale and of its square, with p as it was bef
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+from ssah_kernels.checks.matrices import as_matrix
+from ssah_kernels.dynamic_map import dequantize, n_blocks, quantize
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)
@@ -101,6 +110,36 @@ def write_(param: Tensor, index: Tensor | None, dim: int, value: Tensor) -> None
         param.copy_(value)
     else:
         param.index_copy_(dim, index, value)
+
+
+def entry(tensors: Sequence[Tensor] | None, i: int) -> Tensor | None:
+    """The ``i``-th of a list that may be missing."""
+    return None if tensors is None else tensors[i]
+
+
+def split_float32(w: Tensor) -> tuple[Tensor, Tensor]:
+    """(bfloat16, int16) whose bits together are those of float32 ``w`` [...]."""
+    word = w.view(torch.int32).long()
+    # Arithmetic leaves NaNs of several patterns, of which some would round to -0.
+    word = torch.where(w.isnan(), 0x7FC00000, word) + 0x8000
+    return (word >> 16).to(torch.int16).view(torch.bfloat16), ((word & 0xFFFF) - 0x8000).short()
+
+
+def join_float32(p: Tensor, rest: Tensor) -> Tensor:
+    """What :func:`split_float32` split: float32 [...]."""
+    return ((p.view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+
+
+def trained_weight(
+    param: Tensor, index: Tensor | None, dim: int, compensation: Tensor | None
+) -> Tensor:
+    """The trained elements of ``param`` with what compensates them, in float64: compact."""
+    if compensation is None:
+        return selected(param, index, dim)
+    if compensation.dtype != torch.int16:
+        return selected(param, index, dim) + compensation.double()
+    p = param if index is None else param.index_select(dim, index)
+    return join_float32(p.contiguous(), compensation.view(p.shape)).double()
 
 
 def gradient(
@@ -165,6 +204,46 @@ class Rounder:
             write_(param, index, dim, self(w, param.dtype, 0))
             return
         # To nearest: what rounding leaves is not lost, so that no noise has to make up for it.
+        if compensation.dtype == torch.int16:
+            p, rest = split_float32(w.float())
+            compensation.copy_(rest)
+            write_(param, index, dim, p)
+            return
         p = w.to(param.dtype)
         compensation.copy_(w - p.double())
         write_(param, index, dim, p)
+
+
+@dataclass
+class State:
+    """Compact state of one tensor, in a floating-point dtype or, with scales, in 8 bits.
+
+    Attributes:
+        values: the state, or its codes.
+        scales: float32, of the codes as a matrix: [rows, blocks] of [rows, columns].
+        which: 1 or 2, the first or the second state: it decides the noise and the map.
+        dim: that the units run along.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+    which: int
+    dim: int
+
+    def read(self) -> Tensor:
+        """The state in float64."""
+        if self.scales is None:
+            return self.values.double()
+        codes = as_matrix(self.values, self.dim)  # [rows, columns]
+        scales = self.scales.view(len(codes), n_blocks(codes.shape[1]))
+        read = dequantize(codes, scales, signed=self.which == 1).double()
+        return read.view(self.values.shape)
+
+    def write_(self, value: Tensor, rounded: Rounder) -> None:
+        """Store ``value``, of the shape of the state, rounded once."""
+        if self.scales is None:
+            self.values.copy_(rounded(value, self.values.dtype, self.which))
+            return
+        codes, scales = quantize(as_matrix(value.float(), self.dim), signed=self.which == 1)
+        self.values.copy_(codes.view(value.shape))
+        self.scales.view(scales.shape).copy_(scales)

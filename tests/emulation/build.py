@@ -116,7 +116,8 @@ class Emulation:
 
     def compiled(self, name: str, text: str) -> Path:
         """The object of one C++ text, compiled against the headers that stand in for CUDA's."""
-        includes = [f"-I{HERE / 'include'}", f"-I{self.sources}"]
+        # The last finds csrc/dynamic_map.h for altered sources, which are copied without it.
+        includes = [f"-I{HERE / 'include'}", f"-I{self.sources}", f"-I{SOURCES}"]
         flags = [*STABLE, self.optimise, *CXX, *ALIGNED]
         key = [*flags, text, *self._headers(text)]
 
@@ -134,7 +135,7 @@ class Emulation:
         waiting = [text]
         while waiting:
             for name in INCLUDE.findall(waiting.pop()):
-                for folder in (HERE / "include", self.sources):
+                for folder in (HERE / "include", self.sources, SOURCES):
                     if name not in found and (folder / name).exists():
                         found[name] = (folder / name).read_text()
                         waiting.append(found[name])

@@ -114,7 +114,11 @@ def wrong(op: str) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield "index of floats", replaced(args, at - 1, [i.double() for i in index]), number
         yield "index of two dimensions", replaced(args, at - 1, [i[None] for i in index]), number
     if op in ("masked_adamw_", "masked_sgd_"):
-        yield "squared without signed", replaced(args, len(args) - 2, None), number
+        yield (
+            "squared without signed",
+            replaced(args, 13 if op == "masked_adamw_" else 12, None),
+            number,
+        )
         state = [t.half() for t in args[2]]
         yield "state of float16", replaced(args, 2, state), number
 

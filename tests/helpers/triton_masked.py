@@ -11,11 +11,15 @@ import torch
 from cases import check_bits, compare
 from samples import copied
 from torch import Tensor
+from update_samples import compensation, whole_weight
 
 from ssah_kernels import backends
+from ssah_kernels.checks.matrices import as_matrix
+from ssah_kernels.dynamic_map import quantize, scales_shape
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-TYPES = ((F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, BF16), (F32, BF16))
+U8 = torch.uint8  # codes
+TYPES = ((F64, F64), (F32, F32), (BF16, F32), (BF16, BF16), (F16, BF16), (F32, BF16), (BF16, U8))
 RULES: tuple[tuple[str, int, dict[str, Any]], ...] = (
     ("masked_adamw_", 2, {"weight_decay": 0.1}),
     ("masked_adamw_", 2, {"beta1": 0.0, "eps": 1e-3, "maximize": True}),
@@ -46,6 +50,7 @@ class MaskedSample:
     compensations: list[Tensor] | None
     signed: list[Tensor] | None
     squared: list[Tensor] | None
+    scales: list[list[Tensor]]  # of states in 8 bits
 
     def run(self, backend: str, device: str) -> MaskedSample:
         """The sample with everything updated by ``backend``, back on the CPU."""
@@ -53,7 +58,7 @@ class MaskedSample:
         states = (
             mine.states if self.op == "masked_adamw_" else [mine.states[0] if mine.states else None]
         )
-        rest = (*mine.scalars, mine.compensations, mine.signed, mine.squared)
+        rest = (*mine.scalars, mine.compensations, mine.signed, mine.squared, *mine.scales)
         with backends.use(backend):
             getattr(torch.ops.ssah, self.op)(
                 mine.params, mine.grads, *states, mine.indices, mine.dims, *rest, **self.options
@@ -62,7 +67,7 @@ class MaskedSample:
 
     def moved(self, device: str) -> MaskedSample:
         lists = ("params", "grads", "states", "indices", "scalars")
-        lists = (*lists, "compensations", "signed", "squared")
+        lists = (*lists, "compensations", "signed", "squared", "scales")
         return replace(self, **{name: copied(getattr(self, name), device) for name in lists})
 
 
@@ -103,9 +108,21 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
             for p, index, dim in zip(params, indices, dims, strict=True)
         ]
         like = [torch.randn(c.shape, generator=g) for c in compact]
-        states = [[(x * 0.1).square().to(state) for x in like] for _ in range(buffers)]
+        states, scales = [], []
+        for which in range(buffers):
+            values = [(x * 0.1).square() for x in like]
+            if state == U8:
+                coded = [
+                    quantize(as_matrix(x, dim), signed=which == 0)
+                    for x, dim in zip(values, dims, strict=True)
+                ]
+                values = [codes.view(x.shape) for (codes, _), x in zip(coded, like, strict=True)]
+                shapes = [scales_shape(x.shape, dim) for x, dim in zip(like, dims, strict=True)]
+                scales.append([s.view(at) for (_, s), at in zip(coded, shapes, strict=True)])
+            states.append([x.to(state) for x in values])
         if buffers == 1 and step == 1:
-            states[0][0].fill_(float("nan"))  # not used at the first step
+            unused = scales[0][0] if scales else states[0][0]
+            unused.fill_(float("nan"))  # not used at the first step
         sums = [torch.ones(c.shape[d], dtype=F64) for c, d in zip(compact, dims, strict=True)]
         half = [x.flip(0).to(dtype) for x in like]
         scalars = [torch.tensor(0.01), torch.tensor(float(step))]
@@ -124,9 +141,10 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
                 torch.tensor(0.3) if i % 4 < 2 else None,
                 torch.tensor(2**40 + 12345 + i) if noisy else None,
             ],
-            [(x * 1e-3).to(dtype) for x in like] if kahan else None,
+            [compensation(c, g) for c in compact] if kahan else None,
             sums if units else None,
             [s.clone() for s in sums] if units else None,
+            scales,
         )
 
 
@@ -146,10 +164,10 @@ def check_update(sample: MaskedSample, device: str = "cpu") -> None:
             if index is not None:
                 actual, wanted = actual.index_select(dim, index), wanted.index_select(dim, index)
             pair = [
-                (p.double() + c.double())
+                whole_weight(p, c)
                 for p, c in ((actual, mine.compensations[i]), (wanted, expected.compensations[i]))
             ]
-            bits = {F64: 1e-13, F32: 3e-7, BF16: 2e-5, F16: 1e-6}[dtype]
+            bits = {BF16: 3e-7, F16: 1e-6}[dtype]
             torch.testing.assert_close(*pair, rtol=bits, atol=bits)
         else:
             compare(actual, wanted, dtype)
@@ -159,6 +177,8 @@ def check_update(sample: MaskedSample, device: str = "cpu") -> None:
             compare(state[i], expected.states[kind][i], dtype)
             if noisy:
                 check_bits(state[i], expected.states[kind][i])
+        for kind, scale in enumerate(mine.scales):
+            compare(scale[i], expected.scales[kind][i], dtype)
         for name in ("signed", "squared"):
             if getattr(mine, name) is not None:
                 compare(getattr(mine, name)[i], getattr(expected, name)[i], dtype)

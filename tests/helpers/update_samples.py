@@ -9,6 +9,9 @@ import torch
 from samples import Sample, generator, normal
 from torch import Tensor
 
+from ssah_kernels.checks.matrices import as_matrix
+from ssah_kernels.dynamic_map import quantize, scales_shape
+
 # Parameters of one call: shape, dim that runs over units, share of it that is selected (1: no
 # index), and how the parameter lies in memory.
 UPDATED = (
@@ -53,6 +56,24 @@ def _parameter(
     return normal(shape, dtype, g)
 
 
+def compensation(trained: Tensor, g: torch.Generator) -> Tensor:
+    """What 16 bits of ``trained`` [...] could not hold: of bfloat16 any half of a float32."""
+    if trained.dtype == torch.bfloat16:
+        half = torch.randint(-(1 << 15), 1 << 15, trained.shape, generator=g)
+        return half.to(torch.int16)
+    return (trained * 2**-10).contiguous()
+
+
+def whole_weight(p: Tensor, rest: Tensor) -> Tensor:
+    """The weight of which ``p`` [...] and its compensation are the parts, in float64."""
+    if rest.dtype != torch.int16:
+        return p.double() + rest.double()
+    # Through memory: two halves of a little-endian word, where the sum has no carry to make.
+    word = p.flatten().view(torch.int16).numpy().astype("<u2").astype("<u4") * 65536
+    word = (word.astype("<i8") + rest.flatten().numpy()) % 2**32
+    return torch.from_numpy(word.astype("<u4").view("<f4")).double().view(p.shape)
+
+
 def _selection(size: int, share: float, g: torch.Generator) -> Tensor | None:
     if share == 1:
         return None
@@ -72,7 +93,7 @@ def update_lists(
         name: []
         for name in ("params", "grads", "first", "second", "indices", "dims", "compensations")
     }
-    lists |= {"signed": [], "squared": []}
+    lists |= {"signed": [], "squared": [], "first_scales": [], "second_scales": []}
     for shape, dim, share, layout in shapes:
         index = _selection(shape[dim], share, g) if shape else None
         compact = list(shape)
@@ -84,16 +105,26 @@ def update_lists(
         trained = parameter if index is None else parameter.index_select(dim, index)
         lists["params"].append(parameter)
         lists["grads"].append(normal(size, dtype, g))
-        lists["first"].append(normal(size, state, g))
-        lists["second"].append(normal(size, torch.float64, g).square().to(state) + 0.01)
+        wide = torch.float32 if state == torch.uint8 else state
+        first = normal(size, wide, g)
+        second = normal(size, torch.float64, g).square().to(wide) + 0.01
+        for name, x in (("first", first), ("second", second)):
+            scales = None
+            if state == torch.uint8:
+                codes, scales = quantize(as_matrix(x * x, dim), signed=name == "first")
+                x, scales = codes.view(size), scales.view(scales_shape(size, dim))
+            lists[name].append(x)
+            lists[f"{name}_scales"].append(scales)
         lists["indices"].append(index)
         lists["dims"].append(dim)
-        lists["compensations"].append((trained * 2**-10).contiguous() if kahan else None)
+        lists["compensations"].append(compensation(trained, g) if kahan else None)
         lists["signed"].append(torch.randn(units, generator=g, dtype=torch.float64))
         lists["squared"].append(torch.rand(units, generator=g, dtype=torch.float64))
     return lists
 
 
+EIGHT_BIT = (12, 13, 14, 16)  # with state in 8 bits; all options in four calls
+NUMBERS = (*range(12), *EIGHT_BIT)
 FAR_NUMBERS = (1, 2, 4)  # all options in three calls
 
 
@@ -102,8 +133,8 @@ def _update_samples(
 ) -> Iterator[tuple[str, dict[str, list[Any]], tuple[Any, ...], int]]:
     """Name, lists, the arguments from grad_scale on, and a number that varies the options."""
     states = (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
-    for number in range(12) if shapes is UPDATED else FAR_NUMBERS:
-        state = states[number % len(states)]
+    for number in NUMBERS if shapes is UPDATED else (*FAR_NUMBERS, *EIGHT_BIT[:2]):
+        state = torch.uint8 if number in EIGHT_BIT else states[number % len(states)]
         kahan = dtype == torch.bfloat16 and number % 3 == 2
         g = generator(tag, number)
         lists = update_lists(dtype, state, g, kahan=kahan, shapes=shapes)
@@ -124,7 +155,8 @@ def masked_adamw(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sampl
     for name, lists, rest, number in _update_samples(dtype, "adamw", shapes):
         names = ("params", "grads", "first", "second", "indices", "dims")
         options = {"weight_decay": 0.1 * (number % 2), "maximize": number % 6 == 5, "beta2": 0.99}
-        args = (*(lists[n] for n in names), *_rate_and_step(number), *rest)
+        scales = [lists[f"{n}_scales"] if number in EIGHT_BIT else None for n in names[2:4]]
+        args = (*(lists[n] for n in names), *_rate_and_step(number), *rest, *scales)
         yield Sample(name, args, options)
 
 
@@ -137,7 +169,8 @@ def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]
         options |= {"dampening": 0.2 * (number % 4 == 1)}
         args = [lists[n] for n in names]
         args[2] = args[2] if momentum else None
-        yield Sample(name, (*args, *_rate_and_step(number), *rest), options)
+        scales = lists["first_scales"] if momentum and number in EIGHT_BIT else None
+        yield Sample(name, (*args, *_rate_and_step(number), *rest, scales), options)
 
 
 def masked_grad_norm(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import update_samples
 from cases import ACTIVATIONS, CASES, DTYPES, OpCase, check_sample
 from cpu_compare import on
 from samples import Sample, copied, flat, normal
@@ -145,7 +146,7 @@ class Draw:
             lists["second"].append(second.square().to(state))
             lists["indices"].append(index)
             lists["dims"].append(dim)
-            lists["kahan"].append(trained.mul(2**-10).contiguous())
+            lists["kahan"].append(update_samples.compensation(trained, self.g))
             units = (compact[dim],) if compact else (1,)
             lists["signed"].append(normal(units, torch.float64, self.g))
             lists["squared"].append(normal(units, torch.float64, self.g).abs())

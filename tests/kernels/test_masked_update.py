@@ -196,23 +196,63 @@ def test_stochastic_rounding_of_special_values() -> None:
     assert v.isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [BF16, F16])
-def test_kahan_keeps_what_the_parameter_cannot(dtype: torch.dtype) -> None:
+def test_kahan_keeps_what_float16_cannot() -> None:
     g = torch.Generator().manual_seed(0)
-    p = torch.randn(64, 40, generator=g).to(dtype)
+    p = torch.randn(64, 40, generator=g).to(F16)
     exact = p.double()
     c, m, v = torch.zeros_like(p), torch.zeros(64, 40), torch.zeros(64, 40)
     m64, v64 = m.double(), v.double()
     lr = torch.tensor(1e-5)
     start = exact.clone()
     for t in range(1, STEPS + 1):
-        grad = torch.randn(64, 40, generator=g).to(dtype)
+        grad = torch.randn(64, 40, generator=g).to(F16)
         step = torch.tensor(float(t))
         ops.masked_adamw_([p], [grad], [m], [v], [None], [0], lr, step, compensations=[c])
         ops.masked_adamw_([exact], [grad.double()], [m64], [v64], [None], [0], lr, step)
     error = (p.double() + c.double() - exact).abs()
-    assert (error <= STEPS * 2.0 * torch.finfo(dtype).eps ** 2 * start.abs() + 1e-7).all()
-    assert (c.abs().double() <= torch.finfo(dtype).eps * p.abs().double()).all()
+    assert (error <= STEPS * 2.0 * torch.finfo(F16).eps ** 2 * start.abs() + 1e-7).all()
+    assert (c.abs().double() <= torch.finfo(F16).eps * p.abs().double()).all()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("op", ["masked_adamw_", "masked_sgd_"])
+@pytest.mark.parametrize("state", [F32, BF16])
+def test_bfloat16_with_the_other_half_is_float32(op: str, state: torch.dtype, backend: str) -> None:
+    """Bit for bit, over 20 steps of a float32 copy with the same gradients; NaN included."""
+    g = torch.Generator().manual_seed(0)
+    whole = torch.randn(6, 77, generator=g)
+    whole[0, :4] = torch.tensor([1.00390625, -1.00390625, 3.4e38, float("nan")])  # two are ties
+    words = whole.view(torch.int32)
+    p = ((words + 0x8000) >> 16).to(torch.int16).view(BF16)
+    c = (words - (p.view(torch.int16).int() << 16)).to(torch.int16)
+    rows, lr, seed = torch.tensor([0, 2, 5]), torch.tensor(1e-3), torch.tensor(7)
+    c = c[rows].contiguous()
+    before = p.clone()
+    states = {x: [torch.zeros(3, 77, dtype=state) for _ in "mv"] for x in ("half", "float32")}
+    with ssah_kernels.use(backend):
+        for t in range(1, 21):
+            grad = torch.randn(3, 77, generator=g).to(BF16)
+            step = torch.tensor(float(t))
+            for name, param, gradient, rest in (
+                ("half", p, grad, [c]),
+                ("float32", whole, grad.float(), None),
+            ):
+                args = ([rows], [0], lr, step, None, None, seed, rest)
+                kept = [[s] for s in states[name]][: 2 if op == "masked_adamw_" else 1]
+                more = {"betas": (0.9, 0.99)} if op == "masked_adamw_" else {"momentum": 0.9}
+                getattr(ops, op)([param], [gradient], *kept, *args, **more, weight_decay=0.1)
+    # As one word: the carry of the lower half is what makes p the nearest.
+    joined = (p[rows].view(torch.int16).int() << 16) + c.int()
+    numbers = ~whole[rows].isnan()
+    assert torch.equal(joined[numbers], whole[rows].view(torch.int32)[numbers])
+    assert joined.view(F32)[~numbers].isnan().all()
+    assert p[rows][~numbers].isnan().all()
+    nearest = (p[rows].double() - whole[rows].double()).abs()
+    others = torch.stack([p[rows].nextafter(p.new_full((), x)) for x in (torch.inf, -torch.inf)])
+    assert ((nearest <= (others.double() - whole[rows].double()).abs().amin(0)) | ~numbers).all()
+    assert torch.equal(p[[1, 3, 4]], before[[1, 3, 4]])
+    for a, b in zip(*states.values(), strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 def multiply_add(a: Tensor, b: float | Tensor, c: Tensor) -> Tensor:

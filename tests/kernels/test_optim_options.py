@@ -123,3 +123,27 @@ def test_a_schedule_cannot_set_a_bad_rate(optimizer: type, lr: float) -> None:
         o.step()
     assert (p == 0).all()
     assert not o.state[p] or o.state[p]["step"] == 0
+
+
+@pytest.mark.parametrize("optimizer", BOTH)
+def test_the_earlier_name_of_a_rounding_warns(optimizer: type) -> None:
+    with pytest.warns(DeprecationWarning, match="now rounding='remainder'"):
+        o = optimizer([parameter()], rounding="kahan")
+    assert o.param_groups[0]["rounding"] == "remainder"
+
+
+def test_kahan_s_compensation_of_an_earlier_release_is_taken_over() -> None:
+    """A sum of two bfloat16 numbers becomes the two halves of a float32 weight."""
+    p = nn.Parameter(torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.bfloat16))
+    o = MaskedAdamW([p], lr=0.0, weight_decay=0.0, rounding="remainder")
+    p.grad = torch.ones_like(p)
+    o.step()
+    saved = o.state_dict()
+    kahan = torch.tensor([[0.001, 0.003, -0.0004]], dtype=torch.bfloat16)
+    saved["state"][0]["compensation"] = kahan
+    saved["param_groups"][0]["rounding"] = "kahan"
+    o.load_state_dict(saved)
+    assert o.param_groups[0]["rounding"] == "remainder"
+    rest = o.state[p]["compensation"]
+    weight = ((p.detach().view(torch.int16).int() << 16) + rest.int()).view(torch.float32)
+    assert torch.equal(weight, p.detach().float() + kahan.float())

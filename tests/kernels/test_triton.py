@@ -16,6 +16,7 @@ import torch
 
 from ssah_kernels import backends
 from ssah_kernels.backends import triton as package
+from ssah_kernels.checks.updates import COMPENSATIONS
 from ssah_kernels.schema import KERNELS
 
 TESTS = Path(__file__).parents[1]
@@ -146,7 +147,9 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
         [dim],
         *[scalar] * 4,
         torch.empty((), dtype=torch.int64) if "noise" in detail else None,
-        [torch.empty(shape, dtype=dtype)] if "kahan" in detail else None,
+        [torch.empty(shape, dtype=COMPENSATIONS[dtype])]
+        if "kahan" in detail and dtype in COMPENSATIONS
+        else None,
         units,
         units,
     )

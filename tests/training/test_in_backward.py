@@ -86,7 +86,7 @@ def test_the_bits_are_those_of_the_ordinary_optimiser_in_every_family(
     assert_equal(run(own, own.optimizer(LR, in_backward=True)), wanted)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "kahan", "stochastic"])
+@pytest.mark.parametrize("rounding", ["nearest", "remainder", "stochastic"])
 def test_bfloat16_has_the_bits_of_a_group_for_each_parameter(rounding: str) -> None:
     ordinary, own = twins(dtype=torch.bfloat16)
     groups = [

@@ -13,13 +13,12 @@
 #define SSAH_PER_DTYPE_AND_ACT(f) \
   {SSAH_PER_ACT(f, double), SSAH_PER_ACT(f, float), SSAH_PER_ACT(f, bf16), SSAH_PER_ACT(f, f16)}
 // Of a parameter's type (rows) and its state's type; null where the two do not go together.
+#define SSAH_PER_STATE(f, T) {nullptr, f<T, float>, f<T, bf16>, nullptr, f<T, code8>}
 #define SSAH_PER_DTYPE_AND_STATE(f)                                  \
-  {                                                                  \
-    {f<double, double>}, {nullptr, f<float, float>, f<float, bf16>}, \
-        {nullptr, f<bf16, float>, f<bf16, bf16>}, {                  \
-      nullptr, f<f16, float>, f<f16, bf16>                           \
-    }                                                                \
-  }
+  {{f<double, double>, nullptr, nullptr, nullptr, f<double, code8>}, \
+   SSAH_PER_STATE(f, float),                                         \
+   SSAH_PER_STATE(f, bf16),                                          \
+   SSAH_PER_STATE(f, f16)}
 #define SSAH_STRING(x) #x
 #define SSAH_NAME(x) SSAH_STRING(x)
 

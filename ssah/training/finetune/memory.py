@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ssah.models import config_size
 from ssah.training.finetune.run import count_parameters, optimizer_options
 from ssah.training.finetune.settings import Settings
+from ssah.training.optimizer import PlanAdamW
 from ssah.training.plan import UpdatePlan
 from ssah.units import layers_path
 
@@ -61,12 +62,12 @@ def preview(plan: UpdatePlan, settings: Settings, length: int) -> dict[str, Any]
     Raises:
         ValueError: the weights are float16.
     """
-    state_dtype = optimizer_options(plan, settings).get("state_dtype", torch.float32)
+    optimizer = PlanAdamW(plan.param_groups(), **optimizer_options(plan, settings))
     trained = list(plan.parameters())
     memory = Memory(
         weights=sum(_storages(_held(plan)).values()),
         gradients=sum(p.numel() * p.element_size() for p in trained),
-        optimizer_state=sum(2 * p.numel() * state_dtype.itemsize for p in trained),
+        optimizer_state=optimizer.state_bytes(),
         activations=_activations(plan, settings, length),
     )
     return {

@@ -212,14 +212,20 @@ def count_parameters(plan: UpdatePlan) -> dict[str, Any]:
 
 
 def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
-    """How the optimiser stores weights: the plan rounds bfloat16; ValueError for float16."""
+    """How the optimiser stores moments and weights; ValueError for weights in float16."""
     dtypes = {p.dtype for p in plan.parameters()}
     if torch.float16 in dtypes:
         raise ValueError(
             "dtype is float16, in which small updates vanish; it must be float32 or bfloat16"
         )
+    options: dict[str, Any] = {}
+    if settings.state_dtype != "float32":  # the optimiser's own default
+        state = settings.state_dtype
+        options["state_dtype"] = torch.bfloat16 if state == "bfloat16" else state
     # The seed is of stochastic rounding, which float32 weights do without.
-    return {"seed": settings.seed} if torch.bfloat16 in dtypes else {}
+    if torch.bfloat16 in dtypes:
+        options["seed"] = settings.seed
+    return options
 
 
 def _identity(

@@ -34,6 +34,9 @@ class Settings:
         "linear", "Of lr."
     )
     max_grad_norm: float = _training(1.0, "Clip to it; 0: never.", min=0)
+    state_dtype: Literal["float32", "bfloat16", "8bit"] = _training(
+        "float32", "Of AdamW's moments: 8, 4 or 2 bytes a trained weight."
+    )
     bf16: bool = _training(False, "Compute in bfloat16; weights stay.")
     seed: int = _training(0, "Of order and rounding.", min=0)
     gradient_checkpointing: bool = _training(False, "Less memory, more time.")
@@ -57,4 +60,8 @@ class Settings:
 
     def decisive(self) -> dict[str, Any]:
         """What changes the weights that a run ends with: name -> value."""
-        return {name: value for name, value in asdict(self).items() if name not in _FREE}
+        decisive = {name: value for name, value in asdict(self).items() if name not in _FREE}
+        # Runs of earlier releases do not name it, and had the moments of the default.
+        if self.state_dtype == "float32":
+            del decisive["state_dtype"]
+        return decisive

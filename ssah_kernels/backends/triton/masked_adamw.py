@@ -48,6 +48,8 @@ def masked_adamw_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
+    exp_avg_scales: Sequence[Tensor] | None = None,
+    exp_avg_sq_scales: Sequence[Tensor] | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -57,5 +59,6 @@ def masked_adamw_(
 ) -> None:
     states, scalars = (exp_avgs, exp_avg_sqs), (lr, step, grad_scale, clip_coef, seed)
     rest = (compensations, signed, squared)
-    update = Update(params, grads, states, indices, dims, *scalars, *rest)
+    scales = [s for s in (exp_avg_scales, exp_avg_sq_scales) if s is not None]
+    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales)
     run(plan(update, beta1, beta2, eps, weight_decay, maximize), params[0].device)

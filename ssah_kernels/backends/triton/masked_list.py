@@ -12,12 +12,14 @@ import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
+from ssah_kernels import dynamic_map
 from ssah_kernels.backends.triton.launch import (
     LANES,
     MERGE_CHANNELS,
@@ -40,6 +42,7 @@ TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.uint8: tl.uint8,  # codes, of state alone
 }
 
 
@@ -61,6 +64,15 @@ class Update:
     remainders: Sequence[Tensor] | None
     signed: Sequence[Tensor] | None
     squared: Sequence[Tensor] | None
+    scales: Sequence[Sequence[Tensor]] = ()  # of states in 8 bits, one list for each state
+
+
+@cache
+def device_maps(device: torch.device) -> Tensor:
+    """The maps of state in 8 bits, as ``masked_codes`` reads them: int32 [2 * (256 + 2817)]."""
+    values = [dynamic_map.dynamic_map(signed=s).values.view(torch.int32) for s in (True, False)]
+    starts = [dynamic_map.starts(signed=s) for s in (True, False)]
+    return torch.cat([*values, *starts]).to(device)
 
 
 def device_table(values: Sequence[int], device: torch.device) -> Tensor:
@@ -94,12 +106,15 @@ def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
     return vector if aligned and all(size % vector == 0 for size in sizes) else 1
 
 
-def tile_of(vector: int, units: int = -1) -> dict[str, int]:
+def tile_of(vector: int, units: int = -1, *, codes: bool = False) -> dict[str, int]:
     """How a tile is cut: a row per warp and step with vectors, else a row per step for the block.
 
-    The two keep a thread's elements in as many rows as its registers have addresses for: one.
+    The two keep a thread's elements in as many rows as its registers have addresses for: one. With
+    state in ``codes``, a row of a tile is a block of these.
     """
     height, block = (WARPS, LANES * vector) if vector > 1 else (1, SCALAR_BLOCK)
+    if codes:
+        block = dynamic_map.BLOCK
     rows = TILE_ROWS_SUMMED if units == 1 else TILE_ROWS
     return {"STEPS": rows // height, "HEIGHT": height, "BLOCK": block}
 
@@ -122,12 +137,15 @@ def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) ->
     param, index = update.params[i], update.indices[i]
     rows, cols = update.grads[i].shape
     states = [s[i].data_ptr() for s in update.states]
+    scales = [s[i].data_ptr() for s in update.scales]
     return [
         first,
         param.data_ptr(),
         update.grads[i].data_ptr(),
         *states,
         *[0] * (2 - len(states)),  # SGD has one or none: addresses that nothing reads
+        *scales,
+        *[0] * (2 - len(scales)),
         0 if update.remainders is None else update.remainders[i].data_ptr(),
         0 if index is None else index.data_ptr(),
         0 if index is None or gather else rows,
@@ -166,7 +184,7 @@ def _rows(
 ) -> tuple[list[int], int]:
     """The rows of one launch's table, and its number of programs."""
     vector, gather, units = key  # units: the dimension that importance is summed for, or -1
-    cut = tile_of(vector, units)
+    cut = tile_of(vector, units, codes=bool(update.scales))
     result: list[int] = []
     programs = 0
     for i in members:
@@ -208,12 +226,14 @@ def launches(
         "S": TYPES[update.states[0][0].dtype] if update.states else tl.float32,
         "num_warps": WARPS,
     }
-    shared = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed)
+    maps = device_maps(device) if update.scales else None
+    shared = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed, maps)
     result = []
     for (vector, gather, units), rows, programs in tables:
         table = device_table([*head, *rows], device)
         args = (table, partial, *shared, len(rows) // FIELDS.value)
-        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **tile_of(vector, units)}
+        cut = tile_of(vector, units, codes=maps is not None)
+        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **cut}
         if units >= 0:
             special |= REGISTERS
         result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))

@@ -51,6 +51,32 @@ def noise(element, key_0, key_1):
 
 
 @triton.jit
+def compensated(p, rest):
+    """The weight of which ``p`` is a part: of bfloat16 float32 bits, the lower half in ``rest``."""
+    if p.dtype == tl.bfloat16:
+        upper = p.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        return (upper + rest.to(tl.int32)).to(tl.float32, bitcast=True)
+    else:
+        return p.to(tl.float32) + rest.to(tl.float32)
+
+
+@triton.jit
+def split(w, P: tl.constexpr):
+    """(p, rest) of the float32 weight ``w``: p to nearest in P, see :func:`compensated`."""
+    if tl.bfloat16 == P:
+        # NaNs have several patterns, of which some would round to -0.
+        word = tl.where(w == w, w.to(tl.int32, bitcast=True), 0x7FC00000).to(
+            tl.uint32, bitcast=True
+        )
+        word += 0x8000
+        p = (word >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+        return p, ((word & 0xFFFF).to(tl.int32) - 0x8000).to(tl.int16)
+    else:
+        p = w.to(P)
+        return p, (w - p.to(tl.float32)).to(P)
+
+
+@triton.jit
 def rounded(x, bits, WHICH: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constexpr):
     """x in DTYPE: to nearest even, or, bfloat16 with noise, stochastically.
 

@@ -43,6 +43,7 @@ def masked_sgd_(
     compensations: Sequence[Tensor] | None = None,
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
+    momentum_scales: Sequence[Tensor] | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -53,5 +54,6 @@ def masked_sgd_(
     states = () if momentum_buffers is None else (momentum_buffers,)
     scalars = (lr, step, grad_scale, clip_coef, seed)
     rest = (compensations, signed, squared)
-    update = Update(params, grads, states, indices, dims, *scalars, *rest)
+    scales = [] if momentum_scales is None else [momentum_scales]
+    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales)
     run(plan(update, momentum, dampening, weight_decay, nesterov, maximize), params[0].device)

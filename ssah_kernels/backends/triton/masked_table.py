@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 
 HEAD = tl.constexpr(8)  # hyperparameters before the rows of the table, as the bits of float64
-FIELDS = tl.constexpr(15)
-FIRST, PARAM, GRAD, STATE_0, STATE_1, REMAINDER, INDEX = (tl.constexpr(i) for i in range(7))
-INDEXED_ROWS, ROWS, COLS, ROW_STRIDE = (tl.constexpr(i) for i in range(7, 11))
-COL_STRIDE, NUMBER, PARTIAL, PARTS = (tl.constexpr(i) for i in range(11, 15))
+FIELDS = tl.constexpr(17)
+FIRST, PARAM, GRAD, STATE_0, STATE_1, SCALES_0, SCALES_1 = (tl.constexpr(i) for i in range(7))
+REMAINDER, INDEX, INDEXED_ROWS, ROWS, COLS = (tl.constexpr(i) for i in range(7, 12))
+ROW_STRIDE, COL_STRIDE, NUMBER, PARTIAL, PARTS = (tl.constexpr(i) for i in range(12, 17))
 
 
 @triton.jit

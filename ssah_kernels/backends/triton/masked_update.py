@@ -8,8 +8,9 @@ STEPS * HEIGHT rows and BLOCK columns; a program takes one tile, HEIGHT rows at 
 Computation: float32 (float64 for float64 parameters); each written value is rounded once.
 Triton inlines every function below: that the kernel is cut into several costs no call.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
-state 22; SGD with momentum in float32 20; Kahan's remainder 2 itemsize more. Importance adds
-32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in the L2 cache.
+state 22, with state in 8 bits 10.1; SGD with momentum in float32 20; a compensation 2 itemsize
+more. Importance adds 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in
+the L2 cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -18,7 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssah_kernels.backends.triton.masked_rounding import KEY_0, KEY_1, noise, noise_key, rounded
+from ssah_kernels.backends.triton.masked_codes import nearest_codes, read_codes
+from ssah_kernels.backends.triton.masked_rounding import (
+    KEY_0,
+    KEY_1,
+    compensated,
+    noise,
+    noise_key,
+    rounded,
+    split,
+)
 from ssah_kernels.backends.triton.masked_rules import adamw, sgd
 from ssah_kernels.backends.triton.masked_table import (
     COL_STRIDE,
@@ -36,6 +46,8 @@ from ssah_kernels.backends.triton.masked_table import (
     REMAINDER,
     ROW_STRIDE,
     ROWS,
+    SCALES_0,
+    SCALES_1,
     STATE_0,
     STATE_1,
     find_row,
@@ -87,22 +99,54 @@ def store_sums(part_ptr, all_parts, signed, squared, mask, DIM: tl.constexpr):
 
 
 @triton.jit
+def load_state(
+    s_ptr, scales_ptr, map_ptr, element, block, inside, rows_inside,
+    WHICH: tl.constexpr, X: tl.constexpr,
+):  # fmt: skip
+    """State number ``WHICH`` at ``element``; in 8 bits, its codes times the scale of ``block``."""
+    state = tl.load(s_ptr + element, mask=inside, other=0)
+    if map_ptr is not None:
+        scales = tl.load(scales_ptr + block, mask=rows_inside, other=0)
+        state = read_codes(state, scales, map_ptr, WHICH)
+    return state.to(X)
+
+
+@triton.jit
+def store_state(
+    s_ptr, scales_ptr, map_ptr, element, block, inside, rows_inside, state, bits,
+    WHICH: tl.constexpr, NOISE: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
+    """Write what :func:`load_state` reads."""
+    if map_ptr is not None:
+        new, scales = nearest_codes(state, inside, map_ptr, WHICH)
+        tl.store(scales_ptr + block, scales, mask=rows_inside)
+    else:
+        new = rounded(state, bits, WHICH + 1, NOISE, S)
+    tl.store(s_ptr + element, new, mask=inside)
+
+
+@triton.jit
 def take_step(
-    p, grad, p_ptr, s0_ptr, s1_ptr, c_ptr, element, inside, table_ptr, lr, step, key_0, key_1,
+    stored, grad, p_ptr, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
+    element, block, inside, rows_inside, table_ptr, lr, step, key_0, key_1,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, KAHAN: tl.constexpr,
     NOISE: tl.constexpr, P: tl.constexpr, S: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
-    """Update and write parameters at ``p_ptr``, and states and remainders at ``element``."""
+    """Update the parameters ``stored`` at ``p_ptr``, and states and remainders at ``element``."""
     # The compensated weight moves; importance is of the weight that the forward pass used.
-    w = p
+    w = stored.to(X)
+    state_0 = w  # defined for every rule; without state it is never stored
+    state_1 = w
     if KAHAN:
-        w += tl.load(c_ptr + element, mask=inside, other=0).to(X)
-    state_0 = p  # defined for every rule; without state it is never stored
-    state_1 = p
+        w = compensated(stored, tl.load(c_ptr + element, mask=inside, other=0))
     if STATES > 0:
-        state_0 = tl.load(s0_ptr + element, mask=inside, other=0).to(X)
+        state_0 = load_state(
+            s0_ptr, scales_0_ptr, map_ptr, element, block, inside, rows_inside, 0, X
+        )
     if STATES > 1:
-        state_1 = tl.load(s1_ptr + element, mask=inside, other=0).to(X)
+        state_1 = load_state(
+            s1_ptr, scales_1_ptr, map_ptr, element, block, inside, rows_inside, 1, X
+        )
     if RULE == "adamw":
         w, state_0, state_1 = adamw(w, grad, state_0, state_1, table_ptr, lr, step, X)
     else:
@@ -111,27 +155,35 @@ def take_step(
     if NOISE:
         bits = noise(element, key_0, key_1)
     if KAHAN:
-        new = w.to(P)
-        tl.store(c_ptr + element, (w - new.to(X)).to(P), mask=inside)
+        new, rest = split(w, P)
+        tl.store(c_ptr + element, rest, mask=inside)
         tl.store(p_ptr, new, mask=inside)
     else:
         tl.store(p_ptr, rounded(w, bits, 0, NOISE, P), mask=inside)
     if STATES > 0:
-        tl.store(s0_ptr + element, rounded(state_0, bits, 1, NOISE, S), mask=inside)
+        store_state(
+            s0_ptr, scales_0_ptr, map_ptr, element, block, inside, rows_inside, state_0, bits,
+            0, NOISE, S,
+        )  # fmt: skip
     if STATES > 1:
-        tl.store(s1_ptr + element, rounded(state_1, bits, 2, NOISE, S), mask=inside)
+        store_state(
+            s1_ptr, scales_1_ptr, map_ptr, element, block, inside, rows_inside, state_1, bits,
+            1, NOISE, S,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def masked_update_kernel(
-    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, n_tensors,
+    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, map_ptr,
+    n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     KAHAN: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
     P: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
-    there is an index. UNITS: the dimension along which importance is summed per entry, or -1."""
+    there is an index. UNITS: the dimension along which importance is summed per entry, or -1.
+    map_ptr: the maps of state in 8 bits, whose blocks are the rows of a tile; else None."""
     X: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
     NOISE: tl.constexpr = seed_ptr is not None
     row_ptr = find_row(table_ptr, n_tensors, HEAD, FIELDS)
@@ -139,7 +191,10 @@ def masked_update_kernel(
     g_ptr = pointer(row_ptr, GRAD, P, VECTOR)
     s0_ptr = pointer(row_ptr, STATE_0, S, VECTOR)
     s1_ptr = pointer(row_ptr, STATE_1, S, VECTOR)
-    c_ptr = pointer(row_ptr, REMAINDER, P, VECTOR)
+    # What a parameter of 16 bits cannot hold: of bfloat16 the other half of a float32 weight.
+    c_ptr = pointer(row_ptr, REMAINDER, tl.int16 if tl.bfloat16 == P else P, VECTOR)
+    scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
+    scales_1_ptr = pointer(row_ptr, SCALES_1, tl.float32, 1)
     index_ptr = pointer(row_ptr, INDEX, tl.int64, 1)
     n_rows = tl.load(row_ptr + ROWS)
     n_cols = tl.load(row_ptr + COLS) * VECTOR  # held divided by it: the compiler sees the factor
@@ -168,7 +223,8 @@ def masked_update_kernel(
         inside = (rows < n_rows) & inside_cols
         element = rows * n_cols + cols
         at = p_ptr + param_rows(row_ptr, index_ptr, rows, GATHER) * row_stride + p_cols
-        p = tl.load(at, mask=inside, other=0).to(X)
+        stored = tl.load(at, mask=inside, other=0)
+        p = stored.to(X)
         grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
@@ -181,7 +237,8 @@ def masked_update_kernel(
                 signed += product
                 squared += square
         take_step(
-            p, grad * scale, at, s0_ptr, s1_ptr, c_ptr, element, inside, table_ptr, lr, step,
+            stored, grad * scale, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
+            element, rows * blocks + tile % blocks, inside, rows < n_rows, table_ptr, lr, step,
             key_0, key_1, RULE, STATES, NESTEROV, KAHAN, NOISE, P, S, X,
         )  # fmt: skip
 

@@ -141,6 +141,11 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, sizeof(bits));
   return bits;
 }
+inline float __uint_as_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
 inline float __fdividef(float a, float b) {
   return std::fabs(b) > 8.507059e37f && std::isfinite(b) ? 0.0f : a / b;
 }

@@ -42,8 +42,8 @@ EVERY: dict[str, tuple[Callable[[UpdatePlan], Any], str]] = {
         lambda plan: plan.optimizer(lr=1e-2, state_dtype=torch.bfloat16),
         "Moments of 16 bits.",
     ),
-    '`plan.optimizer(rounding="kahan")`, `max_norm=1.0`': (
-        lambda plan: plan.optimizer(lr=1e-2, rounding="kahan", max_norm=1.0),
+    '`plan.optimizer(rounding="remainder")`, `max_norm=1.0`': (
+        lambda plan: plan.optimizer(lr=1e-2, rounding="remainder", max_norm=1.0),
         "It clips inside the update.",
     ),
     "`MaskedAdamW`, `MaskedSGD`": (
