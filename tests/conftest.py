@@ -15,7 +15,9 @@ from filelock import FileLock
 from isolation import process_as_it_was
 
 torch.set_num_threads(1)
-pytest.register_assert_rewrite("commands", "family_checks", "plans", "ranks", "scores", "streamed")
+pytest.register_assert_rewrite(
+    "commands", "family_checks", "matrix", "plans", "ranks", "scores", "streamed"
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -198,6 +198,24 @@ def test_a_reference_without_a_plan_is_brought_up_to_date(kind: str, tmp_path: P
     assert not now["lm_head.weight"].equal(before["lm_head.weight"])
 
 
+def test_a_reference_under_the_same_plan_is_paired_slice_by_slice(tmp_path: Path) -> None:
+    model = trl_trainers.build_model("dpo")
+    plan = ssah.freeze(model, draw(model))
+    trainer = trl_trainers.make(
+        "dpo",
+        model,
+        tmp_path,
+        optimizers=plan.optimizers,
+        given={"ref_model": copy.deepcopy(model)},
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+    )
+    prepare_trainer(plan, trainer)
+    trainer.train()
+    assert_equal(snapshot(trainer.accelerator.unwrap_model(trainer.ref_model)), snapshot(model))
+
+
 def test_a_trainer_that_was_not_prepared_is_refused_before_its_first_step(tmp_path: Path) -> None:
     model = trl_trainers.build_model("dpo")
     before = snapshot(model)
@@ -345,6 +363,17 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_changed(change: Any, dpo
     assert "on_train_begin" not in vars(average)
     found = [name.replace("base_layer.", "") for name, _ in model.named_parameters()]
     assert [name for name in found if "lora" not in name] == names
+
+
+def test_averages_of_a_sharded_model_are_refused(dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = ssah.freeze(dpo.model, draw(dpo.model))
+    monkeypatch.setattr(plan, "ranks", SimpleNamespace(size=2))
+    prepare_trainer(plan, dpo)  # what reads names finds those from before
+    monkeypatch.setattr(dpo.callback_handler, "callbacks", [trl.BEMACallback()])
+    with pytest.raises(ValueError, match="must not do so while the model is sharded"):
+        prepare_trainer(plan, dpo)
+    monkeypatch.undo()
+    plan.close()
 
 
 def test_a_release_of_trl_without_its_callbacks_is_named(

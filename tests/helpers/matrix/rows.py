@@ -8,7 +8,7 @@ the model with a mask that is made from the modules alone (``plans.masks``).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any, Literal
@@ -72,7 +72,7 @@ class Row:
     message: str = ""
     mode: str = "freeze"
     family: str = "llama"
-    exhaustive: bool = field(default=False)
+    exhaustive: bool = False
 
     def line(self) -> str:
         words = f"`{self.message}`. {self.words}" if self.message else self.words
