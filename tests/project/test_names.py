@@ -45,7 +45,7 @@ def names_in(text: str) -> set[str]:
 
 def test_every_name_that_people_are_given_is_there() -> None:
     """Those of the documentation, of docstrings and messages, and every public submodule."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     text = "\n".join(page.read_text() for page in pages)
     # A recipe has its reader write a file, which its block names first: it is not there yet.
     files = re.findall(r"^ *# (ssah/[\w/]+)\.py$", text, flags=re.MULTILINE)
