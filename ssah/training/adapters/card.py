@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -53,7 +52,8 @@ class LoraExport:
 def card(made: LoraExport) -> str:
     """``README.md``, as the Hugging Face Hub shows it. It names no path of this machine."""
     rows = "\n".join(
-        f"| `{name}` | {rank} | {n} |" for (name, rank), n in sorted(_by_kind(made).items())
+        f"| `{name}` | {len(ranks)} | {min(ranks)} to {max(ranks)} |"
+        for name, ranks in sorted(_by_kind(made).items())
     )
     return f"""---
 base_model: {made.base_model}
@@ -79,32 +79,34 @@ model = PeftModel.from_pretrained(model, "this folder")  # model: {made.base_mod
 
 {_serving(made)}
 
-| module | rank | how many |
+| projection | how many | rank |
 |---|---|---|
 {rows}
+
+`rank_pattern` in `adapter_config.json` has the rank of each.
 """
 
 
-def _by_kind(made: LoraExport) -> Counter[tuple[str, int]]:
-    """(name without numbers of layers, rank) -> how many modules."""
-    parts = {name: name.split(".") for name in made.ranks}
-    kinds = {
-        name: ".".join("*" if part.isdigit() else part for part in own)
-        for name, own in parts.items()
-    }
-    return Counter((kinds[name], rank) for name, rank in made.ranks.items())
+def _by_kind(made: LoraExport) -> dict[str, list[int]]:
+    """Name with stars for the numbers of layers -> ranks."""
+    kinds: dict[str, list[int]] = {}
+    for name, rank in made.ranks.items():
+        parts = ("*" if part.isdigit() else part for part in name.split("."))
+        kinds.setdefault(".".join(parts), []).append(rank)
+    return kinds
 
 
 def _exactness(made: LoraExport) -> str:
     if not made.inexact:
-        return (
-            f"Merged into the base model in {made.dtype}, every changed element is the tuned one, "
-            "bit for bit. Unmerged, sums are made in another order."
+        what = "every changed element is the tuned one, bit for bit."
+    else:
+        what = (
+            f"{made.inexact:,} of {made.changed:,} changed elements are not the tuned ones bit for "
+            f"bit. The largest difference is {made.error:.1e}."
         )
     return (
-        f"Merged into the base model in {made.dtype}, {made.inexact:,} of {made.changed:,} changed "
-        f"elements are not the tuned ones bit for bit; the largest difference is {made.error:.1e}. "
-        "Unmerged, sums are made in another order."
+        f"Merged into the base model in {made.dtype}, {what} Unmerged, sums are made in another "
+        "order."
     )
 
 
