@@ -88,7 +88,11 @@ def copy_to(tree: Path) -> str:
     that again, even where a run was stopped between a fault and its repair.
     """
     digest = hashlib.sha256()
-    for name, content in sources():
+    held = dict(sources())
+    for old in tree.glob("csrc/**/*.*"):  # of which a build takes all that it finds
+        if str(old.relative_to(tree)) not in held:
+            old.unlink()
+    for name, content in held.items():
         target = tree / name
         if not target.exists() or target.read_bytes() != content:
             target.parent.mkdir(parents=True, exist_ok=True)

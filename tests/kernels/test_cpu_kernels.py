@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, check_bits
+from cases import CASES, DTYPES, check_bits
 from cpu_compare import compare, on
 from instruction_sets import BUILT, python_with
 
@@ -40,9 +40,17 @@ def test_equals_reference(op: str) -> None:
     assert compare(op) > 0
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        # Of each type that is computed in, one; how the others are read and written is seen above.
+        pytest.param(dtype, marks=[] if dtype in DTYPES[:3:2] else pytest.mark.exhaustive)
+        for dtype in DTYPES
+    ],
+)
 @pytest.mark.parametrize("op", CASES)
-def test_equals_reference_beyond_the_first_tile(op: str) -> None:
-    assert compare(op, "far") > 0
+def test_equals_reference_beyond_the_first_tile(op: str, dtype: torch.dtype) -> None:
+    assert compare(op, "far", dtypes=(dtype,)) > 0
 
 
 @pytest.mark.parametrize("op", KERNELS)
