@@ -61,13 +61,13 @@ class InBackwardAdamW(PlanAdamW):
         self._installed, self._is_made = installed, False
         super().__init__(params, **options)
         self._is_made = True  # nothing is refused from here on: only now the model is changed
-        installed.replace_update_hooks([installed.model.register_forward_pre_hook(_refuse_ddp)])
+        forward = _while_alive(self._before_forward)
+        installed.replace_update_hooks([installed.model.register_forward_pre_hook(forward)])
         for group in self.param_groups:
             self._hang_on(group["params"])
 
     def _hang_on(self, params: Iterable[Tensor]) -> None:
-        # By a weak reference: an optimiser that nobody holds any more updates nothing.
-        hook = _calling(weakref.WeakMethod(self._arrived))
+        hook = _while_alive(self._arrived)
         self._installed.update_hooks += [p.register_post_accumulate_grad_hook(hook) for p in params]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -84,6 +84,16 @@ class InBackwardAdamW(PlanAdamW):
             self._hang_on(self.param_groups[-1]["params"])
 
     # ------------------------------------------------------------------------- while gradients come
+
+    def _before_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """Refuse DistributedDataParallel: it averages gradients that would be used up by then."""
+        if not torch.compiler.is_compiling() and active_ddp() is not None:
+            raise RuntimeError(
+                "the model runs inside DistributedDataParallel, which averages gradients over "
+                "ranks after an optimiser with in_backward=True has used them: use "
+                "plan.optimizer() without in_backward, or shard the model with fully_shard before "
+                "the plan is made"
+            )
 
     @torch.no_grad()
     def _arrived(self, p: Tensor) -> None:
@@ -218,25 +228,16 @@ class InBackwardAdamW(PlanAdamW):
         )
 
 
-def _calling(method: weakref.WeakMethod[Callable[[Tensor], None]]) -> Callable[[Tensor], None]:
-    """A hook that calls a method of an optimiser for as long as there is the optimiser."""
+def _while_alive(method: Callable[..., None]) -> Callable[..., None]:
+    """A hook that calls a method of an optimiser for as long as somebody holds the optimiser."""
+    weak = weakref.WeakMethod(method)
 
-    def hook(p: Tensor) -> None:
-        arrived = method()
-        if arrived is not None:
-            arrived(p)
+    def hook(*args: Any) -> None:
+        alive = weak()
+        if alive is not None:
+            alive(*args)
 
     return hook
-
-
-def _refuse_ddp(model: nn.Module, args: tuple[Any, ...]) -> None:
-    """Before a forward pass: DDP averages gradients after the updates would have happened."""
-    if not torch.compiler.is_compiling() and active_ddp() is not None:
-        raise RuntimeError(
-            "the model runs inside DistributedDataParallel, which averages gradients over ranks "
-            "after an optimiser with in_backward=True has used them: use plan.optimizer() without "
-            "in_backward, or shard the model with fully_shard before the plan is made"
-        )
 
 
 def check_arguments(args: Any, *, sharded: bool) -> None:

@@ -48,14 +48,13 @@ class Optimised:
         in_backward: bool = False,
         **options: Any,
     ) -> PlanAdamW:
-        """AdamW over what trains.
+        """AdamW over what trains. The last optimiser that the plan has made is the one to use.
 
         Args:
             lr: learning rate, a float or a tensor ``[]``.
             weight_decay: decoupled; not of norms and biases.
             in_backward: update each slice in ``backward()``, as its gradient arrives, and free the
-                gradient: see :class:`ssah.training.in_backward.InBackwardAdamW`. The last one that
-                was made so is the one that updates.
+                gradient: see :class:`ssah.training.in_backward.InBackwardAdamW`.
             **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
                 rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where
                 a bfloat16 weight trains: to nearest, most steps of 1e-5 would change nothing.
@@ -126,4 +125,6 @@ class Optimised:
 
     def _remembered(self, optimizer: PlanAdamW) -> PlanAdamW:
         self._installed.last_optimizer = weakref.ref(optimizer)
+        if not optimizer.in_backward:  # one that was made before would take its gradients
+            self._installed.replace_update_hooks([])
         return optimizer

@@ -209,7 +209,13 @@ def test_the_last_optimiser_that_was_made_updates() -> None:
     second = plan.optimizer(LR, in_backward=True)
     assert_equal(run(plan, second), run(other, other.optimizer(LR)))
     refused(plan, "none of the optimiser's", first.step)
-    del first, second
+    ordinary = plan.optimizer(LR)
+    loss_of(plan.model).backward()
+    assert len(alive(plan.model)) == len(list(plan.parameters()))
+    ordinary.step()
+    ordinary.zero_grad()
+    third = plan.optimizer(LR, in_backward=True)
+    del first, second, third
     gc.collect()
     loss_of(plan.model).backward()  # nobody updates: gradients stay, as in any model
     assert len(alive(plan.model)) == len(list(plan.parameters()))
