@@ -68,7 +68,7 @@ SUITES: dict[torch.dtype, tuple[Variant, ...]] = {
     F32: (
         Variant("92.5 %", 0.925, F32, limit=1.0),
         Variant("92.5 % + importance", 0.925, F32, importance=True),
-        Variant("92.5 %, 8-bit state", 0.925, CODES, limit=2.5),
+        Variant("92.5 %, 8-bit state", 0.925, CODES, limit=5.0),
         Variant("20 %", 0.2, F32, limit=0.25, masked_limit=0.2),
         Variant("20 % + importance", 0.2, F32, importance=True),
     ),
@@ -77,7 +77,7 @@ SUITES: dict[torch.dtype, tuple[Variant, ...]] = {
         Variant("92.5 %, bf16 state, stochastic + importance", 0.925, BF16, True, importance=True),
         Variant("92.5 %, f32 state, stochastic", 0.925, F32, seed=True),
         Variant("92.5 %, f32 state, remainder", 0.925, F32, remainder=True),
-        Variant("92.5 %, 8-bit state, stochastic", 0.925, CODES, seed=True, limit=2.5),
+        Variant("92.5 %, 8-bit state, stochastic", 0.925, CODES, seed=True, limit=4.0),
         Variant("92.5 %, 8-bit state, remainder", 0.925, CODES, remainder=True),
         Variant("20 %, bf16 state, stochastic", 0.2, BF16, seed=True),
     ),

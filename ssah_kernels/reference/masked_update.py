@@ -23,8 +23,8 @@ and rounded once to the tensor's dtype: to nearest even, with two exceptions.
 
 Take 1.001, between the neighbours 1 and 1.0078 of bfloat16. To nearest it is always 1, so that a
 weight of 1 which grows by 0.001 a step never moves. Stochastically it is 1.0078 once in 7.8 steps.
-With a compensation w is 1.001, 1.002, 1.003. In the fourth step w = 1.004, whose bits are
-0x3f808312, becomes p = 1.0078 (0x3f81) and c = -31982 (0x8312 - 0x10000).
+With a compensation w is 1.001, 1.002, 1.003, and in the fourth step 1.004. The bits of 1.004 are
+0x3f808312: p is 1.0078 (0x3f81) then, and c is 0x8312 - 0x10000 = -31982.
 
 **Noise.** r depends on the seed, the step, the tensor's position in the list and the element's
 position e in the compact tensor (row-major), and on nothing else. In arithmetic modulo 2^32:

@@ -136,13 +136,17 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
     shape = (shape[0], width) if dim else (width, shape[1])
     narrow = torch.bfloat16 if dtype == torch.bfloat16 and "wide" not in detail else torch.float32
     state = torch.float64 if dtype == torch.float64 else narrow
+    states, scales = 2 if op == "masked_adamw_" else 1, []
+    if "codes" in detail:
+        state = torch.uint8
+        scales = [[torch.empty(shape[0], -(-shape[1] // 256))] for _ in range(states)]
     if op == "masked_grad_norm":
         return masked_grad_norm.launches([param], [index], [dim], scalar, scalar)
     units = [torch.empty(shape[dim], dtype=torch.float64)] if "units" in detail else None
     update = Update(
         [param],
         [torch.empty(shape, dtype=dtype)],
-        [[torch.empty(shape, dtype=state)] for _ in range(2 if op == "masked_adamw_" else 1)],
+        [[torch.empty(shape, dtype=state)] for _ in range(states)],
         [index],
         [dim],
         *[scalar] * 4,
@@ -152,6 +156,7 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
         else None,
         units,
         units,
+        scales,
     )
     return (masked_adamw if op == "masked_adamw_" else masked_sgd).plan(update)
 
@@ -165,7 +170,7 @@ def variants(op: str) -> Iterator[str]:
     elif op == "masked_grad_norm":
         yield from ("rows", "packed columns", "odd packed columns", "gathered columns")
     elif op == "masked_sgd_":
-        yield from ("rows units noise", "packed columns kahan")
+        yield from ("rows units noise", "packed columns kahan", "rows codes")
     elif op == "masked_adamw_":
         yield from (
             "rows noise",
@@ -173,6 +178,7 @@ def variants(op: str) -> Iterator[str]:
             "rows kahan wide",
             "packed columns noise wide",
         )
+        yield from ("rows codes units noise", "packed odd columns codes")
         yield from ("packed columns units noise", "packed odd columns units", "gathered columns")
     else:
         yield from ("", "masked") if op != "column_sq_norms" else ("",)
@@ -204,6 +210,8 @@ def faults(op: str, dtype: torch.dtype, arch: int) -> list[str]:
             vectors = "odd" not in detail and "gathered" not in detail
             if kernel.name in WIDE and dtype != torch.float64 and vectors:
                 loads, stores = WIDE[kernel.name]
+                if "codes" in detail:  # which are 4 or 8 bytes of a lane
+                    loads, stores = 2, 1
                 if kernel.wide_loads() < loads or kernel.wide_stores() < stores:
                     found.append(f"{name} {kernel.wide_loads()}, {kernel.wide_stores()} wide")
             if kernel.name in WIDE and "_moments_kernel" in kernel.name and kernel.loop_barriers():

@@ -72,7 +72,8 @@ def test_the_other_half_of_a_weight() -> None:
         )  # fmt: skip
         seen.append((p.item(), c.item()))
     assert [weight for weight, _ in seen] == [1, 1, 1, 1.0078125]
-    assert seen[-1][1] == 0x8312 - 0x10000  # 1.004 is 0x3f808312, and 1.0078 is 0x3f81
+    # 1.004 is 0x3f808312, but for four roundings, and 1.0078 is 0x3f81.
+    assert abs(seen[-1][1] - (0x8312 - 0x10000)) <= 4
 
 
 def test_columns_beside_each_other_share_no_element() -> None:

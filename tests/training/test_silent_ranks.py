@@ -12,12 +12,16 @@ import torch.distributed as dist
 import trl_trainers
 from plans import assert_equal, check_moved, draw, loss_of, masks, snapshot
 from ranks import shard, start, train
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from ssah.training import freeze, prepare_trainer
 from ssah.units import UnitSet, find_modules
+from ssah_kernels.optim import MaskedAdamW
 
 
 def as_many(model: PreTrainedModel, seed: int) -> UnitSet:
@@ -130,6 +134,38 @@ def under_a_trainer(rank: int, n: int, folder: Path) -> None:
         assert torch.equal(theirs, value), name
 
 
+def state_in_8_bits(rank: int, n: int, folder: Path) -> None:
+    """Of sharded parameters the numbers are those of whole ones, and so is what is saved."""
+    mesh = init_device_mesh("cpu", (n,))
+    for dim, index in ((0, torch.tensor([1, 2, 5])), (1, torch.arange(0, 1024, 3))):
+        generator = torch.Generator().manual_seed(dim)
+        whole = nn.Parameter(torch.randn(6, 1024, generator=generator))
+        parts = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(0)]))
+        one, ours, resumed = (
+            MaskedAdamW(
+                [{"params": [p], "indices": [index], "dims": [dim]}], lr=0.1, state_dtype="8bit"
+            )
+            for p in (whole, parts, parts)
+        )
+        for _ in range(3):
+            whole.grad = torch.randn(6, 1024, generator=generator)
+            parts.grad = distribute_tensor(whole.grad, mesh, [Shard(0)])
+            one.step()
+            ours.step()
+        assert torch.equal(parts.full_tensor(), whole)
+        saved = ours.state_dict()
+        for name, value in one.state[whole].items():
+            if name == "step":
+                continue
+            full = saved["state"][0][name].full_tensor()
+            # A row has its scales whether its columns train or not.
+            by_row = dim == 1 and name.endswith("scales")
+            assert torch.equal(full if by_row else full.index_select(dim, index), value), name
+        resumed.load_state_dict(saved)
+        for name, value in ours.state[parts].items():
+            assert torch.equal(resumed.state[parts][name], value), name
+
+
 @pytest.mark.parametrize(
     "worker",
     [
@@ -140,6 +176,7 @@ def under_a_trainer(rank: int, n: int, folder: Path) -> None:
         plans_of_their_own,
         sharded_afterwards,
         sharded_with_other_units,
+        state_in_8_bits,
     ],
 )
 def test_two_ranks(worker: object, tmp_path: Path) -> None:
