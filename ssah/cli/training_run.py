@@ -13,7 +13,7 @@ from ssah.settings import check_settings, setting
 from ssah.studies.evaluate import EvaluateSettings
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping, Sequence
 
     from transformers import PreTrainedTokenizerBase
 
@@ -42,6 +42,12 @@ class RunOptions:
     merge: bool = setting(False, "Also save the whole model.", panel="Run")
     keep_checkpoints: bool = setting(False, "Also when the run is finished.", panel="Run")
     dry_run: bool = setting(False, "Show what trains and the memory it takes.", panel="Run")
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is written to."""
+        assert self.out is not None  # `check` refuses it
+        return self.out
 
     def check(self) -> None:
         """Raise ValueError, before a model is loaded, where the run could not be written."""
@@ -166,10 +172,10 @@ def train(
     rows: Rows,
 ) -> Result:
     """Train a model with units selected, or show what that would take."""
-    from ssah.data import Counts, rows_read, warn_of_shared
+    from ssah.data import Counts, rows_read
     from ssah.evaluation import Refusals, refusals_change
-    from ssah.report.terminal import preview_table, trained_table
-    from ssah.training.finetune import fine_tune, preview
+    from ssah.report.terminal import trained_table
+    from ssah.training.finetune import fine_tune
 
     # Everything that needs no model is refused before one is loaded.
     options.check()
@@ -178,22 +184,14 @@ def train(
     source = reading.rows(data, options.split, options.limit, counts)
     held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)
     given = asked.read(reading)
-    # The prompts of a stream are not known before it has been read.
-    if isinstance(source, list):
-        own = [row["prompt"] for row in source]
-        if isinstance(held_out, list):
-            prompts = [row["prompt"] for row in held_out]
-            warn_of_shared(f"--eval-data {options.eval_data}", prompts, f"--data {data}", own)
-        if given is not None:
-            warn_of_shared("--requests", given["requests"], f"--data {data}", own)
+    _warn_of_shared(source, f"--data {data}", held_out, f"--eval-data {options.eval_data}", given)
     loaded, tokenizer = weights.load(model)
     reading.tokenizer(tokenizer)  # the template is the tokenizer's, and saved with a merged model
     how = reading.overlong, options.max_length
     examples = _encoded(source, data, tokenizer, counts, *how)
     eval_examples = None
     if held_out:
-        name = str(options.eval_data)
-        eval_examples = _encoded(held_out, name, tokenizer, eval_counts, *how)
+        eval_examples = _encoded(held_out, str(options.eval_data), tokenizer, eval_counts, *how)
     safety = None
     if given is not None:  # requests that leave no room are refused before anything is changed
         safety = Refusals(loaded, tokenizer, **given, batch_size=settings.batch_size)
@@ -209,16 +207,11 @@ def train(
         "dry_run": options.dry_run,
     }
     if options.dry_run:
-        # Activations take the most memory where a batch has nothing but the longest row.
-        length = max(len(example["input_ids"]) for example in examples)
-        result |= {"longest_row": length, **preview(plan, settings, length)}
-        return Result(result, (preview_table(result, settings.batch_size),))
-    out = options.out
-    assert out is not None  # RunOptions.check refuses it
+        return _previewed(plan, settings, examples, result)
     result |= fine_tune(
         plan,
         examples,
-        out,
+        options.folder,
         settings,
         tokenizer=tokenizer,
         eval_examples=eval_examples,
@@ -226,12 +219,38 @@ def train(
         merge=options.merge,
         keep_checkpoints=options.keep_checkpoints,
     )
-    result |= {"frozen_verified": True, "out": str(out)}
+    result |= {"frozen_verified": True, "out": str(options.out)}
     if safety is not None:
         found = result["safety"]
-        change = refusals_change(found["before"], found["after"])
-        result["safety"] = {**found, "change": change}
+        found["change"] = refusals_change(found["before"], found["after"])
     return Result(result, (trained_table(result),))
+
+
+def _warn_of_shared(
+    source: Any, name: str, held_out: Any, held_out_name: str, given: Mapping[str, Any] | None
+) -> None:
+    """Say where a prompt is trained on and measured; those of a stream are not known yet."""
+    from ssah.data import warn_of_shared
+
+    measured = {"--requests": [] if given is None else given["requests"]}
+    if isinstance(held_out, list):
+        measured[held_out_name] = [row["prompt"] for row in held_out]
+    if isinstance(source, list):
+        for other, prompts in measured.items():
+            warn_of_shared(other, prompts, name, [row["prompt"] for row in source])
+
+
+def _previewed(
+    plan: UpdatePlan, settings: Settings, examples: Sequence[Any], result: Mapping[str, Any]
+) -> Result:
+    """What a run would train, and the memory that it would take."""
+    from ssah.report.terminal import preview_table
+    from ssah.training.finetune import preview
+
+    # Activations take the most memory where a batch has nothing but the longest row.
+    length = max(len(example["input_ids"]) for example in examples)
+    found = {**result, "longest_row": length, **preview(plan, settings, length)}
+    return Result(found, (preview_table(found, settings.batch_size),))
 
 
 def _encoded(

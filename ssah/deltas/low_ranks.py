@@ -31,7 +31,7 @@ BLOCK = 1 << 22  # elements of a block of rows: enough for a product to run at f
 def low_rank(
     base: WeightsOf, tuned: WeightsOf, rank: int, *, out: Out = None
 ) -> Path | dict[str, Tensor]:
-    """The base with what training changed, as far as ``rank`` singular directions have it.
+    """The base ``[...]`` with what training changed, as far as ``rank`` directions have it.
 
     Every matrix has its own; of a tensor with more than two dimensions, each matrix of the last
     two. Vectors (norms, biases) are those of ``tuned``. A matrix of 4096 x 4096 takes one or two

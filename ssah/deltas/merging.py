@@ -69,7 +69,7 @@ def keep(
     seed: int = 0,
     out: Out = None,
 ) -> Path | dict[str, Tensor]:
-    """The base with a share of what training changed: the rest has the bits of the base.
+    """The base ``[...]`` with a share of what training changed: the rest has the base's bits.
 
     DARE with a drop rate of 0.9 is ``keep(base, tuned, 0.1, by="random", rescale=True)``.
 
@@ -118,7 +118,7 @@ def merge(
             draw and its own ranking.
         out: as of `interpolate`.
 
-    Returns, Raises: as of `keep`.
+    Returns: as of `keep`. Arguments and errors as of `keep`, with ValueError for no model at all.
 
     Source: Ilharco et al. 2022, arXiv 2212.04089 (task arithmetic); Yadav et al. 2023, arXiv
     2306.01708 (TIES). TIES here leaves out an element whose sum is exactly 0, where the published

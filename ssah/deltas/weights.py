@@ -183,7 +183,7 @@ class MemoryWeights(Weights):
     """
 
     def __init__(self, source: nn.Module | Mapping[str, Tensor], about: str) -> None:
-        """Note names and tensors; nothing is copied.
+        """Note names and tensors, ``[...]`` of any shape; nothing is copied.
 
         Raises:
             ValueError: weights are packed, on the disk, or in pieces of several processes.

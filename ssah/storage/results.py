@@ -171,7 +171,12 @@ def _listed(value: Any) -> list[Any]:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The metadata alone, with the name and the hash of the tensors."""
+    """The metadata alone, with the names and the hashes of the files of tensors.
+
+    Raises:
+        FileNotFoundError: nothing was saved there.
+        ValueError: the file is damaged; it is named.
+    """
     path = folder / META
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")

@@ -31,16 +31,16 @@ class Placed:
     values: Tensor
 
     def read(self) -> Tensor:
-        """A copy of what the parameter has there now, of the shape of ``values``."""
+        """A copy of what the parameter has there now, ``[entries, ...]`` as ``values``."""
         weight = self.parameter.detach()
         return weight.clone() if self.dims is None else self._entries(weight)[self._place(weight)]
 
     def write(self, values: Tensor) -> None:
-        """Put ``values`` there, in place."""
+        """Put ``values`` ``[entries, ...]`` there, in place."""
         self._put(self.parameter.detach(), values)
 
     def written(self) -> Tensor:
-        """A copy of the parameter with ``values`` in it."""
+        """A copy of the parameter, ``[...]`` of its shape, with ``values`` in it."""
         weight = self.parameter.detach().clone()
         self._put(weight, self.values)
         return weight

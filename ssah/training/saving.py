@@ -194,7 +194,7 @@ def placed_update(model: nn.Module, stored: Stored) -> list[Placed]:
 
 
 def update_folder(directory: str | os.PathLike[str]) -> str:
-    """The folder that is meant, fetched if it is a repository."""
+    """The folder that is meant, fetched if it is a repository; FileNotFoundError without one."""
     name = os.fspath(directory)
     if name.startswith(HUB):
         return snapshot_download(name.removeprefix(HUB))

@@ -97,7 +97,7 @@ def load_trained(
 def load_trained_tokenizer(
     name: str, *, base: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer alone; everything as of :func:`load_trained`."""
+    """The tokenizer alone; arguments and errors as of :func:`load_trained`."""
     if not is_update(name):
         _check_without_base(name, base)
         return load_tokenizer(name, trust_remote_code=trust_remote_code)

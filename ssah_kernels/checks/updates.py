@@ -176,9 +176,8 @@ def _update(
         is_matrix = len(shape) == 2  # nearly always: no call of as_matrix then
         for compact in lists:
             x = compact.tensors[i]
-            if x.layout is not strided or x.dtype not in compact.dtypes or x.shape != shape:
-                _refuse(compact, i, shape, device)
-            if x.device != device:
+            other = x.layout is not strided or x.dtype not in compact.dtypes or x.shape != shape
+            if other or x.device != device:
                 _refuse(compact, i, shape, device)
             if not x.is_contiguous():
                 if compact.stored:
@@ -194,10 +193,9 @@ def _update(
             state_of(f"{name}[{i}]", each[i], blocks, device, torch.float32)
         if is_matrix:
             matrices.append(param)
-            axes.append(dim % 2)
         else:
             matrices.append(as_matrix(param, dim) if can_be_matrix(param, dim) else param)
-            axes.append(axis_of(param, dim))
+        axes.append(dim % 2 if is_matrix else axis_of(param, dim))
     return matrices, axes, *(compact.ready for compact in lists)
 
 

@@ -114,21 +114,26 @@ def delta(
     from ssah.deltas import RECORD
     from ssah.report.terminal import delta_tables, facts_table
 
-    if settings.edit != "merge" and len(tuned) > 1:
-        raise ValueError(f"TUNED is {len(tuned)} models; it must be one, unless with --merge")
+    _check(tuned, out, settings)
     if settings.show:
-        if out is not None:
-            raise ValueError("--out is given, which --show has no use for: it writes nothing")
         found = _measured(base, tuned[0], settings)
         return Result(found, tuple(delta_tables(found)))
-    if out is None:
-        raise ValueError(f"--out is not given; --{settings.edit} must have a folder to write to")
+    assert out is not None  # `_check` refuses it
     if settings.lora is not None:
         return _adapter(base, tuned[0], settings.lora, out)
     with Console(stderr=True).status("computing, tensor by tensor"):
         _write(base, tuned, settings, out)
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     return Result({"out": str(out), **record}, (facts_table("Written", record | {"to": out}),))
+
+
+def _check(tuned: list[str], out: Path | None, settings: DeltaSettings) -> None:
+    if settings.edit != "merge" and len(tuned) > 1:
+        raise ValueError(f"TUNED is {len(tuned)} models; it must be one, unless with --merge")
+    if settings.show and out is not None:
+        raise ValueError("--out is given, which --show has no use for: it writes nothing")
+    if not settings.show and out is None:
+        raise ValueError(f"--out is not given; --{settings.edit} must have a folder to write to")
 
 
 def _adapter(base: str, tuned: str, rank: int, out: Path) -> Result:

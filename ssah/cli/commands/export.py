@@ -53,11 +53,7 @@ def export(
     from ssah.report.terminal import facts_table
     from ssah.training.finetune import select_units
 
-    if (change is None) == (groups is None) or (groups is None) != (not units):
-        raise ValueError(
-            "either --change (what was trained) or --groups with --units (what is ablated) must "
-            "be given, and not both"
-        )
+    _check_one(change, groups, units)
     what = select_units(units, UnitGroups.load(groups)) if groups and units else change
     assert what is not None
     base = load_weights(
@@ -78,3 +74,12 @@ def export(
     }
     data = {"model": model, "out": str(out), **made.to_dict()}
     return Result(data, (facts_table("Exported", facts),))
+
+
+def _check_one(change: str | None, groups: Path | None, units: list[str] | None) -> None:
+    """One of the two: what was trained, or what is ablated."""
+    if (change is None) == (groups is None) or (groups is None) != (not units):
+        raise ValueError(
+            "either --change (what was trained) or --groups with --units (what is ablated) must "
+            "be given, and not both"
+        )

@@ -104,7 +104,7 @@ class Subspace:
         return self._part(x, dim).to(x.dtype)
 
     def away(self, x: Tensor, dim: int = -1) -> Tensor:
-        """What is left of ``x`` without its part in the subspace; as of `onto`."""
+        """What is left of ``x`` ``[..., n, ...]`` without its part in the subspace; see `onto`."""
         return (x.double() - self._part(x, dim)).to(x.dtype)
 
     def _part(self, x: Tensor, dim: int) -> Tensor:

@@ -50,6 +50,9 @@ class Comparison(Study):
     Args:
         loading, out, kind, settings: as of `Study`.
         keep: whether trained models stay in the folder of the run.
+
+    Raises:
+        ModelError: the model would be dealt to several devices, where a plan would refuse it.
     """
 
     settings: StudySettings

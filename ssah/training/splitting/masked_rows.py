@@ -158,7 +158,7 @@ class MaskedEmbedding(MaskedRows):
         return (cls, RowLookup) if plain is nn.Embedding else (cls, plain, RowLookup)
 
     def forward(self, *args: Any, **options: Any) -> Tensor:
-        """What the class that this is mixed into computes, with the lookup of rows."""
+        """``[..., hidden]``: what the class that this is mixed into computes, with the lookup."""
         own = super(MaskedProjection, self).forward
         y: Tensor
         if self.plain is nn.Embedding:  # which reads no attribute of its weight

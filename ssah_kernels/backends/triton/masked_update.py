@@ -69,6 +69,13 @@ def noise_keys(seed_ptr, step, row_ptr):
 
 
 @triton.jit
+def grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE: tl.constexpr):
+    """By what the gradient is multiplied before the step."""
+    scale = scalar_or_one(clip_coef_ptr) / scalar_or_one(grad_scale_ptr)
+    return -scale if MAXIMIZE else scale
+
+
+@triton.jit
 def param_cols(row_ptr, index_ptr, cols, inside, GATHER: tl.constexpr, VECTOR: tl.constexpr):
     """Where columns of the gradient lie in a row of the parameter."""
     if GATHER:
@@ -201,44 +208,40 @@ def masked_update_kernel(
     row_stride = tl.load(row_ptr + ROW_STRIDE) * VECTOR
     tile = tl.program_id(0) - tl.load(row_ptr + FIRST)  # within this tensor
     blocks = tl.cdiv(n_cols, BLOCK)
-    tile_row = tile // blocks
-    cols = (tile % blocks) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    tile_row, tile_col = tile // blocks, tile % blocks
+    cols = tile_col * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside_cols = cols < n_cols
     p_cols = param_cols(row_ptr, index_ptr, cols, inside_cols, GATHER, VECTOR)
 
-    lr = tl.load(lr_ptr)
-    step = tl.load(step_ptr)
-    scale = scalar_or_one(clip_coef_ptr) / scalar_or_one(grad_scale_ptr)
-    scale = (-scale if MAXIMIZE else scale).to(X)
+    lr, step = tl.load(lr_ptr), tl.load(step_ptr)
+    scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE).to(X)
     key_0, key_1 = noise_keys(seed_ptr, step, row_ptr)
     if UNITS >= 0:
         partial_ptr += tl.load(row_ptr + PARTIAL)
         all_parts = tl.load(row_ptr + PARTS) * (n_rows if UNITS == 0 else n_cols)
-    signed = tl.zeros((HEIGHT, BLOCK), X)
-    squared = tl.zeros((HEIGHT, BLOCK), X)
+    signed = squared = tl.zeros((HEIGHT, BLOCK), X)
 
-    steps = tl.minimum(tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT), STEPS)
-    for i in range(0, steps):
+    left = tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT)  # steps to the last row
+    for i in range(0, tl.minimum(left, STEPS)):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
         element = rows * n_cols + cols
         at = p_ptr + param_rows(row_ptr, index_ptr, rows, GATHER) * row_stride + p_cols
         stored = tl.load(at, mask=inside, other=0)
-        p = stored.to(X)
         grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
-            product = p * grad
+            product = stored.to(X) * grad
             square = product * product
             if UNITS == 0:
-                part_ptr = partial_ptr + (tile % blocks) * n_rows + rows  # rows are units
+                part_ptr = partial_ptr + tile_col * n_rows + rows  # rows are units
                 store_sums(part_ptr, all_parts, product, square, rows < n_rows, 1)
             else:
                 signed += product
                 squared += square
         take_step(
             stored, grad * scale, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
-            element, rows * blocks + tile % blocks, inside, rows < n_rows, table_ptr, lr, step,
+            element, rows * blocks + tile_col, inside, rows < n_rows, table_ptr, lr, step,
             key_0, key_1, RULE, STATES, NESTEROV, KAHAN, NOISE, P, S, X,
         )  # fmt: skip
 
