@@ -252,7 +252,8 @@ def main() -> None:
         if base == first and variant in rows:
             record["limits"] = {"time": seconds, "memory": memory}
             print(
-                f"{variant}: time {rows[variant]['time_ratio']:.3f} (at most {seconds}), "
+                f"{variant}: time {rows[variant]['time_ratio']:.3f}, processor time "
+                f"{rows[variant]['cpu_time_ratio']:.3f} (at most {seconds}), "
                 f"memory {rows[variant]['memory_ratio']:.3f} (at most {memory})"
             )
     if args.out:

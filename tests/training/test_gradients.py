@@ -222,3 +222,17 @@ def test_halves_are_as_fast_as_in_an_ordinary_layer(dtype: torch.dtype) -> None:
         torch.testing.assert_close(y.double(), wanted, rtol=2e-2, atol=2e-2)
     # On a processor that has the arithmetic both are quick, and overheads count.
     assert seconds["split"] < 5 * seconds["plain"] + 1e-3
+
+
+@pytest.mark.parametrize("is_output", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_projection_gives_may_be_written_to(dtype: torch.dtype, is_output: bool) -> None:
+    """OLMo clamps what V gives in place, and Falcon adds to what an FFN gives."""
+    x, storage = torch.randn(2, 3, 8).to(dtype), torch.randn(8, 8).to(dtype)
+    part = nn.Parameter(storage[:2].clone())
+    y = MaskedLinearFunction.apply(x, storage, None, is_output, ((0, 2),), (), part)
+    y.mul_(2).sum().backward()
+    ones = torch.full((6, 2 if not is_output else 8), 2.0, dtype=torch.float64)  # [tokens, out]
+    flat = x.double().flatten(0, 1)  # [tokens, in]
+    wanted = flat[:, :2].t() @ ones if is_output else ones.t() @ flat
+    torch.testing.assert_close(part.grad.double(), wanted, rtol=2e-2, atol=2e-2)

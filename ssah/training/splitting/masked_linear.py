@@ -39,17 +39,20 @@ def _columns(matrix: Tensor, part: Part) -> Tensor:
 
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``x [tokens, k] @ matrix [k, n] + bias [n]``, contiguous."""
-    if x.device.type == "cpu" and x.dtype in _HALVES:
-        # Of this layout torch makes single products where the processor has no arithmetic of these
-        # types: 64 tokens through [2816, 1024] took 0.8 seconds, and its transpose takes 0.02.
-        across = x.t().contiguous()  # [k, tokens]
-        if bias is None:
-            y = matrix.t() @ across  # [n, tokens]
-        else:
-            y = torch.addmm(bias[:, None], matrix.t(), across)
-        return y.t().contiguous()
-    return F.linear(x, matrix.t(), bias)
+    """``x [..., k] @ matrix [k, n] + bias [n]``."""
+    if x.device.type != "cpu" or x.dtype not in _HALVES:
+        return F.linear(x, matrix.t(), bias)
+    # Of this layout torch makes single products where the processor has no arithmetic of these
+    # types: 64 tokens through [2816, 1024] took 0.8 seconds, and its transpose takes 0.02.
+    across = x.reshape(-1, x.shape[-1]).t().contiguous()  # [k, tokens]
+    if bias is None:
+        y = matrix.t() @ across  # [n, tokens]
+    else:
+        y = torch.addmm(bias[:, None], matrix.t(), across)
+    # Not a view, which autograd would let nobody write to in place; models do.
+    result = y.new_empty(*x.shape[:-1], len(y))
+    result.view(-1, len(y)).copy_(y.t())
+    return result
 
 
 class MaskedLinearFunction(torch.autograd.Function):
@@ -78,11 +81,11 @@ class MaskedLinearFunction(torch.autograd.Function):
             ctx.dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(ctx.dtype), storage.to(ctx.dtype)
             b = None if bias is None else bias.to(ctx.dtype)
-        matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
-        y = _product(matrix, weight, b) if is_output else F.linear(matrix, weight, b)
-        y = y.view(*x.shape[:-1], y.shape[-1])  # [..., out]
+        # [..., out]
+        y = _product(x, weight, b) if is_output else F.linear(x, weight, b)
         kept: list[Tensor] = []
         if any(ctx.needs_input_grad[_BEFORE : _BEFORE + len(weight_parts)]):
+            matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
             share = sum(width(part) for part in weight_parts) / len(storage)
             # A multiplies all of x by the trained columns of g; B the trained columns of x by g.
             ctx.copied = is_output and share <= _COPIED_SHARE
