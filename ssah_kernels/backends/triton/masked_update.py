@@ -60,7 +60,7 @@ def masked_update_kernel(
     table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, map_ptr,
     n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    KAHAN: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
+    COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
     P: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -140,7 +140,7 @@ def masked_update_kernel(
                 squared += square
         # The compensated weight moves; importance is of the weight that the forward pass used.
         w = p
-        if KAHAN:
+        if COMPENSATED:
             w = compensated(stored, tl.load(c_ptr + element, mask=inside, other=0))
         state_0 = p  # defined for every rule; without state it is never stored
         state_1 = p
@@ -164,7 +164,7 @@ def masked_update_kernel(
         bits = element
         if NOISE:
             bits = noise(element, key_0, key_1)
-        if KAHAN:
+        if COMPENSATED:
             new, rest = split(w, P)
             tl.store(c_ptr + element, rest, mask=inside)
             tl.store(at, new, mask=inside)
