@@ -16,7 +16,7 @@ import torch
 
 from ssah_kernels import backends
 from ssah_kernels.backends import triton as package
-from ssah_kernels.checks.updates import COMPENSATIONS
+from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.schema import KERNELS
 
 TESTS = Path(__file__).parents[1]
