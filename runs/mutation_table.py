@@ -124,7 +124,7 @@ _CUDA = (
     ),
     Mutation(
         "csrc/cuda/masked_update.cuh",
-        "if (kahan) w = compensated(p.at[k], c.at[k]);",
+        "if (compensates) w = compensated(p.at[k], c.at[k]);",
         "",
         near("masked_adamw_"),
     ),

@@ -36,7 +36,7 @@ struct Run {
   scalar<T>*signed_sums, *squared_sums;
 };
 
-template <bool kNoise, bool kKahan, Units kUnits, class T, class S, class Rule>
+template <bool kNoise, bool kCompensates, Units kUnits, class T, class S, class Rule>
 SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, long n, vuint lanes,
                                vec<T>& signed_sum, vec<T>& squared_sum) {
   const vec<T> p = load_up_to(r.p + i, n), grad = load_up_to(r.g + i, n);
@@ -54,13 +54,14 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
     }
   }
   vec<T> w = p, state0 = {}, state1 = {};
-  if constexpr (kKahan) w = compensated((const T*)nullptr, w, load_up_to(r.compensation + i, n));
+  if constexpr (kCompensates)
+    w = compensated((const T*)nullptr, w, load_up_to(r.compensation + i, n));
   if constexpr (Rule::kStates > 0) state0 = load_up_to(r.state0 + i, n);
   if constexpr (Rule::kStates > 1) state1 = load_up_to(r.state1 + i, n);
   rule.update(grad, w, state0, state1);
   vuint bits = {};
   if constexpr (kNoise) bits = r.noise.bits(lanes + (r.low + (unsigned)i));
-  if constexpr (kKahan) {
+  if constexpr (kCompensates) {
     write_compensated(r.p + i, r.compensation + i, w, n);
   } else {
     write<kNoise, 0>(r.p + i, w, bits, n);
@@ -70,14 +71,14 @@ SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, lon
 }
 
 // As update_vector, on two vectors of neighbours; `numbers` are the lower halves of the even ones'.
-template <bool kNoise, bool kKahan, Units kUnits, class Rule>
+template <bool kNoise, bool kCompensates, Units kUnits, class Rule>
 SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i, vuint numbers,
                              vfloat& signed_sum, vfloat& squared_sum) {
   vfloat w[2], grad[2], rest[2], state0[2] = {}, state1[2] = {};
   vuint bits[2] = {};
   read_pair(r.p + i, w);
   read_pair(r.g + i, grad);
-  if constexpr (kKahan) read_pair(r.compensation + i, rest);
+  if constexpr (kCompensates) read_pair(r.compensation + i, rest);
   if constexpr (Rule::kStates > 0) read_pair(r.state0 + i, state0);
   if constexpr (Rule::kStates > 1) read_pair(r.state1 + i, state1);
   for (int half = 0; half < 2; ++half) {
@@ -86,11 +87,11 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
       signed_sum += product;
       squared_sum = mul_add(product, product, squared_sum);
     }
-    if constexpr (kKahan) w[half] = compensated((const bf16*)nullptr, w[half], rest[half]);
+    if constexpr (kCompensates) w[half] = compensated((const bf16*)nullptr, w[half], rest[half]);
     rule.update(grad[half], w[half], state0[half], state1[half]);
     if constexpr (kNoise) bits[half] = r.noise.bits(numbers + (unsigned)half);
   }
-  if constexpr (kKahan) {
+  if constexpr (kCompensates) {
     write_compensated_pair(r.p + i, r.compensation + i, w);
   } else {
     write_pair<kNoise, 0>(r.p + i, w, bits);
@@ -104,7 +105,7 @@ constexpr bool kPairs = false;
 template <>
 constexpr bool kPairs<bf16, bf16> = true;
 
-template <bool kNoise, bool kKahan, Units kUnits, class T, class S, class Rule>
+template <bool kNoise, bool kCompensates, Units kUnits, class T, class S, class Rule>
 void update_run(const Run<T, S>& run, const Rule& rule) {
   const Run<T, S> r = run;  // copies that no store can alias
   const Rule local = rule;
@@ -114,15 +115,16 @@ void update_run(const Run<T, S>& run, const Rule& rule) {
   if constexpr (kPairs<T, S> && kUnits != kColumnUnits) {
     vuint numbers = 2 * lanes + r.low;
     for (; i + 2 * SSAH_LANES <= r.n; i += 2 * SSAH_LANES, numbers += 2 * SSAH_LANES) {
-      update_pair<kNoise, kKahan, kUnits>(r, local, i, numbers, signed_sum, squared_sum);
+      update_pair<kNoise, kCompensates, kUnits>(r, local, i, numbers, signed_sum, squared_sum);
     }
   }
   for (; i + compute<T>::lanes <= r.n; i += compute<T>::lanes) {
-    update_vector<kNoise, kKahan, kUnits>(r, local, i, compute<T>::lanes, lanes, signed_sum,
-                                          squared_sum);
+    update_vector<kNoise, kCompensates, kUnits>(r, local, i, compute<T>::lanes, lanes, signed_sum,
+                                                squared_sum);
   }
   if (i < r.n) {
-    update_vector<kNoise, kKahan, kUnits>(r, local, i, r.n - i, lanes, signed_sum, squared_sum);
+    update_vector<kNoise, kCompensates, kUnits>(r, local, i, r.n - i, lanes, signed_sum,
+                                                squared_sum);
   }
   if constexpr (kUnits == kRowUnit) {
     store(r.signed_sums, signed_sum);
@@ -134,10 +136,10 @@ template <class T, class S, class Rule>
 using UpdateRun = void (*)(const Run<T, S>&, const Rule&);
 
 template <Units kUnits, class T, class S, class Rule>
-SSAH_INLINE UpdateRun<T, S, Rule> choose_run(bool noise, bool kahan) {
+SSAH_INLINE UpdateRun<T, S, Rule> choose_run(bool noise, bool compensates) {
   if constexpr (sizeof(T) == 2 && Rule::kCompensated != kNever) {
-    if (noise && kahan) return update_run<true, true, kUnits, T, S, Rule>;
-    if (kahan) return update_run<false, true, kUnits, T, S, Rule>;
+    if (noise && compensates) return update_run<true, true, kUnits, T, S, Rule>;
+    if (compensates) return update_run<false, true, kUnits, T, S, Rule>;
   }
   if constexpr (Rule::kCompensated != kAlways) {
     if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
@@ -199,14 +201,14 @@ SSAH_INLINE double sum_lanes(vfloat lanes) {
 
 template <class T, class S, class Rule>
 void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
-  const bool kahan = t.compensation != nullptr;
+  const bool compensates = t.compensation != nullptr;
   const bool row_unit = t.signed_sum != nullptr && !t.units_are_columns;
   const bool column_units = t.signed_sum != nullptr && t.units_are_columns;
   typedef typename StateBlock<T, S>::Values V;
   const UpdateRun<T, V, Rule> update =
-      row_unit       ? choose_run<kRowUnit, T, V, Rule>(t.stochastic, kahan)
-      : column_units ? choose_run<kColumnUnits, T, V, Rule>(t.stochastic, kahan)
-                     : choose_run<kNoUnits, T, V, Rule>(t.stochastic, kahan);
+      row_unit       ? choose_run<kRowUnit, T, V, Rule>(t.stochastic, compensates)
+      : column_units ? choose_run<kColumnUnits, T, V, Rule>(t.stochastic, compensates)
+                     : choose_run<kNoUnits, T, V, Rule>(t.stochastic, compensates);
   StateBlock<T, S> states(t);
   const bool gathers = t.columns != nullptr || t.column_stride != 1;
   T gathered[kPiece];

@@ -7,7 +7,7 @@
 //   params float64 / float32 / bfloat16 / float16 as matrices, everything else compact; states
 //   float64 for float64, else float32 or bfloat16; arithmetic in float32 (float64 for float64).
 //   Bytes per element: 28 in float32, 14 in bfloat16, 22 with float32 state, 10.1 with state in 8
-//   bits; 4 more with Kahan.
+//   bits; 4 more with compensations.
 #include "masked_update.cuh"
 
 namespace ssah {

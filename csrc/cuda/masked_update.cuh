@@ -34,7 +34,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
   const int64_t first_element = target.first_element;
   const bool row_units = target.dim == 0;
   const bool importance = target.signed_sums != nullptr;
-  const bool kahan = sizeof(T) == 2 && compensations != nullptr;
+  const bool compensates = sizeof(T) == 2 && compensations != nullptr;
   const int64_t row_blocks = ceil_div(row_columns, kStateBlock);
   CodedStates<R, kInCodes<S> ? W : 1> coded;
   for (int64_t row = place.row; row < place.end; row += place.row_step) {
@@ -57,13 +57,13 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
         if constexpr (Rule::kStates > 0) read<kIsWide>(s0, states0 + element, valid);
         if constexpr (Rule::kStates > 1) read<kIsWide>(s1, states1 + element, valid);
       }
-      if (kahan) read<kIsWide>(c, compensations + element, valid);
+      if (compensates) read<kIsWide>(c, compensations + element, valid);
 #pragma unroll
       for (int k = 0; k < W; ++k) {
         R w = to_real(p.at[k]);
         const R grad = to_real(g.at[k]);
         sums.add(k, w * grad * factors.unscale);  // before the update and before clipping
-        if (kahan) w = compensated(p.at[k], c.at[k]);
+        if (compensates) w = compensated(p.at[k], c.at[k]);
         R state[2] = {0, 0};
         if constexpr (kInCodes<S>) {
           state[0] = coded.values[0][k];
@@ -75,7 +75,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
         rule.update(grad * factors.gradient, w, state[0], state[1]);
         const int64_t position = first_element + element + k * place.kStep;
         const uint32_t bits = noise.on ? noise.bits(position) : 0u;
-        if (kahan) {
+        if (compensates) {
           split(w, p.at[k], c.at[k]);
         } else {
           p.at[k] = rounded<T>(w, noise.on, bits & 0xffffu);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
         if constexpr (Rule::kStates > 0) write<kIsWide>(states0 + element, s0, valid);
         if constexpr (Rule::kStates > 1) write<kIsWide>(states1 + element, s1, valid);
       }
-      if (kahan) write<kIsWide>(compensations + element, c, valid);
+      if (compensates) write<kIsWide>(compensations + element, c, valid);
     }
     if constexpr (kInCodes<S>) {
       const int64_t element = row * row_columns + place.column;

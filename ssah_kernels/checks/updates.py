@@ -2,83 +2,26 @@
 
 Thousands of tensors pass here in every step: names are made where something is wrong, not before.
 
-Compact means the parameter's shape with the index's length in place of the size along its dim: of
-[4096, 11008] with 2,202 columns trained, gradient and state are [4096, 2202], the sums of
-importance are [2202], and the scales of state in 8 bits are [4096, 9].
+What is compact, such as a gradient, is described in ``compact.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ssah_kernels.checks.compact import compact_lists, compact_shape, refuse
 from ssah_kernels.checks.matrices import as_matrix, axis_of, can_be_matrix
 from ssah_kernels.checks.tensors import dense, floating, state_of
 from ssah_kernels.dynamic_map import scales_shape
-
-# The dtype of what compensates a parameter of 16 bits, see reference/masked_update.py.
-COMPENSATIONS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
-
-
-class _Compact(NamedTuple):
-    """A list of tensors that have an entry for each trained element, and what they must be."""
-
-    name: str
-    tensors: Sequence[Tensor]
-    dtypes: tuple[torch.dtype, ...]
-    stored: bool  # read and written where it lies, so that it must be contiguous
-    ready: list[Tensor]
 
 
 def _same_length(name: str, values: Sequence[Any], must: int) -> None:
     if len(values) != must:
         raise ValueError(f"{name} has {len(values)} entries; it must have {must}, one a parameter")
-
-
-def _compact_shape(name: str, i: int, x: Tensor, index: Tensor | None, dim: int) -> tuple[int, ...]:
-    """The shape that ``index`` along ``dim`` selects from ``x``, the ``i``-th of the list."""
-    shape = x.shape
-    n = len(shape) or 1  # a parameter without dimensions has one unit
-    # A dimension in the middle makes no matrix of units, see matrices.py.
-    if not -n <= dim < n or (n > 2 and dim % n not in (0, n - 1)):
-        raise ValueError(
-            f"dims has {dim} for {name}[{i}] of {len(shape)} dimensions; it must be the first or "
-            "last"
-        )
-    if index is None:
-        return shape
-    if index.layout is not torch.strided:
-        dense(f"indices[{i}]", index)
-    if index.dtype is not torch.int64 or index.dim() != 1 or not shape:
-        raise ValueError(
-            f"indices[{i}] is {index.dtype} with {index.dim()} dimensions for {name}[{i}] of "
-            f"{len(shape)}; it must be int64 with 1, strictly increasing"
-        )
-    if index.device != x.device:
-        raise ValueError(f"indices[{i}] is on {index.device}; it must be on {x.device}")
-    if not index.is_contiguous():
-        raise ValueError(
-            f"indices[{i}] has stride {index.stride(0)}; it must be contiguous: call contiguous()"
-        )
-    dim %= n
-    return (*shape[:dim], index.shape[0], *shape[dim + 1 :])
-
-
-def _refuse(compact: _Compact, i: int, shape: tuple[int, ...], device: torch.device) -> None:
-    name, x = f"{compact.name}[{i}]", compact.tensors[i]
-    dense(name, x)
-    if x.dtype not in compact.dtypes:
-        allowed = " or ".join(str(d).removeprefix("torch.") for d in compact.dtypes)
-        raise TypeError(f"{name} has dtype {x.dtype}; with its parameter it must be {allowed}")
-    if x.shape != shape:
-        must = tuple(shape)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {must}, what is trained")
-    if x.device != device:
-        raise ValueError(f"{name} is on {x.device}; it must be on {device}")
-    raise ValueError(f"{name} must be contiguous")  # nothing else was wrong
 
 
 def _scalar(
@@ -97,38 +40,6 @@ def _scalar(
     if x.device == like.device and x.dtype == dtype:
         return x
     return x.to(like.device, dtype)
-
-
-def _lists(
-    first: Tensor,
-    grads: Sequence[Tensor],
-    states: dict[str, Sequence[Tensor]],
-    compensations: Sequence[Tensor] | None,
-    in_codes: bool,
-) -> list[_Compact]:
-    """What is compact with parameters like ``first``."""
-    # Autograd gives gradients any strides; state is this package's own, and contiguous.
-    lists = [_Compact("grads", grads, (first.dtype,), False, [])]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
-    if in_codes:
-        dtypes = (torch.uint8,)
-    elif first.dtype == torch.float64:
-        dtypes = (torch.float64,)
-    for name, state in states.items():
-        if state:
-            # All state of a call has one dtype, which its first tensor decides.
-            dtypes = (state[0].dtype,) if state[0].dtype in dtypes else dtypes
-        lists.append(_Compact(name, state, dtypes, True, []))
-    if compensations is not None:
-        # Of wider parameters, rounding loses too little to be worth their memory.
-        if first.dtype not in COMPENSATIONS:
-            raise TypeError(
-                f"compensations are given for {first.dtype} parameters; they must be bfloat16 or "
-                "float16"
-            )
-        dtypes = (COMPENSATIONS[first.dtype],)
-        lists.append(_Compact("compensations", compensations, dtypes, True, []))
-    return lists
 
 
 def _update(
@@ -153,7 +64,7 @@ def _update(
     per_block = [(name, each) for name, each in scales.items() if each is not None]
     if 0 < len(per_block) < len(scales):
         raise ValueError(f"{' and '.join(scales)} must be given together")
-    lists = _lists(first, grads, states, compensations, in_codes=bool(per_block))
+    lists = compact_lists(first, grads, states, compensations, in_codes=bool(per_block))
     named = {"indices": indices, "dims": dims, **importance, **{x.name: x.tensors for x in lists}}
     named |= scales
     for name, values in named.items():
@@ -172,16 +83,16 @@ def _update(
                 f"params[{i}] is {param.dtype} on {param.device}; all of one call must be "
                 f"{dtype} on {device}, as params[0]"
             )
-        shape = _compact_shape("params", i, param, index, dim)
+        shape = compact_shape("params", i, param, index, dim)
         is_matrix = len(shape) == 2  # nearly always: no call of as_matrix then
         for compact in lists:
             x = compact.tensors[i]
             other = x.layout is not strided or x.dtype not in compact.dtypes or x.shape != shape
             if other or x.device != device:
-                _refuse(compact, i, shape, device)
+                refuse(compact, i, shape, device)
             if not x.is_contiguous():
                 if compact.stored:
-                    _refuse(compact, i, shape, device)
+                    refuse(compact, i, shape, device)
                 x = x.contiguous()  # a gradient is only read
             compact.ready.append(x if is_matrix else as_matrix(x, dim))
         for name, sums in per_unit:
@@ -303,7 +214,7 @@ def masked_grad_norm(
                 f"grads[{i}] is {grad.dtype} on {grad.device}; all of one call must be "
                 f"{grads[0].dtype} on {grads[0].device}, as grads[0]"
             )
-        _compact_shape("grads", i, grad, index, dim)
+        compact_shape("grads", i, grad, index, dim)
         # Gradients are dense here: they are read through the index, and never written.
         matrices.append(as_matrix(grad if can_be_matrix(grad, dim) else grad.contiguous(), dim))
         axes.append(axis_of(grad, dim))

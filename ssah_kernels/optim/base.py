@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ssah_kernels import ops
-from ssah_kernels.checks.updates import COMPENSATIONS
+from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
 from ssah_kernels.optim.calls import Call, Scalars, cut_state, scales_of

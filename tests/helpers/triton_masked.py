@@ -100,7 +100,7 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
         if not exhaustive and (i // len(TYPES) + i) % 3:
             continue
         g = torch.Generator().manual_seed(i)
-        kahan = i // len(TYPES) % 2 == 0 and dtype in (BF16, F16)
+        compensated = i // len(TYPES) % 2 == 0 and dtype in (BF16, F16)
         units, noisy, step = i % 2 == 0, i % 3 != 1, 1 + i % 4
         params, indices, dims = tensors(dtype, g)
         compact = [
@@ -127,7 +127,7 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
         half = [x.flip(0).to(dtype) for x in like]
         scalars = [torch.tensor(0.01), torch.tensor(float(step))]
         yield MaskedSample(
-            f"{op} {options} {dtype} {state} kahan={kahan} units={units} noise={noisy} step={step}",
+            f"{op} {options} {dtype} {state} {compensated=} {units=} noise={noisy} step={step}",
             op,
             options,
             params,
@@ -141,7 +141,7 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
                 torch.tensor(0.3) if i % 4 < 2 else None,
                 torch.tensor(2**40 + 12345 + i) if noisy else None,
             ],
-            [compensation(c, g) for c in compact] if kahan else None,
+            [compensation(c, g) for c in compact] if compensated else None,
             sums if units else None,
             [s.clone() for s in sums] if units else None,
             scales,

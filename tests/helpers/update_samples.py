@@ -85,7 +85,7 @@ def update_lists(
     state: torch.dtype,
     g: torch.Generator,
     *,
-    kahan: bool,
+    compensated: bool,
     shapes: Shapes = UPDATED,
 ) -> dict[str, list[Any]]:
     """The lists of one masked update: parameters, and everything compact with them."""
@@ -117,7 +117,7 @@ def update_lists(
             lists[f"{name}_scales"].append(scales)
         lists["indices"].append(index)
         lists["dims"].append(dim)
-        lists["compensations"].append(compensation(trained, g) if kahan else None)
+        lists["compensations"].append(compensation(trained, g) if compensated else None)
         lists["signed"].append(torch.randn(units, generator=g, dtype=torch.float64))
         lists["squared"].append(torch.rand(units, generator=g, dtype=torch.float64))
     return lists
@@ -135,14 +135,14 @@ def _update_samples(
     states = (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
     for number in NUMBERS if shapes is UPDATED else (*FAR_NUMBERS, *EIGHT_BIT[:2]):
         state = torch.uint8 if number in EIGHT_BIT else states[number % len(states)]
-        kahan = dtype == torch.bfloat16 and number % 3 == 2
+        compensated = dtype == torch.bfloat16 and number % 3 == 2
         g = generator(tag, number)
-        lists = update_lists(dtype, state, g, kahan=kahan, shapes=shapes)
+        lists = update_lists(dtype, state, g, compensated=compensated, shapes=shapes)
         scale = torch.tensor(4.0) if number % 2 else None
         clip = torch.tensor(0.3, dtype=torch.float64) if number % 4 == 1 else None
         seed = torch.tensor(-(7**20) * number) if number % 3 else None
         sums = (lists["signed"], lists["squared"]) if number % 5 < 3 else (None, None)
-        compensations = lists["compensations"] if kahan else None
+        compensations = lists["compensations"] if compensated else None
         name = f"131-{number}-{str(state).removeprefix('torch.')}"
         yield name, lists, (scale, clip, seed, compensations, *sums), number
 
@@ -176,7 +176,7 @@ def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]
 def masked_grad_norm(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:
     for number in range(12) if shapes is UPDATED else FAR_NUMBERS:
         g = generator("norm", number)
-        lists = update_lists(dtype, torch.float32, g, kahan=False, shapes=shapes)
+        lists = update_lists(dtype, torch.float32, g, compensated=False, shapes=shapes)
         gradients = [p * 10.0 ** (number - 6) for p in lists["params"]]
         scale = torch.tensor(8.0) if number % 2 else None
         yield Sample(f"131-{number}", (gradients, lists["indices"], lists["dims"], scale))

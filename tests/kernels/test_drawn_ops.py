@@ -120,7 +120,7 @@ class Draw:
 
     def lists(self) -> dict[str, list[Any]]:
         """Parameters in every layout, and what is compact with them."""
-        names = ("params", "grads", "first", "second", "indices", "dims", "kahan", "signed")
+        names = ("params", "grads", "first", "second", "indices", "dims", "compensations", "signed")
         lists: dict[str, list[Any]] = {name: [] for name in (*names, "squared")}
         state = torch.float64 if self.dtype == torch.float64 else torch.float32
         if state == torch.float32 and self.random.random() < 0.5:
@@ -146,7 +146,7 @@ class Draw:
             lists["second"].append(second.square().to(state))
             lists["indices"].append(index)
             lists["dims"].append(dim)
-            lists["kahan"].append(update_samples.compensation(trained, self.g))
+            lists["compensations"].append(update_samples.compensation(trained, self.g))
             units = (compact[dim],) if compact else (1,)
             lists["signed"].append(normal(units, torch.float64, self.g))
             lists["squared"].append(normal(units, torch.float64, self.g).abs())
@@ -159,7 +159,7 @@ class Draw:
     def update(self, op: str) -> Sample:
         lists = self.lists()
         narrow = self.dtype in (torch.bfloat16, torch.float16)
-        compensations = lists["kahan"] if narrow and self.random.random() < 0.3 else None
+        compensations = lists["compensations"] if narrow and self.random.random() < 0.3 else None
         sums = [lists["signed"], lists["squared"]] if self.random.random() < 0.5 else [None, None]
         seed = self.random.choice([None, torch.tensor(self.random.randrange(-(2**63), 2**63))])
         scalars = [

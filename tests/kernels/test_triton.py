@@ -16,7 +16,7 @@ import torch
 
 from ssah_kernels import backends
 from ssah_kernels.backends import triton as package
-from ssah_kernels.checks.updates import COMPENSATIONS
+from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.schema import KERNELS
 
 TESTS = Path(__file__).parents[1]
@@ -152,7 +152,7 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
         *[scalar] * 4,
         torch.empty((), dtype=torch.int64) if "noise" in detail else None,
         [torch.empty(shape, dtype=COMPENSATIONS[dtype])]
-        if "kahan" in detail and dtype in COMPENSATIONS
+        if "compensated" in detail and dtype in COMPENSATIONS
         else None,
         units,
         units,
@@ -170,12 +170,12 @@ def variants(op: str) -> Iterator[str]:
     elif op == "masked_grad_norm":
         yield from ("rows", "packed columns", "odd packed columns", "gathered columns")
     elif op == "masked_sgd_":
-        yield from ("rows units noise", "packed columns kahan", "rows codes")
+        yield from ("rows units noise", "packed columns compensated", "rows codes")
     elif op == "masked_adamw_":
         yield from (
             "rows noise",
             "rows units noise",
-            "rows kahan wide",
+            "rows compensated wide",
             "packed columns noise wide",
         )
         yield from ("rows codes units noise", "packed odd columns codes")

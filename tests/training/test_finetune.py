@@ -273,7 +273,12 @@ def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     options = (*selection, *QUICK, "--json", "--weight-decay", "0.1", "--logging-steps", "1")
     if command == "finetune":
         options = (*options, "--eval-data", place / "rows.jsonl", "--gradient-accumulation", "2")
+    else:
+        options = (*options, "--state-dtype", "8bit")
     whole = answer(call(command, place, *options, "--out", tmp_path / "whole"))
+    identity = json.loads((tmp_path / "whole/run.json").read_text())["identity"]
+    # A run of an earlier release, which had float32 alone, says nothing of it.
+    assert identity.get("state_dtype") == (None if command == "finetune" else "8bit")
 
     steps = Trainer.training_step
     calls = [0]

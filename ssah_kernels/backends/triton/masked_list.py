@@ -221,7 +221,7 @@ def launches(
         "STATES": len(update.states),
         "NESTEROV": nesterov,
         "MAXIMIZE": maximize,
-        "KAHAN": update.remainders is not None,
+        "COMPENSATED": update.remainders is not None,
         "P": TYPES[update.params[0].dtype],
         "S": TYPES[update.states[0][0].dtype] if update.states else tl.float32,
         "num_warps": WARPS,

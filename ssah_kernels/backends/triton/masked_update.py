@@ -136,7 +136,7 @@ def store_state(
 def take_step(
     stored, grad, p_ptr, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
     element, block, inside, rows_inside, table_ptr, lr, step, key_0, key_1,
-    RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, KAHAN: tl.constexpr,
+    RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, COMPENSATED: tl.constexpr,
     NOISE: tl.constexpr, P: tl.constexpr, S: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """Update the parameters ``stored`` at ``p_ptr``, and states and remainders at ``element``."""
@@ -144,7 +144,7 @@ def take_step(
     w = stored.to(X)
     state_0 = w  # defined for every rule; without state it is never stored
     state_1 = w
-    if KAHAN:
+    if COMPENSATED:
         w = compensated(stored, tl.load(c_ptr + element, mask=inside, other=0))
     if STATES > 0:
         state_0 = load_state(
@@ -161,7 +161,7 @@ def take_step(
     bits = element
     if NOISE:
         bits = noise(element, key_0, key_1)
-    if KAHAN:
+    if COMPENSATED:
         new, rest = split(w, P)
         tl.store(c_ptr + element, rest, mask=inside)
         tl.store(p_ptr, new, mask=inside)
@@ -184,7 +184,7 @@ def masked_update_kernel(
     table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, map_ptr,
     n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    KAHAN: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
+    COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
     P: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -242,7 +242,7 @@ def masked_update_kernel(
         take_step(
             stored, grad * scale, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
             element, rows * blocks + tile_col, inside, rows < n_rows, table_ptr, lr, step,
-            key_0, key_1, RULE, STATES, NESTEROV, KAHAN, NOISE, P, S, X,
+            key_0, key_1, RULE, STATES, NESTEROV, COMPENSATED, NOISE, P, S, X,
         )  # fmt: skip
 
     if UNITS == 1:
