@@ -52,6 +52,7 @@ def to_lora(
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be 1 or more")
     deltas = Deltas(base, [tuned])
+    # All is computed inside, so that a refusal leaves no folder.
     with whole_folder(out) as folder:
         factors: dict[str, tuple[Tensor, Tensor]] = {}
         left: dict[str, float] = {}
@@ -108,6 +109,7 @@ def _factors(
     long = torch.cat(
         [(delta_of(name, b[rows], t[rows]) @ leading).float() for rows in blocks(b, BLOCK)]
     )
+    # Against the factors as they are written: their rounding counts too.
     missing = whole = 0.0
     for rows in blocks(b, BLOCK):
         delta = delta_of(name, b[rows], t[rows])

@@ -57,6 +57,7 @@ def _make(deltas: Deltas, rank: int, name: str) -> Tensor:
     result = torch.empty_like(after)
     for out, b, t in zip(*map(_matrices, (result, before, after)), strict=True):
         leading = leading_vectors(name, b, t, rank)
+        # The delta once more, block by block: whole, in float64, it takes four times the weights.
         for rows in blocks(b, BLOCK):
             delta = delta_of(name, b[rows], t[rows])
             change = delta @ leading @ leading.T
@@ -74,6 +75,7 @@ def leading_vectors(name: str, base: Tensor, tuned: Tensor, rank: int) -> Tensor
     for rows in blocks(base, BLOCK):
         delta = delta_of(name, base[rows], tuned[rows])
         gram.addmm_(delta.T, delta)
+    # Eigenvalues ascend: the leading vectors are the last ones.
     return torch.linalg.eigh(gram).eigenvectors[:, -rank:]
 
 

@@ -57,6 +57,7 @@ def _name_in(weights: Weights, name: str) -> str:
 def _check_matches(first: Weights, other: Weights) -> None:
     missing = [name for name in first.names if _name_in(other, name) not in other.shapes]
     more = [name for name in other.shapes if name not in first.shapes]
+    # Both ways: a tensor too many is as much a sign of another model as one too few.
     for lacking, having, names in ((other, first, missing), (first, other, more)):
         if names:
             raise ValueError(
@@ -65,6 +66,7 @@ def _check_matches(first: Weights, other: Weights) -> None:
                 "releases, or one is in memory, load it and write it anew with save_pretrained"
             )
     for name in first.names:
+        # After the names, since another architecture says more by what it lacks.
         here, there = first.shapes[name], other.shapes[_name_in(other, name)]
         if here != there:
             raise ValueError(

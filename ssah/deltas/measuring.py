@@ -129,11 +129,13 @@ def measure(
     """
     deltas = Deltas(base, [tuned])
     weights = deltas.tuned[0]
+    # Before the weights are read, which takes minutes.
     for units in (groups or {}).values():
         check_units(weights.model, units)
     parts, found = parts_of(weights.model), DeltaSizes()
     owners = _Owners(weights) if groups else None
     for name in deltas.names:
+        # What is no parameter, as a buffer, is of no part that has a name.
         part, layer = parts.get(weights.param(name), ("other", None))
         size = _size(deltas, name, owners)
         found.total._add(size)
@@ -153,6 +155,7 @@ def _size(deltas: Deltas, name: str, owners: _Owners | None) -> Size:
     if not deltas.in_float(name):
         return size
     before, (after,) = deltas.read(name)
+    # A single number has no rows.
     before, after = (each if each.dim() else each[None] for each in (before, after))
     for rows in blocks(before, CHUNK):
         b, t = before[rows], after[rows]
@@ -176,6 +179,7 @@ class _Owners:
     def __init__(self, weights: Weights) -> None:
         model = weights.model
         self._modules: dict[str, DepthTwoModule] = find_modules(model)
+        # Of all units: what one owns does not depend on its group.
         everything = UnitSet({}, {n: m.n_units for n, m in self._modules.items()}).complement()
         entries = frozen_entries(model, everything)
         owned: dict[str, Entries] = {p: own for p, own in entries.items() if not own.whole}
@@ -203,6 +207,7 @@ class _Owners:
                 size = len(energy)
                 share += float(energy[index].sum())
                 own += float(counts[name][index].sum())
+                # Modules are drawn from independently, so that means and variances add up.
                 mean += n * float(energy.mean())
                 variance += n * float(energy.var(correction=0)) * (size - n) / max(1, size - 1)
             found[group] = GroupSize(
@@ -214,13 +219,14 @@ class _Owners:
             )
         owned = sum(float(energy.sum()) for energy in energies.values())
         n_owned = sum(float(count.sum()) for count in counts.values())
-        rest = (total.delta_sq - owned) / whole
+        rest = max(0.0, total.delta_sq - owned) / whole  # sums in two orders differ by a rounding
         outside = 1 - n_owned / total.parameters
         found["no unit"] = GroupSize(0, outside, rest, rest, 0.0)
         return found
 
     def _by_unit(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """B's name -> float64 ``[n_units]``: what each unit has of sums over entries."""
+        # How many units share an entry: each has an equal part of it.
         fed = {param: torch.zeros_like(own) for param, own in sums.items()}
         for module in self._modules.values():
             for owned in (*module.inputs, module.output):

@@ -125,6 +125,7 @@ def merge(
     code gives it the sign that most of the model has.
     """
     check_choice("how", how, get_args(Combine))
+    # One for each model, whatever was given: the record shows what was done.
     scales = [scale] * len(tuned) if isinstance(scale, int | float) else list(scale)
     if len(scales) != len(tuned):
         raise ValueError(
@@ -152,9 +153,11 @@ class _Keeping:
 
     def rank(self, deltas: Deltas) -> None:
         """Look through all tensors for the largest elements, where these are kept."""
+        # A draw does not depend on the weights: they are spared two passes.
         if self.by == "random" or self.share == 1:
             return
         names = [name for name in deltas.names if deltas.in_float(name)]
+        # What is ranked together has one threshold.
         together = [names] if self.scope == "model" else [[name] for name in names]
         for place in range(len(deltas.tuned)):
             pieces = partial(_pieces, deltas, place)
@@ -167,6 +170,7 @@ class _Keeping:
         """Gives what is kept of the next piece ``[n]`` of a tensor's delta to one model, scaled."""
         if self.share == 1:
             return lambda delta: delta * scale
+        # Made anew for each tensor: a generator and a count of ties serve one pass, front to back.
         chosen: Draw | Largest = (
             Draw(self.share, self.seed, name, place)
             if self.by == "random"
@@ -195,6 +199,7 @@ def _merged(
     kept = keeping or _Keeping(1.0, "magnitude", False, "model", 0)  # all of it
 
     def plan() -> Maker:
+        # Only now: what is wrong with the models or the folder has been refused, which is quick.
         kept.rank(deltas)
         return partial(_make, deltas, how, scales, kept)
 
@@ -207,7 +212,7 @@ def _make(
     """The tensor ``name`` of the result, ``[...]``."""
     base, tuned = deltas.read(name)
     if not deltas.in_float(name):
-        return tuned[0]
+        return tuned[0]  # counters and the like, which nothing has trained
     if not any(scales):
         return base.to(tuned[0].dtype)  # the bits of its zeros too, of which there are two
     kept = [keeping.of(name, place, scale) for place, scale in enumerate(scales)]

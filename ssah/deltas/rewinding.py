@@ -69,6 +69,7 @@ def rewind(
     }
 
     def make(name: str) -> Tensor:
+        # Nothing is computed, so that a weight that is NaN can be put back too.
         before, (after,) = deltas.read(name)
         if name in whole:
             return before.to(after.dtype)
@@ -97,6 +98,7 @@ def _masks(weights: Weights, units: Sequence[UnitSet]) -> dict[str, Tensor]:
     """Name of a tensor -> bool, broadcasting over it: what units own of it."""
     if not units:
         return {}
+    # All sets at once: of a row of V that several units share, one of them is enough.
     entries = frozen_entries(weights.model, reduce(operator.or_, units))
     owned = {param: own for param, own in entries.items() if not own.whole}
     return {each.name: each.mask(~owned[each.param].trains) for each in places(weights, owned)}

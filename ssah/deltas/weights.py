@@ -112,6 +112,7 @@ class FolderWeights(Weights):
         self._model = empty_model(name)
         if getattr(self._model.config, "quantization_config", None) is not None:
             raise ModelError(f"model {name!r} is quantised, must be plain weights: dequantise it")
+        # With what a result is copied beside: a hub id is fetched once.
         self.folder = weights_folder(source, local, beside=COPIED)
         self.checkpoint = Checkpoint.in_folder(self.folder)
         self.tied = tied_weights(self._model)
@@ -132,6 +133,7 @@ class FolderWeights(Weights):
         reader = WeightReader(self.model, self.model.dtype, torch.device("cpu"))
         places = self.model.state_dict()
         targets = {key: reader.target(key, places) for key in self.checkpoint.names}
+        # Experts: many keys go into one place.
         pieces = Counter(targets.values())
         for file in self.checkpoint.files:
             for key in self.checkpoint.in_file(file):

@@ -30,6 +30,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("options", "expected"),
     [
         (["--interpolate", 0.5], lambda b, t, _: deltas.interpolate(b, t[0], 0.5)),
+        (["--interpolate", 0], lambda b, *_: b.state_dict()),
         (["--keep", 0.1], lambda b, t, _: deltas.keep(b, t[0], 0.1)),
         (
             ["--keep", 0.1, "--by", "random", "--rescale", "--seed", 3],

@@ -45,8 +45,9 @@ def by_hand(
     return result
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("alpha", [0.25, -0.5, 1.5])
+@pytest.mark.parametrize(
+    ("name", "alpha"), zip(FAMILIES, (0.25, -0.5, 1.5, 0.9), strict=True), ids=FAMILIES
+)
 def test_interpolation_is_the_line_through_both(name: str, alpha: float) -> None:
     base, tuned = pair(name)
     found: Any = deltas.interpolate(base, tuned, alpha)

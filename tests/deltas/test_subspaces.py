@@ -42,8 +42,10 @@ def inputs_by_hand(model: Any, batches: list[dict[str, Tensor]], name: str, coun
     return torch.cat(found)
 
 
-@pytest.mark.parametrize("name", ["llama_tied", "gpt2", "mixtral", "gemma3"])
-@pytest.mark.parametrize("tokens", ["labels", "all"])
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [("llama_tied", "all"), ("gpt2", "labels"), ("mixtral", "all"), ("gemma3", "labels")],
+)
 def test_gram_matrices_are_those_of_the_inputs(name: str, tokens: str) -> None:
     model = build(name)
     batches = [collate(rows(seed=1), side="left"), collate(rows((8, 5), seed=2))]
@@ -138,7 +140,7 @@ def test_the_controls_are_what_draws_would_give() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(9, 5, generator=generator, dtype=torch.float64)
     matrix[:, 0] *= 6  # most of it lies in one direction
-    fixed, n = Subspace.random(9, 2, seed=7), 1500
+    fixed, n = Subspace.random(9, 2, seed=7), 700
     drawn = [Subspace.random(9, 3, seed=100 + i) for i in range(n)]
     energies = torch.tensor([energy(matrix, each).value for each in drawn])
     overlaps = torch.tensor([overlap(each, fixed).value for each in drawn])
@@ -147,7 +149,7 @@ def test_the_controls_are_what_draws_would_give() -> None:
         (overlaps, overlap(drawn[0], fixed)),
     ):
         assert abs(float(found.mean()) - share.random) < 4 * share.random_sd / math.sqrt(n)
-        assert float(found.std()) == pytest.approx(share.random_sd, rel=0.08)
+        assert float(found.std()) == pytest.approx(share.random_sd, rel=0.12)
     utility = Subspace.random(9, 4, seed=5)
     cut = Subspace(utility.basis[:, :3].contiguous())
     assert energy(matrix, drawn[0], utility=utility).utility == energy(matrix, cut).value

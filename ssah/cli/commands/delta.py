@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ORDER = 57
 
-# What is done -> the options that say how. The first of several is the one that names it.
+# What is done -> the options that say how.
 _EDITS: dict[str, tuple[str, ...]] = {
     "show": ("groups",),
     "interpolate": (),
@@ -65,28 +65,33 @@ class DeltaSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        given = [own.name for own in fields(self) if getattr(self, own.name) != own.default]
-        edits = [name for name in _EDITS if name in given]
-        if "merge" in edits:
-            edits = [name for name in edits if name != "keep"]  # which says how, then
+        given, edits = self._given(), self._edits()
         if len(edits) != 1:
             said = ", ".join(f"--{name}" for name in edits) or "none"
             raise ValueError(
                 f"what to do is {said}; it must be one of "
                 f"{', '.join(f'--{name}' for name in _EDITS)} (and --keep beside --merge)"
             )
-        used = {edits[0], *_EDITS[edits[0]]}
+        used = {self.edit, *_EDITS[self.edit]}
         if self.merge is not None and self.keep is None:  # all is kept
             used -= set(_EDITS["keep"])
         wrong = [name for name in given if name not in used]
         if wrong:
-            raise ValueError(f"--{wrong[0]} is given, which --{edits[0]} has no use for")
+            raise ValueError(f"--{wrong[0]} is given, which --{self.edit} has no use for")
 
     @property
     def edit(self) -> str:
         """What is done."""
-        # The order of the table: --merge before --keep.
-        return next(name for name in _EDITS if getattr(self, name) not in (None, (), False))
+        return self._edits()[0]
+
+    def _given(self) -> list[str]:
+        # A value of 0 is given, and is equal to False.
+        return [own.name for own in fields(self) if getattr(self, own.name) != own.default]
+
+    def _edits(self) -> list[str]:
+        given = [name for name in _EDITS if name in self._given()]
+        # Beside --merge, --keep says how.
+        return [name for name in given if name != "keep" or "merge" not in given]
 
 
 def delta(
@@ -119,10 +124,12 @@ def delta(
         found = _measured(base, tuned[0], settings)
         return Result(found, tuple(delta_tables(found)))
     assert out is not None  # `_check` refuses it
+    # An adapter is no model: it has a record of its own.
     if settings.lora is not None:
         return _adapter(base, tuned[0], settings.lora, out)
     with Console(stderr=True).status("computing, tensor by tensor"):
         _write(base, tuned, settings, out)
+    # The file is the one account of what was done.
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
     return Result({"out": str(out), **record}, (facts_table("Written", record | {"to": out}),))
 
@@ -190,6 +197,7 @@ def _selection(settings: DeltaSettings) -> Rewound:
     from ssah.groups import GROUPS, UnitGroups
     from ssah.training.finetune import select_units
 
+    # No module of a model is called as a group is.
     units = [part for part in settings.rewind if part.partition(":")[0] in GROUPS]
     names = [part for part in settings.rewind if part not in units]
     if not units:

@@ -72,6 +72,7 @@ class Subspace:
         """
         if not 1 <= rank <= n:
             raise ValueError(f"rank is {rank}; it must be from 1 to {n}")
+        # A Gaussian prefers no direction, so that what it spans is uniform.
         generator = torch.Generator().manual_seed(seed)
         return cls.spanned_by(torch.randn(n, rank, generator=generator, dtype=torch.float64))
 
@@ -112,6 +113,7 @@ class Subspace:
             raise ValueError(f"x has size {x.shape[dim]} along {dim}; it must be {self.n}")
         basis = self.basis.to(x.device)
         rows = x.detach().double().movedim(dim, -1)  # [..., n]
+        # Two thin products: the projector itself may be larger than x.
         return (rows @ basis @ basis.T).movedim(-1, dim)
 
 

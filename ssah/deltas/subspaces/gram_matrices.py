@@ -71,6 +71,7 @@ def gram(
     check_backbone(whole)
     sums = _Sums(_modules(whole, projections))
     batches = iter(loader)
+    # The first batch says what "auto" means.
     begun = list(islice(batches, 1))
     if tokens == "auto" and begun:
         tokens = counted_tokens(begun[0])

@@ -105,6 +105,7 @@ def _share(of: Subspace, matrix: Tensor, scale: float, utility: Subspace | None)
     trace, trace_sq = float(square.trace()), float(square.square().sum())
     spread = max(0.0, n * trace_sq - trace**2)  # 0 where all directions are alike
     variance = 2 * r * (n - r) * spread / (n**2 * (n - 1) * (n + 2)) if n > 1 else 0.0
+    # A control of the same rank: the leading directions of the other subspace.
     bases = [of.basis] if utility is None else [of.basis, utility.basis[:, :r]]
     found = [scale * float((basis.T @ m).square().sum()) for basis in bases]
     return Share(found[0], scale * r * trace / n, scale * math.sqrt(variance), *found[1:])

@@ -37,6 +37,7 @@ def _parts(found: Mapping[str, Any]) -> Table:
 
 
 def _size(size: Mapping[str, Any], total: Mapping[str, Any]) -> tuple[str, ...]:
+    # The share is of squares, which add up over parts; norms do not.
     n = size["parameters"]
     share = size["delta_sq"] / total["delta_sq"] if total["delta_sq"] else 0.0
     return (
@@ -49,6 +50,7 @@ def _size(size: Mapping[str, Any], total: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _layers(found: Mapping[str, Any]) -> Table:
+    # Embedding and head are in no layer.
     parts = [part for part in found["parts"] if any(part in row for row in found["layers"])]
     table = new_table("||delta|| / ||base|| by layer", (), ("layer", *parts))
     for row in found["layers"]:
