@@ -14,6 +14,7 @@ are attached, the second by half, and taken off again:
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -49,6 +50,10 @@ class _Update:
         for each, own in zip(self.placed, self.own, strict=True):
             w, t = own.double(), each.values.to(own.device).double()
             values.append((w + factor * (t - w)).to(own.dtype))
+            if not bool(values[-1].isfinite().all()):
+                raise ValueError(
+                    f"factor is {factor}, must be nearer to 0: {each.name!r} would be infinite"
+                )
         return values
 
 
@@ -73,10 +78,10 @@ class Attached:
             update: which of the updates, as it was named to `attach`; None: all of them.
 
         Raises:
-            ValueError: no such update; a factor that is no finite number.
+            ValueError: no such update; a factor that is not finite, or makes weights infinite.
             RuntimeError: they are detached, or somebody else has written to these entries.
         """
-        if not torch.tensor(float(factor)).isfinite():
+        if not math.isfinite(factor):
             raise ValueError(f"factor is {factor}, must be a finite number")
         name = None if update is None else os.fspath(update)
         if name is not None and name not in self._updates:
@@ -108,11 +113,13 @@ class Attached:
         self.detach()
 
     def _write(self, factors: dict[str, float]) -> None:
-        for name, factor in factors.items():
+        # All is computed before anything is written: an error leaves the model as it was.
+        scaled = {name: self._updates[name].scaled(factor) for name, factor in factors.items()}
+        for name, values in scaled.items():
             update = self._updates[name]
-            update.now = update.scaled(factor)
-            for each, values in zip(update.placed, update.now, strict=True):
-                each.write(values)
+            update.now = values
+            for each, value in zip(update.placed, values, strict=True):
+                each.write(value)
 
     def _check_in_place(self) -> None:
         """Refuse, before anything is written, a model that is not as it was left."""

@@ -18,7 +18,7 @@ from ssah.storage import META
 from ssah.training.active import check_unplanned
 from ssah.training.plan import UpdatePlan, plan_of
 from ssah.training.saving import HUB, read_update
-from ssah.units import UnitSet, find_modules
+from ssah.units import UnitSet, check_units
 
 __all__ = ["Change", "changed_weights", "checked_base"]
 
@@ -94,7 +94,7 @@ def _trained(plan: UpdatePlan) -> Weights:
 
 
 def _ablated(base: nn.Module, units: UnitSet) -> Weights:
-    modules = find_modules(base)
+    modules = check_units(base, units)
     names = dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
     before = {name: base.get_parameter(name).detach().clone() for name in names}
     with ablate(base, units):
