@@ -48,6 +48,7 @@ class _Update:
             return self.own if factor == 0 else [each.values for each in self.placed]
         values = []
         for each, own in zip(self.placed, self.own, strict=True):
+            # In float64, so that the result is rounded once, whatever the dtype.
             w, t = own.double(), each.values.to(own.device).double()
             values.append((w + factor * (t - w)).to(own.dtype))
             if not bool(values[-1].isfinite().all()):
@@ -130,6 +131,7 @@ class Attached:
         own = dict(self._model.named_parameters())
         for update in self._updates.values():
             for each, now in zip(update.placed, update.now, strict=True):
+                # A parameter that was replaced keeps our values, and the model does not use it.
                 there = own.get(each.name) is each.parameter and each.parameter.dtype == now.dtype
                 if not there or not torch.equal(each.read(), now.to(each.parameter.device)):
                     raise RuntimeError(
@@ -192,6 +194,7 @@ def _check_disjoint(read: dict[str, list[Placed]]) -> None:
 
 def _common(a: Placed, b: Placed) -> str:
     """What of one parameter two updates have both, in words; nothing where they are disjoint."""
+    # Rows of one and columns of the other cross, however few they are.
     if a.index is None or b.index is None or a.dims != b.dims:
         return "all of it" if a.index is None and b.index is None else "in part"
     common = a.index[torch.isin(a.index, b.index)]

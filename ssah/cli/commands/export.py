@@ -58,8 +58,10 @@ def export(
             "either --change (what was trained) or --groups with --units (what is ablated) must "
             "be given, and not both"
         )
+    # Groups are read before the model is loaded, which may take minutes.
     what = select_units(units, UnitGroups.load(groups)) if groups and units else change
     assert what is not None
+    # A tokenizer is not needed, so that folders without one will do.
     base = load_weights(
         model,
         dtype=weights.dtype,

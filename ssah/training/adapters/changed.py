@@ -77,6 +77,7 @@ def changed_weights(change: Change, base: nn.Module) -> Weights:
     if isinstance(change, nn.Module):
         return _tuned(base, change)
     name = os.fspath(change)
+    # An update has a record of its own; a model's folder has none, and a hub id is no folder.
     if name.startswith(HUB) or (Path(name) / META).is_file():
         placed = read_update(base, name)
         return ((each.name, each.parameter.detach(), each.written()) for each in placed)
@@ -96,6 +97,7 @@ def _trained(plan: UpdatePlan) -> Weights:
 def _ablated(base: nn.Module, units: UnitSet) -> Weights:
     modules = check_units(base, units)
     names = dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
+    # Copies, as the model's own are zero inside the block.
     before = {name: base.get_parameter(name).detach().clone() for name in names}
     with ablate(base, units):
         for name, weight in before.items():
@@ -108,6 +110,7 @@ def _tuned(base: nn.Module, model: nn.Module) -> Weights:
     if plan is None:
         check_not_ablated(tuned, "to be exported; pass the units as the change instead")
         check_plain(tuned, "to be compared with its base")
+    # Under a plan the names of what is split are others.
     every = tuned.named_parameters() if plan is None else plan.original_named_parameters()
     own = dict(base.named_parameters())
     for name, after in every:
