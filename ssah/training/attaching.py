@@ -14,6 +14,7 @@ are attached, the second by half, and taken off again:
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -45,8 +46,13 @@ class _Update:
             return self.own if factor == 0 else [each.values for each in self.placed]
         values = []
         for each, own in zip(self.placed, self.own, strict=True):
+            # In float64, so that the result is rounded once, whatever the dtype.
             w, t = own.double(), each.values.to(own.device).double()
             values.append((w + factor * (t - w)).to(own.dtype))
+            if not bool(values[-1].isfinite().all()):
+                raise ValueError(
+                    f"factor is {factor}, must be nearer to 0: {each.name!r} would be infinite"
+                )
         return values
 
 
@@ -71,10 +77,10 @@ class Attached:
             update: which of the updates, as it was named to `attach`; None: all of them.
 
         Raises:
-            ValueError: no such update; a factor that is no finite number.
+            ValueError: no such update; a factor that is not finite, or makes weights infinite.
             RuntimeError: they are detached, or somebody else has written to these entries.
         """
-        if not torch.tensor(float(factor)).isfinite():
+        if not math.isfinite(factor):
             raise ValueError(f"factor is {factor}, must be a finite number")
         name = None if update is None else os.fspath(update)
         if name is not None and name not in self._updates:
@@ -106,11 +112,13 @@ class Attached:
         self.detach()
 
     def _write(self, factors: dict[str, float]) -> None:
-        for name, factor in factors.items():
+        # All is computed before anything is written: an error leaves the model as it was.
+        scaled = {name: self._updates[name].scaled(factor) for name, factor in factors.items()}
+        for name, values in scaled.items():
             update = self._updates[name]
-            update.now = update.scaled(factor)
-            for each, values in zip(update.placed, update.now, strict=True):
-                each.write(values)
+            update.now = values
+            for each, value in zip(update.placed, values, strict=True):
+                each.write(value)
 
     def _check_in_place(self) -> None:
         """Refuse, before anything is written, a model that is not as it was left."""
@@ -121,6 +129,7 @@ class Attached:
         own = dict(self._model.named_parameters())
         for update in self._updates.values():
             for each, now in zip(update.placed, update.now, strict=True):
+                # A parameter that was replaced keeps our values, and the model does not use it.
                 there = own.get(each.name) is each.parameter and each.parameter.dtype == now.dtype
                 if not there or not torch.equal(each.read(), now.to(each.parameter.device)):
                     raise RuntimeError(
@@ -183,6 +192,7 @@ def _check_disjoint(read: dict[str, list[Placed]]) -> None:
 
 def _common(a: Placed, b: Placed) -> str:
     """What of one parameter two updates have both, in words; nothing where they are disjoint."""
+    # Rows of one and columns of the other cross, however few they are.
     if a.index is None or b.index is None or a.dims != b.dims:
         return "all of it" if a.index is None and b.index is None else "in part"
     common = a.index[torch.isin(a.index, b.index)]

@@ -46,7 +46,7 @@ class Placed:
         return weight
 
     def _put(self, weight: Tensor, values: Tensor) -> None:
-        if self.dims is None:
+        if self.dims is None:  # all of it, on whatever device it is
             weight.copy_(values)
         else:
             self._entries(weight)[self._place(weight)] = values.to(weight.device)
@@ -60,5 +60,6 @@ class Placed:
         """``index`` as indices of the dimensions that entries run along."""
         assert self.dims is not None
         assert self.index is not None
+        # Of experts an entry is numbered over all of them: it has an expert, and a place in it.
         sizes = self._entries(weight).shape[: len(self.dims)]
         return torch.unravel_index(self.index.to(weight.device), sizes)

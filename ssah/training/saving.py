@@ -128,7 +128,7 @@ def public_name(name: str) -> str:
 def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """Merge what :meth:`UpdatePlan.save_pretrained` wrote into the model that it started from.
 
-    Afterwards the model is, bit for bit, the one that was trained. `attach` can take it back.
+    Afterwards the model is, bit for bit, the one that was trained. `attach` does it for a while.
 
     Args:
         model: the base model, in the dtype that it was trained in; changed in place.

@@ -91,6 +91,7 @@ class WeightChanges:
             if len(flat):
                 values = now.flatten()[flat]
                 yield self._changed(name, now.shape, entries, flat, values)
+                # After the yield: who stops early gets the rest with the next call.
                 last.view(-1)[flat] = values
 
     def _check_open(self) -> None:
@@ -114,6 +115,7 @@ class WeightChanges:
             sizes = [split.shape[dim] for dim in dims]
             for dim, own in zip(dims, torch.unravel_index(position, sizes), strict=True):
                 place += own * split.shape[dim + 1 :].numel()
+        # A packed slice has its entries in the order of the plan.
         order = place.argsort()
         return ChangedWeight(name, place[order], values[order])
 
@@ -132,6 +134,7 @@ def apply_changes(model: nn.Module, changes: Iterable[ChangedWeight]) -> None:
     check_unplanned(model)
     check_plain(model, "to be brought up to date")
     own = dict(model.named_parameters())
+    # An iterator is read to its end first, so that nothing is changed if a later part is refused.
     changes = list(changes)
     for each in changes:
         there = own.get(each.name)

@@ -107,6 +107,10 @@ def test_what_is_refused_changes_nothing(tmp_path: Path) -> None:
             ssah.attach(base, tmp_path / "second")
         with pytest.raises(ValueError, match=r"factor is nan"):
             attached.scale(float("nan"))
+        now = snapshot(base)
+        with pytest.raises(ValueError, match=r"factor is 1e\+60, must be nearer to 0"):
+            attached.scale(1e60)
+        assert_equal(snapshot(base), now)
         with pytest.raises(ValueError, match=r"update is 'second', must be one of those"):
             attached.scale(0.5, "second")
         with make(base, "train_only"), pytest.raises(ValueError, match="active plan"):

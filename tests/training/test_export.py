@@ -208,6 +208,8 @@ def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path: Path) -> No
         ssah.export_lora(units, folder, base=base, max_rank=4)
     with pytest.raises(ValueError, match=r"max_rank is 0"):
         ssah.export_lora(units, folder, base=base, max_rank=0)
+    with pytest.raises(ValueError, match=r"units .* model"):
+        ssah.export_lora(draw(tiny_models.build("gpt2")), folder, base=base)
     experts = tiny_models.build("mixtral")
     with pytest.raises(ValueError, match=r"experts\.down_proj .* packed experts is not"):
         ssah.export_lora(draw(experts, 0.1), folder, base=experts)

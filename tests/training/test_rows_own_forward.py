@@ -91,6 +91,22 @@ def test_the_module_is_what_it_was_after_the_plan(case: str) -> None:
     assert torch.equal(model(**batch()).logits, before)
 
 
+def test_a_compiled_embedding_has_the_same_rows_and_gradients() -> None:
+    name, rows = CASES["gemma3"]
+    model = build("gemma3")
+    plan = train_only(model, rows={name: rows})
+    module, ids = model.get_input_embeddings(), batch()["input_ids"]
+    found = []
+    for each in (module, torch.compile(module, backend="eager", fullgraph=True)):
+        plan_slices = list(plan.parameters())
+        each(ids).square().sum().backward()
+        found.append([p.grad.clone() for p in plan_slices if p.grad is not None])
+        for parameter in plan_slices:
+            parameter.grad = None
+    assert found[0]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 class Reads(nn.Embedding):
     """Computes with its weight beside what it looks up."""
 

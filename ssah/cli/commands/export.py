@@ -54,8 +54,10 @@ def export(
     from ssah.training.finetune import select_units
 
     _check_one(change, groups, units)
+    # Groups are read before the model is loaded, which may take minutes.
     what = select_units(units, UnitGroups.load(groups)) if groups and units else change
     assert what is not None
+    # A tokenizer is not needed, so that folders without one will do.
     base = load_weights(
         model,
         dtype=weights.dtype,

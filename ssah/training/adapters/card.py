@@ -89,6 +89,7 @@ model = PeftModel.from_pretrained(model, "this folder")  # model: {made.base_mod
 
 def _by_kind(made: LoraExport) -> dict[str, list[int]]:
     """Name with stars for the numbers of layers -> ranks."""
+    # A line for each of 30 layers would hide what there is to see.
     kinds: dict[str, list[int]] = {}
     for name, rank in made.ranks.items():
         parts = ("*" if part.isdigit() else part for part in name.split("."))

@@ -17,7 +17,7 @@ from ssah.training.active import check_unplanned
 from ssah.training.plan import UpdatePlan, plan_of
 from ssah.training.saving import placed_update, read_update
 from ssah.training.updated_models import is_update
-from ssah.units import UnitSet, find_modules
+from ssah.units import UnitSet, check_units
 
 # Name, weight before, weight after, [...] each. To be closed: meanwhile the model may be changed.
 Weights = Generator[tuple[str, Tensor, Tensor], None, None]
@@ -91,8 +91,9 @@ def _trained(plan: UpdatePlan) -> Weights:
 
 
 def _ablated(base: nn.Module, units: UnitSet) -> Weights:
-    modules = find_modules(base)
+    modules = check_units(base, units)
     names = dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
+    # Copies, as the model's own are zero inside the block.
     before = {name: base.get_parameter(name).detach().clone() for name in names}
     with ablate(base, units):
         for name, weight in before.items():
@@ -105,6 +106,7 @@ def _tuned(base: nn.Module, model: nn.Module) -> Weights:
     if plan is None:
         check_not_ablated(tuned, "to be exported; pass the units as the change instead")
         check_plain(tuned, "to be compared with its base")
+    # Under a plan the names of what is split are others.
     every = tuned.named_parameters() if plan is None else plan.original_named_parameters()
     own = dict(base.named_parameters())
     for name, after in every:

@@ -84,7 +84,9 @@ def export_lora(
     conv = any(isinstance(model.get_submodule(each), Conv1D) for each in found)
     config = json.dumps(_config(made, fan_in_fan_out=conv), indent=2) + "\n"
     files = {
-        "adapter_model.safetensors": safetensors.torch.save(_tensors(model, found, made)),
+        "adapter_model.safetensors": safetensors.torch.save(
+            _tensors(model, found, made), metadata={"format": "pt"}
+        ),
         "adapter_config.json": config.encode(),
         "README.md": card(made).encode(),
     }

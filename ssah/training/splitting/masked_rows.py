@@ -169,8 +169,13 @@ class MaskedEmbedding(MaskedRows):
         try:
             y = own(*args, **options)
         finally:
-            del self._facts
+            self._facts = None  # and not deleted, which the compiler cannot follow
         return y
+
+    def uninstall(self) -> None:
+        """The ordinary embedding again, with the original parameter and the present values."""
+        super().uninstall()
+        vars(self).pop("_facts", None)
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and self._facts is not None:
