@@ -105,7 +105,8 @@ class MaskedOptimizer(Optimizer):
             state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
             if dtype == torch.uint8:
                 blocks = scales_shape(grad.shape, dim)
-                state[scales_of(name)] = torch.zeros(blocks, device=grad.device)
+                scales = torch.zeros(blocks, dtype=torch.float32, device=grad.device)
+                state[scales_of(name)] = scales
         if group["rounding"] == "remainder" and grad.dtype in COMPENSATIONS:
             rest = COMPENSATIONS[grad.dtype]
             state["compensation"] = torch.zeros(grad.shape, dtype=rest, device=grad.device)
@@ -142,7 +143,7 @@ class MaskedOptimizer(Optimizer):
             if not state:
                 state.update(self._new_state(group, join(grads), pieces[0].dim))
             # A parameter that joined late, or had no gradient in a step, has a count of its own.
-            kinds = tuple(state[name].dtype for name in self._names(group))
+            kinds = tuple(state[n].dtype for n in self._names(group) if n in state)
             key = (id(group), p.dtype, p.device, float(state["step"]), kinds)
             for part, grad, own in zip(pieces, grads, cut_state(state, grads), strict=True):
                 if is_sharded(p) and not grad.numel():
