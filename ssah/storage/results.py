@@ -66,7 +66,13 @@ def save_tensors(
         # Nobody else writes here now, so that these are a killed process's.
         for half in (*folder.glob(".tensors-*.tmp"), *folder.glob(f".{META}.*.tmp")):
             half.unlink()
-        digests = [_write_shard(folder, shard) for shard in _shards(pairs)]
+        before = set(folder.glob("tensors-*.safetensors"))
+        try:
+            digests = [_write_shard(folder, shard) for shard in _shards(pairs)]
+        except BaseException:  # the disk is full, for one: what was written would fill it further
+            for half in set(folder.glob("tensors-*.safetensors")) - before:
+                half.unlink()
+            raise
         names = [_named(digest) for digest in digests]
         # One file is told as it always was, so that earlier releases read it.
         several = len(names) > 1

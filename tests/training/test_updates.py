@@ -93,6 +93,18 @@ def test_a_large_update_is_made_and_written_piece_by_piece(
     assert max(alive for alive, _ in most) < shard + largest
     load_update(base, tmp_path)
     assert_equal(snapshot(base), snapshot(model))
+    plan.model.load_state_dict(snapshot(tiny_models.build("llama", seed=1)))
+
+    def full(path: Path, content: bytes) -> None:
+        if len(most) == 5:
+            raise OSError("the disk is full")
+        watched(path, content)
+
+    monkeypatch.setattr(results, "write_whole", full)
+    with pytest.raises(OSError, match="the disk is full"):
+        plan.save_pretrained(tmp_path)  # after two files of other values
+    assert sorted(tmp_path.glob("*.safetensors")) == files
+    plan.model.load_state_dict(snapshot(base))
     files[1].write_bytes(files[1].read_bytes()[:-1] + b"?")
     with pytest.raises(ValueError, match=f"{files[1].name}.* is damaged"):
         load_update(again, tmp_path)
