@@ -8,6 +8,11 @@ and unpacks the whole model on loading where there is none: on every CPU, and wi
 
 from __future__ import annotations
 
+import importlib.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -19,6 +24,8 @@ from ssah.compat import Library
 _LIBRARY = Library("transformers", ">=5.17,<5.25")
 _PACKED = "to keep GGUF weights packed"
 _UNPACK = "to unpack GGUF blocks"
+# Two threads that put a name of another library back would leave each other's there.
+_READING = threading.RLock()
 
 
 def _in_gguf(place: str, purpose: str) -> Any:
@@ -29,6 +36,28 @@ def config(*, packed: bool) -> Any:
     """What tells ``from_pretrained`` to keep the blocks of a GGUF file, or to unpack them."""
     made = _LIBRARY.find("transformers:GgufConfig", "to load a GGUF file")
     return made(dequantize=not packed)
+
+
+@contextmanager
+def read_once() -> Iterator[None]:
+    """Inside the block, transformers parses a GGUF file once, however often it wants to.
+
+    For its configuration, its tokenizer and its weights it reads all strings of the vocabulary
+    again, and for each module of the model it makes the table of tensor names again: of SmolLM2,
+    with 49,152 tokens and 396 modules, that is more than half of the time of loading.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield  # what is loaded in the block says how to install it
+        return
+    import gguf
+
+    with _READING:
+        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        gguf.GGUFReader, gguf.get_tensor_name_map = cache(reader), cache(names)  # type: ignore[misc, assignment]
+        try:
+            yield
+        finally:
+            gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
 def weight_of(module: Any) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr
 from typing import get_args
 
 import torch
@@ -55,12 +55,13 @@ def load_model(
         ModelError: nothing of that name, a package is missing, the files cannot be read, or
             ``packed`` weights are wanted where there are none.
     """
-    check_options(name, dtype, device, packed)
-    # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
-    tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
-    model = load_weights(
-        name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
-    )
+    source, _ = check_options(name, dtype, device, packed)
+    with _read_once(source):
+        # The tokenizer comes first: it is small, and without it the model would be loaded in vain.
+        tokenizer = load_tokenizer(name, trust_remote_code=trust_remote_code)
+        model = load_weights(
+            name, dtype=dtype, device=device, trust_remote_code=trust_remote_code, packed=packed
+        )
     return model, tokenizer
 
 
@@ -79,7 +80,7 @@ def load_weights(
     stored = "float32" if dtype == "auto" and source.gguf_file else dtype
     options["dtype"] = stored if stored == "auto" else getattr(torch, stored)
     architectures: list[str] = []
-    with loading_errors(name):
+    with loading_errors(name), _read_once(source):
         if source.gguf_file:
             options["quantization_config"] = gguf.config(packed=packed)
         if packed:
@@ -95,6 +96,11 @@ def load_weights(
             f"({', '.join(architectures)})"
         )
     return move(model, target).eval()
+
+
+def _read_once(source: Source) -> AbstractContextManager[None]:
+    """Where a GGUF file is loaded; anything else has no need to import what reads those."""
+    return gguf.read_once() if source.gguf_file else nullcontext()
 
 
 def check_options(

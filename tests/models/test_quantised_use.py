@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny_chat
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssah
 from ssah.attribution import attribute, column_sq_norms
-from ssah.models import ModelError, dequantised, load_model, locate, packed_modules
+from ssah.models import ModelError, dequantised, load_model, loading, locate, packed_modules
 from ssah.models import packed as quantised
 from ssah.units import find_modules
 
@@ -175,6 +176,41 @@ def test_packed_where_nothing_can_be(build: Build, folder: Path, tmp_path: Path)
     tiny_gguf.write(tmp_path / "plain.gguf", GGMLQuantizationType.F32)
     with pytest.raises(ModelError, match=r"no quantised weights.*qwen35"):
         load_model(str(tmp_path / "plain.gguf"), packed=True)
+
+
+def test_a_gguf_file_is_parsed_once(
+    build: Build, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever asks for it while a model is loaded gets the same; afterwards nothing is kept."""
+    build("gguf")
+    import gguf
+
+    file, own = folder / "tiny.gguf", (gguf.GGUFReader, gguf.get_tensor_name_map)
+    asked = []
+
+    def asks(name: str) -> None:
+        plain = getattr(loading, name)
+
+        def asking(*args: Any, **options: Any) -> Any:
+            asked.append(
+                (gguf.GGUFReader(file), gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 2))
+            )
+            return plain(*args, **options)
+
+        monkeypatch.setattr(loading, name, asking)
+
+    asks("load_tokenizer")
+    asks("whole")  # the weights
+    load_model(str(file))
+    tokenizers, weights = asked
+    assert all(a is b for a, b in zip(tokenizers, weights, strict=True))
+    load_model(str(file), packed=True)
+    assert asked[2][0] is asked[3][0] is not weights[0]  # another call: the file may have changed
+    assert own == (gguf.GGUFReader, gguf.get_tensor_name_map)
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:200])
+    with pytest.raises(ModelError):
+        load_model(str(tmp_path / "cut.gguf"))
+    assert own == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
 @pytest.mark.real
