@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 CPU, UPDATE, OPS = (
@@ -14,46 +15,61 @@ NOISE = "noise_of_elements_beyond_32_bits"
 
 
 @dataclass(frozen=True)
-class Mutation:
-    """``old`` stands once in ``file``; with ``new`` in its place, ``check`` fails.
+class Check:
+    """The tests of a file that ``chosen`` selects (-k), or the operator that a script compares."""
 
-    A check is what follows ``python`` in the root of the checkout.
-    """
+    file: str  # in tests/
+    chosen: str
+
+
+def command(file: str, chosen: Iterable[str]) -> list[str]:
+    """What follows ``python`` in the root of the checkout, for some checks of one file."""
+    if file.startswith("helpers/"):
+        return [f"tests/{file}", *chosen]
+    either = " or ".join(f"({tests})" for tests in chosen)
+    # In the order of the file: a fault is not to be found in one order of the tests alone.
+    pytest = ["-m", "pytest", "-q", "-x", "-p", "no:randomly", "-m", "not exhaustive"]
+    return [*pytest, f"tests/{file}", "-k", either]
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """``old`` stands once in ``file``; with ``new`` in its place, ``check`` fails."""
 
     file: str
     old: str
     new: str
-    check: str
+    check: Check
 
     @property
     def rebuilds(self) -> bool:
         """Whether the extension has to be built again for the check to see it."""
-        return self.file.startswith("csrc/cpu/") and "32_bits" not in self.check
+        return self.file.startswith("csrc/cpu/") and NOISE not in self.check.chosen
+
+    @property
+    def name(self) -> str:
+        return f"{self.file}: {self.old.strip()} -> {self.new.strip()}"
 
 
-def pytest(file: str, tests: str) -> str:
-    return f"-m pytest -q -x -m 'not exhaustive' tests/{file} -k '{tests}'"
+def cpu_near(op: str) -> Check:
+    return Check(CPU, f"test_equals_reference and {op} and not beyond")
 
 
-def cpu_near(op: str) -> str:
-    return pytest(CPU, f"test_equals_reference and {op} and not beyond")
+def cpu_far(op: str) -> Check:
+    return Check(CPU, f"beyond_the_first_tile and {op}")
 
 
-def cpu_far(op: str) -> str:
-    return pytest(CPU, f"beyond_the_first_tile and {op}")
+def cuda(tests: str) -> Check:
+    return Check("kernels/test_cuda_emulated.py", tests)
 
 
-def cuda(tests: str) -> str:
-    return pytest("kernels/test_cuda_emulated.py", tests)
-
-
-def near(op: str) -> str:
+def near(op: str) -> Check:
     return cuda(f"test_equals_reference and {op} and not beyond")
 
 
-def far(op: str) -> str:
+def far(op: str) -> Check:
     return cuda(f"beyond_the_first_tile and {op}")
 
 
-def triton(op: str) -> str:
-    return f"tests/helpers/triton_interpret.py {op}"
+def triton(op: str) -> Check:
+    return Check("helpers/triton_interpret.py", op)
