@@ -35,8 +35,19 @@ def test_padding_and_tokens(name: str, metric: str, side: str, labels: bool, tok
         assert set(result.count.values()) == {total}
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [
+        # Architectures differ in what they compute, metrics in what is summed of it.
+        pytest.param(
+            name,
+            metric,
+            marks=[] if name == "llama" or metric == METRICS[0] else pytest.mark.exhaustive,
+        )
+        for name in ("llama", "gemma3", "phi3", "gpt2")
+        for metric in METRICS
+    ],
+)
 def test_bfloat16(name: str, metric: str) -> None:
     """Fused and eager products round differently: over many tokens the differences average out."""
     model = build(name, dtype=torch.bfloat16)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import re
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ STABLE = ["-std=c++17", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000
 TORCH_INCLUDES = [f"-I{path}" for path in include_paths()]
 CXX = ["-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", "-fno-strict-aliasing", "-w"]
 ALIGNED = ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]  # a GPU traps as well
+INCLUDE = re.compile(r'^\s*#include [<"]([^>"]+)[>"]', re.MULTILINE)
 KEPT = 200  # compiled files; the oldest go
 
 
@@ -116,8 +118,7 @@ class Emulation:
         """The object of one C++ text, compiled against the headers that stand in for CUDA's."""
         includes = [f"-I{HERE / 'include'}", f"-I{self.sources}"]
         flags = [*STABLE, self.optimise, *CXX, *ALIGNED]
-        headers = [*self.sources.glob("*.*h"), *(HERE / "include").rglob("*.h")]
-        key = [*flags, text, *(file.read_text() for file in sorted(headers))]
+        key = [*flags, text, *self._headers(text)]
 
         def compile_to(target: Path) -> None:
             source = target.with_suffix(".cpp")
@@ -126,6 +127,18 @@ class Emulation:
             source.unlink()
 
         return once(self.folder, f"{name}.o", key, compile_to)
+
+    def _headers(self, text: str) -> list[str]:
+        """The texts of all headers of ours that a text includes, directly or not."""
+        found: dict[str, str] = {}
+        waiting = [text]
+        while waiting:
+            for name in INCLUDE.findall(waiting.pop()):
+                for folder in (HERE / "include", self.sources):
+                    if name not in found and (folder / name).exists():
+                        found[name] = (folder / name).read_text()
+                        waiting.append(found[name])
+        return [found[name] for name in sorted(found)]
 
     def _load(self, op: str) -> Emulated:
         namespace = f"ssah_{self.tag}_{op.rstrip('_')}"

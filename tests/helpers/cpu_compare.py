@@ -24,8 +24,8 @@ def on(backend: str, op: str) -> Callable[..., Any]:
     return call
 
 
-def compare(op: str, which: str = "samples") -> int:
-    return check_backend(CASES[op], on("cpu", op), on("reference", op), which=which)
+def compare(op: str, which: str = "samples", **options: Any) -> int:
+    return check_backend(CASES[op], on("cpu", op), on("reference", op), which=which, **options)
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def _update(
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
     """Parameters, gradients and two states; some parameters are ``special``."""
     g = generator("range", size)
-    params = normal((9, 70), dtype, g)
+    params = normal((5, 70), dtype, g)
     if special is not None:
         params[1::2, 1::2] = special
         params[2::2, 1::2] = -special
-    grads = sized((9, 70), dtype, size, g)
-    return [params], [grads], *([sized((9, 70), state, 0.0, g)] for _ in "mv")
+    grads = sized((5, 70), dtype, size, g)
+    return [params], [grads], *([sized((5, 70), state, 0.0, g)] for _ in "mv")
 
 
 def _states(dtype: torch.dtype) -> tuple[torch.dtype, ...]:

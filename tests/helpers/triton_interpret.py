@@ -62,27 +62,28 @@ def relative(actual: Tensor, expected: Tensor) -> float:
 def check_long_chunks() -> None:
     """Chunks of up to 32 tiles: large means, an outlier in the first row, leading masked rows."""
     g = torch.Generator().manual_seed(0)
-    normal = torch.randn(2500, 24, generator=g)
+    rows = 1100  # one chunk of 32 tiles of 32 rows, and what is left of another
+    normal = torch.randn(rows, 24, generator=g)
     outlier = normal.clone()
     outlier[0] = 1000
     for x in (1e4 + normal, outlier):
         exact = x.double()
         m2 = (exact - exact.mean(0)).square().sum(0)
         results = []
-        for programs, parts in ((768, [x]), (1, [x]), (1, [x[:7], x[7:1400], x[1400:]])):
+        for programs, parts in ((768, [x]), (1, [x]), (1, [x[:7], x[7:600], x[600:]])):
             launch.PROGRAMS = programs
             results.append(moments_of(parts))
-            assert results[-1][0] == 2500
+            assert results[-1][0] == rows
             error = (results[-1][1] - exact.mean(0)).abs()
             assert (error <= 1e-6 * (exact.mean(0).abs() + exact.std(0))).all()
             assert relative(results[-1][2], m2) < 1e-6
         for other in results[1:]:
             assert relative(other[2], results[0][2]) < 1e-6
-    mask = torch.arange(2500) >= 300
+    mask = torch.arange(rows) >= 300
     masked = (1e4 + normal).masked_fill(~mask[:, None], float("nan"))
     count, _, m2 = moments_of([masked], mask)
     exact = masked[300:].double()
-    assert count == 2200
+    assert count == rows - 300
     assert relative(m2, (exact - exact.mean(0)).square().sum(0)) < 1e-6
     launch.PROGRAMS = 768
 
@@ -156,6 +157,9 @@ def compare_extremes(op: str, exhaustive: bool) -> int:
     compared = 0
     for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if exhaustive else 2]:
         for sample in CASES[op].extreme_of_float32(dtype):
+            # Of an update, whose parameters and states meet in pairs: those of one type.
+            if op == "masked_adamw_" and not (exhaustive or sample.name.endswith(str(dtype))):
+                continue
             check_sample(CASES[op], getattr(torch.ops.ssah, op), reference(op), sample)
             compared += 1
     return compared

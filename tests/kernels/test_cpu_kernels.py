@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, check_bits
+from cases import CASES, DTYPES, check_bits
 from cpu_compare import compare, on
+from instruction_sets import BUILT, python_with
 
 import ssah_kernels
 from ssah_kernels import ops
-from ssah_kernels.backends import cpu
 from ssah_kernels.reference.masked_update import noise, noise_keys, round_stochastically
 from ssah_kernels.schema import KERNELS
 
@@ -40,9 +40,17 @@ def test_equals_reference(op: str) -> None:
     assert compare(op) > 0
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        # Of each type that is computed in, one; how the others are read and written is seen above.
+        pytest.param(dtype, marks=[] if dtype in DTYPES[:3:2] else pytest.mark.exhaustive)
+        for dtype in DTYPES
+    ],
+)
 @pytest.mark.parametrize("op", CASES)
-def test_equals_reference_beyond_the_first_tile(op: str) -> None:
-    assert compare(op, "far") > 0
+def test_equals_reference_beyond_the_first_tile(op: str, dtype: torch.dtype) -> None:
+    assert compare(op, "far", dtypes=(dtype,)) > 0
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -50,30 +58,20 @@ def test_equals_reference_at_the_ends_of_the_range(op: str) -> None:
     assert compare(op, "extreme") > 0
 
 
-def python(isa: str, *args: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join(map(str, (ROOT, ROOT / "tests", HELPERS)))
-    return subprocess.run(
-        [sys.executable, *args],
-        env={**os.environ, "SSAH_CPU_CAPABILITY": isa, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+@pytest.mark.parametrize("isa", BUILT)
+def test_every_instruction_set_equals_reference(isa: str) -> None:
+    output = python_with(isa, str(HELPERS / "cpu_compare.py"))
+    assert int(output.splitlines()[0]) > 0
+
+
+def test_unknown_capability_is_named() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", "from ssah_kernels.backends import cpu; cpu.facts()"],
+        env={**os.environ, "SSAH_CPU_CAPABILITY": "avx9"},
         capture_output=True,
         text=True,
         check=False,
     )
-
-
-@pytest.mark.parametrize("isa", cpu.facts()["isa_built"].split(", "))
-def test_every_instruction_set_equals_reference(isa: str) -> None:
-    if isa == cpu.facts()["isa"]:
-        pytest.skip("compared in this process already")
-    run = python(isa, str(HELPERS / "cpu_compare.py"))
-    if "must be one of" in run.stderr:
-        pytest.skip(f"this processor has no {isa}")
-    assert run.returncode == 0, run.stderr
-    assert int(run.stdout) > 0
-
-
-def test_unknown_capability_is_named() -> None:
-    run = python("avx9", "-c", "from ssah_kernels.backends import cpu; cpu.facts()")
     assert run.returncode != 0
     assert "SSAH_CPU_CAPABILITY is 'avx9'" in run.stderr
 

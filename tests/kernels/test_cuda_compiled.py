@@ -33,15 +33,15 @@ needs_cuobjdump = pytest.mark.skipif(
 def compiled(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[Path, list[Kernel]]:
-    """Per object, its kernels, for one architecture."""
-    directory = tmp_path_factory.mktemp("compiled")
+    """Per file of machine code, its kernels, for one architecture."""
+    return compile_all(tmp_path_factory.mktemp("compiled"), ".cubin", request.param)
+
+
+def compile_all(directory: Path, suffix: str, arch: int) -> dict[Path, list[Kernel]]:
     sources = nvcc.units(directory)
-    objects = [source.with_suffix(".o") for source in sources]
-    jobs = [
-        partial(nvcc.cuda_object, *pair, request.param)
-        for pair in zip(sources, objects, strict=True)
-    ]
-    return dict(zip(objects, nvcc.in_parallel(jobs), strict=True))
+    targets = [source.with_suffix(suffix) for source in sources]
+    jobs = [partial(nvcc.compiled, *pair, arch) for pair in zip(sources, targets, strict=True)]
+    return dict(zip(targets, nvcc.in_parallel(jobs), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -109,14 +109,22 @@ def test_memory_is_accessed_16_bytes_at_a_time(stem: str, sass: list[str]) -> No
     assert seen >= 4
 
 
+def test_every_kernel_is_registered() -> None:
+    text = (SOURCES / "register_cuda.cu").read_text()
+    pairs = re.findall(r'm\.impl\("(\w+)", TORCH_BOX\(&ssah::(\w+)_cuda\)\);', text)
+    assert pairs == [(op, op.removesuffix("_")) for op in KERNELS]
+
+
 @needs_nvcc
-def test_library_loads_without_a_gpu(compiled: dict[Path, list[Kernel]], tmp_path: Path) -> None:
+@pytest.mark.exhaustive  # code for the host takes as long to compile as all kernels
+@pytest.mark.parametrize("arch", ARCHS)
+def test_library_loads_without_a_gpu(arch: int, tmp_path: Path) -> None:
     """It links against a torch without CUDA, and registers every kernel for CUDA tensors."""
     library = tmp_path / "cuda.so"
     cuda = Path(str(nvcc.nvcc())).resolve().parents[1]
     torch_lib = Path(torch.__file__).parent / "lib"
     run(
-        nvcc.nvcc(), "-shared", "-cudart=static", *compiled,
+        nvcc.nvcc(), "-shared", "-cudart=static", *compile_all(tmp_path, ".o", arch),
         f"-L{torch_lib}", f"-L{cuda / 'lib64'}", "-ltorch", "-ltorch_cpu", "-o", library,
     )  # fmt: skip
     code = (

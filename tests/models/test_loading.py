@@ -114,7 +114,9 @@ def test_names_are_data_not_markup(tmp_path: Path) -> None:
     assert "a[/x]b\ufffd[2J" in "".join(groups.output.split())
 
 
-@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "encoding", [pytest.param("cp1252", marks=pytest.mark.exhaustive), "ascii"]
+)
 def test_output_of_a_narrow_encoding(tmp_path: Path, encoding: str) -> None:
     """What the encoding lacks is replaced; the work was done and the exit code says so."""
     for name in ("safety", "utility"):

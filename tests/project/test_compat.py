@@ -341,7 +341,7 @@ _LOADED = "print(*sorted({'peft', 'bitsandbytes', 'trl', 'matplotlib'} & set(sys
     "code",
     [
         "import ssah",
-        "import ssah; [getattr(ssah, name) for name in ssah.__all__]",
+        "import ssah; [getattr(ssah, name) for name in ssah.__all__]\n"
         "import ssah.training, ssah.studies.training.arms, ssah.cli",
     ],
 )
@@ -367,14 +367,20 @@ def test_a_command_says_nothing_of_other_libraries(tmp_path: Path) -> None:
 
 def test_the_note_on_4_bit_weights_is_left_out_alone() -> None:
     """Of what bitsandbytes says while Trainer is imported: nothing that is trained is packed."""
+    # In the place of Trainer's module, which imports all of peft: one that has the name alone.
     code = """
 import logging, sys
+from importlib.machinery import ModuleSpec
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "transformers.trainer":
-            logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-            logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no")
-            logger.warning("something else")
+        return ModuleSpec(name, self) if name == "transformers.trainer" else None
+    def create_module(self, spec):
+        return None
+    def exec_module(self, module):
+        logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+        logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s", "no")
+        logger.warning("something else")
+        module.Trainer = object
 sys.meta_path.insert(0, Finder())
 import ssah.compat.trainer
 logging.getLogger("bitsandbytes.backends.cpu.ops").warning("gemm_4bit_forward, later")

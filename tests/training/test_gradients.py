@@ -55,7 +55,9 @@ def update_error(a: nn.Module, b: nn.Module, start: dict[str, Tensor]) -> float:
     return float(difference / update)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(n, marks=pytest.mark.exhaustive) for n in (1, 2, 3))]
+)
 @pytest.mark.parametrize(
     ("dtype", "lr", "limit"),
     [(torch.float32, 3e-2, 1e-6), (torch.float32, 1e-3, 1e-6), (torch.float64, 1e-5, 1e-9)],

@@ -45,7 +45,7 @@ FEW, MANY = [5, 6, 7, 40], list(range(3, 60, 3))
 @pytest.mark.parametrize("mode", ["freeze", "train_only"])
 @pytest.mark.parametrize("own_units", [False, True])
 @pytest.mark.parametrize("head", ["tied", "apart"])
-def test_fifty_steps_move_nothing_but_the_rows(
+def test_twenty_steps_move_nothing_but_the_rows(
     rows: list[int], mode: str, own_units: bool, head: str, tmp_path: Path
 ) -> None:
     model = tied() if head == "tied" else tiny_models.build("llama")
@@ -66,7 +66,7 @@ def test_fifty_steps_move_nothing_but_the_rows(
         assert sum(map(len, own)) == (len(rows) if value else 128 - len(rows))
     optimizer = plan.optimizer(lr=1e-2, weight_decay=0.1)
     losses = []
-    for _ in range(50):
+    for _ in range(20):
         optimizer.zero_grad()
         loss = loss_of(model)
         loss.backward()

@@ -88,8 +88,15 @@ def test_gradients_of_torch_func_are_those_of_backward(name: str, mode: str) -> 
 # --------------------------------------------------------------------------- other memory, copies
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("mode", ["freeze", "train_only"])
+@pytest.mark.parametrize(
+    ("mode", "compiled"),
+    [
+        ("freeze", False),
+        ("train_only", False),
+        ("train_only", True),
+        pytest.param("freeze", True, marks=pytest.mark.exhaustive),  # eight seconds
+    ],
+)
 def test_swapped_memory_is_what_the_model_computes_with(mode: str, compiled: bool) -> None:
     """As an average of weights is swapped in for an evaluation, and out again."""
     model = tiny_models.build("llama_bias")

@@ -32,9 +32,16 @@ def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
     return plan
 
 
-@pytest.mark.parametrize("mode", ["freeze", "train_only"])
+@pytest.mark.parametrize(
+    ("mode", "dtype"),
+    [
+        ("freeze", torch.bfloat16),
+        ("train_only", torch.float32),
+        pytest.param("freeze", torch.float32, marks=pytest.mark.exhaustive),
+        pytest.param("train_only", torch.bfloat16, marks=pytest.mark.exhaustive),
+    ],
+)
 @pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_merges_exactly(family: str, mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, base = (tiny_models.build(family, dtype=dtype) for _ in range(2))
     plan = trained(model, mode)
