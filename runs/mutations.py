@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mutation import Check, command
 from mutation_table import MUTATIONS, Mutation
@@ -102,24 +103,63 @@ def copy_to(tree: Path) -> str:
     return digest.hexdigest()
 
 
+class Record:
+    """What came out so far, in a JSON file: ``{"sound": {...}, "mutations": {...}}``.
+
+    It counts only for the sources that the copy holds now, of which ``held`` is the hash.
+    """
+
+    def __init__(self, path: Path, held: str) -> None:
+        self.path, self.held = path, held
+        known = json.loads(path.read_text()) if path.exists() else {}
+        self.sound: dict[str, str] = known.get("sound", {})  # a check that passed -> the sources
+        self.mutations: dict[str, dict[str, Any]] = known.get("mutations", {})
+
+    def is_sound(self, check: Check) -> bool:
+        return self.sound.get(f"{check.file} {check.chosen}") == self.held
+
+    def add_sound(self, check: Check) -> None:
+        self.sound[f"{check.file} {check.chosen}"] = self.held
+        self._write()
+
+    def is_caught(self, mutation: Mutation) -> bool:
+        known = self.mutations.get(mutation.name, {})
+        return known.get("sources") == self.held and known["outcome"] == "caught"
+
+    def add(self, mutation: Mutation, outcome: str, seconds: float) -> None:
+        self.mutations[mutation.name] = {
+            "outcome": outcome,
+            "check": f"{mutation.check.file} {mutation.check.chosen}",
+            "seconds": round(seconds, 1),
+            "sources": self.held,
+        }
+        self._write()
+
+    def _write(self) -> None:
+        content = {"sound": self.sound, "mutations": self.mutations}
+        self.path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def build(tree: Path) -> None:
     done, said = python(tree, "setup.py", "--quiet", "build_ext", "--inplace")
     if not done:
         raise SystemExit(f"the extension does not build:\n{said[-3000:]}")
 
 
-def broken_checks(tree: Path, checks: Iterable[Check]) -> dict[Check, str]:
+def broken_checks(tree: Path, checks: Iterable[Check], record: Record) -> dict[Check, str]:
     """Those that fail without any fault, and what they say; one process for those of a file."""
     of_file: dict[str, list[Check]] = {}
     for check in dict.fromkeys(checks):
-        of_file.setdefault(check.file, []).append(check)
+        if not record.is_sound(check):
+            of_file.setdefault(check.file, []).append(check)
     broken = {}
     for file, mine in of_file.items():
-        if python(tree, *command(file, [check.chosen for check in mine]))[0]:
-            continue
+        together, _ = python(tree, *command(file, [check.chosen for check in mine]))
         for check in mine:
-            passed, said = python(tree, *command(file, [check.chosen]))
-            if not passed:
+            passed, said = (True, "") if together else python(tree, *command(file, [check.chosen]))
+            if passed:
+                record.add_sound(check)
+            else:
                 broken[check] = said
     return broken
 
@@ -148,43 +188,29 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ROOT / "build" / "mutations")
     options = parser.parse_args()
     folder: Path = options.folder.resolve()
-    tree, record = folder / "tree", folder / "outcomes.json"
-    held = copy_to(tree)
-    outcomes = json.loads(record.read_text()) if record.exists() else {}
-    chosen = options.only or range(1, len(MUTATIONS) + 1)
-
-    def caught(number: int) -> bool:
-        known = outcomes.get(MUTATIONS[number - 1].name, {})
-        return known.get("sources") == held and known["outcome"] == "caught"
-
-    # Those that need a build come last and one after the other: each build then makes one fault
-    # and mends the one before it, and the rest meet a sound extension.
-    left = sorted(
-        (number for number in chosen if not caught(number)),
-        key=lambda number: MUTATIONS[number - 1].rebuilds,
-    )
+    tree = folder / "tree"
+    record = Record(folder / "outcomes.json", copy_to(tree))
+    chosen = [MUTATIONS[n - 1] for n in options.only or range(1, len(MUTATIONS) + 1)]
+    left = [mutation for mutation in chosen if not record.is_caught(mutation)]
     if left:
         build(tree)
-    broken = broken_checks(tree, (MUTATIONS[number - 1].check for number in left))
-    for number in left:
-        mutation, start = MUTATIONS[number - 1], time.monotonic()
-        said = broken.get(mutation.check)
-        outcome = verdict(tree, mutation) if said is None else f"CHECK FAILS: {said[-900:]}"
-        seconds = time.monotonic() - start
-        outcomes[mutation.name] = {
-            "number": number,
-            "outcome": outcome,
-            "check": " ".join(command(mutation.check.file, [mutation.check.chosen])),
-            "seconds": round(seconds, 1),
-            "sources": held,
-        }
-        record.write_text(json.dumps(outcomes, indent=1) + "\n")
-        print(
-            f"{number:3} {outcome:9} {seconds:4.0f} s  {mutation.name.splitlines()[0]}", flush=True
-        )
-    caught_now = sum(caught(number) for number in chosen)
-    print(f"{caught_now} of {len(chosen)} caught: {record}")
-    sys.exit(caught_now < len(chosen))
+    # Those that need a build come last and one after the other: each build then makes one fault
+    # and mends the one before it, and the rest meet a sound extension.
+    for rebuilds in (False, True):
+        now = [mutation for mutation in left if mutation.rebuilds == rebuilds]
+        broken = broken_checks(tree, (mutation.check for mutation in now), record)
+        for mutation in now:
+            start = time.monotonic()
+            said = broken.get(mutation.check)
+            outcome = verdict(tree, mutation) if said is None else f"CHECK FAILS: {said[-900:]}"
+            seconds = time.monotonic() - start
+            record.add(mutation, outcome, seconds)
+            line = mutation.name.splitlines()[0]
+            number = MUTATIONS.index(mutation) + 1
+            print(f"{number:3} {outcome:9} {seconds:4.0f} s  {line}", flush=True)
+    caught = sum(map(record.is_caught, chosen))
+    print(f"{caught} of {len(chosen)} caught: {record.path}")
+    sys.exit(caught < len(chosen))
 
 
 if __name__ == "__main__":

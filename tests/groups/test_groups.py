@@ -125,6 +125,13 @@ def test_classify_equals_loops(
     assert len(everything) == len(set(everything)) == sum(map(len, safety.values()))
 
 
+@pytest.mark.parametrize(("n", "units"), [(2, 1), (6, 2), (10, 3), (14, 4), (18, 5)])
+def test_half_a_unit_counts_as_one(n: int, units: int) -> None:
+    """A quarter of 2 units is half of one, of 10 units two and a half."""
+    safety, utility = ({"l": torch.arange(n) + i} for i in (1.0, 2.0))
+    assert len(classify(safety, utility, scu=0, ucu=0, ru=0.25)["ru"]) == units
+
+
 @fast
 @given(problems(), SCOPE, NORMALIZE, st.sampled_from(GROUPS), st.floats(0, 1))
 def test_top_equals_loops(

@@ -117,14 +117,13 @@ def test_every_kernel_is_registered() -> None:
 
 @needs_nvcc
 @pytest.mark.exhaustive  # code for the host takes as long to compile as all kernels
-@pytest.mark.parametrize("arch", ARCHS)
-def test_library_loads_without_a_gpu(arch: int, tmp_path: Path) -> None:
+def test_library_loads_without_a_gpu(tmp_path: Path) -> None:
     """It links against a torch without CUDA, and registers every kernel for CUDA tensors."""
     library = tmp_path / "cuda.so"
     cuda = Path(str(nvcc.nvcc())).resolve().parents[1]
     torch_lib = Path(torch.__file__).parent / "lib"
     run(
-        nvcc.nvcc(), "-shared", "-cudart=static", *compile_all(tmp_path, ".o", arch),
+        nvcc.nvcc(), "-shared", "-cudart=static", *compile_all(tmp_path, ".o", 90),
         f"-L{torch_lib}", f"-L{cuda / 'lib64'}", "-ltorch", "-ltorch_cpu", "-o", library,
     )  # fmt: skip
     code = (
