@@ -124,8 +124,8 @@ _CUDA = (
     ),
     Mutation(
         "csrc/cuda/masked_update.cuh",
-        "rounded<T>(w, noise.on && !kahan,",
-        "rounded<T>(w, noise.on,",
+        "if (compensates) w = compensated(p.at[k], c.at[k]);",
+        "",
         near("masked_adamw_"),
     ),
     Mutation(
