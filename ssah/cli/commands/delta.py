@@ -113,6 +113,7 @@ def delta(
 
     from ssah.deltas import RECORD
     from ssah.report.terminal import delta_tables, facts_table
+    from ssah.storage import check_new
 
     if settings.edit != "merge" and len(tuned) > 1:
         raise ValueError(f"TUNED is {len(tuned)} models; it must be one, unless with --merge")
@@ -123,6 +124,7 @@ def delta(
         return Result(found, tuple(delta_tables(found)))
     if out is None:
         raise ValueError(f"--out is not given; --{settings.edit} must have a folder to write to")
+    check_new(out)  # a folder that is taken would be refused when a GGUF base has been loaded
     if settings.lora is not None:
         return _adapter(base, tuned[0], settings.lora, out)
     with Console(stderr=True).status("computing, tensor by tensor"):
