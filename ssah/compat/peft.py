@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from ssah.compat import Library
 
@@ -74,42 +71,3 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     kind = _LIBRARY.find("peft:PeftModel", "to load an adapter")
     adapted: nn.Module = kind.from_pretrained(model, folder)
     return adapted
-
-
-def write_lora(
-    folder: Path,
-    factors: Mapping[str, tuple[Tensor, Tensor]],
-    rank: int,
-    base: str,
-    *,
-    fan_in_fan_out: bool,
-) -> None:
-    """Write a LoRA adapter that ``PeftModel.from_pretrained`` reads.
-
-    Args:
-        folder: where to, existing.
-        factors: name of a projection -> B ``[out, rank]`` and A ``[rank, in]``.
-        rank: of all of them; alpha is the same, so that nothing scales B A.
-        base: what the base model is called.
-        fan_in_fan_out: whether projections keep their weights as ``[in, out]``.
-
-    Raises:
-        LibraryError: peft is not installed, or another release.
-    """
-    kind = _LIBRARY.find("peft:LoraConfig", "to write an adapter")
-    config = kind(
-        r=rank,
-        lora_alpha=rank,
-        target_modules=list(factors),
-        fan_in_fan_out=fan_in_fan_out,
-        task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-        inference_mode=True,
-    )
-    config.save_pretrained(str(folder))
-    tensors = {
-        f"base_model.model.{name}.lora_{leaf}.weight": factor.contiguous()
-        for name, (b, a) in factors.items()
-        for leaf, factor in (("B", b), ("A", a))
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})

@@ -4,7 +4,7 @@ LoRA adds B A to a weight ``[out, in]``, with B ``[out, r]`` and A ``[r, in]``. 
 is D V V^T with its leading right singular vectors V ``[in, r]`` (:mod:`ssah.deltas.low_ranks`), so
 that B = D V and A = V^T. Where ``out`` is the smaller side, V are the left ones: B = V, A = V^T D.
 Example: D = [[2, 4], [1, 2]] has rank 1 and V = (1, 2) / sqrt 5. B is (10, 5) / sqrt 5, and B A is
-D. The adapter's alpha is its rank, so that nothing scales the product.
+D.
 
 What was trained as LoRA and merged is of low rank up to the rounding of the merge: some 1e-5 of the
 delta in float32, and often a third of it in bfloat16.
@@ -18,12 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ssah.compat import peft
 from ssah.deltas.arithmetic import blocks, delta_of
 from ssah.deltas.low_ranks import BLOCK, leading_vectors
 from ssah.deltas.matching import Deltas
 from ssah.deltas.weights import WeightsOf
 from ssah.storage import whole_folder
+from ssah.training import LoraFactors, adapter_card, public_name, write_adapter
+from ssah.units import model_name
 
 
 def to_lora(
@@ -46,7 +47,6 @@ def to_lora(
     Raises:
         ValueError: a change is not of this rank; something else than the weight of a projection
             changed; nothing did; or as of `ssah.deltas.interpolate`. All are named.
-        LibraryError: peft is not installed.
         FileExistsError, FloatingPointError, ModelError: as of `ssah.deltas.interpolate`.
     """
     if rank < 1:
@@ -54,27 +54,40 @@ def to_lora(
     deltas = Deltas(base, [tuned])
     # All is computed inside, so that a refusal leaves no folder.
     with whole_folder(out) as folder:
-        factors: dict[str, tuple[Tensor, Tensor]] = {}
+        adapters: dict[str, LoraFactors] = {}
         left: dict[str, float] = {}
+        dtype = ""
         for name in deltas.names:
             before, (after,) = deltas.read(name)
             if bool((before == after).all()):  # compared in the wider dtype, where they differ
                 continue
             module, transposed = _projection(deltas, name, rank)
+            dtype = str(before.dtype).removeprefix("torch.")
             if transposed:  # a Conv1D keeps [in, out]
                 before, after = before.T, after.T
-            factors[module], left[module] = _factors(name, before, after, rank)
+            adapters[module], left[module] = _factors(name, before, after, rank)
             if left[module] > tolerance:
                 raise ValueError(
                     f"the change of {name!r} is not of rank {rank}: {left[module]:.2%} of its norm "
                     f"would be left out, must be at most {tolerance:.2%} (tolerance). Take a "
                     "higher rank; where a 16-bit merge has rounded the change, no rank is enough"
                 )
-        if not factors:
+        if not adapters:
             raise ValueError("tuned has the weights of base: there is nothing to write")
-        conv = isinstance(deltas.base.model.get_submodule(next(iter(factors))), Conv1D)
-        peft.write_lora(folder, factors, rank, deltas.base.about, fan_in_fan_out=conv)
+        conv = isinstance(deltas.base.model.get_submodule(next(iter(adapters))), Conv1D)
+        base_model = public_name(model_name(deltas.base.model))
+        card = _card(base_model, rank, left, dtype)
+        write_adapter(folder, base_model, adapters, card, fan_in_fan_out=conv)
     return left
+
+
+def _card(base_model: str, rank: int, left: dict[str, float], dtype: str) -> str:
+    what = (
+        f"Each of {len(left)} projections is changed by the matrix of rank {rank} that is nearest "
+        "to what training changed."
+    )
+    exact = f"At most {max(left.values()):.1e} of the norm of such a change is left out."
+    return adapter_card(base_model, dtype, dict.fromkeys(left, rank), what, exact)
 
 
 def _projection(deltas: Deltas, name: str, rank: int) -> tuple[str, bool]:
@@ -95,9 +108,7 @@ def _projection(deltas: Deltas, name: str, rank: int) -> tuple[str, bool]:
     return owner, isinstance(module, Conv1D)
 
 
-def _factors(
-    name: str, base: Tensor, tuned: Tensor, rank: int
-) -> tuple[tuple[Tensor, Tensor], float]:
+def _factors(name: str, base: Tensor, tuned: Tensor, rank: int) -> tuple[LoraFactors, float]:
     """B ``[out, rank]`` and A ``[rank, in]``, float32, and what they lack as `to_lora` says it.
 
     ``base`` and ``tuned`` are ``[out, in]``.
@@ -115,5 +126,5 @@ def _factors(
         delta = delta_of(name, b[rows], t[rows])
         missing += float((delta - long[rows].double() @ short.T.double()).square().sum())
         whole += float(delta.square().sum())
-    pair = (long, short.T) if tall else (short, long.T)
+    pair = LoraFactors(long, short.T) if tall else LoraFactors(short, long.T)
     return pair, (missing / whole) ** 0.5

@@ -27,9 +27,10 @@ class Deltas:
         """
         if not tuned:
             raise ValueError("tuned is empty, must have one model or more")
-        self.base = open_weights(base, "base")
         called = [f"tuned[{i}]" if len(tuned) > 1 else "tuned" for i in range(len(tuned))]
         self.tuned = [open_weights(*each) for each in zip(tuned, called, strict=True)]
+        # Last: a GGUF file is loaded whole, which a tuned model that is wrong need not wait for.
+        self.base = open_weights(base, "base")
         first = self.tuned[0]
         for other in (self.base, *self.tuned[1:]):
             _check_matches(first, other)

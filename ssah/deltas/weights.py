@@ -29,6 +29,7 @@ from ssah.models import (
     empty_model,
     load_weights,
     locate,
+    quiet,
     weights_folder,
 )
 from ssah_kernels.sharded import is_sharded
@@ -254,7 +255,8 @@ def open_weights(source: WeightsOf, about: str) -> FolderWeights | MemoryWeights
     if isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         if locate(name).gguf_file:
-            return MemoryWeights(load_weights(name, device="cpu"), name)
+            with quiet():
+                return MemoryWeights(load_weights(name, device="cpu"), name)
         return FolderWeights(name)
     if isinstance(source, nn.Module | Mapping):
         return MemoryWeights(source, about)

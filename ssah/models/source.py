@@ -86,9 +86,11 @@ def _only_gguf(folder: Path) -> str:
     files = sorted(file.name for file in folder.glob("*.gguf"))
     kind = kind_in(folder)
     if not files and kind is not None:
+        merged = folder / "merged"  # where `ssah finetune --merge` puts it
+        give = repr(str(merged)) if merged.is_dir() else "what --merge writes"
         raise ModelError(
             f"model is the folder {str(folder)!r}, which holds {kind!r} and no whole model: where "
-            "an update cannot be given in the place of a model, give what --merge writes"
+            f"an update cannot be given in the place of a model, give {give}"
         )
     if not files:
         raise ModelError(f"model is the folder {str(folder)!r}: no config.json and no .gguf in it")

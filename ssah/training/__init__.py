@@ -11,10 +11,11 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
-    from ssah.training.adapters.card import LoraExport
+    from ssah.training.adapters.card import LoraExport, adapter_card
     from ssah.training.adapters.entries import frozen_entries
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
+    from ssah.training.adapters.writing import LoraFactors, write_adapter
     from ssah.training.attaching import Attached, attach
     from ssah.training.entries import Entries
     from ssah.training.freezing import freeze, train_only
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
     from ssah.training.preparing import prepare_trainer
-    from ssah.training.saving import load_update
+    from ssah.training.saving import load_update, public_name
     from ssah.training.splitting import runs
     from ssah.training.updated_models import is_update, load_trained, load_trained_tokenizer
     from ssah.training.verifying import verify
@@ -54,9 +55,10 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
-    **{"adapters.card": "LoraExport", "adapters.entries": "frozen_entries"},
+    **{"adapters.card": "LoraExport adapter_card", "adapters.entries": "frozen_entries"},
     **{"adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
+    **{"adapters.writing": "LoraFactors write_adapter"},
     attaching="Attached attach",
     entries="Entries",
     freezing="freeze train_only",
@@ -64,7 +66,7 @@ __getattr__ = names_of(
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
     preparing="prepare_trainer",
-    saving="load_update",
+    saving="load_update public_name",
     splitting="runs",
     updated_models="is_update load_trained load_trained_tokenizer",
     verifying="verify",

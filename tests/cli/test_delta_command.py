@@ -130,3 +130,17 @@ def test_what_does_not_fit_is_refused(
     monkeypatch.chdir(tmp_path)
     assert message in fails("delta", folder / "model", folder / "tuned1", *options)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_quickly_seen_is_refused_before_the_base_is_loaded(
+    folder: Path, tmp_path: Path
+) -> None:
+    """A base that is a GGUF file takes long to load: here it would be missed."""
+    (tmp_path / "file").touch()
+    for tuned, out, message in (
+        (folder / "tuned1", tmp_path, "is there already, must be new or empty"),
+        (tmp_path / "no_tuned", tmp_path / "out", "no_tuned"),
+    ):
+        line = fails("delta", tmp_path / "no_base", tuned, "--interpolate", 0.5, "--out", out)
+        assert message in line
+        assert "no_base" not in line

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from group_scores import attribution
 from plans import draw
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -22,14 +24,15 @@ def run(*words: object) -> tuple[int, str, str]:
 
 
 def test_an_update_a_model_and_an_ablation(tiny_chat_folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    folder = shutil.copytree(tiny_chat_folder, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder)
     units = draw(model, 0.1)
     with ssah.train_only(model, units) as plan, torch.no_grad():
         for parameter in plan.parameters():
             parameter.mul_(1.5)
         plan.save_pretrained(tmp_path / "update")
     model.save_pretrained(tmp_path / "tuned")
-    folder, found = tiny_chat_folder, {}
+    found = {}
     for name in ("update", "tuned"):
         words = ("--change", tmp_path / name, "--out", tmp_path / f"{name}_adapter", "--json")
         code, out, error = run(folder, *words)
@@ -52,6 +55,17 @@ def test_an_update_a_model_and_an_ablation(tiny_chat_folder: Path, tmp_path: Pat
     code, shown, error = run(folder, *words)
     assert code == 0, error
     assert "bit for bit" in shown
+    # A base model that is an update itself: its own base is where --base says.
+    folder = folder.rename(tmp_path / "elsewhere")
+    words = (*words[:-1], tmp_path / "of_update")
+    assert run(tmp_path / "update", *words)[0] == 2
+    code, _, error = run(tmp_path / "update", "--base", folder, *words)
+    assert code == 0, error
+    made = load_file(tmp_path / "of_update" / "adapter_model.safetensors")
+    name = next(each for each in made if each.endswith("down_proj.lora_B.weight"))
+    scu = ssah.UnitGroups.load(tmp_path / "groups")["scu"]
+    down = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+    assert torch.equal(made[name], -model.get_submodule(down).weight[:, scu[down]])
     for words, message in (
         ((), "either --change"),
         (("--groups", "."), "either --change"),

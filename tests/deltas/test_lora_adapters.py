@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,13 @@ def test_a_merged_adapter_comes_back(name: str, tmp_path: Path) -> None:
     whole = again.merge_and_unload().state_dict()
     for key, after in tuned.state_dict().items():
         torch.testing.assert_close(whole[key], after, rtol=1e-6, atol=1e-6)
+    # It says what it belongs to, and tells nobody where that lies.
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert config["base_model_name_or_path"] == "base"
+    assert "base_model: base\n" in card
+    assert "The largest rank is 4." in card
+    assert str(tmp_path) not in card
     # The same from memory.
     assert deltas.to_lora(base, tuned, 4, out=tmp_path / "other") == pytest.approx(left)
 

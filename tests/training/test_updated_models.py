@@ -98,7 +98,7 @@ def test_the_base_may_be_elsewhere_and_must_be_the_one(place: Path, tmp_path: Pa
         load_trained(update, base=str(place / "whole"))
 
 
-def test_what_makes_no_sense_is_refused(place: Path) -> None:
+def test_what_makes_no_sense_is_refused(place: Path, tmp_path: Path) -> None:
     base, update = str(place / "base"), str(place / "update")
     for load in (load_trained, load_trained_tokenizer):
         with pytest.raises(ModelError, match=r"base is .* must not be given: .* is no update"):
@@ -107,8 +107,14 @@ def test_what_makes_no_sense_is_refused(place: Path) -> None:
             load(update, base=update)
     with pytest.raises(ModelError, match="packed is True, must be False"):
         load_trained(update, packed=True)
-    with pytest.raises(ModelError, match="holds 'update' and no whole model"):
+    with pytest.raises(
+        ModelError, match=r"holds 'update' and no whole model.* what --merge writes"
+    ):
         load_model(update)
+    shutil.copytree(place / "update", tmp_path / "run")
+    (tmp_path / "run" / "merged").mkdir()
+    with pytest.raises(ModelError, match=r"give '.*run/merged'"):
+        load_model(str(tmp_path / "run"))
 
 
 def test_a_whole_model_in_the_folder_counts(place: Path, tmp_path: Path) -> None:

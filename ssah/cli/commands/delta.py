@@ -118,12 +118,14 @@ def delta(
 
     from ssah.deltas import RECORD
     from ssah.report.terminal import delta_tables, facts_table
+    from ssah.storage import check_new
 
     _check(tuned, out, settings)
     if settings.show:
         found = _measured(base, tuned[0], settings)
         return Result(found, tuple(delta_tables(found)))
     assert out is not None  # `_check` refuses it
+    check_new(out)  # a folder that is taken would be refused when a GGUF base has been loaded
     # An adapter is no model: it has a record of its own.
     if settings.lora is not None:
         return _adapter(base, tuned[0], settings.lora, out)

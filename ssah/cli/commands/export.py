@@ -49,7 +49,7 @@ def export(
     """
     import ssah
     from ssah.groups import UnitGroups
-    from ssah.models import load_weights
+    from ssah.models import quiet
     from ssah.report.terminal import facts_table
     from ssah.training.finetune import select_units
 
@@ -57,14 +57,9 @@ def export(
     # Groups are read before the model is loaded, which may take minutes.
     what = select_units(units, UnitGroups.load(groups)) if groups and units else change
     assert what is not None
-    # A tokenizer is not needed, so that folders without one will do.
-    base = load_weights(
-        model,
-        dtype=weights.dtype,
-        device=weights.device,
-        trust_remote_code=weights.trust_remote_code,
-    )
-    made = ssah.export_lora(what, out, base=base, max_rank=max_rank)
+    base, _ = weights.load(model)
+    with quiet():  # a tuned model is loaded, too
+        made = ssah.export_lora(what, out, base=base, max_rank=max_rank)
     exact = "all, bit for bit, once merged"
     if made.inexact:
         exact = f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"

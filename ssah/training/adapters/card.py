@@ -1,7 +1,8 @@
-"""The card of an exported adapter: what it is, which ranks it has, and how exact it is."""
+"""The card of an adapter that was written: what it is, which ranks it has, and how exact it is."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -42,42 +43,78 @@ class LoraExport:
     @property
     def served_rank(self) -> int | None:
         """The least ``--max-lora-rank`` with which vLLM serves it; None where it does not."""
-        return next((rank for rank in SERVED if rank >= self.rank), None)
+        return _served(self.rank)
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain data, with ``rank``."""
         return {**asdict(self), "biases": list(self.biases), "rank": self.rank}
 
 
-def card(made: LoraExport) -> str:
-    """``README.md``, as the Hugging Face Hub shows it. It names no path of this machine."""
+def exported_card(made: LoraExport) -> str:
+    """``README.md`` of what `ssah.export_lora` wrote."""
+    what = (
+        f"It changes {made.changed:,} elements of {len(made.ranks)} projections, and nothing "
+        "else. One of its two matrices is one-hot and the other one is the change itself, so that "
+        "it is no approximation."
+    )
+    if not made.inexact:
+        exact = "every changed element is the tuned one, bit for bit."
+    else:
+        exact = (
+            f"{made.inexact:,} of {made.changed:,} changed elements are not the tuned ones bit for "
+            f"bit. The largest difference is {made.error:.1e}."
+        )
+    exact = (
+        f"Merged into the base model in {made.dtype}, {exact} Unmerged, sums are made in another "
+        "order."
+    )
+    ranks = made.ranks
+    return adapter_card(made.base_model, made.dtype, ranks, what, exact, n_biases=len(made.biases))
+
+
+def adapter_card(
+    base_model: str,
+    dtype: str,
+    ranks: Mapping[str, int],
+    what: str,
+    exact: str,
+    *,
+    n_biases: int = 0,
+) -> str:
+    """``README.md`` of an adapter, as the Hugging Face Hub shows it.
+
+    Args:
+        base_model: what the base model is called, no path of this machine.
+        dtype: of its weights, e.g. ``"bfloat16"``.
+        ranks: module -> the rank of its adapter.
+        what, exact: what the adapter changes, and how exactly: full sentences.
+        n_biases: how many biases it changes.
+    """
     rows = "\n".join(
-        f"| `{name}` | {len(ranks)} | {min(ranks)} to {max(ranks)} |"
-        for name, ranks in sorted(_by_kind(made).items())
+        f"| `{name}` | {len(own)} | {min(own)} to {max(own)} |"
+        for name, own in sorted(_by_kind(ranks).items())
     )
     return f"""---
-base_model: {made.base_model}
+base_model: {base_model}
 library_name: peft
 tags:
 - lora
 - ssah
 ---
 
-# Adapter of {made.base_model}
+# Adapter of {base_model}
 
-This LoRA adapter was written by ssah {__version__}. It changes
-{made.changed:,} elements of {len(made.ranks)} projections, and nothing else. One of its two
-matrices is one-hot and the other one is the change itself, so that it is no approximation.
+This LoRA adapter was written by ssah {__version__}. {what}
 
 ```python
 from peft import PeftModel
 
-model = PeftModel.from_pretrained(model, "this folder")  # model: {made.base_model}, {made.dtype}
+model = PeftModel.from_pretrained(model, "this folder")  # model: {base_model}, {dtype}
 ```
 
-{_exactness(made)}
+{exact}
 
-{_serving(made)}
+{_serving(max(ranks.values()), n_biases)}
 
 | projection | how many | rank |
 |---|---|---|
@@ -87,40 +124,33 @@ model = PeftModel.from_pretrained(model, "this folder")  # model: {made.base_mod
 """
 
 
-def _by_kind(made: LoraExport) -> dict[str, list[int]]:
+def _by_kind(ranks: Mapping[str, int]) -> dict[str, list[int]]:
     """Name with stars for the numbers of layers -> ranks."""
     # A line for each of 30 layers would hide what there is to see.
     kinds: dict[str, list[int]] = {}
-    for name, rank in made.ranks.items():
+    for name, rank in ranks.items():
         parts = ("*" if part.isdigit() else part for part in name.split("."))
         kinds.setdefault(".".join(parts), []).append(rank)
     return kinds
 
 
-def _exactness(made: LoraExport) -> str:
-    if not made.inexact:
-        what = "every changed element is the tuned one, bit for bit."
-    else:
-        what = (
-            f"{made.inexact:,} of {made.changed:,} changed elements are not the tuned ones bit for "
-            f"bit. The largest difference is {made.error:.1e}."
-        )
-    return (
-        f"Merged into the base model in {made.dtype}, {what} Unmerged, sums are made in another "
-        "order."
-    )
+def _served(rank: int) -> int | None:
+    """The least ``--max-lora-rank`` of vLLM that takes ``rank``; None where none does."""
+    return next((each for each in SERVED if each >= rank), None)
 
 
-def _serving(made: LoraExport) -> str:
+def _serving(rank: int, n_biases: int) -> str:
+    served = _served(rank)
     text = (
-        f"The largest rank is {made.rank}. vLLM serves ranks up to 512: start it with "
-        f"`--enable-lora --max-lora-rank {made.served_rank}`."
-        if made.served_rank is not None
-        else f"The largest rank is {made.rank}, and vLLM serves ranks up to 512 alone: merge first."
+        f"The largest rank is {rank}. vLLM serves ranks up to {SERVED[-1]}: start it with "
+        f"`--enable-lora --max-lora-rank {served}`."
+        if served is not None
+        else f"The largest rank is {rank}, and vLLM serves ranks up to {SERVED[-1]} alone: merge "
+        "first."
     )
-    if made.biases:
+    if n_biases:
         text += (
-            f" {len(made.biases)} biases changed too (`lora_bias`), which vLLM does not take, and "
+            f" {n_biases} biases changed too (`lora_bias`), which vLLM does not take, and "
             "which PEFT merges only where every adapted projection has a bias."
         )
     return text

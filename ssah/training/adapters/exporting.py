@@ -3,29 +3,26 @@
 Whatever changes k rows or k columns of a projection is a product of rank k
 (`ssah.training.adapters.factors`). Written in PEFT's form it loads without this library. Example:
 of each FFN 12 units trained, so that gate and up changed in 12 rows, and down in 12 columns: three
-adapters of rank 12 a layer. Each module has its own rank (``rank_pattern``), and ``lora_alpha`` is
-the rank, so that the product is added as it is.
+adapters of rank 12 a layer. Each module has its own rank (``rank_pattern``).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any
 
-import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ssah.models import nonfinite
 from ssah.storage import check_new, whole_folder
-from ssah.training.adapters.card import SERVED, LoraExport, card
+from ssah.training.adapters.card import SERVED, LoraExport, exported_card
 from ssah.training.adapters.changed import Change, changed_weights, checked_base
 from ssah.training.adapters.factors import Factors, factors
+from ssah.training.adapters.writing import LoraFactors, write_adapter
 from ssah.training.in_place import listed
 from ssah.training.saving import public_name
 from ssah.units import features, model_name
@@ -79,20 +76,15 @@ def export_lora(
         raise ValueError(f"max_rank is {max_rank}, must be at least 1, or None for any rank")
     model = checked_base(change, base)
     found = _adapters(model, change, max_rank)
-    name = public_name(model_name(model))
-    made = _record(name, found, model)
-    conv = any(isinstance(model.get_submodule(each), Conv1D) for each in found)
-    config = json.dumps(_config(made, fan_in_fan_out=conv), indent=2) + "\n"
-    files = {
-        "adapter_model.safetensors": safetensors.torch.save(
-            _tensors(model, found, made), metadata={"format": "pt"}
-        ),
-        "adapter_config.json": config.encode(),
-        "README.md": card(made).encode(),
+    made = _record(public_name(model_name(model)), found, model)
+    modules = {name: model.get_submodule(name) for name in found}
+    adapters = {
+        name: _factors(modules[name], each, with_bias=bool(made.biases))
+        for name, each in found.items()
     }
-    with whole_folder(folder) as made_in:
-        for name, content in files.items():
-            (made_in / name).write_bytes(content)
+    conv = any(isinstance(each, Conv1D) for each in modules.values())
+    with whole_folder(folder) as inside:
+        write_adapter(inside, made.base_model, adapters, exported_card(made), fan_in_fan_out=conv)
     return made
 
 
@@ -156,47 +148,16 @@ def _record(name: str, found: Mapping[str, _Adapter], model: nn.Module) -> LoraE
     )
 
 
-def _tensors(
-    model: nn.Module, found: Mapping[str, _Adapter], made: LoraExport
-) -> dict[str, Tensor]:
-    """The tensors of the adapter by PEFT's names for them."""
-    tensors: dict[str, Tensor] = {}
-    for owner, each in found.items():
-        n, out = features(model.get_submodule(owner))
-        dtype = next(part.change.dtype for part in (each.weight, each.bias) if part)
-        a, b = torch.zeros(1, n, dtype=dtype), torch.zeros(out, 1, dtype=dtype)
-        if each.weight is not None:
-            a, b = each.weight.a, each.weight.b
-        prefix = f"base_model.model.{owner}"
-        tensors[f"{prefix}.lora_A.weight"] = a.contiguous()  # [rank, in]
-        tensors[f"{prefix}.lora_B.weight"] = b.contiguous()  # [out, rank]
-        if made.biases:  # all adapters of one file have a bias, or none of them
-            shift = torch.zeros(out, dtype=dtype)
-            if each.bias is not None:
-                shift = (each.bias.b @ each.bias.a)[:, 0]
-            tensors[f"{prefix}.lora_B.bias"] = shift  # [out]
-    return tensors
-
-
-def _config(made: LoraExport, *, fan_in_fan_out: bool) -> dict[str, Any]:
-    """PEFT's ``adapter_config.json``. Programs that know no ``rank_pattern`` (vLLM) take each rank
-    from its tensors, and the scale from ``lora_alpha / r``: both say one."""
-    others = {name: rank for name, rank in made.ranks.items() if rank != made.rank}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": made.base_model,
-        "r": made.rank,
-        "lora_alpha": made.rank,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "target_modules": list(made.ranks),
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "lora_bias": bool(made.biases),
-        "fan_in_fan_out": fan_in_fan_out,
-        "use_rslora": False,
-        "use_dora": False,
-        "init_lora_weights": True,
-        "inference_mode": True,
-    }
+def _factors(module: nn.Module, own: _Adapter, *, with_bias: bool) -> LoraFactors:
+    """What is added to a projection; where nothing is, zeros of rank one."""
+    n, out = features(module)
+    dtype = next(part.change.dtype for part in (own.weight, own.bias) if part)
+    a, b = torch.zeros(1, n, dtype=dtype), torch.zeros(out, 1, dtype=dtype)
+    if own.weight is not None:
+        a, b = own.weight.a, own.weight.b
+    if not with_bias:
+        return LoraFactors(b, a)
+    bias = torch.zeros(out, dtype=dtype)
+    if own.bias is not None:
+        bias = (own.bias.b @ own.bias.a)[:, 0]  # [out]
+    return LoraFactors(b, a, bias)

@@ -46,6 +46,10 @@ EVERY: dict[str, tuple[Callable[[UpdatePlan], Any], str]] = {
         lambda plan: plan.optimizer(lr=1e-2, rounding="remainder", max_norm=1.0),
         "It clips inside the update.",
     ),
+    "`plan.optimizer(in_backward=True)`": (
+        lambda plan: plan.optimizer(lr=1e-2, in_backward=True),
+        "No gradient is kept. [What is refused](../memory.md#what-in_backwardtrue-changes)",
+    ),
     "`MaskedAdamW`, `MaskedSGD`": (
         lambda plan: (
             MaskedAdamW([p for p in plan.parameters() if p.dim() > 1], lr=1e-2),
@@ -135,7 +139,9 @@ def layerwise(setting: Setting) -> None:
     setting.steps(optim.AdamW([{"params": first, "lr": 1e-3}, {"params": rest}], lr=1e-2))
 
 
-@works(LOOP, "updates inside the backward pass", "One optimiser a parameter, in a hook of it.")
+@works(
+    LOOP, "updates inside the backward pass, of any optimiser", "One a parameter, in a hook of it."
+)
 def in_backward(setting: Setting) -> None:
     for parameter in setting.plan.parameters():
         optimizer = optim.AdamW([parameter], lr=1e-2)

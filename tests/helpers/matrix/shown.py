@@ -322,7 +322,7 @@ for situation, words, node in (
     (
         "rows of a tied embedding and head",
         "They stay one weight.",
-        T + "test_rows.py::test_fifty_steps_move_nothing_but_the_rows[tied-True-freeze-stretches]",
+        T + "test_rows.py::test_twenty_steps_move_nothing_but_the_rows[tied-True-freeze-stretches]",
     ),
     (
         "parameters that required no gradient before `freeze`",
@@ -513,9 +513,9 @@ for situation, words, node in (
     ),
     ("MiSS on projections into units", "", ADAPTERS + "test_miss_on_projections_into_units"),
     (
-        "LoRA on the attention of a mixture of experts",
-        "",
-        ADAPTERS + "test_adapters_beside_experts[qwen3_moe]",
+        "LoRA on the attention and the routed experts of a mixture (`target_parameters`)",
+        "Each expert has its own protected units.",
+        ADAPTERS + "test_adapters_of_experts_keep_their_units[qwen3_moe-freeze]",
     ),
     (
         "a protected adapter, saved and loaded",
@@ -556,12 +556,6 @@ for situation, message, words, node in (
         "must be LoRA or MiSS of a linear projection",
         "They scale whole rows and columns. Use LoRA.",
         ADAPTERS + "test_other_adapters_and_models_are_refused",
-    ),
-    (
-        "adapters of routed experts (`target_parameters`)",
-        "leave this module out",
-        "Leave them out.",
-        ADAPTERS + "test_adapters_of_experts_are_refused",
     ),
     (
         "`plan.verify()` while an adapter is active on what is frozen",
