@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ssah.attribution import Attribution, attribute, stream
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
-    from ssah.interventions import ablate, prune
+    from ssah.interventions import ablate, arms, intervene, prune
     from ssah.training import (
         UpdatePlan,
         freeze,
@@ -56,11 +56,13 @@ __all__ = [
     "UnitSet",
     "UpdatePlan",
     "ablate",
+    "arms",
     "attribute",
     "classify",
     "data",
     "find_modules",
     "freeze",
+    "intervene",
     "load_update",
     "probe",
     "protect_adapter",
@@ -77,7 +79,7 @@ _ROOMS = {
     "attribution": ("Attribution", "attribute", "stream"),
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
-    "interventions": ("ablate", "prune"),
+    "interventions": ("ablate", "arms", "intervene", "prune"),
     "training": (
         "UpdatePlan",
         "freeze",
