@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ssah.interventions.positions import At, Passes, check_at
 from ssah.interventions.weights import check_factor
-from ssah.models import device_of, nonfinite, text_config
+from ssah.models import check_bare, device_of, nonfinite, text_config
 from ssah.units import layers_path
 
 Layers = int | Iterable[int]
@@ -136,9 +136,14 @@ class AtLayer:
         Raises:
             ValueError: the batch has another number of rows, or the pass tells no positions.
         """
-        at = passes.chosen(self.change.at)  # bool [rows, tokens], or None for all
-        if at is not None and at.device.type == "cpu" and not bool(at.any()):
-            return h  # a step after the prompts; on a GPU the question would wait for it
+        at = passes.chosen(self.change.at)  # bool [rows, tokens], or one bool for all of them
+        if at is False:  # such as a step after the prompts
+            return h
+        if h.dim() != 3:
+            raise ValueError(
+                f"a {type(self.layer).__name__} puts out {list(h.shape)}; must be [rows, tokens, "
+                "hidden] for its hidden states to be changed"
+            )
         work = h.to(torch.promote_types(h.dtype, torch.float32))
         value = None if self.value is None else self.value.to(h.device, work.dtype)
         new = self.change.changed(work, value)
@@ -149,11 +154,11 @@ class AtLayer:
                     "are rows too)"
                 )
             strength = self.rows.to(h.device)[:, None]  # [rows, 1]
-            at = strength != 0 if at is None else at.to(h.device) & (strength != 0)
+            at = strength != 0 if at is True else at.to(h.device) & (strength != 0)
             if strength.is_floating_point():
                 new = work + strength.to(work.dtype)[..., None] * (new - work)
         new = new.to(h.dtype)
-        return new if at is None else torch.where(at.to(h.device)[..., None], new, h)
+        return new if at is True else torch.where(at.to(h.device)[..., None], new, h)
 
 
 def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
@@ -173,11 +178,13 @@ def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
             f"layers is {layers}; must be different numbers of layers, from 0 to {len(found) - 1}"
         )
     rows = _rows(change)
-    values = _values(model, change, len(layers))
-    return [
-        AtLayer(found[i], change, None if v is None else v.to(_place(found[i])), rows)
-        for i, v in zip(layers, values, strict=True)
-    ]
+    planned = []
+    for i, value in zip(layers, _values(model, change, len(layers)), strict=True):
+        # Where the layer computes, so that no pass copies it there.
+        place = _place(found[i])
+        own, strengths = (None if each is None else each.to(place) for each in (value, rows))
+        planned.append(AtLayer(found[i], change, own, strengths))
+    return planned
 
 
 def _rows(change: HiddenChange) -> Tensor | None:
@@ -190,11 +197,11 @@ def _rows(change: HiddenChange) -> Tensor | None:
             f"rows is {rows.dtype} {list(rows.shape)}; must be [rows], one bool or one finite "
             "number each"
         )
-    return rows if rows.dtype == torch.bool else rows.to(torch.float64)
+    return rows if rows.is_floating_point() or rows.dtype == torch.bool else rows.float()
 
 
 def _values(model: nn.Module, change: HiddenChange, layers: int) -> list[Tensor | None]:
-    """What is added, projected out or put in, for each layer: float64 ``[hidden]``, or None."""
+    """What is added, projected out or put in, for each layer: ``[hidden]``, or None."""
     if isinstance(change, ScaleHidden):
         check_factor(change.factor)
         return [None] * layers
@@ -209,20 +216,21 @@ def _values(model: nn.Module, change: HiddenChange, layers: int) -> list[Tensor 
         shapes = [(layers, *given.shape[1:3], hidden)]
     if tuple(given.shape) not in shapes or not given.is_floating_point():
         raise ValueError(
-            f"{name} is {given.dtype} {list(given.shape)}; must be floating point "
-            f"[{hidden}] or [{layers}, {hidden}], one for each layer"
+            f"{name} is {given.dtype} {list(given.shape)}; must be floating point [{hidden}], or "
+            f"one for each layer, [{layers}, ..., {hidden}]"
         )
     if nonfinite([(name, given)]) is not None:
         raise ValueError(f"{name} is NaN or infinite; must be finite")
     given = given.detach()
     if not whole:
-        given = given.double().expand(layers, hidden)
+        given = given.expand(layers, hidden)
     if isinstance(change, ProjectOut):
+        given = given.double()
         lengths = given.norm(dim=1, keepdim=True)  # [layers, 1]
         if not bool((lengths > 0).all()):
             raise ValueError(f"{name} is zero; must have a length above 0")
         given = given / lengths
-    return list(given)
+    return list(given.to(torch.promote_types(check_bare(model).dtype, torch.float32)))
 
 
 def _place(layer: nn.Module) -> torch.device:

@@ -186,7 +186,7 @@ def _hooked(model: nn.Module, at_layers: Sequence[AtLayer]) -> Iterator[None]:
 def _put_out(layer: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
     """A layer's output after all changes; some layers put out a tuple, hidden states first."""
     h = output[0] if isinstance(output, tuple) else output  # [rows, tokens, hidden]
-    for change, passes in _AT_LAYER[layer]:
+    for change, passes in _AT_LAYER.get(layer, ()):  # none in a copy of the model made inside
         h = change(h, passes)
     return (h, *output[1:]) if isinstance(output, tuple) else h
 

@@ -54,47 +54,55 @@ def check_at(at: At) -> None:
 
 
 class Passes:
-    """What the forward pass under way is over: how many rows, which tokens, after what."""
+    """What the forward pass under way is over.
+
+    Attributes:
+        decoder: the part of the model that has the layers.
+        shape: rows of the batch, and tokens of each that this pass computes.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.decoder: nn.Module = check_bare(model).get_decoder()
+        self.shape = (0, 0)
         self._signature = inspect.signature(type(self.decoder).forward)
-        self._given: dict[str, Any] = {}
-        self._past = 0
-        self._masks: dict[int, Tensor | None] = {}
+        self._past = 0  # tokens in the cache
+        self._keeps_cache = True
+        self._attention_mask: Any = None
+        self._device = torch.device("cpu")
+        self._masks: dict[int, Tensor | bool] = {}
 
     def hook(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook of the decoder, with its keyword arguments."""
-        self._given = self._signature.bind_partial(decoder, *args, **kwargs).arguments
-        self._given |= self._given.pop("kwargs", {})
-        # Now, and not as a layer asks: the layer has put its own tokens into the cache by then.
+        given = self._signature.bind_partial(decoder, *args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        ids = given.get("input_ids")
+        ids = given["inputs_embeds"] if ids is None else ids  # [rows, tokens, ...]
+        self.shape, self._device = (ids.shape[0], ids.shape[1]), ids.device
         # Older releases of transformers call it past_key_values.
-        cache = self._given.get("cache", self._given.get("past_key_values"))
+        cache = given.get("cache", given.get("past_key_values"))
+        # Now, and not as a layer asks: the layer has put its own tokens into the cache by then.
         self._past = 0 if cache is None else int(cache.get_seq_length())
+        self._keeps_cache = given.get("use_cache") is not False
+        self._attention_mask = given.get("attention_mask")
         self._masks = {}
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Rows of the batch, and tokens of each that this pass computes."""
-        ids = self._given.get("input_ids")
-        rows, tokens = (self._given["inputs_embeds"] if ids is None else ids).shape[:2]
-        return rows, tokens
+    def chosen(self, at: At) -> Tensor | bool:
+        """Bool ``[rows, tokens]``, True where the pass has the positions ``at``.
 
-    def chosen(self, at: At) -> Tensor | None:
-        """Bool ``[rows, tokens]``, True where the pass has the positions ``at``; None: all of them.
+        True stands for all of them, False for none.
 
         Raises:
             ValueError: the pass does not tell: its mask is not ``[rows, tokens]``, it recomputes
                 (gradient checkpointing), or it keeps no cache.
         """
         if isinstance(at, str) and at == "all":
-            return None
+            return True
         # By identity: it lives as long as the change that has it, and is asked for in every layer.
         if id(at) not in self._masks:
             self._masks[id(at)] = self._mask(at)
         return self._masks[id(at)]
 
-    def _mask(self, at: At) -> Tensor | None:
+    def _mask(self, at: At) -> Tensor | bool:
         decoder: Any = self.decoder
         if decoder.training and getattr(decoder, "is_gradient_checkpointing", False):
             raise ValueError(
@@ -102,35 +110,34 @@ class Passes:
                 "them again when another pass may be under way. It must be 'all', or "
                 "model.gradient_checkpointing_disable() comes first"
             )
-        (rows, tokens), past = self.shape, self._past
-        none = torch.zeros(rows, tokens, dtype=torch.bool)
         if isinstance(at, str) and at == "generated":
-            if self._given.get("use_cache") is False:
+            if not self._keeps_cache:
                 raise ValueError(
                     "at is 'generated' in a pass without a cache, which does not tell what was "
                     "generated: use_cache must be True, or at the position where it begins"
                 )
-            return None if past else none
-        if isinstance(at, str) and past:  # a step: the prompt and its last token lie before it
-            return none
-        attended = self._attended(rows, past + tokens)
+            return self._past > 0
+        if isinstance(at, str) and self._past:  # a step: the last of the prompt lies before it
+            return False
+        attended = self._attended()
         own = attended.cumsum(1) - 1  # [rows, past + tokens]: a token's number in its row
         if isinstance(at, str):
             return attended & (own == own[:, -1:])
         first = torch.as_tensor(at, device=own.device).reshape(-1, 1)  # [1 or rows, 1]
+        rows = self.shape[0]
         if len(first) not in (1, rows):
             raise ValueError(f"at has {len(first)} positions, the batch {rows} rows; must be equal")
-        return (attended & (own >= first))[:, past:]
+        return (attended & (own >= first))[:, self._past :]
 
-    def _attended(self, rows: int, length: int) -> Tensor:
-        """Bool ``[rows, length]``: False at padding."""
-        mask = self._given.get("attention_mask")
+    def _attended(self) -> Tensor:
+        """Bool ``[rows, past + tokens]``: False at padding."""
+        mask, wanted = self._attention_mask, (self.shape[0], self._past + self.shape[1])
         if mask is None:
-            return torch.ones(rows, length, dtype=torch.bool)
-        if not isinstance(mask, Tensor) or tuple(mask.shape) != (rows, length):
+            return torch.ones(wanted, dtype=torch.bool, device=self._device)
+        if not isinstance(mask, Tensor) or tuple(mask.shape) != wanted:
             shape = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(
-                f"attention_mask is {shape} in the decoder, must be [{rows}, {length}] to tell "
+                f"attention_mask is {shape} in the decoder, must be {list(wanted)} to tell "
                 "positions (a static cache and vision models have it otherwise): use at='all'"
             )
         return mask.bool()

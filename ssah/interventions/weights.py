@@ -218,13 +218,12 @@ def _parameters(model: nn.Module, names: Sequence[str]) -> list[Parameter]:
                 f"selection has {name!r}, which is no parameter of the model "
                 f"{type(model).__name__}; it must be a name in model.named_parameters()"
             )
-        weight = known[name]
-        if weight.is_meta or not weight.is_floating_point():
+        weight, owner = known[name], model.get_submodule(name.rpartition(".")[0])
+        if weight.is_meta or not weight.is_floating_point() or scheme_of(owner) is not None:
             raise ValueError(
-                f"{name} is {weight.dtype} on {weight.device}; it must be a floating-point weight "
-                "in memory (dequantize the model, and load it whole)"
+                f"{name} is {weight.dtype} on {weight.device}, or packed; it must be a plain "
+                "floating-point weight in memory (dequantize the model, and load it whole)"
             )
-        owner = model.get_submodule(name.rpartition(".")[0])
         found.setdefault(id(weight), Parameter(name, owner))  # tied ones would be scaled twice
     return list(found.values())
 

@@ -312,6 +312,16 @@ def test_inner_changes_come_after_outer_ones() -> None:
         assert not torch.allclose(logits(model), expected)
 
 
+def test_a_copy_made_inside_is_an_ordinary_model() -> None:
+    model = double("llama")
+    plain = logits(model)
+    with intervene(model, Add(0, vector(), at="last")):
+        inside = copy.deepcopy(model)
+        assert torch.equal(logits(inside), plain)
+        assert not torch.equal(logits(model), plain)
+    assert torch.equal(logits(inside), plain)
+
+
 def test_bfloat16_is_rounded_once() -> None:
     model, v = build("llama", dtype=torch.bfloat16), vector()
     with torch.no_grad():
@@ -409,6 +419,12 @@ def test_passes_that_do_not_fit_are_refused() -> None:
         with pytest.raises(ValueError, match=message), intervene(model, change), torch.no_grad():
             model(**{**data, **options})
     assert torch.equal(logits(model), plain)
+    altup = build("gemma3n")  # its residual stream is of several states a token
+    with (
+        pytest.raises(ValueError, match=r"puts out \[2, 3, 9, 48\]"),
+        intervene(altup, Add(0, vector())),
+    ):
+        logits(altup)
     model.gradient_checkpointing_enable()
     with (
         pytest.raises(ValueError, match="gradient checkpointing"),

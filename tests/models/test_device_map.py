@@ -50,7 +50,7 @@ def test_a_dealt_model_is_scored_ablated_and_measured_as_one_in_memory(
     changes = (Scale(units, 0.5), Add([0, 1], torch.ones(whole.config.hidden_size), at="last"))
     with torch.no_grad(), ssah.intervene(whole, *changes), ssah.intervene(dealt, *changes):
         torch.testing.assert_close(dealt(tokens).logits, whole(tokens).logits)
-    with pytest.raises(ValueError, match="float32 on meta; it must be a floating-point weight"):
+    with pytest.raises(ValueError, match="float32 on meta, or packed; it must be"):
         ssah.intervene(dealt, Zero(sorted(elsewhere)))
     with pytest.raises(ValueError, match="on meta, must be a floating-point weight in memory"):
         ssah.freeze(dealt, units)
