@@ -283,9 +283,9 @@ _PYTHON = (
         Check("attribution/test_attribution.py", "mean_and_variance"),
     ),
     Mutation(
-        "ssah/interventions/ablation.py",
-        "weight.index_copy_(each.dim, each.index.to(weight.device), values)",
-        "weight.index_copy_(each.dim, each.index.to(weight.device), values + 1e-8)",
+        "ssah/interventions/columns.py",
+        "weight.index_copy_(self.dim, self.index.to(weight.device), values)",
+        "weight.index_copy_(self.dim, self.index.to(weight.device), values + 1e-8)",
         Check("interventions/test_ablation.py", "undone or special_values"),
     ),
     Mutation(

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ssah.attribution import Attribution, attribute, stream
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
-    from ssah.interventions import ablate, prune
+    from ssah.interventions import ablate, arms, intervene, prune
     from ssah.training import (
         UpdatePlan,
         attach,
@@ -58,6 +58,7 @@ __all__ = [
     "UnitSet",
     "UpdatePlan",
     "ablate",
+    "arms",
     "attach",
     "attribute",
     "classify",
@@ -66,6 +67,7 @@ __all__ = [
     "export_lora",
     "find_modules",
     "freeze",
+    "intervene",
     "load_update",
     "probe",
     "protect_adapter",
@@ -82,7 +84,7 @@ _ROOMS = {
     "attribution": ("Attribution", "attribute", "stream"),
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
-    "interventions": ("ablate", "prune"),
+    "interventions": ("ablate", "arms", "intervene", "prune"),
     "training": (
         "UpdatePlan",
         "attach",

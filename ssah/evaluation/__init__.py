@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.evaluation.arm_effects import Effects, effects
 from ssah.evaluation.attack import (
     attack_success,
     distinct_judges,
@@ -35,6 +36,7 @@ __all__ = [
     "REFUSAL",
     "Answer",
     "Coherence",
+    "Effects",
     "Judge",
     "Measurement",
     "Measures",
@@ -44,6 +46,7 @@ __all__ = [
     "attack_success",
     "bootstrap",
     "coherence",
+    "effects",
     "generate",
     "judge",
     "judge_answers",

@@ -69,11 +69,10 @@ def response_log_probs(
         FloatingPointError: the model's log-probabilities are not finite.
     """
     reader = BatchReader(check_whole(model), tokens="labels")
-    choosy = "logits_to_keep" in inspect.signature(model.forward).parameters
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)  # positions count from the first token of a row
         with as_it_was(model), torch.inference_mode():
-            log_probs, count = _batch_log_probs(model, batch, choosy)
+            log_probs, count = _batch_log_probs(model, batch)
             if not bool(log_probs.isfinite().all()):
                 raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
         yield log_probs, count
@@ -98,7 +97,7 @@ def log_probs_by_length(
         yield chunk, log_probs, count
 
 
-def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tuple[Tensor, Tensor]:
+def _batch_log_probs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
     targets = batch.targets  # [rows, length]: the token that each position is to predict
     # The vocabulary is by far the widest matrix of a model: positions that predict no response
     # token, in any row, never reach it.
@@ -106,10 +105,7 @@ def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tupl
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
     if len(columns) == 0:
         return log_probs, torch.zeros(len(targets), dtype=torch.int64)
-    options = {"logits_to_keep": columns} if choosy else {}
-    logits = model(**batch.inputs, use_cache=False, **options).logits  # [rows, columns, vocabulary]
-    if not choosy:  # an architecture that gives all logits: [rows, length, vocabulary]
-        logits = logits[:, columns]
+    logits = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
     targets = targets[:, columns].to(logits.device)  # [rows, columns]
     for row, (own, target) in enumerate(zip(logits, targets, strict=True)):
         predicts = target != IGNORE_INDEX
@@ -117,3 +113,13 @@ def _batch_log_probs(model: PreTrainedModel, batch: Batch, choosy: bool) -> tupl
         loss = F.cross_entropy(own[predicts].float(), target[predicts], reduction="none")
         log_probs[row] = -float(loss.double().sum())
     return log_probs, (targets != IGNORE_INDEX).sum(1).cpu()
+
+
+def logits_at(model: PreTrainedModel, inputs: Mapping[str, Any], columns: Tensor) -> Tensor:
+    """Logits of the positions ``columns``, int64 ``[columns]``: ``[rows, columns, vocabulary]``."""
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        kept: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
+        return kept
+    # An architecture that gives all logits: [rows, length, vocabulary].
+    every: Tensor = model(**inputs, use_cache=False).logits
+    return every[:, columns]

@@ -1,14 +1,28 @@
-"""A model with some of its units taken out, for a while or for good."""
+"""A model that runs with something changed for a while, or with units taken out for good."""
 
 from __future__ import annotations
 
-from ssah.interventions.ablation import ablate, check_not_ablated
+from ssah.interventions.ablation import ablate
+from ssah.interventions.hidden import Add, ProjectOut, ReplaceHidden, ScaleHidden
+from ssah.interventions.intervention import check_not_ablated, intervene
 from ssah.interventions.pruning import prune
+from ssah.interventions.row_arms import Arms, arms
+from ssah.interventions.weights import Replace, Scale, Zero
 from ssah.lazy import submodules_of
 
 __all__ = [
+    "Add",
+    "Arms",
+    "ProjectOut",
+    "Replace",
+    "ReplaceHidden",
+    "Scale",
+    "ScaleHidden",
+    "Zero",
     "ablate",
+    "arms",
     "check_not_ablated",
+    "intervene",
     "prune",
 ]
 

@@ -10,11 +10,36 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from torch import Tensor, nn
 
 from ssah.models import nonfinite
 from ssah.units import DepthTwoModule, UnitSet, check_units
+
+
+class Part(Protocol):
+    """Weights that are read, changed and put back: columns of B, or a whole parameter."""
+
+    @property
+    def param(self) -> str:
+        """The name of the parameter in the model."""
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds it."""
+
+    def read(self) -> Tensor:
+        """A copy of the values, ``[...]``."""
+
+    def taken_from(self, whole: Tensor) -> Tensor:
+        """The same of another parameter of that shape, ``[...]`` as `read` gives them."""
+
+    def zero(self) -> None:
+        """Set them to zero."""
+
+    def write(self, values: Tensor) -> None:
+        """Set them to ``values``, ``[...]`` as `read` gives them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +48,16 @@ class Columns:
 
     module: DepthTwoModule
     index: Tensor  # int64 [n], along `dim` of the weight
+
+    @property
+    def param(self) -> str:
+        """The name of B's weight in the model."""
+        return self.module.output.param
+
+    @property
+    def owner(self) -> nn.Module:
+        """The module that holds the weight."""
+        return self.module.down
 
     @property
     def weight(self) -> Tensor:
@@ -38,9 +73,23 @@ class Columns:
         """A copy of the columns: ``[out, n]`` in a Linear, ``[n, out]`` in a Conv1D."""
         return self.weight.index_select(self.dim, self.index)
 
+    def taken_from(self, whole: Tensor) -> Tensor:
+        """The same columns of another weight, ``[out, n]``; of experts it has all, ``[e, ...]``."""
+        own = whole if self.module.expert is None else whole[self.module.expert]
+        return own.index_select(self.dim, self.index.to(whole.device))
+
     def zero(self) -> None:
         """Set them to zero."""
         self.weight.index_fill_(self.dim, self.index, 0)
+
+    def write(self, values: Tensor) -> None:
+        """Set them to ``values``, ``[out, n]`` or ``[n, out]`` as `read` gives them.
+
+        The weight is taken as it is now: it may have been moved or converted since it was read.
+        """
+        weight = self.weight
+        values = values.to(weight.device, weight.dtype)
+        weight.index_copy_(self.dim, self.index.to(weight.device), values)
 
 
 def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
@@ -74,18 +123,18 @@ def columns_of(units: UnitSet, modules: Mapping[str, DepthTwoModule]) -> dict[st
     return columns
 
 
-def check_finite(read: Iterable[tuple[Columns, Tensor]]) -> None:
-    """Refuse columns that are no numbers: without them the model would only look whole.
+def check_finite(read: Iterable[tuple[Part, Tensor]]) -> None:
+    """Refuse weights that are no numbers: without them the model would only look whole.
 
     Args:
-        read: columns with their values, ``[out, n]`` or ``[n, out]``.
+        read: parts with their values, ``[out, n]`` or ``[n, out]`` of columns.
 
     Raises:
         FloatingPointError: the weight is named.
     """
-    name = nonfinite((each.module.output.param, values) for each, values in read)
+    name = nonfinite((part.param, values) for part, values in read)
     if name is not None:
         raise FloatingPointError(
-            f"{name} is NaN or infinite in columns that are to be zero: the checkpoint is damaged, "
-            "or was written by a run that diverged; load another one"
+            f"{name} is NaN or infinite in columns or weights that are to be changed: the "
+            "checkpoint is damaged, or was written by a run that diverged; load another one"
         )

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ssah.interventions.ablation import check_not_ablated
 from ssah.interventions.biases import create_biases
 from ssah.interventions.columns import Columns, check_finite, checked_modules, columns_of
+from ssah.interventions.intervention import check_not_ablated
 from ssah.models import check_idle, check_plain
 from ssah.units import DepthTwoModule, UnitSet, UnitSlice, check_parameters
 

@@ -72,7 +72,7 @@ def test_one_replaced_weight_does_not_keep_the_others_ablated() -> None:
     model = build("llama")
     before = snapshot(model)
     name = next(iter(find_modules(model)))
-    with pytest.raises(RuntimeError, match=f"{name} for one"), ablate(model, draw(model)):
+    with pytest.raises(RuntimeError, match=f"{name}.weight for one"), ablate(model, draw(model)):
         model.get_submodule(name).weight = torch.nn.Parameter(torch.zeros(0))
     after = snapshot(model)
     del before[f"{name}.weight"], after[f"{name}.weight"]

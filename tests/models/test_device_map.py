@@ -10,6 +10,7 @@ from commands import call, fails
 
 import ssah
 from ssah.data import load_rows, make_loader
+from ssah.interventions import Add, Scale, Zero
 from ssah.models import ModelError, load_model
 from ssah.studies import Loading
 from ssah.studies.training import BudgetSettings, run_budget
@@ -46,6 +47,11 @@ def test_a_dealt_model_is_scored_ablated_and_measured_as_one_in_memory(
     tokens = torch.arange(3, 9)[None]  # [1, 6]
     with torch.no_grad(), ssah.ablate(whole, units), ssah.ablate(dealt, units):
         assert torch.equal(dealt(tokens).logits, whole(tokens).logits)
+    changes = (Scale(units, 0.5), Add([0, 1], torch.ones(whole.config.hidden_size), at="last"))
+    with torch.no_grad(), ssah.intervene(whole, *changes), ssah.intervene(dealt, *changes):
+        torch.testing.assert_close(dealt(tokens).logits, whole(tokens).logits)
+    with pytest.raises(ValueError, match="float32 on meta, or packed; it must be"):
+        ssah.intervene(dealt, Zero(sorted(elsewhere)))
     with pytest.raises(ValueError, match="on meta, must be a floating-point weight in memory"):
         ssah.freeze(dealt, units)
 

@@ -28,6 +28,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ssah
 from ssah.attribution import METRICS, attribute
+from ssah.interventions import Replace, Scale, Zero
 from ssah.models import dequantised, packed_modules, weights_hash
 
 # -------------------------------------------------------------------------------------- scores
@@ -248,7 +249,17 @@ def test_ablation(build: Build, scheme: str) -> None:
         with pytest.raises(KeyError), ssah.ablate(model, units):
             raise KeyError
         assert torch.equal(model(**batch()).logits, whole)
+        halved = Scale(units, 0.5)
+        with ssah.intervene(model, halved, halved), ssah.arms(model, [halved]) as run:
+            eighth = model(**run.repeat(batch())).logits
+        with ssah.intervene(model, Scale(units, 0.125)):
+            torch.testing.assert_close(model(**batch()).logits, eighth, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(whole, without, rtol=1e-3)
+    assert not torch.allclose(whole, eighth, rtol=1e-3)
+    name = next(name for name in units if len(units[name]))
+    for change in (Zero(f"{name}.weight"), Replace(units, {})):
+        with pytest.raises(ValueError, match=r"plain|is no parameter"):
+            ssah.intervene(model, change)
 
 
 @pytest.mark.parametrize("scheme", ["bnb-nf4", *LAID_OUT])

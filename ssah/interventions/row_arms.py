@@ -1,0 +1,210 @@
+"""Arms in one batch: each row runs with units of its own taken out, and weights are read once.
+
+Unit j puts out h_j B[:, j]. So a row runs without unit j if its h_j is multiplied by 0 before it
+enters B: one factor for each row and channel, and the weights stay as they are. Two prompts under
+three arms over three units, where arm 0 is intact, arm 1 without unit 2, arm 2 with half of unit 0:
+
+    row of the batch   0 1 2 3 4 5            factors [arms, units]   1    1  1
+    prompt             0 1 0 1 0 1                                    1    1  0
+    arm                0 0 1 1 2 2                                    0.5  1  1
+
+Greedy decoding is bound by reading weights, which all rows share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.interventions.columns import checked_modules
+from ssah.interventions.intervention import marked
+from ssah.interventions.positions import Passes
+from ssah.interventions.weights import Scale, Zero
+from ssah.models import check_idle, replaced_forward
+from ssah.units import DepthTwoModule, RoutedExperts, UnitSet, run_routed
+
+# What one arm takes out: units, units times a number, or nothing.
+Arm = UnitSet | Zero | Scale | None
+
+
+def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[Arms]:
+    """Context manager: row i of a batch runs under the arm that it is given, as by `ablate`.
+
+    Yields an `Arms`, which says what arm each row has. The weights are not touched, so that packed
+    and offloaded ones do. Blocks nest: the factors of both count.
+
+    Args:
+        model: a model that `find_modules` knows.
+        selections: of each arm a `UnitSet` to ablate, a `Zero` or a `Scale` of units, or None for
+            the intact model.
+
+    Raises:
+        TypeError: a selection is something else.
+        ValueError: there is none, or units belong to another model.
+
+    Example: ``with ssah.arms(model, [None, groups["scu"]]) as run:``, then
+    ``run.split(model.generate(**run.repeat(batch)))`` is ``[arms, rows, tokens]``.
+    """
+    check_idle(model, "to be run in several arms")
+    if not selections:
+        raise ValueError("selections is empty; it must have one selection, or None, for each arm")
+    modules: dict[str, DepthTwoModule] = {}
+    tables: dict[str, Tensor] = {}
+    for number, arm in enumerate(selections):
+        if arm is None:
+            continue
+        units = arm.selection if isinstance(arm, Zero | Scale) else arm
+        found = checked_modules(model, units)  # type: ignore[arg-type]  # which refuses other types
+        assert isinstance(units, UnitSet)
+        factor = arm.factor if isinstance(arm, Scale) else 0.0
+        for name, module in found.items():
+            if len(units[name]):
+                modules[name] = module
+                table = tables.setdefault(name, torch.ones(len(selections), module.n_units))
+                table[number, units[name]] = factor
+    return _running(model, modules, Arms(len(selections), tables))
+
+
+class Arms:
+    """Which arm each row of the next batches runs under.
+
+    Attributes:
+        n_arms: how many arms there are.
+    """
+
+    def __init__(self, n_arms: int, tables: Mapping[str, Tensor]) -> None:
+        """``tables``: B's name -> factors ``[arms, units]``."""
+        self.n_arms = n_arms
+        self._tables = dict(tables)
+        self._arm: Tensor | None = None  # int64 [rows]
+        self._rows: dict[str, Tensor] = {}  # B's name -> [rows, units], made as it is first wanted
+
+    def assign(self, arm: Sequence[int] | Tensor) -> None:
+        """Row i of each batch from now on runs under arm ``arm[i]``: integers ``[rows]``.
+
+        Raises:
+            ValueError: there is no such arm, or no row.
+        """
+        given = torch.as_tensor(arm, device="cpu")
+        whole = given.dim() == 1 and len(given) and not given.is_floating_point()
+        if not whole or int(given.min()) < 0 or int(given.max()) >= self.n_arms:
+            raise ValueError(
+                f"arm is {given.tolist()}; must be [rows], numbers of arms from 0 to "
+                f"{self.n_arms - 1}"
+            )
+        self._arm, self._rows = given.to(torch.int64), {}
+
+    def repeat(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The batch once for every arm, ``[arms * rows, ...]`` each, and the rows are assigned.
+
+        Args:
+            batch: tensors ``[rows, ...]``, such as ``input_ids`` and ``attention_mask``.
+
+        Raises:
+            ValueError: they have different numbers of rows.
+        """
+        sizes = {name: len(each) for name, each in batch.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"batch has {sizes} rows; must be tensors of equally many")
+        rows = next(iter(sizes.values()))
+        self.assign(torch.arange(self.n_arms).repeat_interleave(rows))
+        return {name: torch.cat([each] * self.n_arms) for name, each in batch.items()}
+
+    def split(self, output: Tensor) -> Tensor:
+        """What came of a repeated batch, ``[arms * rows, ...]``, as ``[arms, rows, ...]``.
+
+        Raises:
+            ValueError: its rows are no multiple of the number of arms.
+        """
+        if len(output) % self.n_arms:
+            raise ValueError(
+                f"output has {len(output)} rows; must be a multiple of {self.n_arms} arms"
+            )
+        return output.unflatten(0, (self.n_arms, -1))
+
+    def check_rows(self, passes: Passes) -> None:
+        """Refuse, with ValueError, a pass over other rows than were assigned."""
+        if self._arm is None or passes.shape[0] != len(self._arm):
+            given = "none" if self._arm is None else len(self._arm)
+            raise ValueError(
+                f"arms of rows: {given} assigned, the batch has {passes.shape[0]} rows; must be "
+                "equal (run.assign or run.repeat; beams are rows too)"
+            )
+
+    def factors(self, name: str, x: Tensor) -> Tensor:
+        """Factors of each row of the module ``name``, ``[rows, units]``, where and what ``x`` is.
+
+        ``x`` is ``[..., units]``.
+        """
+        rows = self._rows.get(name)
+        if rows is None or rows.device != x.device or rows.dtype != x.dtype:
+            assert self._arm is not None
+            rows = self._tables[name][self._arm].to(x.device, x.dtype)
+            self._rows[name] = rows
+        return rows
+
+
+@contextmanager
+def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms) -> Iterator[Arms]:
+    """Inside, channels that enter the B of ``modules`` are multiplied by the factors of ``run``."""
+    passes = Passes(model)
+    routed: dict[nn.Module, list[DepthTwoModule]] = {}
+    with ExitStack() as stack:
+        stack.enter_context(marked([each.down for each in modules.values()], "arms"))
+
+        def begin(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            passes.hook(decoder, args, kwargs)
+            run.check_rows(passes)
+
+        hook = passes.decoder.register_forward_pre_hook(begin, with_kwargs=True)
+        stack.callback(hook.remove)
+        for name, module in modules.items():
+            if module.routed is None:
+                hook = module.down.register_forward_pre_hook(_multiply(run, name))
+                stack.callback(hook.remove)
+            else:
+                routed.setdefault(module.down, []).append(module)
+        for experts in routed.values():
+            assert experts[0].routed is not None
+            names = {each.expert: each.name for each in experts}
+            forward = _routed_forward(run, experts[0].routed, names, passes)
+            stack.enter_context(replaced_forward(experts[0].down, forward))
+        yield run
+
+
+def _multiply(run: Arms, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A pre-hook of B, which is given ``[rows, tokens, units]``, or the rows after each other."""
+
+    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x: Tensor = args[0]
+        factors = run.factors(name, x)  # [rows, units]
+        by_row = x.reshape(len(factors), -1, x.shape[-1])  # [rows, tokens, units]
+        return ((by_row * factors[:, None]).view(x.shape), *args[1:])
+
+    return hook
+
+
+def _routed_forward(
+    run: Arms, experts: RoutedExperts, names: Mapping[int | None, str], passes: Passes
+) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """A forward of experts: tokens of all rows are mixed there, and hooks do not see which."""
+
+    def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        # x: [..., hidden]; chosen, weights: [..., top_k], the experts of each token and their part.
+        shape = x.shape
+        x, chosen, weights = (each.flatten(0, -2) for each in (x, chosen, weights))  # [tokens, ...]
+        length = len(x) // passes.shape[0]  # tokens of one row; rows lie one after the other
+
+        def put_out(token: Tensor, expert: int) -> Tensor:  # [n] -> [n, hidden]
+            a = experts.gate(experts.project(x[token], expert))  # [n, units]
+            if expert in names:
+                a = a * run.factors(names[expert], a)[token // length]
+            return experts.put_out(a, expert)
+
+        return run_routed(put_out, x, chosen, weights, experts.n_experts).view(shape)
+
+    return forward
