@@ -61,7 +61,8 @@ def effects(
         model: a causal language model of transformers.
         loader: batches with ``input_ids`` and ``labels``, of ``ssah.data.make_loader`` for one.
         selections: what is taken out, each by itself.
-        arms_at_once: how many selections share a batch, which has that many times its rows.
+        arms_at_once: how many arms share a batch, which has that many times its rows; the intact
+            model is one of them.
 
     Raises:
         TypeError: a selection is no `UnitSet`, or a batch is not of this form.

@@ -24,7 +24,7 @@ from ssah.interventions.columns import checked_modules
 from ssah.interventions.intervention import marked
 from ssah.interventions.positions import Passes
 from ssah.interventions.weights import Scale, Zero
-from ssah.models import check_idle, replaced_forward
+from ssah.models import check_bare, check_idle, replaced_forward
 from ssah.units import DepthTwoModule, RoutedExperts, UnitSet, run_routed
 
 # What one arm takes out: units, units times a number, or nothing.
@@ -35,7 +35,8 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
     """Context manager: row i of a batch runs under the arm that it is given, as by `ablate`.
 
     Yields an `Arms`, which says what arm each row has. The weights are not touched, so that packed
-    and offloaded ones do. Blocks nest: the factors of both count.
+    and offloaded ones will do. Blocks nest: the factors of both count. Inside, `freeze`,
+    `train_only`, `prune` and `load_update` are refused, as inside `ablate`.
 
     Args:
         model: a model that `find_modules` knows.
@@ -52,6 +53,7 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
     check_idle(model, "to be run in several arms")
     if not selections:
         raise ValueError("selections is empty; it must have one selection, or None, for each arm")
+    dtype = torch.promote_types(check_bare(model).dtype, torch.float32)  # of the factors
     modules: dict[str, DepthTwoModule] = {}
     tables: dict[str, Tensor] = {}
     for number, arm in enumerate(selections):
@@ -64,8 +66,8 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
         for name, module in found.items():
             if len(units[name]):
                 modules[name] = module
-                table = tables.setdefault(name, torch.ones(len(selections), module.n_units))
-                table[number, units[name]] = factor
+                intact = torch.ones(len(selections), module.n_units, dtype=dtype)
+                tables.setdefault(name, intact)[number, units[name]] = factor
     return _running(model, modules, Arms(len(selections), tables))
 
 
@@ -126,7 +128,7 @@ class Arms:
             )
         return output.unflatten(0, (self.n_arms, -1))
 
-    def check_rows(self, passes: Passes) -> None:
+    def _check_rows(self, passes: Passes) -> None:
         """Refuse, with ValueError, a pass over other rows than were assigned."""
         if self._arm is None or passes.shape[0] != len(self._arm):
             given = "none" if self._arm is None else len(self._arm)
@@ -135,7 +137,7 @@ class Arms:
                 "equal (run.assign or run.repeat; beams are rows too)"
             )
 
-    def factors(self, name: str, x: Tensor) -> Tensor:
+    def _factors(self, name: str, x: Tensor) -> Tensor:
         """Factors of each row of the module ``name``, ``[rows, units]``, where and what ``x`` is.
 
         ``x`` is ``[..., units]``.
@@ -158,7 +160,7 @@ def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms)
 
         def begin(decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             passes.hook(decoder, args, kwargs)
-            run.check_rows(passes)
+            run._check_rows(passes)
 
         hook = passes.decoder.register_forward_pre_hook(begin, with_kwargs=True)
         stack.callback(hook.remove)
@@ -181,7 +183,7 @@ def _multiply(run: Arms, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tu
 
     def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         x: Tensor = args[0]
-        factors = run.factors(name, x)  # [rows, units]
+        factors = run._factors(name, x)  # [rows, units]
         by_row = x.reshape(len(factors), -1, x.shape[-1])  # [rows, tokens, units]
         return ((by_row * factors[:, None]).view(x.shape), *args[1:])
 
@@ -202,7 +204,7 @@ def _routed_forward(
         def put_out(token: Tensor, expert: int) -> Tensor:  # [n] -> [n, hidden]
             a = experts.gate(experts.project(x[token], expert))  # [n, units]
             if expert in names:
-                a = a * run.factors(names[expert], a)[token // length]
+                a = a * run._factors(names[expert], a)[token // length]
             return experts.put_out(a, expert)
 
         return run_routed(put_out, x, chosen, weights, experts.n_experts).view(shape)

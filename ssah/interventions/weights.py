@@ -167,6 +167,7 @@ def plan_weights(model: nn.Module, change: WeightChange) -> Writing:
     selection = change.selection
     if isinstance(selection, UnitSet):
         return plan_units(model, selection, change)
+    # A string is a sequence too, of names of one letter each.
     names = [selection] if isinstance(selection, str) else selection
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
@@ -203,6 +204,7 @@ def _must_be_hooked(model: nn.Module, module: DepthTwoModule) -> bool:
     """Whether B's weight cannot hold a change."""
     if scheme_of(module.down) is not None:
         return True
+    # What enters an expert's B no hook sees: `check_parameters` has refused a computed one.
     return module.routed is None and (
         is_computed(model, module.output.param) or is_offloaded(module.down)
     )
@@ -210,6 +212,7 @@ def _must_be_hooked(model: nn.Module, module: DepthTwoModule) -> bool:
 
 def _parameters(model: nn.Module, names: Sequence[str]) -> list[Parameter]:
     """Whole parameters by name, each once, also where two names are tied."""
+    # With both names of a tied parameter: either may be given.
     known = dict(model.named_parameters(remove_duplicate=False))
     found: dict[int, Parameter] = {}
     for name in names:
@@ -234,6 +237,7 @@ def _setter(part: Part, change: WeightChange) -> Callable[[], None]:
         values = _values(part, change.values)
         return lambda: part.write(values)
     if isinstance(change, Scale):
+        # Read again as it is written: an earlier change of the same block may have come before.
         return lambda: part.write(part.read() * change.factor)
     return part.zero
 
@@ -252,6 +256,7 @@ def _values(part: Part, values: Mapping[str, Tensor]) -> Tensor:
             f"values of {part.param} is {given.dtype} {list(given.shape)}; it must be the whole "
             f"parameter in floating point, {list(own.shape)}"
         )
+    # What is not taken may be anything: the columns of other units, the weights of other experts.
     new = part.taken_from(given)
     if nonfinite([(part.param, new)]) is not None:
         raise FloatingPointError(

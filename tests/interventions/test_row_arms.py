@@ -29,7 +29,7 @@ def batch(side: str = "left") -> dict[str, Tensor]:
 def selections(model: PreTrainedModel) -> list[Any]:
     many = some_units(model, 0.5, seed=1)
     first = next(iter(many))
-    return [None, many, UnitSet({first: [2, 5]}, many.sizes), Scale(many, -0.5), Zero(many)]
+    return [None, many, UnitSet({first: [2, 5]}, many.sizes), Scale(many, -0.3), Zero(many)]
 
 
 def one_by_one(model: PreTrainedModel, chosen: list[Any], data: dict[str, Tensor]) -> Tensor:
