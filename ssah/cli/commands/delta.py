@@ -130,7 +130,11 @@ def delta(
     with Console(stderr=True).status("computing, tensor by tensor"):
         _write(base, tuned, settings, out)
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    return Result({"out": str(out), **record}, (facts_table("Written", record | {"to": out}),))
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in record.items()
+    }
+    return Result({"out": str(out), **record}, (facts_table("Written", shown | {"to": out}),))
 
 
 def _adapter(base: str, tuned: str, rank: int, out: Path) -> Result:
