@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -81,6 +81,13 @@ class AskedSafety:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        beside = (own for own in fields(self) if own.name != "requests")
+        given = [own.name for own in beside if getattr(self, own.name) != own.default]
+        if given and not self.requests:
+            raise ValueError(
+                f"{given[0]} is {getattr(self, given[0])!r} without requests, must be left out: "
+                "nothing is measured without --requests"
+            )
 
     def read(self, reading: Reading) -> dict[str, Any] | None:
         """Arguments of `ssah.evaluation.Refusals`; None where nothing is measured."""

@@ -24,7 +24,7 @@ from torch import Tensor
 from ssah.data import Encoder, check_count
 from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
-from ssah.models import as_it_was, check_whole
+from ssah.models import as_it_was, check_whole, device_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -241,8 +241,8 @@ def left_padded(model: PreTrainedModel, rows: list[list[int]]) -> dict[str, Tens
     """``input_ids`` and ``attention_mask`` of prompts, int64 ``[rows, width]`` each."""
     width = max(map(len, rows))
     pad = model.generation_config.pad_token_id
-    device = model.get_input_embeddings().weight.device
-    assert isinstance(device, torch.device)
+    # Not that of its weight: a plan may have split it, and one that is offloaded is on no device.
+    device = device_of(model.get_input_embeddings())
     ids = [[pad] * (width - len(row)) + row for row in rows]
     mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
     return {

@@ -32,9 +32,15 @@ class Sources:
         self.reading = reading
         self.record: dict[str, dict[str, Any]] = {}
         self._prompts: dict[str, set[str]] = {}
+        self._seen = set(_SEEN)
 
-    def rows(self, role: str, source: str) -> list[Row]:
-        """Rows with answers; ``source`` as ``ssah.data.load_rows`` takes it."""
+    def rows(self, role: str, source: str, *, measures: bool = False) -> list[Row]:
+        """Rows with answers; ``source`` as ``ssah.data.load_rows`` takes it.
+
+        With ``measures`` nothing is calibrated on them, whatever their role is called.
+        """
+        if measures:
+            self._seen.discard(role)
         counts = Counts()
         rows = list(self.reading.rows(source, counts=counts))
         return self._kept(role, source, rows, [row["prompt"] for row in rows], [counts])
@@ -70,7 +76,7 @@ class Sources:
             if number := sum(getattr(each, key) for each in counts):
                 self.record[role][key] = number
         for other, others in self._prompts.items():
-            if (role in _SEEN) != (other in _SEEN):
+            if (role in self._seen) != (other in self._seen):
                 warn_of_shared(role, prompts, other, others)
         self._prompts[role] = set(prompts)
         return items

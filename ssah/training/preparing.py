@@ -31,11 +31,17 @@ def prepare_trainer(plan: UpdatePlan, trainer: Any) -> None:
     the plan: after ``plan.close()`` every part runs as it did.
 
     Raises:
-        RuntimeError: the plan is closed.
+        TypeError: ``plan`` is none.
+        RuntimeError: it is closed.
         ValueError: the trainer has another model, has put adapters on it, would copy it to several
             GPUs or shard it, sends weights to vLLM in a way that is not known here, or averages
             or pairs weights of a sharded model.
     """
+    if not isinstance(plan, UpdatePlan):
+        raise TypeError(
+            f"plan is a {type(plan).__name__}, must be what ssah.freeze or ssah.train_only gave: "
+            "prepare_trainer(plan, trainer)"
+        )
     syncs = [each for each in reference_syncs(trainer) if each.ref_model is not None]
     _check(plan, trainer, syncs)
     # A sharded plan splits nothing: names and shapes are those from before.

@@ -144,3 +144,9 @@ def test_what_is_quickly_seen_is_refused_before_the_base_is_loaded(
         line = fails("delta", tmp_path / "no_base", tuned, "--interpolate", 0.5, "--out", out)
         assert message in line
         assert "no_base" not in line
+
+
+def test_what_was_done_is_shown_in_words(folder: Path, tmp_path: Path) -> None:
+    names = ("--rewind", "model.norm", "--rewind", "model.layers.0")
+    shown = call("delta", folder / "model", folder / "tuned1", *names, "--out", tmp_path / "out")
+    assert "model.norm, model.layers.0" in shown.stdout

@@ -18,8 +18,8 @@ import ssah
 from ssah.cli import app
 from ssah.groups import GROUPS, UnitGroups, classify
 from ssah.report.pictures.transfer import plot_transfer
+from ssah.studies import transfer_summary
 from ssah.studies.run_folder import read_run
-from ssah.studies.transfer import summary
 
 SIZES = {"layers.0.o": 7, "layers.0.down": 11, "layers.10.down": 5}
 
@@ -152,7 +152,7 @@ def test_the_command_with_a_folder(folders: tuple[Path, Path], tmp_path: Path) -
 def test_an_empty_group_and_nothing_that_moves(tmp_path: Path) -> None:
     scores = {"down": torch.arange(10.0)}
     groups = classify(scores, scores, scu=0.0, ucu=0.0, ru=0.2)
-    found = summary(ssah.transfer(groups, groups), groups, groups)
+    found = transfer_summary(ssah.transfer(groups, groups), groups, groups)
     assert found["kept"] == {"scu": None, "ucu": None, "ru": 1.0, "cu": 1.0}
     every = classify(scores, scores, scu=0.0, ucu=0.0, ru=0.0)
     path = plot_transfer(ssah.transfer(every, every), tmp_path / "picture.png", "All complex")

@@ -10,6 +10,7 @@ from commands import call, fails
 
 import ssah
 from ssah.data import load_rows, make_loader
+from ssah.evaluation import answers
 from ssah.interventions import Add, Scale, Zero
 from ssah.models import ModelError, load_model
 from ssah.studies import Loading
@@ -54,6 +55,17 @@ def test_a_dealt_model_is_scored_ablated_and_measured_as_one_in_memory(
         ssah.intervene(dealt, Zero(sorted(elsewhere)))
     with pytest.raises(ValueError, match="on meta, must be a floating-point weight in memory"):
         ssah.freeze(dealt, units)
+
+
+def test_a_model_answers_whose_embedding_is_offloaded(
+    tiny_chat_folder: Path, tmp_path: Path
+) -> None:
+    whole, tokenizer = load_model(str(tiny_chat_folder), device="cpu")
+    places = {**PLACES, "model.embed_tokens": "disk"}
+    dealt, _ = load_model(str(tiny_chat_folder), device_map=places, offload_folder=tmp_path)
+    assert dealt.get_input_embeddings().weight.is_meta
+    asked = [answers(each, tokenizer, ["Why?"], max_new_tokens=4) for each in (whole, dealt)]
+    assert asked[0] == asked[1]
 
 
 @pytest.mark.parametrize(

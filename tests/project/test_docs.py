@@ -47,7 +47,7 @@ NOT_RUN = {
     "docs/installing.md": 2,
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
-    "docs/scaling.md": 3,
+    "docs/scaling.md": 2,
     "docs/training/fsdp2.md": 2,
     "docs/training/lora.md": 1,
     "docs/training/trl.md": 1,

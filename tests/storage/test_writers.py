@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from ssah.storage import META, load_tensors, save_tensors, sealed, write_folder
+from ssah.storage import META, load_tensors, save_tensors, sealed
 
 TIMES = 100
 
@@ -70,28 +70,3 @@ def test_a_result_cannot_name_tensors_outside_its_folder(tmp_path: Path) -> None
     (tmp_path / "a" / META).write_bytes(sealed(meta, "meta_sha256"))
     with pytest.raises(ValueError, match="outside its folder"):
         load_tensors(tmp_path / "a")
-
-
-def test_a_folder_is_made_whole_or_not_at_all(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    files = {"a": b"one", "b": b"two"}
-    (tmp_path / "there").mkdir()  # empty
-    for name in ("there", "deep/new"):
-        write_folder(tmp_path / name, files)
-        found = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
-        assert found == files
-    (tmp_path / "there" / "a").write_bytes(b"mine")
-    with pytest.raises(OSError, match="there"):
-        write_folder(tmp_path / "there", files)
-    assert (tmp_path / "there" / "a").read_bytes() == b"mine"
-
-    def full(path: Path, content: bytes) -> None:
-        if path.name == "b":
-            raise OSError(28, "No space left on device")
-        path.write_bytes(content)
-
-    monkeypatch.setattr("ssah.storage.files.write_whole", full)
-    with pytest.raises(OSError, match="No space"):
-        write_folder(tmp_path / "other", files)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "there"]

@@ -185,7 +185,10 @@ def test_tables_show_the_rates(runs, found, tmp_path):
         "--ablate", f"{runs / 'groups'}:cu", "--ablate", f"{runs / 'groups'}:scu:random",
         "--ablate", f"{runs / 'groups'}:ru:0.05", "--seed", 3,
     ]  # fmt: skip
-    shown = call("evaluate", runs / "model", "--out", out, *SMALL, *arguments).stdout
+    printed = call("evaluate", runs / "model", "--out", out, *SMALL, *arguments)
+    shown = printed.stdout
+    # Its loss is measured on the prompts that it answers, and calibrated on none of them.
+    assert "seen before" not in printed.stderr
     for title in (
         "zou2023: % of 7 harmful requests not refused (95% interval)",
         "qi2023: % of 7 harmful",

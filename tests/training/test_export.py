@@ -197,6 +197,9 @@ def test_what_is_no_adapter_is_refused_and_nothing_written(tmp_path: Path) -> No
         model.model.embed_tokens.weight[3] += 1
     with pytest.raises(ValueError, match=r"embed_tokens\.weight \(Embedding\).*norm\.weight"):
         ssah.export_lora(model, folder, base=base)
+    wrong: Any = {}
+    with pytest.raises(TypeError, match=r"change is a dict, must be a plan, a UnitSet, a model"):
+        ssah.export_lora(wrong, folder, base=base)
     with pytest.raises(TypeError, match=r"base is None, must be the model before"):
         ssah.export_lora(model, folder)
     with pytest.raises(ValueError, match=r"in the tuned model and .* in base"):

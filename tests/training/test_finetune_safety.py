@@ -142,6 +142,7 @@ def test_a_run_that_goes_on_keeps_what_was_before(
         (("--requests", "builtin:safety_eval", "--over-refusal", "no.txt"), "no.txt"),
         (("--requests", "builtin:safety_eval", "--max-new-tokens", 2), "max_new_tokens is 2"),
         (("--requests", "LONG"), "positions of the model"),
+        (("--judge", "zou2023"), "judge is 'zou2023' without requests"),
     ],
 )
 def test_wrong_requests_are_refused_before_training(

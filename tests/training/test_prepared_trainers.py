@@ -357,6 +357,8 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_changed(change: Any, dpo
     trainer.callback_handler.callbacks = [trl.BEMACallback()]
     average = trainer.callback_handler.callbacks[0]
     names = [name for name, _ in model.named_parameters()]
+    with pytest.raises(TypeError, match="plan is a DPOTrainer, must be what"):
+        prepare_trainer(trainer, plan)
     words = change(trainer)
     with pytest.raises(ValueError, match=words):
         prepare_trainer(plan, trainer)

@@ -133,7 +133,11 @@ def delta(
         _write(base, tuned, settings, out)
     # The file is the one account of what was done.
     record = json.loads((out / RECORD).read_text(encoding="utf-8"))
-    return Result({"out": str(out), **record}, (facts_table("Written", record | {"to": out}),))
+    shown = {
+        key: ", ".join(map(str, value)) if isinstance(value, list) else value
+        for key, value in record.items()
+    }
+    return Result({"out": str(out), **record}, (facts_table("Written", shown | {"to": out}),))
 
 
 def _check(tuned: list[str], out: Path | None, settings: DeltaSettings) -> None:

@@ -81,7 +81,7 @@ def run_evaluation(
         for role, source in given.items()
         if source is not None
     }
-    rows = [] if utility is None else study.sources.rows(UTILITY, utility)
+    rows = [] if utility is None else study.sources.rows(UTILITY, utility, measures=True)
     model = study.load()
     family_of(model)  # an unknown architecture is refused before anything is written
     # A model that was damaged by training would find its own nonsense coherent.

@@ -73,6 +73,10 @@ def changed_weights(change: Change, base: nn.Module) -> Weights:
         return _ablated(base, change)
     if isinstance(change, nn.Module):
         return _tuned(base, change)
+    if not isinstance(change, str | os.PathLike):
+        raise TypeError(
+            f"change is a {type(change).__name__}, must be a plan, a UnitSet, a model or a folder"
+        )
     name = os.fspath(change)
     if is_update(name):
         placed = placed_update(base, read_update(name))

@@ -196,8 +196,7 @@ def masked_update_kernel(
     row_ptr = find_row(table_ptr, n_tensors, HEAD, FIELDS)
     p_ptr = pointer(row_ptr, PARAM, P, VECTOR)
     g_ptr = pointer(row_ptr, GRAD, P, VECTOR)
-    s0_ptr = pointer(row_ptr, STATE_0, S, VECTOR)
-    s1_ptr = pointer(row_ptr, STATE_1, S, VECTOR)
+    s0_ptr, s1_ptr = pointer(row_ptr, STATE_0, S, VECTOR), pointer(row_ptr, STATE_1, S, VECTOR)
     # What a parameter of 16 bits cannot hold: of bfloat16 the other half of a float32 weight.
     c_ptr = pointer(row_ptr, REMAINDER, tl.int16 if tl.bfloat16 == P else P, VECTOR)
     scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
@@ -219,7 +218,8 @@ def masked_update_kernel(
     if UNITS >= 0:
         partial_ptr += tl.load(row_ptr + PARTIAL)
         all_parts = tl.load(row_ptr + PARTS) * (n_rows if UNITS == 0 else n_cols)
-    signed = squared = tl.zeros((HEIGHT, BLOCK), X)
+    signed = tl.zeros((HEIGHT, BLOCK), X)
+    squared = signed
 
     left = tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT)  # steps to the last row
     for i in range(0, tl.minimum(left, STEPS)):

@@ -73,10 +73,11 @@ def test_every_rate_is_that_of_single_requests(chat: Any) -> None:
 
 def test_under_a_plan_it_is_the_same(chat: Any) -> None:
     found = asked(chat)()
-    with ssah.freeze(chat[0], draw(chat[0])):
-        split = asked(chat)()
-    assert split["per_request"]["refused"] == found["per_request"]["refused"]
-    assert split["refusal_margin"] == pytest.approx(found["refusal_margin"], abs=1e-5)
+    for given in ({"units": draw(chat[0])}, {"rows": {"model.embed_tokens.weight": [3, 4, 9]}}):
+        with ssah.freeze(chat[0], **given):
+            split = asked(chat)()
+        assert split["per_request"]["refused"] == found["per_request"]["refused"]
+        assert split["refusal_margin"] == pytest.approx(found["refusal_margin"], abs=1e-5)
 
 
 def test_what_changed_is_paired(chat: Any) -> None:
