@@ -57,10 +57,14 @@ def _parameter(
 
 
 def compensation(trained: Tensor, g: torch.Generator) -> Tensor:
-    """What 16 bits of ``trained`` [...] could not hold: of bfloat16 any half of a float32."""
+    """What 16 bits of ``trained`` [...] could not hold: of bfloat16 a half that a float32 has."""
     if trained.dtype == torch.bfloat16:
         half = torch.randint(-(1 << 15), 1 << 15, trained.shape, generator=g)
-        return half.to(torch.int16)
+        # Less than nothing below 0 and more than nothing above infinity would be the bits of a NaN,
+        # which no update leaves.
+        half = torch.where(trained == 0, half & 0x7FFF, half)
+        half = torch.where(trained.isinf(), -(half & 0x7FFF), half)
+        return half.where(~trained.isnan(), 0).to(torch.int16).contiguous()
     return (trained * 2**-10).contiguous()
 
 

@@ -115,6 +115,8 @@ def tile_of(vector: int, units: int = -1, *, codes: bool = False) -> dict[str, i
     height, block = (WARPS, LANES * vector) if vector > 1 else (1, SCALAR_BLOCK)
     if codes:
         block = dynamic_map.BLOCK
+        # Eight elements of float64 in a thread would not fit into its registers: two warps a row.
+        height = max(1, height // 2) if vector == 2 else height
     rows = TILE_ROWS_SUMMED if units == 1 else TILE_ROWS
     return {"STEPS": rows // height, "HEIGHT": height, "BLOCK": block}
 
