@@ -10,7 +10,7 @@ import typer
 from ssah.cli.running import Result
 from ssah.cli.shared import Model, Out, Weights
 
-ORDER = 57
+ORDER = 58
 
 
 def export(
