@@ -1,6 +1,6 @@
 """Drawn calls of the CPU kernels against the reference, as many as asked for.
 
-    PYTHONPATH=.:tests:tests/helpers python runs/drawn_calls.py CALLS [THREADS]
+    PYTHONPATH=.:tests:tests/kernels:tests/helpers python runs/drawn_calls.py CALLS [THREADS]
 
 The calls are those of tests/kernels/test_drawn_ops.py, of every operator in turn and from one seed
 on. With THREADS each thread draws its share, and all call the kernels at the same time.

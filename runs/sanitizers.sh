@@ -51,7 +51,7 @@ build() {
 # The interpreter is not instrumented: the runtimes have to be there before it. TSan wants memory
 # where it expects it, which the last does.
 under() {
-  LD_PRELOAD=$preload PYTHONPATH=.:tests:tests/helpers setarch "$(uname -m)" -R "$python" "$@"
+  LD_PRELOAD=$preload PYTHONPATH=.:tests:tests/kernels:tests/helpers setarch "$(uname -m)" -R "$python" "$@"
 }
 fact() { under -c "from ssah_kernels.backends import cpu; print(cpu.facts()['$1'])"; }
 
