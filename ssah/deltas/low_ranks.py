@@ -31,7 +31,7 @@ BLOCK = 1 << 22  # elements of a block of rows: enough for a product to run at f
 def low_rank(
     base: WeightsOf, tuned: WeightsOf, rank: int, *, out: Out = None
 ) -> Path | dict[str, Tensor]:
-    """The base ``[...]`` with what training changed, as far as ``rank`` directions have it.
+    """The base with what training changed, as far as ``rank`` singular directions have it.
 
     Every matrix has its own; of a tensor with more than two dimensions, each matrix of the last
     two. Vectors (norms, biases) are those of ``tuned``. A matrix of 4096 x 4096 takes one or two
@@ -41,7 +41,13 @@ def low_rank(
         base, tuned, out: as of `ssah.deltas.interpolate`.
         rank: 1 or more; from the smaller side of a matrix on all of its change is kept.
 
-    Returns, Raises: as of `ssah.deltas.interpolate`; ValueError for a rank that is none.
+    Returns:
+        ``out``; or for models in memory a state dict on the CPU, name -> ``[...]``.
+
+    Raises:
+        ValueError: ``rank`` is below 1; other errors as of `ssah.deltas.interpolate`.
+
+    Source: Eckart & Young 1936: the singular value decomposition, cut, is the nearest of a rank.
     """
     if rank < 1:
         raise ValueError(f"rank is {rank!r}; it must be 1 or more")

@@ -69,7 +69,7 @@ def keep(
     seed: int = 0,
     out: Out = None,
 ) -> Path | dict[str, Tensor]:
-    """The base ``[...]`` with a share of what training changed: the rest has the base's bits.
+    """The base with a share of what training changed: the rest has the bits of the base.
 
     DARE with a drop rate of 0.9 is ``keep(base, tuned, 0.1, by="random", rescale=True)``.
 
@@ -82,7 +82,11 @@ def keep(
         scope: what magnitudes are compared over: the whole ``"model"``, or each ``"tensor"``.
         seed: of what is drawn. The same seed keeps the same elements however files are cut.
 
-    Returns, Raises: as of `interpolate`; ValueError for a share, ``by`` or ``scope`` that is none.
+    Returns:
+        ``out``; or for models in memory a state dict on the CPU, name -> ``[...]``.
+
+    Raises:
+        ValueError: a share, ``by`` or ``scope`` that is none; other errors as of `interpolate`.
 
     Source: Yu et al. 2023, arXiv 2311.03099 (DARE).
     """
@@ -118,7 +122,12 @@ def merge(
             draw and its own ranking.
         out: as of `interpolate`.
 
-    Returns: as of `keep`. Arguments and errors as of `keep`, with ValueError for no model at all.
+    Returns:
+        ``out``; or for models in memory a state dict on the CPU, name -> ``[...]``.
+
+    Raises:
+        ValueError: ``how`` is none of these, or there are more or fewer scales than models; other
+            errors as of `keep`.
 
     Source: Ilharco et al. 2022, arXiv 2212.04089 (task arithmetic); Yadav et al. 2023, arXiv
     2306.01708 (TIES). TIES here leaves out an element whose sum is exactly 0, where the published

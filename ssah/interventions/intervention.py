@@ -61,6 +61,9 @@ def intervene(
             or has not the rows that a change names.
         FloatingPointError: values, or weights that are to be changed, are NaN or infinite.
 
+    Source: Arditi et al., arXiv 2406.11717 (projecting a direction out); Turner et al., arXiv
+    2308.10248 (adding one).
+
     Example: ``with ssah.intervene(model, ProjectOut(range(32), direction)): model.generate(...)``
     """
     check_idle(model, "to be changed for a while")
