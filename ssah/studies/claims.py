@@ -52,7 +52,8 @@ def claim(
         ``"undecided"``), ``value`` and ``interval`` of first - second, ``half_width``, ``unit``,
         ``sentence``.
     """
-    value, (low, high) = difference(first, second, unit)
+    measured = measured_difference(first, second, unit)
+    value, (low, high) = measured["value"], measured["interval"]
     holds, contradicted = {
         "lower": (high < 0, low > 0),
         "higher": (low > 0, high < 0),
@@ -71,12 +72,24 @@ def claim(
         "claim": text,
         "holds": holds,
         "verdict": verdict,
-        "value": value,
-        "interval": [low, high],
-        "half_width": (high - low) / 2,
-        "unit": unit,
+        **measured,
         "sentence": f"{sentence} {note}".strip(),
     }
+
+
+def measured_difference(first: Tensor, second: Tensor, unit: Unit) -> dict[str, Any]:
+    """`ssah.evaluation.difference` as plain data.
+
+    Args:
+        first, second: ``[requests]`` or ``[requests, seeds]``, paired.
+        unit: as of `claim`.
+
+    Returns:
+        ``value`` and 95 % ``interval`` of first - second, ``half_width``, ``unit``.
+    """
+    value, (low, high) = difference(first, second, unit)
+    half_width = (high - low) / 2
+    return {"value": value, "interval": [low, high], "half_width": half_width, "unit": unit}
 
 
 def _verdict(verdict: str, expected: str, slack: str) -> str:

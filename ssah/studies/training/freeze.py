@@ -11,9 +11,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation import difference
 from ssah.groups import UnitGroups
 from ssah.report.pictures import plot_freeze
+from ssah.studies.claims import measured_difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
 from ssah.studies.training.arms import Arm, lora, planned
@@ -147,21 +147,11 @@ def _differences(arms: Arms) -> Iterator[dict[str, Any]]:
         for other in (NONE, _CONTROLS.get(name, RANDOM)):
             if name in (BEFORE, other) or other not in arms:
                 continue
-            asr = difference(rates(arms, name), rates(arms, other), "points")
-            loss = difference(row_losses(arms, name), row_losses(arms, other), "nats")
-            for what, unit, (value, (low, high)) in (
-                ("asr", "points", asr),
-                ("utility_loss", "nats", loss),
-            ):
-                yield {
-                    "arm": name,
-                    "against": other,
-                    "what": what,
-                    "value": value,
-                    "interval": [low, high],
-                    "half_width": (high - low) / 2,
-                    "unit": unit,
-                }
+            pair = {"arm": name, "against": other}
+            asr = measured_difference(rates(arms, name), rates(arms, other), "points")
+            yield {**pair, "what": "asr", **asr}
+            loss = measured_difference(row_losses(arms, name), row_losses(arms, other), "nats")
+            yield {**pair, "what": "utility_loss", **loss}
 
 
 def _claims(arms: Arms, settings: FreezeSettings) -> Iterator[dict[str, Any]]:
