@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.units.bit_mask import BitMask
 from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
 from ssah.units.experts import DOWN, RoutedExperts, run_routed, up_name
 from ssah.units.families import FAMILIES, register_family
@@ -24,6 +25,7 @@ __all__ = [
     "FFN",
     "KINDS",
     "Attention",
+    "BitMask",
     "DepthTwoModule",
     "Experts",
     "Family",
