@@ -93,6 +93,8 @@ ARMS = {
     "torchao": Arm(of_package("torchao"), "torchao"),
     "plan": Arm(planned(state_dtype=BF16), memory=1.0, time=1.0),
     "in backward": Arm(planned(state_dtype=BF16, in_backward=True), memory=0.85, time=1.0),
+    "8 bit": Arm(planned(state_dtype="8bit"), memory=0.8, time=1.0),
+    "8 bit in backward": Arm(planned(state_dtype="8bit", in_backward=True), memory=0.55, time=1.0),
 }
 
 

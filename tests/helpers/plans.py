@@ -66,7 +66,7 @@ def assert_equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 def in_plan_order(
     plan: UpdatePlan, tensors: dict[str, Tensor], *, back: bool = False
 ) -> dict[str, Tensor]:
-    """``tensors`` by the names of a model's parameters, entries in the order that ``plan`` packs.
+    """``tensors`` by the names of a model's parameters, FFN channels in the order of ``plan``.
 
     Args:
         back: from that order to the model's own.
@@ -75,7 +75,7 @@ def in_plan_order(
     for owner, module in plan.masked.items():
         for leaf, slot in module.split_tensors.items():
             name = f"{owner}.{leaf}"
-            if slot.order is not None and name in result and result[name].dim():
+            if module.moves_channels and name in result and result[name].dim():
                 order = slot.order.argsort() if back else slot.order
                 result[name] = result[name].index_select(slot.dims[0], order)
     return result

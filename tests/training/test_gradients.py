@@ -209,7 +209,7 @@ def test_halves_are_as_fast_as_in_an_ordinary_layer(dtype: torch.dtype) -> None:
     seconds = {}
     for name, run in (
         ("plain", lambda: plain(x)),
-        ("split", lambda: split(x, storage, plain.bias, True, ((0, 100),), (), part)),
+        ("split", lambda: split(x, storage, plain.bias, True, ((0, 100),), (), None, None, part)),
     ):
         y = run()
         times = []
@@ -230,7 +230,7 @@ def test_what_a_projection_gives_may_be_written_to(dtype: torch.dtype, is_output
     """OLMo clamps what V gives in place, and Falcon adds to what an FFN gives."""
     x, storage = torch.randn(2, 3, 8).to(dtype), torch.randn(8, 8).to(dtype)
     part = nn.Parameter(storage[:2].clone())
-    y = MaskedLinearFunction.apply(x, storage, None, is_output, ((0, 2),), (), part)
+    y = MaskedLinearFunction.apply(x, storage, None, is_output, ((0, 2),), (), None, None, part)
     y.mul_(2).sum().backward()
     ones = torch.full((6, 2 if not is_output else 8), 2.0, dtype=torch.float64)  # [tokens, out]
     flat = x.double().flatten(0, 1)  # [tokens, in]

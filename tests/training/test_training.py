@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 import ssah
 from ssah.training import freeze, runs, train_only
 from ssah.training.splitting import MaskedProjection
-from ssah.units import UnitSet
+from ssah.units import UnitSet, find_modules
 
 # ------------------------------------------------------------------------------- what it costs
 
@@ -52,6 +52,48 @@ def test_gradients_state_and_activations_exist_for_what_trains_alone() -> None:
     state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
     assert state == 2 * elements
     assert elements < 0.2 * plan.n_parameters
+
+
+def memory(model: nn.Module) -> int:
+    """Bytes of all that the model and its plan hold, each stretch of memory once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if isinstance(module, MaskedProjection):
+            tensors += [slot.storage for slot in module.split_tensors.values()]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@pytest.mark.parametrize("hooked", [False, True])
+def test_no_weight_is_copied(hooked: bool) -> None:
+    model = tiny_models.build("llama")
+    before, n_modules = memory(model), len(find_modules(model))
+    if hooked:
+        model.model.layers[0].mlp.act_fn.register_forward_hook(lambda *_: None)
+    with freeze(model, draw(model)) as plan:
+        split = [slot for part in plan.masked.values() for slot in part.split_tensors]
+        assert len(split) == 2 * n_modules + n_modules // 2  # an FFN has two matrices for A
+        assert memory(model) == before
+    assert memory(model) == before
+
+
+@pytest.mark.parametrize("family", ["llama_bias", "gpt2"])
+def test_the_channels_of_heads_stay_where_they_are(family: str) -> None:
+    """Hooks on A and B of attention find, under a plan, what they found before it."""
+    model = tiny_models.build(family).double()
+    seen: list[Tensor] = []
+    names = ("v_proj", "o_proj", "attn.c_attn", "attn.c_proj")
+    for name, part in model.named_modules():
+        if name.endswith(names):
+            part.register_forward_hook(lambda _, args, y: seen.extend((args[0], y)))
+    loss_of(model)
+    n = len(seen)
+    with freeze(model, draw(model)), torch.no_grad():
+        loss_of(model)
+    assert n >= 8  # two layers, two projections, what goes in and what comes out
+    assert len(seen) == 2 * n
+    for before, under in zip(seen[:n], seen[n:], strict=True):
+        torch.testing.assert_close(under, before, rtol=1e-12, atol=1e-12)
 
 
 def test_print_trainable_parameters(capsys: pytest.CaptureFixture[str]) -> None:

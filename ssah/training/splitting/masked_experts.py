@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,6 +24,7 @@ from ssah.compat.transformers import expert_gate
 from ssah.training.entries import Entries
 from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import SplitTensor, restored
+from ssah.training.splitting.storage_order import trained_first
 from ssah.units import DOWN, run_routed, up_name
 
 
@@ -115,11 +115,12 @@ def split_experts(module: nn.Module, entries: Mapping[str, Entries]) -> MaskedEx
     counts: dict[str, list[int]] = {}
     with restored(tensors):
         for leaf, each in entries.items():
-            order = torch.cat([each.index, (~each.trains).nonzero()[:, 0]])
             original = getattr(module, leaf)  # [experts, ...]
             counts[leaf] = each.trains.view(len(original), -1).sum(1).tolist()
-            tensors[leaf] = SplitTensor.of(leaf, original, each.dims, order, each.trains)
-    installed = MaskedExperts.install(module, tensors)
+            tensors[leaf] = SplitTensor.of(
+                leaf, original, each.dims, trained_first(each.trains), each.trains
+            )
+    installed = MaskedExperts.install(module, tensors, moves_channels=True)
     assert isinstance(installed, MaskedExperts)
     installed.trained = counts
     return installed

@@ -8,6 +8,12 @@ that train:
     B (columns of the weight train)    y = x S + b       dS[T] = x[:, T]^T g    [trained, out]
     both                               dx = g times the weight, as in any linear layer
 
+In a packed storage the order of the entries is another one. Between A and B of an FFN the channels
+are in this order too. A head's channels must stay where they are. There A's output is put back into
+the model's order, and B's input is brought into that of the storage: x is much smaller than S.
+
+    A   y = (x S^T)[:, places] + b        B   y = x[:, order] S + b
+
 So no weight gradient is made for what is frozen, and B needs only the trained channels of x for it.
 Example: of 8,192 channels 20 % train. Dense training keeps 8,192 numbers a token for B's weight
 gradient, this one 1,638, and multiplies a fifth.
@@ -28,7 +34,7 @@ from ssah.training.splitting.split_tensor import Part, width
 # next layer may hold it anyway, and a copy of most of it would cost more than it saves.
 _COPIED_SHARE = 0.5
 _HALVES = (torch.bfloat16, torch.float16)
-_BEFORE = 6  # arguments of `MaskedLinearFunction` before the trained slices
+_BEFORE = 8  # arguments of `MaskedLinearFunction` before the trained slices
 
 
 def _columns(matrix: Tensor, part: Part) -> Tensor:
@@ -36,6 +42,16 @@ def _columns(matrix: Tensor, part: Part) -> Tensor:
     if isinstance(part, Tensor):
         return matrix.index_select(1, part)
     return matrix[:, part[0] : part[1]]
+
+
+def _channels(part: Part, order: Tensor | None) -> Part:
+    """The channels that belong to a part of the storage, whose order is ``order`` ``[entries]``."""
+    return part if order is None or isinstance(part, Tensor) else order[part[0] : part[1]]
+
+
+def _in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """``x`` ``[..., n]`` with its channels in another order, int64 ``[n]``; None: as it is."""
+    return x if order is None else x.index_select(-1, order)
 
 
 def _product(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -71,18 +87,26 @@ class MaskedLinearFunction(torch.autograd.Function):
         is_output: bool,  # whether this is B
         weight_parts: tuple[Part, ...],
         bias_parts: tuple[Part, ...],
+        order: Tensor | None,  # int64 [entries] of a storage in another order than the channels
+        places: Tensor | None,  # its inverse
         *trained: Tensor,  # the slices, of the weight and then of the bias: [trained, ...] each
     ) -> Tensor:
         ctx.shape, ctx.x_dtype, ctx.dtype = x.shape, x.dtype, storage.dtype
         ctx.is_output, ctx.weight_parts, ctx.bias_parts = is_output, weight_parts, bias_parts
+        ctx.order, ctx.places = order, places
         weight, b = storage, bias
         # Autocast knows nn.Linear, not this function: cast as it would.
         if torch.is_autocast_enabled(x.device.type) and storage.dtype != torch.float64:
             ctx.dtype = torch.get_autocast_dtype(x.device.type)
             x, weight = x.to(ctx.dtype), storage.to(ctx.dtype)
             b = None if bias is None else bias.to(ctx.dtype)
-        # [..., out]
-        y = _product(x, weight, b) if is_output else F.linear(x, weight, b)
+        if is_output:
+            y = _product(_in_order(x, order), weight, b)  # [..., out]
+        elif places is None:
+            y = F.linear(x, weight, b)
+        else:
+            y = _in_order(F.linear(x, weight), places)
+            y = y if b is None else y.add_(b)  # the bias is in the model's order
         kept: list[Tensor] = []
         if any(ctx.needs_input_grad[_BEFORE : _BEFORE + len(weight_parts)]):
             matrix = x.reshape(-1, x.shape[-1])  # [tokens, in]
@@ -90,7 +114,7 @@ class MaskedLinearFunction(torch.autograd.Function):
             # A multiplies all of x by the trained columns of g; B the trained columns of x by g.
             ctx.copied = is_output and share <= _COPIED_SHARE
             if ctx.copied:
-                kept = [_columns(matrix, part).clone() for part in weight_parts]
+                kept = [_columns(matrix, _channels(p, order)).clone() for p in weight_parts]
             else:
                 kept = [matrix]
         # Saved though not needed: a change of them before the backward pass must be noticed.
@@ -109,17 +133,21 @@ class MaskedLinearFunction(torch.autograd.Function):
         if needs[0]:
             weight = storage.to(ctx.dtype)
             # [tokens, in]
-            grad_x = grad @ weight.t() if ctx.is_output else _product(grad, weight)
+            if ctx.is_output:
+                grad_x = _in_order(grad @ weight.t(), ctx.places)
+            else:
+                grad_x = _product(_in_order(grad, ctx.order), weight)
             result[0] = grad_x.view(ctx.shape).to(ctx.x_dtype)
         if bias is not None and needs[2]:  # a bias that trains whole is no slice
             result[2] = grad.sum(0).to(bias.dtype)
         for i, part in enumerate(ctx.weight_parts):
             value = None
             if needs[_BEFORE + i]:
+                channels = _channels(part, ctx.order)
                 if not ctx.is_output:
-                    value = _columns(grad, part).t() @ kept[0]  # [trained, in]
+                    value = _columns(grad, channels).t() @ kept[0]  # [trained, in]
                 else:
-                    x = kept[i] if ctx.copied else _columns(kept[0], part)  # [tokens, trained]
+                    x = kept[i] if ctx.copied else _columns(kept[0], channels)  # [tokens, trained]
                     value = x.t() @ grad  # [trained, out]
                 value = value.to(trained[i].dtype)
             result.append(value)

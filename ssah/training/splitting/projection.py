@@ -75,6 +75,8 @@ class MaskedProjection(nn.Module):
     Attributes:
         split_tensors: ``"weight"``, ``"bias"`` -> how it is split; other tensors stay parameters.
         is_output: whether units are the columns (B) rather than the rows (A) of the weight.
+        moves_channels: whether the channels beside it lie in the order of its storage, as between A
+            and B of an FFN.
         order: names of the original parameters, in their order.
         plain: the class that the module had.
         own: the trained slices by their names, as they were made.
@@ -84,6 +86,7 @@ class MaskedProjection(nn.Module):
     is_split = True  # rooms below this one know a split projection by it
     split_tensors: dict[str, SplitTensor]
     is_output: bool
+    moves_channels: bool
     order: tuple[str, ...]
     plain: type[nn.Module]
     own: dict[str, nn.Parameter]
@@ -96,12 +99,18 @@ class MaskedProjection(nn.Module):
 
     @classmethod
     def install(
-        cls, module: nn.Module, split: dict[str, SplitTensor], *, is_output: bool = False
+        cls,
+        module: nn.Module,
+        split: dict[str, SplitTensor],
+        *,
+        is_output: bool = False,
+        moves_channels: bool = False,
     ) -> MaskedProjection:
         """Mix this class into that of ``module``, in place."""
         module.order = tuple(module._parameters)  # type: ignore[assignment]
         module.split_tensors = split  # type: ignore[assignment]
         module.is_output = is_output  # type: ignore[assignment]
+        module.moves_channels = moves_channels  # type: ignore[assignment]
         module.plain = type(module)  # type: ignore[assignment]
         module.__class__ = _mixed(cls, type(module))  # type: ignore[arg-type]
         own: dict[str, nn.Parameter | None] = {}
@@ -125,7 +134,8 @@ class MaskedProjection(nn.Module):
         own.update((name, split.restore()) for name, split in self.split_tensors.items())
         self._parameters = {name: own[name] for name in self.order}
         plain = self.plain
-        del self.split_tensors, self.is_output, self.order, self.plain, self.own, self.given_out
+        del self.split_tensors, self.is_output, self.moves_channels
+        del self.order, self.plain, self.own, self.given_out
         self.__class__ = plain  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -135,6 +145,8 @@ class MaskedProjection(nn.Module):
         if self.lent or is_transformed():
             # torch.func knows no function like the one below, and lent slices are not to be kept.
             matrix = weight.assembled(self)  # [entries, ...]
+            if weight.places is not None and not self.moves_channels:
+                matrix = matrix.index_select(0, weight.places)
             b = self._parameters.get("bias") if bias is None else bias.assembled(self)
             return F.linear(x, matrix.t() if self.is_output else matrix, b)
         self.sync()
@@ -146,6 +158,7 @@ class MaskedProjection(nn.Module):
             self.is_output,
             weight.parts,
             () if bias is None else bias.parts,
+            *((None, None) if self.moves_channels else (weight.order, weight.places)),
             *(self._parameters[name] for name in names),
         )
         return y
@@ -164,14 +177,9 @@ class MaskedProjection(nn.Module):
             )
         return super().__getattr__(name)
 
-    @property
-    def packed(self) -> bool:
-        """Whether its channels lie in the order of the plan, not in that of the model."""
-        return any(split.order is not None for split in self.split_tensors.values())
-
     def check_order(self) -> None:
         """Raise RuntimeError where a hook among the channels would take one for another."""
-        if self.packed:
+        if self.moves_channels:
             raise RuntimeError(
                 f"a hook hangs on this {type(self).__name__} or on the activation beside it, whose "
                 "channels a plan has put into another order: register it before the plan is made, "

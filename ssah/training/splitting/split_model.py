@@ -14,6 +14,7 @@ from ssah.training.entries import Entries
 from ssah.training.splitting.masked_experts import split_experts
 from ssah.training.splitting.projection import MaskedProjection
 from ssah.training.splitting.split_tensor import SplitTensor, restored
+from ssah.training.splitting.storage_order import trained_first
 from ssah.units import DepthTwoModule
 
 
@@ -26,8 +27,8 @@ def split_model(
 ) -> None:
     """Split every projection of which some entries train and some do not, in place.
 
-    FFN channels are packed, so that what trains lies side by side, unless hooks hang among them;
-    attention gathers. Experts of a layer are split together.
+    Between A and B of an FFN the channels take the order of the storage, unless hooks hang among
+    them. Those of a head keep theirs. Experts of a layer are split together.
 
     Args:
         model: the model.
@@ -50,7 +51,7 @@ def split_model(
             masked[owner] = split_experts(model.get_submodule(owner), leaves)
             continue
         orders = _packing(model, module, mask, entries)
-        # Packed, a tensor that trains whole is put into the new order too: its channels move.
+        # A tensor that trains whole is put into the new order too: its channels move.
         chosen = touched if orders is None else list(orders)
         for owner in sorted({_owner(param) for param in chosen}):
             masked[owner] = _split_projection(model, module, owner, entries, orders)
@@ -64,7 +65,7 @@ def _owner(param: str) -> str:
 def _packing(
     model: nn.Module, module: DepthTwoModule, mask: Tensor, entries: Mapping[str, Entries]
 ) -> dict[str, Tensor] | None:
-    """The order in which the entries of each parameter are packed; None: they are gathered.
+    """The order in which the channels between A and B are to lie; None: in that of the model.
 
     Args:
         mask: bool ``[n_units]``, the units that train.
@@ -75,7 +76,7 @@ def _packing(
     """
     if module.kind != "mlp":
         return None  # the channels of a head must stay together
-    packing = torch.cat([mask.nonzero()[:, 0], (~mask).nonzero()[:, 0]])  # [units]
+    packing = trained_first(mask)  # [units]
     orders: dict[str, Tensor] = {}
     for owned in (*module.inputs, module.output):
         before = orders.get(owned.param, packing.new_empty(0))
@@ -105,11 +106,17 @@ def _split_projection(
         for leaf in ("weight", "bias"):
             param = f"{owner}.{leaf}"
             if param in owned:  # B's bias belongs to no unit
-                order = None if orders is None else orders[param]
                 each, original = entries[param], model.get_parameter(param)
+                order = orders[param] if orders is not None else None
+                if orders is None and leaf == "weight":  # a bias is small, and may stay as it is
+                    order = trained_first(each.trains)
                 tensors[leaf] = SplitTensor.of(leaf, original, each.dims, order, each.trains)
-    is_output = owner == _owner(module.output.param)
-    return MaskedProjection.install(model.get_submodule(owner), tensors, is_output=is_output)
+    return MaskedProjection.install(
+        model.get_submodule(owner),
+        tensors,
+        is_output=owner == _owner(module.output.param),
+        moves_channels=orders is not None,
+    )
 
 
 def has_hooks_inside(model: nn.Module, params: Collection[str]) -> bool:

@@ -9,15 +9,15 @@ already; that of B has them as columns, and is stored transposed:
 
 Two layouts. Example: 4 entries, of which 1 and 3 train.
 
-* *packed* (FFN): the rows are permuted once so that those that train lie side by side. The trained
-  slice is a parameter that aliases storage: nothing is copied, ever. A and B are permuted alike, so
-  that the channels between them are too, and the function stays what it was.
+* *packed* (weights): the rows are permuted once so that those that train lie side by side. The
+  trained slice is a parameter that aliases storage: nothing is copied, ever. What becomes of the
+  channels in this order is said in `ssah.training.splitting.masked_linear`.
 
-      storage row   0  1  2  3        order = [1, 3, 0, 2]
+      storage row   0  1  2  3        order = [1, 3, 0, 2], places = [2, 0, 3, 1]
       entry         1  3  0  2        parts = ((0, 2),), one parameter: storage[0:2]
       trains        x  x
 
-* *gathered* (attention, whose channels must stay with their heads): the order stays. The trained
+* *gathered* (biases, rows of embeddings, whose number is a token's): the order stays. The trained
   rows are one compact parameter of their own, which is written into storage before every use.
 
       storage row   0  1  2  3        order = None
@@ -37,21 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from ssah.training.splitting.packed_parameter import PackedParameter
+from ssah.training.splitting.storage_order import runs, unit_major
 
 # A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
 Part = tuple[int, int] | Tensor
-
-
-def runs(positions: Tensor) -> list[tuple[int, int]]:
-    """The stretches (start, stop) of consecutive integers in ``positions`` ``[n]``, in order.
-
-    Example: 4, 5, 6, 9 gives (4, 7) and (9, 10).
-    """
-    if len(positions) == 0:
-        return []
-    breaks = (positions.diff() != 1).nonzero()[:, 0] + 1
-    pieces = positions.tensor_split(breaks.cpu())
-    return [(int(piece[0]), int(piece[-1]) + 1) for piece in pieces]
 
 
 def _nothing() -> None:
@@ -71,6 +60,7 @@ class SplitTensor:
         storage: unit-major ``[entries, ...]``, what the forward pass uses.
         order: int64 ``[entries]``, the original entry that each storage row holds; None where
             the order is the original one.
+        places: int64 ``[entries]``, the storage row of each original entry; None like ``order``.
         parts: the storage rows that train, one element per parameter in ``names``.
         names: the trained parameters' names in their projection.
         swapped: whether somebody gave a packed slice other memory, see :meth:`part`.
@@ -82,6 +72,7 @@ class SplitTensor:
     dims: tuple[int, ...]
     storage: Tensor
     order: Tensor | None
+    places: Tensor | None
     parts: tuple[Part, ...]
     names: tuple[str, ...]
     swapped: bool = False
@@ -125,7 +116,8 @@ class SplitTensor:
         # Several where gate and up are one weight: each has its own stretch of trained rows.
         suffixes = ("",) if len(parts) == 1 else tuple(f"_{i}" for i in range(len(parts)))
         names = tuple(f"{name}_trained{suffix}" for suffix in suffixes)
-        split = cls(original, shape, dims, storage.contiguous(), order, parts, names)
+        places = None if order is None else order.argsort()
+        split = cls(original, shape, dims, storage.contiguous(), order, places, parts, names)
         original.grad = None
         original.data = original.data.new_empty(0)  # last: nothing can fail after it
         return split
@@ -155,17 +147,17 @@ class SplitTensor:
         frozen = torch.ones(len(self.storage), dtype=torch.bool)
         frozen[self.trained_index()] = False
         entries = frozen.nonzero()[:, 0]
-        if self.order is None:
+        if self.places is None:
             yield self.storage.index_select(0, entries.to(self.storage.device))
             return
-        # order.argsort()[e] is the storage row of entry e. Stretches are views, nothing is copied.
-        for start, stop in runs(torch.argsort(self.order.cpu())[entries]):
+        # Stretches are views, nothing is copied.
+        for start, stop in runs(self.places.cpu()[entries]):
             yield self.storage[start:stop]
 
     def read(self) -> Tensor:
         """A copy in the original order and orientation, such as ``[out, in]``."""
         rows = self.storage
-        rows = rows.clone() if self.order is None else rows.index_select(0, self.order.argsort())
+        rows = rows.clone() if self.places is None else rows.index_select(0, self.places)
         # The inverse of `unit_major`: [entries, ...] to [experts, entries of one, ...] and back.
         inside = rows.unflatten(0, [self.shape[dim] for dim in self.dims])
         return inside.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
@@ -231,6 +223,7 @@ class SplitTensor:
         self.storage = function(self.storage)
         device = self.storage.device
         self.order = None if self.order is None else self.order.to(device)
+        self.places = None if self.places is None else self.places.to(device)
         self.parts = tuple(p.to(device) if isinstance(p, Tensor) else p for p in self.parts)
         self.alias(owner)
 
@@ -262,29 +255,6 @@ def restored(tensors: Mapping[str, SplitTensor]) -> Iterator[None]:
         for split in tensors.values():
             split.restore()
         raise
-
-
-def unit_major(values: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """``values`` as ``[entries, ...]``: its entries are those of the dimensions ``dims``, in order.
-
-    One dimension gives a view: of B's weight ``[out, units]``, (1,) gives ``[units, out]``. Of a
-    parameter of experts ``[experts, rows, columns]``, (0, 2) gives ``[experts * columns, rows]``,
-    the entries of the first expert, then those of the second; a copy where memory is in another
-    order.
-    """
-    return values.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
-
-
-def complement_rows(weight: Tensor, dims: tuple[int, ...], index: Tensor) -> Tensor:
-    """What of ``weight`` is not in ``index`` along ``dims``: unit-major, in ascending order.
-
-    Example: of a weight ``[out, 4]`` with dims (1,) and index ``[1, 3]``, columns 0 and 2 as
-    ``[2, out]``.
-    """
-    rows = unit_major(weight.detach(), dims)  # [entries, ...]
-    keep = torch.ones(len(rows), dtype=torch.bool)
-    keep[index] = False
-    return rows.index_select(0, keep.nonzero()[:, 0].to(weight.device))
 
 
 def width(part: Part) -> int:
