@@ -7,7 +7,12 @@ from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
 from ssah.training.splitting.masked_rows import check_rows_split, split_rows
 from ssah.training.splitting.projection import MaskedProjection, pickling_error, replaced_slices
 from ssah.training.splitting.split_model import split_model
-from ssah.training.splitting.split_tensor import SplitTensor, complement_rows, runs
+from ssah.training.splitting.split_tensor import (
+    SplitTensor,
+    complement_rows,
+    runs,
+    unit_major,
+)
 
 __all__ = [
     "MaskedProjection",
@@ -22,4 +27,5 @@ __all__ = [
     "split_model",
     "split_rows",
     "uninstall_gated",
+    "unit_major",
 ]

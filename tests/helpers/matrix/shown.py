@@ -447,14 +447,14 @@ for situation, message, words, node in (
     ),
     (
         "a sharded model with other units on each rank",
-        "fingerprint is",
+        "rank 1 trains other units than rank 0",
         "Draw units with one seed, or load them.",
         RANKS + "[sharded_with_other_units]",
     ),
     (
-        "a sharded model with `torch.optim.AdamW`, `max_norm=` or `plan.save_pretrained`",
-        "save it with torch",
-        "The plan's own optimiser knows what trains. Save with torch.distributed.checkpoint.",
+        "a sharded model with `torch.optim.AdamW`, or with `max_norm=`",
+        "must be None (clip with ",
+        "The plan's own optimiser knows what trains.",
         "tests/attribution/test_ranks.py::test_what_a_sharded_model_refuses",
     ),
     (
