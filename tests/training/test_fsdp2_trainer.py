@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import tiny_models
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from plans import assert_equal, draw, loss_on, make, masks, snapshot
-from ranks import ROWS, rows_of, shard, start
+from plans import assert_equal, check_moved, draw, loss_on, make, masks, snapshot
+from ranks import ROWS, rows_of, shard, start, train
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ssah.training import PlanCallback, UpdatePlan, load_update
+from ssah.training.following import await_sharding
 
 STEPS, HALF = 20, 10
 MODES = {"freeze": "llama_bias", "train_only": "llama"}
@@ -236,6 +238,76 @@ def refuse(rank: int, n: int, folder: Path) -> None:
 @pytest.mark.parametrize("worker", [under_accelerate, refuse])
 def test_two_ranks(worker: Any, tmp_path: Path) -> None:
     start(worker, 2, tmp_path)
+
+
+def args_of(kind: str = "MULTI_GPU", **more: Any) -> Any:
+    """What a plan reads of ``TrainingArguments``, of a machine that is not here."""
+    state = SimpleNamespace(distributed_type=DistributedType(kind))
+    betas = {"adam_beta1": 0.9, "adam_beta2": 0.999, "adam_epsilon": 1e-8}
+    known = {"learning_rate": 1e-3, "weight_decay": 0.0, "world_size": 1, "n_gpu": 1, **betas}
+    return SimpleNamespace(distributed_state=state, **{**known, **more})
+
+
+def test_what_no_plan_can_follow_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_models.build("llama")
+    plan = make(model, "freeze")
+    names = [name for name, _ in plan.named_parameters()]
+    for args, words in (
+        (args_of(fsdp_plugin_args={"fsdp_version": 1}), "about to be sharded by FSDP1, .*FSDP2"),
+        (args_of("NO", deepspeed_plugin=object()), "about to be sharded by DeepSpeed, .*FSDP2"),
+        (args_of("NO", n_gpu=2), "args.n_gpu is 2: .*DataParallel.* CUDA_VISIBLE_DEVICES=0"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            plan.optimizer_cls_and_kwargs(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # as `accelerate launch` says it
+    with pytest.raises(ValueError, match="about to be sharded by FSDP1"):
+        plan.optimizers(args_of())
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    with pytest.raises(ValueError, match="args ask for FSDP2"):
+        plan.optimizers(args_of())
+    plan.optimizer_cls_and_kwargs(args_of("MULTI_CPU"))  # accelerate shards nothing there
+    assert [name for name, _ in plan.named_parameters()] == names
+    loss_on(model, rows_of(0))
+    for kind, words in (("FSDP", "sharded by FSDP1"), ("DEEPSPEED", "sharded by DeepSpeed")):
+        process = {
+            **PartialState(cpu=True)._shared_state,
+            "distributed_type": DistributedType(kind),
+        }
+        plugin = SimpleNamespace(fsdp_version=1)
+        monkeypatch.setattr(PartialState, "_shared_state", process)
+        monkeypatch.setattr(AcceleratorState, "_shared_state", {**process, "fsdp_plugin": plugin})
+        with pytest.raises(ValueError, match=words):
+            plan.optimizer()
+    other = tiny_models.build("llama")
+    with make(other, "freeze"), pytest.raises(RuntimeError, match=r"runs under DeepSpeed \(ZeRO\)"):
+        loss_on(other, rows_of(0))  # whatever optimiser it has
+
+
+def test_a_plan_that_waits_in_vain_trains_all_the_same() -> None:
+    """Should nobody shard the model: dense gradients, of which what trains is used."""
+    ends = []
+    for waits in (False, True):
+        model = tiny_models.build("qwen2_moe")
+        before, trains = snapshot(model), masks(model, draw(model), "train_only")
+        plan = make(model, "train_only")
+        old = plan.optimizer(lr=1e-2)
+        if waits:
+            await_sharding(plan._installed)
+            assert not any("trained" in name for name, _ in model.named_parameters())
+        optimizer = plan.optimizer(lr=1e-2)
+        train(model, optimizer, range(2))
+        resumed = plan.optimizer(lr=1e-2)
+        resumed.load_state_dict(optimizer.state_dict())
+        train(model, resumed, range(2, 3))
+        plan.verify()
+        if waits:
+            with pytest.raises(RuntimeError, match="train under no plan in force"):
+                old.step()
+        plan.close()
+        check_moved(model, before, trains)
+        ends.append(snapshot(model))
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.exhaustive
