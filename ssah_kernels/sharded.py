@@ -51,17 +51,19 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local().detach() if is_sharded(tensor) else tensor
 
 
-def first_row(tensor: DTensor) -> int:
-    """Number of the first row of ``tensor`` [rows, ...] that this rank holds."""
+def first_row(tensor: Tensor) -> int:
+    """Number of the first row of ``tensor`` [rows, ...] that this rank holds; 0 if it has all."""
+    if not is_sharded(tensor):
+        return 0
     mesh, rows = tensor.device_mesh, tensor.shape[0]
     return min(rows, mesh.get_local_rank() * -(-rows // mesh.size()))
 
 
-def local_index(tensor: DTensor, index: Tensor, dim: Dim) -> Tensor:
+def local_index(tensor: Tensor, index: Tensor, dim: Dim) -> Tensor:
     """Those of the entries ``index`` [trained] along ``dim`` that this rank holds, counted in its
     part: of ``index`` [2, 3, 7], a rank that holds rows 3 to 5 has [0]."""
     first, *rest = dim if isinstance(dim, tuple) else (dim,)
-    if first % tensor.dim() != 0:
+    if first % tensor.dim() != 0 or not is_sharded(tensor):
         return index  # along a dimension that is not cut: every rank holds all of it
     in_row = tensor.shape[rest[0]] if rest else 1
     index = index - first_row(tensor) * in_row  # [trained], counted from this rank's first row
@@ -92,7 +94,7 @@ class Part:
         return own if self.index is None else own.index_select(self.dim, self.index)
 
 
-def parts(tensor: DTensor, index: Tensor | None, dim: Dim) -> list[Part]:
+def parts(tensor: Tensor, index: Tensor | None, dim: Dim) -> list[Part]:
     """What of ``index`` [trained], entries over the whole parameter, this rank holds; parts may be
     empty."""
     along = dim[-1] if isinstance(dim, tuple) else dim

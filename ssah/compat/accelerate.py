@@ -1,4 +1,4 @@
-"""accelerate: what it hangs on modules.
+"""accelerate: what it hangs on modules, and whether it will shard a model.
 
 Hooks fetch a module's weights before it runs and let them go afterwards. Mixed precision puts
 autocast around a model's forward, and leaves it there after training.
@@ -7,6 +7,7 @@ autocast around a model's forward, and leaves it there after training.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -60,6 +61,45 @@ def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
             "to run the model in its own dtype",
         )
     return unconverted
+
+
+def sharder(args: Any = None) -> str | None:
+    """What shards a model as accelerate prepares it; None: nothing does.
+
+    Args:
+        args: the ``TrainingArguments`` of the trainer that will do so; None: the ``Accelerator``
+            that was made is asked.
+
+    Returns:
+        ``"FSDP2"``, ``"FSDP1"`` or ``"DeepSpeed"``.
+    """
+    if args is None:
+        return _sharder_of_accelerator()
+    if getattr(args, "deepspeed_plugin", None) is not None:
+        return "DeepSpeed"
+    state = getattr(args, "distributed_state", None)
+    # On CPUs accelerate passes its own FSDP settings over, and takes DistributedDataParallel.
+    if state is None or state.distributed_type.value in ("NO", "MULTI_CPU"):
+        return None
+    plugin = getattr(args, "fsdp_plugin_args", None)
+    if plugin is not None:
+        return f"FSDP{plugin['fsdp_version']}"
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":  # of `accelerate launch`
+        return f"FSDP{os.environ.get('FSDP_VERSION', '1')}"
+    return None
+
+
+def _sharder_of_accelerator() -> str | None:
+    if "accelerate" not in sys.modules:
+        return None
+    purpose = "to know whether a model is to be sharded"
+    if not _LIBRARY.find("accelerate.state:is_initialized", purpose)():
+        return None
+    state = _LIBRARY.find("accelerate.state:AcceleratorState", purpose)()
+    kind = state.distributed_type.value
+    if kind == "FSDP":
+        return f"FSDP{state.fsdp_plugin.fsdp_version}"
+    return "DeepSpeed" if kind == "DEEPSPEED" else None
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
+from ssah.training.following import follow
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, other_plan
 from ssah.training.stepping import check_state, check_trains, lost
@@ -56,9 +57,8 @@ def has_twin(plan: Installed) -> bool:
     return any(each is not plan and each.fingerprint == plan.fingerprint for each in ACTIVE)
 
 
-def retire(plan: Installed, slices: Iterable[Tensor]) -> None:
-    """A plan is closed: the slices of what it had split, of any shape, are in no model any more."""
-    ACTIVE.discard(plan)
+def retire(slices: Iterable[Tensor]) -> None:
+    """The slices of what a plan had split, of any shape, are in no model any more."""
     for parameter in slices:
         key = id(parameter)
         CLOSED[key] = weakref.ref(parameter, partial(_forget, key))
@@ -76,6 +76,8 @@ def check_step(optimizer: Optimizer, args: tuple[Any, ...], options: dict[str, A
     marks = {group["plan"] for group in optimizer.param_groups if "plan" in group}
     if not (ACTIVE or CLOSED or marks):
         return
+    for waiting in [plan for plan in ACTIVE if plan.waiting]:
+        follow(waiting)  # a checkpoint's optimiser may be loaded, with a step, before anything runs
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
     closed = len(held.keys() & CLOSED.keys())
     if closed:

@@ -11,9 +11,10 @@ from ssah.distributed import Ranks
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, nonfinite
 from ssah.training.active import check_unplanned
+from ssah.training.sharded import check_sharded
 from ssah.training.splitting import check_no_hooks
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
-from ssah_kernels.sharded import check_layout, is_sharded
+from ssah_kernels.sharded import is_sharded
 
 
 def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwoModule]:
@@ -59,12 +60,7 @@ def _check_weights(model: PreTrainedModel) -> None:
                 "floating-point weight in memory (dequantise the model, and load it whole)"
             )
         if sharded:
-            if not is_sharded(parameter):
-                raise ValueError(
-                    f"parameter {name!r} is not sharded, must be like the others: apply "
-                    "fully_shard to the whole model"
-                )
-            check_layout(f"parameter {name!r}", parameter)
+            check_sharded(name, parameter)
         # A subclass computes something else with its data than a slice of it would.
         elif type(parameter.data) is not Tensor or parameter.is_inference():
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.distributed import Ranks
 from ssah.models import digests
 from ssah.training.entries import Entries, TrainedSlice
 from ssah.training.forward_check import ForwardCheck
@@ -36,9 +37,13 @@ class Installed:
         model: the model.
         entries: parameter -> which of its entries train.
         fingerprint: of the plan.
-        sharded: whether its parameters are DTensors.
+        ranks: those that it is sharded over, or None.
 
     Attributes:
+        sharded: whether nothing is split, since the model is sharded or is about to be.
+        waiting: whether it is about to be, see `ssah.training.following`.
+        frozen: hashes of what is frozen, of this rank; see :meth:`digests`.
+        dtypes: of every parameter, before the plan.
         masked: name -> projection that is split.
         owners: names of all projections that units own something of.
         last_optimizer: a weak reference to the last one that stepped or was made for it.
@@ -52,11 +57,13 @@ class Installed:
         model: PreTrainedModel,
         entries: Mapping[str, Entries],
         fingerprint: str,
-        *,
-        sharded: bool,
+        ranks: Ranks | None,
     ) -> None:
         self.model, self.entries = model, entries
-        self.sharded, self.fingerprint = sharded, fingerprint
+        self.fingerprint, self.ranks = fingerprint, ranks
+        self.sharded, self.waiting = ranks is not None, False
+        self.frozen: dict[str, str] = {}
+        self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.last_optimizer: Callable[[], Any] | None = None
         self.unprepared_for: str | None = None
         self.masked: dict[str, MaskedProjection] = {}
@@ -68,17 +75,12 @@ class Installed:
         self.owners: set[str] = set()
         self._required_grad = {name: p.requires_grad for name, p in model.named_parameters()}
 
-    def install(
-        self, modules: Mapping[str, DepthTwoModule], masks: Mapping[str, Tensor]
-    ) -> dict[str, str]:
+    def install(self, modules: Mapping[str, DepthTwoModule], masks: Mapping[str, Tensor]) -> None:
         """Change the model.
 
         Args:
             modules: its depth-2 modules by B's name.
             masks: B's name -> bool ``[n_units]``, the units that train.
-
-        Returns:
-            the hashes of what is frozen, see :meth:`digests`.
         """
         owned = (each for m in modules.values() for each in (*m.inputs, m.output))
         self.owners = {each.param.rpartition(".")[0] for each in owned}
@@ -88,41 +90,55 @@ class Installed:
                 # A gradient left over would let an optimiser move what is frozen.
                 parameter.grad = None
                 parameter.requires_grad_(self.entries[name].some)
-            if self.sharded:
-                # A slice of a DTensor would be none: parameters stay, and the optimiser selects.
-                self._hooks = clear_frozen_gradients(self.model, self.entries)
-            else:
+            if not self.sharded:  # a slice of a DTensor would be none
                 split_model(self.model, modules, masks, self.entries, self.masked)
                 split_rows(self.model, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)
                 for module in self.masked.values():  # tied ones share slices: only now are all set
                     module.remember()
-            self.trained()  # now: later, something else may be in the place of a parameter
-            frozen = self.digests()
-            check = ForwardCheck(self.masked, self.fingerprint, frozen)
-            self._hooks.append(check.hang_on(self.model))
-            return frozen
+            self.frozen = self.digests()
+            self.select()
         except BaseException:  # out of memory, for one: the model is as it was
             self.uninstall()
             for name, parameter in self.model.named_parameters():
                 parameter.grad = gradients[name]
             raise
 
-    def uninstall(self) -> None:
-        """An ordinary model again, without gradients, with the values of now."""
+    def select(self, hooks: Iterable[Any] = ()) -> None:
+        """Look at forward passes from now on and, where nothing is split, keep gradients of what is
+        frozen zero, in place of the hooks before; ``hooks`` are further ones to remove one day."""
+        self._remove_hooks()
+        check = ForwardCheck(self.masked, self.fingerprint, self.entries, self.frozen)
+        self._hooks = [*hooks, check.hang_on(self.model)]
+        if self.sharded:
+            self._hooks += clear_frozen_gradients(self.model, self.entries)
+        self._taken = self._trained = None
+        self.trained()  # now: later, something else may be in the place of a parameter
+
+    def unsplit(self) -> None:
+        """Every parameter whole again, under its own name, with the values of now."""
         for module in self.masked.values():
             module.sync()  # raises where its slices were taken away, before anything is changed
         uninstall_gated(self._ffns)
         for module in self.masked.values():
             module.uninstall()
+        self.masked.clear()
+        self._ffns = []
+
+    def _remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
+        self._hooks = []
+
+    def uninstall(self) -> None:
+        """An ordinary model again, without gradients, with the values of now."""
+        self.unsplit()
+        self._remove_hooks()
         self.replace_update_hooks([])
         for name, parameter in self.model.named_parameters():
             if name in self._required_grad:  # what was added since (adapters, say) is left alone
                 parameter.grad = None
                 parameter.requires_grad_(self._required_grad[name])
-        self.masked.clear()
 
     def split(self) -> dict[str, tuple[MaskedProjection, SplitTensor]]:
         """Original parameter -> its projection, and how it is stored, of all that is split."""

@@ -13,10 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ssah.compat.accelerate import sharder
 from ssah.training.importance import UnitImportance, unit_importance
 from ssah.training.in_backward import InBackwardAdamW, check_arguments
 from ssah.training.installed import Installed
 from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
+from ssah.training.parallelism import meet_accelerator, meet_arguments
 from ssah.units import DepthTwoModule
 
 
@@ -62,6 +64,8 @@ class Optimised:
         Raises:
             TypeError, ValueError: an option is wrong, or does not go with ``in_backward``.
         """
+        self._check_open()
+        meet_accelerator(self._installed, options, in_backward=in_backward)
         kind, kwargs = self._kind_and_kwargs(in_backward, {"lr": lr, **options}, weight_decay)
         return self._remembered(kind(**kwargs))
 
@@ -80,11 +84,14 @@ class Optimised:
 
         Raises:
             ValueError: ``args`` asks for another optimiser than AdamW, or for what
-                ``in_backward=True`` cannot do.
+                ``in_backward=True`` cannot do; for several GPUs in one process, FSDP1 or DeepSpeed;
+                or other ranks have made other plans.
         """
+        self._check_open()
+        own = trainer_options(args) | options
         if in_backward:
             check_arguments(args, sharded=self._installed.sharded)
-        own = trainer_options(args) | options
+        meet_arguments(self._installed, args, options, in_backward=in_backward)
         self._installed.note_arguments(args)
         return self._kind_and_kwargs(in_backward, own, args.weight_decay)
 
@@ -93,8 +100,15 @@ class Optimised:
     ) -> tuple[PlanAdamW, None]:
         """For ``optimizers=`` of every trainer of TRL. See also `ssah.training.prepare_trainer`.
 
-        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`.
+        Arguments and errors as of :meth:`optimizer_cls_and_kwargs`; and ValueError where the
+        trainer shards with FSDP2, since it takes no optimiser that was made before.
         """
+        if not self._installed.sharded and sharder(args) == "FSDP2":
+            raise ValueError(
+                "args ask for FSDP2, under which no trainer takes optimizers=: make the trainer "
+                "without, and set trainer.optimizer_cls_and_kwargs = "
+                "plan.optimizer_cls_and_kwargs(args) before trainer.train()"
+            )
         kind, kwargs = self.optimizer_cls_and_kwargs(args, in_backward=in_backward, **options)
         return self._remembered(kind(**kwargs)), None
 

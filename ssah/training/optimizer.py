@@ -10,7 +10,7 @@ from torch import nn
 
 from ssah.training.entries import TrainedSlice
 from ssah_kernels.optim import MaskedAdamW
-from ssah_kernels.sharded import Dim, is_sharded
+from ssah_kernels.sharded import Dim
 
 
 class PlanAdamW(MaskedAdamW):
@@ -107,8 +107,7 @@ def param_groups(
             continue
         if each.parameter.dim() > 1:  # trains whole: of B, units run along dimension 1
             dims[key] = each.entries.dims[0]
-        # A sharded parameter is not split: the optimiser selects what trains.
-        if is_sharded(each.parameter) and not each.entries.whole:
+        if each.entries.partial:  # sharded, or about to be: the optimiser selects what trains
             indices[key], dims[key] = each.index, each.entries.along
             n_dims[key] -= each.entries.experts  # [experts, out]: experts' biases are biases
     groups = []

@@ -24,15 +24,18 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
-from ssah.training.active import PLAN, retire, watch_optimizers
+from ssah.training.active import ACTIVE, PLAN, retire, watch_optimizers
+from ssah.training.alike import check_alike
 from ssah.training.checks import check_planable
 from ssah.training.choice import Beside, Rows, choose
 from ssah.training.entries import fingerprint
+from ssah.training.following import follow
 from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
 from ssah.training.optimised import Optimised
 from ssah.training.original_values import OriginalValues, Reversible
 from ssah.training.saving import push_update, save_update
+from ssah.training.sharded import whole_digests
 from ssah.training.splitting import pickling_error
 from ssah.units import UnitSet, model_name, units_hash
 
@@ -61,7 +64,6 @@ class UpdatePlan(Optimised, Reversible):
         modules: its depth-2 modules by B's name.
         weights_hash: of the model as it was given (`ssah.models.weights`); None if sharded.
         fingerprint: SHA-256 (hex) of configuration and trained entries, equal for equal plans.
-        ranks: those that the model is sharded over, or None.
         masked: name -> projection of which some entries train and some do not.
     """
 
@@ -77,7 +79,7 @@ class UpdatePlan(Optimised, Reversible):
         rows: Rows | None = None,
         unfreeze: bool = False,
     ) -> None:
-        self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
+        self.modules, ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
         beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
         choice = choose(model, self.modules, units, beside, keep=keep)
@@ -86,16 +88,25 @@ class UpdatePlan(Optimised, Reversible):
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)
         self.fingerprint = fingerprint(self.units_hash, self.entries)
-        if self.ranks is not None:
-            self.ranks.common(fingerprint=self.fingerprint)
+        if ranks is not None:
+            check_alike(ranks, self.fingerprint, self.entries)
         self.n_parameters = sum(p.numel() for p in model.parameters())
-        sharded = self.ranks is not None
-        self._installed = Installed(model, self.entries, self.fingerprint, sharded=sharded)
+        self._installed = Installed(model, self.entries, self.fingerprint, ranks)
         self.masked = self._installed.masked
         self._originals = OriginalValues(self._installed, self.weights_hash)
-        self.digests = self._installed.install(self.modules, choice.masks)
+        self._installed.install(self.modules, choice.masks)
         model.__dict__[PLAN] = self
         watch_optimizers(self._installed)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """Those that the model is sharded over; None: it is in one memory."""
+        return self._installed.ranks
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Parameter -> hash of its frozen entries, taken at the start; if sharded, of this rank."""
+        return self._installed.frozen
 
     # ---------------------------------------------------------------------------- what trains
 
@@ -157,24 +168,31 @@ class UpdatePlan(Optimised, Reversible):
     def save_pretrained(self, directory: str | os.PathLike[str]) -> None:
         """Write the trained slices alone: safetensors, and JSON that says what they belong to.
 
-        Raises:
-            ValueError: the model is sharded: its checkpoints are torch.distributed.checkpoint's.
+        Of a sharded model every rank has to call this, and the first one writes.
         """
-        save_update(self._installed.slices(), self._about(), directory)
+        about = self._about()
+        ranks = self.ranks or Ranks()
+        if self.ranks is not None:
+            about["frozen"] = whole_digests(self.model, self.entries, ranks)
+        save_update(self._installed.slices(), about, directory, ranks)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes; see `ssah.training.saving.push_update`."""
+        """Upload what :meth:`save_pretrained` writes; see `ssah.training.saving.push_update`.
+
+        Raises:
+            ValueError: the model is sharded: save the update, and upload that.
+        """
+        if self.ranks is not None:
+            raise ValueError(
+                f"model is sharded over {self.ranks.size} ranks, must be in one memory for an "
+                "update to be uploaded: call save_pretrained on every rank, and upload its folder"
+            )
         return push_update(self._installed.slices(), self._about(), repo_id, **options)
 
     def _about(self) -> dict[str, Any]:
         """What is written beside the slices: the plan, and what it kept frozen."""
         self._check_open()
         self._originals.check_trained()
-        if self.ranks is not None:
-            raise ValueError(
-                f"model is sharded over {self.ranks.size} ranks, must be in one memory for its "
-                "trained slices to be written: save it with torch.distributed.checkpoint"
-            )
         return {
             "base_model": self.base_name,
             "units_hash": self.units_hash,
@@ -198,7 +216,8 @@ class UpdatePlan(Optimised, Reversible):
         slices = self._installed.own_slices()
         self._installed.uninstall()
         self.model.__dict__.pop(PLAN, None)
-        retire(self._installed, slices)
+        ACTIVE.discard(self._installed)
+        retire(slices)
 
     @property
     def closed(self) -> bool:
@@ -208,6 +227,7 @@ class UpdatePlan(Optimised, Reversible):
     def _check_open(self) -> None:
         if self.closed:
             raise RuntimeError("the plan is closed: make a new one")
+        follow(self._installed)
         if self.ranks is not None:
             reshard(self.model)
 

@@ -18,16 +18,9 @@ class PlanCallback(TrainerCallback):
         plan: the plan of the trainer's model.
         update_dir: folder that the update is saved to at the end; None: nowhere.
 
-    Raises:
-        ValueError: ``update_dir`` is given and the model is sharded.
     """
 
     def __init__(self, plan: UpdatePlan, update_dir: str | os.PathLike[str] | None = None) -> None:
-        if update_dir is not None and plan.ranks is not None:
-            raise ValueError(
-                f"update_dir is {os.fspath(update_dir)!r}, must be None: the model is sharded over "
-                f"{plan.ranks.size} ranks; save it with torch.distributed.checkpoint"
-            )
         self.plan, self.update_dir = plan, update_dir
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -47,6 +40,7 @@ class PlanCallback(TrainerCallback):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Verify, then save, then close. The model is an ordinary one afterwards."""
         self.plan.verify()
-        if self.update_dir is not None and state.is_world_process_zero:
+        # Of a sharded model every rank has a part to put in; the first one writes.
+        if self.update_dir is not None and (self.plan.ranks or state.is_world_process_zero):
             self.plan.save_pretrained(self.update_dir)
         self.plan.close()

@@ -45,7 +45,7 @@ def prepare_trainer(plan: UpdatePlan, trainer: Any) -> None:
     syncs = [each for each in reference_syncs(trainer) if each.ref_model is not None]
     _check(plan, trainer, syncs)
     # A sharded plan splits nothing: names and shapes are those from before.
-    if plan.ranks is None:
+    if not plan._installed.sharded:
         if sends_weights(trainer):
             _see_whole_weights(plan, *_known_sync(trainer))
         for sync in syncs:
@@ -77,16 +77,16 @@ def _check(plan: UpdatePlan, trainer: Any, syncs: list[Any]) -> None:
             "must use one in each process: set CUDA_VISIBLE_DEVICES=0, or start it with torchrun"
         )
     for name, enabled in (
-        ("FSDP", trainer.is_fsdp_enabled),
+        ("FSDP", trainer.is_fsdp_enabled and not plan._installed.sharded),
         ("DeepSpeed", trainer.is_deepspeed_enabled),
     ):
         if enabled:
             raise ValueError(
                 f"trainer would shard the model with {name} after its plan was made, must leave it "
-                "whole: use DistributedDataParallel (torchrun without a sharding plugin); or shard "
-                "it yourself, then make the plan, and train in a loop of your own"
+                "whole: use DistributedDataParallel (torchrun without a sharding plugin); or FSDP2 "
+                "with plan.optimizer_cls_and_kwargs(args), which the plan follows"
             )
-    if plan.ranks is not None and (averages(trainer) or syncs):
+    if plan._installed.sharded and (averages(trainer) or syncs):
         raise ValueError(
             "trainer averages weights or updates a reference model, must not do so while the model "
             "is sharded: leave out BEMACallback and sync_ref_model"

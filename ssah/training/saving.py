@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,12 +25,14 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from torch import Tensor, nn
 
+from ssah.distributed import Ranks
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
 from ssah.training.active import check_unplanned
 from ssah.training.entries import TrainedSlice
 from ssah.training.placed import Placed
+from ssah.training.sharded import trained_values
 from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
@@ -47,7 +50,10 @@ _FIELDS: Fields = {
 
 
 def save_update(
-    slices: Iterable[TrainedSlice], about: Mapping[str, Any], directory: str | os.PathLike[str]
+    slices: Iterable[TrainedSlice],
+    about: Mapping[str, Any],
+    directory: str | os.PathLike[str],
+    ranks: Ranks = Ranks(),  # noqa: B008 (frozen)
 ) -> None:
     """Write trained slices to ``directory``: whole, or not at all.
 
@@ -56,6 +62,8 @@ def save_update(
         about: the plan: ``base_model``, ``units_hash``, ``weights_hash``, ``fingerprint``,
             ``keep`` and ``frozen``, the hash of every weight's frozen entries.
         directory: the folder.
+        ranks: those that the slices are sharded over. All of them put tensors together, and the
+            first one writes.
     """
     by_name: dict[str, list[TrainedSlice]] = {}
     for each in slices:
@@ -69,7 +77,14 @@ def save_update(
         "dims": {name: each[-1] for name, each in dims.items()},
         "experts": [name for name, each in dims.items() if len(each) > 1],
     }
-    save_tensors(directory, _tensors(by_name), meta)
+    with ranks.agreeing():
+        tensors = _tensors(by_name)
+        try:
+            if ranks.rank == 0:
+                save_tensors(directory, tensors, meta)
+        finally:
+            if ranks.size > 1:  # all put together what the first one writes, also if it cannot
+                deque(tensors, maxlen=0)
 
 
 def _is_whole(slices: Sequence[TrainedSlice]) -> bool:
@@ -81,7 +96,7 @@ def _is_whole(slices: Sequence[TrainedSlice]) -> bool:
 def _tensors(by_name: Mapping[str, Sequence[TrainedSlice]]) -> Iterator[tuple[str, Tensor]]:
     """What is written, one parameter at a time: only what is asked for is put together."""
     for name, own in by_name.items():
-        values = [each.parameter.detach().cpu() for each in own]
+        values = [trained_values(each).cpu() for each in own]
         if _is_whole(own):
             yield f"values/{name}", values[0]
             continue

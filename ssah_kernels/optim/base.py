@@ -26,7 +26,7 @@ from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
 from ssah_kernels.optim.calls import Call, Scalars, cut_state, scales_of
-from ssah_kernels.sharded import Dim, Part, first_row, is_sharded, join, local, parts
+from ssah_kernels.sharded import Dim, first_row, is_sharded, join, local, parts
 
 # Number in the optimiser, group, parameter, index [trained] and dimension.
 Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"
@@ -45,7 +45,7 @@ class MaskedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; ``indices`` and ``dims`` are lists with one entry a parameter.
 
-        Of a parameter that is sharded and holds experts, a dimension may be a pair, see
+        Of a parameter that holds experts, a dimension may be a pair, see
         :mod:`ssah_kernels.sharded`.
 
         Raises:
@@ -75,10 +75,11 @@ class MaskedOptimizer(Optimizer):
                     "torch.nn.utils.clip_grad_norm_) and track_importance False"
                 )
             # Its state lies flat, one expert behind the other, and so has no rows for the blocks.
-            if isinstance(group["dims"][i], tuple) and group["state_dtype"] == options.EIGHT_BIT:
+            eight = group["state_dtype"] == options.EIGHT_BIT
+            if isinstance(group["dims"][i], tuple) and (eight or group["track_importance"]):
                 raise ValueError(
-                    f"params[{i}] is sharded and holds experts: state_dtype must not be "
-                    f"{options.EIGHT_BIT!r}; use torch.bfloat16"
+                    f"params[{i}] holds experts, of which some units train: state_dtype must not "
+                    f"be {options.EIGHT_BIT!r} (use torch.bfloat16), and track_importance be False"
                 )
             index, dim = group["indices"][i], group["dims"][i]
             group["indices"][i] = options.entries(f"[{i}]", p, index, dim)
@@ -87,8 +88,12 @@ class MaskedOptimizer(Optimizer):
         """Number, group, parameter, index [trained] and dimension of every parameter."""
         number = 0
         for group in self.param_groups:
-            for p, index, dim in zip(group["params"], group["indices"], group["dims"], strict=True):
-                yield number, group, p, index, dim
+            for i, p in enumerate(group["params"]):
+                index = group["indices"][i]
+                if index is not None and index.device != p.device:
+                    # accelerate shards parameters, and puts the pieces in their place elsewhere.
+                    index = group["indices"][i] = index.to(p.device)
+                yield number, group, p, index, group["dims"][i]
                 number += 1
 
     # --------------------------------------------------------------------------------------- step
@@ -134,7 +139,7 @@ class MaskedOptimizer(Optimizer):
                 continue
             if p.grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
-            pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]  # type: ignore[arg-type]
+            pieces = parts(p, index, dim)
             if is_sharded(p):
                 # Noise depends on the position within a call, which starts anew on every rank.
                 number += first_row(p) << 32
@@ -146,8 +151,8 @@ class MaskedOptimizer(Optimizer):
             kinds = tuple(state[n].dtype for n in self._names(group) if n in state)
             key = (id(group), p.dtype, p.device, float(state["step"]), kinds)
             for part, grad, own in zip(pieces, grads, cut_state(state, grads), strict=True):
-                if is_sharded(p) and not grad.numel():
-                    continue
+                if (is_sharded(p) or len(pieces) > 1) and not grad.numel():
+                    continue  # other ranks have what trains, or other experts
                 call = calls.setdefault(key, (group, Call(number)))[1]
                 call.params.append(part.rows(local(p)))
                 call.grads.append(grad)

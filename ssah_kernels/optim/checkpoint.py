@@ -11,6 +11,7 @@ shapes mean the same to both. Scales of state in 8 bits have a row for each row 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim.calls import scales_of
-from ssah_kernels.sharded import Part, compact, expand, is_sharded, join, local, parts
+from ssah_kernels.sharded import compact, expand, is_sharded, join, local, parts
 
 
 class Masked(Protocol):
@@ -49,8 +50,11 @@ def numbers(state_dict: dict[str, Any]) -> Iterator[int]:
 
 
 def trained_shape(p: Tensor, index: Tensor | None, dim: Any) -> list[int]:
-    """The shape of what trains of ``p`` [units, other], whole: [trained, other]."""
+    """The shape of what trains of ``p`` [units, other]: [trained, other]; of experts [all]."""
     shape = list(p.shape)
+    if index is not None and not isinstance(dim, int):
+        # One expert behind the other: entries [trained], each of the size of the third dimension.
+        return [len(index) * p.numel() // math.prod(shape[d] for d in dim)]
     if index is not None and isinstance(dim, int):
         shape[dim] = len(index)
     return shape
@@ -124,8 +128,7 @@ def restore_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
                     f"it must be {shapes[name]}: was it saved with another selection of units?"
                 )
             if name == "compensation" and value.dtype == torch.bfloat16:
-                pieces = parts(p, index, dim) if is_sharded(p) else [Part(index, dim)]
-                own = join([part.entries(local(p.detach())) for part in pieces])
+                own = join([part.entries(local(p.detach())) for part in parts(p, index, dim)])
                 value = _other_half(own, value.to(p.device))
             # Steps are counted on the host, where reading them waits for no GPU.
             device = "cpu" if name == "step" else p.device

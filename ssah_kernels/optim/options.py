@@ -153,7 +153,7 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
         name: of both in errors, such as ``"[3]"``.
         p: the parameter.
         index: int64 [trained], which entries train along ``dim``; None: all.
-        dim: a dimension, or of a sharded parameter with experts a pair of them.
+        dim: a dimension, or of a parameter with experts a pair of them.
 
     Raises:
         ValueError: ``index`` or ``dim`` does not fit the parameter.
@@ -162,9 +162,11 @@ def entries(name: str, p: Tensor, index: Any, dim: Dim) -> Tensor | None:
     if is_sharded(p):
         check_layout(f"params{name}", p)
     elif not isinstance(dim, int):
-        raise ValueError(
-            f"dims{name} is {dim}; it must be one dimension, as the parameter is not sharded"
-        )
+        if dim[0] != 0 or not 0 < dim[1] < p.dim() or p.dim() > 3:
+            raise ValueError(
+                f"dims{name} is {dim} for a parameter of {p.dim()} dimensions; a pair must be "
+                "(0, d): the experts, and the dimension of theirs that entries run along"
+            )
     elif not -n <= dim < n or dim % n not in (0, n - 1):
         raise ValueError(
             f"dims{name} is {dim} for a parameter of {p.dim()} dimensions; it must be the first or "

@@ -369,7 +369,7 @@ def test_what_cannot_be_prepared_is_refused_and_nothing_changed(change: Any, dpo
 
 def test_averages_of_a_sharded_model_are_refused(dpo: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = ssah.freeze(dpo.model, draw(dpo.model))
-    monkeypatch.setattr(plan, "ranks", SimpleNamespace(size=2))
+    monkeypatch.setattr(plan._installed, "sharded", True)
     prepare_trainer(plan, dpo)  # what reads names finds those from before
     monkeypatch.setattr(dpo.callback_handler, "callbacks", [trl.BEMACallback()])
     with pytest.raises(ValueError, match="must not do so while the model is sharded"):

@@ -8,7 +8,7 @@ from ssah.training.splitting.masked_rows import check_rows_split, split_rows
 from ssah.training.splitting.projection import MaskedProjection, pickling_error, replaced_slices
 from ssah.training.splitting.split_model import split_model
 from ssah.training.splitting.split_tensor import SplitTensor
-from ssah.training.splitting.storage_order import complement_rows, runs
+from ssah.training.splitting.storage_order import complement_rows, runs, unit_major
 
 __all__ = [
     "MaskedProjection",
@@ -23,4 +23,5 @@ __all__ = [
     "split_model",
     "split_rows",
     "uninstall_gated",
+    "unit_major",
 ]

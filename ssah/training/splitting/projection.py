@@ -43,8 +43,9 @@ def replaced_slices(module: nn.Module) -> RuntimeError:
     return RuntimeError(
         f"the trained slices of this {type(module).__name__} were replaced by other parameters "
         "after the plan was made (fully_shard, FSDP, DeepSpeed and offloading do that, and so do "
-        "Trainer and accelerate with them): shard the model first, and make the plan then; a model "
-        "under a plan cannot be offloaded"
+        "Trainer and accelerate with them): shard the model first, and make the plan then; or let "
+        "Trainer or accelerate shard it with FSDP2, and give them the plan's own optimiser; FSDP1 "
+        "and DeepSpeed's ZeRO are not supported, and a model under a plan cannot be offloaded"
     )
 
 

@@ -206,15 +206,15 @@ for case, situation, message, words in (
     ),
     (
         "fsdp",
-        "a trainer with an FSDP plugin",
+        "a trainer with an FSDP plugin and an optimiser of its own",
         "shard the model with FSDP after its plan",
-        "Shard the model yourself, then make the plan; or use DDP.",
+        "That is, with another optimiser than `plan.optimizer_cls_and_kwargs(args)`. Give it that.",
     ),
     (
         "deepspeed",
         "a trainer with DeepSpeed",
         "shard the model with DeepSpeed after its plan",
-        "The same.",
+        "Use FSDP2, or DDP.",
     ),
 ):
     shown(OTHERS, situation, "refused", words, f"{UNPREPARED}[{case}]", message)
@@ -400,6 +400,7 @@ for situation, message, words, node in (
 # ----------------------------------------------------------------------------------- processes
 
 RANKS = T + "test_silent_ranks.py::test_two_ranks"
+SHARDS = T + "test_fsdp2_trainer.py::"
 WRAPPED = "tests/models/test_wrappers.py::"
 for situation, words, node in (
     (
@@ -424,6 +425,22 @@ for situation, words, node in (
         "of ranks.",
         "tests/attribution/test_ranks.py::test_sharded_by_fully_shard",
     ),
+    (
+        "the plan, then a Trainer with FSDP2 (`fsdp_version: 2`)",
+        "With the plan's optimiser. It ends where one process does; the update and the checkpoints "
+        "have the original names and shapes.",
+        SHARDS + "test_trainer_shards_after_the_plan",
+    ),
+    (
+        "the same, resumed on other numbers of ranks",
+        "Full and sharded checkpoints.",
+        SHARDS + "test_any_number_of_ranks_resumes[freeze-fsdp0]",
+    ),
+    (
+        "the plan, then `Accelerator.prepare` with FSDP2",
+        "With `plan.optimizer()`, made after the `Accelerator`. Mixtures of experts too.",
+        SHARDS + "test_two_ranks[under_accelerate]",
+    ),
 ):
     shown(OTHERS, situation, "works", words, node)
 for situation, message, words, node in (
@@ -447,15 +464,27 @@ for situation, message, words, node in (
     ),
     (
         "a sharded model with other units on each rank",
-        "fingerprint is",
+        "rank 1 trains other units than rank 0",
         "Draw units with one seed, or load them.",
         RANKS + "[sharded_with_other_units]",
     ),
     (
-        "a sharded model with `torch.optim.AdamW`, `max_norm=` or `plan.save_pretrained`",
-        "save it with torch",
-        "The plan's own optimiser knows what trains. Save with torch.distributed.checkpoint.",
+        "a sharded model with `torch.optim.AdamW`, or with `max_norm=`",
+        "must be None (clip with ",
+        "The plan's own optimiser knows what trains.",
         "tests/attribution/test_ranks.py::test_what_a_sharded_model_refuses",
+    ),
+    (
+        "a Trainer with FSDP2, with other units on each rank",
+        "rank 1 trains other units ",
+        "On every rank, before anything trains.",
+        SHARDS + "test_two_ranks[refuse]",
+    ),
+    (
+        "a Trainer with FSDP1 or DeepSpeed, or on several GPUs in one process",
+        "about to be sharded by",
+        "By name, as the plan's optimiser is asked for. Use FSDP2 or DDP.",
+        SHARDS + "test_what_no_plan_can_follow_is_refused_by_name",
     ),
     (
         "FSDP1",
