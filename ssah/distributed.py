@@ -169,6 +169,21 @@ class Ranks:
             result[name] = known[0][1] if known else None
         return result
 
+    def check_dealt(self, same: bool) -> None:
+        """Refuse batches that every rank was given, so that each would count that often.
+
+        Args:
+            same: whether all ranks made the same of their batches, and not nothing.
+
+        Raises:
+            ValueError: they did.
+        """
+        if self.size > 1 and same:
+            raise ValueError(
+                f"loader yields the same batches on all {self.size} ranks, so that every token "
+                "would count that often: give each rank its own, e.g. ssah.distributed.deal(loader)"
+            )
+
     def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
         """As many items on every rank: None on a rank that has no more while another has.
 
