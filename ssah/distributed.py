@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from ssah.moved import renamed
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["Dealt", "Group", "RankLostError", "Ranks", "deal", "launched", "reshard"]
+__all__ = [
+    "Dealt",
+    "Group",
+    "RankLostError",
+    "Ranks",
+    "check_not_sharded",
+    "deal",
+    "launched",
+    "reshard",
+]
 
 Group: TypeAlias = "dist.ProcessGroup | str | None"
 Item = TypeVar("Item")
@@ -230,6 +239,19 @@ def deal(loader: Iterable[Any], process_group: Group = "auto") -> Dealt:
         process_group: as in :func:`ssah.attribute`.
     """
     return Dealt(loader, Ranks.of(process_group))
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model that ``fully_shard`` has sharded, for what runs its parts by themselves.
+
+    Raises:
+        ValueError: it is.
+    """
+    if Ranks.over(model) is not None:
+        raise ValueError(
+            f"model {type(model).__name__} is sharded (fully_shard), and its parts are to run by "
+            "themselves: it must be whole on every rank, which then has batches of its own"
+        )
 
 
 def reshard(model: nn.Module) -> None:

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssah.attribution import BatchReader, counted_tokens
-from ssah.distributed import Group, Ranks
+from ssah.distributed import Group, Ranks, check_not_sharded
 from ssah.models import as_it_was, cheap_weights_hash, check_backbone, check_whole
 from ssah.representations.recording import (
     Position,
@@ -84,8 +84,8 @@ def represent(
 
     Raises, on every rank if on one:
         TypeError: ``model`` is no transformers model, or a batch is not of this form.
-        ValueError: no row; positions that are none, or that a row has not; ranks that differ, or
-            that were all given the same batches.
+        ValueError: no row; positions that are none, or that a row has not; a sharded model; ranks
+            that differ, or that were all given the same batches.
         FloatingPointError: states are NaN or infinite; the layer is named.
 
     Source: means by layer and position, Arditi et al., arXiv 2406.11717.
@@ -94,6 +94,7 @@ def represent(
     with ranks.agreeing():
         where = check_positions(positions)
         whole = check_whole(model)
+        check_not_sharded(whole)
         check_backbone(whole)
         sums = _Sums(len(layers_of(whole)))
         hashed = cheap_weights_hash(whole)
