@@ -76,5 +76,6 @@ def top_tokens(
         ValueError: as of `vocabulary_projection`; ``k`` is below 1.
     """
     check_count("k", k)
-    logits = vocabulary_projection(model, directions).reshape(-1, text_config(model).vocab_size)
+    logits = vocabulary_projection(model, directions)
+    logits = logits.reshape(-1, logits.shape[-1])  # [n, vocabulary]
     return [[str(tokenizer.decode([i])) for i in each] for each in logits.topk(k).indices.tolist()]
