@@ -23,7 +23,16 @@ from torch import Tensor, nn
 from ssah.moved import renamed
 from ssah_kernels.sharded import is_sharded
 
-__all__ = ["Dealt", "Group", "RankLostError", "Ranks", "deal", "launched", "reshard"]
+__all__ = [
+    "Dealt",
+    "Group",
+    "RankLostError",
+    "Ranks",
+    "check_not_sharded",
+    "deal",
+    "launched",
+    "reshard",
+]
 
 Group: TypeAlias = "dist.ProcessGroup | str | None"
 Item = TypeVar("Item")
@@ -169,6 +178,21 @@ class Ranks:
             result[name] = known[0][1] if known else None
         return result
 
+    def check_dealt(self, same: bool) -> None:
+        """Refuse batches that every rank was given, so that each would count that often.
+
+        Args:
+            same: whether all ranks made the same of their batches, and not nothing.
+
+        Raises:
+            ValueError: they did.
+        """
+        if self.size > 1 and same:
+            raise ValueError(
+                f"loader yields the same batches on all {self.size} ranks, so that every token "
+                "would count that often: give each rank its own, e.g. ssah.distributed.deal(loader)"
+            )
+
     def in_step(self, items: Iterable[Item]) -> Iterator[Item | None]:
         """As many items on every rank: None on a rank that has no more while another has.
 
@@ -215,6 +239,19 @@ def deal(loader: Iterable[Any], process_group: Group = "auto") -> Dealt:
         process_group: as in :func:`ssah.attribute`.
     """
     return Dealt(loader, Ranks.of(process_group))
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Refuse a model that ``fully_shard`` has sharded, for what runs its parts by themselves.
+
+    Raises:
+        ValueError: it is.
+    """
+    if Ranks.over(model) is not None:
+        raise ValueError(
+            f"model {type(model).__name__} is sharded (fully_shard), and its parts are to run by "
+            "themselves: it must be whole on every rank, which then has batches of its own"
+        )
 
 
 def reshard(model: nn.Module) -> None:

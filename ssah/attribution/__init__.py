@@ -9,7 +9,7 @@ from ssah.attribution.batches import (
     counted_tokens,
     may_drop_mask,
 )
-from ssah.attribution.partial_runs import discard
+from ssah.attribution.partial_runs import discard, refuse_other
 from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
 from ssah.attribution.scores import column_sq_norms
 from ssah.attribution.scoring import attribute

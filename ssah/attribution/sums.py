@@ -90,11 +90,7 @@ def join(ranks: Ranks, sums: Mapping[str, Sums], *, gradient: bool) -> None:
             merge_moments_(count, mean, m2, n, parts[0][rank], parts[1][rank])
             for total, part in zip(added, parts[2:], strict=True):
                 total += part[rank]
-    if same and bool(counts.any()):
-        raise ValueError(
-            f"loader yields the same batches on all {ranks.size} ranks, so that every token "
-            "would count that often: give each rank its own, e.g. ssah.distributed.deal(loader)"
-        )
+    ranks.check_dealt(same and bool(counts.any()))
     for i, state in enumerate(states):
         state.count.copy_(counts[:, i].sum())
     for field, values in zip(fields, flat, strict=True):

@@ -10,7 +10,13 @@ from ssah.evaluation.attack import (
     judged_answers,
 )
 from ssah.evaluation.coherence import Coherence, coherence
+from ssah.evaluation.first_order import (
+    RankingAgreement,
+    first_order_effects,
+    ranking_agreement,
+)
 from ssah.evaluation.generation import Answer, answers, generate
+from ssah.evaluation.input_gradients import input_gradient_norms
 from ssah.evaluation.intervals import (
     Unit,
     bootstrap,
@@ -28,6 +34,7 @@ from ssah.evaluation.probing import Probe, probe
 from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
 from ssah.evaluation.rates import answer_rates, rate, summary
 from ssah.evaluation.refusals import Refusals, refusals_change
+from ssah.evaluation.searching import GreedySearch, greedy_search
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 
@@ -37,9 +44,11 @@ __all__ = [
     "Answer",
     "Coherence",
     "Effects",
+    "GreedySearch",
     "Judge",
     "Measurement",
     "Measures",
+    "RankingAgreement",
     "Refusals",
     "ablations",
     "answers",
@@ -47,10 +56,14 @@ __all__ = [
     "bootstrap",
     "coherence",
     "effects",
+    "first_order_effects",
     "generate",
+    "greedy_search",
+    "input_gradient_norms",
     "judge",
     "judge_answers",
     "paired_difference",
+    "ranking_agreement",
     "rate",
     "refusal_margin",
     "refusal_margins",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ranks as processes
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -23,6 +25,7 @@ from ssah.deltas.subspaces import (
     overlap,
     principal_angles,
 )
+from ssah.distributed import deal
 
 
 def inputs_by_hand(model: Any, batches: list[dict[str, Tensor]], name: str, counted: Any) -> Tensor:
@@ -76,6 +79,49 @@ def test_what_shares_its_input_shares_its_matrix() -> None:
     assert found[f"{layer}.mlp.gate_proj"] is found[f"{layer}.mlp.up_proj"]
     one = gram(model, [collate(rows())], [f"{layer}.self_attn.v_proj"])
     assert one[f"{layer}.self_attn.v_proj"].matrix.equal(v.matrix)
+
+
+def several(rank: int, n: int, folder: Path) -> None:
+    model = build("mixtral")
+    batches = processes.batches(5)
+    found = gram(model, deal(batches))
+    torch.save(
+        {name: (each.matrix, each.tokens) for name, each in found.items()}, folder / f"{rank}"
+    )
+    few = gram(model, batches[:1] if rank else [])  # the first rank has no batch, and no matrix
+    alone = gram(model, batches[:1], process_group=None)
+    assert all(torch.equal(few[name].matrix, alone[name].matrix) for name in alone)
+    with pytest.raises(ValueError, match="the same batches on all 2 ranks"):
+        gram(model, batches)
+    with pytest.raises(ValueError, match="tokens is 'all' on rank 1"):
+        gram(model, processes.batches(2, labels=not rank))
+    with pytest.raises(ValueError, match=r"projections is \["):
+        gram(model, batches[rank:], [f"model.layers.{rank}.self_attn.v_proj"])
+    if rank:  # what a faulty machine computes
+        model.model.layers[1].self_attn.v_proj.register_forward_hook(
+            lambda *args: args[2] * math.nan
+        )
+    with pytest.raises(
+        FloatingPointError, match=r"layers\.1\.self_attn\.o_proj' is NaN or infinite"
+    ):
+        gram(model, deal(batches))
+    with pytest.raises(ValueError, match=r"is sharded \(fully_shard\)"):
+        gram(processes.sharded(n), deal(batches))
+    assert len(gram(build("mixtral"), deal(batches))) == len(found)  # still in step
+
+
+def test_ranks_join_their_matrices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A few rows at a time, so that there are several pieces.
+    monkeypatch.setattr("ssah.deltas.subspaces.gram_matrices._GATHERED_AT_ONCE", 500)
+    processes.start(several, 2, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}") for rank in range(2)]
+    one = gram(build("mixtral"), processes.batches(5))
+    assert list(found[0]) == list(found[1]) == list(one)
+    for name, expected in one.items():
+        (first, tokens), (second, _) = (each[name] for each in found)
+        assert tokens == expected.tokens
+        assert torch.equal(first, second)
+        torch.testing.assert_close(first, expected.matrix, rtol=1e-9, atol=1e-9)
 
 
 def test_wrong_calls_of_gram_are_refused_and_leave_no_hook() -> None:

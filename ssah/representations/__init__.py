@@ -1,0 +1,35 @@
+"""Hidden states of a set of texts, reduced as they come: means, directions, how two sets differ."""
+
+from __future__ import annotations
+
+from ssah.lazy import submodules_of
+from ssah.representations.comparing import (
+    PairCosines,
+    Separation,
+    mean_difference,
+    pair_cosines,
+    separation,
+)
+from ssah.representations.moments import Representations, represent
+from ssah.representations.recording import (
+    Positions,
+    StatePositions,
+    check_positions,
+    layers_of,
+    recorded,
+)
+from ssah.representations.vocabulary import top_tokens, vocabulary_projection
+
+__all__ = [
+    "PairCosines",
+    "Representations",
+    "Separation",
+    "mean_difference",
+    "pair_cosines",
+    "represent",
+    "separation",
+    "top_tokens",
+    "vocabulary_projection",
+]
+
+__getattr__ = submodules_of(__name__)

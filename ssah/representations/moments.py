@@ -1,0 +1,166 @@
+"""What is kept of the hidden states of a set of texts: sums, and no state of a single text.
+
+Over n rows with the states h_1 ... h_n at one position of one layer:
+
+    mean      m = sum_i h_i / n                    [hidden]
+    m2        sum_i (h_i - m)^2, channel by channel [hidden]
+    unit_sum  s = sum_i h_i / |h_i|                [hidden]
+
+Example: the states (3, 0) and (0, 1) have the mean (1.5, 0.5), the m2 (4.5, 0.5) and the unit_sum
+(1, 1). States of a batch are merged with those of before by Chan's formula, in float64, and so are
+those of several ranks. How rows are batched, ordered and padded changes nothing but rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssah.attribution import BatchReader, counted_tokens
+from ssah.distributed import Group, Ranks, check_not_sharded
+from ssah.models import as_it_was, cheap_weights_hash, check_backbone, check_whole
+from ssah.representations.recording import (
+    Position,
+    Positions,
+    StatePositions,
+    check_positions,
+    layers_of,
+    recorded,
+)
+from ssah.units import config_hash
+from ssah_kernels import ops
+from ssah_kernels.reference.channel_moments import merge_moments_
+
+
+@dataclass(frozen=True, eq=False)
+class Representations:
+    """The hidden states of a set of rows, reduced; layer l is what layer l puts out.
+
+    Attributes:
+        positions: at which tokens.
+        rows: over how many rows.
+        mean: float64 ``[positions, layers, hidden]``.
+        m2: float64 ``[positions, layers, hidden]``, sum of squared deviations from the mean.
+        unit_sum: float64 ``[positions, layers, hidden]``, the sum of states at length 1.
+    """
+
+    positions: tuple[Position, ...]
+    rows: int
+    mean: Tensor
+    m2: Tensor
+    unit_sum: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """Unbiased, of each channel over rows: float64 ``[positions, layers, hidden]``."""
+        return self.m2 / (self.rows - 1)
+
+
+def represent(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    positions: Positions = ("last",),
+    process_group: Group = "auto",
+) -> Representations:
+    """Reduce the hidden states of a model on a set of rows, in one pass of its backbone.
+
+    Memory does not grow with the number of rows. The model runs in evaluation mode, and is left as
+    it was. Interventions that are under way count.
+
+    Args:
+        model: a transformers model of a known family.
+        loader: batches as of `ssah.attribute`; each row has one prompt, and where there are labels
+            one response.
+        positions: ``"last"`` (token of the prompt), ``"first"`` (of the response), ``"response"``
+            (the mean over it), or numbers below 0: -2 is the last but one token of the prompt.
+        process_group: as of `ssah.attribute`: ranks with batches of their own get one result.
+
+    Raises, on every rank if on one:
+        TypeError: ``model`` is no transformers model, or a batch is not of this form.
+        ValueError: no row; positions that are none, or that a row has not; a sharded model; ranks
+            that differ, or that were all given the same batches.
+        FloatingPointError: states are NaN or infinite; the layer is named.
+
+    Source: means by layer and position, Arditi et al., arXiv 2406.11717.
+    """
+    ranks = Ranks.of(process_group)
+    with ranks.agreeing():
+        where = check_positions(positions)
+        whole = check_whole(model)
+        check_not_sharded(whole)
+        check_backbone(whole)
+        sums = _Sums(len(layers_of(whole)))
+        hashed = cheap_weights_hash(whole)
+    ranks.common(positions=list(where), config_hash=config_hash(whole), weights_hash=hashed)
+    with ranks.agreeing(), as_it_was(whole):
+        batches = iter(loader)
+        begun = list(islice(batches, 1))
+        tokens = counted_tokens(begun[0]) if begun else "all"
+        reader = BatchReader(whole, tokens=tokens)
+        layers = layers_of(whole)
+        for number, raw in enumerate(chain(begun, batches)):
+            batch = reader.read(raw, number)
+            at = StatePositions.of(batch, where, number)
+            with recorded(layers, at) as states, torch.inference_mode():
+                whole.base_model(**batch.inputs, use_cache=False)
+            # One copy of the batch: [layers, rows, positions, hidden]
+            sums.add(torch.stack([states[layer][0] for layer in layers]))
+    return sums.joined(ranks, where)
+
+
+class _Sums:
+    """Count, mean, m2 and unit_sum of all layers and positions, in one row of channels."""
+
+    def __init__(self, layers: int) -> None:
+        self._layers = layers
+        self._shape: tuple[int, ...] = ()  # layers, positions, hidden; of no batch yet
+        self._count = torch.zeros((), dtype=torch.float64)
+        self._mean = self._m2 = self._unit_sum = torch.zeros(0, dtype=torch.float64)
+
+    def add(self, states: Tensor) -> None:  # [layers, rows, positions, hidden]
+        by_row = states.transpose(0, 1)  # [rows, layers, positions, hidden]
+        if not self._shape:
+            self._begin(by_row.shape[1:])
+        flat = by_row.flatten(1).clone()  # [rows, channels]; no tensor of inference mode
+        ops.channel_moments_(flat, self._count, self._mean, self._m2)
+        self._unit_sum += F.normalize(by_row, dim=-1).sum(0).flatten()
+        self._check()
+
+    def _begin(self, shape: Iterable[int]) -> None:
+        self._shape = tuple(shape)
+        zeros = torch.zeros(self._shape, dtype=torch.float64).flatten()  # [channels]
+        self._mean, self._m2, self._unit_sum = zeros, zeros.clone(), zeros.clone()
+
+    def _check(self) -> None:
+        finite = (self._mean + self._m2).view(self._layers, -1).isfinite().all(1)  # [layers]
+        if not bool(finite.all()):
+            layer = int((~finite).nonzero()[0])
+            raise FloatingPointError(f"hidden states of layer {layer} are NaN or infinite")
+
+    def joined(self, ranks: Ranks, positions: tuple[Position, ...]) -> Representations:
+        """The result over all ranks, the same bits on each."""
+        shape = ranks.common(shape=list(self._shape) or None)["shape"]
+        if shape is None:
+            raise ValueError("loader yielded no batch, must yield at least one")
+        if not self._shape:
+            self._begin(shape)
+        own = torch.cat([self._count[None], self._mean, self._m2, self._unit_sum])
+        told = ranks.gather(own)  # [ranks, 1 + 3 channels]
+        ranks.check_dealt(bool(told[0, 0]) and bool((told == told[0]).all()))
+        self._count.zero_()
+        self._begin(shape)
+        for each in told:
+            mean, m2, unit_sum = each[1:].view(3, -1)  # [channels] each
+            merge_moments_(self._count, self._mean, self._m2, each[0], mean, m2)
+            self._unit_sum += unit_sum
+        parts = (self._mean, self._m2, self._unit_sum)
+        # [layers, positions, hidden] -> [positions, layers, hidden]
+        swapped = (part.view(shape).transpose(0, 1).contiguous() for part in parts)
+        return Representations(positions, int(self._count), *swapped)
