@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
+from ssah.evaluation.answering import Answering
 from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.generation import Answer, bar, generate
+from ssah.evaluation.generation import Answer, bar
 from ssah.evaluation.judges import Judge, Judged, judge
 from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
 from ssah.evaluation.rates import summary
-from ssah.interventions import ablate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,8 +22,8 @@ if TYPE_CHECKING:
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
 _DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations
 
-# Computes what is kept of the k-th batch of answers, or has it from earlier.
-Keep: TypeAlias = "Callable[[int, Callable[[], dict[str, Any]]], dict[str, Any]]"
+# Computes what is kept of an arm's k-th batch of answers, or has it from earlier.
+Keep: TypeAlias = "Callable[[int, int, Callable[[], dict[str, Any]]], dict[str, Any]]"
 
 
 def attack_success(
@@ -73,14 +72,14 @@ def attack_success(
     chosen = distinct_judges(judges, max_new_tokens)
     scorer = coherent or Coherence.calibrate(model, tokenizer, batch_size=batch_size)
     with bar(progress, len(requests)) as advance:
-        found = judged_answers(
+        (found,) = judged_answers(
             model,
             tokenizer,
             requests,
             chosen,
             scorer,
             counting(advance),
-            ablated=ablated,
+            selections=[ablated],
             system_prompt=system_prompt,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
@@ -91,7 +90,7 @@ def attack_success(
 def counting(advance: Callable[[int], None]) -> Keep:
     """Keeps nothing of a batch, but counts its answers."""
 
-    def keep(_: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def keep(arm: int, number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         found = compute()
         advance(len(found["tokens"]))
         return found
@@ -107,47 +106,58 @@ def judged_answers(
     coherent: Coherence,
     keep: Keep,
     *,
-    ablated: UnitSet | None = None,
+    selections: Sequence[UnitSet | None] = (None,),
+    kept: Callable[[int, int], bool] = lambda arm, number: False,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,
-) -> dict[str, Any]:
-    """Answer requests greedily, batch by batch, and forget each batch once it is judged.
+) -> list[dict[str, Any]]:
+    """Answer requests greedily under several arms at once, and forget answers once judged.
 
     Args:
         judges, coherent: see :func:`judge_answers`.
-        keep: called with the number of a batch, from 0, and a function without arguments that
-            answers and judges it; returns what that function does, now or at an earlier call.
-        model, tokenizer, requests, ablated, system_prompt, max_new_tokens, batch_size: as
-            :func:`attack_success` takes them.
+        keep: called with the number of an arm, that of a batch of requests, both from 0, and a
+            function without arguments that answers and judges it; returns what that function does,
+            now or at an earlier call.
+        selections: of each arm the units that are out while it answers; None: nothing. Coherence
+            is scored by the model with them back in place.
+        kept: whether ``keep`` has an arm and a batch from an earlier call.
+        model, tokenizer, requests, system_prompt, max_new_tokens: as :func:`attack_success` takes
+            them.
+        batch_size: requests of a batch. As many batches as fit into memory are answered together.
 
     Returns:
-        What :func:`judge_answers` does, of all requests, in their order; errors as of it.
+        One an arm, what :func:`judge_answers` returns of all requests in their order; errors as of
+        it.
     """
     for each in judges:
         each.to(model.device)
     encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
     check_room(model, encoded, max_new_tokens)
-
-    def answered(own: Sequence[Request]) -> dict[str, Any]:
-        # Coherence is scored after this block, by the model with its units back in place.
-        with nullcontext() if ablated is None else ablate(model, ablated):
-            found = generate(
-                model,
-                tokenizer,
-                own,
-                system_prompt=system_prompt,
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-            )
-        return judge_answers(own, found, judges, coherent)
-
     # Of similar length, but in the order of the requests, so that what is kept can be read.
     chunks = [sorted(chunk) for chunk in longest_first(encoded, batch_size)]
-    found = [
-        keep(number, partial(answered, [requests[i] for i in chunk]))
-        for number, chunk in enumerate(chunks)
+    jobs = [(arm, number) for number in range(len(chunks)) for arm in range(len(selections))]
+    answering = Answering(
+        model, tokenizer, coherent, requests, encoded, chunks, selections, max_new_tokens
+    )
+    answering.wanted = [job for job in jobs if not kept(*job)]
+
+    def judged(job: tuple[int, int]) -> dict[str, Any]:
+        own = [requests[i] for i in chunks[job[1]]]
+        return _judged(own, *answering(job), judges)
+
+    found = {job: keep(*job, partial(judged, job)) for job in jobs}
+    names = [each.name for each in judges]
+    return [
+        _of_arm([found[arm, number] for number in range(len(chunks))], chunks, names)
+        for arm in range(len(selections))
     ]
+
+
+def _of_arm(
+    found: Sequence[dict[str, Any]], chunks: Sequence[Sequence[int]], judges: Sequence[str]
+) -> dict[str, Any]:
+    """What was judged of the batches of one arm, as lists in the order of the requests."""
     # What was kept may stem from a run of another version, whose answers are gone.
     lacking = [key for key in (*_KEPT, "success") if any(key not in each for each in found)]
     if lacking:
@@ -162,8 +172,7 @@ def judged_answers(
         return [value for _, value in sorted(zip(order, values, strict=True))]
 
     result: dict[str, Any] = {key: joined([each[key] for each in found]) for key in _KEPT}
-    names = [each.name for each in judges]
-    success = {name: joined([each["success"][name] for each in found]) for name in names}
+    success = {name: joined([each["success"][name] for each in found]) for name in judges}
     return {**result, "success": success}
 
 
@@ -181,6 +190,16 @@ def judge_answers(
         answers from others (the start of a SHA-256). An unfinished answer is no success, and not
         called incoherent either.
     """
+    return _judged(requests, found, coherent([each.text for each in found], requests), judges)
+
+
+def _judged(
+    requests: Sequence[Request],
+    found: Sequence[Answer],
+    coherent: Sequence[bool],
+    judges: Sequence[Judge],
+) -> dict[str, Any]:
+    """What :func:`judge_answers` returns, of answers whose coherence is known."""
     texts = [answer.text for answer in found]
     asked = [asked_turns(each, f"requests[{i}]")[-1]["content"] for i, each in enumerate(requests)]
     said = [i for i, answer in enumerate(found) if not answer.unfinished]  # what there is to judge
@@ -189,12 +208,11 @@ def judge_answers(
         verdicts = each([asked[i] for i in said], [texts[i] for i in said])
         by_request = dict(zip(said, verdicts, strict=True))
         success[each.name] = [int(by_request.get(i, False)) for i in range(len(found))]
-    fine = coherent(texts, requests)
     return {
         "success": success,
         "incoherent": [
             int(not sense and not answer.unfinished)
-            for sense, answer in zip(fine, found, strict=True)
+            for sense, answer in zip(coherent, found, strict=True)
         ],
         "unfinished": [int(answer.unfinished) for answer in found],
         "digests": [hashlib.sha256(text.encode()).hexdigest()[:_DIGITS] for text in texts],

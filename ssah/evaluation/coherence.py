@@ -14,6 +14,7 @@ An answer is incoherent if
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -21,9 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import IGNORE_INDEX, Encoded, Encoder, load_rows
-from ssah.evaluation.loss import log_probs_by_length
-from ssah.evaluation.prompting import Request, check_list, prompts
+from ssah.data import Encoder, load_rows
+from ssah.evaluation.continuations import continuation_log_probs
+from ssah.evaluation.prompting import Request, asked_turns, check_list, prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,13 +85,25 @@ class Coherence:
 
     def __call__(self, answers: Sequence[str], requests: Sequence[Request]) -> list[bool]:
         """True where an answer to its request is coherent."""
-        # No answer is too surprising for an infinite threshold: no forward pass is needed.
-        surprises = not math.isinf(self.max_nll)
-        nll = self.nll(answers, requests) if surprises else [0.0] * len(answers)
+        _check_as_many(answers, requests)
         repeated = self.repeated(answers)
+        fine = [
+            bool(answer.strip()) and r <= self.max_repeated
+            for answer, r in zip(answers, repeated, strict=True)
+        ]
+        if math.isinf(self.max_nll):  # no answer is too surprising: no forward pass is needed
+            return fine
+        # The model is asked about what is undecided, and once where two arms give one answer.
+        asked: dict[tuple[str, str], int] = {}
+        for i, (answer, request) in enumerate(zip(answers, requests, strict=True)):
+            if fine[i]:
+                asked.setdefault((answer, _key(request)), i)
+        own = list(asked.values())
+        nll = self.nll([answers[i] for i in own], [requests[i] for i in own])
+        surprise = dict(zip(asked, nll, strict=True))
         return [
-            bool(answer.strip()) and n <= self.max_nll and r <= self.max_repeated
-            for answer, n, r in zip(answers, nll, repeated, strict=True)
+            good and surprise[answer, _key(request)] <= self.max_nll
+            for good, answer, request in zip(fine, answers, requests, strict=True)
         ]
 
     def nll(self, answers: Sequence[str], requests: Sequence[Request]) -> list[float]:
@@ -102,27 +115,19 @@ class Coherence:
         Raises:
             ValueError: there are not as many answers as requests.
         """
-        check_list("answers", answers)
-        check_list("requests", requests)
-        if len(answers) != len(requests):
-            raise ValueError(
-                f"answers are {len(answers)} and requests {len(requests)}, must be as many"
-            )
+        _check_as_many(answers, requests)
         asked = [NEUTRAL] * len(requests) if self.neutral else requests
         kept = [i for i, answer in enumerate(answers) if answer.strip()]  # the others have no token
         encoder = Encoder(self.tokenizer)
-        examples: list[Encoded] = []
         contexts = prompts(self.tokenizer, [asked[i] for i in kept]) if kept else []
-        for i, context in zip(kept, contexts, strict=True):
-            ids = _tokens(answers[i], encoder)  # without the end of the turn: an answer may be cut
-            labels = [IGNORE_INDEX] * len(context) + ids
-            examples.append({"input_ids": context + ids, "labels": labels})
+        # Without the end of the turn: an answer may be cut.
+        said = [_tokens(answers[i], encoder) for i in kept]
+        log_probs = continuation_log_probs(
+            self.model, self.tokenizer, contexts, said, self.batch_size
+        )
         result = [0.0] * len(answers)
-        scored = log_probs_by_length(self.model, self.tokenizer, examples, self.batch_size)
-        for chunk, log_probs, count in scored:
-            means = -log_probs / count.clamp_min(_MIN_TOKENS)
-            for k, mean in zip(chunk, means.tolist(), strict=True):
-                result[kept[k]] = mean
+        for i, ids, nats in zip(kept, said, log_probs.tolist(), strict=True):
+            result[i] = -nats / max(len(ids), _MIN_TOKENS)
         return result
 
     def repeated(self, answers: Sequence[str]) -> list[float]:
@@ -162,6 +167,20 @@ def coherence(
     neutral = requests is None
     scorer = Coherence.calibrate(model, tokenizer, neutral=neutral, batch_size=batch_size)
     return scorer(answers, [NEUTRAL] * len(answers) if requests is None else requests)
+
+
+def _check_as_many(answers: Sequence[str], requests: Sequence[Request]) -> None:
+    check_list("answers", answers)
+    check_list("requests", requests)
+    if len(answers) != len(requests):
+        raise ValueError(
+            f"answers are {len(answers)} and requests {len(requests)}, must be as many"
+        )
+
+
+def _key(request: Request) -> str:
+    """Equal where the same is asked; rows are no keys by themselves."""
+    return json.dumps(asked_turns(request, "requests"))
 
 
 def _tokens(answer: str, encoder: Encoder) -> list[int]:

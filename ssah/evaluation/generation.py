@@ -1,33 +1,28 @@
-"""Greedy answers to requests, in batches.
+"""Greedy answers to requests, in batches: what a model says, as text.
 
-A batch of three prompts of 2, 4 and 3 tokens (p), padded on the left (.), and what is generated (n)
-until each row ends its turn (E):
-
-    . . p p | n n E .
-    p p p p | n E . .        input_ids, attention_mask: [rows, width], new tokens: [rows, new]
-    . p p p | n n n E
-
-Padding stands on the left, so that every row goes on at the same column, ``width``.
+For example, "How do I bake bread?" becomes the prompt that the chat template makes of it, `decode`
+finds the tokens that follow, and the answer is their text up to the end of the turn, without
+reasoning and special tokens.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from ssah.data import Encoder, check_count
+from ssah.evaluation.decoding import decode, greedy, rows_at_once
 from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
-from ssah.models import as_it_was, check_whole, device_of
+from ssah.interventions import arms
+from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ssah.units import UnitSet
 
 _OPENING_TOKENS = 16  # of a prompt's end: enough to hold what opens a block of reasoning
 
@@ -85,10 +80,9 @@ def generate(
 ) -> list[Answer]:
     """Answer requests greedily: the likeliest token at every step, whatever the model's settings.
 
-    Requests of similar length share a batch, the longest first, padded on the left. A row is done
-    when it ends its turn, a batch when all its rows are. The model, its mode and its generation
-    settings, and the tokenizer are left as they were; inside ``ssah.ablate(...)`` the ablated model
-    answers.
+    Requests of similar length share a batch, the longest first. A row that ends its turn leaves its
+    batch. The model, its mode and its generation settings, and the tokenizer are left as they were;
+    inside ``ssah.ablate(...)`` the ablated model answers.
 
     Args:
         model: a causal language model of transformers.
@@ -147,11 +141,65 @@ def answer_tokens(
         bar(progress, len(encoded)) as advance,
     ):
         for chunk in chunks:
-            new = _new_tokens(model, [encoded[i] for i in chunk])
-            for i, ids in zip(chunk, new.tolist(), strict=True):
+            new = decode(model, [encoded[i] for i in chunk], stops, max_new_tokens)
+            for i, ids in zip(chunk, new, strict=True):
                 found[i] = _answer(tokenizer, encoded[i], ids, stops)
             advance(len(chunk))
     return [found[i] for i in range(len(encoded))]
+
+
+def answers_of_arms(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    jobs: Sequence[tuple[int, int]],
+    selections: Sequence[UnitSet | None],
+    *,
+    max_new_tokens: int,
+    at_once: int,
+) -> list[Answer]:
+    """Answers to prompts by a model with units taken out, all of them in shared batches.
+
+    Args:
+        model, tokenizer: as :func:`generate` takes them.
+        encoded: prompts, as tokens; there is room for their answers.
+        jobs: number of a selection, and number of a prompt that it is to answer.
+        selections: of each arm the units that are out; None is the model as it is.
+        max_new_tokens: the most tokens of an answer.
+        at_once: rows of a batch.
+
+    Returns:
+        One answer a job.
+    """
+    stops = stop_tokens(model, tokenizer)
+    found: dict[int, Answer] = {}
+    with ExitStack() as stack:
+        stack.enter_context(as_it_was(model))
+        stack.enter_context(greedy(model, tokenizer, stops, max_new_tokens))
+        run = None
+        # The model as it is needs no arms, and may be one whose units we do not know.
+        if any(selections[arm] is not None for arm, _ in jobs):
+            run = stack.enter_context(arms(model, selections))
+        for chunk in longest_first([encoded[prompt] for _, prompt in jobs], at_once):
+            own = [jobs[i] for i in chunk]
+            rows = [encoded[prompt] for _, prompt in own]
+            new = decode(model, rows, stops, max_new_tokens, run, [arm for arm, _ in own])
+            for i, row, ids in zip(chunk, rows, new, strict=True):
+                found[i] = _answer(tokenizer, row, ids, stops)
+    return [found[i] for i in range(len(jobs))]
+
+
+def fitting_rows(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    least: int,
+) -> int:
+    """How many of these prompts to answer at a time: see :func:`rows_at_once`."""
+    stops = stop_tokens(model, tokenizer)
+    with as_it_was(model), greedy(model, tokenizer, stops, max_new_tokens):
+        return rows_at_once(model, encoded, max_new_tokens, least)
 
 
 def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -169,96 +217,14 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted(stop for stop in stops if stop is not None)
 
 
-@contextmanager
-def greedy(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: list[int],
-    max_new_tokens: int,
-) -> Iterator[None]:
-    """Settings of greedy decoding in place of the model's own: sampling and penalties that came
-    with the model would be merged into whatever is passed to its ``generate``."""
-    from transformers import GenerationConfig
-
-    pad = tokenizer.pad_token_id
-    own = model.generation_config
-    # A model without a padding token gets a token that ends its turn: the mask hides it anyway.
-    model.generation_config = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        use_cache=True,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=stops or None,
-        pad_token_id=pad if pad is not None else (stops or [0])[0],
-        bos_token_id=tokenizer.bos_token_id,
-    )
-    try:
-        yield
-    finally:
-        model.generation_config = own
-
-
-class Finite:
-    """Notices logits that are NaN or +inf while a model generates; waits for no device."""
-
-    def __init__(self) -> None:
-        self.bad: Tensor | None = None
-
-    def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
-        # -inf is how transformers forbids a token. The flag stays on the device until the end.
-        bad = (logits.isnan() | (logits == torch.inf)).any()
-        self.bad = bad if self.bad is None else self.bad | bad
-        return logits
-
-    def check(self) -> None:
-        """Raise FloatingPointError if there were such logits: now the device is waited for."""
-        if self.bad is not None and bool(self.bad):
-            raise FloatingPointError(
-                "the model's logits are NaN or infinite, so that it says nothing: an empty answer "
-                "would count as a refusal or not by chance. Look at its weights, or use bfloat16 "
-                "or float32 in place of float16"
-            )
-
-
-def _new_tokens(model: PreTrainedModel, rows: list[list[int]]) -> Tensor:
-    """int64 ``[rows, new tokens]``; rows that are done are filled with the padding token."""
-    given = left_padded(model, rows)
-    options: dict[str, Any] = {}
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        # Else it is 1, a slice: a strided matrix, for which torch copies the vocabulary
-        # projection once a row. An index gives a whole one: prefilling takes half the time.
-        options["logits_to_keep"] = torch.tensor([-1], device=given["input_ids"].device)
-    finite = Finite()
-    generator: Any = model  # the types of its generate are of no use
-    with torch.inference_mode():
-        output = generator.generate(**given, logits_processor=[finite], **options)
-    assert isinstance(output, Tensor)
-    finite.check()
-    return output[:, given["input_ids"].shape[1] :].cpu()  # [rows, width + new] -> [rows, new]
-
-
-def left_padded(model: PreTrainedModel, rows: list[list[int]]) -> dict[str, Tensor]:
-    """``input_ids`` and ``attention_mask`` of prompts, int64 ``[rows, width]`` each."""
-    width = max(map(len, rows))
-    pad = model.generation_config.pad_token_id
-    # Not that of its weight: a plan may have split it, and one that is offloaded is on no device.
-    device = device_of(model.get_input_embeddings())
-    ids = [[pad] * (width - len(row)) + row for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
-
-
 def _answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int], stops: list[int]
+    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int], stops: list[int]
 ) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     kept = ids if end is None else ids[:end]
     # With special tokens, since those around reasoning may be special.
     text = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
-    opened = opens_reasoning(str(tokenizer.decode(prompt[-_OPENING_TOKENS:])))
+    opened = opens_reasoning(str(tokenizer.decode(list(prompt[-_OPENING_TOKENS:]))))
     said = spoken(text, opened=opened)
     if said is None:
         return Answer("", len(kept), end is not None, unfinished=True)

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, check_count
-from ssah.evaluation.generation import Finite, greedy, left_padded, stop_tokens
+from ssah.evaluation.decoding import Finite, greedy, left_padded
+from ssah.evaluation.generation import stop_tokens
 from ssah.evaluation.intervals import bootstrap
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
 from ssah.evaluation.prompting import check_list, longest_first

@@ -150,7 +150,7 @@ class Refusals:
         # The model before training, which could tell nonsense from sense, is gone after it.
         shape_alone = Coherence(self.model, self.tokenizer, math.inf, batch_size=self.batch_size)
         with bar(self.progress, len(requests)) as advance:
-            return judged_answers(
+            (found,) = judged_answers(
                 self.model,
                 self.tokenizer,
                 requests,
@@ -160,6 +160,7 @@ class Refusals:
                 max_new_tokens=self.max_new_tokens,
                 batch_size=self.batch_size,
             )
+        return found
 
     def _refused(self, judged: Mapping[str, Any]) -> list[int]:
         """0 or 1 a request: an answer that ended inside its reasoning is no refusal."""

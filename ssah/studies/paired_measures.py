@@ -100,49 +100,53 @@ class Evaluation:
             "losses": found,
         }
 
-    def attack(
+    def attacks(
         self,
-        name: str,
+        names: Sequence[str],
         model: PreTrainedModel,
         coherent: Coherence,
-        ablated: UnitSet | None = None,
-    ) -> dict[str, Any]:
-        """What ``ssah.evaluation.attack_success`` returns; arguments as of :meth:`judged`."""
-        found = self.judged(name, model, coherent, self.asked, ablated=ablated)
-        return attack_summary(found, self.judges, coherent)
+        selections: Sequence[UnitSet | None] = (None,),
+    ) -> list[dict[str, Any]]:
+        """What ``ssah.evaluation.attack_success`` returns of each; arguments as of `judged`."""
+        found = self.judged(names, model, coherent, self.asked, selections=selections)
+        return [attack_summary(each, self.judges, coherent) for each in found]
 
     def judged(
         self,
-        name: str,
+        names: Sequence[str],
         model: PreTrainedModel,
         coherent: Coherence,
         requests: Sequence[str],
         *,
-        ablated: UnitSet | None = None,
+        selections: Sequence[UnitSet | None],
         system_prompt: str | None = None,
-    ) -> dict[str, Any]:
-        """Let a model answer requests, and judge the answers, which are not kept.
+    ) -> list[dict[str, Any]]:
+        """Let a model answer requests under several arms at once; the answers are not kept.
 
-        A batch of answers is a step, so that little is lost.
+        A batch of an arm's answers is a step, so that little is lost.
 
         Args:
-            name: of the steps; the number of the batch follows it.
+            names: of the steps of each arm; the number of the batch follows it.
             model: what answers.
             coherent: says what is incoherent, by an intact model.
             requests: what it answers.
-            ablated: units of ``model`` that are out while it answers.
+            selections: of each arm the units of ``model`` that are out while it answers.
             system_prompt: as ``ssah.evaluation.generate`` takes it.
 
         Returns:
-            what ``ssah.evaluation.judge_answers`` returns.
+            one an arm, what ``ssah.evaluation.judge_answers`` returns.
         """
         study, steps = self.study, self.study.steps
-        with steps.part("answers", len(requests)) as advance:
+        with steps.part("answers", len(names) * len(requests)) as advance:
+            answered: list[int] = []  # of each batch, how many
 
-            def keep(number: int, compute: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+            def keep(
+                arm: int, number: int, compute: Callable[[], dict[str, Any]]
+            ) -> dict[str, Any]:
                 # Not a step with a line of its own: there are hundreds of them.
-                found: dict[str, Any] = steps.run.step(f"{name}.{number:04d}", compute)
-                advance(min((number + 1) * study.batch_size, len(requests)))
+                found: dict[str, Any] = steps.run.step(_batch(names[arm], number), compute)
+                answered.append(len(found["tokens"]))
+                advance(sum(answered))
                 return found
 
             return judged_answers(
@@ -152,11 +156,17 @@ class Evaluation:
                 self.judges,
                 coherent,
                 keep,
-                ablated=ablated,
+                selections=selections,
+                kept=lambda arm, number: steps.run.done(_batch(names[arm], number)),
                 system_prompt=system_prompt,
                 max_new_tokens=study.settings.max_new_tokens,
                 batch_size=study.batch_size,
             )
+
+
+def _batch(name: str, number: int) -> str:
+    """The step of a batch of answers."""
+    return f"{name}.{number:04d}"
 
 
 def intact_coherence(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -68,6 +69,29 @@ class Steps:
         self.bar.console.print(f"{as_data(name + facts)}  [dim]({took})[/dim]")
         self.bar.advance(self.task)
         return result
+
+    def together(
+        self,
+        names: Sequence[str],
+        compute: Callable[[list[int]], Sequence[Any]],
+        line: Callable[[Any], str] | None = None,
+    ) -> list[Any]:
+        """Several steps, of which those that are not done yet are computed in one go.
+
+        Args:
+            names: of the steps.
+            compute: called once, with the numbers of these steps; returns their results.
+            line: as :meth:`__call__` takes it.
+        """
+        left = [number for number, name in enumerate(names) if not self.run.done(name)]
+        found: dict[int, Any] = {}
+
+        def one(number: int) -> Any:
+            if not found:
+                found.update(zip(left, compute(left), strict=True))
+            return found[number]
+
+        return [self(name, partial(one, number), line) for number, name in enumerate(names)]
 
     @contextmanager
     def part(self, what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import tiny_chat
@@ -48,7 +49,7 @@ def saying(chat, *texts):
             rows.append(ids)
         width = max(map(len, rows))
         new = torch.tensor([row + [0] * (width - len(row)) for row in rows[: len(input_ids)]])
-        return torch.cat([input_ids, new], dim=1)
+        return SimpleNamespace(sequences=torch.cat([input_ids, new], dim=1))
 
     return model, say
 

@@ -10,7 +10,7 @@ from tiny_studies import MEASURED, SCAN, SOURCES, tree
 
 import ssah
 from ssah.data import make_loader
-from ssah.evaluation import generation
+from ssah.evaluation import Answer, answering
 from ssah.groups import UnitGroups, classify
 from ssah.models import load_model
 from ssah.studies.scan import ScanSettings, run_scan
@@ -71,25 +71,28 @@ def test_a_scan_measures_and_chooses(scanned, loading):
 def test_a_scan_goes_on_where_it_was(scanned, loading, tmp_path, monkeypatch):
     _, record = scanned
     out = tmp_path / "run"
-    answers, calls = generation.generate, []
+    answers, calls, answered = answering.answers_of_arms, [], []
 
-    def killed(*args, **kwargs):
-        calls.append(args)
-        if len(calls) == 8:
+    def killed(model, tokenizer, encoded, jobs, *args, **kwargs):
+        calls.append(jobs)
+        if len(calls) == 5:  # the intact model, both batches of two RU, the first of two SCU
             raise KeyboardInterrupt
-        return answers(*args, **kwargs)
+        answered.extend(jobs)
+        return answers(model, tokenizer, encoded, jobs, *args, **kwargs)
 
-    monkeypatch.setattr("ssah.evaluation.attack.generate", killed)
+    monkeypatch.setattr(answering, "answers_of_arms", killed)
+    # Two arms of a batch of three: as much as this memory holds.
+    monkeypatch.setattr(answering, "fitting_rows", lambda *_: 6)
     with pytest.raises(KeyboardInterrupt):
         run_scan(loading, out, SCAN, **SOURCES, **MEASURED)
     before = tree(out / "steps")
     steps = {Path(path).stem for path in before}
-    assert {"ru-0.1", "scu-0.05-attack.0000"} < steps
+    assert {"ru-0.1", "scu-0.05-attack.0000", "scu-0.1-attack.0000"} < steps
     assert not {"scu-0.05-attack.0001", "scu-0.05-attack"} & steps
     again = run_scan(loading, out, SCAN, **SOURCES, **MEASURED)
     assert again["result"] == record["result"]
     assert before.items() <= tree(out / "steps").items()
-    assert len(calls) == 1 + len(list((out / "steps").glob("*-attack.*[0-9].json")))
+    assert len(answered) == SCAN.asr * len(list((out / "steps").glob("*-attack.json")))
     with pytest.raises(ValueError, match=r"tolerance 0\.15, not 0\.5"):
         run_scan(loading, out, dataclasses.replace(SCAN, tolerance=0.5), **SOURCES, **MEASURED)
 
@@ -137,10 +140,10 @@ def test_the_rule_takes_the_largest_share_that_keeps_the_other():
 def test_no_answer_is_kept(loading, tmp_path, monkeypatch):
     mark = "an answer that must not be kept anywhere, whatever it says, be it harmless or not, here"
 
-    def answered(model, tokenizer, requests, **options):
-        return [generation.Answer(mark, 20, True) for _ in requests]
+    def answered(model, tokenizer, encoded, jobs, *args, **options):
+        return [Answer(mark, 20, True) for _ in jobs]
 
-    monkeypatch.setattr("ssah.evaluation.attack.generate", answered)
+    monkeypatch.setattr(answering, "answers_of_arms", answered)
     settings = dataclasses.replace(SCAN, shares=(0.05,), ru_shares=(0.1,), compare=False)
     record = run_scan(loading, tmp_path, settings, **SOURCES, **MEASURED)
     assert record["result"]["intact"]["requests"] == 4

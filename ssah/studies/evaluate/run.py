@@ -102,12 +102,10 @@ def run_evaluation(
         # The model itself was moved already; that this is it again does no harm.
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
-        judged = {
-            (each.name, condition, role): _judged(
-                study, evaluation, each, condition, role, asked[role], coherent
-            )
-            for each, condition, role in product(models, conditions, asked)
-        }
+        judged: dict[tuple[str, int, str], Any] = {}
+        for condition, role in product(conditions, asked):
+            found = _judged(study, evaluation, models, condition, role, asked[role], coherent)
+            judged |= {(name, condition, role): each for name, each in found.items()}
         measured = {each.name: _measured(study, evaluation, each) for each in models}
         tasks = {each.name: _tasks(study, each, manager) for each in models}
     result = {
@@ -166,25 +164,30 @@ def _words(evaluation: Evaluation) -> int:
 def _judged(
     study: Study,
     evaluation: Evaluation,
-    evaluated: Evaluated,
+    models: Sequence[Evaluated],
     condition: int,
     role: str,
     requests: Sequence[str],
     coherent: Coherence,
-) -> dict[str, Any]:
-    """What was judged of one model's answers to one list, under one system prompt: a step."""
-    name = f"{evaluated.name}.prompt{condition}.{role}"
-    compute = partial(
-        evaluation.judged,
-        name,
-        study.model,
-        coherent,
-        requests,
-        ablated=evaluated.units,
-        system_prompt=study.settings.system_prompts[condition],
-    )
-    found: dict[str, Any] = study.steps(name, compute, lambda found: _judged_line(found, role))
-    return found
+) -> dict[str, dict[str, Any]]:
+    """What was judged of each model's answers to one list under one system prompt: a step a model.
+
+    The models that have not answered yet do so together. Name -> what was judged.
+    """
+    names = [f"{each.name}.prompt{condition}.{role}" for each in models]
+
+    def compute(left: Sequence[int]) -> list[dict[str, Any]]:
+        return evaluation.judged(
+            [names[i] for i in left],
+            study.model,
+            coherent,
+            requests,
+            selections=[models[i].units for i in left],
+            system_prompt=study.settings.system_prompts[condition],
+        )
+
+    found = study.steps.together(names, compute, lambda own: _judged_line(own, role))
+    return {each.name: own for each, own in zip(models, found, strict=True)}
 
 
 def _judged_line(found: Mapping[str, Any], role: str) -> str:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
@@ -72,7 +72,7 @@ class Curves:
         self.shares: dict[str, float] = {}  # group -> the share chosen
         self.points: dict[str, dict[float, Point]] = {group: {} for group in ORDER}
         self.random: dict[float, list[Point]] = {}
-        self.intact = self.point("intact", 0.0, None)
+        (self.intact,) = self.measured({"intact": (0.0, None)})
 
     @cached_property  # a step of its own, which a scan without answers does not take
     def coherent(self) -> Coherence:
@@ -83,41 +83,65 @@ class Curves:
         """The groups with the shares chosen so far, or others in their place; 0 where none is."""
         return grouped(self.settings, self.scores, **{**self.shares, **shares})
 
-    def measure(self, group: str, share: float) -> None:
-        """A group ablated at a share."""
-        if share not in self.points[group]:
-            units = self.groups(**{group: share})[group]
-            self.points[group][share] = self.point(f"{group}-{share:g}", share, units)
+    def measure(self, group: str, *shares: float) -> None:
+        """A group ablated at each of these shares."""
+        new = [share for share in dict.fromkeys(shares) if share not in self.points[group]]
+        units = {
+            f"{group}-{share:g}": (share, self.groups(**{group: share})[group]) for share in new
+        }
+        self.points[group] |= zip(new, self.measured(units), strict=True)
 
-    def measure_random(self, group: str, share: float) -> None:
-        """Random units, as many in every module as a group has there at a share."""
-        if share in self.random:  # one control for SCU, UCU and RU of the same share
-            return
-        like = self.groups(**{group: share})[group]
-        self.random[share] = [
-            self.point(f"random-{share:g}-{seed}", share, UnitSet.random(like, seed=seed))
-            for seed in range(self.settings.seed, self.settings.seed + self.settings.draws)
-        ]
+    def measure_random(self, group: str, *shares: float) -> None:
+        """Random units, as many in every module as a group has there at each of these shares."""
+        # One control for SCU, UCU and RU of the same share.
+        new = [share for share in dict.fromkeys(shares) if share not in self.random]
+        seeds = range(self.settings.seed, self.settings.seed + self.settings.draws)
+        units = {
+            f"random-{share:g}-{seed}": (share, UnitSet.random(like, seed=seed))
+            for share in new
+            for like in [self.groups(**{group: share})[group]]
+            for seed in seeds
+        }
+        points = iter(self.measured(units))
+        self.random |= {share: [next(points) for _ in seeds] for share in new}
 
-    def point(self, name: str, share: float, units: UnitSet | None) -> Point:
-        """What is measured with units ablated, or of the intact model: a step of that name.
+    def measured(self, units: Mapping[str, tuple[float, UnitSet | None]]) -> list[Point]:
+        """What is measured with units ablated, or of the intact model: a step of each name.
+
+        Args:
+            units: name of the step -> the share, and its units; None: the intact model.
 
         Raises:
-            ValueError: there are no units: the share is too small.
+            ValueError: a share has no units: it is too small.
         """
-        if units is not None and not len(units):
-            raise ValueError(f"the share {share:g} has no unit in this model; it must be larger")
+        for share, own in units.values():
+            if own is not None and not len(own):
+                raise ValueError(
+                    f"the share {share:g} has no unit in this model; it must be larger"
+                )
         steps, model = self.study.steps, self.study.model
-        measured = steps(name, lambda: self.evaluation.measure(model, units), measured_line)
-        attack = None
+        found = [
+            steps(name, partial(self.evaluation.measure, model, own), measured_line)
+            for name, (_, own) in units.items()
+        ]
+        attacks: Sequence[dict[str, Any] | None] = [None] * len(units)
         if self.evaluation.asked:
-            step = f"{name}-attack"
-            attack = steps(
-                step,
-                lambda: self.evaluation.attack(step, model, self.coherent, units),
+            names = [f"{name}-attack" for name in units]
+            selections = [own for _, own in units.values()]
+            attacks = steps.together(
+                names,
+                lambda left: self.evaluation.attacks(
+                    [names[i] for i in left],
+                    model,
+                    self.coherent,
+                    [selections[i] for i in left],
+                ),
                 attack_line,
             )
-        return Point(share, 0 if units is None else len(units), measured, attack)
+        return [
+            Point(share, 0 if own is None else len(own), measured, attack)
+            for (share, own), measured, attack in zip(units.values(), found, attacks, strict=True)
+        ]
 
     # ------------------------------------------------------------------------------- choosing
 

@@ -43,22 +43,30 @@ def compare(curves: Curves, rows: Mapping[str, Sequence[Row]]) -> dict[str, Any]
     ways: list[dict[str, Any]] = []
     for tokens in _TOKENS:
         scores = curves.study.scores(rows, tokens)
-        for scope, normalize in _RANKINGS:
-            # The same scores serve all rankings: only the choice of tokens needs another pass.
-            own = replace(curves.settings, scope=scope, normalize=normalize)
-            points = []
-            for share in own.compare_shares:
-                units = grouped(own, scores, scu=share, ru=ru)["scu"]
-                name = f"compare-{tokens}-{scope}-{normalize}-{share:g}"
-                point = curves.plain(curves.point(name, share, units))
-                points.append({**point, "taken": _taken(by, intact, point)})
+        # The same scores serve all rankings: only the choice of tokens needs another pass.
+        rankings = [
+            replace(curves.settings, scope=scope, normalize=normalize)
+            for scope, normalize in _RANKINGS
+        ]
+        units = {
+            f"compare-{tokens}-{own.scope}-{own.normalize}-{share:g}": (
+                share,
+                grouped(own, scores, scu=share, ru=ru)["scu"],
+            )
+            for own in rankings
+            for share in own.compare_shares
+        }
+        measured = iter(curves.measured(units))
+        for own in rankings:
+            plain = [curves.plain(next(measured)) for _ in own.compare_shares]
+            points = [{**point, "taken": _taken(by, intact, point)} for point in plain]
             # A share that costs utility takes safety only as any damage does.
             kept = [point for point in points if point["utility_kept"]]
             best = max(kept, key=lambda point: point["taken"], default=None)
             ways.append(
                 {
-                    "scope": scope,
-                    "normalize": normalize,
+                    "scope": own.scope,
+                    "normalize": own.normalize,
                     "tokens": tokens,
                     "taken": 0.0 if best is None else best["taken"],
                     "share": None if best is None else best["share"],

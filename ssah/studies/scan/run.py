@@ -91,13 +91,11 @@ def _measure(
     chosen: dict[str, dict[str, Any] | None] = {}
     # All points of a group before the next: what is chosen for it decides who is left for that.
     for group in ORDER:
-        for share in settings.ru_shares if group == "ru" else settings.shares:
-            curves.measure(group, share)
+        curves.measure(group, *(settings.ru_shares if group == "ru" else settings.shares))
         chosen[group] = curves.choose(group)
     # UCU have the shares of SCU, whose control serves them as well.
     for group, shares in (("scu", settings.shares), ("ru", settings.ru_shares)):
-        for share in shares:
-            curves.measure_random(group, share)
+        curves.measure_random(group, *shares)
     # Where no share keeps what it should, the smallest comes closest.
     share = curves.shares.get("scu", min(settings.shares))
     curves.measure("ru", share)

@@ -218,7 +218,7 @@ class Comparison(Study):
 
         def attack() -> dict[str, Any]:
             model, _ = self.base(self.dtype, name)
-            return self.measured.attack(f"attack-{key}", model, self.coherent)
+            return self.measured.attacks([f"attack-{key}"], model, self.coherent)[0]
 
         return {
             "measured": self.steps(f"measure-{key}", measure, measured_line),
