@@ -8,6 +8,9 @@ unit, are left out on both sides.
 * torch fused: ``torch.optim.AdamW(fused=True)`` on everything, no mask.
 * mask, fused, restore: gradients multiplied by masks, the same optimiser, frozen entries put back.
 * ours: one call of ``masked_adamw_``; "+ importance" accumulates every unit's in the same pass.
+* through the index: weights and gradients are whole, as a stack without plans has them, and units
+  are rows of gate, up and V and columns of down and O. The gradient is read at the index; "gather,
+  then update" copies what trains out of it first.
 
 Take it on a machine that does nothing else: torch's optimiser waits for all its threads once a
 tensor, and suffers from company far more than one call that does so once.
@@ -43,6 +46,7 @@ from benchmarks.updates import (
     Call,
     Ours,
     build_dense,
+    build_indexed,
     build_ours,
     copy_bandwidth,
     masked_step,
@@ -84,6 +88,19 @@ SUITES: dict[torch.dtype, tuple[Variant, ...]] = {
 }
 
 
+def read_through_index(dtype: torch.dtype, layers: int) -> dict[str, tuple[Ours, Call]]:
+    """Pairs of calls, by their names: gradients read at the index, and gathered first."""
+    found = {}
+    for grads in (dtype,) if dtype == F32 else (dtype, F32):
+        ours = build_indexed(layers, 0.2, dtype, grads)
+        name = "20 %, through the index" + (", float32 gradients" if grads != dtype else "")
+        for gathers in (False, True):
+            options = {"importance": False, "seed": dtype == BF16, "remainder": False}
+            own = f"{name}: gather, then update" if gathers else name
+            found[own] = (ours, ours.call(gathers=gathers, **options))
+    return found
+
+
 def bytes_per_element(dtype: torch.dtype, variant: Variant) -> float:
     scales = 4 * F32.itemsize / BLOCK if variant.state == CODES else 0
     moved = 3 * dtype.itemsize + 4 * variant.state.itemsize + scales
@@ -106,6 +123,8 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
         if key not in built:
             built[key] = build_ours(layers, v.fraction, dtype, v.state, v.remainder)
         calls[v.name] = built[key].call(importance=v.importance, seed=v.seed, remainder=v.remainder)
+    through = read_through_index(dtype, layers)
+    calls |= {name: call for name, (_, call) in through.items()}
     times = common.interleave(calls, repeats=repeats, warmup=1)
     seconds = {name: common.percentiles(values) for name, values in times.items()}
     bandwidth = 2 * (512 << 20) / seconds["add_"]["p50"]  # each byte is read and written
@@ -135,13 +154,20 @@ def measure(dtype: torch.dtype, layers: int, repeats: int) -> list[dict[str, Any
             plain = v.name.removesuffix(" + importance")
             more["importance_ratio"] = common.ratio(times, v.name, plain)
         rows.append(row(v.name, ours.elements(), bytes_per_element(dtype, v), **more))
+    for name, (ours, _) in through.items():
+        moved = 6 * dtype.itemsize + ours.grads[0].itemsize
+        more = {}
+        if f"{name}: gather, then update" in through:
+            more["gather_ratio"] = common.ratio(times, name, f"{name}: gather, then update")
+            more["gather_limit"] = 1.0
+        rows.append(row(name, ours.elements(), moved, **more))
     return rows
 
 
 def show(rows: list[dict[str, Any]], threads: int) -> None:
     """Print the table."""
     table = Table(title=f"One AdamW step, relative to torch's fused AdamW ({threads} threads)")
-    for column in ("dtype", "call", "time", "limit", "of mask+restore", "importance"):
+    for column in ("dtype", "call", "time", "limit", "of mask+restore", "importance", "of gather"):
         table.add_column(column, justify="left" if column in ("dtype", "call") else "right")
     for column in ("ms p20-p80", "B/element", "of bandwidth", "packing ms"):
         table.add_column(column, justify="right")
@@ -159,6 +185,7 @@ def show(rows: list[dict[str, Any]], threads: int) -> None:
             times(r.get("limit")),
             times(r.get("masked_ratio")),
             times(r.get("importance_ratio")),
+            times(r.get("gather_ratio")),
             f"{spread['p20'] * 1e3:.1f}-{spread['p80'] * 1e3:.1f}",
             f"{r['bytes_per_element']:.3g}",
             f"{r['of_limit']:.0%}",

@@ -63,9 +63,16 @@ class Ours:
     packing_seconds: float = 0.0
 
     def elements(self) -> int:
-        return sum(g.numel() for g in self.grads)
+        return sum(m.numel() for m in self.exp_avgs)
 
-    def call(self, *, importance: bool, seed: bool, remainder: bool) -> Call:
+    def gathered(self) -> list[Tensor]:
+        """The gradients of what trains, copied out: compact [trained, other]."""
+        return [
+            g if index is None else g.index_select(dim, index)
+            for g, index, dim in zip(self.grads, self.indices, self.dims, strict=True)
+        ]
+
+    def call(self, *, importance: bool, seed: bool, remainder: bool, gathers: bool = False) -> Call:
         rate = torch.tensor(LR, dtype=torch.float64)
         step = torch.tensor(100.0, dtype=torch.float64)
 
@@ -73,7 +80,7 @@ class Ours:
             step.add_(1)
             ops.masked_adamw_(
                 self.params,
-                self.grads,
+                self.gathered() if gathers else self.grads,
                 self.exp_avgs,
                 self.exp_avg_sqs,
                 self.indices,
@@ -134,6 +141,28 @@ def build_ours(
             ours.squared.append(torch.zeros(len(units), dtype=torch.float64))
             if remainder:
                 ours.compensations.append(torch.zeros(shape, dtype=torch.int16))
+    return ours
+
+
+def build_indexed(layers: int, fraction: float, dtype: torch.dtype, grads: torch.dtype) -> Ours:
+    """Whole weights and gradients, as a stack without plans has them, of which units train.
+
+    Units are rows of gate, up and V, and columns of down and O. State is in ``dtype``.
+    """
+    ours = Ours()
+    for ffn, attention in draw_units(layers, fraction):
+        for name in (*FFN, *ATTENTION):
+            units, shape = (ffn if name in FFN else attention), shape_of(name)
+            dim = int(name in ("down", "o"))
+            shape = shape[::-1] if dim else shape
+            ours.params.append(random(shape, 0.02, dtype))
+            ours.grads.append(random(shape, 1e-3, grads))
+            compact = list(shape)
+            compact[dim] = len(units)
+            for states in (ours.exp_avgs, ours.exp_avg_sqs):
+                states.append(random(tuple(compact), 1e-3, dtype).square_())
+            ours.indices.append(units)
+            ours.dims.append(dim)
     return ours
 
 

@@ -136,7 +136,7 @@ def column_sq_norms(weight: Tensor) -> Tensor:
 
 def masked_adamw_(
     params: Sequence[Tensor],  # each e.g. [11008, 4096], of which 2,202 rows train
-    grads: Sequence[Tensor],  # [2202, 4096]
+    grads: Sequence[Tensor],  # [2202, 4096], or [11008, 4096]
     exp_avgs: Sequence[Tensor],  # [2202, 4096]
     exp_avg_sqs: Sequence[Tensor],  # [2202, 4096]
     indices: Sequence[Tensor | None],  # [2202]
@@ -151,6 +151,7 @@ def masked_adamw_(
     squared: Sequence[Tensor] | None = None,  # [2202]
     exp_avg_scales: Sequence[Tensor] | None = None,  # [2202, 16]
     exp_avg_sq_scales: Sequence[Tensor] | None = None,  # [2202, 16]
+    found_inf: Tensor | None = None,  # []
     *,
     betas: tuple[float, float] = (0.9, 0.999),
     eps: float = 1e-8,
@@ -166,8 +167,12 @@ def masked_adamw_(
         params: float64, float32, bfloat16 or float16, all alike; any strides. Updated in place.
             Where three or more dimensions are no matrix by their strides (``channels_last``), a
             copy of what trains is updated and written back.
-        grads: compact, in the parameters' dtype. A gradient or state is *compact* when it has its
-            parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``.
+        grads: compact, or of the parameter's shape: then read at ``indices[i]`` in the pass, so
+            that nothing is gathered first. In the parameters' dtype; of bfloat16 and float16
+            parameters float32 too, all alike. A gradient or state is *compact* when it has its
+            parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``. The
+            shape tells the two apart: it is the same only where all entries train, and then they
+            are the same gradient.
         exp_avgs, exp_avg_sqs: compact and contiguous; float32 or bfloat16 (float64 for float64
             parameters), or with scales uint8. Updated in place.
         indices: int64, contiguous, strictly increasing, or None for all: what is trained along
@@ -190,6 +195,8 @@ def masked_adamw_(
             :func:`ssah_kernels.dynamic_map.scales_shape` gives: state is in 8 bits then, codes of
             the dynamic map with a scale for each 256 of them. All zero at the start. Updated in
             place. The update is of the state as it reads back, before it is rounded again.
+        found_inf: where it is not zero, nothing is written: ``torch.amp.GradScaler`` has found that
+            a gradient overflowed. It is read on its device, so that nobody waits for it.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
@@ -214,6 +221,7 @@ def masked_adamw_(
         squared,
         exp_avg_scales,
         exp_avg_sq_scales,
+        found_inf,
         beta1=betas[0],
         beta2=betas[1],
         eps=eps,
@@ -237,6 +245,7 @@ def masked_sgd_(
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
     momentum_scales: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -270,6 +279,7 @@ def masked_sgd_(
         signed,
         squared,
         momentum_scales,
+        found_inf,
         momentum=momentum,
         dampening=dampening,
         weight_decay=weight_decay,

@@ -23,8 +23,8 @@ SCHEMAS: dict[str, str] = {
         " Tensor?[] indices, int[] dims, Tensor lr, Tensor step, Tensor? grad_scale=None,"
         " Tensor? clip_coef=None, Tensor? seed=None, Tensor(d!)[]? compensations=None,"
         " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None,"
-        " Tensor(g!)[]? exp_avg_scales=None, Tensor(h!)[]? exp_avg_sq_scales=None, *,"
-        " float beta1=0.9,"
+        " Tensor(g!)[]? exp_avg_scales=None, Tensor(h!)[]? exp_avg_sq_scales=None,"
+        " Tensor? found_inf=None, *, float beta1=0.9,"
         " float beta2=0.999, float eps=1e-08, float weight_decay=0.01, bool maximize=False) -> ()"
     ),
     "masked_sgd_": (
@@ -32,7 +32,7 @@ SCHEMAS: dict[str, str] = {
         " Tensor?[] indices, int[] dims, Tensor lr, Tensor step, Tensor? grad_scale=None,"
         " Tensor? clip_coef=None, Tensor? seed=None, Tensor(d!)[]? compensations=None,"
         " Tensor(e!)[]? signed=None, Tensor(f!)[]? squared=None,"
-        " Tensor(g!)[]? momentum_scales=None, *, float momentum=0.0,"
+        " Tensor(g!)[]? momentum_scales=None, Tensor? found_inf=None, *, float momentum=0.0,"
         " float dampening=0.0, float weight_decay=0.0, bool nesterov=False, bool maximize=False)"
         " -> ()"
     ),

@@ -12,6 +12,7 @@ expert each, and the second of them sees that entry as its own number 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
@@ -88,6 +89,13 @@ class Part:
         """All of ``rows`` [rows, ...], or those of the expert; not a copy."""
         return rows if self.expert is None else rows[self.expert]
 
+    def shape(self, rows: Tensor) -> torch.Size:
+        """The shape of :meth:`entries`, of which no copy is made."""
+        shape = list(self.rows(rows).shape)
+        if self.index is not None:
+            shape[self.dim] = len(self.index)
+        return torch.Size(shape)
+
     def entries(self, rows: Tensor) -> Tensor:
         """A copy of the entries of ``rows`` [rows, ...]; where they are all, not a copy."""
         own = self.rows(rows)
@@ -110,11 +118,11 @@ def parts(tensor: Tensor, index: Tensor | None, dim: Dim) -> list[Part]:
     return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
 
 
-def cut(values: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Contiguous ``values`` [all] as views in the shapes of ``like``, one behind the other."""
+def cut(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Contiguous ``values`` [all] as views of ``shapes``, one behind the other."""
     # [all] -> one flat piece for each, then its shape: [units, other].
-    pieces = values.view(-1).split([each.numel() for each in like])
-    return [piece.view(each.shape) for piece, each in zip(pieces, like, strict=True)]
+    pieces = values.view(-1).split([math.prod(shape) for shape in shapes])
+    return [piece.view(shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def join(pieces: Sequence[Tensor]) -> Tensor:
@@ -145,7 +153,7 @@ def expand(
         # [rows of this rank, ...]
         rows = own.new_zeros((len(local(tensor)), *(shape or tensor.shape)[1:]))
         pieces = parts(tensor, index, dim)
-        values = cut(own, [part.entries(rows) for part in pieces])
+        values = cut(own, [part.shape(rows) for part in pieces])
         for part, value in zip(pieces, values, strict=True):
             assert part.index is not None
             part.rows(rows).index_copy_(part.dim, part.index, value)

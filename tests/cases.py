@@ -19,7 +19,7 @@ from torch import Tensor
 from ssah_kernels.reference.channel_moments import channel_moments_ as reference_moments_
 
 __all__ = ["ACTIVATIONS", "CASES", "DTYPES", "OpCase", "Sample", "check_backend", "compare"]
-__all__ += ["check_bits", "copied", "flat", "moments_state", "results"]
+__all__ += ["check_bits", "check_skipped", "copied", "flat", "moments_state", "results"]
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
@@ -259,6 +259,23 @@ def check_sample(
             raise AssertionError(
                 f"{case.op} {sample.name} {inputs} result {i} {tuple(a.shape)}: {error}"
             ) from None
+
+
+def check_skipped(case: OpCase, function: Callable[..., Any], sample: Sample) -> None:
+    """Assert that an update writes nothing where an infinite gradient was found.
+
+    Memory is compared, all of it: of what is not a number too.
+    """
+    args = [copied(a) for a in sample.args[:-1]]
+    args[1] = [torch.full_like(g, torch.inf) for g in args[1]]
+    before = copied(args)
+    for value in (1.0, 0.5, torch.nan):
+        function(*args, torch.tensor(value), **sample.kwargs)
+    for i in case.outputs:
+        for a, b in zip(flat(args[i]), flat(before[i]), strict=True):
+            # uint8 [bytes] of all of the storage
+            memory = [torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage()) for t in (a, b)]
+            assert torch.equal(*memory), f"{case.op} {sample.name}: argument {i} was written"
 
 
 def check_backend(

@@ -13,7 +13,8 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
                       const OptionalTensorList& compensations,
                       const OptionalTensorList& signed_sums, const OptionalTensorList& squared_sums,
                       const OptionalTensorList& exp_avg_scales,
-                      const OptionalTensorList& exp_avg_sq_scales, double beta1, double beta2,
+                      const OptionalTensorList& exp_avg_sq_scales,
+                      const std::optional<Tensor>& found_inf, double beta1, double beta2,
                       double eps, double weight_decay, bool maximize) {
   const double rate = scalar_of(lr, 0), t = scalar_of(step, 0);
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
@@ -24,6 +25,7 @@ void masked_adamw_cpu(const TensorList& params, const TensorList& grads, const T
   const std::vector<UpdateTensor> tensors = update_tensors(
       {params, grads, &exp_avgs, &exp_avg_sqs, indices, dims, step, grad_scale, seed, compensations,
        signed_sums, squared_sums, &exp_avg_scales, &exp_avg_sq_scales});
+  if (scalar_of(found_inf, 0) != 0) return;  // gradients that overflowed: nothing is written
   const auto run =
       kernel_of(kernels().masked_adamw, dtype_of(params[0]), state_type_of(exp_avgs[0]));
   over_blocks(blocks_of(tensors),

@@ -9,7 +9,8 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
                     const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& clip_coef,
                     const std::optional<Tensor>& seed, const OptionalTensorList& compensations,
                     const OptionalTensorList& signed_sums, const OptionalTensorList& squared_sums,
-                    const OptionalTensorList& momentum_scales, double momentum, double dampening,
+                    const OptionalTensorList& momentum_scales,
+                    const std::optional<Tensor>& found_inf, double momentum, double dampening,
                     double weight_decay, bool nesterov, bool maximize) {
   const double scale = scalar_of(clip_coef, 1) / scalar_of(grad_scale, 1);
   const SgdArgs args{
@@ -23,6 +24,7 @@ void masked_sgd_cpu(const TensorList& params, const TensorList& grads,
   const int state = buffers != nullptr  ? state_type_of((*buffers)[0])
                     : dtype == kFloat64 ? kFloat64
                                         : kFloat32;
+  if (scalar_of(found_inf, 0) != 0) return;  // gradients that overflowed: nothing is written
   const auto run = kernel_of(kernels().masked_sgd, dtype, state);
   over_blocks(blocks_of(tensors),
               [&](const BlockOfTensor& b, size_t) { run(tensors[b.tensor], args, b.block); });

@@ -27,7 +27,7 @@ enum Units { kNoUnits, kRowUnit, kColumnUnits };
 template <class T, class S>
 struct Run {
   T* p;
-  const T* g;
+  const void* g;  // of T; or float, of a parameter of 16 bits
   S *state0, *state1;
   T* compensation;
   long n;
@@ -36,10 +36,10 @@ struct Run {
   scalar<T>*signed_sums, *squared_sums;
 };
 
-template <bool kNoise, bool kCompensates, Units kUnits, class T, class S, class Rule>
+template <bool kNoise, bool kCompensates, Units kUnits, class G, class T, class S, class Rule>
 SSAH_INLINE void update_vector(const Run<T, S>& r, const Rule& rule, long i, long n, vuint lanes,
                                vec<T>& signed_sum, vec<T>& squared_sum) {
-  const vec<T> p = load_up_to(r.p + i, n), grad = load_up_to(r.g + i, n);
+  const vec<T> p = load_up_to(r.p + i, n), grad = load_up_to((const G*)r.g + i, n);
   if constexpr (kUnits != kNoUnits) {
     if constexpr (kUnits == kColumnUnits) {
       signed_sum = load(r.signed_sums + i);
@@ -77,7 +77,7 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
   vfloat w[2], grad[2], rest[2], state0[2] = {}, state1[2] = {};
   vuint bits[2] = {};
   read_pair(r.p + i, w);
-  read_pair(r.g + i, grad);
+  read_pair((const bf16*)r.g + i, grad);
   if constexpr (kCompensates) read_pair(r.compensation + i, rest);
   if constexpr (Rule::kStates > 0) read_pair(r.state0 + i, state0);
   if constexpr (Rule::kStates > 1) read_pair(r.state1 + i, state1);
@@ -100,31 +100,32 @@ SSAH_INLINE void update_pair(const Run<bf16, bf16>& r, const Rule& rule, long i,
   if constexpr (Rule::kStates > 1) write_pair<kNoise, 2>(r.state1 + i, state1, bits);
 }
 
-template <class T, class S>
+template <class G, class T, class S>
 constexpr bool kPairs = false;
 template <>
-constexpr bool kPairs<bf16, bf16> = true;
+constexpr bool kPairs<bf16, bf16, bf16> = true;
 
-template <bool kNoise, bool kCompensates, Units kUnits, class T, class S, class Rule>
+// G: the type of the gradient.
+template <bool kNoise, bool kCompensates, Units kUnits, class G, class T, class S, class Rule>
 void update_run(const Run<T, S>& run, const Rule& rule) {
   const Run<T, S> r = run;  // copies that no store can alias
   const Rule local = rule;
   const vuint lanes = lane_numbers();
   vec<T> signed_sum = {}, squared_sum = {};
   long i = 0;
-  if constexpr (kPairs<T, S> && kUnits != kColumnUnits) {
+  if constexpr (kPairs<G, T, S> && kUnits != kColumnUnits) {
     vuint numbers = 2 * lanes + r.low;
     for (; i + 2 * SSAH_LANES <= r.n; i += 2 * SSAH_LANES, numbers += 2 * SSAH_LANES) {
       update_pair<kNoise, kCompensates, kUnits>(r, local, i, numbers, signed_sum, squared_sum);
     }
   }
   for (; i + compute<T>::lanes <= r.n; i += compute<T>::lanes) {
-    update_vector<kNoise, kCompensates, kUnits>(r, local, i, compute<T>::lanes, lanes, signed_sum,
-                                                squared_sum);
+    update_vector<kNoise, kCompensates, kUnits, G>(r, local, i, compute<T>::lanes, lanes,
+                                                   signed_sum, squared_sum);
   }
   if (i < r.n) {
-    update_vector<kNoise, kCompensates, kUnits>(r, local, i, r.n - i, lanes, signed_sum,
-                                                squared_sum);
+    update_vector<kNoise, kCompensates, kUnits, G>(r, local, i, r.n - i, lanes, signed_sum,
+                                                   squared_sum);
   }
   if constexpr (kUnits == kRowUnit) {
     store(r.signed_sums, signed_sum);
@@ -135,19 +136,26 @@ void update_run(const Run<T, S>& run, const Rule& rule) {
 template <class T, class S, class Rule>
 using UpdateRun = void (*)(const Run<T, S>&, const Rule&);
 
-template <Units kUnits, class T, class S, class Rule>
+template <Units kUnits, class G, class T, class S, class Rule>
 SSAH_INLINE UpdateRun<T, S, Rule> choose_run(bool noise, bool compensates) {
   if constexpr (sizeof(T) == 2 && Rule::kCompensated != kNever) {
-    if (noise && compensates) return update_run<true, true, kUnits, T, S, Rule>;
-    if (compensates) return update_run<false, true, kUnits, T, S, Rule>;
+    if (noise && compensates) return update_run<true, true, kUnits, G, T, S, Rule>;
+    if (compensates) return update_run<false, true, kUnits, G, T, S, Rule>;
   }
   if constexpr (Rule::kCompensated != kAlways) {
     if constexpr (sizeof(T) == 2 || sizeof(S) == 2) {
-      if (noise) return update_run<true, false, kUnits, T, S, Rule>;
+      if (noise) return update_run<true, false, kUnits, G, T, S, Rule>;
     }
-    return update_run<false, false, kUnits, T, S, Rule>;
+    return update_run<false, false, kUnits, G, T, S, Rule>;
   }
   return nullptr;
+}
+template <class G, class T, class S, class Rule>
+SSAH_INLINE UpdateRun<T, S, Rule> choose_run(const UpdateTensor& t) {
+  const bool noise = t.stochastic, compensates = t.compensation != nullptr;
+  if (t.signed_sum == nullptr) return choose_run<kNoUnits, G, T, S, Rule>(noise, compensates);
+  return t.units_are_columns ? choose_run<kColumnUnits, G, T, S, Rule>(noise, compensates)
+                             : choose_run<kRowUnit, G, T, S, Rule>(noise, compensates);
 }
 
 // Elements of a row that lie apart, side by side in `values`, and back. `columns` may be null.
@@ -170,6 +178,19 @@ SSAH_INLINE void scatter(T* __restrict row, const long* __restrict columns, long
   }
 #pragma GCC unroll 8
   for (long i = 0; i < n; ++i) row[columns[i]] = values[i];
+}
+
+// Of a row of the gradient, those n elements that are its columns `first` and on.
+template <class T>
+SSAH_INLINE void gather_grad(const UpdateTensor& t, const void* row, long first, void* values,
+                             long n) {
+  const long* const columns = t.grad_columns == nullptr ? nullptr : t.grad_columns + first;
+  const long skipped = columns == nullptr ? first * t.grad_column_stride : 0;
+  if (sizeof(T) == 2 && t.wide_grad) {
+    gather((const float*)row + skipped, columns, t.grad_column_stride, (float*)values, n);
+  } else {
+    gather((const T*)row + skipped, columns, t.grad_column_stride, (T*)values, n);
+  }
 }
 
 // Adds float sums to float64 ones and clears them.
@@ -201,17 +222,22 @@ SSAH_INLINE double sum_lanes(vfloat lanes) {
 
 template <class T, class S, class Rule>
 void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
-  const bool compensates = t.compensation != nullptr;
   const bool row_unit = t.signed_sum != nullptr && !t.units_are_columns;
   const bool column_units = t.signed_sum != nullptr && t.units_are_columns;
   typedef typename StateBlock<T, S>::Values V;
-  const UpdateRun<T, V, Rule> update =
-      row_unit       ? choose_run<kRowUnit, T, V, Rule>(t.stochastic, compensates)
-      : column_units ? choose_run<kColumnUnits, T, V, Rule>(t.stochastic, compensates)
-                     : choose_run<kNoUnits, T, V, Rule>(t.stochastic, compensates);
+  UpdateRun<T, V, Rule> update = choose_run<T, T, V, Rule>(t);
+  long grad_bytes = sizeof(T);
+  if constexpr (sizeof(T) == 2) {
+    if (t.wide_grad) {
+      update = choose_run<float, T, V, Rule>(t);
+      grad_bytes = sizeof(float);
+    }
+  }
   StateBlock<T, S> states(t);
   const bool gathers = t.columns != nullptr || t.column_stride != 1;
+  const bool gathers_grad = t.grad_columns != nullptr || t.grad_column_stride != 1;
   T gathered[kPiece];
+  scalar<T> gathered_grad[kPiece];  // of the type that the gradient has
   scalar<T> signed_sums[kColumnStripe + kFloatLanes], squared_sums[kColumnStripe + kFloatLanes];
   if (column_units) {
     __builtin_memset(signed_sums, 0, sizeof(signed_sums));
@@ -221,18 +247,26 @@ void masked_update(const UpdateTensor& t, const Rule& rule, UpdateBlock block) {
 
   for (long row = block.row_begin; row < block.row_end; ++row) {
     T* const p_row = (T*)t.param + (t.rows == nullptr ? row : t.rows[row]) * t.row_stride;
+    const char* const g_row =
+        (const char*)t.grad +
+        (t.grad_rows == nullptr ? row : t.grad_rows[row]) * t.grad_row_stride * grad_bytes;
     for (long c = block.column_begin, n; c < block.column_end; c += n) {
       const unsigned long element = (unsigned long)row * t.n_columns + c;
       const unsigned long to_wrap = (1ul << 32) - (element & 0xffffffffu);
       n = block.column_end - c;
-      if (n > kPiece && (row_unit || gathers)) n = kPiece;
+      if (n > kPiece && (row_unit || gathers || gathers_grad)) n = kPiece;
       if ((unsigned long)n > to_wrap) n = (long)to_wrap;
       n = states.template begin<Rule::kStates>(row, c, n);
       const long* const columns = t.columns == nullptr ? nullptr : t.columns + c;
       T* const p = p_row + (columns == nullptr ? c * t.column_stride : 0);
       if (gathers) gather(p, columns, t.column_stride, gathered, n);
+      const void* g = g_row + c * grad_bytes;
+      if (gathers_grad) {
+        gather_grad<T>(t, g_row, c, gathered_grad, n);
+        g = gathered_grad;
+      }
       const long at = column_units ? c - block.column_begin : 0;
-      update(Run<T, V>{gathers ? gathered : p, (const T*)t.grad + element, states.at(0, element, c),
+      update(Run<T, V>{gathers ? gathered : p, g, states.at(0, element, c),
                        states.at(1, element, c), (T*)t.compensation + element, n, (unsigned)element,
                        Noise{t.key0, t.key1 + (unsigned)(element >> 32)}, signed_sums + at,
                        squared_sums + at},

@@ -40,6 +40,28 @@ void* compact(const Tensor& x, const UpdateTensor& t, ScalarType dtype, const ch
   return x.data_ptr();
 }
 
+// Sets where the gradient of `t` lies: where it has the shape of `param`, it is read by the same
+// index. If that selects everything, both shapes are one, and mean the same.
+void set_gradient(UpdateTensor& t, const Tensor& grad, const Tensor& param, bool indexed,
+                  ScalarType dtype) {
+  t.wide_grad = dtype != param.scalar_type();
+  const bool compacted = t.n_rows == param.size(0) && t.n_columns == param.size(1);
+  const bool as_param =
+      grad.dim() == 2 && grad.size(0) == param.size(0) && grad.size(1) == param.size(1);
+  if (!indexed || compacted || !as_param) {
+    t.grad = compact(grad, t, dtype, "grads");
+    t.grad_row_stride = t.n_columns;
+    t.grad_column_stride = 1;
+    return;
+  }
+  STD_TORCH_CHECK(grad.scalar_type() == dtype, "grads must have one dtype");
+  t.grad = grad.const_data_ptr();
+  t.grad_rows = t.rows;
+  t.grad_columns = t.columns;
+  t.grad_row_stride = grad.stride(0);
+  t.grad_column_stride = t.n_columns == 1 && t.columns == nullptr ? 1 : grad.stride(1);
+}
+
 // The scales of state in codes [n_rows, n_columns]; null where there are none.
 float* scales_of(const OptionalTensorList* list, size_t i, const UpdateTensor& t,
                  ScalarType state) {
@@ -83,7 +105,7 @@ int state_type_of(const Tensor& state) {
 double scalar_of(const std::optional<Tensor>& x, double otherwise) {
   if (!x.has_value()) return otherwise;
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Double && x->numel() == 1,
-                  "lr, step, grad_scale and clip_coef must be float64 of one element");
+                  "lr, step, grad_scale, clip_coef and found_inf must be float64 of one element");
   return *static_cast<const double*>(x->const_data_ptr());
 }
 
@@ -120,6 +142,10 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
   std::vector<UpdateTensor> tensors;
   tensors.reserve(lists.params.size());
   const ScalarType dtype = lists.params[0].scalar_type();
+  const bool params_of_16_bits = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
+  const ScalarType grad = lists.grads[0].scalar_type();
+  STD_TORCH_CHECK(grad == dtype || (grad == ScalarType::Float && params_of_16_bits),
+                  "grads must be of the params' dtype, or float32 with params of 16 bits");
   const ScalarType state = lists.state0 != nullptr ? (*lists.state0)[0].scalar_type() : dtype;
   STD_TORCH_CHECK(!lists.seed.has_value() ||
                       (lists.seed->scalar_type() == ScalarType::Long && lists.seed->numel() == 1),
@@ -132,7 +158,7 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
     UpdateTensor t = selected_matrix(lists.params[i], lists.indices[i], lists.axes[i]);
     STD_TORCH_CHECK(lists.params[i].scalar_type() == dtype, "params must have one dtype");
     t.param = lists.params[i].mutable_data_ptr();
-    t.grad = compact(lists.grads[i], t, dtype, "grads");
+    set_gradient(t, lists.grads[i], lists.params[i], lists.indices[i].has_value(), grad);
     if (lists.state0 != nullptr) {
       t.state0 = compact((*lists.state0)[i], t, state, "states");
       t.scales[0] = scales_of(lists.scales0, i, t, state);

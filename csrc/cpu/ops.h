@@ -33,8 +33,9 @@ void masked_adamw_cpu(const std::vector<Tensor>& params, const std::vector<Tenso
                       const std::optional<std::vector<Tensor>>& signed_sums,
                       const std::optional<std::vector<Tensor>>& squared_sums,
                       const std::optional<std::vector<Tensor>>& exp_avg_scales,
-                      const std::optional<std::vector<Tensor>>& exp_avg_sq_scales, double beta1,
-                      double beta2, double eps, double weight_decay, bool maximize);
+                      const std::optional<std::vector<Tensor>>& exp_avg_sq_scales,
+                      const std::optional<Tensor>& found_inf, double beta1, double beta2,
+                      double eps, double weight_decay, bool maximize);
 void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                     const std::optional<std::vector<Tensor>>& momentum_buffers,
                     const std::vector<std::optional<Tensor>>& indices,
@@ -44,8 +45,9 @@ void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>
                     const std::optional<std::vector<Tensor>>& compensations,
                     const std::optional<std::vector<Tensor>>& signed_sums,
                     const std::optional<std::vector<Tensor>>& squared_sums,
-                    const std::optional<std::vector<Tensor>>& momentum_scales, double momentum,
-                    double dampening, double weight_decay, bool nesterov, bool maximize);
+                    const std::optional<std::vector<Tensor>>& momentum_scales,
+                    const std::optional<Tensor>& found_inf, double momentum, double dampening,
+                    double weight_decay, bool nesterov, bool maximize);
 Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
                             const std::vector<std::optional<Tensor>>& indices,
                             const std::vector<int64_t>& dims,

@@ -69,7 +69,8 @@ struct ColumnSqNormsArgs {
 };
 
 // The trained elements of one parameter: a matrix of which rows or columns may be selected. The
-// gradient, the states and the compensation are compact and contiguous [n_rows, n_columns].
+// states and the compensation are compact and contiguous [n_rows, n_columns]. So is the gradient;
+// or it has the parameter's shape, and the same rows and columns are selected from it.
 struct UpdateTensor {
   void* param;
   const void* grad;
@@ -78,7 +79,10 @@ struct UpdateTensor {
   const DynamicMap* maps[2];             // of these
   const long *rows, *columns;            // selected; null for all
   long row_stride, column_stride;        // of param (masked_grad_norm: of grad)
-  long n_rows, n_columns;                // selected
+  const long *grad_rows, *grad_columns;  // rows and columns; null where the gradient is compact
+  long grad_row_stride, grad_column_stride;
+  bool wide_grad;          // float32, of a parameter of 16 bits
+  long n_rows, n_columns;  // selected
   bool stochastic, units_are_columns;
   unsigned key0, key1;               // of the noise
   double *signed_sum, *squared_sum;  // per unit; or null

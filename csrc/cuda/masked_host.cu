@@ -93,25 +93,45 @@ Void* advanced(Void* data, int64_t bytes) {
   return data == nullptr ? nullptr : static_cast<Byte*>(data) + bytes;
 }
 
+// Where the gradient of `target` lies: where it has the shape of `param`, it is read by the same
+// index. If that selects everything, both shapes are one, and mean the same.
+void set_gradient(Target& target, const Tensor& grad, const Tensor& param, ScalarType dtype) {
+  const bool all = target.rows == param.size(0) && target.columns == param.size(1);
+  target.grad_indexed =
+      !all && grad.dim() == 2 && grad.size(0) == param.size(0) && grad.size(1) == param.size(1);
+  if (!target.grad_indexed) {
+    target.grad = compact_pointer(grad, target, param, dtype, "grads");
+    target.grad_row_stride = target.columns;
+    target.grad_column_stride = 1;
+    return;
+  }
+  STD_TORCH_CHECK(
+      grad.scalar_type() == dtype && grad.get_device_index() == param.get_device_index(),
+      "grads must have one dtype and one device");
+  target.grad = grad.data_ptr();
+  target.grad_row_stride = grad.stride(0);
+  target.grad_column_stride = param.size(1) == 1 ? 1 : grad.stride(1);
+}
+
 // Elements from `begin` on of a target that is contiguous in every tensor, as rows of `columns`.
 Target flat_part(const Target& whole, int64_t begin, int64_t rows, int64_t columns,
-                 size_t param_bytes, size_t state_bytes) {
+                 size_t param_bytes, size_t state_bytes, size_t grad_bytes) {
   Target part = whole;
   part.param = advanced(whole.param, begin * param_bytes);
-  part.grad = advanced(whole.grad, begin * param_bytes);
+  part.grad = advanced(whole.grad, begin * grad_bytes);
   part.compensation = advanced(whole.compensation, begin * param_bytes);
   part.state0 = advanced(whole.state0, begin * state_bytes);
   part.state1 = advanced(whole.state1, begin * state_bytes);
   part.first_element = begin;
   part.rows = rows;
-  part.columns = part.row_stride = columns;
+  part.columns = part.row_stride = part.grad_row_stride = columns;
   return part;
 }
 
 }  // namespace
 
 std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
-                                   size_t state_bytes) {
+                                   size_t state_bytes, size_t grad_bytes) {
   check_lists(lists);
   std::vector<Target> targets;
   const ScalarType dtype = lists.params[0].scalar_type();
@@ -125,7 +145,7 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     const auto compact = [&](const Tensor& x, ScalarType type, const char* name) {
       return compact_pointer(x, target, param, type, name);
     };
-    target.grad = compact(lists.grads[i], dtype, "grads");
+    set_gradient(target, lists.grads[i], param, lists.grads[0].scalar_type());
     if (lists.state0) target.state0 = compact((*lists.state0)[i], state, "states");
     if (lists.state1) target.state1 = compact((*lists.state1)[i], state, "states");
     target.scales[0] = scales_pointer(lists.scales0, i, target, param, state);
@@ -149,15 +169,20 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     } else if (contiguous) {
       const int64_t n = target.rows * target.columns;
       const int64_t tile = kLanes * width;  // the columns of one warp
-      targets.push_back(flat_part(target, 0, n / tile, tile, param_bytes, state_bytes));
-      targets.push_back(flat_part(target, n / tile * tile, 1, n % tile, param_bytes, state_bytes));
+      const auto part = [&](int64_t begin, int64_t rows, int64_t columns) {
+        return flat_part(target, begin, rows, columns, param_bytes, state_bytes, grad_bytes);
+      };
+      targets.push_back(part(0, n / tile, tile));
+      targets.push_back(part(n / tile * tile, 1, n % tile));
     } else {
       targets.push_back(target);
     }
   }
   for (Target& t : targets) {
-    t.wide = wide_rows(t, t.param, width) && aligned_pointer(t.grad) && aligned_pointer(t.state0) &&
-             aligned_pointer(t.state1) && aligned_pointer(t.compensation);
+    t.wide = wide_rows(t, t.param, width) && t.grad_column_stride == 1 &&
+             t.grad_row_stride % width == 0 && aligned_pointer(t.grad) &&
+             aligned_pointer(t.state0) && aligned_pointer(t.state1) &&
+             aligned_pointer(t.compensation);
   }
   return targets;
 }

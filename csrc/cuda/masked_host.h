@@ -46,30 +46,45 @@ T* scalar_pointer(const std::optional<Tensor>& x, ScalarType dtype, const Tensor
 inline UpdateScalars update_scalars(const Tensor& like, const Tensor& lr, const Tensor& step,
                                     const std::optional<Tensor>& grad_scale,
                                     const std::optional<Tensor>& clip_coef,
-                                    const std::optional<Tensor>& seed, bool maximize) {
+                                    const std::optional<Tensor>& seed,
+                                    const std::optional<Tensor>& found_inf, bool maximize) {
   return {scalar_pointer<const double>(lr, ScalarType::Double, like, "lr"),
           scalar_pointer<const double>(step, ScalarType::Double, like, "step"),
           scalar_pointer<const double>(grad_scale, ScalarType::Double, like, "grad_scale"),
           scalar_pointer<const double>(clip_coef, ScalarType::Double, like, "clip_coef"),
           scalar_pointer<const int64_t>(seed, ScalarType::Long, like, "seed"),
+          scalar_pointer<const double>(found_inf, ScalarType::Double, like, "found_inf"),
           maximize};
 }
 
-// Calls visit(T{}, S{}) with the types of parameters and states.
+// Calls visit(T{}, G{}) with the types of parameters and gradients.
 template <typename Visit>
-void dispatch_update(ScalarType dtype, ScalarType state, Visit&& visit) {
+void dispatch_gradient(ScalarType dtype, ScalarType grad, Visit&& visit) {
   dispatch(dtype, [&](auto element) {
     using T = decltype(element);
+    if constexpr (sizeof(T) == 2) {
+      if (grad == ScalarType::Float) return visit(T{}, float{});
+    }
+    STD_TORCH_CHECK(grad == dtype, "grads must be of the params' dtype, or float32 of 16 bits");
+    visit(T{}, T{});
+  });
+}
+
+// Calls visit(T{}, S{}, G{}) with the types of parameters, states and gradients.
+template <typename Visit>
+void dispatch_update(ScalarType dtype, ScalarType state, ScalarType grad, Visit&& visit) {
+  dispatch_gradient(dtype, grad, [&](auto element, auto gradient) {
+    using T = decltype(element);
     if (state == ScalarType::Byte) {
-      visit(T{}, code8{});
+      visit(T{}, code8{}, gradient);
     } else if constexpr (sizeof(T) == sizeof(double)) {
       STD_TORCH_CHECK(state == ScalarType::Double, "states of float64 must be float64 or uint8");
-      visit(T{}, double{});
+      visit(T{}, double{}, gradient);
     } else if (state == ScalarType::BFloat16) {
-      visit(T{}, __nv_bfloat16{});
+      visit(T{}, __nv_bfloat16{}, gradient);
     } else {
       STD_TORCH_CHECK(state == ScalarType::Float, "states must be float32, bfloat16 or uint8");
-      visit(T{}, float{});
+      visit(T{}, float{}, gradient);
     }
   });
 }
@@ -99,14 +114,14 @@ Table finish_table(std::vector<Target>& targets, Widths widths, size_t part_byte
 // The targets of an update, whose elements have `width` in 16 bytes. A contiguous one without
 // importance becomes rows as long as a warp is wide, whatever its shape, and a rest.
 std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t param_bytes,
-                                   size_t state_bytes);
+                                   size_t state_bytes, size_t grad_bytes);
 std::vector<Target> gradient_targets(const TensorList& grads, const IndexList& indices,
                                      const std::vector<int64_t>& dims, int width);
 
-template <typename T, typename S>
+template <typename T, typename S, typename G>
 Table make_update_table(const UpdateLists& lists, cudaStream_t stream) {
   constexpr Widths widths{kWideColumns<T, S>, kNarrowColumns<T, S>};
-  std::vector<Target> targets = update_targets(lists, widths.wide, sizeof(T), sizeof(S));
+  std::vector<Target> targets = update_targets(lists, widths.wide, sizeof(T), sizeof(S), sizeof(G));
   return finish_table(targets, widths, sizeof(Real<T>), lists.params[0], stream);
 }
 

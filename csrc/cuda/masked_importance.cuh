@@ -3,6 +3,7 @@
 // add_importance_kernel adds every unit's parts, in order and in float64, to the results.
 #pragma once
 
+#include "masked_rounding.cuh"
 #include "masked_tiles.cuh"
 
 namespace ssah {
@@ -57,7 +58,8 @@ struct UnitSums {
 // One thread a unit, over the units of all targets.
 template <typename R>
 static __global__ void __launch_bounds__(kThreads)
-    add_importance_kernel(Targets targets, int64_t n_units) {
+    add_importance_kernel(Targets targets, int64_t n_units, const double* found_inf) {
+  if (is_set(found_inf)) return;  // and nobody has left any parts
   const int64_t position = blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x;
   if (position >= n_units) return;
   const Target& target = targets.table[find_target<&Target::first_unit>(targets, position)];

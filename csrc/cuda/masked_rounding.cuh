@@ -13,8 +13,13 @@ struct UpdateScalars {
   const double* grad_scale;
   const double* clip_coef;
   const int64_t* seed;
+  const double* found_inf;  // where it is not zero, nothing is written
   bool maximize;
 };
+
+__device__ __forceinline__ bool is_set(const double* scalar) {
+  return scalar != nullptr && *scalar != 0;
+}
 
 template <typename R>
 struct GradientFactors {

@@ -41,19 +41,19 @@ struct SgdRule {
   }
 };
 
-template <typename T, typename S, int kMomentumBuffers>
+template <typename T, typename S, typename G, int kMomentumBuffers>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_sgd_kernel(Targets targets, UpdateScalars scalars, SgdSettings settings) {
-  masked_update<T, S, SgdRule<Real<T>, kMomentumBuffers>>(targets, scalars, settings);
+  masked_update<T, S, G, SgdRule<Real<T>, kMomentumBuffers>>(targets, scalars, settings);
 }
 
-template <typename T, typename S, int kMomentumBuffers>
+template <typename T, typename S, typename G, int kMomentumBuffers>
 cudaError_t launch_masked_sgd(const Table& table, const UpdateScalars& scalars,
                               const SgdSettings& settings, cudaStream_t stream) {
   using Shared = UpdateShared<Real<T>, SgdRule<Real<T>, kMomentumBuffers>>;
-  const cudaError_t status = launch(masked_sgd_kernel<T, S, kMomentumBuffers>, table.blocks, 1,
+  const cudaError_t status = launch(masked_sgd_kernel<T, S, G, kMomentumBuffers>, table.blocks, 1,
                                     sizeof(Shared), stream, table.targets, scalars, settings);
-  return status != cudaSuccess ? status : launch_add_importance<Real<T>>(table, stream);
+  return status != cudaSuccess ? status : launch_add_importance<Real<T>>(table, scalars, stream);
 }
 
 void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
@@ -64,8 +64,9 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<TensorList>& compensations,
                      const std::optional<TensorList>& signed_sums,
                      const std::optional<TensorList>& squared_sums,
-                     const std::optional<TensorList>& momentum_scales, double momentum,
-                     double dampening, double weight_decay, bool nesterov, bool maximize) {
+                     const std::optional<TensorList>& momentum_scales,
+                     const std::optional<Tensor>& found_inf, double momentum, double dampening,
+                     double weight_decay, bool nesterov, bool maximize) {
   const TensorList* buffers = momentum_buffers ? &*momentum_buffers : nullptr;
   const UpdateLists lists{params,        grads,
                           buffers,       nullptr,
@@ -73,29 +74,34 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                           compensations, signed_sums,
                           squared_sums,  buffers == nullptr ? nullptr : &momentum_scales,
                           nullptr};
-  const UpdateScalars scalars =
-      update_scalars(first_of(params, "params"), lr, step, grad_scale, clip_coef, seed, maximize);
+  const UpdateScalars scalars = update_scalars(first_of(params, "params"), lr, step, grad_scale,
+                                               clip_coef, seed, found_inf, maximize);
   const SgdSettings settings{momentum, dampening, weight_decay, nesterov};
   const torch::stable::accelerator::DeviceGuard guard(params[0].get_device_index());
   const cudaStream_t stream = current_stream(params[0]);
   const ScalarType dtype = params[0].scalar_type();
+  const ScalarType grad = first_of(grads, "grads").scalar_type();
   if (buffers == nullptr) {
-    dispatch(dtype, [&](auto p) {
+    dispatch_gradient(dtype, grad, [&](auto p, auto g) {
       using T = decltype(p);
-      const Table table = make_update_table<T, Real<T>>(lists, stream);
+      using G = decltype(g);
+      const Table table = make_update_table<T, Real<T>, G>(lists, stream);
       if (table.blocks == 0) return;
-      check_launch(launch_masked_sgd<T, Real<T>, 0>(table, scalars, settings, stream),
+      check_launch(launch_masked_sgd<T, Real<T>, G, 0>(table, scalars, settings, stream),
                    "masked_sgd_");
     });
     return;
   }
-  dispatch_update(dtype, first_of(*buffers, "momentum_buffers").scalar_type(), [&](auto p, auto s) {
-    using T = decltype(p);
-    using S = decltype(s);
-    const Table table = make_update_table<T, S>(lists, stream);
-    if (table.blocks == 0) return;
-    check_launch(launch_masked_sgd<T, S, 1>(table, scalars, settings, stream), "masked_sgd_");
-  });
+  dispatch_update(dtype, first_of(*buffers, "momentum_buffers").scalar_type(), grad,
+                  [&](auto p, auto s, auto g) {
+                    using T = decltype(p);
+                    using S = decltype(s);
+                    using G = decltype(g);
+                    const Table table = make_update_table<T, S, G>(lists, stream);
+                    if (table.blocks == 0) return;
+                    check_launch(launch_masked_sgd<T, S, G, 1>(table, scalars, settings, stream),
+                                 "masked_sgd_");
+                  });
 }
 
 }  // namespace ssah

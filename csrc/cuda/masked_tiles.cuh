@@ -27,6 +27,8 @@ struct Target {
   int64_t columns;
   int64_t row_stride;     // of the parameter
   int64_t column_stride;  // of the parameter
+  int64_t grad_row_stride;
+  int64_t grad_column_stride;
   int64_t limit;          // size of the indexed dimension
   int64_t first_element;  // position of the first element in the compact tensor
   int64_t first_block;
@@ -36,6 +38,7 @@ struct Target {
   unsigned number;     // position of the tensor in the list
   int dim;             // what units are: 0 rows, 1 columns
   int row_warps;       // 8 above one another, or 1
+  bool grad_indexed;   // the gradient is not compact, but lies as the parameter does
   bool wide;
 
   int64_t units() const { return dim == 0 ? rows : columns; }
@@ -101,33 +104,35 @@ __device__ __forceinline__ int64_t entry_of(const int64_t* index, int64_t limit,
   return selected;
 }
 
-// Where the rows of a target start in the parameter.
+// Where the rows of a target start in the parameter, or in the gradient.
 struct RowIndex {
   const int64_t* index;
   int64_t limit;
   int64_t stride;
 
-  __device__ __forceinline__ explicit RowIndex(const Target& target)
-      : index(target.dim == 0 ? global(target.index) : nullptr),
+  __device__ __forceinline__ RowIndex(const Target& target, bool indexed, int64_t row_stride)
+      : index(indexed && target.dim == 0 ? global(target.index) : nullptr),
         limit(target.limit),
-        stride(target.row_stride) {}
+        stride(row_stride) {}
   __device__ __forceinline__ int64_t operator[](int64_t row) const {
     return entry_of(index, limit, row) * stride;
   }
 };
 
-// Where a lane's columns lie in a row of the parameter.
+// Where a lane's columns lie in a row of the parameter, or of the gradient.
 template <int W, bool kIsWide>
-__device__ __forceinline__ void parameter_columns(int64_t (&columns)[W], const Target& target,
-                                                  const Place<W, kIsWide>& place) {
+__device__ __forceinline__ void columns_of(int64_t (&columns)[W], const Target& target,
+                                           const Place<W, kIsWide>& place, bool indexed,
+                                           int64_t column_stride) {
   if constexpr (kIsWide) {
     columns[0] = place.column;
   } else {
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       const int64_t column = place.column + k * kLanes;
-      const int64_t* index = target.dim == 1 && k < place.valid ? target.index : nullptr;
-      columns[k] = entry_of(index, target.limit, column) * target.column_stride;
+      const bool selected = indexed && target.dim == 1 && k < place.valid;
+      const int64_t* index = selected ? target.index : nullptr;
+      columns[k] = entry_of(index, target.limit, column) * column_stride;
     }
   }
 }

@@ -11,25 +11,28 @@
 
 namespace ssah {
 
+// T, S, G: of parameter, states and gradient.
 // Rule: update(g, w, state0, state1), in the arithmetic type; kStates of the states exist.
-template <typename T, typename S, int W, bool kIsWide, typename Rule>
+template <typename T, typename S, typename G, int W, bool kIsWide, typename Rule>
 __device__ __forceinline__ void update_rows(const Target& target, const Noise& noise,
                                             const GradientFactors<Real<T>>& factors,
                                             const Rule& rule) {
   using R = Real<T>;
   const Place<W, kIsWide> place(target);
   const int valid = place.valid;
-  int64_t columns[W];
-  parameter_columns(columns, target, place);
+  int64_t columns[W], grad_columns[W];
+  columns_of(columns, target, place, true, target.column_stride);
+  columns_of(grad_columns, target, place, target.grad_indexed, target.grad_column_stride);
   UnitSums<R, W> sums;
   sums.clear();
   // Copies, which no store can change.
   T* const param = global(static_cast<T*>(target.param));
-  const T* const grads = global(static_cast<const T*>(target.grad));
+  const G* const grads = global(static_cast<const G*>(target.grad));
   S* const states0 = global(static_cast<S*>(target.state0));
   S* const states1 = global(static_cast<S*>(target.state1));
   T* const compensations = global(static_cast<T*>(target.compensation));
-  const RowIndex param_rows(target);
+  const RowIndex param_rows(target, true, target.row_stride);
+  const RowIndex grad_rows(target, target.grad_indexed, target.grad_row_stride);
   const int64_t row_columns = target.columns;
   const int64_t first_element = target.first_element;
   const bool row_units = target.dim == 0;
@@ -44,10 +47,11 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
     if (valid > 0) {
       const int64_t element = row * row_columns + place.column;
       T* const param_row = param + param_rows[row];
-      Vector<T, W> p, g, c;
+      Vector<T, W> p, c;
+      Vector<G, W> g;
       Vector<S, W> s0, s1;
       read_at<kIsWide>(p, param_row, columns, valid);
-      read<kIsWide>(g, grads + element, valid);
+      read_at<kIsWide>(g, grads + grad_rows[row], grad_columns, valid);
       if constexpr (kInCodes<S>) {
         coded.template read<kIsWide>(0, states0 + element, target.scales[0][block], valid);
         if constexpr (Rule::kStates > 1) {
@@ -116,9 +120,10 @@ struct UpdateShared {
 };
 
 // The block's part of an update; `settings` is what the rule needs beside the call's scalars.
-template <typename T, typename S, typename Rule>
+template <typename T, typename S, typename G, typename Rule>
 __device__ __forceinline__ void masked_update(const Targets& targets, const UpdateScalars& scalars,
                                               const typename Rule::Settings& settings) {
+  if (is_set(scalars.found_inf)) return;
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<UpdateShared<Real<T>, Rule>*>(shared_memory);
   // One thread reads the scalars and takes the powers, which are slow in float64 on a GPU.
@@ -132,17 +137,18 @@ __device__ __forceinline__ void masked_update(const Targets& targets, const Upda
   const Rule rule = shared.rule;
   const Noise noise(scalars, target.number);
   if (target.wide) {
-    update_rows<T, S, kWideColumns<T, S>, true>(target, noise, factors, rule);
+    update_rows<T, S, G, kWideColumns<T, S>, true>(target, noise, factors, rule);
   } else {
-    update_rows<T, S, kNarrowColumns<T, S>, false>(target, noise, factors, rule);
+    update_rows<T, S, G, kNarrowColumns<T, S>, false>(target, noise, factors, rule);
   }
 }
 
 template <typename R>
-cudaError_t launch_add_importance(const Table& table, cudaStream_t stream) {
+cudaError_t launch_add_importance(const Table& table, const UpdateScalars& scalars,
+                                  cudaStream_t stream) {
   if (table.units == 0) return cudaSuccess;
   return launch(add_importance_kernel<R>, ceil_div(table.units, kThreads), 1, 0, stream,
-                table.targets, table.units);
+                table.targets, table.units, scalars.found_inf);
 }
 
 }  // namespace ssah

@@ -30,17 +30,15 @@ void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& sign
 
 Tensor column_sq_norms_cuda(const Tensor& weight);
 
-void masked_adamw_cuda(const TensorList& params, const TensorList& grads,
-                       const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-                       const IndexList& indices, const std::vector<int64_t>& dims, const Tensor& lr,
-                       const Tensor& step, const std::optional<Tensor>& grad_scale,
-                       const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
-                       const std::optional<TensorList>& compensations,
-                       const std::optional<TensorList>& signed_sums,
-                       const std::optional<TensorList>& squared_sums,
-                       const std::optional<TensorList>& exp_avg_scales,
-                       const std::optional<TensorList>& exp_avg_sq_scales, double beta1,
-                       double beta2, double eps, double weight_decay, bool maximize);
+void masked_adamw_cuda(
+    const TensorList& params, const TensorList& grads, const TensorList& exp_avgs,
+    const TensorList& exp_avg_sqs, const IndexList& indices, const std::vector<int64_t>& dims,
+    const Tensor& lr, const Tensor& step, const std::optional<Tensor>& grad_scale,
+    const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
+    const std::optional<TensorList>& compensations, const std::optional<TensorList>& signed_sums,
+    const std::optional<TensorList>& squared_sums, const std::optional<TensorList>& exp_avg_scales,
+    const std::optional<TensorList>& exp_avg_sq_scales, const std::optional<Tensor>& found_inf,
+    double beta1, double beta2, double eps, double weight_decay, bool maximize);
 
 void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<TensorList>& momentum_buffers, const IndexList& indices,
@@ -50,8 +48,9 @@ void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<TensorList>& compensations,
                      const std::optional<TensorList>& signed_sums,
                      const std::optional<TensorList>& squared_sums,
-                     const std::optional<TensorList>& momentum_scales, double momentum,
-                     double dampening, double weight_decay, bool nesterov, bool maximize);
+                     const std::optional<TensorList>& momentum_scales,
+                     const std::optional<Tensor>& found_inf, double momentum, double dampening,
+                     double weight_decay, bool nesterov, bool maximize);
 
 Tensor masked_grad_norm_cuda(const TensorList& grads, const IndexList& indices,
                              const std::vector<int64_t>& dims,

@@ -3,6 +3,10 @@
 Compact means the parameter's shape with the index's length in place of the size along its dim: of
 [4096, 11008] with 2,202 columns trained, gradient and state are [4096, 2202], the sums of
 importance are [2202], and the scales of state in 8 bits are [4096, 9].
+
+A gradient may be of the parameter's own shape instead, [4096, 11008], and is read at the index. No
+argument says which it is: an index of all 11,008 columns is the only one for which the shapes are
+the same, and it selects everything, so that both readings are one.
 """
 
 from __future__ import annotations
@@ -13,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ssah_kernels.checks.matrices import as_matrix, can_be_matrix
 from ssah_kernels.checks.tensors import dense
 
 # The dtype of what compensates a parameter of 16 bits, see reference/masked_update.py.
 COMPENSATIONS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Compact(NamedTuple):
@@ -58,6 +64,16 @@ def compact_shape(name: str, i: int, x: Tensor, index: Tensor | None, dim: int) 
     return (*shape[:dim], index.shape[0], *shape[dim + 1 :])
 
 
+def read_at(grad: Tensor, param: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    """A gradient of the shape of ``param`` [...] as a kernel takes it: the matrix of all of it.
+
+    Of a parameter that is no matrix the trained elements are copied, so that its gradient's are.
+    """
+    if index is None or (can_be_matrix(param, dim) and can_be_matrix(grad, dim)):
+        return as_matrix(grad, dim)
+    return as_matrix(grad.index_select(dim, index), dim)  # [trained, other]
+
+
 def refuse(compact: Compact, i: int, shape: tuple[int, ...], device: torch.device) -> None:
     name, x = f"{compact.name}[{i}]", compact.tensors[i]
     dense(name, x)
@@ -65,11 +81,18 @@ def refuse(compact: Compact, i: int, shape: tuple[int, ...], device: torch.devic
         allowed = " or ".join(str(d).removeprefix("torch.") for d in compact.dtypes)
         raise TypeError(f"{name} has dtype {x.dtype}; with its parameter it must be {allowed}")
     if x.shape != shape:
-        must = tuple(shape)
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {must}, what is trained")
+        must = f"{tuple(shape)}, what is trained"
+        if not compact.stored:
+            must += ", or that of its parameter"
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {must}")
     if x.device != device:
         raise ValueError(f"{name} is on {x.device}; it must be on {device}")
     raise ValueError(f"{name} must be contiguous")  # nothing else was wrong
+
+
+def _one_of(dtypes: tuple[torch.dtype, ...], tensors: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """Of ``dtypes`` that of the first tensor, which all others must have; else all of them."""
+    return (tensors[0].dtype,) if tensors and tensors[0].dtype in dtypes else dtypes
 
 
 def compact_lists(
@@ -81,16 +104,18 @@ def compact_lists(
 ) -> list[Compact]:
     """What is compact with parameters like ``first``."""
     # Autograd gives gradients any strides; state is this package's own, and contiguous.
-    lists = [Compact("grads", grads, (first.dtype,), False, [])]
-    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+    dtypes: tuple[torch.dtype, ...] = (first.dtype,)
+    if first.dtype in HALVES:
+        dtypes = (first.dtype, torch.float32)
+    lists = [Compact("grads", grads, _one_of(dtypes, grads), False, [])]
+    dtypes = (torch.float32, torch.bfloat16)
     if in_codes:
         dtypes = (torch.uint8,)
     elif first.dtype == torch.float64:
         dtypes = (torch.float64,)
     for name, state in states.items():
-        if state:
-            # All state of a call has one dtype, which its first tensor decides.
-            dtypes = (state[0].dtype,) if state[0].dtype in dtypes else dtypes
+        # All state of a call has one dtype, which its very first tensor decides.
+        dtypes = _one_of(dtypes, state)
         lists.append(Compact(name, state, dtypes, True, []))
     if compensations is not None:
         # Of wider parameters, rounding loses too little to be worth their memory.

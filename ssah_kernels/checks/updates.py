@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels.checks.compact import compact_lists, compact_shape, refuse
+from ssah_kernels.checks.compact import compact_lists, compact_shape, read_at, refuse
 from ssah_kernels.checks.matrices import as_matrix, axis_of, can_be_matrix
 from ssah_kernels.checks.tensors import dense, floating, state_of
 from ssah_kernels.dynamic_map import scales_shape
@@ -87,9 +87,13 @@ def _update(
         is_matrix = len(shape) == 2  # nearly always: no call of as_matrix then
         for compact in lists:
             x = compact.tensors[i]
-            other = x.layout is not strided or x.dtype not in compact.dtypes or x.shape != shape
+            fits = x.shape == shape or (not compact.stored and x.shape == param.shape)
+            other = x.layout is not strided or x.dtype not in compact.dtypes or not fits
             if other or x.device != device:
                 refuse(compact, i, shape, device)
+            if x.shape != shape:
+                compact.ready.append(read_at(x, param, index, dim))
+                continue
             if not x.is_contiguous():
                 if compact.stored:
                     refuse(compact, i, shape, device)
@@ -127,6 +131,7 @@ def masked_adamw_(
     squared: Sequence[Tensor] | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     **_: float,
 ) -> tuple[Any, ...]:
     scales = {"exp_avg_scales": exp_avg_scales, "exp_avg_sq_scales": exp_avg_sq_scales}
@@ -141,7 +146,8 @@ def masked_adamw_(
         scales,
     )
     scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
-    rest = (c[0] if c else None, signed, squared, *scales.values())
+    skips = _scalar("found_inf", found_inf, params[0])
+    rest = (c[0] if c else None, signed, squared, *scales.values(), skips)
     return p, g, m, v, indices, axes, *scalars, *rest
 
 
@@ -167,6 +173,7 @@ def masked_sgd_(
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
     momentum_scales: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     *,
     momentum: float = 0.0,
     nesterov: bool = False,
@@ -193,7 +200,8 @@ def masked_sgd_(
     buffers = None if momentum_buffers is None else rest.pop(0)
     scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
     c = rest[0] if rest else None
-    return p, g, buffers, indices, axes, *scalars, c, signed, squared, momentum_scales
+    skips = _scalar("found_inf", found_inf, params[0])
+    return p, g, buffers, indices, axes, *scalars, c, signed, squared, momentum_scales, skips
 
 
 def masked_grad_norm(

@@ -30,8 +30,9 @@ class MaskedAdamW(MaskedOptimizer):
     Args:
         params: parameters ``[units, other]``, or of any shape, or parameter groups. A group may
             carry ``indices``: per parameter an int64 tensor ``[trained]``, strictly increasing, of
-            the entries that train along ``dims`` (default 0), or None for all. State
-            is compact; so is the copy of the gradient's trained entries.
+            the entries that train along ``dims`` (default 0), or None for all. State is compact;
+            gradients are read where they are. Those of bfloat16 and float16 parameters may be
+            float32 (``p.grad_dtype``).
         lr: a float, or a tensor ``[]`` or ``[1]``.
         betas, eps, weight_decay, maximize: as in ``torch.optim.AdamW``.
         state_dtype: of both moments: float32, bfloat16, None (float32; float64 for float64
@@ -46,6 +47,9 @@ class MaskedAdamW(MaskedOptimizer):
         seed: of the rounding noise, with the step: a resumed run repeats the uninterrupted one.
         max_norm: clip the norm of all gradients together to this, inside the update.
         track_importance: accumulate every unit's sum of p * g and (p * g)^2, see ``importance``.
+
+    ``torch.amp.GradScaler`` steps with it as with torch's fused optimisers: gradients are unscaled
+    inside the update, and a step that overflowed changes nothing and does not count.
 
     Raises:
         ValueError: an option is out of range, or a parameter has nothing to train.
@@ -96,6 +100,7 @@ class MaskedAdamW(MaskedOptimizer):
             call.state("importance_squared"),
             call.state("exp_avg_scales"),
             call.state("exp_avg_sq_scales"),
+            self._of_scaler("found_inf"),
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],

@@ -2,19 +2,21 @@
 
 A step, of every parameter that has a gradient:
 
-1. The gradient's trained entries are copied out: [1000, 64] and 200 rows make [200, 64].
-2. Entries of one group, dtype, device and step count become one call of the operator.
-3. With ``max_norm``, one norm is taken over the calls of all groups that clip. Each of these gets
+1. Entries of one group, dtype, device and step count become one call of the operator.
+2. With ``max_norm``, one norm is taken over the calls of all groups that clip. Each of these gets
    the factor min(1, max_norm / (norm + 1e-6)), as ``torch.nn.utils.clip_grad_norm_`` has it. The
    operator multiplies by it while it reads the gradient, which costs no pass of its own.
-4. The operator updates parameters and state in place, once over the trained elements.
+3. The operator updates parameters and state in place, once over the trained elements. It reads
+   their gradients where they are: of [1000, 64] and 200 rows, these rows alone, with no copy.
 
-Nothing here waits for a GPU: numbers that live on a device stay there.
+Nothing here waits for a GPU: numbers that live on a device stay there. So whether a step was
+skipped, because ``torch.amp.GradScaler`` found a gradient that overflowed, only the device knows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -25,8 +27,8 @@ from ssah_kernels import ops
 from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
-from ssah_kernels.optim.calls import Call, Scalars, cut_state, scales_of
-from ssah_kernels.sharded import Dim, first_row, is_sharded, join, local, parts
+from ssah_kernels.optim.calls import Call, Scalars, count_of, cut_state, scales_of
+from ssah_kernels.sharded import Dim, first_row, is_sharded, local, parts
 
 # Number in the optimiser, group, parameter, index [trained] and dimension.
 Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"
@@ -36,6 +38,14 @@ class MaskedOptimizer(Optimizer):
     """An optimiser whose step is one call of an operator for all that can be updated alike."""
 
     state_names: tuple[str, ...] = ()
+
+    # Where this is true, torch.amp.GradScaler sets `grad_scale` and `found_inf`, float32 [] each,
+    # calls `step`, and deletes both. It asks for the first itself: no default may stand here.
+    _step_supports_amp_scaling = True
+
+    def _of_scaler(self, name: str) -> Tensor | None:
+        """``grad_scale`` or ``found_inf`` [], while a scaler steps."""
+        return getattr(self, name, None)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         super().__init__(params, {**defaults, "indices": None, "dims": None})
@@ -101,24 +111,25 @@ class MaskedOptimizer(Optimizer):
     def _names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return self.state_names
 
-    def _new_state(self, group: dict[str, Any], grad: Tensor, dim: int) -> dict[str, Any]:
-        """Zero state for a compact gradient [trained, other], or [other, trained] if dim is 1."""
-        dtype = options.state_dtype(group, grad, dim)
+    def _new_state(
+        self, group: dict[str, Any], shape: Sequence[int], dim: int, p: Tensor
+    ) -> dict[str, Any]:
+        """Zero state of ``shape``: of ``p``, [trained, other], or [other, trained] if dim is 1."""
+        dtype, device = options.state_dtype(group, shape, p.dtype, dim), p.device
         # A float64 count is exact up to 2^53 steps, and torch counts on the host too.
         state: dict[str, Any] = {"step": torch.zeros((), dtype=torch.float64)}
         for name in self._names(group):
-            state[name] = torch.zeros(grad.shape, dtype=dtype, device=grad.device)
+            state[name] = torch.zeros(shape, dtype=dtype, device=device)
             if dtype == torch.uint8:
-                blocks = scales_shape(grad.shape, dim)
-                scales = torch.zeros(blocks, dtype=torch.float32, device=grad.device)
-                state[scales_of(name)] = scales
-        if group["rounding"] == "remainder" and grad.dtype in COMPENSATIONS:
-            rest = COMPENSATIONS[grad.dtype]
-            state["compensation"] = torch.zeros(grad.shape, dtype=rest, device=grad.device)
+                blocks = scales_shape(shape, dim)
+                state[scales_of(name)] = torch.zeros(blocks, dtype=torch.float32, device=device)
+        if group["rounding"] == "remainder" and p.dtype in COMPENSATIONS:
+            rest = COMPENSATIONS[p.dtype]
+            state["compensation"] = torch.zeros(shape, dtype=rest, device=device)
         if group["track_importance"]:
-            units = grad.shape[dim] if grad.dim() else 1
+            units = shape[dim] if shape else 1
             for name in ("importance_signed", "importance_squared"):
-                state[name] = torch.zeros(units, dtype=torch.float64, device=grad.device)
+                state[name] = torch.zeros(units, dtype=torch.float64, device=device)
         return state
 
     def state_bytes(self) -> int:
@@ -126,8 +137,8 @@ class MaskedOptimizer(Optimizer):
         total = 0
         for _, group, p, index, dim in self.entries():
             shape = checkpoint.trained_shape(p, index, dim)
-            grad = torch.empty(shape, dtype=p.dtype, device="meta")  # has a shape and no memory
-            state = self._new_state(group, grad, dim if isinstance(dim, int) else dim[-1])
+            like = torch.empty((), dtype=p.dtype, device="meta")  # where state has no memory
+            state = self._new_state(group, shape, dim if isinstance(dim, int) else dim[-1], like)
             total += sum(value.nbytes for name, value in state.items() if name != "step")
         return total
 
@@ -143,36 +154,37 @@ class MaskedOptimizer(Optimizer):
             if is_sharded(p):
                 # Noise depends on the position within a call, which starts anew on every rank.
                 number += first_row(p) << 32
-            grads = [part.entries(local(p.grad)) for part in pieces]  # each [trained, other]
+            rows, grad = local(p), local(p.grad)  # [rows, ...]
+            shapes = [part.shape(rows) for part in pieces]  # each [trained, other]
             state = self.state[p]
             if not state:
-                state.update(self._new_state(group, join(grads), pieces[0].dim))
+                # Pieces lie flat, one behind the other.
+                whole = shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
+                state.update(self._new_state(group, whole, pieces[0].dim, rows))
+            # A rank may hold nothing of a sharded parameter, whose steps count all the same.
+            here = not is_sharded(p) or any(map(math.prod, shapes))
             # A parameter that joined late, or had no gradient in a step, has a count of its own.
             kinds = tuple(state[n].dtype for n in self._names(group) if n in state)
-            key = (id(group), p.dtype, p.device, float(state["step"]), kinds)
-            for part, grad, own in zip(pieces, grads, cut_state(state, grads), strict=True):
-                if (is_sharded(p) or len(pieces) > 1) and not grad.numel():
+            key = (id(group), p.dtype, grad.dtype, p.device, count_of(state["step"]), kinds, here)
+            call = calls.setdefault(key, (group, Call(number)))[1]
+            call.counted.append(state)
+            for part, shape, own in zip(pieces, shapes, cut_state(state, shapes), strict=True):
+                if (is_sharded(p) or len(pieces) > 1) and not math.prod(shape):
                     continue  # other ranks have what trains, or other experts
-                call = calls.setdefault(key, (group, Call(number)))[1]
-                call.params.append(part.rows(local(p)))
-                call.grads.append(grad)
+                call.params.append(part.rows(rows))
+                call.grads.append(part.rows(grad))
                 call.indices.append(part.index)
                 call.dims.append(part.dim)
                 call.states.append(own)
-            if key in calls:
-                calls[key][1].steps.append(state["step"])
-            else:
-                state["step"] += 1  # nothing of it is on this rank
         return list(calls.values())
 
     def _clip_coefs(self, calls: list[tuple[dict[str, Any], Call]]) -> list[Tensor | None]:
         """Per call, the factor that brings the norm of all gradients to at most max_norm."""
         total: Tensor | None = None
+        scale = self._of_scaler("grad_scale")
         for group, call in calls:
             if group["max_norm"] is not None:
-                # The gradients are compact already: no index selects from them.
-                none: list[Tensor | None] = [None] * len(call.grads)
-                norm = ops.masked_grad_norm(call.grads, none, call.dims)
+                norm = ops.masked_grad_norm(call.grads, call.indices, call.dims, scale)
                 total = norm if total is None else total.to(norm.device).hypot(norm)
         return [
             (group["max_norm"] / (total.to(call.params[0].device) + 1e-6)).clamp(max=1)
@@ -201,11 +213,11 @@ class MaskedOptimizer(Optimizer):
         # A schedule may have changed the rate since it was checked.
         for group in self.param_groups:
             options.check_lr(group["lr"])
-        calls = self._calls(entries)
+        calls, scale = self._calls(entries), self._of_scaler("grad_scale")
         for (group, call), clip_coef in zip(calls, self._clip_coefs(calls), strict=True):
-            self._update(group, call, call.scalars(group, clip_coef))
-            for count in call.steps:
-                count += 1
+            if call.params:
+                self._update(group, call, call.scalars(group, clip_coef, scale))
+            call.count(self._of_scaler("found_inf"))
 
     def importance(self) -> dict[Tensor, tuple[Tensor, Tensor]]:
         """Every parameter's (signed, squared) importance, summed over the steps so far.
@@ -231,6 +243,7 @@ class MaskedOptimizer(Optimizer):
         """As every optimiser's. State of a sharded parameter is a DTensor of its whole shape, zero
         where nothing trains, so that a checkpoint can be read by any number of ranks."""
         result = super().state_dict()
+        checkpoint.part_steps_(result)
         checkpoint.expand_state_(self, result)
         return result
 

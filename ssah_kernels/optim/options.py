@@ -88,19 +88,23 @@ def check(group: dict[str, Any]) -> None:
         )
 
 
-def state_dtype(group: dict[str, Any], grad: Tensor, dim: int) -> torch.dtype:
-    """The dtype of state for a compact gradient [trained, other]; uint8 are codes in 8 bits.
+def state_dtype(
+    group: dict[str, Any], shape: Sequence[int], dtype: torch.dtype, dim: int
+) -> torch.dtype:
+    """The dtype of state of ``shape`` [trained, other] for a parameter of ``dtype``; uint8 are
+    codes in 8 bits.
 
     With ``"8bit"``, parameters of one dimension (norms, biases) and rows of fewer than 64 elements
     have state in float32. Both follow from the shape of what trains, which no sharding changes.
     """
     wanted = group["state_dtype"]
     if wanted == EIGHT_BIT:
-        row = grad.shape[1:] if grad.dim() > 1 and dim % grad.dim() == 0 else grad.shape[-1:]
-        if grad.dim() > 1 and math.prod(row) >= SHORTEST_ROW:
+        n = len(shape)
+        row = shape[1:] if n > 1 and dim % n == 0 else shape[-1:]
+        if n > 1 and math.prod(row) >= SHORTEST_ROW:
             return torch.uint8
         wanted = None
-    return torch.float64 if grad.dtype == torch.float64 else wanted or torch.float32
+    return torch.float64 if dtype == torch.float64 else wanted or torch.float32
 
 
 def as_list(name: str, value: Any, n: int, default: Any) -> list[Any]:

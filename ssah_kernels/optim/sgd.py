@@ -80,6 +80,7 @@ class MaskedSGD(MaskedOptimizer):
             call.state("importance_signed"),
             call.state("importance_squared"),
             call.state("momentum_buffer_scales"),
+            self._of_scaler("found_inf"),
             momentum=group["momentum"],
             dampening=group["dampening"],
             weight_decay=group["weight_decay"],

@@ -26,13 +26,16 @@ from ssah_kernels.reference.masked_update import (
     entry,
     gradient,
     selected,
+    skips,
+    trained_gradient,
     trained_weight,
 )
 
 
 def masked_adamw_(
     params: Sequence[Tensor],  # [rows, columns] each
-    grads: Sequence[Tensor],  # compact: [trained, columns], or [rows, trained] if the dim is 1
+    # compact: [trained, columns], or [rows, trained] if the dim is 1; or of the parameter's shape
+    grads: Sequence[Tensor],
     exp_avgs: Sequence[Tensor],  # compact
     exp_avg_sqs: Sequence[Tensor],  # compact
     indices: Sequence[Tensor | None],  # [trained]
@@ -47,6 +50,7 @@ def masked_adamw_(
     squared: Sequence[Tensor] | None = None,  # [trained]
     exp_avg_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
     exp_avg_sq_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
+    found_inf: Tensor | None = None,  # []
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -54,9 +58,12 @@ def masked_adamw_(
     weight_decay: float = 0.01,
     maximize: bool = False,
 ) -> None:
+    if skips(found_inf):
+        return
     rate, t = lr.double(), step.double()
     for i, (param, grad, index, dim) in enumerate(zip(params, grads, indices, dims, strict=True)):
         p = selected(param, index, dim)
+        grad = trained_gradient(grad, param, index, dim)
         if signed is not None and squared is not None:
             # Before the update: p and g of one and the same forward pass.
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])

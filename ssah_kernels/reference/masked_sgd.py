@@ -28,13 +28,15 @@ from ssah_kernels.reference.masked_update import (
     entry,
     gradient,
     selected,
+    skips,
+    trained_gradient,
     trained_weight,
 )
 
 
 def masked_sgd_(
     params: Sequence[Tensor],  # [units, other] each, or of any shape
-    grads: Sequence[Tensor],  # compact: [trained, other]
+    grads: Sequence[Tensor],  # compact: [trained, other]; or as params
     momentum_buffers: Sequence[Tensor] | None,  # compact
     indices: Sequence[Tensor | None],  # [trained]
     dims: Sequence[int],
@@ -47,6 +49,7 @@ def masked_sgd_(
     signed: Sequence[Tensor] | None = None,  # [trained], as squared
     squared: Sequence[Tensor] | None = None,
     momentum_scales: Sequence[Tensor] | None = None,  # [rows, blocks]
+    found_inf: Tensor | None = None,  # []
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -54,9 +57,12 @@ def masked_sgd_(
     nesterov: bool = False,
     maximize: bool = False,
 ) -> None:
+    if skips(found_inf):
+        return
     rate, first = lr.double(), step.double() == 1
     for i, (param, grad, index, dim) in enumerate(zip(params, grads, indices, dims, strict=True)):
         p = selected(param, index, dim)
+        grad = trained_gradient(grad, param, index, dim)
         if signed is not None and squared is not None:
             add_importance_(p, grad, grad_scale, dim, signed[i], squared[i])
         compensation = entry(compensations, i)

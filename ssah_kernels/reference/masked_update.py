@@ -4,10 +4,12 @@
 along ``dims[i]`` of ``params[i]``. Everything else in the call (gradient, optimiser state,
 compensation) is compact: it has the parameter's shape with ``len(indices[i])`` in place of the size
 of that dimension. Nothing but the selected elements of a parameter is written. With a parameter
-[4, 3], index [1, 3] and dimension 0, the gradient is [2, 3] and rows 0 and 2 stay what they are.
+[4, 3], index [1, 3] and dimension 0, the state is [2, 3] and rows 0 and 2 stay what they are. The
+gradient is [2, 3] too, or [4, 3] and read at the index.
 
 **Gradient.** g = grad / grad_scale * clip_coef, negated under ``maximize``. grad_scale is what the
-loss was multiplied by, clip_coef the factor of clipping; a missing one is 1.
+loss was multiplied by, clip_coef the factor of clipping; a missing one is 1. Where ``found_inf`` is
+not 0 nothing is written at all.
 
 **Rounding.** The new value of every tensor is computed in full (float32 arithmetic in the backends)
 and rounded once to the tensor's dtype: to nearest even, with two exceptions.
@@ -140,6 +142,18 @@ def trained_weight(
         return selected(param, index, dim) + compensation.double()
     p = param if index is None else param.index_select(dim, index)
     return join_float32(p.contiguous(), compensation.view(p.shape)).double()
+
+
+def trained_gradient(grad: Tensor, param: Tensor, index: Tensor | None, dim: int) -> Tensor:
+    """``grad`` [trained, other], or what ``index`` selects of one of the shape of ``param``."""
+    if index is None or grad.shape != param.shape:
+        return grad
+    return grad.index_select(dim, index)  # an index of everything changes nothing
+
+
+def skips(found_inf: Tensor | None) -> bool:
+    """Whether the update writes nothing."""
+    return found_inf is not None and float(found_inf) != 0
 
 
 def gradient(

@@ -18,7 +18,7 @@ extern "C" __attribute__((visibility("default"))) void far_update(
   tensor.grad = moved_back(grad, first);
   tensor.state0 = moved_back(m, first);
   tensor.state1 = moved_back(v, first);
-  tensor.column_stride = 1;
+  tensor.column_stride = tensor.grad_column_stride = 1;
   tensor.n_rows = 1;
   tensor.row_stride = tensor.n_columns = first + n;
   tensor.stochastic = true;

@@ -23,7 +23,7 @@ import triton.language as tl
 from cases import CASES, DTYPES, check_sample
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-from triton_masked import check_norms, check_update, samples
+from triton_masked import check_norms, check_skipped, check_update, samples
 
 from ssah_kernels import backends
 from ssah_kernels.backends.triton import launch, masked_grad_norm, masked_rounding
@@ -170,6 +170,7 @@ def compare_updates(op: str, exhaustive: bool) -> int:
     for sample in chosen:
         try:
             check_update(sample)
+            check_skipped(sample)
         except AssertionError as error:
             raise AssertionError(f"{sample.name}: {error}") from None
     return len(chosen)

@@ -51,6 +51,7 @@ class MaskedSample:
     signed: list[Tensor] | None
     squared: list[Tensor] | None
     scales: list[list[Tensor]]  # of states in 8 bits
+    found_inf: Tensor | None
 
     def run(self, backend: str, device: str) -> MaskedSample:
         """The sample with everything updated by ``backend``, back on the CPU."""
@@ -58,7 +59,9 @@ class MaskedSample:
         states = (
             mine.states if self.op == "masked_adamw_" else [mine.states[0] if mine.states else None]
         )
-        rest = (*mine.scalars, mine.compensations, mine.signed, mine.squared, *mine.scales)
+        rest = (*mine.scalars, mine.compensations, mine.signed, mine.squared)
+        scales = mine.scales or [None] * len(states)
+        rest = (*rest, *scales, mine.found_inf)
         with backends.use(backend):
             getattr(torch.ops.ssah, self.op)(
                 mine.params, mine.grads, *states, mine.indices, mine.dims, *rest, **self.options
@@ -67,7 +70,7 @@ class MaskedSample:
 
     def moved(self, device: str) -> MaskedSample:
         lists = ("params", "grads", "states", "indices", "scalars")
-        lists = (*lists, "compensations", "signed", "squared", "scales")
+        lists = (*lists, "compensations", "signed", "squared", "scales", "found_inf")
         return replace(self, **{name: copied(getattr(self, name), device) for name in lists})
 
 
@@ -124,14 +127,18 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
             unused = scales[0][0] if scales else states[0][0]
             unused.fill_(float("nan"))  # not used at the first step
         sums = [torch.ones(c.shape[d], dtype=F64) for c, d in zip(compact, dims, strict=True)]
-        half = [x.flip(0).to(dtype) for x in like]
+        of_grads = F32 if i % 5 < 2 and dtype in (BF16, F16) else dtype
+        whole = [torch.randn(p.shape, generator=g) for p in params]  # read at the index
+        # Of the last one transposed: no neighbours lie side by side.
+        whole[4:] = [w.mT.contiguous().mT if w.dim() == 2 else w for w in whole[4:]]
+        grads = [w if i % 3 == 2 else x.flip(0) for w, x in zip(whole, like, strict=True)]
         scalars = [torch.tensor(0.01), torch.tensor(float(step))]
         yield MaskedSample(
             f"{op} {options} {dtype} {state} {compensated=} {units=} noise={noisy} step={step}",
             op,
             options,
             params,
-            half,
+            [x.to(of_grads) for x in grads],
             states,
             indices,
             dims,
@@ -145,7 +152,26 @@ def samples(*, exhaustive: bool = False) -> Iterator[MaskedSample]:
             sums if units else None,
             [s.clone() for s in sums] if units else None,
             scales,
+            torch.tensor(0.0) if i % 4 == 3 else None,
         )
+
+
+def bits_in(value: Any) -> list[Tensor]:
+    """The bytes of all memory that the tensors in nested lists are views of."""
+    if isinstance(value, list):
+        return [bits for each in value for bits in bits_in(each)]
+    return [] if value is None else [flat(value).view(torch.uint8)]
+
+
+def check_skipped(sample: MaskedSample, device: str = "cpu") -> None:
+    """Assert that nothing is written where an infinite gradient was found."""
+    overflowed = [torch.full_like(g, torch.inf) for g in sample.grads]
+    sample = replace(sample, grads=overflowed, found_inf=torch.tensor(1.0))
+    mine = sample.run("triton", device)
+    for name in ("params", "states", "compensations", "signed", "squared", "scales"):
+        before, after = (bits_in(getattr(each, name)) for each in (sample, mine))
+        for a, b in zip(before, after, strict=True):
+            assert torch.equal(a, b), name
 
 
 def check_update(sample: MaskedSample, device: str = "cpu") -> None:

@@ -91,14 +91,21 @@ def update_lists(
     *,
     compensated: bool,
     shapes: Shapes = UPDATED,
+    whole_grads: bool = False,
+    wide_grads: bool = False,
 ) -> dict[str, list[Any]]:
-    """The lists of one masked update: parameters, and everything compact with them."""
+    """The lists of one masked update: parameters, and everything compact with them.
+
+    Every second gradient is of its parameter's shape instead, and lies as that does, with
+    ``whole_grads``; they are float32 with ``wide_grads``.
+    """
     lists: dict[str, list[Any]] = {
         name: []
         for name in ("params", "grads", "first", "second", "indices", "dims", "compensations")
     }
     lists |= {"signed": [], "squared": [], "first_scales": [], "second_scales": []}
-    for shape, dim, share, layout in shapes:
+    of_grads = torch.float32 if wide_grads else dtype
+    for i, (shape, dim, share, layout) in enumerate(shapes):
         index = _selection(shape[dim], share, g) if shape else None
         compact = list(shape)
         if index is not None:
@@ -108,7 +115,10 @@ def update_lists(
         parameter = _parameter(shape, layout, dtype, g)
         trained = parameter if index is None else parameter.index_select(dim, index)
         lists["params"].append(parameter)
-        lists["grads"].append(normal(size, dtype, g))
+        whole = whole_grads and i % 2 == 0
+        lists["grads"].append(
+            _parameter(shape if whole else size, layout if whole else "dense", of_grads, g)
+        )
         wide = torch.float32 if state == torch.uint8 else state
         first = normal(size, wide, g)
         second = normal(size, torch.float64, g).square().to(wide) + 0.01
@@ -130,18 +140,28 @@ def update_lists(
 EIGHT_BIT = (12, 13, 14, 16)  # with state in 8 bits; all options in four calls
 NUMBERS = (*range(12), *EIGHT_BIT)
 FAR_NUMBERS = (1, 2, 4)  # all options in three calls
+WHOLE_GRADS = (2, 3, 5, 8, 13, 16)
+WIDE_GRADS = (2, 4, 5, 13, 16)  # of parameters of 16 bits
 
 
 def _update_samples(
     dtype: torch.dtype, tag: str, shapes: Shapes
 ) -> Iterator[tuple[str, dict[str, list[Any]], tuple[Any, ...], int]]:
-    """Name, lists, the arguments from grad_scale on, and a number that varies the options."""
+    """Name, lists, the arguments from grad_scale to squared, and a number that varies options."""
     states = (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
     for number in NUMBERS if shapes is UPDATED else (*FAR_NUMBERS, *EIGHT_BIT[:2]):
         state = torch.uint8 if number in EIGHT_BIT else states[number % len(states)]
         compensated = dtype == torch.bfloat16 and number % 3 == 2
         g = generator(tag, number)
-        lists = update_lists(dtype, state, g, compensated=compensated, shapes=shapes)
+        lists = update_lists(
+            dtype,
+            state,
+            g,
+            compensated=compensated,
+            shapes=shapes,
+            whole_grads=number in WHOLE_GRADS,
+            wide_grads=number in WIDE_GRADS and dtype.itemsize == 2,
+        )
         scale = torch.tensor(4.0) if number % 2 else None
         clip = torch.tensor(0.3, dtype=torch.float64) if number % 4 == 1 else None
         seed = torch.tensor(-(7**20) * number) if number % 3 else None
@@ -149,6 +169,11 @@ def _update_samples(
         compensations = lists["compensations"] if compensated else None
         name = f"131-{number}-{str(state).removeprefix('torch.')}"
         yield name, lists, (scale, clip, seed, compensations, *sums), number
+
+
+def _found_inf(number: int) -> Tensor | None:
+    """None was; what a call does where one was is another test."""
+    return torch.tensor(0.0) if number % 3 == 1 else None
 
 
 def _rate_and_step(number: int) -> tuple[Tensor, Tensor]:
@@ -161,6 +186,7 @@ def masked_adamw(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sampl
         options = {"weight_decay": 0.1 * (number % 2), "maximize": number % 6 == 5, "beta2": 0.99}
         scales = [lists[f"{n}_scales"] if number in EIGHT_BIT else None for n in names[2:4]]
         args = (*(lists[n] for n in names), *_rate_and_step(number), *rest, *scales)
+        args = (*args, _found_inf(number))
         yield Sample(name, args, options)
 
 
@@ -174,7 +200,8 @@ def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]
         args = [lists[n] for n in names]
         args[2] = args[2] if momentum else None
         scales = lists["first_scales"] if momentum and number in EIGHT_BIT else None
-        yield Sample(name, (*args, *_rate_and_step(number), *rest, scales), options)
+        args = [*args, *_rate_and_step(number), *rest, scales, _found_inf(number)]
+        yield Sample(name, tuple(args), options)
 
 
 def masked_grad_norm(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:

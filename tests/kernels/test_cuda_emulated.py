@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, copied, results
+from cases import CASES, DTYPES, check_skipped, copied, results
 from emulation.build import Emulation
 from emulation.compare import checked, equals_reference, kept_in
 from native_calls import call_of, leaked, outcomes
@@ -206,6 +206,12 @@ def test_nothing_but_the_trained_elements_is_written(op: str, emulated: Emulatio
             view.fill_(True) if index is None else view.index_fill_(dim, index, True)
             assert torch.equal(memory[0][~trained], memory[1][~trained])
             assert trained.sum() < 10 or not torch.equal(memory[0], memory[1])
+
+
+@pytest.mark.parametrize("op", ["masked_adamw_", "masked_sgd_"])
+def test_nothing_is_written_where_a_gradient_overflowed(op: str, emulated: Emulation) -> None:
+    for sample in CASES[op].samples(torch.bfloat16):
+        check_skipped(CASES[op], checked(emulated[op]), sample)
 
 
 @pytest.mark.parametrize("op", ["masked_adamw_", "masked_grad_norm"])

@@ -322,7 +322,7 @@ def test_float32_equals_torch_fused() -> None:
     ("change", "error", "message"),
     [
         ({"params": []}, ValueError, "params is empty"),
-        ({"grads": [torch.zeros(4, 3)]}, ValueError, r"grads\[0\] has shape"),
+        ({"grads": [torch.zeros(3, 3)]}, ValueError, r"grads\[0\] has shape"),
         ({"grads": [torch.zeros(2, 3).double()]}, TypeError, r"grads\[0\] has dtype"),
         ({"exp_avgs": [torch.zeros(2, 3).half()]}, TypeError, r"exp_avgs\[0\] has dtype"),
         ({"exp_avgs": [torch.zeros(3, 2).t()]}, ValueError, "must be contiguous"),

@@ -143,9 +143,10 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
     if op == "masked_grad_norm":
         return masked_grad_norm.launches([param], [index], [dim], scalar, scalar)
     units = [torch.empty(shape[dim], dtype=torch.float64)] if "units" in detail else None
+    of_grads = torch.float32 if "float32 grads" in detail else dtype
     update = Update(
         [param],
-        [torch.empty(shape, dtype=dtype)],
+        [torch.empty(whole.shape if "through index" in detail else shape, dtype=of_grads)],
         [[torch.empty(shape, dtype=state)] for _ in range(states)],
         [index],
         [dim],
@@ -157,6 +158,7 @@ def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, 
         units,
         units,
         scales,
+        scalar if "skips" in detail else None,
     )
     return (masked_adamw if op == "masked_adamw_" else masked_sgd).plan(update)
 
@@ -180,6 +182,8 @@ def variants(op: str) -> Iterator[str]:
         )
         yield from ("rows codes units noise", "packed odd columns codes")
         yield from ("packed columns units noise", "packed odd columns units", "gathered columns")
+        yield "rows units noise through index skips float32 grads"
+        yield "gathered columns units through index skips"
     else:
         yield from ("", "masked") if op != "column_sq_norms" else ("",)
 

@@ -50,6 +50,7 @@ def masked_adamw_(
     squared: Sequence[Tensor] | None = None,
     exp_avg_scales: Sequence[Tensor] | None = None,
     exp_avg_sq_scales: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     *,
     beta1: float = 0.9,
     beta2: float = 0.999,
@@ -60,5 +61,5 @@ def masked_adamw_(
     states, scalars = (exp_avgs, exp_avg_sqs), (lr, step, grad_scale, clip_coef, seed)
     rest = (compensations, signed, squared)
     scales = [s for s in (exp_avg_scales, exp_avg_sq_scales) if s is not None]
-    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales)
+    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales, found_inf)
     run(plan(update, beta1, beta2, eps, weight_decay, maximize), params[0].device)

@@ -13,7 +13,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 import triton.language as tl
@@ -48,8 +49,9 @@ TYPES = {
 
 @dataclass(frozen=True)
 class Update:
-    """Arguments of a masked update: per tensor, then shared. ``grads``, ``states`` and
-    ``remainders`` are contiguous compact matrices; ``params`` are matrices of any strides."""
+    """Arguments of a masked update: per tensor, then shared. ``states`` and ``remainders`` are
+    contiguous compact matrices, and so are ``grads``, unless they have the parameter's shape;
+    ``params`` are matrices of any strides."""
 
     params: Sequence[Tensor]
     grads: Sequence[Tensor]
@@ -65,6 +67,15 @@ class Update:
     signed: Sequence[Tensor] | None
     squared: Sequence[Tensor] | None
     scales: Sequence[Sequence[Tensor]] = ()  # of states in 8 bits, one list for each state
+    found_inf: Tensor | None = None
+
+    def shape(self, i: int) -> tuple[int, int]:
+        """Rows and columns of what trains of tensor ``i``."""
+        rows, cols = self.params[i].shape
+        index = self.indices[i]
+        if index is None:
+            return rows, cols
+        return (index.numel(), cols) if self.dims[i] == 0 else (rows, index.numel())
 
 
 @cache
@@ -121,29 +132,41 @@ def tile_of(vector: int, units: int = -1, *, codes: bool = False) -> dict[str, i
     return {"STEPS": rows // height, "HEIGHT": height, "BLOCK": block}
 
 
-def how_accessed(update: Update, i: int) -> tuple[int, bool, int]:
-    """(VECTOR, GATHER, UNITS) of tensor i: what its launch is specialised for."""
+class Access(NamedTuple):
+    """What a launch is specialised for: constants of the kernel, in capitals there."""
+
+    vector: int
+    gather: bool
+    units: int
+    through_index: bool
+
+
+def how_accessed(update: Update, i: int) -> Access:
+    """How tensor ``i`` is accessed."""
     param, grad, dim = update.params[i], update.grads[i], update.dims[i]
     gather = update.indices[i] is not None and dim == 1
     units = dim if update.signed is not None else -1
-    if gather or param.stride(1) != 1:  # no neighbours to load together
-        return 1, gather, units
-    tensors = [grad, *(s[i] for s in update.states), param]
+    through_index = grad.shape != update.shape(i)
+    strided = [param, grad] if through_index else [param]
+    if gather or any(t.stride(1) != 1 for t in strided):  # no neighbours to load together
+        return Access(1, gather, units, through_index)
+    tensors = [param, grad, *(s[i] for s in update.states)]
     if update.remainders is not None:
         tensors.append(update.remainders[i])
-    return vector_of(tensors, grad.shape[1], param.stride(0)), gather, units
+    vector = vector_of(tensors, param.shape[1], *(t.stride(0) for t in strided))
+    return Access(vector, gather, units, through_index)
 
 
 def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) -> list[int]:
     """One row of the table, but for the last two fields."""
-    param, index = update.params[i], update.indices[i]
-    rows, cols = update.grads[i].shape
+    param, grad, index = update.params[i], update.grads[i], update.indices[i]
+    rows, cols = update.shape(i)
     states = [s[i].data_ptr() for s in update.states]
     scales = [s[i].data_ptr() for s in update.scales]
     return [
         first,
         param.data_ptr(),
-        update.grads[i].data_ptr(),
+        grad.data_ptr(),
         *states,
         *[0] * (2 - len(states)),  # SGD has one or none: addresses that nothing reads
         *scales,
@@ -155,6 +178,8 @@ def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) ->
         cols // vector,  # the kernel multiplies again, and so knows the factor
         param.stride(0) // vector,
         param.stride(1),
+        grad.stride(0) // vector,
+        grad.stride(1),
         i,
     ]
 
@@ -174,7 +199,7 @@ class _UnitSums:
         fields = [self.size, parts]
         if update.signed is not None and update.squared is not None:
             sums = update.signed[i].data_ptr(), update.squared[i].data_ptr()
-            n_units = update.grads[i].shape[units]
+            n_units = update.shape(i)[units]
             self.table += [self.programs, *sums, self.size, parts, n_units]
             self.programs += cdiv(n_units, MERGE_CHANNELS)
             self.size += 2 * parts * n_units
@@ -182,17 +207,17 @@ class _UnitSums:
 
 
 def _rows(
-    update: Update, key: tuple[int, bool, int], members: Sequence[int], sums: _UnitSums
+    update: Update, access: Access, members: Sequence[int], sums: _UnitSums
 ) -> tuple[list[int], int]:
     """The rows of one launch's table, and its number of programs."""
-    vector, gather, units = key  # units: the dimension that importance is summed for, or -1
+    vector, units = access.vector, access.units
     cut = tile_of(vector, units, codes=bool(update.scales))
     result: list[int] = []
     programs = 0
     for i in members:
-        rows, cols = update.grads[i].shape
+        rows, cols = update.shape(i)
         tiles = cdiv(rows, cut["STEPS"] * cut["HEIGHT"]), cdiv(cols, cut["BLOCK"])
-        result += tensor_row(update, i, programs, vector, gather)
+        result += tensor_row(update, i, programs, vector, access.gather)
         result += sums.add(update, i, units, tiles)
         programs += tiles[0] * tiles[1]
     assert len(result) == FIELDS.value * len(members)
@@ -208,13 +233,13 @@ def launches(
     gathered columns), and one that adds importance if it is asked for.
     """
     device = update.params[0].device
-    groups: dict[tuple[int, bool, int], list[int]] = defaultdict(list)
-    for i, grad in enumerate(update.grads):
-        if grad.numel():
+    groups: dict[Access, list[int]] = defaultdict(list)
+    for i in range(len(update.params)):
+        if prod(update.shape(i)):
             groups[how_accessed(update, i)].append(i)
     head = [*map(bits, hyper), *[0] * (HEAD.value - len(hyper))]
     sums = _UnitSums()
-    tables = [(key, *_rows(update, key, members, sums)) for key, members in groups.items()]
+    tables = [(each, *_rows(update, each, members, sums)) for each, members in groups.items()]
 
     # One for all launches, once its size is known.
     partial = torch.empty(sums.size, dtype=torch.float64, device=device)
@@ -225,24 +250,27 @@ def launches(
         "MAXIMIZE": maximize,
         "COMPENSATED": update.remainders is not None,
         "P": TYPES[update.params[0].dtype],
+        "G": TYPES[update.grads[0].dtype],
         "S": TYPES[update.states[0][0].dtype] if update.states else tl.float32,
         "num_warps": WARPS,
     }
     maps = device_maps(device) if update.scales else None
-    shared = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed, maps)
+    scalars = (update.lr, update.step, update.grad_scale, update.clip_coef, update.seed)
+    shared = (*scalars, update.found_inf, maps)
     result = []
-    for (vector, gather, units), rows, programs in tables:
+    for access, rows, programs in tables:
         table = device_table([*head, *rows], device)
         args = (table, partial, *shared, len(rows) // FIELDS.value)
-        cut = tile_of(vector, units, codes=maps is not None)
-        special = {"VECTOR": vector, "GATHER": gather, "UNITS": units, **cut}
-        if units >= 0:
+        cut = tile_of(access.vector, access.units, codes=maps is not None)
+        special = {name.upper(): value for name, value in access._asdict().items()} | cut
+        if access.units >= 0:
             special |= REGISTERS
         result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))
     if sums.table:
         table = device_table(sums.table, device)
         fields = {"FIELDS": UNIT_FIELDS, "CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS}
-        stage2 = (table, partial, update.grad_scale, len(sums.table) // UNIT_FIELDS)
+        scalars = (update.grad_scale, update.found_inf)
+        stage2 = (table, partial, *scalars, len(sums.table) // UNIT_FIELDS)
         result.append(
             Launch(add_importance_kernel, (sums.programs, 2), stage2, {**fields, "num_warps": 4})
         )

@@ -44,6 +44,7 @@ def masked_sgd_(
     signed: Sequence[Tensor] | None = None,
     squared: Sequence[Tensor] | None = None,
     momentum_scales: Sequence[Tensor] | None = None,
+    found_inf: Tensor | None = None,
     *,
     momentum: float = 0.0,
     dampening: float = 0.0,
@@ -55,5 +56,5 @@ def masked_sgd_(
     scalars = (lr, step, grad_scale, clip_coef, seed)
     rest = (compensations, signed, squared)
     scales = [] if momentum_scales is None else [momentum_scales]
-    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales)
+    update = Update(params, grads, states, indices, dims, *scalars, *rest, scales, found_inf)
     run(plan(update, momentum, dampening, weight_decay, nesterov, maximize), params[0].device)

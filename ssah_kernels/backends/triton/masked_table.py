@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 
 HEAD = tl.constexpr(8)  # hyperparameters before the rows of the table, as the bits of float64
-FIELDS = tl.constexpr(17)
+FIELDS = tl.constexpr(19)
 FIRST, PARAM, GRAD, STATE_0, STATE_1, SCALES_0, SCALES_1 = (tl.constexpr(i) for i in range(7))
 REMAINDER, INDEX, INDEXED_ROWS, ROWS, COLS = (tl.constexpr(i) for i in range(7, 12))
-ROW_STRIDE, COL_STRIDE, NUMBER, PARTIAL, PARTS = (tl.constexpr(i) for i in range(12, 17))
+ROW_STRIDE, COL_STRIDE, GRAD_ROW_STRIDE, GRAD_COL_STRIDE = (tl.constexpr(i) for i in range(12, 16))
+NUMBER, PARTIAL, PARTS = (tl.constexpr(i) for i in range(16, 19))
 
 
 @triton.jit
@@ -54,10 +55,11 @@ def pointer(row_ptr, FIELD: tl.constexpr, DTYPE: tl.constexpr, VECTOR: tl.conste
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def add_importance_kernel(
-    table_ptr, partial_ptr, grad_scale_ptr, n_tensors,
+    table_ptr, partial_ptr, grad_scale_ptr, found_inf_ptr, n_tensors,
     FIELDS: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stage 2: add partial [2, parts, units], divided by the gradient scale, to signed and squared.
+    Where an infinite gradient was found, there are no parts, and nothing is added.
 
     A row of the table: first program, signed, squared, offset of the partial sums, parts, units.
     """
@@ -66,6 +68,8 @@ def add_importance_kernel(
     units = tl.load(row_ptr + 5)
     cols = (tl.program_id(0) - tl.load(row_ptr)) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < units
+    if found_inf_ptr is not None:
+        inside &= tl.load(found_inf_ptr) == 0
     unscale = 1 / scalar_or_one(grad_scale_ptr)
     if tl.program_id(1) == 1:  # the sum of squares
         unscale *= unscale

@@ -36,6 +36,8 @@ from ssah_kernels.backends.triton.masked_table import (
     FIELDS,
     FIRST,
     GRAD,
+    GRAD_COL_STRIDE,
+    GRAD_ROW_STRIDE,
     HEAD,
     INDEX,
     INDEXED_ROWS,
@@ -76,19 +78,17 @@ def grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE: tl.constexpr):
 
 
 @triton.jit
-def param_cols(row_ptr, index_ptr, cols, inside, GATHER: tl.constexpr, VECTOR: tl.constexpr):
-    """Where columns of the gradient lie in a row of the parameter."""
-    if GATHER:
-        cols = tl.load(index_ptr + cols, mask=inside, other=0)
+def strided(row_ptr, STRIDE: tl.constexpr, cols, VECTOR: tl.constexpr):
+    """Where columns lie in a row."""
     # With vectors the stride is 1, and no multiplication may hide that from the compiler.
     if VECTOR == 1:
-        cols *= tl.load(row_ptr + COL_STRIDE)
+        cols *= tl.load(row_ptr + STRIDE)
     return cols
 
 
 @triton.jit
 def param_rows(row_ptr, index_ptr, rows, GATHER: tl.constexpr):
-    """Which rows of the parameter rows of the gradient are."""
+    """Which rows of the parameter compact rows are."""
     if GATHER:
         return rows
     else:
@@ -181,21 +181,23 @@ def take_step(
 
 @triton.jit(do_not_specialize=["n_tensors"])
 def masked_update_kernel(
-    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr, map_ptr,
-    n_tensors,
+    table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr,
+    found_inf_ptr, map_ptr, n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
-    P: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
+    THROUGH_INDEX: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
     STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
-    there is an index. UNITS: the dimension along which importance is summed per entry, or -1.
+    there is an index. THROUGH_INDEX: the gradient is not compact, but lies as its parameter does.
+    UNITS: the dimension along which importance is summed per entry, or -1.
     map_ptr: the maps of state in 8 bits, whose blocks are the rows of a tile; else None."""
     X: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
     NOISE: tl.constexpr = seed_ptr is not None
     row_ptr = find_row(table_ptr, n_tensors, HEAD, FIELDS)
     p_ptr = pointer(row_ptr, PARAM, P, VECTOR)
-    g_ptr = pointer(row_ptr, GRAD, P, VECTOR)
+    g_ptr = pointer(row_ptr, GRAD, G, VECTOR)
     s0_ptr, s1_ptr = pointer(row_ptr, STATE_0, S, VECTOR), pointer(row_ptr, STATE_1, S, VECTOR)
     # What a parameter of 16 bits cannot hold: of bfloat16 the other half of a float32 weight.
     c_ptr = pointer(row_ptr, REMAINDER, tl.int16 if tl.bfloat16 == P else P, VECTOR)
@@ -210,7 +212,13 @@ def masked_update_kernel(
     tile_row, tile_col = tile // blocks, tile % blocks
     cols = tile_col * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside_cols = cols < n_cols
-    p_cols = param_cols(row_ptr, index_ptr, cols, inside_cols, GATHER, VECTOR)
+    p_cols = cols
+    if GATHER:
+        p_cols = tl.load(index_ptr + cols, mask=inside_cols, other=0)
+    if THROUGH_INDEX:
+        g_cols = strided(row_ptr, GRAD_COL_STRIDE, p_cols, VECTOR)
+        g_row_stride = tl.load(row_ptr + GRAD_ROW_STRIDE) * VECTOR
+    p_cols = strided(row_ptr, COL_STRIDE, p_cols, VECTOR)
 
     lr, step = tl.load(lr_ptr), tl.load(step_ptr)
     scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE).to(X)
@@ -222,13 +230,17 @@ def masked_update_kernel(
     squared = signed
 
     left = tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT)  # steps to the last row
+    if found_inf_ptr is not None:
+        left = tl.where(tl.load(found_inf_ptr) == 0, left, 0)  # nothing is read or written then
     for i in range(0, tl.minimum(left, STEPS)):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
         element = rows * n_cols + cols
-        at = p_ptr + param_rows(row_ptr, index_ptr, rows, GATHER) * row_stride + p_cols
+        p_rows = param_rows(row_ptr, index_ptr, rows, GATHER)
+        at = p_ptr + p_rows * row_stride + p_cols
         stored = tl.load(at, mask=inside, other=0)
-        grad = tl.load(g_ptr + element, mask=inside, other=0).to(X)
+        g_at = p_rows * g_row_stride + g_cols if THROUGH_INDEX else element
+        grad = tl.load(g_ptr + g_at, mask=inside, other=0).to(X)
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
             product = stored.to(X) * grad
