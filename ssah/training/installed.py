@@ -24,6 +24,7 @@ from ssah.training.splitting import (
     install_gated,
     split_model,
     split_rows,
+    split_weights,
     uninstall_gated,
 )
 from ssah.units import DepthTwoModule
@@ -92,6 +93,7 @@ class Installed:
                 # A slice of a DTensor would be none: parameters stay, and the optimiser selects.
                 self._hooks = clear_frozen_gradients(self.model, self.entries)
             else:
+                split_weights(self.model, self.entries, self.masked)
                 split_model(self.model, modules, masks, self.entries, self.masked)
                 split_rows(self.model, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)

@@ -26,7 +26,7 @@ from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
 from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
-from ssah.training.choice import Beside, Rows, choose
+from ssah.training.choice import Beside, Rows, Weights, choose
 from ssah.training.entries import fingerprint
 from ssah.training.in_place import check_in_place, check_unmoved
 from ssah.training.installed import Installed
@@ -75,11 +75,12 @@ class UpdatePlan(Optimised, Reversible):
         extra_parameters: Collection[str] = (),
         kept_parameters: Collection[str] = (),
         rows: Rows | None = None,
+        weights: Weights | None = None,
         unfreeze: bool = False,
     ) -> None:
         self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
-        beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
+        beside = Beside(extra_parameters, kept_parameters, rows, weights, unfreeze)
         choice = choose(model, self.modules, units, beside, keep=keep)
         self.trained_units, self.entries = choice.trained_units, choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.
