@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cpu, CPU, m) {
   m.impl("taylor_moments_", TORCH_BOX(&ssah::taylor_moments_cpu));
   m.impl("column_sq_norms", TORCH_BOX(&ssah::column_sq_norms_cpu));
   m.impl("masked_adamw_", TORCH_BOX(&ssah::masked_adamw_cpu));
+  m.impl("bit_masked_adamw_", TORCH_BOX(&ssah::bit_masked_adamw_cpu));
   m.impl("masked_sgd_", TORCH_BOX(&ssah::masked_sgd_cpu));
   m.impl("masked_grad_norm", TORCH_BOX(&ssah::masked_grad_norm_cpu));
   m.impl("read_bytes", TORCH_BOX(&ssah::read_bytes_cpu));

@@ -6,19 +6,34 @@ elements for example, of which 0, 3 and 9 are chosen, are two bytes:
     byte 0: 0b00001001 = 9        byte 1: 0b00000010 = 2
 
 Bits after the last element are 0, so that equal masks have equal bytes.
+
+What is kept for the chosen elements alone, such as the state of an optimiser, lies side by side.
+Where in it a block of 1,024 elements begins, its *offset*, is the number of chosen ones before it.
+Of 3,000 elements of which every third is chosen, from 0 on, the offsets are 0, 342, 683 and 1,000.
 """
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Sequence
+from functools import cache
+
 import torch
 from torch import Tensor
 
+BLOCK = 1024  # elements for which there is an offset
 _PLACES = 8  # bits in a byte
+_AT_ONCE = 4096  # blocks whose bits are counted at once: 4 MiB of counts
 
 
 def packed_size(numel: int) -> int:
     """Number of bytes that hold ``numel`` bits."""
     return -(-numel // _PLACES)
+
+
+def n_blocks(numel: int) -> int:
+    """Number of blocks of a tensor of ``numel`` elements; the last may be shorter."""
+    return -(-numel // BLOCK)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -54,3 +69,84 @@ def unpack_bits(bits: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
     places = torch.arange(_PLACES, dtype=torch.uint8, device=bits.device)
     mask = (bits[:, None] >> places) & 1  # [bytes, 8]
     return mask.view(-1)[:numel].view(torch.bool).reshape(shape)
+
+
+@cache
+def _counts(device: torch.device) -> Tensor:
+    """How many bits of each byte are set: int64 [256]."""
+    return torch.tensor([byte.bit_count() for byte in range(256)], device=device)
+
+
+def block_offsets(bits: Tensor) -> Tensor:
+    """How many elements are chosen before each block, and at all: int64 ``[blocks + 1]``.
+
+    Args:
+        bits: uint8 ``[ceil(n / 8)]``, as :func:`pack_bits` gives them; on any device.
+
+    Raises:
+        TypeError: ``bits`` is not uint8.
+    """
+    if bits.dtype is not torch.uint8:
+        raise TypeError(f"bits is {bits.dtype}, must be torch.uint8")
+    blocks = n_blocks(len(bits) * _PLACES)
+    per_block = BLOCK // _PLACES  # bytes
+    offsets = torch.zeros(blocks + 1, dtype=torch.int64, device=bits.device)
+    for start in range(0, blocks, _AT_ONCE):
+        some = bits[start * per_block : (start + _AT_ONCE) * per_block]
+        counts = _counts(bits.device)[some.int()]  # [bytes]
+        counts = torch.nn.functional.pad(counts, (0, -len(counts) % per_block))
+        rows = counts.view(-1, per_block)  # [blocks, bytes of each]
+        offsets[1 + start : 1 + start + len(rows)] = rows.sum(1)
+    return offsets.cumsum_(0)
+
+
+# (id of a mask, id of its offsets) -> both, their versions, how many elements train
+_known: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int, int]] = {}
+
+
+def _checked(i: int, numel: int, bits: Tensor, offsets: Tensor) -> int:
+    """How many elements the mask ``bits`` chooses, once its ``offsets`` are known to be of it."""
+    key = (id(bits), id(offsets))
+    known = _known.get(key)
+    now = (bits, offsets, bits._version, offsets._version)
+    if known is not None and (known[0](), known[1](), *known[2:4]) == now:
+        return known[4]
+    spare = -numel % _PLACES
+    if spare and len(bits) and int(bits[-1]) >> (_PLACES - spare):
+        raise ValueError(f"masks[{i}] has bits after the last of {numel} elements; they must be 0")
+    if not torch.equal(block_offsets(bits), offsets):
+        raise ValueError(
+            f"offsets[{i}] does not belong to masks[{i}]; it must be what "
+            "ssah_kernels.bit_masks.block_offsets gives for it"
+        )
+    trained = int(offsets[-1])
+    if not (bits.is_inference() or offsets.is_inference()):  # those have no version
+        # An id is given again once its tensor is gone: the entry must go with it.
+        forget = [weakref.ref(x, lambda _: _known.pop(key, None)) for x in (bits, offsets)]
+        _known[key] = (forget[0], forget[1], bits._version, offsets._version, trained)
+    return trained
+
+
+def check(
+    params: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    offsets: Sequence[Tensor],
+    states: Sequence[Tensor],
+) -> None:
+    """Raise ValueError unless masks, offsets and states belong to each other.
+
+    Their values are read once, which waits for a GPU, and again after they were changed in place.
+
+    Args:
+        params: ``[...]`` of n elements each.
+        masks: uint8 ``[ceil(n / 8)]``.
+        offsets: int64 ``[blocks + 1]``.
+        states: ``[trained]``.
+    """
+    for i, (param, bits, at, state) in enumerate(zip(params, masks, offsets, states, strict=True)):
+        trained = _checked(i, param.numel(), bits, at)
+        if state.numel() != trained:
+            raise ValueError(
+                f"the states of params[{i}] have {state.numel()} elements; they must have "
+                f"{trained}, as masks[{i}] has bits that are set"
+            )

@@ -61,6 +61,10 @@ def masked_adamw_(*args: Any, **kwargs: Any) -> None:
     checks.masked_adamw_(*args, **kwargs)
 
 
+def bit_masked_adamw_(*args: Any, **kwargs: Any) -> None:
+    checks.bit_masked_adamw_(*args, **kwargs)
+
+
 def masked_sgd_(*args: Any, **kwargs: Any) -> None:
     checks.masked_sgd_(*args, **kwargs)
 

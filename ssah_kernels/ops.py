@@ -5,10 +5,8 @@ own refuse: tensors that share memory (``ValueError``), tensors that require gra
 are recorded, and outside inference mode those that were made in it (``RuntimeError``). What it
 changes counts as changed for autograd.
 
-Shapes, dtypes and devices are checked, and the values of ``indices``. The values of other tensors
-are not, since that would wait for a GPU: a step of 0, a negative count or second moment, or a
-learning rate of NaN give what the formula gives. Nor are betas, eps, momentum and the like, which
-the optimisers of :mod:`ssah_kernels.optim` check.
+Shapes, dtypes and devices are checked, and the values of indices and masks. Other values are not,
+since that would wait for a GPU: a step of 0 or a rate of NaN give what the formula gives.
 """
 
 from __future__ import annotations
@@ -18,7 +16,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ssah_kernels.bit_updates import bit_masked_adamw_
+
 __all__ = [
+    "bit_masked_adamw_",
     "channel_moments_",
     "column_sq_norms",
     "gated_moments",

@@ -1,8 +1,9 @@
 """Registers the catalogue as ``torch.ops.ssah.*``: schema, dispatch, fakes and derivatives.
 
 A call goes through these, from the top: the derivative (``autograd``), the checks of arguments
-(``checks``), of memory (``memory``) and of index values (``indices``), and then one kernel of the
-backend that serves the device. All checks come first, so that what raises has changed nothing.
+(``checks``), of memory (``memory``) and of the values of indices and masks (``indices``,
+``bit_masks``), and then one kernel of the backend that serves the device. All checks come first, so
+that what raises has changed nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import increment_version
 
-from ssah_kernels import autograd, backends, checks, fake, indices, memory
+from ssah_kernels import autograd, backends, bit_masks, checks, fake, indices, memory
 from ssah_kernels.checks import matrices
 from ssah_kernels.schema import SCHEMAS, arguments
 
@@ -25,6 +26,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
     tensors_of = memory.reader(op)
     names = [name for _, name in arguments(op)]
     at = names.index("indices") if "indices" in names else None
+    masks_at = names.index("masks") if "masks" in names else None
+    of_lists = at is not None or masks_at is not None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
@@ -32,7 +35,9 @@ def _dispatch(op: str) -> Callable[..., Any]:
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
-        first = args[0] if at is None else args[0][0]  # of a list, all are on one device
+        if masks_at is not None:
+            bit_masks.check(args[0], args[masks_at], args[masks_at + 1], args[masks_at - 1])
+        first = args[0][0] if of_lists else args[0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         # The reference is made of torch's operators, which would record what they do.
@@ -47,7 +52,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
 def register() -> None:
     for op, schema in SCHEMAS.items():
         # These copy a table to the GPU in every call, which no CUDA graph can (torch.compile).
-        unsafe = [torch.Tag.cudagraph_unsafe] if op.startswith("masked") else []
+        unsafe = [torch.Tag.cudagraph_unsafe] if "masked" in op else []
         _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
         _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)

@@ -27,6 +27,12 @@ SCHEMAS: dict[str, str] = {
         " Tensor? found_inf=None, *, float beta1=0.9,"
         " float beta2=0.999, float eps=1e-08, float weight_decay=0.01, bool maximize=False) -> ()"
     ),
+    "bit_masked_adamw_": (
+        "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,"
+        " Tensor[] masks, Tensor[] offsets, Tensor lr, Tensor step, Tensor? grad_scale=None,"
+        " Tensor? clip_coef=None, Tensor? seed=None, *, float beta1=0.9, float beta2=0.999,"
+        " float eps=1e-08, float weight_decay=0.01, bool maximize=False) -> ()"
+    ),
     "masked_sgd_": (
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[]? momentum_buffers,"
         " Tensor?[] indices, int[] dims, Tensor lr, Tensor step, Tensor? grad_scale=None,"

@@ -224,6 +224,7 @@ CASES: dict[str, OpCase] = {
             seed=9,
             adjusted=_adjusted_compensation,
         ),
+        _of_lists("bit_masked_adamw_", outputs=(0, 2, 3), rounded=3, seed=10),
         _of_lists("masked_grad_norm"),
     )
 }

@@ -22,7 +22,7 @@ unsigned mix(unsigned x) {
   return x ^ x >> 15;
 }
 
-unsigned noise_key(unsigned key, uint64_t seed, int64_t step, unsigned number) {
+unsigned noise_key_of(unsigned key, uint64_t seed, int64_t step, unsigned number) {
   for (unsigned word : {static_cast<unsigned>(seed), static_cast<unsigned>(seed >> 32),
                         static_cast<unsigned>(step), number}) {
     key = mix(key ^ word);
@@ -102,6 +102,19 @@ int state_type_of(const Tensor& state) {
   return state.scalar_type() == ScalarType::Byte ? kCodes : static_cast<int>(dtype_of(state));
 }
 
+NoiseKeys noise_keys(const Tensor& seed, double step, size_t number) {
+  STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1,
+                  "seed must be int64 of one element");
+  STD_TORCH_CHECK(std::fabs(step) < 0x1p63, "step is ", step,
+                  "; with a seed it must be a whole number below 2^63, which the noise follows");
+  const auto word = *static_cast<const uint64_t*>(seed.const_data_ptr());
+  const auto whole = static_cast<int64_t>(step);
+  // The position among the tensors is part of the key: equal tensors get other noise.
+  const auto position = static_cast<unsigned>(number);
+  return {noise_key_of(0x243f6a88u, word, whole, position),
+          noise_key_of(0x85a308d3u, word, whole, position)};
+}
+
 double scalar_of(const std::optional<Tensor>& x, double otherwise) {
   if (!x.has_value()) return otherwise;
   STD_TORCH_CHECK(x->scalar_type() == ScalarType::Double && x->numel() == 1,
@@ -147,12 +160,7 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
   STD_TORCH_CHECK(grad == dtype || (grad == ScalarType::Float && params_of_16_bits),
                   "grads must be of the params' dtype, or float32 with params of 16 bits");
   const ScalarType state = lists.state0 != nullptr ? (*lists.state0)[0].scalar_type() : dtype;
-  STD_TORCH_CHECK(!lists.seed.has_value() ||
-                      (lists.seed->scalar_type() == ScalarType::Long && lists.seed->numel() == 1),
-                  "seed must be int64 of one element");
   const double step = scalar_of(lists.step, 0);
-  STD_TORCH_CHECK(!lists.seed.has_value() || std::fabs(step) < 0x1p63, "step is ", step,
-                  "; with a seed it must be a whole number below 2^63, which the noise follows");
   const double unscale = 1 / scalar_of(lists.grad_scale, 1);
   for (size_t i = 0; i < lists.params.size(); ++i) {
     UpdateTensor t = selected_matrix(lists.params[i], lists.indices[i], lists.axes[i]);
@@ -188,12 +196,10 @@ std::vector<UpdateTensor> update_tensors(const UpdateLists& lists) {
       t.n_rows = t.n_columns == 0 ? 0 : 1;
     }
     if (lists.seed.has_value()) {
-      const auto seed = *static_cast<const uint64_t*>(lists.seed->const_data_ptr());
+      const NoiseKeys keys = noise_keys(*lists.seed, step, i);
       t.stochastic = true;
-      // The position i among the tensors is part of the key: equal tensors get other noise.
-      const auto whole = static_cast<int64_t>(step);
-      t.key0 = noise_key(0x243f6a88u, seed, whole, static_cast<unsigned>(i));
-      t.key1 = noise_key(0x85a308d3u, seed, whole, static_cast<unsigned>(i));
+      t.key0 = keys.key0;
+      t.key1 = keys.key1;
     }
     tensors.push_back(t);
   }

@@ -31,6 +31,17 @@ std::vector<BlockOfTensor> blocks_of(const std::vector<UpdateTensor>& tensors);
 
 double scalar_of(const std::optional<Tensor>& x, double otherwise);
 
+// Of the noise of the tensor at position `number`; raises where seed or step have none.
+struct NoiseKeys {
+  unsigned key0, key1;
+};
+NoiseKeys noise_keys(const Tensor& seed, double step, size_t number);
+
+// What is the same for every element of an AdamW step, computed in double.
+AdamWArgs adamw_args(const Tensor& lr, const Tensor& step, const std::optional<Tensor>& grad_scale,
+                     const std::optional<Tensor>& clip_coef, double beta1, double beta2, double eps,
+                     double weight_decay, bool maximize);
+
 // What an update's lists have in common.
 struct UpdateLists {
   const TensorList &params, &grads;

@@ -48,6 +48,14 @@ void masked_sgd_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>
                     const std::optional<std::vector<Tensor>>& momentum_scales,
                     const std::optional<Tensor>& found_inf, double momentum, double dampening,
                     double weight_decay, bool nesterov, bool maximize);
+void bit_masked_adamw_cpu(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
+                          const std::vector<Tensor>& exp_avgs,
+                          const std::vector<Tensor>& exp_avg_sqs, const std::vector<Tensor>& masks,
+                          const std::vector<Tensor>& offsets, const Tensor& lr, const Tensor& step,
+                          const std::optional<Tensor>& grad_scale,
+                          const std::optional<Tensor>& clip_coef, const std::optional<Tensor>& seed,
+                          double beta1, double beta2, double eps, double weight_decay,
+                          bool maximize);
 Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
                             const std::vector<std::optional<Tensor>>& indices,
                             const std::vector<int64_t>& dims,

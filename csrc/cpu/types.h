@@ -95,6 +95,20 @@ struct UpdateBlock {
   long row_begin, row_end, column_begin, column_end;
 };
 
+// A parameter of which single elements train: those whose bit is set. Of 10 elements with bits 0, 3
+// and 9 the mask is {9, 2}, and the states have 3 elements.
+constexpr long kBitBlock = 1024;  // elements that one entry of the offsets stands for
+struct BitMaskedTensor {
+  void* param;
+  const void* grad;
+  void *state0, *state1;      // of the trained elements alone
+  const unsigned char* mask;  // [ceil(n / 8)], the lowest bit first
+  const long* offsets;        // trained elements before each block, and of all
+  long n;                     // elements of param and grad, which are contiguous
+  bool stochastic;
+  unsigned key0, key1;  // of the noise
+};
+
 struct AdamWArgs {
   double scale, decay, beta1, beta2;
   double step_size, bias;  // lr / (1 - beta1^t), sqrt(1 - beta2^t)
@@ -118,6 +132,9 @@ struct Kernels {
   void (*column_sq_norms[kDtypes])(const ColumnSqNormsArgs&, ChannelRange);
   void (*masked_adamw[kDtypes][kStateTypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);
   void (*masked_sgd[kDtypes][kStateTypes])(const UpdateTensor&, const SgdArgs&, UpdateBlock);
+  // Rows of the block are blocks of kBitBlock elements.
+  void (*bit_masked_adamw[kDtypes][kStateTypes])(const BitMaskedTensor&, const AdamWArgs&,
+                                                 UpdateBlock);
   double (*masked_grad_norm[kDtypes])(const UpdateTensor&, UpdateBlock);
   unsigned (*read_blocks)(const void* p, long begin, long end);
 };

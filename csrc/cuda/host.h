@@ -43,10 +43,9 @@ inline void check_launch(cudaError_t status, const char* op) {
 inline void refuse_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_launch(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");
-  STD_TORCH_CHECK(
-      status == cudaStreamCaptureStatusNone,
-      "masked_adamw_, masked_sgd_ and masked_grad_norm copy a table from the host, which "
-      "a CUDA graph cannot: call them outside torch.cuda.graph");
+  STD_TORCH_CHECK(status == cudaStreamCaptureStatusNone,
+                  "masked updates and masked_grad_norm copy a table from the host, which "
+                  "a CUDA graph cannot: call them outside torch.cuda.graph");
 }
 
 inline void check_like(const Tensor& tensor, const Tensor& like, const char* name) {

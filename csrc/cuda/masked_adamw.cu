@@ -8,39 +8,10 @@
 //   float64 for float64, else float32 or bfloat16; arithmetic in float32 (float64 for float64).
 //   Bytes per element: 28 in float32, 14 in bfloat16, 22 with float32 state, 10.1 with state in 8
 //   bits; 4 more with compensations.
+#include "adamw_rule.cuh"
 #include "masked_update.cuh"
 
 namespace ssah {
-
-struct AdamwSettings {
-  double beta1;
-  double beta2;
-  double eps;
-  double weight_decay;
-};
-
-template <typename R>
-struct AdamwRule {
-  using Settings = AdamwSettings;
-  static constexpr int kStates = 2;
-  R decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias, eps;
-
-  __device__ __forceinline__ AdamwRule(const Settings& settings, const UpdateScalars& scalars)
-      : decay(static_cast<R>(1 - *scalars.lr * settings.weight_decay)),
-        beta1(static_cast<R>(settings.beta1)),
-        one_minus_beta1(static_cast<R>(1 - settings.beta1)),
-        beta2(static_cast<R>(settings.beta2)),
-        one_minus_beta2(static_cast<R>(1 - settings.beta2)),
-        step_size(static_cast<R>(*scalars.lr / (1 - pow(settings.beta1, *scalars.step)))),
-        inverse_bias(static_cast<R>(1 / sqrt(1 - pow(settings.beta2, *scalars.step)))),
-        eps(static_cast<R>(settings.eps)) {}
-
-  __device__ __forceinline__ void update(R g, R& w, R& m, R& v) const {
-    m = beta1 * m + one_minus_beta1 * g;  // where beta1 is 0, exactly g
-    v = beta2 * v + one_minus_beta2 * g * g;
-    w = w * decay - step_size * divide(m, square_root(v) * inverse_bias + eps);
-  }
-};
 
 template <typename T, typename S, typename G>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)

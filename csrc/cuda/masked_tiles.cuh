@@ -49,20 +49,24 @@ struct Targets {
   int count;
 };
 
-// The last target that starts at `position` or before.
-template <int64_t Target::* kFirst>
-__device__ __forceinline__ int find_target(const Targets& targets, int64_t position) {
+// The last of `count` entries of a table that starts at `position` or before.
+template <auto kFirst, typename Entry>
+__device__ __forceinline__ int find_entry(const Entry* table, int count, int64_t position) {
   int low = 0;
-  int high = targets.count - 1;
+  int high = count - 1;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (targets.table[middle].*kFirst <= position) {
+    if (table[middle].*kFirst <= position) {
       low = middle;
     } else {
       high = middle - 1;
     }
   }
   return low;
+}
+template <int64_t Target::* kFirst>
+__device__ __forceinline__ int find_target(const Targets& targets, int64_t position) {
+  return find_entry<kFirst>(targets.table, targets.count, position);
 }
 
 // A lane's part of a target.

@@ -40,6 +40,14 @@ void masked_adamw_cuda(
     const std::optional<TensorList>& exp_avg_sq_scales, const std::optional<Tensor>& found_inf,
     double beta1, double beta2, double eps, double weight_decay, bool maximize);
 
+void bit_masked_adamw_cuda(const TensorList& params, const TensorList& grads,
+                           const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
+                           const TensorList& masks, const TensorList& offsets, const Tensor& lr,
+                           const Tensor& step, const std::optional<Tensor>& grad_scale,
+                           const std::optional<Tensor>& clip_coef,
+                           const std::optional<Tensor>& seed, double beta1, double beta2,
+                           double eps, double weight_decay, bool maximize);
+
 void masked_sgd_cuda(const TensorList& params, const TensorList& grads,
                      const std::optional<TensorList>& momentum_buffers, const IndexList& indices,
                      const std::vector<int64_t>& dims, const Tensor& lr, const Tensor& step,

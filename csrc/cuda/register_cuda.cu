@@ -11,6 +11,7 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cuda, CUDA, m) {
   m.impl("taylor_moments_", TORCH_BOX(&ssah::taylor_moments_cuda));
   m.impl("column_sq_norms", TORCH_BOX(&ssah::column_sq_norms_cuda));
   m.impl("masked_adamw_", TORCH_BOX(&ssah::masked_adamw_cuda));
+  m.impl("bit_masked_adamw_", TORCH_BOX(&ssah::bit_masked_adamw_cuda));
   m.impl("masked_sgd_", TORCH_BOX(&ssah::masked_sgd_cuda));
   m.impl("masked_grad_norm", TORCH_BOX(&ssah::masked_grad_norm_cuda));
 }

@@ -6,6 +6,10 @@ which two tokens were added:
 
     train_only(model, rows={"model.embed_tokens.weight": [32000, 32001]})
     freeze(model, units, keep=["*norm*"], rows={"lm_head.weight": [2]})
+
+Single weights are chosen by masks of one bit each, of any parameter:
+
+    train_only(model, weights={"model.layers.0.mlp.up_proj.weight": BitMask.of(mask)})
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from ssah.training.entries import Entries, select_entries
-from ssah.training.splitting import check_rows_split
-from ssah.units import DepthTwoModule, UnitSet
+from ssah.training.entries import Entries, choose_weights, select_entries
+from ssah.training.splitting import check_rows_split, check_weights_split
+from ssah.units import BitMask, DepthTwoModule, UnitSet
+from ssah_kernels.sharded import is_sharded
 
 Rows = Mapping[str, Sequence[int] | Tensor]  # parameter -> numbers of its rows
+Weights = Mapping[str, BitMask]  # parameter -> single weights of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,12 +53,14 @@ class Beside:
         extra_parameters, kept_parameters: names or patterns of parameters that train whole, and
             of those that stay whole.
         rows: rows that do what the units do: stay, or train.
+        weights: single weights that do what the units do.
         unfreeze: of a plan that keeps: whether parameters that require no gradient train too.
     """
 
     extra_parameters: Collection[str] = ()
     kept_parameters: Collection[str] = ()
     rows: Rows | None = None
+    weights: Weights | None = None
     unfreeze: bool = False
 
 
@@ -81,10 +89,12 @@ def choose(
     if keep and not beside.unfreeze:
         kept |= {name for name, p in model.named_parameters() if not p.requires_grad}
     rows = _checked_rows(model, modules, {} if beside.rows is None else beside.rows, extra)
+    weights = _checked_weights(model, {} if beside.weights is None else beside.weights, extra)
     given = UnitSet({}, {name: m.n_units for name, m in modules.items()}) | units
     trained_units = given.complement() if keep else given
     masks = {name: trained_units.mask(name) for name in units}  # bool [n_units] each
     entries = select_entries(model, modules, masks, rest=keep, extra=extra, kept=kept, rows=rows)
+    choose_weights(model, entries, weights, train=not keep)
     if not any(each.some for each in entries.values()):
         raise ValueError(
             f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
@@ -185,3 +195,50 @@ def _checked_numbers(name: str, numbers: Sequence[int] | Tensor, n_rows: int) ->
             "(model.resize_token_embeddings), then the plan"
         )
     return torch.tensor(sorted(set(numbers)), dtype=torch.int64)
+
+
+def _checked_weights(
+    model: nn.Module, weights: Weights, extra: Collection[str]
+) -> dict[str, Tensor]:
+    """Single weights by canonical name, bool of the parameter's shape.
+
+    Raises:
+        TypeError, ValueError: the parameter is named.
+    """
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights is a {type(weights).__name__}, must be a mapping of parameter names to "
+            "ssah.units.BitMask, such as {'model.norm.weight': BitMask.of(mask)}"
+        )
+    result: dict[str, Tensor] = {}
+    for name, chosen in weights.items():
+        if not isinstance(name, str) or not isinstance(chosen, BitMask):
+            raise TypeError(
+                f"weights has {type(chosen).__name__} for {name!r}, must have a parameter's name "
+                "and a BitMask: BitMask.of(mask), of a bool mask of its shape"
+            )
+        (canonical,) = _matching(model, [name], "weights")
+        parameter = model.get_parameter(canonical)
+        if chosen.shape != tuple(parameter.shape):
+            raise ValueError(
+                f"weights has a mask of shape {list(chosen.shape)} for {name!r}, must have "
+                f"{list(parameter.shape)}, the shape of the parameter"
+            )
+        if not chosen.count:
+            raise ValueError(f"weights has a mask without a weight for {name!r}: leave it out")
+        if canonical in extra:
+            raise ValueError(
+                f"weights has {name!r}, which extra_parameters trains whole: name it in one of them"
+            )
+        if canonical in result:
+            raise ValueError(
+                f"weights has {name!r} twice: it is tied to another name that is given"
+            )
+        if is_sharded(parameter):
+            raise ValueError(
+                f"weights has {name!r} of a model that is sharded, must be of one in one memory: "
+                "choose units or rows, or do not shard it"
+            )
+        check_weights_split(model, canonical)
+        result[canonical] = chosen.to_mask()
+    return result

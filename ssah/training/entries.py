@@ -12,6 +12,8 @@ each of them reads it. Example, four query heads of one channel over two key/val
 
 So count for every row the units that it feeds (2, 2) and those of them that train (2, 1); a row
 trains where the two counts are equal.
+
+Where single weights are chosen, every element of the parameter is an entry of its own.
 """
 
 from __future__ import annotations
@@ -37,16 +39,26 @@ class Entries:
         trains: bool ``[entries]`` on the CPU; of experts ``[experts * entries]``, those of the
             first expert before those of the second.
         experts: whether the first dimension runs over experts.
+        single: whether entries are the elements of the parameter, in row-major order; ``dim`` is
+            its last dimension then.
     """
 
     dim: int
     trains: Tensor
     experts: bool = False
+    single: bool = False
 
     @property
     def dims(self) -> tuple[int, ...]:
         """All dimensions that ``trains`` runs over."""
+        if self.single:
+            return tuple(range(self.dim + 1))
         return (0, self.dim) if self.experts else (self.dim,)
+
+    def elements(self, shape: torch.Size) -> Tensor:
+        """Which elements of the parameter train: bool ``[*shape]``, a view where it can be."""
+        sizes = [size if d in self.dims else 1 for d, size in enumerate(shape)]
+        return self.trains.view(sizes).expand(shape)
 
     @property
     def along(self) -> Dim:
@@ -149,6 +161,27 @@ def select_entries(
             result[name] = replace(result[name], trains=trains)
     _check_experts(modules, trained, result, extra)
     return result
+
+
+def choose_weights(
+    model: nn.Module, entries: dict[str, Entries], weights: Mapping[str, Tensor], *, train: bool
+) -> None:
+    """Let single weights train, or stay, beside what ``entries`` says of their parameters.
+
+    Args:
+        model: the model.
+        entries: parameter -> which of its entries train; changed.
+        weights: parameter -> bool of its shape, the weights that are meant.
+        train: whether they train.
+    """
+    for name, mask in weights.items():
+        before = entries[name]
+        elements = before.elements(mask.shape)
+        trains = (elements | mask if train else elements & ~mask).flatten()
+        if trains.all() or not trains.any():  # nothing to tell apart
+            entries[name] = replace(before, trains=torch.full_like(before.trains, bool(trains[0])))
+        else:
+            entries[name] = Entries(mask.dim() - 1, trains, single=True)
 
 
 def _check_experts(

@@ -25,6 +25,7 @@ from ssah.training.splitting import (
     install_gated,
     split_model,
     split_rows,
+    split_weights,
     uninstall_gated,
 )
 from ssah.units import DepthTwoModule
@@ -91,6 +92,7 @@ class Installed:
                 parameter.grad = None
                 parameter.requires_grad_(self.entries[name].some)
             if not self.sharded:  # a slice of a DTensor would be none
+                split_weights(self.model, self.entries, self.masked)
                 split_model(self.model, modules, masks, self.entries, self.masked)
                 split_rows(self.model, self.entries, self.masked)
                 self._ffns = install_gated(self.model, modules)

@@ -103,6 +103,8 @@ def param_groups(
     indices = {}
     for each in slices:
         key = id(each.parameter)
+        if each.entries.single:  # a slice [trained] of a matrix decays as the matrix would
+            n_dims[key] = len(each.entries.dims)
         if each.split:
             continue
         if each.parameter.dim() > 1:  # trains whole: of B, units run along dimension 1

@@ -27,7 +27,7 @@ from ssah.moved import renamed
 from ssah.training.active import ACTIVE, PLAN, retire, watch_optimizers
 from ssah.training.alike import check_alike
 from ssah.training.checks import check_planable
-from ssah.training.choice import Beside, Rows, choose
+from ssah.training.choice import Beside, Rows, Weights, choose
 from ssah.training.entries import fingerprint
 from ssah.training.following import follow
 from ssah.training.in_place import check_in_place, check_unmoved
@@ -77,11 +77,12 @@ class UpdatePlan(Optimised, Reversible):
         extra_parameters: Collection[str] = (),
         kept_parameters: Collection[str] = (),
         rows: Rows | None = None,
+        weights: Weights | None = None,
         unfreeze: bool = False,
     ) -> None:
         self.modules, ranks = check_planable(model, units), Ranks.over(model)
         self.model, self.units, self.keep = model, units, keep
-        beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
+        beside = Beside(extra_parameters, kept_parameters, rows, weights, unfreeze)
         choice = choose(model, self.modules, units, beside, keep=keep)
         self.trained_units, self.entries = choice.trained_units, choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.

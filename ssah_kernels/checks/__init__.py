@@ -15,12 +15,14 @@ from ssah_kernels.checks.activations import (
     gated_moments_backward,
     taylor_moments_,
 )
+from ssah_kernels.checks.bit_masks import bit_masked_adamw_
 from ssah_kernels.checks.tensors import FLOATS, dense, shown
 from ssah_kernels.checks.updates import masked_adamw_, masked_grad_norm, masked_sgd_
 
 __all__ = [
     "ACTIVATIONS",
     "FLOATS",
+    "bit_masked_adamw_",
     "channel_moments_",
     "column_sq_norms",
     "dense",

@@ -25,7 +25,11 @@ from ssah_kernels.schema import KERNELS, arguments
 
 _NAMES = {op: [name for _, name in arguments(op)] for op in KERNELS}
 # Where the indices of an update stand among its arguments; its parameters are the first.
-_INDICES_AT = {op: names.index("indices") for op, names in _NAMES.items() if "params" in names}
+_INDICES_AT = {
+    op: names.index("indices")
+    for op, names in _NAMES.items()
+    if "dims" in names and "params" in names
+}
 
 
 def as_matrix(x: Tensor, dim: int) -> Tensor:

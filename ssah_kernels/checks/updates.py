@@ -19,7 +19,8 @@ from ssah_kernels.checks.tensors import dense, floating, state_of
 from ssah_kernels.dynamic_map import scales_shape
 
 
-def _same_length(name: str, values: Sequence[Any], must: int) -> None:
+def same_length(name: str, values: Sequence[Any], must: int) -> None:
+    """Raise ValueError unless a list has an entry for each of ``must`` parameters."""
     if len(values) != must:
         raise ValueError(f"{name} has {len(values)} entries; it must have {must}, one a parameter")
 
@@ -69,7 +70,7 @@ def _update(
     named |= scales
     for name, values in named.items():
         if values is not None:
-            _same_length(name, values, len(params))
+            same_length(name, values, len(params))
     if (importance["signed"] is None) != (importance["squared"] is None):  # one pass makes both
         raise ValueError("signed and squared must be given together")
 
@@ -145,13 +146,14 @@ def masked_adamw_(
         {"signed": signed, "squared": squared},
         scales,
     )
-    scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
+    scalars = scalars_of(params[0], lr, step, grad_scale, clip_coef, seed)
     skips = _scalar("found_inf", found_inf, params[0])
     rest = (c[0] if c else None, signed, squared, *scales.values(), skips)
     return p, g, m, v, indices, axes, *scalars, *rest
 
 
-def _scalars(like: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+def scalars_of(like: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...]:
+    """lr, step, grad_scale, clip_coef and seed, [] each, as kernels take them beside ``like``."""
     *floats, seed = values
     names = ("lr", "step", "grad_scale", "clip_coef")
     ready = (_scalar(name, x, like) for name, x in zip(names, floats, strict=True))
@@ -198,7 +200,7 @@ def masked_sgd_(
         {"momentum_scales": momentum_scales},
     )
     buffers = None if momentum_buffers is None else rest.pop(0)
-    scalars = _scalars(params[0], lr, step, grad_scale, clip_coef, seed)
+    scalars = scalars_of(params[0], lr, step, grad_scale, clip_coef, seed)
     c = rest[0] if rest else None
     skips = _scalar("found_inf", found_inf, params[0])
     return p, g, buffers, indices, axes, *scalars, c, signed, squared, momentum_scales, skips
@@ -212,8 +214,8 @@ def masked_grad_norm(
 ) -> tuple[Any, ...]:
     if not grads:
         raise ValueError("grads is empty; it must have at least one gradient")
-    _same_length("indices", indices, len(grads))
-    _same_length("dims", dims, len(grads))
+    same_length("indices", indices, len(grads))
+    same_length("dims", dims, len(grads))
     matrices, axes = [], []
     for i, (grad, index, dim) in enumerate(zip(grads, indices, dims, strict=True)):
         floating(f"grads[{i}]", grad, 0)

@@ -113,6 +113,15 @@ def wrong(op: str) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
         yield "index beyond", replaced(args, at - 1, index), number
         yield "index of floats", replaced(args, at - 1, [i.double() for i in index]), number
         yield "index of two dimensions", replaced(args, at - 1, [i[None] for i in index]), number
+    if op == "bit_masked_adamw_":
+        for name, change in (
+            ("falling", lambda t: t.flip(0)),
+            ("not from 0", lambda t: t + 1),
+            ("far", lambda t: t + 2**62 * (t > 0)),
+            ("more than a block has", lambda t: t * 2048),
+        ):
+            yield f"offsets {name}", replaced(args, 5, [change(t) for t in args[5]]), number
+        yield "state of float16", replaced(args, 2, [t.half() for t in args[2]]), number
     if op in ("masked_adamw_", "masked_sgd_"):
         yield (
             "squared without signed",

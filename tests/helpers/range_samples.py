@@ -12,6 +12,8 @@ from moment_samples import ACTIVATIONS, moments_state
 from samples import Sample, generator, normal
 from torch import Tensor
 
+from ssah_kernels.bit_masks import block_offsets, pack_bits
+
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 # Of values whose squares float32 does not hold, or hardly; float16 has neither.
@@ -143,6 +145,16 @@ def masked_adamw(dtype: torch.dtype) -> Iterator[Sample]:
         step = torch.tensor(3.0)
         args = (p, g, m, v, [None], [0], torch.tensor(0.01), step, *[None] * 6)
         yield Sample(f"beta1 of 0 {state}", args, {"beta1": 0.0})
+
+
+def bit_masked_adamw(dtype: torch.dtype) -> Iterator[Sample]:
+    """The calls of the other update, on every second element."""
+    for sample in masked_adamw(dtype):
+        (p,), (g,), (m,), (v,), _, _, *scalars = sample.args[:11]
+        mask = (torch.arange(p.numel()) % 2 == 0).view(p.shape)
+        bits = pack_bits(mask)
+        args = ([p], [g], [m[mask]], [v[mask]], [bits], [block_offsets(bits)], *scalars)
+        yield Sample(sample.name, args, sample.kwargs)
 
 
 def masked_sgd(dtype: torch.dtype) -> Iterator[Sample]:

@@ -158,7 +158,9 @@ def compare_extremes(op: str, exhaustive: bool) -> int:
     for dtype in (torch.float32, torch.bfloat16, torch.float16)[: 3 if exhaustive else 2]:
         for sample in CASES[op].extreme_of_float32(dtype):
             # Of an update, whose parameters and states meet in pairs: those of one type.
-            if op == "masked_adamw_" and not (exhaustive or sample.name.endswith(str(dtype))):
+            if op.endswith("masked_adamw_") and not (
+                exhaustive or sample.name.endswith(str(dtype))
+            ):
                 continue
             check_sample(CASES[op], getattr(torch.ops.ssah, op), reference(op), sample)
             compared += 1
@@ -174,6 +176,15 @@ def compare_updates(op: str, exhaustive: bool) -> int:
         except AssertionError as error:
             raise AssertionError(f"{sample.name}: {error}") from None
     return len(chosen)
+
+
+def compare_bits(op: str, exhaustive: bool) -> int:
+    compared = 0
+    for dtype in DTYPES if exhaustive else BY_DEFAULT:
+        for sample in list(CASES[op].samples(dtype))[: None if exhaustive else 4]:
+            check_sample(CASES[op], getattr(torch.ops.ssah, op), reference(op), sample)
+            compared += 1
+    return compared
 
 
 MORE = {
@@ -193,6 +204,7 @@ def main(*ops: str, exhaustive: bool) -> None:
                 compared = check_norms()
             else:
                 run = compare_updates if op.startswith("masked") else compare
+                run = compare_bits if op == "bit_masked_adamw_" else run
                 compared = run(op, exhaustive)
             compared += compare_extremes(op, exhaustive)
             for check in MORE.get(op, ()):

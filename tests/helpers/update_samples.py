@@ -9,6 +9,7 @@ import torch
 from samples import Sample, generator, normal
 from torch import Tensor
 
+from ssah_kernels.bit_masks import block_offsets, pack_bits
 from ssah_kernels.checks.matrices import as_matrix
 from ssah_kernels.dynamic_map import quantize, scales_shape
 
@@ -202,6 +203,28 @@ def masked_sgd(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]
         scales = lists["first_scales"] if momentum and number in EIGHT_BIT else None
         args = [*args, *_rate_and_step(number), *rest, scales, _found_inf(number)]
         yield Sample(name, tuple(args), options)
+
+
+def bit_masked_adamw(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:
+    """Shapes and shares are those of the other updates; what is contiguous alone is taken."""
+    states = (torch.float64,) if dtype == torch.float64 else (torch.float32, torch.bfloat16)
+    for number in range(12) if shapes is UPDATED else FAR_NUMBERS:
+        g, state = generator("bits", number), states[number % len(states)]
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        for shape, _, share, _ in shapes:
+            mask = torch.rand(shape, generator=g) < share * (number + 1) / 12
+            bits, n = pack_bits(mask), int(mask.sum())
+            first = normal((n,), state, g)
+            second = normal((n,), torch.float64, g).square().to(state) + 0.01
+            own = (normal(shape, dtype, g), normal(shape, dtype, g), first, second, bits)
+            for each, tensor in zip(lists, (*own, block_offsets(bits)), strict=True):
+                each.append(tensor)
+        scale = torch.tensor(4.0) if number % 2 else None
+        clip = torch.tensor(0.3, dtype=torch.float64) if number % 4 == 1 else None
+        seed = torch.tensor(-(7**20) * number) if number % 3 else None
+        options = {"weight_decay": 0.1 * (number % 2), "maximize": number % 6 == 5, "beta2": 0.99}
+        args = (*lists, *_rate_and_step(number), scale, clip, seed)
+        yield Sample(f"131-{number}-{str(state).removeprefix('torch.')}", args, options)
 
 
 def masked_grad_norm(dtype: torch.dtype, shapes: Shapes = UPDATED) -> Iterator[Sample]:

@@ -19,10 +19,13 @@ from cpu_compare import on
 from samples import Sample, copied, flat, normal
 from torch import Tensor
 
+from ssah_kernels.bit_masks import block_offsets, pack_bits, unpack_bits
+
 DRAWS = 50  # of an operator and kind in one test
 SAMPLE = 1  # tests of DRAWS in the default run; all of them are exhaustive
 ALL = 25
 UPDATES = ("masked_adamw_", "masked_sgd_")
+BITS = "bit_masked_adamw_"
 SPECIAL = (math.inf, -math.inf, math.nan, -0.0, 0.0)
 # How large values are whose squares and products float32 holds; sums of squares are of float64.
 SIZES = (1.0, 1e-40, 1e-25, 1e20, 1e37)
@@ -184,7 +187,36 @@ class Draw:
         args = (*args, *scalars, compensations, *sums, *without_scales, found_inf)
         return Sample("drawn", args, options)
 
+    def bits(self) -> Sample:
+        """Single elements of contiguous parameters, from none to all, over several blocks."""
+        lists: list[list[Tensor]] = [[] for _ in range(6)]
+        state = torch.float64 if self.dtype == torch.float64 else torch.float32
+        if state == torch.float32 and self.random.random() < 0.5:
+            state = torch.bfloat16
+        size = self.large(1.0, 1e-20, 1e-30, 1e15)
+        for _ in range(self.random.randrange(1, 4)):
+            n = self.random.randrange(3)
+            shape = tuple(self.size(1100 if d else 5) for d in range(n))
+            share = self.random.choice([0.0, 0.01, 0.3, 0.9, 1.0])
+            mask = torch.rand(shape, generator=self.g) < share
+            packed, k = pack_bits(mask), int(mask.sum())
+            first, second = (normal((k,), torch.float64, self.g) * size for _ in "mv")
+            states = (first.to(state), second.square().to(state))
+            own = (self.numbers(shape, self.dtype), self.values(shape, size=size), *states, packed)
+            for each, tensor in zip(lists, (*own, block_offsets(packed)), strict=True):
+                each.append(tensor)
+        options: dict[str, Any] = {"weight_decay": self.random.choice([0.0, 0.1])}
+        options["maximize"] = self.random.random() < 0.3
+        seed = self.random.choice([None, torch.tensor(self.random.randrange(-(2**63), 2**63))])
+        scalars = [
+            self.scalar(1e-3, 0.1), self.scalar(1, 2, 1000), self.scalar(None, 8),
+            self.scalar(None, 0.3), seed,
+        ]  # fmt: skip
+        return Sample("drawn", (*lists, *scalars), options)
+
     def call(self, op: str) -> Sample:
+        if op == BITS:
+            return self.bits()
         if op in UPDATES:
             return self.update(op)
         if op == "masked_grad_norm":
@@ -246,12 +278,15 @@ def scales(case: OpCase, sample: Sample, results: list[Tensor]) -> list[float]:
         x, grad, signed, squared = sample.args[:4]
         product, n = largest(x) * largest(grad), x.numel()
         return [n * product + largest(signed), n * product**2 + largest(squared)]
-    if case.op not in UPDATES:
+    if case.op not in (*UPDATES, BITS):
         return [0.0] * len(results)
     p, g = (largest(each) for each in sample.args[:2])
     p = max(p, largest(results[: len(sample.args[0])]))  # before and after
     n = max((t.numel() for t in sample.args[1]), default=0)
     of_states = [p + g + largest(sample.args[i]) for i in case.outputs[1 : case.rounded]]
+    if case.op == BITS:
+        every = zip(case.outputs, [p, *of_states], strict=True)
+        return [scale for i, scale in every for _ in flat(sample.args[i])]
     outputs = case.outputs[: case.rounded + 3]  # without scales
     of_sums = [
         n * (p * g) ** power + largest(sample.args[i]) for power, i in enumerate(outputs[-2:], 1)
@@ -284,7 +319,7 @@ def up_to_rounding(case: OpCase) -> OpCase:
             own = kind.eps * e.double().abs() + kind.eps * kind.smallest_normal
             near = (a.double() - e.double()).abs() <= rounding * scale + own
             close.append(torch.where(near, a, e))
-        rounded = case.n_rounded(sample) if case.op in UPDATES else 0
+        rounded = case.n_rounded(sample) if case.op in (*UPDATES, BITS) else 0
         for a, e in zip(actual[:rounded], expected[:rounded], strict=True):
             # Float32 and float64 fall on two sides of a cut once in 2000 values of float16.
             if sample.args[case.seed or 0] is not None and e.element_size() == 2:
@@ -299,14 +334,16 @@ def check_frozen(op: str, function: Any, sample: Sample) -> None:
     """Assert that no bit of a parameter's storage changes but those of what trains."""
     args = [copied(a) for a in sample.args]
     function(*args, **sample.kwargs)
-    at = 4 if op == "masked_adamw_" else 3
+    at = 3 if op == "masked_sgd_" else 4  # masks, or indices
     indices, dims = sample.args[at : at + 2]
     for i, (before, after) in enumerate(zip(sample.args[0], args[0], strict=True)):
         bits = {8: torch.int64, 4: torch.int32, 2: torch.int16}[before.element_size()]
         whole = [torch.empty(0, dtype=bits).set_(t.untyped_storage()) for t in (before, after)]
         trains = torch.zeros(len(whole[0]), dtype=torch.bool)
         inner = trains.as_strided(before.shape, before.stride(), before.storage_offset())
-        if indices[i] is None:
+        if op == BITS:
+            inner.copy_(unpack_bits(indices[i], before.shape))
+        elif indices[i] is None:
             inner.fill_(True)
         else:
             inner.index_fill_(dims[i], indices[i], True)
@@ -321,7 +358,7 @@ def check(op: str, number: int, extreme: bool) -> None:
     case = up_to_rounding(case)
     try:
         check_sample(case, on("cpu", op), on("reference", op), sample)
-        if op in UPDATES:
+        if op in (*UPDATES, BITS):
             check_frozen(op, on("cpu", op), sample)
     except Exception as error:
         again = f"check({op!r}, {number}, extreme={extreme})"

@@ -37,6 +37,7 @@ OPS = (
     "taylor_moments_",
     "column_sq_norms",
     "masked_sgd_",
+    "bit_masked_adamw_",
     "masked_grad_norm",
 )
 
@@ -106,6 +107,8 @@ def launches(
 
     if op.startswith("masked"):
         return masked_launches(op, dtype, detail, shape)
+    if op == "bit_masked_adamw_":
+        return bit_launches(dtype, detail, shape)
     rows, channels = shape
     x, y, z, v, w = (torch.empty(rows, channels, dtype=dtype) for _ in range(5))
     mean, m2 = (torch.empty(channels, dtype=torch.float64) for _ in range(2))
@@ -121,6 +124,23 @@ def launches(
     if op == "taylor_moments_":
         return taylor_moments.launches(x, y, mean, m2, mask)
     return column_sq_norms.launches(x, mean)
+
+
+def bit_launches(dtype: torch.dtype, detail: str, shape: tuple[int, int]) -> list:
+    """One matrix of which every second element trains."""
+    from ssah_kernels.backends.triton import bit_masked_adamw
+    from ssah_kernels.bit_masks import n_blocks, packed_size
+
+    whole, scalar = torch.empty(shape, dtype=dtype), torch.empty((), dtype=torch.float64)
+    narrow = torch.bfloat16 if dtype == torch.bfloat16 and "wide" not in detail else torch.float32
+    state = torch.empty(
+        -(-whole.numel() // 2), dtype=torch.float64 if dtype == torch.float64 else narrow
+    )
+    bits = torch.empty(packed_size(whole.numel()), dtype=torch.uint8)
+    offsets = torch.empty(n_blocks(whole.numel()) + 1, dtype=torch.int64)
+    seed = torch.empty((), dtype=torch.int64) if "noise" in detail else None
+    lists = ([whole], [whole], [state], [state], [bits], [offsets])
+    return bit_masked_adamw.plan(*lists, *[scalar] * 4, seed)
 
 
 def masked_launches(op: str, dtype: torch.dtype, detail: str, shape: tuple[int, int]) -> list:
@@ -171,6 +191,8 @@ def variants(op: str) -> Iterator[str]:
         yield from ("silu", "gelu", "gelu_tanh", "relu2")
     elif op == "masked_grad_norm":
         yield from ("rows", "packed columns", "odd packed columns", "gathered columns")
+    elif op == "bit_masked_adamw_":
+        yield from ("noise", "noise wide", "")
     elif op == "masked_sgd_":
         yield from ("rows units noise", "packed columns compensated", "rows codes")
     elif op == "masked_adamw_":

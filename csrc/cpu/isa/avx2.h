@@ -44,5 +44,36 @@ SSAH_INLINE vdouble square_root(vdouble x) { return (vdouble)_mm256_sqrt_pd((__m
 
 SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
 
+// For each of the 256 masks of eight lanes: from which lane each takes its value. Of lanes 1, 4 and
+// 5 `compress` has {1, 4, 5, ...}, and `expand` {., 0, ., ., 1, 2, ., .}. A byte a lane: 4 KiB.
+struct LaneTables {
+  unsigned char compress[256][8], expand[256][8];
+};
+constexpr LaneTables make_lane_tables() {
+  LaneTables tables{};
+  for (int bits = 0; bits < 256; ++bits) {
+    for (int lane = 0, k = 0; lane < 8; ++lane) {
+      if ((bits >> lane & 1) == 0) continue;
+      tables.compress[bits][k] = (unsigned char)lane;
+      tables.expand[bits][lane] = (unsigned char)k++;
+    }
+  }
+  return tables;
+}
+static constexpr LaneTables kLaneTables = make_lane_tables();
+
+SSAH_INLINE __m256i lanes_of(const unsigned char (&row)[8]) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)row));
+}
+SSAH_INLINE vuint compressed(vuint v, unsigned bits) {
+  return (vuint)_mm256_permutevar8x32_epi32((__m256i)v, lanes_of(kLaneTables.compress[bits]));
+}
+SSAH_INLINE vuint expanded(vuint compact, unsigned bits, vuint rest) {
+  const __m256i moved =
+      _mm256_permutevar8x32_epi32((__m256i)compact, lanes_of(kLaneTables.expand[bits]));
+  const vuint places = {1, 2, 4, 8, 16, 32, 64, 128};
+  return (places & bits) != 0 ? (vuint)moved : rest;
+}
+
 }  // namespace SSAH_ISA
 }  // namespace ssah

@@ -51,5 +51,12 @@ SSAH_INLINE vfloat reciprocal(vfloat v) {
   return (vfloat)_mm512_maskz_fmadd_ps(finite, r, (__m512)rest, r);
 }
 
+SSAH_INLINE vuint compressed(vuint v, unsigned bits) {
+  return (vuint)_mm512_maskz_compress_epi32((__mmask16)bits, (__m512i)v);
+}
+SSAH_INLINE vuint expanded(vuint compact, unsigned bits, vuint rest) {
+  return (vuint)_mm512_mask_expand_epi32((__m512i)rest, (__mmask16)bits, (__m512i)compact);
+}
+
 }  // namespace SSAH_ISA
 }  // namespace ssah

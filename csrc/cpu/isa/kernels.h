@@ -1,4 +1,5 @@
 // The table of kernels of the instruction set that the including file has set up.
+#include "../bit_masked_adamw.h"
 #include "../channel_moments.h"
 #include "../column_sq_norms.h"
 #include "../gated_moments.h"
@@ -19,6 +20,13 @@
    SSAH_PER_STATE(f, float),                                         \
    SSAH_PER_STATE(f, bf16),                                          \
    SSAH_PER_STATE(f, f16)}
+// As SSAH_PER_DTYPE_AND_STATE, without state in 8 bits.
+#define SSAH_PER_FLOAT_STATE(f, T) {nullptr, f<T, float>, f<T, bf16>}
+#define SSAH_PER_DTYPE_AND_FLOAT_STATE(f) \
+  {{f<double, double>},                   \
+   SSAH_PER_FLOAT_STATE(f, float),        \
+   SSAH_PER_FLOAT_STATE(f, bf16),         \
+   SSAH_PER_FLOAT_STATE(f, f16)}
 #define SSAH_STRING(x) #x
 #define SSAH_NAME(x) SSAH_STRING(x)
 
@@ -35,6 +43,7 @@ const Kernels kernels = {
     SSAH_PER_DTYPE(column_sq_norms),
     SSAH_PER_DTYPE_AND_STATE(masked_adamw),
     SSAH_PER_DTYPE_AND_STATE(masked_sgd),
+    SSAH_PER_DTYPE_AND_FLOAT_STATE(bit_masked_adamw),
     SSAH_PER_DTYPE(masked_grad_norm),
     read_blocks,
 };

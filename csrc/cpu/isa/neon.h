@@ -37,5 +37,20 @@ SSAH_INLINE vdouble square_root(vdouble x) { return (vdouble)vsqrtq_f64((float64
 
 SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
 
+// One by one: NEON has no instruction for it, and its table look-ups are of bytes.
+SSAH_INLINE vuint compressed(vuint v, unsigned bits) {
+  vuint result = v;
+  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
+    if (bits >> i & 1) result[k++] = v[i];
+  }
+  return result;
+}
+SSAH_INLINE vuint expanded(vuint compact, unsigned bits, vuint rest) {
+  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
+    if (bits >> i & 1) rest[i] = compact[k++];
+  }
+  return rest;
+}
+
 }  // namespace SSAH_ISA
 }  // namespace ssah

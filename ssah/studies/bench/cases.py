@@ -15,8 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah_kernels import ops
+from ssah_kernels.bit_masks import block_offsets, pack_bits
 
 _TRAINED = 0.2  # share of the rows that the masked operators update
+_BITS = 0.5  # share of the elements that the update of single elements takes
 _BETA1, _BETA2, _EPS, _DECAY = 0.9, 0.999, 1e-8, 0.01
 
 Args = tuple[Any, ...]
@@ -100,6 +102,34 @@ def _adamw_plain(
     p.index_copy_(0, i, weight.to(p.dtype))
 
 
+def _bit_arguments(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Args:
+    """grad [rows, columns], two states [trained], parameter, mask, bits, offsets, lr, step.
+
+    Half of the elements train, drawn at random.
+    """
+    shape = (rows, columns)
+    mask = torch.rand(shape, device=device) < _BITS
+    bits = pack_bits(mask)
+    grad, param = (torch.randn(shape, device=device).to(dtype) for _ in "gp")
+    state = [grad.new_zeros(int(mask.sum())) for _ in "mv"]
+    scalars = [torch.tensor(value, device=device) for value in (1e-5, 10.0)]
+    return grad, *state, param, mask, bits, block_offsets(bits), *scalars
+
+
+def _bit_adamw(
+    g: Tensor, m: Tensor, v: Tensor, p: Tensor, _: Tensor, bits: Tensor, at: Tensor, *s: Tensor
+) -> None:
+    ops.bit_masked_adamw_([p], [g], [m], [v], [bits], [at], *s, weight_decay=_DECAY)
+
+
+def _bit_adamw_plain(
+    g: Tensor, m: Tensor, v: Tensor, p: Tensor, mask: Tensor, _: Tensor, __: Tensor, *s: Tensor
+) -> None:
+    own, every = p[mask], torch.arange(len(m), device=p.device)
+    _adamw_plain(g[mask], m, v, own, every, *s)
+    p.masked_scatter_(mask, own)
+
+
 def _sgd(g: Tensor, m: Tensor, _: Tensor, p: Tensor, i: Tensor, lr: Tensor, t: Tensor) -> None:
     ops.masked_sgd_([p], [g], [m], [i], [0], lr, t, momentum=_BETA1)
 
@@ -152,6 +182,9 @@ CASES: dict[str, Case] = {
         ),
         # Of the gradient's size: p, m and v are read and written, g is read.
         Case("masked_adamw_", 7, _update_arguments, _adamw, _adamw_plain),
+        # Of the gradient's size, of which half trains: p is read and written, g is read; half of
+        # both states is read and written.
+        Case("bit_masked_adamw_", 5, _bit_arguments, _bit_adamw, _bit_adamw_plain),
         Case("masked_sgd_", 5, _update_arguments, _sgd, _sgd_plain),
         Case(
             "masked_grad_norm",

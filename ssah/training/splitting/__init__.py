@@ -5,6 +5,7 @@ from __future__ import annotations
 from ssah.training.splitting.masked_experts import check_no_hooks
 from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
 from ssah.training.splitting.masked_rows import check_rows_split, split_rows
+from ssah.training.splitting.masked_weights import check_weights_split, split_weights
 from ssah.training.splitting.projection import MaskedProjection, pickling_error, replaced_slices
 from ssah.training.splitting.split_model import split_model
 from ssah.training.splitting.split_tensor import SplitTensor
@@ -15,6 +16,7 @@ __all__ = [
     "SplitTensor",
     "check_no_hooks",
     "check_rows_split",
+    "check_weights_split",
     "complement_rows",
     "install_gated",
     "pickling_error",
@@ -22,6 +24,7 @@ __all__ = [
     "runs",
     "split_model",
     "split_rows",
+    "split_weights",
     "uninstall_gated",
     "unit_major",
 ]

@@ -87,29 +87,17 @@ def _among(ids: Tensor, part: Part, n: int) -> Tensor:
 
 
 class MaskedRows(MaskedProjection):
-    """A ``Linear`` of whose weight some rows train, and which may be tied to an embedding.
-
-    Attributes:
-        is_first: whether it is the first module that has the weight.
-    """
-
-    is_first: bool
-
-    def uninstall(self) -> None:
-        """The ordinary module again, with the original parameter and the present values."""
-        super().uninstall()
-        del self.is_first
+    """A ``Linear`` of whose weight some rows train, and which may be tied to an embedding."""
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # Tied weights must share memory there as well: by that transformers knows to write one.
-        split, key = self.split_tensors["weight"], f"{prefix}weight"
-        if self.is_first:
-            split.last_copy = weakref.ref(destination[key])
-            return
-        first = split.last_copy()
-        if first is not None and any(value is first for value in destination.values()):
-            destination[key] = first
+        for leaf, split in self.split_tensors.items():
+            # Tied weights must share memory there as well: by that transformers knows to write one.
+            first = split.last_copy()
+            if first is not None and any(value is first for value in destination.values()):
+                destination[prefix + leaf] = first
+            else:
+                split.last_copy = weakref.ref(destination[prefix + leaf])
 
 
 class RowLookup(nn.Embedding):
@@ -224,7 +212,6 @@ def split_rows(
             module = model.get_submodule(owner)
             kind = MaskedEmbedding if isinstance(module, nn.Embedding) else MaskedRows
             masked[owner] = installed = kind.install(module, tensors)
-            installed.is_first = not slices  # type: ignore[assignment]
             # One parameter under both names, as the weight was.
             slices = slices or {own: installed._parameters[own] for own in tensors["weight"].names}
             installed._parameters.update(slices)

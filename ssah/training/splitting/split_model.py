@@ -28,7 +28,8 @@ def split_model(
     """Split every projection of which some entries train and some do not, in place.
 
     Between A and B of an FFN the channels take the order of the storage, unless hooks hang among
-    them. Those of a head keep theirs. Experts of a layer are split together.
+    them. Those of a head keep theirs. Experts of a layer are split together. What is in ``masked``
+    is left alone.
 
     Args:
         model: the model.
@@ -41,16 +42,17 @@ def split_model(
     for name, mask in trained.items():
         module = modules[name]
         owner = _owner(module.output.param)
-        if owner in masked:
-            continue  # an expert: its layer is done
-        touched = [s.param for s in (*module.inputs, module.output) if entries[s.param].partial]
-        if not touched:
+        owned = dict.fromkeys(s.param for s in (*module.inputs, module.output))
+        done = {param for param in owned if _owner(param) in masked}
+        touched = [param for param in owned if param not in done and entries[param].partial]
+        if not touched:  # an expert, for one, whose layer is done
             continue
         if module.expert is not None:
             leaves = {param.rpartition(".")[2]: entries[param] for param in touched}
             masked[owner] = split_experts(model.get_submodule(owner), leaves)
             continue
-        orders = _packing(model, module, mask, entries)
+        # A projection of which single weights train is split already, and in the model's order.
+        orders = None if done else _packing(model, module, mask, entries)
         # A tensor that trains whole is put into the new order too: its channels move.
         chosen = touched if orders is None else list(orders)
         for owner in sorted({_owner(param) for param in chosen}):

@@ -94,7 +94,6 @@ class SplitTensor:
         Args:
             name: of the tensor in its module, e.g. ``"weight"`` or ``"bias"``.
             original: emptied; :meth:`restore` fills it again.
-            dims: dimensions that run over entries.
             order: int64 ``[entries]``, pack the entries in this order; or None to gather.
             trains: bool ``[entries]``.
             stretches: gathered, up to so many stretches of rows are views all the same.
@@ -158,9 +157,13 @@ class SplitTensor:
         """A copy in the original order and orientation, such as ``[out, in]``."""
         rows = self.storage
         rows = rows.clone() if self.places is None else rows.index_select(0, self.places)
+        return self.present(rows).contiguous()
+
+    def present(self, rows: Tensor) -> Tensor:
+        """``rows`` ``[entries, ...]``, in the original order, as the original lies: a view."""
         # The inverse of `unit_major`: [entries, ...] to [experts, entries of one, ...] and back.
         inside = rows.unflatten(0, [self.shape[dim] for dim in self.dims])
-        return inside.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
+        return inside.movedim(tuple(range(len(self.dims))), self.dims)
 
     @torch.no_grad()
     def write(self, values: Tensor, owner: nn.Module) -> None:
@@ -192,10 +195,8 @@ class SplitTensor:
             self.swapped = True
 
     def assembled(self, owner: nn.Module) -> Tensor:
-        """The storage ``[entries, ...]`` with ``owner``'s present slices, as autograd follows it.
-
-        Nothing is written: these slices may be another's, which ``functional_call`` lends.
-        """
+        """The storage ``[entries, ...]`` with ``owner``'s present slices, as autograd follows it;
+        nothing is written: they may be another's, which ``functional_call`` lends."""
         result = self.storage
         for name, part in zip(self.names, self.parts, strict=True):
             values = owner._parameters[name]  # [trained, ...]

@@ -95,7 +95,7 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "masked_adamw_, masked_sgd_ and masked_grad_norm copy a table from the host, which a "
+            "masked updates and masked_grad_norm copy a table from the host, which a "
             "CUDA graph cannot: call them outside torch.cuda.graph"
         )
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
