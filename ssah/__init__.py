@@ -20,7 +20,13 @@ accept()
 
 if TYPE_CHECKING:
     from ssah import data, deltas
-    from ssah.attribution import Attribution, attribute, stream
+    from ssah.attribution import (
+        Attribution,
+        WeightAttribution,
+        attribute,
+        attribute_weights,
+        stream,
+    )
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
     from ssah.interventions import ablate, arms, intervene, prune
@@ -57,10 +63,12 @@ __all__ = [
     "UnitGroups",
     "UnitSet",
     "UpdatePlan",
+    "WeightAttribution",
     "ablate",
     "arms",
     "attach",
     "attribute",
+    "attribute_weights",
     "classify",
     "data",
     "deltas",
@@ -81,7 +89,13 @@ __all__ = [
 
 # Room -> the public names that it defines.
 _ROOMS = {
-    "attribution": ("Attribution", "attribute", "stream"),
+    "attribution": (
+        "Attribution",
+        "WeightAttribution",
+        "attribute",
+        "attribute_weights",
+        "stream",
+    ),
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
     "interventions": ("ablate", "arms", "intervene", "prune"),

@@ -10,10 +10,13 @@ from collections.abc import Sequence
 from typing import Literal, TypeAlias
 
 Metric: TypeAlias = Literal["variance", "norm", "taylor", "fisher"]
+WeightMetric: TypeAlias = Literal["snip", "wanda", "magnitude", "fisher"]  # of single weights
 Tokens: TypeAlias = Literal["auto", "all", "after_first", "labels"]  # which of them count
 Kind: TypeAlias = Literal["mlp", "attention"]
 Group: TypeAlias = Literal["scu", "ucu", "ru", "cu"]
 Scope: TypeAlias = Literal["module", "model"]  # what is ranked together: one depth-2 module, or all
+# Which weights are ranked together: those of one output, of one matrix, or all.
+Per: TypeAlias = Literal["row", "matrix", "model"]
 By: TypeAlias = Literal["safety", "utility", "difference", "sum", "group"]
 Normalize: TypeAlias = Literal["none", "zscore", "rank"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]

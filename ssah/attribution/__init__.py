@@ -17,13 +17,23 @@ from ssah.attribution.streaming.layers import LayeredModel
 from ssah.attribution.streaming.run import stream
 from ssah.attribution.sums import Sums
 from ssah.attribution.watch import watching
+from ssah.attribution.weights import (
+    WeightAttribution,
+    attribute_weights,
+    consistent,
+    set_difference,
+)
 from ssah.lazy import submodules_of
 
 __all__ = [
     "METRICS",
     "TOKENS",
     "Attribution",
+    "WeightAttribution",
     "attribute",
+    "attribute_weights",
+    "consistent",
+    "set_difference",
     "stream",
 ]
 

@@ -47,10 +47,12 @@ class Sums:
     @classmethod
     def zeros(cls, module: DepthTwoModule) -> Sums:
         """No token seen yet."""
-        device = device_of(module.down)
-        channels = (
-            torch.zeros(module.n_units, dtype=torch.float64, device=device) for _ in range(4)
-        )
+        return cls.of_width(module.n_units, device_of(module.down))
+
+    @classmethod
+    def of_width(cls, width: int, device: torch.device) -> Sums:
+        """No token seen yet, of ``width`` channels."""
+        channels = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(4))
         return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
 
     def to(self, device: str) -> Sums:

@@ -116,14 +116,19 @@ class Watch:
         """
         if not self.gradient:
             return x
-        if not torch.is_grad_enabled():
-            raise RuntimeError(
-                "a scored module runs under torch.no_grad(), as checkpointing with use_reentrant="
-                "True has it: use use_reentrant=False, or metric='variance' or 'norm'"
-            )
+        check_recorded()
         if not x.requires_grad:  # the first watched module: nothing before it needs a gradient
             x = x.detach().requires_grad_()
         return _Tap.apply(x, sums, mask)
+
+
+def check_recorded() -> None:
+    """Raise RuntimeError where no gradient is recorded, so that none would arrive later."""
+    if not torch.is_grad_enabled():
+        raise RuntimeError(
+            "a scored module runs under torch.no_grad(), as checkpointing with use_reentrant="
+            "True has it: use use_reentrant=False, or a metric without gradients"
+        )
 
 
 class _Tap(torch.autograd.Function):

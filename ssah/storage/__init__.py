@@ -17,6 +17,7 @@ from ssah.storage.files import (
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
+from ssah.storage.lazy_tensors import LazyTensors
 from ssah.storage.results import (
     FORMAT,
     META,
@@ -36,6 +37,7 @@ __all__ = [
     "RECORD",
     "TEXT",
     "Fields",
+    "LazyTensors",
     "Stored",
     "check_fields",
     "check_free",

@@ -159,7 +159,7 @@ def load_tensors(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], 
 
 def _read_shards(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    for name, expected in zip(_listed(meta["tensors"]), _listed(meta["sha256"]), strict=True):
+    for name, expected in zip(listed(meta["tensors"]), listed(meta["sha256"]), strict=True):
         file = folder / name
         content = file.read_bytes()
         if hashlib.sha256(content).hexdigest() != expected:
@@ -171,7 +171,7 @@ def _read_shards(folder: Path, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     return tensors
 
 
-def _listed(value: Any) -> list[Any]:
+def listed(value: Any) -> list[Any]:
     """A field that is one thing or a list of several."""
     return value if isinstance(value, list) else [value]
 
@@ -187,8 +187,8 @@ def read_meta(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"directory {str(folder)!r} has no {META}: nothing was saved there")
     meta = read_sealed(path, {"tensors": (str, list), "sha256": (str, list)}, _OWN)
-    names = _listed(meta["tensors"])
-    if len(names) != len(_listed(meta["sha256"])):
+    names = listed(meta["tensors"])
+    if len(names) != len(listed(meta["sha256"])):
         raise ValueError(f"file {str(path)!r} is damaged: 'tensors' and 'sha256' differ in length")
     # A file from elsewhere may name any path.
     if any(not isinstance(name, str) or Path(name).name != name for name in names):

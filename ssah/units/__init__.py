@@ -5,7 +5,7 @@ from __future__ import annotations
 from ssah.lazy import submodules_of
 from ssah.units.bit_mask import BitMask
 from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
-from ssah.units.experts import DOWN, RoutedExperts, run_routed, up_name
+from ssah.units.experts import DOWN, RoutedExperts, route, run_routed, up_name
 from ssah.units.families import FAMILIES, register_family
 from ssah.units.family import FFN, Attention, Experts, Family, NotCovered
 from ssah.units.find import (
@@ -17,7 +17,13 @@ from ssah.units.find import (
     layers_path,
 )
 from ssah.units.identity import check_same_model, config_hash, model_name, units_hash
-from ssah.units.projections import check_parameters, features, is_computed
+from ssah.units.projections import (
+    check_parameters,
+    check_unsplit,
+    features,
+    is_computed,
+    projection,
+)
 from ssah.units.ranking import blocks, lowest, normalized, order_key, share_count, split, without
 from ssah.units.unit_set import UnitSet
 

@@ -1,0 +1,145 @@
+"""Wanda: how large what enters every matrix is, in one forward pass.
+
+With x_j(t) the input j of a matrix W at token t, over all tokens that count,
+
+    score of W_ij = |W_ij| * sqrt(sum_t x_j(t)^2)        Sun et al. 2024, arXiv 2306.11695
+
+Example: the inputs (1, 0) and (1, 2) have the norms sqrt 2 and 2, so that the weights (3, -1) of
+one output have the scores 3 sqrt 2 = 4.24 and 2: the larger one counts more.
+
+Of an expert the tokens are those that are routed to it. The sum of squares is M2 + n mean^2, of the
+moments that scores of units are made of (``ssah.attribution.sums``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.attribution.batches import Batch
+from ssah.attribution.forward_backward import run_batch
+from ssah.attribution.sums import Sums, check_finite
+from ssah.attribution.watch import Watch, watching
+from ssah.attribution.weights.matrices import Matrix
+from ssah.models import device_of
+from ssah.units import DepthTwoModule, find_modules, route
+from ssah_kernels import ops
+from ssah_kernels.reference.channel_moments import merge_moments_
+
+
+class InputNorms:
+    """The moments of what enters each matrix, as batches pass through the model.
+
+    Attributes:
+        sums: name of what is read -> its moments. What is read is the input of a B, by the name of
+            the depth-2 module, or of another matrix, by the parameter, with the expert's number.
+        count: tokens that counted so far.
+    """
+
+    def __init__(self, model: nn.Module, matrices: Mapping[str, Matrix], packed: bool) -> None:
+        self._model, self._matrices, self._packed = model, matrices, packed
+        found = find_modules(model).items()
+        # What enters B is watched where scores of units watch it: that pass is the fastest one.
+        self._watched = {name: m for name, m in found if m.output.param in matrices}
+        self.sums = {name: Sums.zeros(module) for name, module in self._watched.items()}
+        # Matrix -> the sums of its input, one an expert.
+        self._read = {param: self._sums_of(matrix) for param, matrix in matrices.items()}
+        self.count = 0
+        self._watch: Watch
+        # The last tensor that was read, and its moments: Q, K and V get one tensor.
+        self._last: tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]] | None = None
+
+    def _sums_of(self, matrix: Matrix) -> list[str]:
+        own = [name for name, m in self._watched.items() if m.output.param == matrix.param]
+        if own:
+            return own
+        experts = matrix.shape[0] if matrix.routed else 1
+        names = [f"{matrix.param}[{expert}]" for expert in range(experts)]
+        device = device_of(matrix.owner)
+        self.sums |= {name: Sums.of_width(matrix.n_inputs, device) for name in names}
+        return names
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Inside the block, whatever runs through the model is added to the sums."""
+        with ExitStack() as stack:
+            # First: a gated FFN with a hook inside would not run its fused forward.
+            places = _places(self._watched)
+            self._watch = stack.enter_context(watching(self._watched, self.sums, gradient=False))
+            watched = {module.output.param for module in self._watched.values()}
+            for param, matrix in self._matrices.items():
+                if param in watched:
+                    continue
+                place = places.get(param, matrix.owner)
+                hook = self._experts_hook(matrix) if matrix.routed else self._hook(param)
+                stack.callback(place.register_forward_pre_hook(hook).remove)
+            yield
+
+    def run(self, batch: Batch) -> None:
+        """Pass one batch through the model, inside of `watching`."""
+        self._last = None
+        run_batch(self._model, batch, self._watch, sharded=False, packed=self._packed)  # type: ignore[arg-type]
+        self._last = None
+        self.count += int(batch.token_mask.sum())
+
+    def _hook(self, param: str) -> Any:
+        own = self.sums[f"{param}[0]"]
+
+        def read(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x: Tensor = args[0].detach()  # [..., in]
+            if self._last is None or self._last[0] is not args[0]:
+                fresh = ops.new_moments(x)
+                ops.channel_moments_(x, *fresh, self._watch.mask(x))
+                self._last = (args[0], fresh)
+            merge_moments_(own.count, own.mean, own.m2, *self._last[1])
+
+        return read
+
+    def _experts_hook(self, matrix: Matrix) -> Any:
+        own = [self.sums[name] for name in self._read[matrix.param]]
+
+        def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+            hidden, chosen = args[0].detach(), args[1]  # [..., hidden], [..., top_k]
+            mask = self._watch.mask(hidden)
+            x = hidden.flatten(0, -2)  # [tokens, hidden]
+            flat = None if mask is None else mask.flatten()  # [tokens]
+            for sums, (token, _) in zip(own, route(chosen.flatten(0, -2), len(own)), strict=True):
+                counted = None if flat is None else flat[token]
+                ops.channel_moments_(x[token], sums.count, sums.mean, sums.m2, counted)
+
+        return read
+
+    def silent(self) -> Iterator[str]:
+        """Matrices that nothing has entered."""
+        for param, names in self._read.items():
+            if not any(bool(self.sums[name].count) for name in names):
+                yield param
+
+    def scores(self, param: str) -> Tensor:
+        """Of the weights of one matrix, float32 of its shape."""
+        matrix, names = self._matrices[param], self._read[param]
+        check_finite({name: self.sums[name] for name in names}, gradient=False)
+        norms = torch.stack([_norms(self.sums[name]) for name in names])  # [experts, in]
+        # [experts, 1, in], or [experts, in, 1] where the matrix is transposed.
+        norms = norms[:, :, None] if matrix.transposed else norms[:, None, :]
+        return matrix.magnitudes().mul_((norms if matrix.routed else norms[0]).float())
+
+
+def _norms(sums: Sums) -> Tensor:
+    """The norm of each channel over the tokens, float64 ``[in]``."""
+    return (sums.m2 + sums.count * sums.mean.square()).sqrt()
+
+
+def _places(modules: Mapping[str, DepthTwoModule]) -> dict[str, nn.Module]:
+    """A's weights of gated FFNs -> the FFN, which gets what they get."""
+    gated = {m.gated.module: m for m in modules.values() if m.gated and m.gated.is_plain}
+    return {
+        owned.param: place
+        for place, module in gated.items()
+        for owned in module.inputs
+        if owned.param.endswith(".weight")
+    }

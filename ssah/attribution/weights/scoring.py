@@ -1,0 +1,224 @@
+"""``attribute_weights``: how important every single weight is, in one pass over the data."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import chain, islice
+from math import prod
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.attribution.batches import BatchReader, counted_tokens
+from ssah.attribution.result import TOKENS
+from ssah.attribution.tally import Tally
+from ssah.attribution.weights.example_gradients import ExampleGradients
+from ssah.attribution.weights.input_norms import InputNorms
+from ssah.attribution.weights.matrices import Matrix, find_matrices
+from ssah.attribution.weights.result import WEIGHT_CONTENT, WEIGHT_METRICS, WeightAttribution
+from ssah.choices import check_choice
+from ssah.distributed import Ranks
+from ssah.models import (
+    as_it_was,
+    cheap_weights_hash,
+    check_backbone,
+    check_whole,
+    device_of,
+    packed_modules,
+)
+from ssah.progress import token_bar
+from ssah.storage import check_kind, one_run
+from ssah.units import model_name, units_hash
+
+_GRADIENTS = ("snip", "fisher")
+
+
+def attribute_weights(
+    model: nn.Module,
+    loader: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    metric: str = "snip",
+    parameters: str | Iterable[str] = "*",
+    tokens: str = "auto",
+    out: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> WeightAttribution:
+    """Score every weight of the matrices in ``model``'s layers, all in one pass over the data.
+
+    With a matrix W, its input x, n examples e and the next-token loss L_e of one, in nats and
+    summed over the tokens that it has to predict (as of `attribute`: those with a label, or all):
+
+    ``"snip"``: mean over examples of abs(W_ij * dL_e/dW_ij) (Lee et al. 2019, arXiv 1810.02340; by
+    examples in Wei et al. 2024, arXiv 2402.05162). ``"fisher"``: mean over examples of
+    (W_ij * dL_e/dW_ij)^2. ``"wanda"``: abs(W_ij) times the norm of x_j over the tokens that count
+    (Sun et al. 2024, arXiv 2306.11695). ``"magnitude"``: abs(W_ij), without any data.
+
+    An example is a row; of a row in which texts are packed, each text. So neither padding nor the
+    order or the size of batches changes a score. The published code of Wei et al. divides the loss
+    of an example by its number of tokens, and the paper does not.
+
+    The scores are float32, as many as there are weights. Gradients need no other memory that grows
+    with the model: one example's is made of a piece of one matrix at a time.
+
+    Args:
+        model: a transformers model of a known family; it is left as it was. Packed weights are
+            unpacked one by one, and must pass gradients for those metrics.
+        loader: batches, as of `attribute`; None for magnitudes.
+        metric: ``"snip"``, ``"wanda"``, ``"magnitude"`` or ``"fisher"``.
+        parameters: patterns of names, for instance ``"*.mlp.*"``: which of the matrices. All are
+            linear projections in decoder layers, and the matrices of routed experts.
+        tokens: for wanda, which positions count, as of `attribute`; else ``"auto"``.
+        out: a folder for the scores, which are never in memory all at once then: sums of gradients
+            are files there until the end, and each matrix is written as it is scored.
+        progress: whether to show a bar with tokens per second on standard error.
+
+    Raises:
+        TypeError: ``model`` is no transformers model, or the loader yields something else.
+        ValueError: an unknown option or architecture, a loader with magnitudes or none without
+            them, no position that counts, nothing to predict, a model that is sharded or packed
+            in a way that passes no gradient, several ranks, ``out`` with another kind of result.
+        FloatingPointError: NaN or infinite activations, gradients or weights; one is named.
+        RuntimeError: a matrix never ran.
+    """
+    whole = _checked(model, loader, metric, tokens)
+    matrices = find_matrices(whole, parameters)
+    with ExitStack() as stack:
+        folder = None
+        if out is not None:
+            check_kind(Path(out), WEIGHT_CONTENT)
+            stack.enter_context(one_run(Path(out)))
+            folder = stack.enter_context(TemporaryDirectory(prefix=".sums-", dir=out))
+        stack.enter_context(as_it_was(whole))
+        about: dict[str, Any] = {"tokens": None, "count": 0, "data_fingerprint": None}
+        score: Callable[[str], Tensor] = lambda param: matrices[param].magnitudes()  # noqa: E731
+        if loader is not None:
+            passing = _passing(whole, matrices, metric, folder)
+            about, score = _run(whole, passing, loader, metric, tokens, progress), passing.scores
+        result = WeightAttribution(
+            scores=_Scored(matrices, score),
+            metric=metric,
+            transposed=tuple(param for param, each in matrices.items() if each.transposed),
+            model_name=model_name(whole),
+            units_hash=units_hash(whole),
+            weights_hash=cheap_weights_hash(whole),
+            **about,
+        )
+        if out is None:
+            return replace(result, scores=dict(result.scores))
+        result.save(out)
+    return WeightAttribution.load(out)
+
+
+def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreTrainedModel:
+    """The model, once it is known that nothing that was asked is wrong."""
+    check_choice("metric", metric, WEIGHT_METRICS)
+    check_choice("tokens", tokens, TOKENS)
+    whole = check_whole(model)
+    if tokens != "auto" and metric != "wanda":
+        raise ValueError(
+            f"tokens is {tokens!r}; it must be 'auto' for {metric!r}: only wanda counts positions"
+        )
+    if (loader is None) != (metric == "magnitude"):
+        given = "None" if loader is None else "given"
+        raise ValueError(
+            f"loader is {given} and metric is {metric!r}; magnitudes take no data, every other "
+            "metric takes some"
+        )
+    if loader is not None and not isinstance(loader, Iterable):
+        raise TypeError(f"loader is {type(loader).__name__}; it must yield batches")
+    if metric in _GRADIENTS and whole.get_output_embeddings() is None:
+        raise ValueError(
+            f"metric is {metric!r}, which needs a loss, but {type(model).__name__} has no "
+            "vocabulary projection; load it with AutoModelForCausalLM"
+        )
+    # A rank would score its own batches alone, or its own shard, and say nothing.
+    if Ranks.of().size > 1 or Ranks.over(whole) is not None:
+        raise ValueError(
+            "attribute_weights works in one process, on a whole model; this is one of several "
+            "ranks, or a shard: score in a process of its own"
+        )
+    check_backbone(whole)
+    return whole
+
+
+def _passing(
+    model: PreTrainedModel, matrices: Mapping[str, Matrix], metric: str, folder: str | None
+) -> InputNorms | ExampleGradients:
+    """What adds up over the batches; sums of gradients are files in ``folder`` if there is one."""
+    packed = bool(packed_modules(model))
+    if metric == "wanda":
+        return InputNorms(model, matrices, packed=packed)
+    sums = {}
+    for number, (param, matrix) in enumerate(matrices.items()):
+        if folder is None:
+            sums[param] = torch.zeros(matrix.shape, device=device_of(matrix.owner))
+        else:
+            place = str(Path(folder) / f"{number}.float32")
+            size = prod(matrix.shape)
+            flat = torch.from_file(place, shared=True, size=size)  # zeros: the file is new
+            sums[param] = flat.view(matrix.shape)
+    return ExampleGradients(model, sums, matrices, square=metric == "fisher", packed=packed)
+
+
+def _run(
+    model: PreTrainedModel,
+    passing: InputNorms | ExampleGradients,
+    loader: Iterable[Mapping[str, Any]],
+    metric: str,
+    tokens: str,
+    progress: bool,
+) -> dict[str, Any]:
+    """Pass all batches through the model; what the result tells of the data."""
+    n_expected = operator.length_hint(loader, 0) or None
+    batches = iter(loader)
+    begun = list(islice(batches, 1))  # the first batch says what "auto" means
+    if tokens == "auto" and begun:
+        tokens = counted_tokens(begun[0])
+    reader = BatchReader(model, tokens=tokens, keep_mask=bool(packed_modules(model)))
+    tally = Tally(getattr(loader, "fingerprint", None))
+    with ExitStack() as stack:
+        advance = stack.enter_context(token_bar(n_expected, 0)) if progress else None
+        stack.enter_context(passing.watching())
+        for number, raw in enumerate(chain(begun, batches)):
+            batch = reader.read(raw, number)
+            tally.add(batch)
+            passing.run(batch)
+            if advance is not None:
+                advance(int(batch.attended.sum()))
+    tally.join(Ranks())
+    tally.check(metric=metric, tokens=tokens)
+    if metric in _GRADIENTS and tally.n_targets == 0:
+        raise ValueError("loader has no token to predict: the loss is empty")
+    for param in passing.silent():
+        raise RuntimeError(
+            f"the matrix {param!r} never ran, so that its weights have no score: leave it out with "
+            "parameters=[...]"
+        )
+    return {"tokens": tokens, "count": passing.count, "data_fingerprint": tally.fingerprint}
+
+
+class _Scored(Mapping[str, Tensor]):
+    """The scores of each matrix on the CPU, computed when they are asked for: once each."""
+
+    def __init__(self, matrices: Mapping[str, Matrix], score: Callable[[str], Tensor]) -> None:
+        self._matrices, self._score = matrices, score
+
+    def __getitem__(self, param: str) -> Tensor:
+        scores = self._score(param).cpu()
+        if not bool(scores.isfinite().all()):
+            raise FloatingPointError(f"scores of {param!r} are NaN or infinite")
+        return scores
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._matrices)
+
+    def __len__(self) -> int:
+        return len(self._matrices)

@@ -1,0 +1,42 @@
+"""``ssah weights`` does what the library does, and refuses what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny_chat
+import torch
+from commands import as_json, fails
+
+import ssah
+from ssah.data import make_loader
+from ssah.models import load_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("weights")
+    tiny_chat.save(folder / "model")
+    return folder
+
+
+def test_scores_are_those_of_the_library(folder: Path, tmp_path: Path) -> None:
+    rows = ("--data", "builtin:safety", "--limit", 4)
+    only = ("--parameters", "*.mlp.*", "--metric", "fisher")
+    told = as_json("weights", folder / "model", *rows, *only, "--out", tmp_path)
+    model, tokenizer = load_model(str(folder / "model"))
+    loader = make_loader("builtin:safety", tokenizer, limit=4)
+    expected = ssah.attribute_weights(model, loader, metric="fisher", parameters="*.mlp.*")
+    found = ssah.WeightAttribution.load(tmp_path, model)
+    assert list(found.scores) == list(expected.scores)
+    assert all(torch.equal(found.scores[p], score) for p, score in expected.scores.items())
+    assert told["weights"] == sum(score.numel() for score in expected.scores.values())
+    assert (told["count"], told["metric"]) == (4, "fisher")
+
+
+def test_magnitudes_take_no_data(folder: Path, tmp_path: Path) -> None:
+    words = ("weights", folder / "model", "--out", tmp_path)
+    assert as_json(*words, "--metric", "magnitude")["count"] == 0
+    for more in (("--metric", "magnitude", "--data", "builtin:safety"), ("--metric", "wanda")):
+        assert "--data is for every metric but magnitude" in fails(*words, *more)
