@@ -25,6 +25,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
     tensors_of = memory.reader(op)
     names = [name for _, name in arguments(op)]
     at = names.index("indices") if "indices" in names else None
+    arm_at = names.index("arm") if "arm" in names else None
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
@@ -32,6 +33,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
+        if arm_at is not None:
+            indices.check_arms(args[arm_at], len(args[arm_at - 1]))
         first = args[0] if at is None else args[0][0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
@@ -46,8 +49,10 @@ def _dispatch(op: str) -> Callable[..., Any]:
 
 def register() -> None:
     for op, schema in SCHEMAS.items():
-        # These copy a table to the GPU in every call, which no CUDA graph can (torch.compile).
-        unsafe = [torch.Tag.cudagraph_unsafe] if op.startswith("masked") else []
+        # These copy a table to the GPU in every call, or read arms from it, which no CUDA graph can
+        # (torch.compile).
+        waits = op.startswith("masked") or op == "gated_product"
+        unsafe = [torch.Tag.cudagraph_unsafe] if waits else []
         _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
         _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)
