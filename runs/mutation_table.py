@@ -141,6 +141,18 @@ _CUDA = (
         "",
         cuda("an_index_beyond"),
     ),
+    Mutation(
+        "csrc/cuda/gated_product.cu",
+        "if (wanted != held) {",
+        "if (held < 0) {",
+        near("gated_product"),
+    ),
+    Mutation(
+        "csrc/cuda/gated_product.cu",
+        "if (wanted < 0 || wanted >= arms) __trap();",
+        "",
+        cuda("what_would_harm_memory_is_refused and gated_product"),
+    ),
     Mutation("csrc/cuda/masked_sgd.cu", "1 - settings.dampening", "1", near("masked_sgd_")),
     Mutation(
         "csrc/cuda/tiles.cuh",

@@ -1,9 +1,10 @@
-"""Derivatives: of ``gated_moments``, and of the operators that write nothing.
+"""Derivatives: of the gated operators, and of the others that write nothing.
 
 Each is a kernel for the Autograd key of the operator itself, so that ``ops.X`` and
 ``torch.ops.ssah.X`` are the same thing.
 
     h = act(gate) up                dL/dgate = dL/dh up act'(gate)    dL/dup = dL/dh act(gate)
+    h = act(gate) up f              the same of dL/dh f, for the factors f
     norms_j = sum_i w_ij^2          dL/dw_ij = 2 w_ij dL/dnorms_j
     norm = sqrt(sum g^2) / scale    dL/dg = dL/dnorm g / (norm scale^2)
                                     dL/dscale = -dL/dnorm norm / scale
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ssah_kernels import memory
 from ssah_kernels.reference.gated_moments import activation
+from ssah_kernels.reference.gated_product import of_tokens
 from ssah_kernels.schema import SCHEMAS, arguments
 
 
@@ -70,6 +72,28 @@ class _GatedMomentsTwice(torch.autograd.Function):
             allow_unused=True,  # relu has no curvature
         )
         return None, None, *product
+
+
+class _GatedProduct(torch.autograd.Function):
+    """gated_product below autograd; its backward is that of act(gate) * up, of grad * factors."""
+
+    @staticmethod
+    def forward(ctx: Any, below: Any, act: str, *args: Tensor) -> Tensor:
+        if args[2].requires_grad:
+            raise NotImplementedError(
+                "factors requires grad, of which gated_product has none; it has those of gate and "
+                "up: pass factors.detach()"
+            )
+        ctx.save_for_backward(*args)
+        ctx.act = act
+        return torch.ops.ssah.gated_product.default.redispatch(below, *args, act=act)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        gate, up, factors, arm = ctx.saved_tensors
+        grad = (grads[0] * of_tokens(factors, arm, gate)).to(gate.dtype)  # [..., C]
+        product = torch.ops.ssah.gated_moments_backward(grad, gate, up, act=ctx.act)
+        return None, None, *product, None, None
 
 
 def _kernel(op: str, function: type[torch.autograd.Function]) -> Callable[..., Any]:
@@ -149,6 +173,7 @@ def register(lib: torch.library.Library) -> None:
     for op, function in (
         ("gated_moments", _GatedMoments),
         ("gated_moments_backward", _GatedMomentsTwice),
+        ("gated_product", _GatedProduct),
     ):
         lib.impl(op, _kernel(op, function), "Autograd", with_keyset=True)
     for op, backward, keep in (

@@ -46,6 +46,13 @@ def gated_moments_backward(
     return _contiguous_like(gate), _contiguous_like(up)
 
 
+def gated_product(
+    gate: Tensor, up: Tensor, factors: Tensor, arm: Tensor, *, act: str = "silu"
+) -> Tensor:
+    checks.gated_product(gate, up, factors, arm, act=act)
+    return _contiguous_like(gate)  # [..., C]
+
+
 def taylor_moments_(
     x: Tensor, grad: Tensor, signed: Tensor, squared: Tensor, token_mask: Tensor | None = None
 ) -> None:

@@ -1,20 +1,42 @@
-"""The values of ``indices``: read once a tensor, and again only after it was changed.
+"""The values of ``indices`` and of ``arm``: read once a tensor, and again only after a change.
 
 Reading them waits for a GPU. An optimiser's are read when it is made, so that its steps do not.
 
-They must increase strictly. An entry that stood twice would be updated by two programs at once;
+Indices must increase strictly. An entry that stood twice would be updated by two programs at once;
 and of an increasing index, such as [3, 5, 9], the first and the last tell whether all are in range.
+Arms, such as [2, 0, 0], may stand in any order and as often as wanted.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import TypeAlias
 
 from torch import Tensor
 
 # id of a tensor -> the tensor, its version, its smallest and its largest value
-_known: dict[int, tuple[weakref.ref[Tensor], int, int, int]] = {}
+Known: TypeAlias = dict[int, tuple[weakref.ref[Tensor], int, int, int]]
+_known: Known = {}
+# Of those in any order, which say nothing of whether they increase.
+_known_arms: Known = {}
+
+
+def _keep(known: Known, index: Tensor, low: int, high: int) -> None:
+    """Remember the bounds of ``index`` [...] for as long as it lives and stays as it is."""
+    if not index.is_inference():  # one that was made in inference mode has no version
+        # An id is given again once its tensor is gone: the entry must go with it.
+        number = id(index)
+        forget = weakref.ref(index, lambda _: known.pop(number, None))
+        known[number] = (forget, index._version, low, high)
+
+
+def _kept(known: Known, index: Tensor) -> tuple[int, int] | None:
+    """The bounds of ``index`` [...] that are still those, or None."""
+    entry = known.get(id(index))
+    if entry is None or entry[0]() is not index or entry[1] != index._version:
+        return None
+    return entry[2:]
 
 
 def bounds(name: str, index: Tensor) -> tuple[int, int]:
@@ -34,11 +56,7 @@ def bounds(name: str, index: Tensor) -> tuple[int, int]:
             "increasing"
         )
     low, high = int(index[0]), int(index[-1])
-    if not index.is_inference():  # one that was made in inference mode has no version
-        # An id is given again once its tensor is gone: the entry must go with it.
-        number = id(index)
-        forget = weakref.ref(index, lambda _: _known.pop(number, None))
-        _known[number] = (forget, index._version, low, high)
+    _keep(_known, index, low, high)
     return low, high
 
 
@@ -47,12 +65,19 @@ def check(indices: Sequence[Tensor | None], tensors: Sequence[Tensor], dims: Seq
     for i, index in enumerate(indices):
         if index is None:
             continue
-        known = _known.get(id(index))
-        if known is None or known[0]() is not index or known[1] != index._version:
-            low, high = bounds(f"indices[{i}]", index)
-        else:
-            _, _, low, high = known
+        low, high = _kept(_known, index) or bounds(f"indices[{i}]", index)
         check_range(f"indices[{i}]", low, high, tensors[i].size(dims[i]))
+
+
+def check_arms(arm: Tensor, n_arms: int) -> None:
+    """Raise ValueError unless every arm [...] is one of ``n_arms``."""
+    known = _kept(_known_arms, arm)
+    if known is None:
+        low, high = (int(each) for each in arm.aminmax()) if arm.numel() else (0, -1)
+        _keep(_known_arms, arm, low, high)
+    else:
+        low, high = known
+    check_range("arm", low, high, n_arms)
 
 
 def check_range(name: str, low: int, high: int, size: int) -> None:

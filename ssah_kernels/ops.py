@@ -23,6 +23,7 @@ __all__ = [
     "channel_moments_",
     "column_sq_norms",
     "gated_moments",
+    "gated_product",
     "masked_adamw_",
     "masked_grad_norm",
     "masked_sgd_",
@@ -96,6 +97,44 @@ def gated_moments(
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
     return torch.ops.ssah.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
+
+
+def gated_product(
+    gate: Tensor,  # e.g. [8, 128, 11008]: eight rows of 128 tokens
+    up: Tensor,  # [8, 128, 11008]
+    factors: Tensor,  # [4, 11008]: four arms
+    arm: Tensor,  # [8]: an arm for each row
+    *,
+    act: str = "silu",
+) -> Tensor:
+    """act(gate) * up * factors[arm] of a gated FFN whose rows run under arms, in one pass.
+
+    Args:
+        gate, up: ``[..., C]`` of one dtype and shape; any strides. Each is read once.
+        factors: ``[arms, C]``, float32 or gate's dtype: what channel c is multiplied by under each
+            arm. It takes no gradient.
+        arm: int64, of gate's leading shape ``[...]``, or of the first dimensions of it: ``[rows]``
+            for gate ``[rows, tokens, C]`` gives all tokens of a row one arm. Its values are read
+            once, and again after they were changed in place.
+        act: as in ``gated_moments``.
+
+    Returns:
+        ``[..., C]`` contiguous, in gate's dtype: computed in float32 (float64 for float64 input),
+        from left to right, and rounded once. A factor of 0 makes of infinity and NaN a NaN, as a
+        column of zeros in the next projection would. Differentiable with respect to gate and up, as
+        often as wanted; the gradient that comes in is multiplied by the factors and rounded first.
+
+    Range: as of ``gated_moments``. Where act(gate) * up goes beyond float32, no factor brings it
+    back.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong dtype, shape, layout or device, or an arm
+            is none of factors.
+        NotImplementedError: factors requires a gradient.
+
+    Source: a factor for each unit, as the mask variables of Michel et al. (arXiv 1905.10650).
+    """
+    return torch.ops.ssah.gated_product(gate, up, factors, arm, act=act)
 
 
 def taylor_moments_(

@@ -27,6 +27,7 @@ def _dispatch(op: str) -> Callable[..., Any]:
     names = [name for _, name in arguments(op)]
     at = names.index("indices") if "indices" in names else None
     masks_at = names.index("masks") if "masks" in names else None
+    arm_at = names.index("arm") if "arm" in names else None
     of_lists = at is not None or masks_at is not None
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -37,6 +38,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
             indices.check(args[at], args[0], args[at + 1])
         if masks_at is not None:
             bit_masks.check(args[0], args[masks_at], args[masks_at + 1], args[masks_at - 1])
+        if arm_at is not None:
+            indices.check_arms(args[arm_at], len(args[arm_at - 1]))
         first = args[0][0] if of_lists else args[0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
@@ -51,8 +54,10 @@ def _dispatch(op: str) -> Callable[..., Any]:
 
 def register() -> None:
     for op, schema in SCHEMAS.items():
-        # These copy a table to the GPU in every call, which no CUDA graph can (torch.compile).
-        unsafe = [torch.Tag.cudagraph_unsafe] if "masked" in op else []
+        # These copy a table to the GPU in every call, or read arms from it, which no CUDA graph can
+        # (torch.compile).
+        waits = "masked" in op or op == "gated_product"
+        unsafe = [torch.Tag.cudagraph_unsafe] if waits else []
         _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
         _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")
         torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)

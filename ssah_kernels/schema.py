@@ -13,6 +13,9 @@ SCHEMAS: dict[str, str] = {
         "(Tensor grad, Tensor gate, Tensor up, *, str act='silu')"
         " -> (Tensor grad_gate, Tensor grad_up)"
     ),
+    "gated_product": (
+        "(Tensor gate, Tensor up, Tensor factors, Tensor arm, *, str act='silu') -> Tensor"
+    ),
     "taylor_moments_": (
         "(Tensor x, Tensor grad, Tensor(a!) signed, Tensor(b!) squared, Tensor? token_mask=None)"
         " -> ()"

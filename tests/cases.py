@@ -208,6 +208,7 @@ CASES: dict[str, OpCase] = {
             adjusted=_adjusted_m2,
         ),
         _of_activations("gated_moments_backward", "gated_moments_backward"),
+        _of_activations("gated_product", "gated_product"),
         _of_activations("taylor_moments_", "taylor_moments", outputs=(2, 3)),
         _of_activations("column_sq_norms", "column_sq_norms"),
         _of_lists(

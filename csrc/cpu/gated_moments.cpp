@@ -1,29 +1,8 @@
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include "checks.h"
 #include "ops.h"
 
 namespace ssah {
 namespace {
-
-// A tensor that the C library maps anew (glibc: always from 32 MiB on) costs more to map, page by
-// page, than to write: huge pages where they are to be had. It is advice; nothing depends on
-// whether it is taken. Smaller ones share the heap, whose other users it would slow down.
-Tensor contiguous_like(const Tensor& x) {
-  Tensor output = torch::stable::new_empty(x, x.sizes());
-#if defined(__linux__)
-  constexpr uintptr_t kHugePage = 2 << 20, kMapped = 32 << 20;
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(output.const_data_ptr());
-  const uintptr_t bytes = output.numel() * output.element_size();
-  const uintptr_t first = (begin + kHugePage - 1) & ~(kHugePage - 1);
-  if (bytes >= kMapped) {
-    madvise(reinterpret_cast<void*>(first), begin + bytes - first, MADV_HUGEPAGE);
-  }
-#endif
-  return output;
-}
 
 // The rows that count, then the masked ones; `counted` is set to the number of the former.
 std::vector<long> counted_first(const Tensor& x, const std::optional<Tensor>& mask, long& counted) {

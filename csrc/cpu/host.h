@@ -20,6 +20,9 @@ std::vector<const Kernels*> built_kernels();
 
 Dtype dtype_of(const Tensor& x);
 
+// A new contiguous tensor of the shape and type of x, for a kernel to fill.
+Tensor contiguous_like(const Tensor& x);
+
 // Element offset of every row of x [..., channels] from its first element, in row-major order of
 // the leading dimensions; with `mask`, which was checked to fit, the rows where it is `keep`.
 std::vector<long> row_offsets(const Tensor& x);

@@ -20,6 +20,8 @@ Tensor gated_moments_cpu(const Tensor& gate, const Tensor& up, const Tensor& cou
                          const std::optional<Tensor>& token_mask, int64_t act);
 std::tuple<Tensor, Tensor> gated_moments_backward_cpu(const Tensor& grad, const Tensor& gate,
                                                       const Tensor& up, int64_t act);
+Tensor gated_product_cpu(const Tensor& gate, const Tensor& up, const Tensor& factors,
+                         const Tensor& arm, int64_t act);
 void taylor_moments_cpu(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
                         const Tensor& squared_sum, const std::optional<Tensor>& token_mask);
 Tensor column_sq_norms_cpu(const Tensor& weight);

@@ -55,6 +55,13 @@ struct GatedBackwardArgs {
   long n_rows, channels;
 };
 
+struct GatedProductArgs {
+  const void *gate, *up, *factors;  // factors in the type of the arithmetic
+  void* output;
+  const long *gate_rows, *up_rows, *factor_rows;  // the last: of the arm of each row
+  long n_rows, channels;
+};
+
 struct TaylorMomentsArgs {
   const void *x, *grad;
   const long *x_rows, *grad_rows;
@@ -128,6 +135,8 @@ struct Kernels {
   void (*gated_moments[kDtypes][kActivations])(const GatedMomentsArgs&, ChannelRange);
   void (*gated_backward[kDtypes][kActivations])(const GatedBackwardArgs&, long row_begin,
                                                 long row_end);
+  void (*gated_product[kDtypes][kActivations])(const GatedProductArgs&, long row_begin,
+                                               long row_end);
   void (*taylor_moments[kDtypes])(const TaylorMomentsArgs&, ChannelRange);
   void (*column_sq_norms[kDtypes])(const ColumnSqNormsArgs&, ChannelRange);
   void (*masked_adamw[kDtypes][kStateTypes])(const UpdateTensor&, const AdamWArgs&, UpdateBlock);

@@ -25,6 +25,9 @@ Tensor gated_moments_cuda(const Tensor& gate, const Tensor& up, const Tensor& co
 std::tuple<Tensor, Tensor> gated_moments_backward_cuda(const Tensor& grad, const Tensor& gate,
                                                        const Tensor& up, int64_t act);
 
+Tensor gated_product_cuda(const Tensor& gate, const Tensor& up, const Tensor& factors,
+                          const Tensor& arm, int64_t act);
+
 void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& signed_sum,
                          const Tensor& squared, const std::optional<Tensor>& token_mask);
 

@@ -8,7 +8,8 @@ three arms over three units, where arm 0 is intact, arm 1 without unit 2, arm 2 
     prompt             0 1 0 1 0 1                                    1    1  0
     arm                0 0 1 1 2 2                                    0.5  1  1
 
-Greedy decoding is bound by reading weights, which all rows share.
+Greedy decoding is bound by reading weights, which all rows share. A gated FFN takes its factors in
+the same pass as its own product, act(gate) * up, in one operator (of float32 and float64).
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ssah.compat.modules import has_hooks, is_transformed
 from ssah.interventions.columns import checked_modules
 from ssah.interventions.intervention import marked
 from ssah.interventions.positions import Passes
 from ssah.interventions.weights import Scale, Zero
-from ssah.models import check_bare, check_idle, replaced_forward
-from ssah.units import DepthTwoModule, RoutedExperts, UnitSet, run_routed
+from ssah.models import check_bare, check_idle, replaced_forward, runs_own_forward
+from ssah.units import DepthTwoModule, GatedFFN, RoutedExperts, UnitSet, run_routed
+from ssah_kernels import backends, ops
 
 # What one arm takes out: units, units times a number, or nothing.
 Arm = UnitSet | Zero | Scale | None
@@ -83,7 +86,9 @@ class Arms:
         self.n_arms = n_arms
         self._tables = dict(tables)
         self._arm: Tensor | None = None  # int64 [rows]
-        self._rows: dict[str, Tensor] = {}  # B's name -> [rows, units], made as it is first wanted
+        # Made as they are first wanted, and kept until other arms are assigned.
+        self._arm_on: dict[torch.device, Tensor] = {}
+        self._rows: dict[str, Tensor] = {}  # B's name -> [rows, units]
 
     def assign(self, arm: Sequence[int] | Tensor) -> None:
         """Row i of each batch from now on runs under arm ``arm[i]``: integers ``[rows]``.
@@ -98,7 +103,11 @@ class Arms:
                 f"arm is {given.tolist()}; must be [rows], numbers of arms from 0 to "
                 f"{self.n_arms - 1}"
             )
-        self._arm, self._rows = given.to(torch.int64), {}
+        # Tensors of inference mode have no version, without which the operator would have to read
+        # them in every layer; and the caller's own may be changed later.
+        with torch.inference_mode(False):
+            self._arm = given.to(torch.int64, copy=True)
+        self._arm_on, self._rows = {}, {}
 
     def repeat(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The batch once for every arm, ``[arms * rows, ...]`` each, and the rows are assigned.
@@ -137,6 +146,19 @@ class Arms:
                 "equal (run.assign or run.repeat; beams are rows too)"
             )
 
+    def _table(self, name: str, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors ``[arms, units]`` of the module ``name``, and arms ``[rows]``, where ``x`` is.
+
+        ``x`` is ``[..., units]``; factors are in float32 at least.
+        """
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.inference_mode(False):
+            self._tables[name] = self._tables[name].to(x.device, wide)  # the module stays there
+            if x.device not in self._arm_on:
+                assert self._arm is not None
+                self._arm_on[x.device] = self._arm.to(x.device)
+        return self._tables[name], self._arm_on[x.device]
+
     def _factors(self, name: str, x: Tensor) -> Tensor:
         """Factors of each row of the module ``name``, ``[rows, units]``, where and what ``x`` is.
 
@@ -144,10 +166,15 @@ class Arms:
         """
         rows = self._rows.get(name)
         if rows is None or rows.device != x.device or rows.dtype != x.dtype:
-            assert self._arm is not None
-            rows = self._tables[name][self._arm].to(x.device, x.dtype)
-            self._rows[name] = rows
+            table, arm = self._table(name, x)
+            rows = self._rows[name] = table[arm].to(x.dtype)
         return rows
+
+    def _multiplied(self, name: str, x: Tensor) -> Tensor:
+        """``x`` times the factors of its rows, which lie one after the other: ``[..., units]``."""
+        factors = self._factors(name, x)  # [rows, units]
+        by_row = x.reshape(len(factors), -1, x.shape[-1])  # [rows, tokens, units]
+        return (by_row * factors[:, None]).view(x.shape)
 
 
 @contextmanager
@@ -165,11 +192,15 @@ def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms)
         hook = passes.decoder.register_forward_pre_hook(begin, with_kwargs=True)
         stack.callback(hook.remove)
         for name, module in modules.items():
-            if module.routed is None:
+            gated = module.gated
+            if module.routed is not None:
+                routed.setdefault(module.down, []).append(module)
+            elif gated is not None and gated.is_plain:
+                product = _gated_forward(run, name, gated, module.down)
+                stack.enter_context(replaced_forward(gated.module, product))
+            else:
                 hook = module.down.register_forward_pre_hook(_multiply(run, name))
                 stack.callback(hook.remove)
-            else:
-                routed.setdefault(module.down, []).append(module)
         for experts in routed.values():
             assert experts[0].routed is not None
             names = {each.expert: each.name for each in experts}
@@ -180,14 +211,39 @@ def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms)
 
 def _multiply(run: Arms, name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     """A pre-hook of B, which is given ``[rows, tokens, units]``, or the rows after each other."""
+    return lambda _, args: (run._multiplied(name, args[0]), *args[1:])
 
-    def hook(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        x: Tensor = args[0]
-        factors = run._factors(name, x)  # [rows, units]
-        by_row = x.reshape(len(factors), -1, x.shape[-1])  # [rows, tokens, units]
-        return ((by_row * factors[:, None]).view(x.shape), *args[1:])
 
-    return hook
+def _gated_forward(
+    run: Arms, name: str, gated: GatedFFN, down: nn.Module
+) -> Callable[[Tensor], Tensor]:
+    """A forward of a gated FFN whose product takes the factors in the same pass."""
+
+    def forward(x: Tensor) -> Tensor:  # [rows, tokens, hidden], or the rows after each other
+        gate, up = gated.project(x)  # [..., units] each
+        if not _fuses(gated.activation, gate):
+            return down(run._multiplied(name, gated.activation(gate) * up))
+        factors, arm = run._table(name, gate)
+        shape = gate.shape
+        gate, up = (each.reshape(len(arm), -1, shape[-1]) for each in (gate, up))
+        product = ops.gated_product(gate, up, factors, arm, act=gated.act)  # [rows, tokens, units]
+        return down(product.view(shape))
+
+    return forward
+
+
+def _fuses(activation: nn.Module, gate: Tensor) -> bool:
+    """Whether the operator may stand for ``activation`` in this pass over ``gate`` [..., units]."""
+    # In 16 bits a model rounds three times and the operator once, which is nearer to the truth and
+    # not what the model does: SmolLM2 in bfloat16 then went other ways than under `ablate`.
+    if gate.element_size() < 4:
+        return False
+    # The compiler fuses the plain product itself, and torch.func takes none written by hand.
+    if torch.compiler.is_compiling() or is_transformed():
+        return False
+    # What was hung on the activation inside the block is to be called.
+    untouched = runs_own_forward(activation) and not has_hooks(activation)
+    return untouched and backends.missing(backends.choose(gate.device), gate.device) is None
 
 
 def _routed_forward(

@@ -13,6 +13,7 @@ from ssah_kernels.checks.activations import (
     column_sq_norms,
     gated_moments,
     gated_moments_backward,
+    gated_product,
     taylor_moments_,
 )
 from ssah_kernels.checks.bit_masks import bit_masked_adamw_
@@ -28,6 +29,7 @@ __all__ = [
     "dense",
     "gated_moments",
     "gated_moments_backward",
+    "gated_product",
     "masked_adamw_",
     "masked_grad_norm",
     "masked_sgd_",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ssah_kernels.checks.tensors import (
+    dense,
     floating,
     last_contiguous,
     like,
@@ -74,6 +76,58 @@ def gated_moments_backward(
     like("grad", grad, "gate", gate)
     _act(act)
     return last_contiguous(grad), last_contiguous(gate), last_contiguous(up)
+
+
+def _factors(factors: Tensor, gate: Tensor) -> None:
+    """Raise unless ``factors`` [arms, C] has one factor for each arm and channel of ``gate``."""
+    dense("factors", factors)
+    if factors.dtype not in (gate.dtype, torch.float32):
+        own = str(gate.dtype).removeprefix("torch.")
+        raise TypeError(f"factors has dtype {factors.dtype}; it must be float32, or {own} as gate")
+    if factors.dim() != 2 or factors.shape[1] != gate.shape[-1]:
+        raise ValueError(
+            f"factors has shape {tuple(factors.shape)}; it must be (arms, {gate.shape[-1]}), a "
+            "factor for each arm and channel of gate"
+        )
+    rows("factors", factors)
+
+
+def _arm(arm: Tensor, gate: Tensor) -> None:
+    """Raise unless ``arm`` gives one to every leading index of ``gate`` [..., C], or to some."""
+    dense("arm", arm)
+    if arm.dtype != torch.int64:
+        raise TypeError(f"arm has dtype {arm.dtype}; it must be int64")
+    lead = gate.shape[:-1]
+    if arm.shape != lead[: arm.dim()]:
+        raise ValueError(
+            f"arm has shape {tuple(arm.shape)}; it must be {tuple(lead)}, the leading shape of "
+            "gate, or the first dimensions of it"
+        )
+
+
+def gated_product(
+    gate: Tensor, up: Tensor, factors: Tensor, arm: Tensor, *, act: str = "silu"
+) -> tuple[Any, ...]:
+    floating("gate", gate)
+    like("up", up, "gate", gate)
+    rows("gate", gate)
+    rows("up", up)
+    _act(act)
+    _factors(factors, gate)
+    _arm(arm, gate)
+    for name, other in (("factors", factors), ("arm", arm)):
+        if other.device != gate.device:
+            raise ValueError(f"{name} is on {other.device}; it must be on {gate.device}, as gate")
+    # Both are small beside gate, so that a kernel need not know every form of them.
+    wide = factors.to(torch.promote_types(gate.dtype, torch.float32))  # [arms, C]
+    lead = gate.shape[:-1]
+    every = arm.view((*arm.shape, *[1] * (len(lead) - arm.dim()))).expand(lead)  # [...]
+    return (
+        last_contiguous(gate),
+        last_contiguous(up),
+        last_contiguous(wide),
+        every.contiguous(),
+    )
 
 
 def taylor_moments_(

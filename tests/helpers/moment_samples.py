@@ -106,6 +106,29 @@ def gated_moments_backward(dtype: torch.dtype, shapes: Shapes = near) -> Iterato
         yield Sample(f"ramp-{act}", (ones, ramp, ones), {"act": act})
 
 
+def arms(gate: Tensor, wide: bool, prefix: bool, g: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Factors of three arms, some of them 0, and arms of ``gate`` [..., C] or of its first rows."""
+    own = gate.dtype if not wide else torch.promote_types(gate.dtype, torch.float32)
+    factors = normal((3, 2 * gate.shape[-1]), own, g)[:, ::2]
+    lead = gate.shape[: 1 if prefix else -1]
+    arm = torch.randint(3, (*lead, 2), generator=g)[..., 0]
+    return factors.masked_fill(torch.rand(factors.shape, generator=g) < 0.2, 0), arm
+
+
+def gated_product(dtype: torch.dtype, shapes: Shapes = near) -> Iterator[Sample]:
+    for i, (name, (gate, up), _, g) in enumerate(shapes(dtype, 2, "product")):
+        if not name.endswith("-mask"):  # of which rows are NaN
+            args = arms(gate, wide=i % 4 < 2, prefix=i % 3 == 0, g=g)
+            act = ACTIVATIONS[i // 2 % len(ACTIVATIONS)]
+            yield Sample(name, (gate, up, *args), {"act": act})
+    ramp = torch.linspace(-30, 30, 601, dtype=torch.float64).to(dtype)
+    factors = torch.stack([torch.full_like(ramp, 0.3), torch.ones_like(ramp)])
+    for act in ACTIVATIONS if shapes is near else ():
+        gate = torch.stack([ramp, ramp / 10, ramp])
+        args = (gate, torch.ones_like(gate), factors, torch.tensor([1, 0, 0]))
+        yield Sample(f"ramp-{act}", args, {"act": act})
+
+
 def taylor_moments(dtype: torch.dtype, shapes: Shapes = near) -> Iterator[Sample]:
     for name, (x, grad), mask, g in shapes(dtype, 2, "taylor"):
         _, signed, squared = moments_state(x.shape[-1], g, False)

@@ -106,6 +106,9 @@ def wrong(op: str) -> Iterator[tuple[str, tuple[Any, ...], dict[str, Any]]]:
     if "act" in number:
         for act in (-1, 5, 2**40):
             yield f"act {act}", args, {"act": act}
+    if op == "gated_product":
+        for arm in (-1, 10**9):
+            yield f"arm {arm}", replaced(args, 3, torch.full_like(args[3], arm)), number
     if op.startswith("masked"):
         at = 2 if op == "masked_grad_norm" else 5 if op == "masked_adamw_" else 4
         yield "dims of 2", replaced(args, at, [2] * len(args[at])), number

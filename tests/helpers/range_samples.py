@@ -94,6 +94,22 @@ def gated_moments_backward(dtype: torch.dtype) -> Iterator[Sample]:
             yield Sample(f"{act} {value}", (half, gate, half), {"act": act})
 
 
+def gated_product(dtype: torch.dtype) -> Iterator[Sample]:
+    """At the ends; a factor of 0 for what is not finite; and products of every size."""
+    for act in ACTIVATIONS:
+        for value in _gates(act):
+            gate = torch.full((2, 17), value).to(dtype)
+            factors = torch.full((2, 17), -0.5)
+            factors[1] = 2.0 if gate.isfinite().all() else 0.0
+            args = (gate, torch.full_like(gate, 0.5), factors, torch.tensor([1, 0]))
+            yield Sample(f"{act} {value}", args, {"act": act})
+    for size in _held(dtype, SIZES):
+        g = generator("range", size)
+        gate, up = normal((300, 21), dtype, g), sized((300, 21), dtype, size, g)
+        args = (gate, up, torch.tensor([[0.0], [0.3]]).repeat(1, 21), torch.arange(300) % 2)
+        yield Sample(f"up {size}", args, {"act": "silu"})
+
+
 def _update(
     dtype: torch.dtype, state: torch.dtype, size: float, special: float | None
 ) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:

@@ -15,6 +15,7 @@ import ssah
 from ssah.interventions import Scale, Zero, intervene
 from ssah.training import freeze
 from ssah.units import UnitSet
+from ssah_kernels import backends, ops
 
 CHOSEN = ["llama", "gpt2", "mixtral", "gemma3", "opt", "qwen2_moe"]
 # In float64 these give NaN by themselves where a row begins with padding.
@@ -74,6 +75,89 @@ def test_greedy_tokens_are_those_of_ablations_one_by_one(name: str) -> None:
         got = run.split(model.generate(**run.repeat(data), **options))
     assert torch.equal(got, torch.stack(expected))
     assert not torch.equal(got[0], got[1])
+
+
+def calls_of_the_operator(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
+    """The type of each product that ``gated_product`` is given from now on."""
+    seen: list[torch.dtype] = []
+    operator = ops.gated_product
+
+    def product(gate: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        seen.append(gate.dtype)
+        return operator(gate, *args, **kwargs)
+
+    monkeypatch.setattr(ops, "gated_product", product)
+    return seen
+
+
+def logits_in_arms(model: PreTrainedModel, units: UnitSet, data: dict[str, Tensor]) -> Tensor:
+    with ssah.arms(model, [None, units]) as run, torch.no_grad():
+        run.assign([0, 1, 1])
+        return model(**data).logits
+
+
+def test_a_gated_ffn_takes_its_factors_in_its_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls_of_the_operator(monkeypatch)
+    model, data = build("llama", dtype=torch.float64), batch()
+    logits_in_arms(model, some_units(model), data)
+    assert seen == [torch.float64] * model.config.num_hidden_layers
+
+
+def test_16_bits_are_those_of_the_model() -> None:
+    """It rounds act(gate), and again act(gate) * up; the operator rounds once."""
+    model, data = build("llama", dtype=torch.bfloat16), batch()
+    units = some_units(model)
+    intact, ablated = one_by_one(model, [None, units], data)
+    got = logits_in_arms(model, units, data)
+    assert torch.equal(got[0], intact[0])
+    assert torch.equal(got[1:], ablated[1:])
+
+
+def test_a_hook_on_the_activation_counts_before_and_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = calls_of_the_operator(monkeypatch)
+    model, data = build("llama", dtype=torch.float64), batch()
+    units = some_units(model)
+    activation: Any = model.get_submodule("model.layers.0.mlp.act_fn")
+
+    def twice(*_: Any) -> Tensor:
+        return 2 * _[-1]
+
+    hook = activation.register_forward_hook(twice)
+    intact, ablated = one_by_one(model, [None, units], data)
+    before = logits_in_arms(model, units, data)
+    hook.remove()
+    with ssah.arms(model, [None, units]) as run, torch.no_grad():
+        run.assign([0, 1, 1])
+        hook = activation.register_forward_hook(twice)
+        inside = model(**data).logits
+        hook.remove()
+    for got in (before, inside):
+        torch.testing.assert_close(got[0], intact[0])
+        torch.testing.assert_close(got[1:], ablated[1:])
+    assert len(seen) == 2 * (model.config.num_hidden_layers - 1)  # all layers but the hooked one
+
+
+def test_no_kernel_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = build("llama", dtype=torch.float64), batch()
+    units = some_units(model)
+    expected = logits_in_arms(model, units, data)
+    seen = calls_of_the_operator(monkeypatch)
+    monkeypatch.setattr(backends, "missing", lambda *_: "not built")
+    torch.testing.assert_close(logits_in_arms(model, units, data), expected)
+    assert seen == []
+
+
+def test_gradients_are_those_of_the_ablated_model() -> None:
+    model, data = build("llama", dtype=torch.float64), batch()
+    units = some_units(model)
+    weight = model.get_input_embeddings().weight
+    with intervene(model, Zero(units)):
+        model(**data).logits.square().sum().backward()
+    expected, weight.grad = weight.grad, None
+    with ssah.arms(model, [None, units]) as run:
+        run.assign([1] * 3)
+        model(**data).logits.square().sum().backward()
+    torch.testing.assert_close(weight.grad, expected)
 
 
 def test_rows_have_any_arm() -> None:

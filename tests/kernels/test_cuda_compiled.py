@@ -81,6 +81,7 @@ ACCESSES = {
     "channel_moments": (4, 0),
     "gated_moments": (4, 2),
     "gated_moments_backward": (3, 2),
+    "gated_product": (3, 1),
     "taylor_moments": (4, 0),
     "column_sq_norms": (4, 0),
     "masked_adamw": (2, 1),  # a bfloat16 state of a float32 parameter takes 8 bytes

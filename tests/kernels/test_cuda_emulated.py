@@ -145,6 +145,10 @@ def test_every_element_is_read_once(emulated: Emulation) -> None:
         ("taylor_moments_", (x, x, *sums, mask), 0.5),
         ("column_sq_norms", (x,), 1),
     ]
+    # 100 rows are three chunks of 8 warps and one of 4. Each warp reads the factors of its only arm
+    # once, which are of float32: as much as two rows of x.
+    factors, arm = torch.ones(1, 512), torch.zeros(100, dtype=torch.int64)
+    calls.append(("gated_product", (x, x, factors, arm), 2 + (3 * 8 + 4) * 2 / 100))
     for op, args, tensors in calls:
         emulated[op].take_bytes_read()
         emulated[op](*args)

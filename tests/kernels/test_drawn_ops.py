@@ -111,6 +111,15 @@ class Draw:
             mask = self.mask(lead)
         return (*lead, channels), (count, state[0], state[1].abs()), mask
 
+    def arms(self, gate: Tensor) -> tuple[Tensor, Tensor]:
+        """Factors [arms, C], some of them 0, and arms of the first dimensions of ``gate``."""
+        n = self.random.choice([1, 2, 5])
+        own = self.random.choice([self.dtype, torch.float32])
+        factors = self.spread(normal((n, gate.shape[-1]), torch.float64, self.g).to(own))
+        factors = factors.masked_fill(torch.rand(factors.shape, generator=self.g) < 0.3, 0)
+        lead = gate.shape[: self.random.randrange(gate.dim())]
+        return factors, self.spread(torch.randint(n, lead, generator=self.g))
+
     def parameter(self) -> tuple[Tensor, int]:
         """Of no to four dimensions, and the first or the last of them, counted from either end."""
         n = self.random.choice([0, 1, 2, 2, 2, 2, 3, 4])
@@ -237,7 +246,7 @@ class Draw:
             others = [self.spread(other.to(self.dtype)) for other in others]
             return Sample("drawn", (others[0], gate, others[1]), {"act": act})
         first = self.values(shape, size=self.large(*MODEST))
-        if op == "gated_moments":  # as above: act(gate) may be 0
+        if op in ("gated_moments", "gated_product"):  # as above: act(gate) may be 0
             second = self.spread(
                 (normal(shape, torch.float64, self.g) * self.large(*MODEST)).to(self.dtype)
             )
@@ -247,6 +256,8 @@ class Draw:
             second = first
         if op == "taylor_moments_":
             return Sample("drawn", (first, second, *state[1:], mask))
+        if op == "gated_product":
+            return Sample("drawn", (first, second, *self.arms(first)), {"act": act})
         return Sample("drawn", (first, second, *state, mask), {"act": act})
 
 

@@ -239,6 +239,7 @@ def test_vmap_is_refused_by_name(op: str) -> None:
     [
         lambda x: ops.channel_moments_(x, *ops.new_moments(x)),
         lambda x: ops.gated_moments(x, x, *ops.new_moments(x)),
+        lambda x: ops.gated_product(x, x, torch.ones(1, 4), torch.tensor(0)),
         lambda x: ops.taylor_moments_(x, x, *ops.new_moments(x)[1:]),
         ops.column_sq_norms,
     ],
@@ -255,4 +256,5 @@ def test_operators_are_tagged() -> None:
     for op in SCHEMAS:
         tags = getattr(torch.ops.ssah, op).default.tags
         assert torch.Tag.pt2_compliant_tag in tags
-        assert (torch.Tag.cudagraph_unsafe in tags) == op.startswith("masked")
+        waits = op.startswith("masked") or op == "gated_product"
+        assert (torch.Tag.cudagraph_unsafe in tags) == waits

@@ -32,6 +32,7 @@ of_this_triton = pytest.mark.skipif(
 OPS = (
     "gated_moments",
     "gated_moments_backward",
+    "gated_product",
     "masked_adamw_",
     "channel_moments_",
     "taylor_moments_",
@@ -102,6 +103,7 @@ def launches(
         channel_moments,
         column_sq_norms,
         gated_moments,
+        gated_product,
         taylor_moments,
     )
 
@@ -121,6 +123,10 @@ def launches(
         return gated_moments.launches(x, y, z, count, mean, m2, mask, act)
     if op == "gated_moments_backward":
         return gated_moments.launches_backward(x, y, z, v, w, act)
+    if op == "gated_product":
+        factors = torch.empty(4, channels, dtype=torch.promote_types(dtype, torch.float32))
+        arm = torch.empty(rows, dtype=torch.int64)
+        return gated_product.launches(x, y, z, factors, arm, act)
     if op == "taylor_moments_":
         return taylor_moments.launches(x, y, mean, m2, mask)
     return column_sq_norms.launches(x, mean)
@@ -187,7 +193,7 @@ def variants(op: str) -> Iterator[str]:
     """What to compile: relu is a part of relu2, and the mask does not meet the activation."""
     if op == "gated_moments":
         yield from ("silu", "silu masked", "gelu masked", "gelu_tanh masked", "relu2 masked")
-    elif op == "gated_moments_backward":
+    elif op in ("gated_moments_backward", "gated_product"):
         yield from ("silu", "gelu", "gelu_tanh", "relu2")
     elif op == "masked_grad_norm":
         yield from ("rows", "packed columns", "odd packed columns", "gathered columns")
@@ -215,6 +221,7 @@ WIDE = {
     "channel_moments_kernel": (8, 0),
     "gated_moments_kernel": (4, 2),
     "gated_moments_backward_kernel": (6, 4),
+    "gated_product_kernel": (6, 2),
     "taylor_moments_kernel": (8, 0),
     "column_sq_norms_kernel": (8, 0),
     "masked_grad_norm_kernel": (1, 0),

@@ -33,6 +33,15 @@ def test_gated_moments() -> None:
     assert found == pytest.approx([1.4621, 1.8553, 0.7311], abs=5e-5)
 
 
+def test_gated_product() -> None:
+    gate, up, factors = (
+        torch.tensor(rows, dtype=torch.float32)
+        for rows in ([[1, 2], [1, -2]], [[3, 4], [3, 4]], [[1, 1], [0, 1]])
+    )
+    h = ops.gated_product(gate, up, factors, torch.tensor([0, 1]), act="relu")
+    assert h.tolist() == [[3, 8], [0, 0]]
+
+
 def test_taylor_moments() -> None:
     signed, squared = torch.zeros(2, 1, dtype=torch.float64)
     ops.taylor_moments_(floats(1, -2)[:, None], floats(3, 1)[:, None], signed, squared)

@@ -3,6 +3,7 @@
 #include "../channel_moments.h"
 #include "../column_sq_norms.h"
 #include "../gated_moments.h"
+#include "../gated_product.h"
 #include "../masked_adamw.h"
 #include "../masked_grad_norm.h"
 #include "../masked_sgd.h"
@@ -39,6 +40,7 @@ const Kernels kernels = {
     SSAH_PER_DTYPE(channel_moments),
     SSAH_PER_DTYPE_AND_ACT(gated_moments),
     SSAH_PER_DTYPE_AND_ACT(gated_backward),
+    SSAH_PER_DTYPE_AND_ACT(gated_product),
     SSAH_PER_DTYPE(taylor_moments),
     SSAH_PER_DTYPE(column_sq_norms),
     SSAH_PER_DTYPE_AND_STATE(masked_adamw),

@@ -68,6 +68,17 @@ def _gated_backward_plain(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tenso
     return grad * up * sigmoid * (1 + gate * (1 - sigmoid)), grad * gate * sigmoid
 
 
+def _product_arguments(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Args:
+    """gate, up [rows, columns], factors [4, columns] of which a fifth are 0, arm [rows]."""
+    gate, up = _activations(2)(rows, columns, dtype, device)
+    factors = (torch.rand(4, columns, device=device) >= 0.2).to(dtype)
+    return gate, up, factors, torch.arange(rows, device=device) * 4 // max(rows, 1)
+
+
+def _product_plain(gate: Tensor, up: Tensor, factors: Tensor, arm: Tensor) -> Tensor:
+    return F.silu(gate) * up * factors[arm]
+
+
 def _update_arguments(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Args:
     """grad and two states [trained, columns], parameter [rows, columns], index [trained], lr, step.
 
@@ -172,6 +183,7 @@ CASES: dict[str, Case] = {
             torch.ops.ssah.gated_moments_backward,
             _gated_backward_plain,
         ),
+        Case("gated_product", 3, _product_arguments, ops.gated_product, _product_plain),
         Case("taylor_moments_", 2, _activations(2), _taylor, lambda x, g: sums(x * g)),
         Case(
             "column_sq_norms",
