@@ -94,7 +94,7 @@ template <class T, class S>
 void bit_masked_adamw(const BitMaskedTensor& t, const AdamWArgs& args, UpdateBlock block) {
   typedef AdamWRule<T, false> Rule;
   const Rule rule(args);
-  const UpdateRun<T, S, Rule> update = choose_run<kNoUnits, T, S, Rule>(t.stochastic, false);
+  const UpdateRun<T, S, Rule> update = choose_run<kNoUnits, T, T, S, Rule>(t.stochastic, false);
   T own_p[kBitBlock + SSAH_LANES], own_g[kBitBlock + SSAH_LANES];
   for (long b = block.row_begin; b < block.row_end; ++b) {
     const long first = t.offsets[b], trained = t.offsets[b + 1] - first;
