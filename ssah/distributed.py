@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import operator
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -158,6 +158,19 @@ class Ranks:
             if told is not None:
                 kind, message = told
                 raise _ERRORS[kind](f"rank {rank}: {message}")
+
+    def first(self, compute: Callable[[], Item]) -> Item:
+        """What ``compute`` gives on the first rank (JSON types), on every rank.
+
+        Raises:
+            an error of ``compute``, on every rank.
+        """
+        value: Any = None
+        with self.agreeing():
+            if self.rank == 0:
+                value = compute()
+        told: Item = self.tell(value)[0]
+        return told
 
     def common(self, **facts: Any) -> dict[str, Any]:
         """The facts (JSON types), which must be the same on every rank that has them (not None).

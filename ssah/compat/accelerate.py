@@ -19,6 +19,7 @@ from ssah.compat import Library
 OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of its class
 _HOOK = "_hf_hook"
 _UNCONVERTED = "_original_forward"
+_PREPARED = "_is_accelerate_prepared"
 _LIBRARY = Library("accelerate", ">=1.10,<1.16")
 _PURPOSE = "to know which weights are offloaded"
 
@@ -61,6 +62,15 @@ def unconverted_forward(model: nn.Module) -> Callable[..., Any] | None:
             "to run the model in its own dtype",
         )
     return unconverted
+
+
+def forget_prepared(model: nn.Module) -> None:
+    """Let accelerate prepare ``model`` once more.
+
+    It marks a model that it has prepared for an evaluation. On several ranks a training afterwards
+    finds the mark, and does not wrap the model: each rank trains by itself, and nothing says so.
+    """
+    vars(model).pop(_PREPARED, None)
 
 
 def sharder(args: Any = None) -> str | None:

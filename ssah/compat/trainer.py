@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -39,26 +40,42 @@ finally:
 
 
 # What a run cannot be resumed without to the same bits; the weights may be in several files.
-_PARTS = ("optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+_PARTS = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
 
 
 class SealingTrainer(Trainer):
     """A Trainer that hands each checkpoint on once all of it is written.
 
     Args:
-        seal: called with the folder of the checkpoint and the names of files that it must have.
+        seal: called on the first rank with the folder of the checkpoint and the names of files that
+            it must have.
+        agreeing: gives a block at whose end all ranks wait, and end alike.
         **options: of ``Trainer``.
     """
 
     def __init__(
-        self, seal: Callable[[Path, tuple[str, ...]], None], model: Any, args: Any, **options: Any
+        self,
+        seal: Callable[[Path, tuple[str, ...]], None],
+        agreeing: Callable[[], AbstractContextManager[None]],
+        model: Any,
+        args: Any,
+        **options: Any,
     ) -> None:
         super().__init__(model, args, **options)
-        self._seal = seal
+        self._seal, self._agreeing = seal, agreeing
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        output = Path(str(self.args.output_dir))
-        folder = output / f"checkpoint-{self.state.global_step}"
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        n = self.args.world_size
+        states = [f"rng_state_{rank}.pth" for rank in range(n)] if n > 1 else ["rng_state.pth"]
+        with self._agreeing():  # every rank writes a part
+            self._write_checkpoint(folder, model, trial)
+        with self._agreeing():
+            if self.args.should_save:
+                self._seal(folder, (*_PARTS, *states))
+
+    def _write_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
+        output = folder.parent
         try:
             super()._save_checkpoint(model, trial)
         except (OSError, RuntimeError, SafetensorError) as error:
@@ -72,7 +89,6 @@ class SealingTrainer(Trainer):
                 f"{shutil.disk_usage(output).free:,} bytes are free there: with more of them the "
                 "same command goes on from the checkpoint before"
             ) from error
-        self._seal(folder, _PARTS)
 
 
 def training_arguments(

@@ -8,7 +8,7 @@ What DistributedDataParallel wraps is compared over the ranks (`ssah.training.al
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -27,25 +27,25 @@ FLATTENS = (
 )
 
 
+class Checked(Protocol):
+    """What is read here of what a plan has changed, see `ssah.training.installed.Installed`."""
+
+    masked: dict[str, MaskedProjection]
+    fingerprint: str
+    entries: Mapping[str, Entries]
+    frozen: dict[str, str]
+    averages: bool
+
+
 class ForwardCheck:
     """A hook on the model of a plan.
 
     Args:
-        masked: name -> projection that is split; what is split later is looked at too.
-        fingerprint: of the plan.
-        entries: parameter -> which of its entries train.
-        frozen: hashes of what is frozen.
+        plan: what it has changed; what is split later is looked at too.
     """
 
-    def __init__(
-        self,
-        masked: Mapping[str, MaskedProjection],
-        fingerprint: str,
-        entries: Mapping[str, Entries],
-        frozen: Mapping[str, str],
-    ) -> None:
-        self.masked, self.fingerprint = masked, fingerprint
-        self.entries, self.frozen = entries, frozen
+    def __init__(self, plan: Checked) -> None:
+        self.plan = plan
         self.compared = self.looked = False
 
     def hang_on(self, model: nn.Module) -> RemovableHandle:
@@ -56,7 +56,8 @@ class ForwardCheck:
         """Raise where the model must not run.
 
         Raises:
-            RuntimeError: others have taken its slices away, or DeepSpeed runs it.
+            RuntimeError: others have taken its slices away, DeepSpeed runs it, or each rank would
+                train by itself.
             ValueError: its ranks train or freeze different things; on every rank.
         """
         if torch.compiler.is_compiling():
@@ -65,11 +66,20 @@ class ForwardCheck:
             if sharder() == "DeepSpeed":
                 raise RuntimeError(f"the model runs under DeepSpeed (ZeRO), {FLATTENS}")
             self.looked = True
-        lent = next((module for module in self.masked.values() if module.lent), None)
+        lent = next((module for module in self.plan.masked.values() if module.lent), None)
         if lent is not None and (takes_over(model) or offloading_hook(lent) is not None):
             raise replaced_slices(lent)
-        ddp = None if self.compared else active_ddp()
+        if self.compared:
+            return
+        ddp = active_ddp()
         if ddp is not None:
             ranks = Ranks.of(ddp.process_group)
-            check_alike(ranks, self.fingerprint, self.entries, self.frozen)
+            check_alike(ranks, self.plan.fingerprint, self.plan.entries, self.plan.frozen)
             self.compared = True
+        elif self.plan.averages and model.training and torch.is_grad_enabled():
+            raise RuntimeError(
+                "the trainer has not wrapped the model in DistributedDataParallel, so that each "
+                "rank would train by itself: accelerate takes a model that was evaluated for one "
+                "that it has wrapped already. Call trainer.evaluate() after training, or delete "
+                "model._is_accelerate_prepared in between"
+            )

@@ -45,6 +45,7 @@ class Installed:
         waiting: whether it is about to be, see `ssah.training.following`.
         frozen: hashes of what is frozen, of this rank; see :meth:`digests`.
         dtypes: of every parameter, before the plan.
+        averages: whether a trainer is to wrap the model in DistributedDataParallel.
         masked: name -> projection that is split.
         owners: names of all projections that units own something of.
         last_optimizer: a weak reference to the last one that stepped or was made for it.
@@ -67,6 +68,7 @@ class Installed:
         self.dtypes = {name: p.dtype for name, p in model.named_parameters()}
         self.last_optimizer: Callable[[], Any] | None = None
         self.unprepared_for: str | None = None
+        self.averages = False
         self.masked: dict[str, MaskedProjection] = {}
         self._ffns: list[nn.Module] = []
         self._hooks: list[Any] = []
@@ -110,7 +112,7 @@ class Installed:
         """Look at forward passes from now on and, where nothing is split, keep gradients of what is
         frozen zero, in place of the hooks before; ``hooks`` are further ones to remove one day."""
         self._remove_hooks()
-        check = ForwardCheck(self.masked, self.fingerprint, self.entries, self.frozen)
+        check = ForwardCheck(self)
         self._hooks = [*hooks, check.hang_on(self.model)]
         if self.sharded:
             self._hooks += clear_frozen_gradients(self.model, self.entries)

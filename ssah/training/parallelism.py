@@ -49,6 +49,7 @@ def meet_arguments(
     if not installed.sharded and getattr(args, "world_size", 1) > 1:
         # Of slices of other shapes DistributedDataParallel itself would fail, in other words.
         check_alike(Ranks.of(), installed.fingerprint, installed.entries, installed.frozen)
+        installed.averages = True
 
 
 def meet_accelerator(

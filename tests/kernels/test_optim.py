@@ -181,7 +181,7 @@ def test_wrong_use_is_refused() -> None:
     for group, message in (
         ({"indices": [torch.tensor([], dtype=torch.int64)]}, "must have entries to train"),
         ({"indices": [torch.tensor([1, 1])]}, "strictly increasing"),
-        ({"dims": [(0, 1)]}, r"dims\[0\] is \(0, 1\).*one dimension"),
+        ({"dims": [(1, 0)]}, r"dims\[0\] is \(1, 0\).*a pair must be \(0, d\)"),
         ({"indices": [torch.tensor([0, 4])]}, "within 0 to 3"),
         ({"indices": [None, None]}, "one a parameter"),
     ):

@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 import trl_trainers
 from plans import assert_equal, check_moved, draw, loss_of, masks, snapshot
-from ranks import shard, start, train
+from ranks import rows_of, shard, start, train
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from ssah.training import freeze, prepare_trainer
 from ssah.units import UnitSet, find_modules
@@ -134,6 +134,27 @@ def under_a_trainer(rank: int, n: int, folder: Path) -> None:
         assert torch.equal(theirs, value), name
 
 
+def evaluated_before(rank: int, n: int, folder: Path) -> None:
+    """accelerate does not wrap a model that it has evaluated: each rank would train by itself."""
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the group is there already
+    model = tiny_models.build("llama")
+    plan = freeze(model, draw(model))
+    args = TrainingArguments(str(folder), max_steps=1, use_cpu=True, report_to="none")
+    rows = [{name: value[0] for name, value in rows_of(0).items()}] * 4
+    optimizer = plan.optimizer_cls_and_kwargs(args)
+    trainer = Trainer(
+        model, args, train_dataset=rows, eval_dataset=rows, optimizer_cls_and_kwargs=optimizer
+    )
+    trainer.evaluate()
+    with pytest.raises(RuntimeError, match="each rank would train by itself"):
+        trainer.train()
+    del model._is_accelerate_prepared
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, DistributedDataParallel)
+
+
 def state_in_8_bits(rank: int, n: int, folder: Path) -> None:
     """Of sharded parameters the numbers are those of whole ones, and so is what is saved."""
     mesh = init_device_mesh("cpu", (n,))
@@ -176,6 +197,7 @@ def state_in_8_bits(rank: int, n: int, folder: Path) -> None:
         plans_of_their_own,
         sharded_afterwards,
         sharded_with_other_units,
+        evaluated_before,
         state_in_8_bits,
     ],
 )

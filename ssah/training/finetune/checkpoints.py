@@ -151,8 +151,9 @@ def _damage(checkpoint: Path, identity: Mapping[str, Any]) -> str | None:
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the identities of two runs, in words."""
+    names = [*now, *(name for name in saved if name not in now)]
     return [
-        f"{name} was {saved.get(name)}, is {value}"
-        for name, value in now.items()
-        if saved.get(name) != value
+        f"{name} was {saved.get(name)}, is {now.get(name)}"
+        for name in names  # what one of them leaves out has its default there
+        if saved.get(name) != now.get(name)
     ]

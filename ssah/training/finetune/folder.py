@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ssah.distributed import Ranks
 from ssah.storage import LOCK, Fields, check_fields, read_record, write_whole
 from ssah.training.finetune.checkpoints import CHECKPOINTS, differences, sealed_identities
 from ssah.version import __version__
@@ -74,7 +75,10 @@ def open_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
     return record
 
 
-def write_run(folder: Path, record: Mapping[str, Any]) -> None:
-    """Write the record of a run: whole, or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / RUN, (json.dumps(record, indent=2) + "\n").encode())
+def write_run(folder: Path, record: Mapping[str, Any], ranks: Ranks | None = None) -> None:
+    """Write the record of a run: whole, or not at all; the first of ``ranks`` does, for all."""
+    ranks = ranks or Ranks()
+    with ranks.agreeing():
+        if ranks.rank == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / RUN, (json.dumps(record, indent=2) + "\n").encode())

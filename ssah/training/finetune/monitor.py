@@ -51,8 +51,8 @@ class Monitor(TrainerCallback):
 
 
 @contextmanager
-def progress_bar() -> Iterator[Progress]:
-    """A bar on standard error, in place of those of transformers."""
+def progress_bar(*, shown: bool = True) -> Iterator[Progress]:
+    """A bar on standard error, in place of those of transformers; or none and no line at all."""
     from rich import progress as rich
     from rich.console import Console
 
@@ -63,11 +63,12 @@ def progress_bar() -> Iterator[Progress]:
         rich.TimeElapsedColumn(),
         rich.TimeRemainingColumn(),
     )
-    shown = logging.is_progress_bar_enabled()
+    theirs = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # transformers draws one for each checkpoint that it writes
     try:
-        with rich.Progress(*columns, console=Console(stderr=True, highlight=False)) as progress:
+        console = Console(stderr=True, highlight=False, quiet=not shown)
+        with rich.Progress(*columns, console=console, disable=not shown) as progress:
             yield progress
     finally:
-        if shown:
+        if theirs:
             logging.enable_progress_bar()

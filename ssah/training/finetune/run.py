@@ -6,6 +6,9 @@ fine_tune(plan, examples, "runs/tuned", Settings(lr=1e-5))
 
 The folder of a run holds the update (``ssah.load_update``), ``run.json`` (what the run is, and once
 it is finished how it ended), ``checkpoints`` while it is under way, and ``merged`` if asked for.
+
+Several processes that a launcher started train together: each has its own rows of a batch, and the
+first of them alone writes and tells. Example: ``batch_size=8`` on two ranks is 16 rows an update.
 """
 
 from __future__ import annotations
@@ -15,14 +18,17 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ssah.compat.accelerate import forget_prepared
 from ssah.compat.trainer import SchedulerType, set_seed
 from ssah.data import fingerprint
+from ssah.distributed import Ranks
 from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
 from ssah.training.finetune.folder import check_folder, open_run, write_run
@@ -62,6 +68,9 @@ def fine_tune(
     same plan, data and settings, and ends with the weights of one that was not. A finished run is
     not repeated. Afterwards ``plan`` is closed and its model is the trained one.
 
+    Inside `ssah.distributed.launched` every rank calls this, each with the same model, plan and
+    rows, and every rank ends with the same weights and returns the same.
+
     Args:
         plan: an active plan over a model with its original weights.
         examples: encoded rows to train on (`ssah.data.encode`).
@@ -84,21 +93,28 @@ def fine_tune(
     Raises:
         ValueError: ``out`` holds another run (what differs is named) or something else, or a run
             is under way there, or its record or all of its checkpoints are damaged (the file is
-            named); ``safety`` is of another model; the weights are float16.
+            named); ``safety`` is of another model; the weights are float16; ranks differ.
         OSError: the disk is full, or the like; what the last checkpoint has is kept.
         RuntimeError: the loss is not a number any more, or a frozen weight moved; nothing is
             saved then.
     """
-    check_folder(out)
-    if safety is not None and safety.model is not plan.model:
-        raise ValueError("safety measures another model than the plan's; both must have the same")
-    folder, start = Path(out), time.perf_counter()
-    parameters = count_parameters(plan)
-    identity = _identity(plan, examples, settings)
-    with one_run(folder):
-        record = open_run(folder, identity)
+    folder, start, ranks = Path(out), time.perf_counter(), Ranks.of()
+    with ranks.agreeing():
+        check_folder(out)
+        if safety is not None and safety.model is not plan.model:
+            raise ValueError(
+                "safety measures another model than the plan's; both must have the same"
+            )
+        parameters = count_parameters(plan)
+        identity = _identity(plan, examples, settings, ranks)
+    ranks.common(**identity)
+    with ExitStack() as stack:
+        with ranks.agreeing():
+            if ranks.rank == 0:  # it holds the folder for all of a launch
+                stack.enter_context(one_run(folder))
+        record = ranks.first(lambda: open_run(folder, identity))
         finished = "result" in record
-        measured = None if safety is None else SafetyRecord(safety, folder, record)
+        measured = None if safety is None else SafetyRecord(safety, folder, record, ranks)
         log = None
         if not finished:
             trainer = _trainer(plan, examples, folder, settings, tokenizer, eval_examples, identity)
@@ -110,21 +126,20 @@ def fine_tune(
             plan.close()
             load_update(plan.model, folder)
         else:
-            trained = _train(trainer, folder, settings, record)
-            plan.verify()
-            plan.save_pretrained(folder)
-            record["result"] = trained
+            record["result"] = _train(plan, trainer, folder, settings, record, ranks)
+            _save(plan, folder, ranks)
             # Last: a run is finished once its record says so, and only then is it not repeated.
-            write_run(folder, record)
+            write_run(folder, record, ranks)
             plan.close()
         if measured is not None:  # of a finished run too, which nobody asked then
             measured.take("after", log)
         merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
-        if merge:
-            tokenizer.save_pretrained(merged)
-            plan.model.save_pretrained(merged)
-        if checkpoints.is_dir() and not keep_checkpoints:
-            shutil.rmtree(checkpoints)
+        with ranks.agreeing():
+            if merge and ranks.rank == 0:
+                tokenizer.save_pretrained(merged)
+                plan.model.save_pretrained(merged)
+            if checkpoints.is_dir() and not keep_checkpoints and ranks.rank == 0:
+                shutil.rmtree(checkpoints)
     return {
         "parameters": parameters,
         **record["result"],
@@ -133,6 +148,15 @@ def fine_tune(
         "seconds": time.perf_counter() - start,
         "merged": str(merged) if merged.is_dir() else None,
     }
+
+
+def _save(plan: UpdatePlan, folder: Path, ranks: Ranks) -> None:
+    """Write the update, once every rank has found that nothing frozen has moved."""
+    with ranks.agreeing():
+        plan.verify()
+    with ranks.agreeing():
+        if ranks.rank == 0:
+            plan.save_pretrained(folder)
 
 
 def _trainer(
@@ -153,6 +177,7 @@ def _trainer(
         optimizer_options=optimizer_options(plan, settings),
         eval_rows=eval_examples,
         seal=partial(seal, identity=identity),
+        ranks=Ranks.of(),
         run_name=folder.name,
         learning_rate=settings.lr,
         num_train_epochs=settings.epochs,
@@ -180,29 +205,42 @@ def _trainer(
 
 
 def _train(
-    trainer: Trainer, folder: Path, settings: Settings, record: dict[str, Any]
+    plan: UpdatePlan,
+    trainer: Trainer,
+    folder: Path,
+    settings: Settings,
+    record: dict[str, Any],
+    ranks: Ranks,
 ) -> dict[str, Any]:
     """Train to the end, from the last sound checkpoint; returns the result of the run."""
     measured = trainer.eval_dataset is not None
     if measured and "eval_loss_before" not in record:
         record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
-        write_run(folder, record)  # at once: a run that is resumed cannot measure it any more
-    checkpoint = last_sound(folder / CHECKPOINTS, record["identity"], _tell)
+        # At once: a run that is resumed cannot measure it any more.
+        write_run(folder, record, ranks)
+        forget_prepared(plan.model)
+    checkpoint = ranks.first(lambda: _last_checkpoint(folder, record))
     # Measuring draws from the generator: training must begin with the same state either way.
     set_seed(settings.seed)
-    with progress_bar() as bar:
+    with progress_bar(shown=ranks.rank == 0) as bar:
         trainer.add_callback(Monitor(bar))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        trainer.train(resume_from_checkpoint=checkpoint)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
-        "resumed_from": 0 if checkpoint is None else step_of(checkpoint),
+        "resumed_from": 0 if checkpoint is None else step_of(Path(checkpoint)),
         "loss_first": losses[0],
         "loss_last": losses[-1],
         "eval_loss_before": record.get("eval_loss_before"),
         "eval_loss": trainer.evaluate()["eval_loss"] if measured else None,
     }
+
+
+def _last_checkpoint(folder: Path, record: dict[str, Any]) -> str | None:
+    """The checkpoint to go on from, if there is one; what is not whole is removed."""
+    found = last_sound(folder / CHECKPOINTS, record["identity"], _tell)
+    return None if found is None else str(found)
 
 
 def count_parameters(plan: UpdatePlan) -> dict[str, Any]:
@@ -229,10 +267,13 @@ def optimizer_options(plan: UpdatePlan, settings: Settings) -> dict[str, Any]:
 
 
 def _identity(
-    plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings
+    plan: UpdatePlan, examples: Sequence[Encoded], settings: Settings, ranks: Ranks
 ) -> dict[str, str | int | float | bool | None]:
     """Everything that decides with which weights a run ends: argument -> value."""
+    # Each has its own rows of a batch. Runs of one process have never said so.
+    processes = {"processes": ranks.size} if ranks.size > 1 else {}
     return {
+        **processes,
         "units of the model": plan.units_hash[:12],
         "trained units (groups and selection)": plan.fingerprint[:12],
         "model weights": str(plan.weights_hash)[:12],

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from ssah.distributed import Ranks
 from ssah.storage import check_fields
 from ssah.training.finetune.folder import RUN, write_run
 
@@ -43,13 +44,17 @@ class SafetyRecord:
         measure: of the model.
         folder: of the run.
         record: of the run, see `open_run`; it gets what is measured.
+        ranks: all of which measure, as their model may need all of them; the first one's counts.
 
     Raises:
         ValueError: the record is damaged; the file is named.
     """
 
-    def __init__(self, measure: SafetyMeasure, folder: Path, record: dict[str, Any]) -> None:
+    def __init__(
+        self, measure: SafetyMeasure, folder: Path, record: dict[str, Any], ranks: Ranks
+    ) -> None:
         self.measure, self.folder, self.record = measure, folder, record
+        self.ranks = ranks
         asked = json.loads(json.dumps(measure.describe()))  # as it is when it is read back
         kept = record.get(SAFETY, {"asked": None})
         check_fields(folder / RUN, kept, {"asked": (dict, type(None))})
@@ -67,9 +72,10 @@ class SafetyRecord:
         """
         kept = self.record[SAFETY]
         if when not in kept:
-            kept[when] = dict(self.measure())
-            write_run(self.folder, self.record)
-        print(f"{when} training: {self.measure.line(kept[when])}", file=sys.stderr)
+            kept[when] = self.ranks.tell(dict(self.measure()))[0]
+            write_run(self.folder, self.record, self.ranks)
+        if self.ranks.rank == 0:
+            print(f"{when} training: {self.measure.line(kept[when])}", file=sys.stderr)
         if log is not None:
             log(_numbers(kept[when]))
 

@@ -1,4 +1,4 @@
-"""The one place where a ``transformers.Trainer`` is set up: one process, one device, no surprises.
+"""The one place where a ``transformers.Trainer`` is set up: one device a process, no surprises.
 
 trainer = make_trainer(model, rows, tokenizer, "scratch", plan=plan, max_steps=100, bf16=True)
 trainer.train()
@@ -27,6 +27,7 @@ from ssah.compat.trainer import (
     training_arguments,
 )
 from ssah.data import Collator
+from ssah.distributed import Ranks
 from ssah.training.plan import UpdatePlan
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def make_trainer(
     eval_rows: Sequence[Encoded] | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     seal: Callable[[Path, tuple[str, ...]], None] | None = None,
+    ranks: Ranks | None = None,
     drop_mask: bool = False,
     **arguments: Any,
 ) -> Trainer:
@@ -62,6 +64,7 @@ def make_trainer(
         eval_rows: encoded rows for ``trainer.evaluate()``.
         callbacks: further ones.
         seal: called with each checkpoint that is whole, see `ssah.compat.trainer.SealingTrainer`.
+        ranks: those that train together, see `ssah.distributed.launched`; None: one process alone.
         drop_mask: leave the attention mask out, which is faster. Right only for a model that may do
             without (`ssah.attribution.may_drop_mask`).
         **arguments: of ``TrainingArguments``, and ``in_order=True``: rows in their order. Without
@@ -69,8 +72,8 @@ def make_trainer(
 
     Raises:
         ImportError: accelerate is not installed.
-        ValueError: there are several processes, or transformers would train on another device than
-            that of the model.
+        ValueError: there are several processes and no ``ranks``, or transformers would train on
+            another device than that of the model.
     """
     if importlib.util.find_spec("accelerate") is None:
         raise ImportError("training needs the package accelerate: pip install accelerate")
@@ -86,7 +89,7 @@ def make_trainer(
         dataloader_pin_memory=device.type != "cpu",
         **(quiet | arguments),
     )
-    _check_alone(args, device)  # before the model is moved
+    _check_place(args, device, 1 if ranks is None else ranks.size)  # before the model is moved
     collator = Collator(tokenizer)
     options: dict[str, Any] = {
         "model": model,
@@ -100,18 +103,21 @@ def make_trainer(
         options["optimizer_cls_and_kwargs"] = plan.optimizer_cls_and_kwargs(
             args, **(optimizer_options or {})
         )
-    trainer = Trainer(**options) if seal is None else SealingTrainer(seal, **options)
+    if seal is None:
+        trainer = Trainer(**options)
+    else:
+        trainer = SealingTrainer(seal, (ranks or Ranks()).agreeing, **options)
     # It prints every log as a dictionary; whoever wants to see them has a callback.
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def _check_alone(args: TrainingArguments, device: torch.device) -> None:
-    """One process, and the device that the model is on already."""
-    if args.world_size > 1:
+def _check_place(args: TrainingArguments, device: torch.device, processes: int) -> None:
+    """So many processes, and the device that the model is on already."""
+    if args.world_size != processes:
         raise ValueError(
             f"WORLD_SIZE is {args.world_size}; this command runs in one process: for several, use "
-            "ssah.freeze or ssah.train_only in a script of your own"
+            "`ssah finetune` or `ssah align`, or ssah.freeze in a script of your own"
         )
     own, theirs = ((d.type, d.index or 0) for d in (device, torch.device(args.device)))
     if own != theirs:

@@ -457,6 +457,12 @@ for situation, message, words, node in (
         RANKS + "[other_weights]",
     ),
     (
+        "`trainer.evaluate()` before `trainer.train()`, several processes",
+        "each rank would train by itself",
+        "accelerate takes the model for one that it has wrapped. Evaluate afterwards.",
+        RANKS + "[evaluated_before]",
+    ),
+    (
         "the plan, then `fully_shard`",
         "shard the model first, and make the plan then",
         "The other order works.",
@@ -634,6 +640,11 @@ for situation, words, node in (
         "",
         T + "test_run_folders.py::test_a_run_goes_on_from_its_own_checkpoint",
     ),
+    (
+        "`ssah finetune` under `torchrun` (DDP)",
+        "One process writes and tells, and all end alike, as one process does. Also interrupted.",
+        T + "test_finetune_ranks.py::test_processes_train_what_one_process_trains",
+    ),
 ):
     shown(SAVED, situation, "works", words, node)
 for situation, message, words, node in (
@@ -654,12 +665,6 @@ for situation, message, words, node in (
         "leave the block of plan.disabled() first",
         "Do it after the block.",
         T + "test_disabled.py::test_what_would_be_lost_or_wrong_inside_is_refused",
-    ),
-    (
-        "`ssah finetune` under `torchrun`",
-        "this command runs in one process",
-        "Use a Trainer with the plan.",
-        T + "test_make_trainer.py::test_several_processes_and_another_device_are_refused",
     ),
 ):
     shown(SAVED, situation, "refused", words, node, message)
