@@ -31,9 +31,9 @@ __device__ __forceinline__ double sum_of_squares(const Target& target) {
   const Place<W, kIsWide> place(target);
   if (place.valid == 0) return 0;
   int64_t columns[W];
-  columns_of(columns, target, place, true, target.column_stride);
+  columns_of(columns, target, place, target.column_stride);
   const T* grads = global(static_cast<const T*>(target.grad));
-  const RowIndex grad_rows(target, true, target.row_stride);
+  const RowIndex grad_rows(target, target.row_stride);
   double sum = 0;
   for (int64_t row = place.row; row < place.end; row += kBatch * place.row_step) {
     Vector<T, W> values[kBatch];

@@ -101,8 +101,6 @@ void set_gradient(Target& target, const Tensor& grad, const Tensor& param, Scala
       !all && grad.dim() == 2 && grad.size(0) == param.size(0) && grad.size(1) == param.size(1);
   if (!target.grad_indexed) {
     target.grad = compact_pointer(grad, target, param, dtype, "grads");
-    target.grad_row_stride = target.columns;
-    target.grad_column_stride = 1;
     return;
   }
   STD_TORCH_CHECK(
@@ -124,7 +122,7 @@ Target flat_part(const Target& whole, int64_t begin, int64_t rows, int64_t colum
   part.state1 = advanced(whole.state1, begin * state_bytes);
   part.first_element = begin;
   part.rows = rows;
-  part.columns = part.row_stride = part.grad_row_stride = columns;
+  part.columns = part.row_stride = columns;
   return part;
 }
 
@@ -179,8 +177,9 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     }
   }
   for (Target& t : targets) {
-    t.wide = wide_rows(t, t.param, width) && t.grad_column_stride == 1 &&
-             t.grad_row_stride % width == 0 && aligned_pointer(t.grad) &&
+    const bool wide_grad =
+        !t.grad_indexed || (t.grad_column_stride == 1 && t.grad_row_stride % width == 0);
+    t.wide = wide_rows(t, t.param, width) && wide_grad && aligned_pointer(t.grad) &&
              aligned_pointer(t.state0) && aligned_pointer(t.state1) &&
              aligned_pointer(t.compensation);
   }

@@ -25,9 +25,9 @@ struct Target {
   void* parts;  // signed, then squared: [2, n_parts, units] in the arithmetic type
   int64_t rows;
   int64_t columns;
-  int64_t row_stride;     // of the parameter
-  int64_t column_stride;  // of the parameter
-  int64_t grad_row_stride;
+  int64_t row_stride;       // of the parameter
+  int64_t column_stride;    // of the parameter
+  int64_t grad_row_stride;  // where it is indexed
   int64_t grad_column_stride;
   int64_t limit;          // size of the indexed dimension
   int64_t first_element;  // position of the first element in the compact tensor
@@ -114,8 +114,8 @@ struct RowIndex {
   int64_t limit;
   int64_t stride;
 
-  __device__ __forceinline__ RowIndex(const Target& target, bool indexed, int64_t row_stride)
-      : index(indexed && target.dim == 0 ? global(target.index) : nullptr),
+  __device__ __forceinline__ RowIndex(const Target& target, int64_t row_stride)
+      : index(target.dim == 0 ? global(target.index) : nullptr),
         limit(target.limit),
         stride(row_stride) {}
   __device__ __forceinline__ int64_t operator[](int64_t row) const {
@@ -126,16 +126,14 @@ struct RowIndex {
 // Where a lane's columns lie in a row of the parameter, or of the gradient.
 template <int W, bool kIsWide>
 __device__ __forceinline__ void columns_of(int64_t (&columns)[W], const Target& target,
-                                           const Place<W, kIsWide>& place, bool indexed,
-                                           int64_t column_stride) {
+                                           const Place<W, kIsWide>& place, int64_t column_stride) {
   if constexpr (kIsWide) {
     columns[0] = place.column;
   } else {
 #pragma unroll
     for (int k = 0; k < W; ++k) {
       const int64_t column = place.column + k * kLanes;
-      const bool selected = indexed && target.dim == 1 && k < place.valid;
-      const int64_t* index = selected ? target.index : nullptr;
+      const int64_t* index = target.dim == 1 && k < place.valid ? target.index : nullptr;
       columns[k] = entry_of(index, target.limit, column) * column_stride;
     }
   }

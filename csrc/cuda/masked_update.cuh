@@ -11,6 +11,16 @@
 
 namespace ssah {
 
+// A lane's part of a row of a gradient that is not compact. Where it lies is looked up for every
+// row anew: held from row to row it would cost registers that compact gradients need.
+template <int W, bool kIsWide, typename G>
+__device__ __forceinline__ void read_indexed(Vector<G, W>& g, const G* grads, const Target& target,
+                                             const Place<W, kIsWide>& place, int64_t row) {
+  int64_t columns[W];
+  columns_of(columns, target, place, target.grad_column_stride);
+  read_at<kIsWide>(g, grads + RowIndex(target, target.grad_row_stride)[row], columns, place.valid);
+}
+
 // T, S, G: of parameter, states and gradient.
 // Rule: update(g, w, state0, state1), in the arithmetic type; kStates of the states exist.
 template <typename T, typename S, typename G, int W, bool kIsWide, typename Rule>
@@ -20,9 +30,8 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
   using R = Real<T>;
   const Place<W, kIsWide> place(target);
   const int valid = place.valid;
-  int64_t columns[W], grad_columns[W];
-  columns_of(columns, target, place, true, target.column_stride);
-  columns_of(grad_columns, target, place, target.grad_indexed, target.grad_column_stride);
+  int64_t columns[W];
+  columns_of(columns, target, place, target.column_stride);
   UnitSums<R, W> sums;
   sums.clear();
   // Copies, which no store can change.
@@ -31,8 +40,8 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
   S* const states0 = global(static_cast<S*>(target.state0));
   S* const states1 = global(static_cast<S*>(target.state1));
   T* const compensations = global(static_cast<T*>(target.compensation));
-  const RowIndex param_rows(target, true, target.row_stride);
-  const RowIndex grad_rows(target, target.grad_indexed, target.grad_row_stride);
+  const RowIndex param_rows(target, target.row_stride);
+  const bool grad_indexed = target.grad_indexed;
   const int64_t row_columns = target.columns;
   const int64_t first_element = target.first_element;
   const bool row_units = target.dim == 0;
@@ -51,7 +60,11 @@ __device__ __forceinline__ void update_rows(const Target& target, const Noise& n
       Vector<G, W> g;
       Vector<S, W> s0, s1;
       read_at<kIsWide>(p, param_row, columns, valid);
-      read_at<kIsWide>(g, grads + grad_rows[row], grad_columns, valid);
+      if (grad_indexed) {
+        read_indexed<W, kIsWide>(g, grads, target, place, row);
+      } else {
+        read<kIsWide>(g, grads + element, valid);
+      }
       if constexpr (kInCodes<S>) {
         coded.template read<kIsWide>(0, states0 + element, target.scales[0][block], valid);
         if constexpr (Rule::kStates > 1) {

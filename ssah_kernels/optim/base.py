@@ -39,12 +39,14 @@ class MaskedOptimizer(Optimizer):
 
     state_names: tuple[str, ...] = ()
 
-    # Where this is true, torch.amp.GradScaler sets `grad_scale` and `found_inf`, float32 [] each,
-    # calls `step`, and deletes both. It asks for the first itself: no default may stand here.
-    _step_supports_amp_scaling = True
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether ``torch.amp.GradScaler``, which reads this, leaves unscaling to the step."""
+        return True
 
     def _of_scaler(self, name: str) -> Tensor | None:
-        """``grad_scale`` or ``found_inf`` [], while a scaler steps."""
+        """``grad_scale`` or ``found_inf``, float32 [], which a scaler sets for its ``step``."""
+        # It asks whether there is a grad_scale, and multiplies: no default may stand there.
         return getattr(self, name, None)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:

@@ -269,8 +269,8 @@ def launches(
     if sums.table:
         table = device_table(sums.table, device)
         fields = {"FIELDS": UNIT_FIELDS, "CHUNKS": MERGE_CHUNKS, "BLOCK": MERGE_CHANNELS}
-        scalars = (update.grad_scale, update.found_inf)
-        stage2 = (table, partial, *scalars, len(sums.table) // UNIT_FIELDS)
+        n_tensors = len(sums.table) // UNIT_FIELDS
+        stage2 = (table, partial, update.grad_scale, update.found_inf, n_tensors)
         result.append(
             Launch(add_importance_kernel, (sums.programs, 2), stage2, {**fields, "num_warps": 4})
         )

@@ -66,10 +66,10 @@ def add_importance_kernel(
     row_ptr = find_row(table_ptr, n_tensors, 0, FIELDS)
     parts = tl.load(row_ptr + 4)
     units = tl.load(row_ptr + 5)
+    if found_inf_ptr is not None:
+        units = tl.where(tl.load(found_inf_ptr) == 0, units, 0)
     cols = (tl.program_id(0) - tl.load(row_ptr)) * BLOCK + tl.arange(0, BLOCK)
     inside = cols < units
-    if found_inf_ptr is not None:
-        inside &= tl.load(found_inf_ptr) == 0
     unscale = 1 / scalar_or_one(grad_scale_ptr)
     if tl.program_id(1) == 1:  # the sum of squares
         unscale *= unscale
