@@ -66,8 +66,9 @@ def by_bits(parameters: list[torch.nn.Parameter], share: float, dtype: torch.dty
 def as_a_plan(parameters: list[torch.nn.Parameter], share: float) -> Call:
     """Take the gradient out, update, write: the trained weights lie side by side."""
     masks = [draw(p.shape, share, i) for i, p in enumerate(parameters)]
-    weights = [p.detach().clone() for p in parameters]
-    own = [weight[mask] for weight, mask in zip(weights, masks, strict=True)]
+    places = [mask.flatten().nonzero()[:, 0] for mask in masks]  # [trained] each
+    weights = [p.detach().flatten().clone() for p in parameters]
+    own = [weight[place] for weight, place in zip(weights, places, strict=True)]
     first, second = ([torch.zeros_like(p) for p in own] for _ in "mv")
     none, dims = [None] * len(own), [0] * len(own)
     rate = torch.tensor(LR, dtype=torch.float64)
@@ -76,12 +77,12 @@ def as_a_plan(parameters: list[torch.nn.Parameter], share: float) -> Call:
     def run(_: int) -> None:
         step.add_(1)
         grads = [
-            p.grad.masked_select(mask)  # type: ignore[union-attr]
-            for p, mask in zip(parameters, masks, strict=True)
+            p.grad.view(-1).index_select(0, place)  # type: ignore[union-attr]
+            for p, place in zip(parameters, places, strict=True)
         ]
         ops.masked_adamw_(own, grads, first, second, none, dims, rate, step, weight_decay=DECAY)
-        for weight, mask, values in zip(weights, masks, own, strict=True):
-            weight.masked_scatter_(mask, values)
+        for weight, place, values in zip(weights, places, own, strict=True):
+            weight.index_copy_(0, place, values)
 
     return run
 
