@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 import ssah
 from ssah.attribution import WeightAttribution, attribute_weights
+from ssah.attribution.weights.sums_on_disk import zeros_on_disk
 from ssah.distributed import Ranks
 
 MODELS = ["llama", "gpt2", "mixtral", "gemma3"]
@@ -182,7 +184,6 @@ def test_scores_in_a_folder_are_those_in_memory(metric: str, tmp_path: Path) -> 
         ".json",
         ".safetensors",
     ]
-    assert not list(tmp_path.glob(".sums-*"))
     expected.save(tmp_path / "saved")
     for each in (found, WeightAttribution.load(tmp_path / "saved", model)):
         assert list(each.scores) == list(expected.scores)
@@ -290,3 +291,14 @@ def test_an_input_that_is_changed_after_it_was_read_is_refused() -> None:
     mlp.forward = forward
     with pytest.raises(RuntimeError, match=r"'model\.layers\.0\.mlp\..*changed in place"):
         attribute_weights(model, batches())
+
+
+def test_sums_on_the_disk_leave_no_file(tmp_path: Path) -> None:
+    sums = zeros_on_disk((3, 5), tmp_path)
+    assert str(sums.untyped_storage().filename).startswith(str(tmp_path))
+    assert not list(tmp_path.iterdir())
+    sums[1] += torch.arange(5)
+    assert sums.sum() == 10
+    with pytest.raises(OSError, match=re.escape(str(tmp_path))):
+        zeros_on_disk((2**30, 2**28), tmp_path)  # an exbibyte
+    assert not list(tmp_path.iterdir())
