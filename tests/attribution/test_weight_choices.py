@@ -136,3 +136,12 @@ def test_wrong_shares_and_choices_are_refused() -> None:
         consistent([masks, masks], 3)
     with pytest.raises(ValueError, match=r"over the same parameters"):
         consistent([masks, {}])
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), float("inf")])
+def test_scores_that_have_no_order_are_refused(value: float) -> None:
+    scores = drawn(0, 5)
+    scores["b.experts"][1, 2, 3] = value
+    for per in ("row", "matrix", "model"):
+        with pytest.raises(ValueError, match=r"scores of 'b\.experts' are .*none below 0"):
+            attribution(scores).top(0.1, per)

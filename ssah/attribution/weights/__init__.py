@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from ssah.attribution.weights.combining import consistent, set_difference
-from ssah.attribution.weights.result import WEIGHT_CONTENT, WEIGHT_METRICS, WeightAttribution
+from ssah.attribution.weights.result import WeightAttribution
 from ssah.attribution.weights.scoring import attribute_weights
 from ssah.lazy import submodules_of
 
 __all__ = [
-    "WEIGHT_METRICS",
     "WeightAttribution",
     "attribute_weights",
     "consistent",

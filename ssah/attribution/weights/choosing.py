@@ -42,12 +42,21 @@ def choose(
         per: ``"row"``, ``"matrix"`` or ``"model"``.
         transposed: the parameters that are ``[..., in, out]``.
         lowest: whether the lowest are meant.
+
+    Raises:
+        ValueError: a score is negative or not finite, or they are of another dtype.
     """
     turned = set(transposed)
 
     def key(param: str) -> Tensor:
         """Integers, the larger the sooner chosen, of the shape of the parameter."""
-        bits = scores[param].contiguous().view(torch.int32)
+        own = scores[param]
+        if own.dtype != torch.float32 or not 0 <= float(own.min()) <= float(own.max()) < torch.inf:
+            raise ValueError(
+                f"scores of {param!r} are {own.dtype} from {own.min():g} to {own.max():g}; they "
+                "must be torch.float32, finite, and none below 0"
+            )
+        bits = own.abs().contiguous().view(torch.int32)  # without the sign of -0
         return _LARGEST - bits if lowest else bits
 
     if per == "row":

@@ -63,7 +63,8 @@ class ExampleGradients:
         self._watch = Watch(gradient=True)
         self._documents: Tensor  # int64 [rows * length], the number of its document; -1: padding
         self._spans: list[Span]  # the same, as first and last position + 1 of each document
-        self._ran: set[str] = set()
+        self._ran: set[str] = set()  # by any batch so far
+        self._now: set[tuple[str, int | None]] = set()  # by the batch that runs
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -90,6 +91,7 @@ class ExampleGradients:
         attended, starts = batch.attended.flatten(), batch.starts.flatten()  # [rows * length]
         self._documents = (starts.cumsum(0) - 1).masked_fill_(~attended, -1)
         self._spans = _spans(self._documents)
+        self._now.clear()
         run_batch(self._model, batch, self._watch, sharded=False, packed=self._packed)
         predicting = self._documents[(batch.targets != IGNORED).flatten().to(attended.device)]
         self.count += len(predicting.unique())
@@ -139,7 +141,14 @@ class ExampleGradients:
         ``expert``: whose matrix it is; ``spans``: where each example has its tokens.
         """
         check_recorded()
-        self._ran.add(param)
+        if not self._watch.again:  # else it is computed anew, and what arrives is of the first time
+            if (param, expert) in self._now:
+                raise ValueError(
+                    f"the matrix {param!r} runs twice for one batch, so that its gradient arrives "
+                    "in two parts: choose others with parameters=[...]"
+                )
+            self._now.add((param, expert))
+            self._ran.add(param)
         if not out.requires_grad:  # the first matrices: nothing before them needs a gradient
             # Not a leaf, which the model could not change in place, as OLMo's clipping does.
             out = out + out.new_zeros((), requires_grad=True)

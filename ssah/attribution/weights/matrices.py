@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ssah.models import at_hand, dequantised
+from ssah.models import at_hand, dequantised, scheme_of
 from ssah.units import (
     DOWN,
     RoutedExperts,
@@ -78,25 +78,7 @@ def find_matrices(
         ValueError: a pattern matches none; a projection computes something else than its weight
             says, or a plan has split it.
     """
-    found: dict[str, Matrix] = {}
-    experts = {module.down: module for module in find_modules(model).values() if module.routed}
-    start = f"{layers_path(model)}."
-    for name, module in model.named_modules():
-        if not name.startswith(start):
-            continue
-        check_unsplit(name, module)
-        if module in experts:
-            routed = experts[module].routed
-            assert routed is not None
-            for leaf in (routed.up, DOWN):
-                param, shape = f"{name}.{leaf}", tuple(getattr(module, leaf).shape)
-                turned = bool(module.is_transposed)
-                found[param] = Matrix(param, module, shape, turned, routed)
-        elif isinstance(module, nn.Linear | Conv1D):
-            inputs, outputs = features(projection(model, name))
-            turned = isinstance(module, Conv1D)
-            shape = (inputs, outputs) if turned else (outputs, inputs)
-            found[f"{name}.weight"] = Matrix(f"{name}.weight", module, shape, turned)
+    found = _all_matrices(model)
     patterns = [parameters] if isinstance(parameters, str) else list(parameters)
     for pattern in patterns:
         if not any(fnmatchcase(param, pattern) for param in found):
@@ -111,3 +93,34 @@ def find_matrices(
         for param, matrix in found.items()
         if any(fnmatchcase(param, pattern) for pattern in patterns)
     }
+
+
+def _all_matrices(model: PreTrainedModel) -> dict[str, Matrix]:
+    found: dict[str, Matrix] = {}
+    experts = {m.down: m.routed for m in find_modules(model).values() if m.routed is not None}
+    # Where a mixture of experts is -> how many it has.
+    mixtures = {
+        f"{name.rpartition('.')[0]}.": experts[module].n_experts
+        for name, module in model.named_modules()
+        if module in experts
+    }
+    start = f"{layers_path(model)}."
+    for name, module in model.named_modules():
+        if not name.startswith(start):
+            continue
+        check_unsplit(name, module)
+        if (routed := experts.get(module)) is not None:
+            for leaf in (routed.up, DOWN):
+                param, shape = f"{name}.{leaf}", tuple(getattr(module, leaf).shape)
+                turned = bool(module.is_transposed)
+                found[param] = Matrix(param, module, shape, turned, routed)
+        elif isinstance(module, nn.Linear | Conv1D) or scheme_of(module) is not None:
+            inputs, outputs = features(module)
+            # A router has an output for each expert, and often more to compute than a product.
+            if any(name.startswith(at) and outputs == n for at, n in mixtures.items()):
+                continue
+            projection(model, name)  # refused if it computes something else
+            turned = isinstance(module, Conv1D)
+            shape = (inputs, outputs) if turned else (outputs, inputs)
+            found[f"{name}.weight"] = Matrix(f"{name}.weight", module, shape, turned)
+    return found

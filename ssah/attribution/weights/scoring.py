@@ -8,9 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import chain, islice
-from math import prod
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from ssah.attribution.weights.example_gradients import ExampleGradients
 from ssah.attribution.weights.input_norms import InputNorms
 from ssah.attribution.weights.matrices import Matrix, find_matrices
 from ssah.attribution.weights.result import WEIGHT_CONTENT, WEIGHT_METRICS, WeightAttribution
+from ssah.attribution.weights.sums_on_disk import zeros_on_disk
 from ssah.choices import check_choice
 from ssah.distributed import Ranks
 from ssah.models import (
@@ -91,11 +90,10 @@ def attribute_weights(
     whole = _checked(model, loader, metric, tokens)
     matrices = find_matrices(whole, parameters)
     with ExitStack() as stack:
-        folder = None
-        if out is not None:
-            check_kind(Path(out), WEIGHT_CONTENT)
-            stack.enter_context(one_run(Path(out)))
-            folder = stack.enter_context(TemporaryDirectory(prefix=".sums-", dir=out))
+        folder = None if out is None else Path(out)
+        if folder is not None:
+            check_kind(folder, WEIGHT_CONTENT)
+            stack.enter_context(one_run(folder))
         stack.enter_context(as_it_was(whole))
         about: dict[str, Any] = {"tokens": None, "count": 0, "data_fingerprint": None}
         score: Callable[[str], Tensor] = lambda param: matrices[param].magnitudes()  # noqa: E731
@@ -111,10 +109,10 @@ def attribute_weights(
             weights_hash=cheap_weights_hash(whole),
             **about,
         )
-        if out is None:
+        if folder is None:
             return replace(result, scores=dict(result.scores))
-        result.save(out)
-    return WeightAttribution.load(out)
+        result.save(folder)
+    return WeightAttribution.load(folder)
 
 
 def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreTrainedModel:
@@ -150,21 +148,18 @@ def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreT
 
 
 def _passing(
-    model: PreTrainedModel, matrices: Mapping[str, Matrix], metric: str, folder: str | None
+    model: PreTrainedModel, matrices: Mapping[str, Matrix], metric: str, folder: Path | None
 ) -> InputNorms | ExampleGradients:
     """What adds up over the batches; sums of gradients are files in ``folder`` if there is one."""
     packed = bool(packed_modules(model))
     if metric == "wanda":
         return InputNorms(model, matrices, packed=packed)
-    sums = {}
-    for number, (param, matrix) in enumerate(matrices.items()):
-        if folder is None:
-            sums[param] = torch.zeros(matrix.shape, device=device_of(matrix.owner))
-        else:
-            place = str(Path(folder) / f"{number}.float32")
-            size = prod(matrix.shape)
-            flat = torch.from_file(place, shared=True, size=size)  # zeros: the file is new
-            sums[param] = flat.view(matrix.shape)
+    sums = {
+        param: torch.zeros(matrix.shape, dtype=torch.float32, device=device_of(matrix.owner))
+        if folder is None
+        else zeros_on_disk(matrix.shape, folder)
+        for param, matrix in matrices.items()
+    }
     return ExampleGradients(model, sums, matrices, square=metric == "fisher", packed=packed)
 
 
@@ -213,7 +208,7 @@ class _Scored(Mapping[str, Tensor]):
 
     def __getitem__(self, param: str) -> Tensor:
         scores = self._score(param).cpu()
-        if not bool(scores.isfinite().all()):
+        if not bool(scores.max().isfinite()):  # none is below 0, and a NaN is its own maximum
             raise FloatingPointError(f"scores of {param!r} are NaN or infinite")
         return scores
 
