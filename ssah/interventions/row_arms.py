@@ -171,7 +171,8 @@ class Arms:
         rows = self._rows.get(name)
         if rows is None or rows.device != x.device or rows.dtype != x.dtype:
             table, arm = self._table(name, x)
-            rows = self._rows[name] = table[arm].to(x.dtype)
+            with torch.inference_mode(False):  # a later pass may want gradients
+                rows = self._rows[name] = table[arm].to(x.dtype)
         return rows
 
     def _multiplied(self, name: str, x: Tensor) -> Tensor:
