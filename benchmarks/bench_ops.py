@@ -45,6 +45,8 @@ def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dic
     flap, wanda = Flap(channels), Wanda(channels)
     compiled = [torch.compile(f, dynamic=False) for f in (sums, sums_accumulated)]
     gate_up = torch.compile(lambda g, u: F.silu(g) * u, dynamic=False)
+    product, cpu = CASES["gated_product"], torch.device("cpu")
+    under_arms = product.make(tokens, channels, dtype, cpu)[2:]  # factors and the arm of each token
     calls: dict[str, Callable[[int], Any]] = {
         "read": read_bandwidth(n_bytes),
         "channel_moments_": lambda i: CASES["channel_moments_"].ours(xs[i % n]),
@@ -56,6 +58,8 @@ def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dic
         "gated_moments": lambda i: CASES["gated_moments"].ours(xs[i % n], others[i % n]),
         "eager silu(gate) * up": lambda i: F.silu(xs[i % n]) * others[i % n],
         "compiled silu(gate) * up": lambda i: gate_up(xs[i % n], others[i % n]),
+        "gated_product": lambda i: product.ours(xs[i % n], others[i % n], *under_arms),
+        "eager gated_product": lambda i: product.plain(xs[i % n], others[i % n], *under_arms),
         "taylor_moments_": lambda i: CASES["taylor_moments_"].ours(xs[i % n], others[i % n]),
         "column_sq_norms": lambda i: CASES["column_sq_norms"].ours(xs[i % n]),
     }
@@ -74,6 +78,7 @@ def measure(tokens: int, channels: int, dtype: torch.dtype, repeats: int) -> dic
         "flap_over_channel_moments": ratio(times, "FLAP eager", "channel_moments_"),
         "best_compiled_over_channel_moments": best,
         "gated_moments_over_eager": ratio(times, "gated_moments", "eager silu(gate) * up"),
+        "gated_product_over_eager": ratio(times, "gated_product", "eager gated_product"),
     }
 
 
@@ -99,7 +104,8 @@ def main() -> None:
                 f"  channel_moments_: {row['channel_moments_of_bandwidth']:.2f} of the bandwidth, "
                 f"{row['flap_over_channel_moments']:.1f}x FLAP, "
                 f"{row['best_compiled_over_channel_moments']:.1f}x the best compiled; "
-                f"gated_moments: {row['gated_moments_over_eager']:.2f} of eager"
+                f"gated_moments: {row['gated_moments_over_eager']:.2f} of eager, "
+                f"gated_product: {row['gated_product_over_eager']:.2f} of eager"
             )
             sys.stdout.flush()
     if args.out:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssah
-from ssah.interventions import Scale, Zero, intervene
+from ssah.interventions import Scale, Zero, intervene, row_arms
 from ssah.training import freeze
 from ssah.units import UnitSet
 from ssah_kernels import backends, ops
@@ -21,6 +21,11 @@ CHOSEN = ["llama", "gpt2", "mixtral", "gemma3", "opt", "qwen2_moe"]
 # In float64 these give NaN by themselves where a row begins with padding.
 RIGHT_ALONE = ("bloom", "gemma2")
 REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN})
+
+
+@pytest.fixture(autouse=True)
+def small_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_arms, "_WORTH_FUSING", 0)
 
 
 def batch(side: str = "left") -> dict[str, Tensor]:
@@ -101,6 +106,12 @@ def test_a_gated_ffn_takes_its_factors_in_its_product(monkeypatch: pytest.Monkey
     model, data = build("llama", dtype=torch.float64), batch()
     logits_in_arms(model, some_units(model), data)
     assert seen == [torch.float64] * model.config.num_hidden_layers
+    elements = 3 * 9 * model.config.intermediate_size  # of a product: rows, tokens, units
+    for fewest, calls in ((elements, model.config.num_hidden_layers), (elements + 1, 0)):
+        seen.clear()
+        monkeypatch.setattr(row_arms, "_WORTH_FUSING", fewest)
+        logits_in_arms(model, some_units(model), data)
+        assert len(seen) == calls
 
 
 def test_16_bits_are_those_of_the_model() -> None:
@@ -156,6 +167,8 @@ def test_gradients_are_those_of_the_ablated_model() -> None:
     expected, weight.grad = weight.grad, None
     with ssah.arms(model, [None, units]) as run:
         run.assign([1] * 3)
+        with torch.inference_mode():
+            model(**data)  # what it leaves must serve a pass with gradients too
         model(**data).logits.square().sum().backward()
     torch.testing.assert_close(weight.grad, expected)
 
