@@ -128,7 +128,7 @@ def effects(
         raise ValueError("selections is empty, must have at least one")
     arms(model, selections)  # refuses what is wrong before a batch is read
     at = check_positions(positions)
-    wanted = _layers(model, layers)
+    wanted = layers_numbered(model, layers)
     reader = BatchReader(check_whole(model), tokens="labels")
     found = []
     for number, raw in enumerate(loader):
@@ -146,7 +146,8 @@ def effects(
     return Effects(kl[1:], log_prob[1:], log_prob[0], l2[1:], cosine[1:])
 
 
-def _layers(model: PreTrainedModel, layers: Iterable[int]) -> list[nn.Module]:
+def layers_numbered(model: PreTrainedModel, layers: Iterable[int]) -> list[nn.Module]:
+    """The decoder layers with these numbers, from 0; ValueError where the model lacks one."""
     every, numbers = layers_of(model), list(layers)
     if any(number not in range(len(every)) for number in numbers):
         raise ValueError(

@@ -32,8 +32,9 @@ from ssah.attribution import refuse_other
 from ssah.choices import check_choice
 from ssah.data import check_count
 from ssah.evaluation.arm_effects import EFFECTS, HIDDEN_EFFECTS, effects, no_layers
+from ssah.evaluation.left_subspaces import check_repeatable, left_subspace_angles
 from ssah.models import digest, weights_hash
-from ssah.representations import Positions, check_positions
+from ssah.representations import Position, Positions, check_positions
 from ssah.storage import FORMAT, META, Stored, one_run, save_tensors
 from ssah.units import UnitSet, check_units
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONTENT = "ssah greedy search"
+_ANGLE = "subspace_angle"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def greedy_search(
     min_gain: float = -math.inf,
     layers: Iterable[int] = (),
     positions: Positions = ("last",),
+    rank: int = 1,
     arms_at_once: int = 8,
     resume_dir: str | os.PathLike[str] | None = None,
     advance: Callable[[int], None] | None = None,
@@ -87,12 +90,13 @@ def greedy_search(
         model: a causal language model of transformers.
         loader: batches as of `effects`, the same ones in every iteration.
         candidates: each is taken out as a whole.
-        effect: what is to be large, of ``"kl"``, ``"log_prob"``, ``"l2"`` and
-            ``"cosine_distance"``: the mean of `Effects.mean`.
+        effect: what is to be large: ``"kl"``, ``"log_prob"``, ``"l2"`` or ``"cosine_distance"``,
+            the mean of `Effects.mean`; or ``"subspace_angle"``, of `left_subspace_angles`.
         rounds: how many candidates join at most.
         min_gain: a round in which the effect grows by less than this is the last, and nothing
             joins. By default there is none: an effect may also fall.
-        layers, positions: as of `effects`, for hidden states.
+        layers, positions: as of `effects`, for hidden states; one of each for the angle.
+        rank: of the subspaces of the angle.
         arms_at_once: as of `effects`.
         resume_dir: a folder that keeps each round. The same call goes on from there, also with
             other ``rounds`` and ``min_gain``.
@@ -105,25 +109,14 @@ def greedy_search(
         OSError: ``resume_dir`` cannot be written.
         FloatingPointError: an effect is NaN or infinite.
     """
-    check_choice("effect", effect, EFFECTS)
-    check_count("rounds", rounds)
     numbers, at = list(layers), check_positions(positions)
-    if effect in HIDDEN_EFFECTS and not numbers:  # before a round is computed
-        raise no_layers(effect)
+    check_count("rounds", rounds)
+    check_repeatable(loader)
     if not candidates:
         raise ValueError("candidates is empty, must have at least one")
     for units in candidates:
         check_units(model, units)
-    if iter(loader) is loader:
-        raise ValueError(
-            f"loader is {type(loader).__name__}, which can be read once; it must yield its batches "
-            "in every round: a DataLoader or a list"
-        )
-
-    def try_each(out: Sequence[UnitSet]) -> Tensor:  # [len(out)]
-        found = effects(model, loader, out, layers=numbers, positions=at, arms_at_once=arms_at_once)
-        return found.mean(effect)
-
+    measure = _measure(model, loader, effect, numbers, at, rank, arms_at_once)
     with nullcontext() if resume_dir is None else one_run(resume_dir):
         kept = None
         if resume_dir is not None:
@@ -133,7 +126,7 @@ def greedy_search(
                 "data": digest(_pieces(loader)),
                 "candidates": digest(units.over(units.sizes) for units in candidates),
                 "effect": effect,
-                "hidden": repr((numbers, at)),
+                "hidden": repr((numbers, at, rank)),
             }
             kept = _Kept(Path(resume_dir), identity, len(candidates))
         tried = [] if kept is None else kept.rounds()
@@ -141,7 +134,7 @@ def greedy_search(
             chosen, ended = _chosen(tried, rounds, min_gain)
             if ended:
                 break
-            tried.append(_round(try_each, candidates, chosen))
+            tried.append(_round(measure, candidates, chosen))
             if kept is not None:
                 kept.keep(tried)
             if advance is not None:
@@ -164,8 +157,41 @@ def _chosen(tried: Sequence[Tensor], rounds: int, min_gain: float) -> tuple[list
     return chosen, full or len(chosen) == rounds
 
 
+def _measure(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    effect: str,
+    layers: Sequence[int],
+    positions: Sequence[Position],
+    rank: int,
+    arms_at_once: int,
+) -> Callable[[Sequence[UnitSet]], Tensor]:
+    """What gives one number of each selection, float64 ``[selections]``."""
+    check_choice("effect", effect, (*EFFECTS, _ANGLE))
+    if effect == _ANGLE:
+        if len(layers) != 1 or len(positions) != 1:
+            raise ValueError(
+                f"effect is {effect!r} with layers {list(layers)} and positions "
+                f"{list(positions)}; it must have one layer and one position"
+            )
+        return lambda out: left_subspace_angles(
+            model,
+            loader,
+            out,
+            layer=layers[0],
+            position=positions[0],
+            rank=rank,
+            arms_at_once=arms_at_once,
+        )
+    if effect in HIDDEN_EFFECTS and not layers:  # before a round is computed
+        raise no_layers(effect)
+    return lambda out: effects(
+        model, loader, out, layers=layers, positions=positions, arms_at_once=arms_at_once
+    ).mean(effect)
+
+
 def _round(
-    try_each: Callable[[Sequence[UnitSet]], Tensor],
+    measure: Callable[[Sequence[UnitSet]], Tensor],
     candidates: Sequence[UnitSet],
     chosen: Sequence[int],
 ) -> Tensor:
@@ -173,7 +199,7 @@ def _round(
     outside = [i for i in range(len(candidates)) if i not in chosen]
     out = [reduce(UnitSet.__or__, (candidates[j] for j in (*chosen, i))) for i in outside]
     row = torch.full((len(candidates),), math.nan, dtype=torch.float64)
-    row[outside] = try_each(out)
+    row[outside] = measure(out)
     return row
 
 
