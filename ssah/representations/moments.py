@@ -95,7 +95,8 @@ def represent(
         check_not_sharded(whole)
         check_backbone(whole)
         sums = _Sums(len(layers_of(whole)))
-        hashed = cheap_weights_hash(whole)
+        # For the comparison alone: it costs a pass over the weights.
+        hashed = cheap_weights_hash(whole) if ranks.size > 1 else None
     ranks.common(positions=list(where), config_hash=config_hash(whole), weights_hash=hashed)
     with ranks.agreeing(), as_it_was(whole):
         layers = layers_of(whole)

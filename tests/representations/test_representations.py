@@ -33,7 +33,7 @@ LENGTHS = (11, 5, 9, 7)
 CHOSEN = ["llama", "gpt2", "mixtral", "gemma3"]
 RIGHT_ALONE = ("bloom", "gemma2")  # in float64 they give NaN by themselves after padding
 STREAMS = "gemma3n"  # its layers put out several streams
-REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN, STREAMS})
+REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN, STREAMS})  # `make test-all` has them
 Row = tuple[Tensor, Tensor]
 
 
@@ -180,6 +180,18 @@ def test_a_direction_passes_norm_and_head(name: str) -> None:
     one = vocabulary_projection(model, directions[1])
     torch.testing.assert_close(one, found[1], rtol=1e-5, atol=1e-5)
     assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize(
+    "name", ["opt", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in REST)]
+)
+def test_the_last_state_of_a_prompt_gives_its_logits(name: str) -> None:
+    model = build(name)
+    prompt = collate(rows((6,)), labels=False)
+    state = represent(model, [prompt]).mean[0, -1]  # [hidden]
+    with torch.no_grad():
+        logits = model(input_ids=prompt["input_ids"]).logits[0, -1].double()
+    torch.testing.assert_close(vocabulary_projection(model, state), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_top_tokens_are_read() -> None:
