@@ -75,6 +75,7 @@ def left_subspace_angles(
     (where,) = check_positions(position)
     (module,) = layers_numbered(model, [layer])
     every = [None, *selections]
+    # Arms outside and batches inside: states of all rows are needed at once, but of few arms.
     spaces: list[Subspace] = []
     for start in range(0, len(every), arms_at_once):
         chunk = every[start : start + arms_at_once]
@@ -109,6 +110,7 @@ def _states(
             arms(model, chunk) as run,
             recorded([layer], where) as states,
         ):
+            # The backbone alone: no state needs the head.
             model.base_model(**run.repeat(batch.inputs), use_cache=False)
         found.append(states[layer][:, :, 0])  # [arms, rows, hidden]
     if not found:

@@ -120,7 +120,8 @@ def greedy_search(
     with nullcontext() if resume_dir is None else one_run(resume_dir):
         kept = None
         if resume_dir is not None:
-            # Everything that changes an effect; not when the search stops.
+            # Everything that changes an effect. When the search stops does not, and how many arms
+            # share a batch changes rounding alone.
             identity = {
                 "weights": weights_hash(model),
                 "data": digest(_pieces(loader)),
@@ -139,6 +140,8 @@ def greedy_search(
                 kept.keep(tried)
             if advance is not None:
                 advance(len(tried))
+    # What is kept may have more rounds than this call asks for. The round that gained too little is
+    # shown, since it says why the search ended.
     table = torch.stack(tried[: len(chosen) + (len(chosen) < rounds)])
     return GreedySearch(tuple(chosen), table)
 
@@ -148,9 +151,9 @@ def _chosen(tried: Sequence[Tensor], rounds: int, min_gain: float) -> tuple[list
     chosen: list[int] = []
     before = 0.0
     for row in tried[:rounds]:
-        best = int(row.nan_to_num(-math.inf).argmax())  # the first of equal ones
+        best = int(row.nan_to_num(-math.inf).argmax())  # the first of equal ones; NaN has joined
         if float(row[best]) - before < min_gain:
-            return chosen, True
+            return chosen, True  # the table keeps this round: a lower min_gain goes on from it
         chosen.append(best)
         before = float(row[best])
     full = bool(tried) and len(chosen) == len(tried[0])
@@ -196,6 +199,7 @@ def _round(
     chosen: Sequence[int],
 ) -> Tensor:
     """The effect of the chosen ones with each candidate outside, ``[candidates]``, else NaN."""
+    # A candidate that has joined would have the effect of the round before, and might win again.
     outside = [i for i in range(len(candidates)) if i not in chosen]
     out = [reduce(UnitSet.__or__, (candidates[j] for j in (*chosen, i))) for i in outside]
     row = torch.full((len(candidates),), math.nan, dtype=torch.float64)
@@ -208,6 +212,7 @@ def _pieces(loader: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
     for batch in loader:
         for key in sorted(batch):
             if isinstance(batch[key], Tensor):
+                # Two rows of three tokens have the bytes of three rows of two.
                 yield torch.tensor(batch[key].shape)
                 yield batch[key].to(torch.int64)
 
@@ -223,6 +228,7 @@ class _Kept:
         if not (self._folder / META).is_file():
             return []
         stored = Stored(self._folder, _CONTENT, {"identity": dict})
+        # By name: what differs is what the user has to mend.
         for key, now in self._identity.items():
             refuse_other(self._folder, key, stored.meta["identity"].get(key), now)
         table = stored.tensor("tried", shape=(None, self._candidates), finite=False)

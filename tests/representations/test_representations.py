@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import ssah
 from ssah.distributed import deal
-from ssah.interventions import Add
+from ssah.interventions import Add, ProjectOut
 from ssah.representations import (
     Representations,
     mean_difference,
@@ -112,6 +112,20 @@ def test_without_labels_a_row_is_a_prompt_and_interventions_count() -> None:
         moved = represent(model, [batch]).mean
     torch.testing.assert_close(moved[0, 0], plain[0, 0], rtol=0, atol=0)
     torch.testing.assert_close(moved[0, 1], plain[0, 1] + vector, rtol=1e-9, atol=1e-9)
+
+
+def test_directions_are_what_interventions_take() -> None:
+    model = build("gpt2", dtype=torch.float64)
+    batches = [collate(rows((9, 5, 7), seed=seed)) for seed in (0, 1)]
+    first, second = (represent(model, [batch]) for batch in batches)
+    direction = mean_difference(first, second)[0]  # [layers, hidden]
+    with ssah.intervene(model, ProjectOut(range(2), direction)):
+        without = mean_difference(*(represent(model, [batch]) for batch in batches))[0]
+    along = (without * direction).sum(-1).abs() / direction.square().sum(-1)
+    assert float(along.max()) < 1e-12
+    with ssah.intervene(model, Add(1, -direction[1])):
+        moved = represent(model, batches[:1])
+    torch.testing.assert_close(moved.mean[0, 1], second.mean[0, 1], rtol=1e-9, atol=1e-9)
 
 
 def test_two_sets_are_compared_pair_by_pair() -> None:
@@ -267,7 +281,7 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     one, two = (Representations(("last",), n, zeros, zeros, zeros) for n in (1, 2))
     with pytest.raises(ValueError, match="each must have 2 at least"):
         pair_cosines(one, two)
-    with pytest.raises(ValueError, match="are alike at position 'last' of layer 0"):
+    with pytest.raises(ValueError, match="of each set are alike at position 'last' of layer 0"):
         separation(two, two)
     other = Representations(("first",), 2, zeros, zeros, zeros)
     with pytest.raises(ValueError, match="they must be equal"):
