@@ -26,6 +26,7 @@ from ssah.evaluation.intervals import (
     wilson,
 )
 from ssah.evaluation.judges import Judge, judge
+from ssah.evaluation.left_subspaces import left_subspace_angles
 from ssah.evaluation.loss import response_log_probs, utility_loss
 from ssah.evaluation.loss_and_margin import Measurement, Measures, ablations
 from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, refusal_margins
@@ -62,6 +63,7 @@ __all__ = [
     "input_gradient_norms",
     "judge",
     "judge_answers",
+    "left_subspace_angles",
     "paired_difference",
     "ranking_agreement",
     "rate",

@@ -128,7 +128,7 @@ def effects(
         raise ValueError("selections is empty, must have at least one")
     arms(model, selections)  # refuses what is wrong before a batch is read
     at = check_positions(positions)
-    wanted = _layers(model, layers)
+    wanted = layers_numbered(model, layers)
     reader = BatchReader(check_whole(model), tokens="labels")
     found = []
     for number, raw in enumerate(loader):
@@ -146,7 +146,8 @@ def effects(
     return Effects(kl[1:], log_prob[1:], log_prob[0], l2[1:], cosine[1:])
 
 
-def _layers(model: PreTrainedModel, layers: Iterable[int]) -> list[nn.Module]:
+def layers_numbered(model: PreTrainedModel, layers: Iterable[int]) -> list[nn.Module]:
+    """The decoder layers with these numbers, from 0; ValueError where the model lacks one."""
     every, numbers = layers_of(model), list(layers)
     if any(number not in range(len(every)) for number in numbers):
         raise ValueError(
@@ -172,12 +173,18 @@ def _of_batch(
     kl = torch.zeros(len(every), len(targets), dtype=torch.float64)
     log_prob = torch.zeros_like(kl)
     intact: list[Tensor] = []  # of each row [vocabulary]: what all arms are compared with
-    states: list[Tensor] = []  # of each arm [rows, positions, layers, hidden]
+    before = torch.zeros(0)  # states of the intact model, [rows, positions, layers, hidden]
+    moved: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(every), arms_at_once):
         chunk = every[start : start + arms_at_once]
-        with arms(model, chunk) as run, recorded(layers, where) as by_layer:
+        with arms(model, chunk) as run, recorded(layers, where) as states:
             logits = logits_at(model, run.repeat(batch.inputs), columns)
-        states += torch.stack([by_layer[layer] for layer in layers], 3) if layers else []
+        # [arms, rows, positions, layers, hidden]; no state of an arm is kept beyond its batch
+        none = kl.new_zeros(len(chunk), *where.mask.shape[:2], 0, 1)
+        after = torch.stack([states[layer] for layer in layers], 3) if layers else none
+        before = after[0].clone() if start == 0 else before
+        cosine = F.cosine_similarity(after, before, dim=-1)
+        moved.append(((after - before).norm(dim=-1), 1 - cosine))
         by_arm = run.split(logits)  # [arms, rows, columns, vocabulary]
         for arm, own in enumerate(by_arm, start):
             for row, target in enumerate(targets.to(own.device)):
@@ -189,9 +196,5 @@ def _of_batch(
                 log_p = intact[row]
                 kl[arm, row] = (log_p.exp() * (log_p - log_q[0])).sum()
                 log_prob[arm, row] = log_q.gather(1, target[predicts, None]).sum()
-    if not states:
-        none = kl.new_zeros(*kl.shape, where.mask.shape[1], 0)
-        return kl, log_prob, none, none
-    l2 = torch.stack([(after - states[0]).norm(dim=-1) for after in states])
-    cosine = torch.stack([F.cosine_similarity(after, states[0], dim=-1) for after in states])
-    return kl, log_prob, l2, 1 - cosine
+    l2, distance = (torch.cat(parts) for parts in zip(*moved, strict=True))
+    return kl, log_prob, l2, distance

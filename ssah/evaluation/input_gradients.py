@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ssah.attribution import Batch, BatchReader
+from ssah.attribution import Batch
 from ssah.evaluation.loss import logits_at
 from ssah.models import as_it_was, check_whole, passing_gradients
-from ssah.representations import StatePositions
+from ssah.representations import batches_at
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,13 +46,10 @@ def input_gradient_norms(model: PreTrainedModel, loader: Iterable[Mapping[str, A
             that pass no gradient.
         FloatingPointError: a gradient is NaN or infinite.
     """
-    reader = BatchReader(check_whole(model), tokens="all")
     found = []
-    for number, raw in enumerate(loader):
-        batch = reader.read(raw, number)
-        last = StatePositions.of(batch, ("last",), number).mask[:, 0]  # [rows, length]
+    for batch, where in batches_at(check_whole(model), loader, ("last",)):
         with as_it_was(model), passing_gradients(model), torch.inference_mode(False):
-            found.append(_of_batch(model, batch, last))
+            found.append(_of_batch(model, batch, where.mask[:, 0]))
     if not found:
         raise ValueError("loader is empty, must have at least one batch")
     norms = torch.cat(found)

@@ -32,8 +32,9 @@ from ssah.attribution import refuse_other
 from ssah.choices import check_choice
 from ssah.data import check_count
 from ssah.evaluation.arm_effects import EFFECTS, HIDDEN_EFFECTS, effects, no_layers
+from ssah.evaluation.left_subspaces import check_repeatable, left_subspace_angles
 from ssah.models import digest, weights_hash
-from ssah.representations import Positions, check_positions
+from ssah.representations import Position, Positions, check_positions
 from ssah.storage import FORMAT, META, Stored, one_run, save_tensors
 from ssah.units import UnitSet, check_units
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _CONTENT = "ssah greedy search"
+_ANGLE = "subspace_angle"
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +76,7 @@ def greedy_search(
     min_gain: float = -math.inf,
     layers: Iterable[int] = (),
     positions: Positions = ("last",),
+    rank: int = 1,
     arms_at_once: int = 8,
     resume_dir: str | os.PathLike[str] | None = None,
     advance: Callable[[int], None] | None = None,
@@ -87,12 +90,13 @@ def greedy_search(
         model: a causal language model of transformers.
         loader: batches as of `effects`, the same ones in every iteration.
         candidates: each is taken out as a whole.
-        effect: what is to be large, of ``"kl"``, ``"log_prob"``, ``"l2"`` and
-            ``"cosine_distance"``: the mean of `Effects.mean`.
+        effect: what is to be large: ``"kl"``, ``"log_prob"``, ``"l2"`` or ``"cosine_distance"``,
+            the mean of `Effects.mean`; or ``"subspace_angle"``, of `left_subspace_angles`.
         rounds: how many candidates join at most.
         min_gain: a round in which the effect grows by less than this is the last, and nothing
             joins. By default there is none: an effect may also fall.
-        layers, positions: as of `effects`, for hidden states.
+        layers, positions: as of `effects`, for hidden states; one of each for the angle.
+        rank: of the subspaces of the angle.
         arms_at_once: as of `effects`.
         resume_dir: a folder that keeps each round. The same call goes on from there, also with
             other ``rounds`` and ``min_gain``.
@@ -105,35 +109,25 @@ def greedy_search(
         OSError: ``resume_dir`` cannot be written.
         FloatingPointError: an effect is NaN or infinite.
     """
-    check_choice("effect", effect, EFFECTS)
-    check_count("rounds", rounds)
     numbers, at = list(layers), check_positions(positions)
-    if effect in HIDDEN_EFFECTS and not numbers:  # before a round is computed
-        raise no_layers(effect)
+    check_count("rounds", rounds)
+    check_repeatable(loader)
     if not candidates:
         raise ValueError("candidates is empty, must have at least one")
     for units in candidates:
         check_units(model, units)
-    if iter(loader) is loader:
-        raise ValueError(
-            f"loader is {type(loader).__name__}, which can be read once; it must yield its batches "
-            "in every round: a DataLoader or a list"
-        )
-
-    def try_each(out: Sequence[UnitSet]) -> Tensor:  # [len(out)]
-        found = effects(model, loader, out, layers=numbers, positions=at, arms_at_once=arms_at_once)
-        return found.mean(effect)
-
+    measure = _measure(model, loader, effect, numbers, at, rank, arms_at_once)
     with nullcontext() if resume_dir is None else one_run(resume_dir):
         kept = None
         if resume_dir is not None:
-            # Everything that changes an effect; not when the search stops.
+            # Everything that changes an effect. When the search stops does not, and how many arms
+            # share a batch changes rounding alone.
             identity = {
                 "weights": weights_hash(model),
                 "data": digest(_pieces(loader)),
                 "candidates": digest(units.over(units.sizes) for units in candidates),
                 "effect": effect,
-                "hidden": repr((numbers, at)),
+                "hidden": repr((numbers, at, rank)),
             }
             kept = _Kept(Path(resume_dir), identity, len(candidates))
         tried = [] if kept is None else kept.rounds()
@@ -141,11 +135,13 @@ def greedy_search(
             chosen, ended = _chosen(tried, rounds, min_gain)
             if ended:
                 break
-            tried.append(_round(try_each, candidates, chosen))
+            tried.append(_round(measure, candidates, chosen))
             if kept is not None:
                 kept.keep(tried)
             if advance is not None:
                 advance(len(tried))
+    # What is kept may have more rounds than this call asks for. The round that gained too little is
+    # shown, since it says why the search ended.
     table = torch.stack(tried[: len(chosen) + (len(chosen) < rounds)])
     return GreedySearch(tuple(chosen), table)
 
@@ -155,25 +151,59 @@ def _chosen(tried: Sequence[Tensor], rounds: int, min_gain: float) -> tuple[list
     chosen: list[int] = []
     before = 0.0
     for row in tried[:rounds]:
-        best = int(row.nan_to_num(-math.inf).argmax())  # the first of equal ones
+        best = int(row.nan_to_num(-math.inf).argmax())  # the first of equal ones; NaN has joined
         if float(row[best]) - before < min_gain:
-            return chosen, True
+            return chosen, True  # the table keeps this round: a lower min_gain goes on from it
         chosen.append(best)
         before = float(row[best])
     full = bool(tried) and len(chosen) == len(tried[0])
     return chosen, full or len(chosen) == rounds
 
 
+def _measure(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    effect: str,
+    layers: Sequence[int],
+    positions: Sequence[Position],
+    rank: int,
+    arms_at_once: int,
+) -> Callable[[Sequence[UnitSet]], Tensor]:
+    """What gives one number of each selection, float64 ``[selections]``."""
+    check_choice("effect", effect, (*EFFECTS, _ANGLE))
+    if effect == _ANGLE:
+        if len(layers) != 1 or len(positions) != 1:
+            raise ValueError(
+                f"effect is {effect!r} with layers {list(layers)} and positions "
+                f"{list(positions)}; it must have one layer and one position"
+            )
+        return lambda out: left_subspace_angles(
+            model,
+            loader,
+            out,
+            layer=layers[0],
+            position=positions[0],
+            rank=rank,
+            arms_at_once=arms_at_once,
+        )
+    if effect in HIDDEN_EFFECTS and not layers:  # before a round is computed
+        raise no_layers(effect)
+    return lambda out: effects(
+        model, loader, out, layers=layers, positions=positions, arms_at_once=arms_at_once
+    ).mean(effect)
+
+
 def _round(
-    try_each: Callable[[Sequence[UnitSet]], Tensor],
+    measure: Callable[[Sequence[UnitSet]], Tensor],
     candidates: Sequence[UnitSet],
     chosen: Sequence[int],
 ) -> Tensor:
     """The effect of the chosen ones with each candidate outside, ``[candidates]``, else NaN."""
+    # A candidate that has joined would have the effect of the round before, and might win again.
     outside = [i for i in range(len(candidates)) if i not in chosen]
     out = [reduce(UnitSet.__or__, (candidates[j] for j in (*chosen, i))) for i in outside]
     row = torch.full((len(candidates),), math.nan, dtype=torch.float64)
-    row[outside] = try_each(out)
+    row[outside] = measure(out)
     return row
 
 
@@ -182,6 +212,7 @@ def _pieces(loader: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
     for batch in loader:
         for key in sorted(batch):
             if isinstance(batch[key], Tensor):
+                # Two rows of three tokens have the bytes of three rows of two.
                 yield torch.tensor(batch[key].shape)
                 yield batch[key].to(torch.int64)
 
@@ -197,6 +228,7 @@ class _Kept:
         if not (self._folder / META).is_file():
             return []
         stored = Stored(self._folder, _CONTENT, {"identity": dict})
+        # By name: what differs is what the user has to mend.
         for key, now in self._identity.items():
             refuse_other(self._folder, key, stored.meta["identity"].get(key), now)
         table = stored.tensor("tried", shape=(None, self._candidates), finite=False)

@@ -12,8 +12,10 @@ from ssah.representations.comparing import (
 )
 from ssah.representations.moments import Representations, represent
 from ssah.representations.recording import (
+    Position,
     Positions,
     StatePositions,
+    batches_at,
     check_positions,
     layers_of,
     recorded,

@@ -78,6 +78,7 @@ def pair_cosines(a: Representations, b: Representations) -> PairCosines:
         ValueError: a set has fewer than two rows, or they do not fit each other.
     """
     _check(a, b, rows=2)
+    # A row with itself has the cosine 1, and is no pair.
     within, other = (
         (each.unit_sum.square().sum(-1) - each.rows) / (each.rows * (each.rows - 1))
         for each in (a, b)
@@ -105,7 +106,7 @@ def separation(a: Representations, b: Representations) -> Separation:
     """How far apart two sets are, of each position and layer.
 
     Raises:
-        ValueError: a set has fewer than two rows, they do not fit each other, or all rows of both
+        ValueError: a set has fewer than two rows, they do not fit each other, or all rows of each
             are alike at a position.
     """
     _check(a, b, rows=2)
@@ -115,7 +116,7 @@ def separation(a: Representations, b: Representations) -> Separation:
     if not bool((within > 0).all()):
         position, layer = (within <= 0).nonzero()[0].tolist()
         raise ValueError(
-            f"all rows of a set are alike at position {a.positions[position]!r} of layer {layer}; "
+            f"all rows of each set are alike at position {a.positions[position]!r} of layer {layer}; "
             "there must be some spread (a position that every template shares has none)"
         )
     between = far + m2[0] / a.rows + m2[1] / b.rows

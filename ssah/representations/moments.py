@@ -15,20 +15,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain, islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssah.attribution import BatchReader, counted_tokens
 from ssah.distributed import Group, Ranks, check_not_sharded
 from ssah.models import as_it_was, cheap_weights_hash, check_backbone, check_whole
 from ssah.representations.recording import (
     Position,
     Positions,
-    StatePositions,
+    batches_at,
     check_positions,
     layers_of,
     recorded,
@@ -97,17 +95,12 @@ def represent(
         check_not_sharded(whole)
         check_backbone(whole)
         sums = _Sums(len(layers_of(whole)))
-        hashed = cheap_weights_hash(whole)
+        # For the comparison alone: it costs a pass over the weights.
+        hashed = cheap_weights_hash(whole) if ranks.size > 1 else None
     ranks.common(positions=list(where), config_hash=config_hash(whole), weights_hash=hashed)
     with ranks.agreeing(), as_it_was(whole):
-        batches = iter(loader)
-        begun = list(islice(batches, 1))
-        tokens = counted_tokens(begun[0]) if begun else "all"
-        reader = BatchReader(whole, tokens=tokens)
         layers = layers_of(whole)
-        for number, raw in enumerate(chain(begun, batches)):
-            batch = reader.read(raw, number)
-            at = StatePositions.of(batch, where, number)
+        for batch, at in batches_at(whole, loader, where):
             with recorded(layers, at) as states, torch.inference_mode():
                 whole.base_model(**batch.inputs, use_cache=False)
             # One copy of the batch: [layers, rows, positions, hidden]

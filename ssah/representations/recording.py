@@ -14,15 +14,16 @@ Example: states (1, 0) and (3, 2) of the two R have the mean (2, 1).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from ssah.attribution import IGNORED, Batch
+from ssah.attribution import IGNORED, Batch, BatchReader, counted_tokens
 from ssah.models import check_bare
 from ssah.units import layers_path
 
@@ -133,6 +134,24 @@ class StatePositions:
             kept = by_copy.masked_fill(~mask[..., None], 0)
             taken.append(kept.sum(2, dtype=torch.float64) / mask.sum(1)[:, None])
         return torch.stack(taken, 2)
+
+
+def batches_at(
+    model: PreTrainedModel, loader: Iterable[Mapping[str, Any]], positions: Sequence[Position]
+) -> Iterator[tuple[Batch, StatePositions]]:
+    """The batches of ``loader``, read for ``model``, and where their states are.
+
+    Whether they have labels is said by the first one.
+
+    Raises:
+        TypeError, ValueError: a batch is not of this form, or lacks a position.
+    """
+    reader = None
+    for number, raw in enumerate(loader):
+        if reader is None:
+            reader = BatchReader(model, tokens=counted_tokens(raw))
+        batch = reader.read(raw, number)
+        yield batch, StatePositions.of(batch, positions, number)
 
 
 @contextmanager

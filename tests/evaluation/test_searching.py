@@ -8,6 +8,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ablatable import assert_same_bits, bits, some_units
@@ -16,9 +17,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssah
-from ssah.evaluation import effects, first_order_effects, greedy_search, ranking_agreement
+from ssah.evaluation import (
+    effects,
+    first_order_effects,
+    greedy_search,
+    left_subspace_angles,
+    ranking_agreement,
+)
 from ssah.interventions import Scale
-from ssah.units import UnitSet
+from ssah.units import UnitSet, layers_path
 
 BATCHES = [collate(rows((9, 5)), side="left"), collate(rows((7,), seed=1))]
 
@@ -91,6 +98,42 @@ def test_what_does_most_together_is_found_by_other_measures() -> None:
         assert found.effect.tolist() == pytest.approx([float(one[first]), float(both[second])])
 
 
+@pytest.mark.parametrize(("name", "rank"), [("llama", 1), ("gpt2", 2)])
+def test_angles_are_those_of_the_states_of_all_rows(name: str, rank: int) -> None:
+    model = build(name, dtype=torch.float64)
+    candidates = heads(model, 12)[:5]
+    data = [ids[:4] for ids, _ in (*rows((9, 9)), *rows((9, 9), seed=1))]  # prompts of 4 tokens
+    layer = model.get_submodule(layers_path(model))[1]
+
+    def left() -> Any:
+        seen: list[Tensor] = []
+        hook = layer.register_forward_hook(
+            lambda _, __, out: seen.append((out[0] if isinstance(out, tuple) else out)[0, -1])
+        )
+        with torch.no_grad():
+            for ids in data:
+                model(ids[None])
+        hook.remove()
+        return np.linalg.svd(torch.stack(seen).numpy())[0][:, :rank]  # [rows, rank]
+
+    intact, expected = left(), []
+    for units in candidates:
+        with ssah.ablate(model, units):
+            cosines = np.linalg.svd(intact.T @ left(), compute_uv=False)
+        expected.append(float(np.arccos(cosines.clip(-1, 1)).sum()))
+    loader = [collate(rows((9, 9)), side="left"), collate(rows((9, 9), seed=1))]
+    options: dict[str, Any] = {"rank": rank, "arms_at_once": 3}
+    found = left_subspace_angles(model, loader, candidates, layer=1, **options)
+    assert found.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-7)
+    assert min(expected) > 1e-4
+    search = greedy_search(
+        model, loader, candidates, effect="subspace_angle", layers=[1], rounds=1, **options
+    )
+    assert search.tried[0].tolist() == found.tolist()
+    with pytest.raises(ValueError, match="must be from 1 to 4, which the vectors span"):
+        left_subspace_angles(model, loader, candidates, layer=1, rank=5)
+
+
 def test_it_stops_at_too_little_gain_and_when_all_have_joined() -> None:
     model = build("llama", dtype=torch.float64)
     candidates = heads(model, 24)[:3]
@@ -160,6 +203,12 @@ def test_searches_that_cannot_be_are_refused(tmp_path: Path) -> None:
         greedy_search(model, iter(BATCHES), candidates)
     with pytest.raises(ValueError, match="which needs layers"):
         greedy_search(model, BATCHES, candidates, effect="l2")
+    with pytest.raises(ValueError, match="must have one layer and one position"):
+        greedy_search(model, BATCHES, candidates, effect="subspace_angle", layers=[0, 1])
+    with pytest.raises(ValueError, match="which can be read once"):
+        left_subspace_angles(model, iter(BATCHES), candidates, layer=0)
+    with pytest.raises(ValueError, match=r"layers is \[5\]"):
+        left_subspace_angles(model, BATCHES, candidates, layer=5)
     with pytest.raises(ValueError, match="units has modules that the model"):
         greedy_search(model, BATCHES, [UnitSet({"other": [0]}, {"other": 2})])
 

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 import ssah
 from ssah.distributed import deal
-from ssah.interventions import Add
+from ssah.interventions import Add, ProjectOut
 from ssah.representations import (
     Representations,
     mean_difference,
@@ -33,7 +33,7 @@ LENGTHS = (11, 5, 9, 7)
 CHOSEN = ["llama", "gpt2", "mixtral", "gemma3"]
 RIGHT_ALONE = ("bloom", "gemma2")  # in float64 they give NaN by themselves after padding
 STREAMS = "gemma3n"  # its layers put out several streams
-REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN, STREAMS})
+REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN, STREAMS})  # `make test-all` has them
 Row = tuple[Tensor, Tensor]
 
 
@@ -114,6 +114,20 @@ def test_without_labels_a_row_is_a_prompt_and_interventions_count() -> None:
     torch.testing.assert_close(moved[0, 1], plain[0, 1] + vector, rtol=1e-9, atol=1e-9)
 
 
+def test_directions_are_what_interventions_take() -> None:
+    model = build("gpt2", dtype=torch.float64)
+    batches = [collate(rows((9, 5, 7), seed=seed)) for seed in (0, 1)]
+    first, second = (represent(model, [batch]) for batch in batches)
+    direction = mean_difference(first, second)[0]  # [layers, hidden]
+    with ssah.intervene(model, ProjectOut(range(2), direction)):
+        without = mean_difference(*(represent(model, [batch]) for batch in batches))[0]
+    along = (without * direction).sum(-1).abs() / direction.square().sum(-1)
+    assert float(along.max()) < 1e-12
+    with ssah.intervene(model, Add(1, -direction[1])):
+        moved = represent(model, batches[:1])
+    torch.testing.assert_close(moved.mean[0, 1], second.mean[0, 1], rtol=1e-9, atol=1e-9)
+
+
 def test_two_sets_are_compared_pair_by_pair() -> None:
     generator = torch.Generator().manual_seed(0)
     shape = (len(POSITIONS), 3, 6)
@@ -180,6 +194,18 @@ def test_a_direction_passes_norm_and_head(name: str) -> None:
     one = vocabulary_projection(model, directions[1])
     torch.testing.assert_close(one, found[1], rtol=1e-5, atol=1e-5)
     assert_same_bits(model, before)
+
+
+@pytest.mark.parametrize(
+    "name", ["opt", *(pytest.param(each, marks=pytest.mark.exhaustive) for each in REST)]
+)
+def test_the_last_state_of_a_prompt_gives_its_logits(name: str) -> None:
+    model = build(name)
+    prompt = collate(rows((6,)), labels=False)
+    state = represent(model, [prompt]).mean[0, -1]  # [hidden]
+    with torch.no_grad():
+        logits = model(input_ids=prompt["input_ids"]).logits[0, -1].double()
+    torch.testing.assert_close(vocabulary_projection(model, state), logits, rtol=1e-4, atol=1e-4)
 
 
 def test_top_tokens_are_read() -> None:
@@ -255,7 +281,7 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     one, two = (Representations(("last",), n, zeros, zeros, zeros) for n in (1, 2))
     with pytest.raises(ValueError, match="each must have 2 at least"):
         pair_cosines(one, two)
-    with pytest.raises(ValueError, match="are alike at position 'last' of layer 0"):
+    with pytest.raises(ValueError, match="of each set are alike at position 'last' of layer 0"):
         separation(two, two)
     other = Representations(("first",), 2, zeros, zeros, zeros)
     with pytest.raises(ValueError, match="they must be equal"):

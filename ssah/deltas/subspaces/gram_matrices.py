@@ -88,7 +88,8 @@ def gram(
         begun = list(islice(batches, 1))
         if tokens == "auto" and begun:
             tokens = counted_tokens(begun[0])
-        hashed = cheap_weights_hash(whole)
+        # For the comparison alone: it costs a pass over the weights.
+        hashed = cheap_weights_hash(whole) if ranks.size > 1 else None
     ranks.common(
         tokens=None if tokens == "auto" else tokens,  # of a rank without a batch
         projections=list(sums.modules),
