@@ -10,6 +10,7 @@ from ssah.evaluation.attack import (
     judged_answers,
 )
 from ssah.evaluation.coherence import Coherence, coherence
+from ssah.evaluation.divergence import Divergence, divergences
 from ssah.evaluation.first_order import (
     RankingAgreement,
     first_order_effects,
@@ -44,6 +45,7 @@ __all__ = [
     "REFUSAL",
     "Answer",
     "Coherence",
+    "Divergence",
     "Effects",
     "GreedySearch",
     "Judge",
@@ -56,6 +58,7 @@ __all__ = [
     "attack_success",
     "bootstrap",
     "coherence",
+    "divergences",
     "effects",
     "first_order_effects",
     "generate",
