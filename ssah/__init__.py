@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
     from ssah.interventions import ablate, arms, intervene, prune
+    from ssah.selections import Selection, select
     from ssah.training import (
         UpdatePlan,
         attach,
@@ -53,6 +54,7 @@ __all__ = [
     "Family",
     "NotCovered",
     "Probe",
+    "Selection",
     "Transfer",
     "UnitGroups",
     "UnitSet",
@@ -73,6 +75,7 @@ __all__ = [
     "protect_adapter",
     "prune",
     "register_family",
+    "select",
     "stream",
     "train_only",
     "transfer",
@@ -85,6 +88,7 @@ _ROOMS = {
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
     "interventions": ("ablate", "arms", "intervene", "prune"),
+    "selections": ("Selection", "select"),
     "training": (
         "UpdatePlan",
         "attach",

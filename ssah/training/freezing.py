@@ -1,4 +1,4 @@
-"""Training some units and keeping the others frozen: `freeze` and `train_only`."""
+"""Training a part of a model and keeping the rest frozen: `freeze` and `train_only`."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.moved import renamed
+from ssah.selections import Selection
 from ssah.training.plan import UpdatePlan
 from ssah.units import UnitSet
 
 
 def freeze(
     model: PreTrainedModel,
-    units: UnitSet | None = None,
+    units: UnitSet | Selection | None = None,
     *,
     keep: Collection[str] = (),
     rows: Mapping[str, Sequence[int] | Tensor] | None = None,
@@ -32,7 +33,8 @@ def freeze(
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to keep, for instance ``groups["scu"]``; None where ``keep`` or ``rows`` says.
+        units: what to keep, for instance ``groups["scu"]``, or a selection of heads, layers,
+            parameters and rows (`ssah.select`); None where ``keep`` or ``rows`` says.
         keep: further parameters that stay whole: names in ``model.named_parameters()``, or
             patterns of them such as ``"*norm*"``.
         rows: rows of embeddings and heads that stay, the rest of which trains: name of the
@@ -60,7 +62,7 @@ def freeze(
 @renamed(also="extra_parameters")
 def train_only(
     model: PreTrainedModel,
-    units: UnitSet | None = None,
+    units: UnitSet | Selection | None = None,
     extra_parameters: Collection[str] = (),
     *,
     rows: Mapping[str, Sequence[int] | Tensor] | None = None,
@@ -71,8 +73,8 @@ def train_only(
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to train, for instance ``groups["ru"]``; None where ``extra_parameters`` or
-            ``rows`` says.
+        units: what to train, for instance ``groups["ru"]``, or a selection (`ssah.select`); None
+            where ``extra_parameters`` or ``rows`` says.
         extra_parameters: further parameters that train whole: names in
             ``model.named_parameters()``, or patterns of them.
         rows: rows of embeddings and heads that train: name of the parameter -> numbers of its
@@ -89,7 +91,9 @@ def train_only(
     return UpdatePlan(model, units, keep=False, extra_parameters=extra_parameters, rows=rows)
 
 
-def _units(units: UnitSet | None, argument: str, names: object, rows: object) -> UnitSet:
+def _units(
+    units: UnitSet | Selection | None, argument: str, names: object, rows: object
+) -> UnitSet | Selection:
     """``units``, or none where something else says what is meant."""
     if units is not None:
         return units

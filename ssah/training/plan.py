@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
+from ssah.selections import Selection
 from ssah.training.active import PLAN, retire, watch_optimizers
 from ssah.training.checks import check_planable
 from ssah.training.choice import Beside, Rows, choose
@@ -55,7 +56,7 @@ class UpdatePlan(Optimised, Reversible):
 
     Attributes:
         model: the model.
-        units: the units given, frozen or trained.
+        units: the units given, frozen or trained; or the selection.
         keep: whether they are frozen (`freeze`) or trained (`train_only`).
         trained_units: the units that train, over every module of the model.
         modules: its depth-2 modules by B's name.
@@ -69,7 +70,7 @@ class UpdatePlan(Optimised, Reversible):
     def __init__(
         self,
         model: PreTrainedModel,
-        units: UnitSet,
+        units: UnitSet | Selection,
         *,
         keep: bool,
         extra_parameters: Collection[str] = (),

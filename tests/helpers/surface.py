@@ -32,6 +32,7 @@ PUBLIC = (
     "ssah.info",
     "ssah.training.finetune.memory",
     "ssah.models",
+    "ssah.selections",
     "ssah.evaluation.probing",
     "ssah.attribution.streaming",
     "ssah.training",
