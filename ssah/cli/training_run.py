@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssah.cli.running import Result
+from ssah.cli.selecting import check_selected, counted, selected_in
 from ssah.cli.shared import Rows, Weights
 from ssah.settings import check_settings, setting
 from ssah.studies.evaluate import EvaluateSettings
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from ssah.choices import Overlong
+    from ssah.choices import Overlong, Shared
     from ssah.data import Counts, Reading
+    from ssah.selections import Selection
     from ssah.training import UpdatePlan
     from ssah.training.finetune import Settings
 
@@ -113,7 +115,8 @@ class Selected:
 
     Attributes:
         mode: whether it is frozen, or it alone trains.
-        names: groups and shares of groups, such as ``["scu", "cu:0.06"]``, or ``["none"]``.
+        names: groups, shares of groups and other selections, such as ``["scu", "cu:0.06"]`` and
+            ``["layers:6-12"]``, or ``["none"]``.
         groups: folder that has the groups, or None.
         rows: of embeddings and heads, as `ssah.training.finetune.select_rows` takes them.
         keep: names or patterns of parameters that are frozen whole; not where the rest trains.
@@ -127,8 +130,7 @@ class Selected:
 
     def check(self) -> None:
         """Raise ValueError, before a model is loaded, for a selection that cannot be."""
-        from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_rows, select_units
+        from ssah.training.finetune import select_rows
 
         select_rows(self.rows)
         if NOTHING in self.names:
@@ -136,26 +138,26 @@ class Selected:
                 raise ValueError(f"{self.mode} is none: it must stand alone, and without --groups")
             if self.mode == "train" and not self.rows:
                 raise ValueError("train is none: nothing would train; give --rows, or units")
-        elif self.groups is None:
-            raise ValueError(f"groups is missing: give --groups DIR, or --{self.mode} none")
         else:
-            select_units(self.names, UnitGroups.load(self.groups))
+            check_selected(self.names, self.groups, self.mode)
 
     def plan(self, model: Any) -> UpdatePlan:
         """The plan for ``model``; without units for ``none``."""
-        from ssah.groups import UnitGroups
         from ssah.training import freeze, train_only
-        from ssah.training.finetune import select_rows, select_units
+        from ssah.training.finetune import select_rows
         from ssah.units import UnitSet, find_modules
 
         rows = select_rows(self.rows)
-        if self.groups is None:  # check() lets that pass for "none" alone
-            units = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
+        chosen: UnitSet | Selection
+        if NOTHING in self.names:
+            chosen = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
         else:
-            units = select_units(self.names, UnitGroups.load(self.groups, model))
+            # What stays keeps all that it reads; of what trains, nobody else reads anything.
+            shared: Shared = "any" if self.mode == "freeze" else "all"
+            chosen = selected_in(model, self.names, self.groups, shared)
         if self.mode == "freeze":
-            return freeze(model, units, keep=self.keep, rows=rows)
-        return train_only(model, units, rows=rows)
+            return freeze(model, chosen, keep=self.keep, rows=rows)
+        return train_only(model, chosen, rows=rows)
 
     def record(self) -> dict[str, Any]:
         """For the JSON of the run."""
@@ -209,6 +211,7 @@ def train(
         **selected.record(),
         "units": len(plan.units),
         "unit_fraction": plan.units.fraction,
+        **({} if plan.selection is None else counted(plan.selection)),
         "rows": len(examples),
         "rows_read": rows_read(tokenizer, counts),
         "dry_run": options.dry_run,

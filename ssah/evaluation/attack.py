@@ -18,6 +18,7 @@ from ssah.interventions import ablate
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ssah.selections import Selection
     from ssah.units import UnitSet
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
@@ -33,7 +34,7 @@ def attack_success(
     requests: Sequence[Request],
     *,
     judges: Sequence[str | Judge | Judged] = ("wei2024",),
-    ablated: UnitSet | None = None,
+    ablated: UnitSet | Selection | None = None,
     coherent: Coherence | None = None,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,
@@ -107,7 +108,7 @@ def judged_answers(
     coherent: Coherence,
     keep: Keep,
     *,
-    ablated: UnitSet | None = None,
+    ablated: UnitSet | Selection | None = None,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,
     batch_size: int = 16,

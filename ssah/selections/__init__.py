@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
-from ssah.selections.granularities import Kind, Shared
 from ssah.selections.making import heads, layers, parameters, rows, units, weights
 from ssah.selections.masks import narrowed
 from ssah.selections.naming import matching_parameters, numbers_of, row_numbers
 from ssah.selections.outline import Outline
 from ssah.selections.outputs import output_parts, output_units
 from ssah.selections.selection import Selection, of_parameters, of_rows, of_units
-from ssah.selections.selectors import check_named, named, names_groups, select, select_units
+from ssah.selections.selectors import (
+    check_named,
+    is_selector,
+    named,
+    names_groups,
+    select,
+    select_units,
+)
 
 __all__ = [
-    "Kind",
     "Selection",
-    "Shared",
     "heads",
     "layers",
     "parameters",

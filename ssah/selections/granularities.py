@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from ssah.choices import Shared
 from ssah.units import (
     AttentionHeads,
     UnitSet,
@@ -33,7 +34,6 @@ from ssah.units import (
 
 Kind = Literal["layers", "kv_heads", "heads", "units", "parameters"]
 KINDS: tuple[Kind, ...] = get_args(Kind)  # from the largest, as a set is taken apart
-Shared = Literal["all", "any"]
 SHARED: tuple[Shared, ...] = get_args(Shared)
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -13,7 +13,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ssah.selections.granularities import SHARED, Shared, granularity
+from ssah.choices import Shared
+from ssah.selections.granularities import SHARED, granularity
 from ssah.selections.masks import bits_of
 from ssah.selections.naming import matching_parameters, row_numbers
 from ssah.selections.outline import Outline

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.selections.granularities import KINDS, SHARED, Granularity, Kind, Shared, granularity
+from ssah.choices import Shared
+from ssah.selections.granularities import KINDS, SHARED, Granularity, Kind, granularity
 from ssah.selections.masks import bits_of, combined, count, none, whole
 from ssah.selections.outline import Outline
 from ssah.storage import FORMAT, Fields, Stored, save_tensors

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ssah.choices import Shared
 from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.selections import making
-from ssah.selections.granularities import Shared
 from ssah.selections.naming import numbers_of
 from ssah.selections.selection import Selection
 from ssah.units import BitMask, UnitSet
@@ -107,10 +107,9 @@ def named(
     Raises:
         ValueError: as of `check_named`, something that the model lacks, or nothing is selected.
     """
-    check_named(texts, groups)
-    if all(term.make is None for text in texts for term in _terms(text)):
-        assert groups is not None  # `check_named` refuses it
-        return select_units(texts, groups)
+    units = check_named(texts, groups)
+    if units is not None:
+        return units
     result: Selection | None = None
     for text in texts:
         own: Selection | None = None
@@ -154,12 +153,15 @@ def select_units(texts: Sequence[str], groups: UnitGroups) -> UnitSet:
     return units
 
 
-def check_named(texts: Sequence[str], groups: UnitGroups | None) -> None:
+def check_named(texts: Sequence[str], groups: UnitGroups | None) -> UnitSet | None:
     """Refuse texts that cannot be meant for any model, before one is loaded.
 
     Args:
         texts: of the forms above.
         groups: where groups are taken from; None where there are none.
+
+    Returns:
+        The units, where texts name groups alone; else None: then a model must say.
 
     Raises:
         TypeError: a text is none.
@@ -176,9 +178,15 @@ def check_named(texts: Sequence[str], groups: UnitGroups | None) -> None:
                     "from what `ssah classify` saved (--groups DIR)"
                 )
             term.units(groups)
-    if all(term.make is None for term in every):
-        assert groups is not None
-        select_units(texts, groups)
+    if groups is None or any(term.make is not None for term in every):
+        return None
+    return select_units(texts, groups)
+
+
+def is_selector(text: str) -> bool:
+    """Whether ``text`` begins as one of the forms above, and is no name of a module or a path."""
+    kind, colon, _ = text.partition(" ")[0].partition(":")
+    return kind in GROUPS or (bool(colon) and kind in _MAKERS)
 
 
 def names_groups(texts: Sequence[str]) -> bool:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ssah.data import Loader, Row
     from ssah.evaluation import Judge
+    from ssah.selections import Selection
     from ssah.studies.study import Study
     from ssah.units import UnitSet
 
@@ -74,7 +75,9 @@ class Evaluation:
         self.judges = judges or distinct_judges(settings.judges, settings.max_new_tokens)
         self.loaders = {name: study.loader(own) for name, own in rows.items()}
 
-    def measure(self, model: PreTrainedModel, ablated: UnitSet | None = None) -> dict[str, Any]:
+    def measure(
+        self, model: PreTrainedModel, ablated: UnitSet | Selection | None = None
+    ) -> dict[str, Any]:
         """Refusal margins and losses of a model, with units ablated or as it is.
 
         Returns:
@@ -105,7 +108,7 @@ class Evaluation:
         name: str,
         model: PreTrainedModel,
         coherent: Coherence,
-        ablated: UnitSet | None = None,
+        ablated: UnitSet | Selection | None = None,
     ) -> dict[str, Any]:
         """What ``ssah.evaluation.attack_success`` returns; arguments as of :meth:`judged`."""
         found = self.judged(name, model, coherent, self.asked, ablated=ablated)
@@ -118,7 +121,7 @@ class Evaluation:
         coherent: Coherence,
         requests: Sequence[str],
         *,
-        ablated: UnitSet | None = None,
+        ablated: UnitSet | Selection | None = None,
         system_prompt: str | None = None,
     ) -> dict[str, Any]:
         """Let a model answer requests, and judge the answers, which are not kept.

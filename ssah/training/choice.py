@@ -39,11 +39,13 @@ class Choice:
     """What trains.
 
     Attributes:
+        units: what was given: of a selection, the units whose columns of B it has.
         trained_units: over every module of the model.
         masks: B's name -> bool ``[n_units]``, the units that train, of the modules of ``units``.
         entries: parameter -> which of its entries train.
     """
 
+    units: UnitSet
     trained_units: UnitSet
     masks: dict[str, Tensor]
     entries: dict[str, Entries]
@@ -97,7 +99,7 @@ def choose(
     else:
         # What a unit that stays reads must stay; what trains, nobody else may read.
         chosen = of_units(outline, units, "any" if keep else "all")
-        given = UnitSet({}, {name: m.n_units for name, m in modules.items()}) | units
+        given = units
     chosen = chosen | of_rows(outline, rows)
     trained = ~chosen if keep else chosen
     trained = (trained | of_parameters(outline, extra)) - of_parameters(outline, kept)
@@ -106,7 +108,8 @@ def choose(
     for name, each in entries.items():
         if each.partial and name not in owned:
             check_rows_split(model, name, "rows" if name in rows else "units")
-    trained_units = given.complement() if keep else given
+    trained_units = UnitSet({}, {name: m.n_units for name, m in modules.items()}) | given
+    trained_units = trained_units.complement() if keep else trained_units
     masks = {name: trained_units.mask(name) for name in split_modules(modules, units)}
     if not any(each.some for each in entries.values()):
         raise ValueError(
@@ -119,7 +122,7 @@ def choose(
                 else ""
             )
         )
-    return Choice(trained_units, masks, entries)
+    return Choice(given, trained_units, masks, entries)
 
 
 def split_modules(

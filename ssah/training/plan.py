@@ -56,7 +56,8 @@ class UpdatePlan(Optimised, Reversible):
 
     Attributes:
         model: the model.
-        units: the units given, frozen or trained; or the selection.
+        units: the units given, frozen or trained; of a selection, those whose columns of B it has.
+        selection: the selection given, or None where units were.
         keep: whether they are frozen (`freeze`) or trained (`train_only`).
         trained_units: the units that train, over every module of the model.
         modules: its depth-2 modules by B's name.
@@ -79,10 +80,12 @@ class UpdatePlan(Optimised, Reversible):
         unfreeze: bool = False,
     ) -> None:
         self.modules, self.ranks = check_planable(model, units), Ranks.over(model)
-        self.model, self.units, self.keep = model, units, keep
+        self.model, self.keep = model, keep
+        self.selection = units if isinstance(units, Selection) else None
         beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
         choice = choose(model, self.modules, units, beside, keep=keep)
-        self.trained_units, self.entries = choice.trained_units, choice.entries
+        self.units, self.trained_units = choice.units, choice.trained_units
+        self.entries = choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)

@@ -24,6 +24,7 @@ from ssah.evaluation import (
 )
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
+from ssah.selections import Selection, output_parts
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
@@ -144,14 +145,18 @@ def _ablated(study: Study, ablations: Sequence[Ablation]) -> list[Evaluated]:
     """The model with the units of each ablation out; which these are is recorded as data."""
     models = []
     for number, each in enumerate(ablations, start=1):
-        units = each.units(study.model, study.settings.seed)
+        chosen = each.chosen(study.model, study.settings.seed)
+        if isinstance(chosen, Selection):
+            units, parts = output_parts(chosen, study.model)[0], [chosen[n].bits for n in chosen]
+        else:
+            units, parts = chosen, [chosen[name] for name in chosen]
         # Numbered, because two ablations may be of the same group in two folders.
         name = f"{number}-{each.group}" + ("-random" if each.random else "")
-        models.append(Evaluated(name, str(each), units))
+        models.append(Evaluated(name, str(each), chosen, units))
         study.sources.record[str(each)] = {
-            "source": each.folder,
+            "source": each.source,
             "rows": len(units),
-            "fingerprint": digest(units[module] for module in units),
+            "fingerprint": digest(parts),
         }
     return models
 
@@ -180,7 +185,7 @@ def _judged(
         study.model,
         coherent,
         requests,
-        ablated=evaluated.units,
+        ablated=evaluated.chosen,
         system_prompt=study.settings.system_prompts[condition],
     )
     found: dict[str, Any] = study.steps(name, compute, lambda found: _judged_line(found, role))
@@ -198,7 +203,7 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
 
 def _measured(study: Study, evaluation: Evaluation, evaluated: Evaluated) -> dict[str, Any]:
     """Refusal margin and losses of one model: a step."""
-    compute = partial(evaluation.measure, study.model, evaluated.units)
+    compute = partial(evaluation.measure, study.model, evaluated.chosen)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found
 
@@ -208,7 +213,7 @@ def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
     settings = study.settings
 
     def compute() -> dict[str, Any]:
-        with nullcontext() if evaluated.units is None else ablate(study.model, evaluated.units):
+        with nullcontext() if evaluated.chosen is None else ablate(study.model, evaluated.chosen):
             return multiple_choice(
                 study.model,
                 study.tokenizer,
