@@ -34,7 +34,10 @@ def check_selected(texts: Sequence[str], groups: Path | None, option: str) -> Un
 
     named = names_groups(texts)
     if named and groups is None:
-        raise ValueError(f"groups is missing: give --groups DIR for --{option} {' '.join(texts)}")
+        raise ValueError(
+            f"--groups is not given; --{option} {' '.join(texts)} must have what `ssah classify` "
+            "saved"
+        )
     if groups is not None and not named:
         raise ValueError(f"--groups is given, and --{option} names none of scu, ucu, ru, cu")
     return check_named(texts, None if groups is None else UnitGroups.load(groups))

@@ -130,6 +130,7 @@ class Selected:
 
     def check(self) -> None:
         """Raise ValueError, before a model is loaded, for a selection that cannot be."""
+        from ssah.selections import names_groups
         from ssah.training.finetune import select_rows
 
         select_rows(self.rows)
@@ -138,6 +139,8 @@ class Selected:
                 raise ValueError(f"{self.mode} is none: it must stand alone, and without --groups")
             if self.mode == "train" and not self.rows:
                 raise ValueError("train is none: nothing would train; give --rows, or units")
+        elif self.groups is None and names_groups(self.names):
+            raise ValueError(f"groups is missing: give --groups DIR, or --{self.mode} none")
         else:
             check_selected(self.names, self.groups, self.mode)
 
@@ -209,9 +212,7 @@ def train(
         "model": plan.base_name,
         "data": data,
         **selected.record(),
-        "units": len(plan.units),
-        "unit_fraction": plan.units.fraction,
-        **({} if plan.selection is None else counted(plan.selection)),
+        **_selected(plan),
         "rows": len(examples),
         "rows_read": rows_read(tokenizer, counts),
         "dry_run": options.dry_run,
@@ -234,6 +235,12 @@ def train(
         found = result["safety"]
         found["change"] = refusals_change(found["before"], found["after"])
     return Result(result, (trained_table(result),))
+
+
+def _selected(plan: UpdatePlan) -> dict[str, Any]:
+    """How many units are selected; of other things, how many weights too."""
+    units = {"units": len(plan.units), "unit_fraction": plan.units.fraction}
+    return units if plan.selection is None else units | counted(plan.selection)
 
 
 def _warn_of_shared(

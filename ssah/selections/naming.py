@@ -94,7 +94,7 @@ def numbers_of(text: str, whole: str) -> list[int] | None:
         if not first <= last < _MOST:
             raise ValueError(
                 f"{whole} has {part.strip()!r}; the first must not be behind the last, and the "
-                f"last must be below {_MOST:,}"
+                f"last below {_MOST:,}"
             )
         found.update(range(first, last + 1))
     return sorted(found)
