@@ -46,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
 from benchmarks.models import LENGTH, VOCABULARY, build_model
+from ssah.selections import select
 from ssah.training import freeze, protect_adapter, train_only
 from ssah.training.entries import select_entries
 from ssah.units import UnitSet, find_modules
@@ -84,9 +85,7 @@ def draw_units(model: PreTrainedModel, share: float = FRACTION) -> UnitSet:
 def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tensor]:
     """Parameter -> bool mask of its shape, True where it trains."""
     units = draw_units(model)
-    entries = select_entries(
-        model, find_modules(model), {n: units.mask(n) for n in units}, rest=False
-    )
+    entries = select_entries(find_modules(model), select(model, units))
     masks = {}
     for name, parameter in model.named_parameters():
         trains, dim = entries[name].trains, entries[name].dim

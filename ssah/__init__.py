@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ssah.evaluation import Probe, probe
     from ssah.groups import Transfer, UnitGroups, classify, transfer
     from ssah.interventions import ablate, arms, intervene, prune
+    from ssah.selections import Selection, select
     from ssah.training import (
         UpdatePlan,
         attach,
@@ -59,6 +60,7 @@ __all__ = [
     "Family",
     "NotCovered",
     "Probe",
+    "Selection",
     "Transfer",
     "UnitGroups",
     "UnitSet",
@@ -81,6 +83,7 @@ __all__ = [
     "protect_adapter",
     "prune",
     "register_family",
+    "select",
     "stream",
     "train_only",
     "transfer",
@@ -99,6 +102,7 @@ _ROOMS = {
     "evaluation": ("Probe", "probe"),
     "groups": ("Transfer", "UnitGroups", "classify", "transfer"),
     "interventions": ("ablate", "arms", "intervene", "prune"),
+    "selections": ("Selection", "select"),
     "training": (
         "UpdatePlan",
         "attach",

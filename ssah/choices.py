@@ -19,6 +19,8 @@ Scope: TypeAlias = Literal["module", "model"]  # what is ranked together: one de
 Per: TypeAlias = Literal["row", "matrix", "model"]
 By: TypeAlias = Literal["safety", "utility", "difference", "sum", "group"]
 Normalize: TypeAlias = Literal["none", "zscore", "rank"]
+# When an entry that several heads or units share is selected: where all of these are, or any.
+Shared: TypeAlias = Literal["all", "any"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 # How accelerate deals a model that is larger than one device to all that there are.
 DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from ssah.cli.running import Result
+from ssah.cli.selecting import check_selected, counted, selected_in
 from ssah.cli.shared import Rows, Weights
 from ssah.settings import check_settings, setting
 from ssah.studies.evaluate import EvaluateSettings
@@ -17,9 +18,10 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedTokenizerBase
 
-    from ssah.choices import Overlong
+    from ssah.choices import Overlong, Shared
     from ssah.data import Counts, Reading
     from ssah.distributed import Ranks
+    from ssah.selections import Selection
     from ssah.training import UpdatePlan
     from ssah.training.finetune import Settings
 
@@ -78,7 +80,9 @@ class AskedSafety:
     over_refusal: str = _safety("builtin:overrefusal", "Harmless but dangerous-looking, or `none`.")
     # What `ssah evaluate` does where nothing else is said, so that figures compare.
     judge: str = _safety(EvaluateSettings.judges[0], "As `ssah evaluate` takes it.")
-    max_new_tokens: int = _safety(EvaluateSettings.max_new_tokens, "Of an answer; judge `wei2024` needs 20.", min=1)
+    max_new_tokens: int = _safety(
+        EvaluateSettings.max_new_tokens, "Of an answer; judge `wei2024` needs 20.", min=1
+    )
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -114,7 +118,8 @@ class Selected:
 
     Attributes:
         mode: whether it is frozen, or it alone trains.
-        names: groups and shares of groups, such as ``["scu", "cu:0.06"]``, or ``["none"]``.
+        names: groups, shares of groups and other selections, such as ``["scu", "cu:0.06"]`` and
+            ``["layers:6-12"]``, or ``["none"]``.
         groups: folder that has the groups, or None.
         rows: of embeddings and heads, as `ssah.training.finetune.select_rows` takes them.
         keep: names or patterns of parameters that are frozen whole; not where the rest trains.
@@ -128,8 +133,8 @@ class Selected:
 
     def check(self) -> None:
         """Raise ValueError, before a model is loaded, for a selection that cannot be."""
-        from ssah.groups import UnitGroups
-        from ssah.training.finetune import select_rows, select_units
+        from ssah.selections import names_groups
+        from ssah.training.finetune import select_rows
 
         select_rows(self.rows)
         if NOTHING in self.names:
@@ -137,26 +142,28 @@ class Selected:
                 raise ValueError(f"{self.mode} is none: it must stand alone, and without --groups")
             if self.mode == "train" and not self.rows:
                 raise ValueError("train is none: nothing would train; give --rows, or units")
-        elif self.groups is None:
+        elif self.groups is None and names_groups(self.names):
             raise ValueError(f"groups is missing: give --groups DIR, or --{self.mode} none")
         else:
-            select_units(self.names, UnitGroups.load(self.groups))
+            check_selected(self.names, self.groups, self.mode)
 
     def plan(self, model: Any) -> UpdatePlan:
         """The plan for ``model``; without units for ``none``."""
-        from ssah.groups import UnitGroups
         from ssah.training import freeze, train_only
-        from ssah.training.finetune import select_rows, select_units
+        from ssah.training.finetune import select_rows
         from ssah.units import UnitSet, find_modules
 
         rows = select_rows(self.rows)
-        if self.groups is None:  # check() lets that pass for "none" alone
-            units = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
+        chosen: UnitSet | Selection
+        if NOTHING in self.names:
+            chosen = UnitSet({}, {b: module.n_units for b, module in find_modules(model).items()})
         else:
-            units = select_units(self.names, UnitGroups.load(self.groups, model))
+            # What stays keeps all that it reads; of what trains, nobody else reads anything.
+            shared: Shared = "any" if self.mode == "freeze" else "all"
+            chosen = selected_in(model, self.names, self.groups, shared)
         if self.mode == "freeze":
-            return freeze(model, units, keep=self.keep, rows=rows)
-        return train_only(model, units, rows=rows)
+            return freeze(model, chosen, keep=self.keep, rows=rows)
+        return train_only(model, chosen, rows=rows)
 
     def record(self) -> dict[str, Any]:
         """For the JSON of the run."""
@@ -265,8 +272,7 @@ def _prepared(
         "model": plan.base_name,
         "data": data,
         **selected.record(),
-        "units": len(plan.units),
-        "unit_fraction": plan.units.fraction,
+        **_selected(plan),
         "rows": len(examples),
         "rows_read": rows_read(tokenizer, counts),
         "dry_run": options.dry_run,
@@ -274,6 +280,12 @@ def _prepared(
     if ranks.size > 1:
         about["processes"] = ranks.size
     return _Prepared(plan, examples, eval_examples, safety, tokenizer, about)
+
+
+def _selected(plan: UpdatePlan) -> dict[str, Any]:
+    """How many units are selected; of other things, how many weights too."""
+    units = {"units": len(plan.units), "unit_fraction": plan.units.fraction}
+    return units if plan.selection is None else units | counted(plan.selection)
 
 
 def _warn_of_shared(

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ssah.deltas.weights import Weights
+from ssah.selections import Selection, narrowed
 from ssah.training import Entries
 
 
@@ -33,10 +34,6 @@ class Place:
     name: str
     param: str
     numbers: Tensor
-
-    def mask(self, chosen: Tensor) -> Tensor:
-        """The elements of chosen entries, bool, broadcasting; ``chosen`` is bool ``[entries]``."""
-        return chosen[self.numbers]
 
     def add_sums(self, sums: Tensor, values: Tensor, rows: slice) -> None:
         """Add the values of some rows of the tensor to the sums over entries.
@@ -69,13 +66,26 @@ def places(weights: Weights, entries: Mapping[str, Entries]) -> Iterator[Place]:
         numbers = torch.arange(len(own.trains)).reshape(sizes)  # [.., entries, ..]
         # Expanded, they take no memory: what is made of them are mostly views.
         for name, piece in weights.in_pieces(param, numbers.expand(shape)).items():
-            yield Place(name, param, _narrowed(piece))
+            yield Place(name, param, narrowed(piece).contiguous())
 
 
-def _narrowed(numbers: Tensor) -> Tensor:
-    """The same with size 1 along every dimension in which nothing changes."""
-    for dim, stride in enumerate(numbers.stride()):
-        first = numbers.narrow(dim, 0, 1)
-        if stride == 0 or bool((numbers == first).all()):
-            numbers = first
-    return numbers.contiguous()
+def in_tensors(weights: Weights, selection: Selection) -> dict[str, Tensor]:
+    """What a selection has of the tensors of a model.
+
+    Args:
+        weights: the tensors.
+        selection: of their model.
+
+    Returns:
+        Name of a tensor -> bool ``[...]``, True where it is selected; it broadcasts.
+
+    Raises:
+        ValueError: as of `Weights.in_pieces`.
+    """
+    return {
+        name: narrowed(piece)
+        for param in selection
+        for name, piece in weights.in_pieces(
+            param, selection.mask(param).expand(selection.shapes[param])
+        ).items()
+    }

@@ -20,14 +20,15 @@ import torch
 from torch import Tensor
 
 from ssah.deltas.matching import Deltas
-from ssah.deltas.owners import places
+from ssah.deltas.owners import in_tensors
 from ssah.deltas.results import Out, finished
 from ssah.deltas.weights import Weights, WeightsOf
-from ssah.training import frozen_entries
+from ssah.selections import Selection
+from ssah.training import may_change
 from ssah.units import UnitSet
 
-# Units, names of parameters, or names of modules for everything in them.
-Rewound: TypeAlias = "UnitSet | str | Sequence[UnitSet | str]"
+# Units, selections, names of parameters, or names of modules for everything in them.
+Rewound: TypeAlias = "UnitSet | Selection | str | Sequence[UnitSet | Selection | str]"
 
 
 def rewind(
@@ -38,8 +39,9 @@ def rewind(
     Args:
         base, tuned, out: as of `ssah.deltas.interpolate`. Where their dtypes differ, what is put
             back is rounded to that of ``tuned``.
-        selection: a `UnitSet`; the name of a parameter, ``"model.norm.weight"``; the name of a
-            module, ``"model.layers.3"``, for all parameters in it; or several of these.
+        selection: a `UnitSet`; a `Selection` (`ssah.select`); the name of a parameter,
+            ``"model.norm.weight"``; the name of a module, ``"model.layers.3"``, for all parameters
+            in it; or several of these.
 
     Returns:
         ``out``; or for models in memory a state dict on the CPU, name -> ``[...]``.
@@ -50,23 +52,29 @@ def rewind(
         TypeError: the selection is no such thing; or it has units and the models are state dicts.
         FileExistsError, ModelError: as of `ssah.deltas.interpolate`.
     """
-    parts = [selection] if isinstance(selection, str | UnitSet) else list(selection)
+    several = not isinstance(selection, str | UnitSet | Selection)
+    parts: list[UnitSet | Selection | str] = list(selection) if several else [selection]  # type: ignore[list-item]
     units = [part for part in parts if isinstance(part, UnitSet)]
+    selections = [part for part in parts if isinstance(part, Selection)]
     names = [part for part in parts if isinstance(part, str)]
-    if len(units) + len(names) < len(parts):
+    if len(units) + len(selections) + len(names) < len(parts):
         kinds = {type(part).__name__ for part in parts} - {"str"}
-        raise TypeError(f"selection has {', '.join(kinds)}; it must have UnitSets and names alone")
+        raise TypeError(
+            f"selection has {', '.join(kinds)}; it must have UnitSets, Selections and names alone"
+        )
     deltas = Deltas(base, [tuned])
     whole = _whole(deltas.tuned[0], names)
-    masks = _masks(deltas.tuned[0], units)
+    masks = _masks(deltas.tuned[0], units, selections)
     if not whole and not masks:
-        raise ValueError("selection is empty; it must have a unit or a name")
+        raise ValueError("selection is empty; it must have a unit, a weight or a name")
     edit = {
         "edit": "rewind",
         "names": names,
         "units": sum(map(len, units)),
         "tensors": len(whole | masks.keys()),
     }
+    if selections:
+        edit["weights"] = sum(sum(each.counts.values()) for each in selections)
 
     def make(name: str) -> Tensor:
         # Nothing is computed, so that a weight that is NaN can be put back too.
@@ -94,11 +102,12 @@ def _whole(weights: Weights, names: Sequence[str]) -> frozenset[str]:
     return frozenset(found)
 
 
-def _masks(weights: Weights, units: Sequence[UnitSet]) -> dict[str, Tensor]:
-    """Name of a tensor -> bool, broadcasting over it: what units own of it."""
-    if not units:
-        return {}
+def _masks(
+    weights: Weights, units: Sequence[UnitSet], selections: Sequence[Selection]
+) -> dict[str, Tensor]:
+    """Name of a tensor -> bool, broadcasting over it: what is selected of it."""
     # All sets at once: of a row of V that several units share, one of them is enough.
-    entries = frozen_entries(weights.model, reduce(operator.or_, units))
-    owned = {param: own for param, own in entries.items() if not own.whole}
-    return {each.name: each.mask(~owned[each.param].trains) for each in places(weights, owned)}
+    parts: list[UnitSet | Selection] = [*selections]
+    parts += [reduce(operator.or_, units)] if units else []
+    chosen = [~may_change(weights.model, each) for each in parts]
+    return in_tensors(weights, reduce(operator.or_, chosen)) if chosen else {}

@@ -22,6 +22,7 @@ from ssah.evaluation.prompting import Request
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ssah.selections import Selection
     from ssah.units import UnitSet
 
 Job: TypeAlias = tuple[int, int]  # an arm, and a batch of requests
@@ -45,7 +46,7 @@ class Answering:
     requests: Sequence[Request]
     encoded: Sequence[Sequence[int]]
     chunks: Sequence[Sequence[int]]
-    selections: Sequence[UnitSet | None]
+    selections: Sequence[UnitSet | Selection | None]
     max_new_tokens: int
     wanted: list[Job] = field(default_factory=list)
     _ready: dict[Job, tuple[list[Answer], list[bool]]] = field(default_factory=dict)

@@ -17,6 +17,7 @@ from ssah.evaluation.rates import summary
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ssah.selections import Selection
     from ssah.units import UnitSet
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
@@ -32,7 +33,7 @@ def attack_success(
     requests: Sequence[Request],
     *,
     judges: Sequence[str | Judge | Judged] = ("wei2024",),
-    ablated: UnitSet | None = None,
+    ablated: UnitSet | Selection | None = None,
     coherent: Coherence | None = None,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,
@@ -106,7 +107,7 @@ def judged_answers(
     coherent: Coherence,
     keep: Keep,
     *,
-    selections: Sequence[UnitSet | None] = (None,),
+    selections: Sequence[UnitSet | Selection | None] = (None,),
     kept: Callable[[int, int], bool] = lambda arm, number: False,
     system_prompt: str | None = None,
     max_new_tokens: int = 64,

@@ -11,7 +11,7 @@ It sees every change of what is said to ordinary people, where a loss sees that 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +21,13 @@ from torch import Tensor
 from ssah.attribution import BatchReader
 from ssah.data import IGNORE_INDEX
 from ssah.evaluation.loss import logits_at
-from ssah.interventions import arms
+from ssah.interventions import ablate, arms, runs_alone
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ssah.selections import Selection
     from ssah.units import UnitSet
 
 
@@ -54,7 +55,7 @@ class Divergence:
 def divergences(
     model: PreTrainedModel,
     loader: Iterable[Mapping[str, Any]],
-    selections: Sequence[UnitSet | None],
+    selections: Sequence[UnitSet | Selection | None],
     *,
     intact: PreTrainedModel | None = None,
 ) -> list[Divergence]:
@@ -64,7 +65,7 @@ def divergences(
         model: a causal language model of transformers; it is left as it was.
         loader: batches with ``input_ids`` and ``labels``, of ``ssah.data.make_loader`` for one:
             harmless prompts with answers.
-        selections: units that are out; None: the model as it is.
+        selections: what is out, as `ssah.ablate` takes it; None: the model as it is.
         intact: the model to compare with, of the same vocabulary; None: ``model`` as it is.
 
     Returns:
@@ -77,6 +78,7 @@ def divergences(
     """
     reader = BatchReader(check_whole(model), tokens="labels")
     found: list[list[tuple[float, int, float]]] = [[] for _ in selections]
+    joined = [None if runs_alone(model, what) else what for what in selections]
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)
         predicts = batch.targets != IGNORE_INDEX  # [rows, length]
@@ -92,18 +94,21 @@ def divergences(
             stack.enter_context(as_it_was(model))
             run = None
             # The model as it is needs no arms, and may be one whose units we do not know.
-            if any(units is not None for units in selections):
-                run = stack.enter_context(arms(model, [None, *selections]))
+            if any(what is not None for what in joined):
+                run = stack.enter_context(arms(model, [None, *joined]))
                 run.assign([0] * len(predicts))
             if intact is None:
                 exact = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
             else:
                 stack.enter_context(as_it_was(intact))
                 exact = logits_at(intact, batch.inputs, columns)
-            for arm, own in enumerate(found, start=1):
+            for arm, (what, own) in enumerate(zip(selections, found, strict=True), start=1):
                 if run is not None:
                     run.assign([arm] * len(predicts))
-                own += _of_rows(exact, logits_at(model, batch.inputs, columns), predicts)
+                alone = what is not None and joined[arm - 1] is None
+                with ablate(model, what) if alone else nullcontext():  # type: ignore[arg-type]
+                    logits = logits_at(model, batch.inputs, columns)
+                own += _of_rows(exact, logits, predicts)
     if not any(found):
         raise ValueError("loader is empty, must have at least one batch")
     return [_joined(own) for own in found]

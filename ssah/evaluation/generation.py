@@ -8,7 +8,7 @@ reasoning and special tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,12 +16,13 @@ from ssah.data import Encoder, check_count
 from ssah.evaluation.decoding import decode, greedy, rows_at_once
 from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.reasoning import opens_reasoning, spoken
-from ssah.interventions import arms
+from ssah.interventions import Arms, ablate, arms, runs_alone
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from ssah.selections import Selection
     from ssah.units import UnitSet
 
 _OPENING_TOKENS = 16  # of a prompt's end: enough to hold what opens a block of reasoning
@@ -153,7 +154,7 @@ def answers_of_arms(
     tokenizer: PreTrainedTokenizerBase,
     encoded: Sequence[Sequence[int]],
     jobs: Sequence[tuple[int, int]],
-    selections: Sequence[UnitSet | None],
+    selections: Sequence[UnitSet | Selection | None],
     *,
     max_new_tokens: int,
     at_once: int,
@@ -164,7 +165,7 @@ def answers_of_arms(
         model, tokenizer: as :func:`generate` takes them.
         encoded: prompts, as tokens; there is room for their answers.
         jobs: number of a selection, and number of a prompt that it is to answer.
-        selections: of each arm the units that are out; None is the model as it is.
+        selections: of each arm what is out, as `ssah.ablate` takes it; None is the model as it is.
         max_new_tokens: the most tokens of an answer.
         at_once: rows of a batch.
 
@@ -173,19 +174,29 @@ def answers_of_arms(
     """
     stops = stop_tokens(model, tokenizer)
     found: dict[int, Answer] = {}
-    with ExitStack() as stack:
-        stack.enter_context(as_it_was(model))
-        stack.enter_context(greedy(model, tokenizer, stops, max_new_tokens))
-        run = None
-        # The model as it is needs no arms, and may be one whose units we do not know.
-        if any(selections[arm] is not None for arm, _ in jobs):
-            run = stack.enter_context(arms(model, selections))
-        for chunk in longest_first([encoded[prompt] for _, prompt in jobs], at_once):
-            own = [jobs[i] for i in chunk]
-            rows = [encoded[prompt] for _, prompt in own]
-            new = decode(model, rows, stops, max_new_tokens, run, [arm for arm, _ in own])
+
+    def answer(own: Sequence[int], run: Arms | None) -> None:
+        """Answer the jobs of these numbers."""
+        prompted = [encoded[jobs[i][1]] for i in own]
+        for chunk in longest_first(prompted, at_once):
+            rows, arm = [prompted[i] for i in chunk], [jobs[own[i]][0] for i in chunk]
+            new = decode(model, rows, stops, max_new_tokens, run, arm)
             for i, row, ids in zip(chunk, rows, new, strict=True):
-                found[i] = _answer(tokenizer, row, ids, stops)
+                found[own[i]] = _answer(tokenizer, row, ids, stops)
+
+    alone = {arm for arm, what in enumerate(selections) if runs_alone(model, what)}
+    with as_it_was(model), greedy(model, tokenizer, stops, max_new_tokens):
+        shared = [i for i, (arm, _) in enumerate(jobs) if arm not in alone]
+        # The model as it is needs no arms, and may be one whose units we do not know.
+        if any(selections[jobs[i][0]] is not None for i in shared):
+            joined = [None if arm in alone else what for arm, what in enumerate(selections)]
+            with arms(model, joined) as run:
+                answer(shared, run)
+        else:
+            answer(shared, None)
+        for arm in sorted(alone):
+            with ablate(model, selections[arm]):  # type: ignore[arg-type]  # None is not alone
+                answer([i for i, job in enumerate(jobs) if job[0] == arm], None)
     return [found[i] for i in range(len(jobs))]
 
 

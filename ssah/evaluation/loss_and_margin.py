@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ssah.evaluation.loss import utility_loss
 from ssah.evaluation.margin import refusal_margins
 from ssah.interventions import ablate
+from ssah.selections import Selection
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ class Measures:
         self.loader, self.requests = loader, requests
         self.batch_size, self.max_length = batch_size, max_length
 
-    def __call__(self, ablated: UnitSet | None = None) -> Measurement:
+    def __call__(self, ablated: UnitSet | Selection | None = None) -> Measurement:
         """Measure the model as it is, or with units ablated (they are put back afterwards)."""
         if ablated is not None:  # both measures of the same ablated model
             with ablate(self.model, ablated):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.interventions.ablation import ablate
+from ssah.interventions.arm_units import runs_alone
 from ssah.interventions.hidden import Add, ProjectOut, ReplaceHidden, ScaleHidden
 from ssah.interventions.intervention import check_not_ablated, intervene
 from ssah.interventions.pruning import prune
@@ -24,6 +25,7 @@ __all__ = [
     "check_not_ablated",
     "intervene",
     "prune",
+    "runs_alone",
 ]
 
 __getattr__ = submodules_of(__name__)

@@ -1,4 +1,4 @@
-"""Ablation: units put out nothing for a while, and the model is what it was, bit for bit, after.
+"""Ablation: units or heads put out nothing for a while; the model is then what it was, bit for bit.
 
 with ablate(model, groups["scu"]):
     ...                                  # their columns of B are zero
@@ -11,13 +11,19 @@ from contextlib import AbstractContextManager
 from torch import nn
 
 from ssah.interventions.intervention import Intervention
-from ssah.interventions.weights import Zero, plan_units
+from ssah.interventions.weights import plan_ablation
 from ssah.models import check_idle
+from ssah.selections import Selection
 from ssah.units import UnitSet
 
 
-def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module]:
+def ablate(model: nn.Module, units: UnitSet | Selection) -> AbstractContextManager[nn.Module]:
     """Context manager: the units' columns of B are zero inside, and back bit for bit after.
+
+    Of a selection, what its units and heads put out is zero: columns of B, of heads those of O.
+    Their rows of gate, up, Q, K and V stay, since they feed nothing else. Everything else that is
+    selected is zero. So of a layer O and down, their biases and its norms are zero, and the block
+    adds nothing to the residual stream.
 
     They are put back after an exception too. Only the touched columns are copied. Ablations nest
     and may overlap, as long as the last one entered is the first one left, which `with` ensures.
@@ -32,7 +38,8 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
 
     Args:
         model: a model that `find_modules` knows.
-        units: what to ablate, for instance `groups["scu"]`. Yields the model.
+        units: what to ablate, for instance `groups["scu"]`, or a selection (`ssah.select`).
+            Yields the model.
 
     Raises:
         ValueError: where units belong to another model, a weight is not in memory, or experts'
@@ -42,4 +49,4 @@ def ablate(model: nn.Module, units: UnitSet) -> AbstractContextManager[nn.Module
     Source: Li & Kim, arXiv 2410.10862 (ablation of each group).
     """
     check_idle(model, "to be ablated")
-    return Intervention(model, "ablate", [plan_units(model, units, Zero(units))])
+    return Intervention(model, "ablate", plan_ablation(model, units))

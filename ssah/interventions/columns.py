@@ -92,6 +92,45 @@ class Columns:
         weight.index_copy_(self.dim, self.index.to(weight.device), values)
 
 
+@dataclass(frozen=True, eq=False)
+class Entries:
+    """Some entries of a parameter, whichever they are.
+
+    Attributes:
+        param: the name of the parameter.
+        owner: the module that holds it.
+        mask: bool ``[...]`` that broadcasts over it, True where an entry is meant.
+    """
+
+    param: str
+    owner: nn.Module
+    mask: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The parameter as it is now, ``[...]``: it may have been moved or converted."""
+        weight: Tensor = getattr(self.owner, self.param.rpartition(".")[2])
+        return weight
+
+    def read(self) -> Tensor:
+        """A copy of the entries, ``[n]`` in row-major order."""
+        return self.taken_from(self.weight)
+
+    def taken_from(self, whole: Tensor) -> Tensor:
+        """The same of another such parameter ``[...]``: ``[n]``."""
+        return whole.masked_select(self.mask.to(whole.device))
+
+    def zero(self) -> None:
+        """Set them to zero."""
+        self.weight.masked_fill_(self.mask.to(self.weight.device), 0)
+
+    def write(self, values: Tensor) -> None:
+        """Set them to ``values``, ``[n]`` as `read` gives them."""
+        weight = self.weight
+        values = values.to(weight.device, weight.dtype)
+        weight.masked_scatter_(self.mask.to(weight.device), values)
+
+
 def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of ``model`` that ``units`` is over.
 

@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from ssah.compat.modules import has_hooks, is_transformed
+from ssah.interventions.arm_units import arm_units
 from ssah.interventions.columns import checked_modules
 from ssah.interventions.intervention import marked
 from ssah.interventions.positions import Passes
 from ssah.interventions.weights import Scale, Zero
 from ssah.models import check_bare, check_idle, replaced_forward, runs_own_forward
+from ssah.selections import Selection
 from ssah.units import DepthTwoModule, GatedFFN, RoutedExperts, UnitSet, run_routed
 from ssah_kernels import backends, ops
 
@@ -34,8 +36,8 @@ from ssah_kernels import backends, ops
 # 40 microseconds of Python, and decoding a few tokens would be 1 to 2 % slower with it.
 _WORTH_FUSING = 2**17
 
-# What one arm takes out: units, units times a number, or nothing.
-Arm = UnitSet | Zero | Scale | None
+# What one arm takes out: units or heads, these times a number, or nothing.
+Arm = UnitSet | Selection | Zero | Scale | None
 
 
 def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[Arms]:
@@ -47,12 +49,13 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
 
     Args:
         model: a model that `find_modules` knows.
-        selections: of each arm a `UnitSet` to ablate, a `Zero` or a `Scale` of units, or None for
-            the intact model.
+        selections: of each arm a `UnitSet` to ablate, or a `Selection` of units and heads; a
+            `Zero` or a `Scale` of one; or None for the intact model.
 
     Raises:
         TypeError: a selection is something else.
-        ValueError: there is none, or units belong to another model.
+        ValueError: there is none, units belong to another model, or a selection has something
+            beside units and heads (a layer has its norms).
 
     Example: ``with ssah.arms(model, [None, groups["scu"]]) as run:``, then
     ``run.split(model.generate(**run.repeat(batch)))`` is ``[arms, rows, tokens]``.
@@ -66,7 +69,13 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
     for number, arm in enumerate(selections):
         if arm is None:
             continue
-        units = arm.selection if isinstance(arm, Zero | Scale) else arm
+        chosen = arm.selection if isinstance(arm, Zero | Scale) else arm
+        units = arm_units(model, chosen) if isinstance(chosen, Selection) else chosen
+        if units is None:
+            raise ValueError(
+                f"selections[{number}] has entries beside units and heads, for which weights "
+                "change that all arms share: run it by itself, inside ssah.ablate"
+            )
         found = checked_modules(model, units)  # type: ignore[arg-type]  # which refuses other types
         assert isinstance(units, UnitSet)
         factor = arm.factor if isinstance(arm, Scale) else 0.0

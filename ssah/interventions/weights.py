@@ -1,4 +1,4 @@
-"""Changes of weights: units or whole parameters that are zeroed, scaled or replaced for a while.
+"""Changes of weights: units or other entries that are zeroed, scaled or replaced for a while.
 
 Unit j puts out h_j B[:, j]. So to change what it puts out is to change column j of B:
 
@@ -18,40 +18,42 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ssah.interventions.columns import Part, checked_modules, columns_of
+from ssah.interventions.columns import Entries, Part, checked_modules, columns_of
 from ssah.models import is_offloaded, nonfinite, scheme_of
+from ssah.selections import Selection, output_parts
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, is_computed
 
-# What is changed: units, or whole parameters by their names.
-Selection = UnitSet | str | Sequence[str]
+# What is changed: units, the entries of a selection, or whole parameters by their names.
+Changed = UnitSet | Selection | str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
 class Zero:
-    """The columns of B of these units, or whole parameters, are zero.
+    """The columns of B of these units, or other entries, are zero.
 
     Args:
-        selection: a `UnitSet`, or names in ``model.named_parameters()``.
+        selection: a `UnitSet`, a `Selection`, or names in ``model.named_parameters()``.
     """
 
-    selection: Selection
+    selection: Changed
 
 
 @dataclass(frozen=True, eq=False)
 class Scale:
-    """The columns of B of these units, or whole parameters, are multiplied by a number.
+    """The columns of B of these units, or other entries, are multiplied by a number.
 
     Args:
-        selection: a `UnitSet`, or names in ``model.named_parameters()``.
+        selection: a `UnitSet`, a `Selection`, or names in ``model.named_parameters()``.
         factor: the number; 0 makes zeros, 1 changes nothing, -1 turns the sign.
 
     Raises:
         ValueError: ``factor`` is NaN or infinite.
     """
 
-    selection: Selection
+    selection: Changed
     factor: float
 
     def __post_init__(self) -> None:
@@ -60,49 +62,19 @@ class Scale:
 
 @dataclass(frozen=True, eq=False)
 class Replace:
-    """The columns of B of these units, or whole parameters, are those of other weights.
+    """The columns of B of these units, or other entries, are those of other weights.
 
     Args:
-        selection: a `UnitSet`, or names in ``model.named_parameters()``.
+        selection: a `UnitSet`, a `Selection`, or names in ``model.named_parameters()``.
         values: parameter's name -> the whole other parameter, of the shape that the model's own
             has (``[out, units]`` for a Linear B): for instance ``other.state_dict()``.
     """
 
-    selection: Selection
+    selection: Changed
     values: Mapping[str, Tensor]
 
 
 WeightChange = Zero | Scale | Replace
-
-
-@dataclass(frozen=True, eq=False)
-class Parameter:
-    """A whole parameter, ``[...]``."""
-
-    param: str
-    owner: nn.Module
-
-    @property
-    def weight(self) -> Tensor:
-        """The parameter as it is now, ``[...]``: it may have been moved or converted."""
-        weight: Tensor = getattr(self.owner, self.param.rpartition(".")[2])
-        return weight
-
-    def read(self) -> Tensor:
-        """A copy, ``[...]``."""
-        return self.weight.clone()
-
-    def taken_from(self, whole: Tensor) -> Tensor:
-        """The same of another such parameter, ``[...]``."""
-        return whole
-
-    def zero(self) -> None:
-        """Set it to zero."""
-        self.weight.zero_()
-
-    def write(self, values: Tensor) -> None:
-        """Set it to ``values``, ``[...]``."""
-        self.weight.copy_(values)
 
 
 @dataclass(frozen=True, eq=False)
@@ -167,14 +139,61 @@ def plan_weights(model: nn.Module, change: WeightChange) -> Writing:
     selection = change.selection
     if isinstance(selection, UnitSet):
         return plan_units(model, selection, change)
+    if isinstance(selection, Selection):
+        return _plan_entries(model, selection.of(model), change)
     # A string is a sequence too, of names of one letter each.
     names = [selection] if isinstance(selection, str) else selection
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise TypeError(
             f"selection is {type(selection).__name__}; it must be a UnitSet, for instance "
-            "groups['scu'], or names of parameters, as in model.named_parameters()"
+            "groups['scu'], a Selection (ssah.select), or names of parameters, as in "
+            "model.named_parameters()"
         )
-    return Writing([(part, _setter(part, change)) for part in _parameters(model, names)], [])
+    # With both names of a tied parameter: either may be given.
+    known = dict(model.named_parameters(remove_duplicate=False))
+    once: dict[int, str] = {}
+    for name in names:
+        if name not in known:
+            raise ValueError(
+                f"selection has {name!r}, which is no parameter of the model "
+                f"{type(model).__name__}; it must be a name in model.named_parameters()"
+            )
+        once.setdefault(id(known[name]), name)  # tied ones would be scaled twice
+    whole = torch.ones([], dtype=torch.bool)
+    return _plan_masks(model, dict.fromkeys(once.values(), whole), change)
+
+
+def plan_ablation(model: nn.Module, what: UnitSet | Selection) -> list[Writing]:
+    """What ablating units or a selection writes; nothing is written yet. Errors as `plan_weights`.
+
+    Of a selection what its units and heads put out is zero: their columns of B and of O. What only
+    feeds these is left as it is, and every other entry is zero.
+    """
+    if not isinstance(what, Selection):
+        return [plan_units(model, what, Zero(what))]
+    units, beside = output_parts(what.of(model), model)
+    return [plan_units(model, units, Zero(units)), _plan_entries(model, beside, Zero(beside))]
+
+
+def _plan_entries(model: nn.Module, selection: Selection, change: WeightChange) -> Writing:
+    """As `plan_weights`, of all entries of a selection."""
+    return _plan_masks(model, {name: selection.mask(name) for name in selection}, change)
+
+
+def _plan_masks(model: nn.Module, masks: Mapping[str, Tensor], change: WeightChange) -> Writing:
+    """The same of masks by parameter, bool ``[...]`` that broadcast over it."""
+    parts = []
+    for name, mask in masks.items():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        weight: Tensor = getattr(owner, name.rpartition(".")[2])
+        if weight.is_meta or not weight.is_floating_point() or scheme_of(owner) is not None:
+            raise ValueError(
+                f"{name} is {weight.dtype} on {weight.device}, or packed; it must be a plain "
+                "floating-point weight in memory (dequantize the model, and load it whole)"
+            )
+        part = Entries(name, owner, mask)
+        parts.append((part, _setter(part, change)))
+    return Writing([*parts], [])
 
 
 def plan_units(model: nn.Module, units: UnitSet, change: WeightChange) -> Writing:
@@ -208,27 +227,6 @@ def _must_be_hooked(model: nn.Module, module: DepthTwoModule) -> bool:
     return module.routed is None and (
         is_computed(model, module.output.param) or is_offloaded(module.down)
     )
-
-
-def _parameters(model: nn.Module, names: Sequence[str]) -> list[Parameter]:
-    """Whole parameters by name, each once, also where two names are tied."""
-    # With both names of a tied parameter: either may be given.
-    known = dict(model.named_parameters(remove_duplicate=False))
-    found: dict[int, Parameter] = {}
-    for name in names:
-        if name not in known:
-            raise ValueError(
-                f"selection has {name!r}, which is no parameter of the model "
-                f"{type(model).__name__}; it must be a name in model.named_parameters()"
-            )
-        weight, owner = known[name], model.get_submodule(name.rpartition(".")[0])
-        if weight.is_meta or not weight.is_floating_point() or scheme_of(owner) is not None:
-            raise ValueError(
-                f"{name} is {weight.dtype} on {weight.device}, or packed; it must be a plain "
-                "floating-point weight in memory (dequantize the model, and load it whole)"
-            )
-        found.setdefault(id(weight), Parameter(name, owner))  # tied ones would be scaled twice
-    return list(found.values())
 
 
 def _setter(part: Part, change: WeightChange) -> Callable[[], None]:

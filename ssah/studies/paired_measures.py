@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from ssah.data import Loader, Row
     from ssah.evaluation import Judge
+    from ssah.selections import Selection
     from ssah.studies.study import Study
     from ssah.units import UnitSet
 
@@ -74,7 +75,9 @@ class Evaluation:
         self.judges = judges or distinct_judges(settings.judges, settings.max_new_tokens)
         self.loaders = {name: study.loader(own) for name, own in rows.items()}
 
-    def measure(self, model: PreTrainedModel, ablated: UnitSet | None = None) -> dict[str, Any]:
+    def measure(
+        self, model: PreTrainedModel, ablated: UnitSet | Selection | None = None
+    ) -> dict[str, Any]:
         """Refusal margins and losses of a model, with units ablated or as it is.
 
         Returns:
@@ -105,7 +108,7 @@ class Evaluation:
         names: Sequence[str],
         model: PreTrainedModel,
         coherent: Coherence,
-        selections: Sequence[UnitSet | None] = (None,),
+        selections: Sequence[UnitSet | Selection | None] = (None,),
     ) -> list[dict[str, Any]]:
         """What ``ssah.evaluation.attack_success`` returns of each; arguments as of `judged`."""
         found = self.judged(names, model, coherent, self.asked, selections=selections)
@@ -118,7 +121,7 @@ class Evaluation:
         coherent: Coherence,
         requests: Sequence[str],
         *,
-        selections: Sequence[UnitSet | None],
+        selections: Sequence[UnitSet | Selection | None],
         system_prompt: str | None = None,
     ) -> list[dict[str, Any]]:
         """Let a model answer requests under several arms at once; the answers are not kept.

@@ -12,7 +12,7 @@ from ssah.lazy import names_of
 if TYPE_CHECKING:
     from ssah.training.adapters.callback import AdapterCallback
     from ssah.training.adapters.card import LoraExport, adapter_card
-    from ssah.training.adapters.entries import frozen_entries
+    from ssah.training.adapters.entries import frozen_entries, may_change
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
     from ssah.training.adapters.writing import LoraFactors, write_adapter
@@ -55,7 +55,7 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     **{"adapters.callback": "AdapterCallback"},
-    **{"adapters.card": "LoraExport adapter_card", "adapters.entries": "frozen_entries"},
+    **{"adapters.card": "LoraExport adapter_card", "adapters.entries": "frozen_entries may_change"},
     **{"adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
     **{"adapters.writing": "LoraFactors write_adapter"},

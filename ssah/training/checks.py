@@ -10,28 +10,31 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, nonfinite
+from ssah.selections import Selection
 from ssah.training.active import check_unplanned
+from ssah.training.choice import split_modules
 from ssah.training.sharded import check_sharded
 from ssah.training.splitting import check_no_hooks
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import is_sharded
 
 
-def check_planable(model: PreTrainedModel, units: UnitSet) -> dict[str, DepthTwoModule]:
+def check_planable(model: PreTrainedModel, units: UnitSet | Selection) -> dict[str, DepthTwoModule]:
     """The depth-2 modules of a model that a plan over ``units`` can be made for.
 
     Raises:
-        TypeError: ``units`` is no `UnitSet`.
+        TypeError: ``units`` is neither a `UnitSet` nor a `Selection`.
         ValueError, RuntimeError: it cannot; the module or parameter that is in the way is named.
         FloatingPointError: a weight of a unit is NaN or infinite; on every rank.
     """
     check_unplanned(model)
     modules = find_modules(model)
-    check_units(model, units)
+    if not isinstance(units, Selection):
+        check_units(model, units)
     check_idle(model, "before a plan is made")
     check_not_ablated(model, "before a plan is made")
     _check_weights(model)
-    _check_projections(model, modules, units.keys())
+    _check_projections(model, modules, split_modules(modules, units))
     # Each rank sees its own rows: one that refuses alone would leave the others waiting.
     with (Ranks.over(model) or Ranks()).agreeing():
         _check_finite(model, modules)

@@ -1,33 +1,38 @@
 """What a plan is asked to train or to keep, turned into entries of parameters.
 
-Units own rows and columns of projections (`ssah.training.entries`). Beside them a plan takes names
-of parameters that train or stay whole, and rows of embeddings and heads. Example, for a model to
-which two tokens were added:
+Units own rows and columns of projections. Beside them a plan takes names of parameters that train
+or stay whole, and rows of embeddings and heads; or a selection of all of these, and of heads and
+layers. Whatever is given becomes one selection, of what trains. Example, for a model to which two
+tokens were added:
 
     train_only(model, rows={"model.embed_tokens.weight": [32000, 32001]})
     freeze(model, units, keep=["*norm*"], rows={"lm_head.weight": [2]})
-
-Single weights are chosen by masks of one bit each, of any parameter:
-
-    train_only(model, weights={"model.layers.0.mlp.up_proj.weight": BitMask.of(mask)})
+    freeze(model, ssah.select(model, "layers:6-12 + heads:2.26"))
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
-import torch
 from torch import Tensor, nn
 
-from ssah.training.entries import Entries, choose_weights, select_entries
+from ssah.selections import (
+    Outline,
+    Selection,
+    matching_parameters,
+    of_parameters,
+    of_rows,
+    of_units,
+    output_units,
+    row_numbers,
+)
+from ssah.training.entries import Entries, select_entries
 from ssah.training.splitting import check_rows_split, check_weights_split
-from ssah.units import BitMask, DepthTwoModule, UnitSet
+from ssah.units import DepthTwoModule, UnitSet
 from ssah_kernels.sharded import is_sharded
 
 Rows = Mapping[str, Sequence[int] | Tensor]  # parameter -> numbers of its rows
-Weights = Mapping[str, BitMask]  # parameter -> single weights of it
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,11 +40,13 @@ class Choice:
     """What trains.
 
     Attributes:
+        units: what was given: of a selection, the units whose columns of B it has.
         trained_units: over every module of the model.
         masks: B's name -> bool ``[n_units]``, the units that train, of the modules of ``units``.
         entries: parameter -> which of its entries train.
     """
 
+    units: UnitSet
     trained_units: UnitSet
     masks: dict[str, Tensor]
     entries: dict[str, Entries]
@@ -53,21 +60,19 @@ class Beside:
         extra_parameters, kept_parameters: names or patterns of parameters that train whole, and
             of those that stay whole.
         rows: rows that do what the units do: stay, or train.
-        weights: single weights that do what the units do.
         unfreeze: of a plan that keeps: whether parameters that require no gradient train too.
     """
 
     extra_parameters: Collection[str] = ()
     kept_parameters: Collection[str] = ()
     rows: Rows | None = None
-    weights: Weights | None = None
     unfreeze: bool = False
 
 
 def choose(
     model: nn.Module,
     modules: Mapping[str, DepthTwoModule],
-    units: UnitSet,
+    units: UnitSet | Selection,
     beside: Beside,
     *,
     keep: bool,
@@ -77,27 +82,36 @@ def choose(
     Args:
         model: the model.
         modules: its depth-2 modules by B's name.
-        units: what stays frozen (``keep``), or what trains.
+        units: what stays frozen (``keep``), or what trains: units, or a selection.
         beside: what else does.
         keep: whether ``units`` stay.
 
     Raises:
         TypeError, ValueError: a name, a pattern or a row is not in the model; nothing would train.
     """
-    extra = _matching(model, beside.extra_parameters, "extra_parameters")
-    kept = _matching(model, beside.kept_parameters, "keep")
+    extra = matching_parameters(model, beside.extra_parameters, "extra_parameters")
+    kept = matching_parameters(model, beside.kept_parameters, "keep")
     if keep and not beside.unfreeze:
         kept |= {name for name, p in model.named_parameters() if not p.requires_grad}
     rows = _checked_rows(model, modules, {} if beside.rows is None else beside.rows, extra)
-    weights = _checked_weights(model, {} if beside.weights is None else beside.weights, extra)
-    given = UnitSet({}, {name: m.n_units for name, m in modules.items()}) | units
-    trained_units = given.complement() if keep else given
-    masks = {name: trained_units.mask(name) for name in units}  # bool [n_units] each
-    entries = select_entries(model, modules, masks, rest=keep, extra=extra, kept=kept, rows=rows)
-    choose_weights(model, entries, weights, train=not keep)
+    outline = Outline.of(model)
+    if isinstance(units, Selection):
+        chosen, given = units.of(model), output_units(units, modules)
+    else:
+        # What a unit that stays reads must stay; what trains, nobody else may read.
+        chosen = of_units(outline, units, "any" if keep else "all")
+        given = units
+    chosen = chosen | of_rows(outline, rows)
+    trained = ~chosen if keep else chosen
+    trained = (trained | of_parameters(outline, extra)) - of_parameters(outline, kept)
+    entries = select_entries(modules, trained, single=True)
+    _check_split(model, modules, entries, rows)
+    trained_units = UnitSet({}, {name: m.n_units for name, m in modules.items()}) | given
+    trained_units = trained_units.complement() if keep else trained_units
+    masks = {name: trained_units.mask(name) for name in split_modules(modules, units)}
     if not any(each.some for each in entries.values()):
         raise ValueError(
-            f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "
+            f"units ({_counted(units)}) leave nothing to train; give "
             "units that own something, or name parameters in extra_parameters="
             + (
                 f". {len(kept)} of {len(entries)} parameters stay frozen whole: they are named in "
@@ -106,42 +120,47 @@ def choose(
                 else ""
             )
         )
-    return Choice(trained_units, masks, entries)
+    return Choice(given, trained_units, masks, entries)
 
 
-def _matching(model: nn.Module, patterns: Collection[str], argument: str) -> set[str]:
-    """Names as ``model.named_parameters()`` gives them: of tied parameters, the first.
-
-    Args:
-        model: the model.
-        patterns: names of parameters, or patterns of them as :mod:`fnmatch` reads them.
-        argument: the name of that argument, for the message.
+def _check_split(
+    model: nn.Module,
+    modules: Mapping[str, DepthTwoModule],
+    entries: Mapping[str, Entries],
+    rows: Collection[str],
+) -> None:
+    """Refuse parameters that cannot be split as ``entries`` says.
 
     Raises:
-        TypeError: ``patterns`` is no collection of names.
-        ValueError: the model lacks one; it is named.
+        ValueError: the parameter is named.
     """
-    if isinstance(patterns, str | Mapping) or not isinstance(patterns, Collection):
-        kind = {str: "string", dict: "mapping"}.get(type(patterns), type(patterns).__name__)
-        raise TypeError(
-            f"{argument} is a {kind}, must be a collection of parameter names, or patterns such as "
-            "'*norm*': it is for whole parameters; some of their rows are for rows="
-        )
-    first = {id(p): name for name, p in model.named_parameters()}
-    every = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
-    found: set[str] = set()
-    unknown: list[str] = []
-    for pattern in patterns:
-        own = {canonical for name, canonical in every.items() if fnmatchcase(name, pattern)}
-        found |= own
-        if not own:
-            unknown.append(pattern)
-    if unknown:
-        raise ValueError(
-            f"{argument} has names that the model lacks: {', '.join(unknown)}; they "
-            "must be from model.named_parameters(), or patterns of them such as '*norm*'"
-        )
-    return found
+    owned = {param for module in modules.values() for param in module.params}
+    for name, each in entries.items():
+        if each.single and each.partial:
+            if is_sharded(model.get_parameter(name)):
+                raise ValueError(
+                    f"units has single weights of {name!r}, of a model that is sharded; it must be "
+                    "in one memory: choose units or rows, or do not shard it"
+                )
+            check_weights_split(model, name)
+        elif each.partial and name not in owned:
+            check_rows_split(model, name, "rows" if name in rows else "units")
+
+
+def split_modules(
+    modules: Mapping[str, DepthTwoModule], units: UnitSet | Selection
+) -> Collection[str]:
+    """The modules of which ``units`` says that some entries train and some do not."""
+    if isinstance(units, UnitSet):
+        return units.keys()
+    part = set(units) - set(units.whole)
+    return [name for name, module in modules.items() if not part.isdisjoint(module.params)]
+
+
+def _counted(units: UnitSet | Selection) -> str:
+    if isinstance(units, Selection):
+        return f"{sum(units.counts.values()):,} weights, {units.fraction:.1%}"
+    return f"{len(units)} of {sum(units.sizes.values())}"
 
 
 def _checked_rows(
@@ -162,7 +181,7 @@ def _checked_rows(
     for name, numbers in rows.items():
         if not isinstance(name, str):
             raise TypeError(f"rows has the key {name!r}, must be the name of a parameter")
-        (canonical,) = _matching(model, [name], "rows")
+        (canonical,) = matching_parameters(model, [name], "rows")
         if canonical in owned:
             raise ValueError(
                 f"rows has {name!r}, of which units own entries: choose among them with units"
@@ -173,72 +192,5 @@ def _checked_rows(
             )
         if canonical in result:
             raise ValueError(f"rows has {name!r} twice: it is tied to another name that is given")
-        check_rows_split(model, canonical)
-        result[canonical] = _checked_numbers(name, numbers, len(model.get_parameter(canonical)))
-    return result
-
-
-def _checked_numbers(name: str, numbers: Sequence[int] | Tensor, n_rows: int) -> Tensor:
-    """``numbers`` as int64 ``[rows]`` on the CPU, ascending and each once."""
-    if isinstance(numbers, Tensor) and numbers.dtype is torch.bool:
-        raise TypeError(f"rows has a mask for {name!r}, must be row numbers: mask.nonzero()[:, 0]")
-    if isinstance(numbers, Tensor):
-        numbers = numbers.tolist()
-    if isinstance(numbers, str) or not isinstance(numbers, Collection):
-        raise TypeError(f"rows has {numbers!r} for {name!r}, must be a list of row numbers")
-    wrong = [n for n in numbers if isinstance(n, bool) or not isinstance(n, int)]
-    wrong = wrong or [n for n in numbers if not 0 <= n < n_rows]
-    if wrong or not len(numbers):
-        raise ValueError(
-            f"rows has {wrong[0] if wrong else 'no row'!r} for {name!r}, must have whole numbers "
-            f"from 0 to {n_rows - 1}; tokens that are added come first "
-            "(model.resize_token_embeddings), then the plan"
-        )
-    return torch.tensor(sorted(set(numbers)), dtype=torch.int64)
-
-
-def _checked_weights(
-    model: nn.Module, weights: Weights, extra: Collection[str]
-) -> dict[str, Tensor]:
-    """Single weights by canonical name, bool of the parameter's shape.
-
-    Raises:
-        TypeError, ValueError: the parameter is named.
-    """
-    if not isinstance(weights, Mapping):
-        raise TypeError(
-            f"weights is a {type(weights).__name__}, must be a mapping of parameter names to "
-            "ssah.units.BitMask, such as {'model.norm.weight': BitMask.of(mask)}"
-        )
-    result: dict[str, Tensor] = {}
-    for name, chosen in weights.items():
-        if not isinstance(name, str) or not isinstance(chosen, BitMask):
-            raise TypeError(
-                f"weights has {type(chosen).__name__} for {name!r}, must have a parameter's name "
-                "and a BitMask: BitMask.of(mask), of a bool mask of its shape"
-            )
-        (canonical,) = _matching(model, [name], "weights")
-        parameter = model.get_parameter(canonical)
-        if chosen.shape != tuple(parameter.shape):
-            raise ValueError(
-                f"weights has a mask of shape {list(chosen.shape)} for {name!r}, must have "
-                f"{list(parameter.shape)}, the shape of the parameter"
-            )
-        if not chosen.count:
-            raise ValueError(f"weights has a mask without a weight for {name!r}: leave it out")
-        if canonical in extra:
-            raise ValueError(
-                f"weights has {name!r}, which extra_parameters trains whole: name it in one of them"
-            )
-        if canonical in result:
-            raise ValueError(
-                f"weights has {name!r} twice: it is tied to another name that is given"
-            )
-        if is_sharded(parameter):
-            raise ValueError(
-                f"weights has {name!r} of a model that is sharded, must be of one in one memory: "
-                "choose units or rows, or do not shard it"
-            )
-        check_weights_split(model, canonical)
-        result[canonical] = chosen.to_mask()
+        result[canonical] = row_numbers(name, numbers, len(model.get_parameter(canonical)))
     return result

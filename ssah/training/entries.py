@@ -20,12 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from ssah.selections import Selection
 from ssah.units import DepthTwoModule
 from ssah_kernels.sharded import Dim
 
@@ -108,100 +109,88 @@ class TrainedSlice:
 
 
 def select_entries(
-    model: nn.Module,
     modules: Mapping[str, DepthTwoModule],
-    trained: Mapping[str, Tensor],
+    trained: Selection,
+    argument: str = "units",
     *,
-    rest: bool,
-    extra: Collection[str] = (),
-    kept: Collection[str] = (),
-    rows: Mapping[str, Tensor] | None = None,
+    single: bool = False,
 ) -> dict[str, Entries]:
-    """Every parameter's entries that train, by canonical name.
+    """Every parameter's entries that train: what a plan or an adapter takes of a selection.
 
     Args:
-        model: the model.
-        modules: all its depth-2 modules.
-        trained: B's name -> bool ``[n_units]``, the units that train. Entries of modules that are
-            not in it follow ``rest``.
-        rest: whether what no unit of ``trained`` owns trains.
-        extra: names of parameters that train whole.
-        kept: names of parameters that stay whole.
-        rows: of parameters that no unit owns: name -> int64 ``[rows]``, those that do not follow
-            ``rest``.
+        modules: all depth-2 modules of the model.
+        trained: what trains.
+        argument: what the caller calls the selection, for messages.
+        single: whether a parameter may train in other parts than whole entries: the elements are
+            its entries then.
+
+    Raises:
+        ValueError: without ``single``, of a parameter single weights train, or entries that run
+            along another dimension than its units do (rows of B, say); or a part of a layer's
+            experts trains, and the rest of the same units does not.
     """
-    # What no unit owns (norms, embeddings, Q and K) has rows for entries, all of them alike.
-    result = {
-        name: Entries(0, torch.full((len(p) if p.dim() else 1,), rest))
-        for name, p in model.named_parameters()
-    }
-    for name, module in modules.items():
-        mask = trained.get(name, torch.full((module.n_units,), rest))  # [units]
-        for owned in (*module.inputs, module.output):
-            shape = model.get_parameter(owned.param).shape
-            experts = owned.expert is not None
-            dim = owned.dim + experts
-            size = shape[dim]
-            total = shape[0] * size if experts else size
-            before = result[owned.param]
-            # The first module that owns entries here says how they are counted. Gate and up in one
-            # weight, and the experts of a layer, are further ones that add theirs.
-            if (before.dim, before.experts, len(before.trains)) != (dim, experts, total):
-                before = Entries(dim, torch.full((total,), rest), experts)
-                result[owned.param] = before
-            feeds = torch.bincount(owned.index, minlength=size)  # [entries]: units of each entry
-            all_train = torch.bincount(owned.index[mask], minlength=size) == feeds  # [entries]
-            own = before.trains[owned.offset : owned.offset + size]  # a view: of this expert
-            own[feeds > 0] = all_train[feeds > 0]
-    for name, index in (rows or {}).items():
-        result[name].trains[index] = not rest
-    for names, train in ((extra, True), (kept, False)):
-        for name in names:
-            trains = torch.full_like(result[name].trains, train)
-            result[name] = replace(result[name], trains=trains)
-    _check_experts(modules, trained, result, extra)
+    # What no unit owns (norms, embeddings, Q and K) has rows for entries.
+    layouts = dict.fromkeys(trained.shapes, (0,)) | _layouts(modules)
+    result = {}
+    for name, shape in trained.shapes.items():
+        mask, dims = trained.mask(name), layouts[name]
+        sizes = tuple(size if dim in dims else 1 for dim, size in enumerate(shape))
+        if torch.broadcast_shapes(mask.shape, sizes) != sizes:
+            if single:
+                trains = mask.expand(shape).reshape(-1)
+                result[name] = Entries(len(shape) - 1, trains, single=True)
+                continue
+            raise ValueError(
+                f"{argument} has entries of {name!r} that are no whole entries along dimension "
+                f"{dims[-1]}: {_described(mask)}; it must have units, heads, layers, whole "
+                "parameters or rows, to train or to stay"
+            )
+        trains = mask.expand(sizes).reshape(-1)
+        result[name] = Entries(dims[-1], trains, experts=len(dims) > 1)
+    _check_experts(modules, result, argument)
     return result
 
 
-def choose_weights(
-    model: nn.Module, entries: dict[str, Entries], weights: Mapping[str, Tensor], *, train: bool
-) -> None:
-    """Let single weights train, or stay, beside what ``entries`` says of their parameters.
+def _layouts(modules: Mapping[str, DepthTwoModule]) -> dict[str, tuple[int, ...]]:
+    """Parameter that units own entries of -> its dimensions that run over these."""
+    return {
+        owned.param: (owned.dim,) if owned.expert is None else (0, owned.dim + 1)
+        for module in modules.values()
+        for owned in (*module.inputs, module.output)
+    }
 
-    Args:
-        model: the model.
-        entries: parameter -> which of its entries train; changed.
-        weights: parameter -> bool of its shape, the weights that are meant.
-        train: whether they train.
-    """
-    for name, mask in weights.items():
-        before = entries[name]
-        elements = before.elements(mask.shape)
-        trains = (elements | mask if train else elements & ~mask).flatten()
-        if trains.all() or not trains.any():  # nothing to tell apart
-            entries[name] = replace(before, trains=torch.full_like(before.trains, bool(trains[0])))
-        else:
-            entries[name] = Entries(mask.dim() - 1, trains, single=True)
+
+def _described(mask: Tensor) -> str:
+    """What a mask ``[...]`` that broadcasts over a parameter chooses."""
+    along = [dim for dim, size in enumerate(mask.shape) if size > 1]
+    if len(along) == mask.dim() > 1:
+        return "single weights"
+    return f"some along dimension {', '.join(map(str, along))}"
 
 
 def _check_experts(
-    modules: Mapping[str, DepthTwoModule],
-    trained: Mapping[str, Tensor],
-    entries: Mapping[str, Entries],
-    extra: Collection[str],
+    modules: Mapping[str, DepthTwoModule], entries: Mapping[str, Entries], argument: str
 ) -> None:
-    """Refuse a part of a layer's experts that is to train or stay whole while the rest is split."""
-    layers = {modules[name].output.param: modules[name] for name in trained}
-    for module in layers.values():
-        params = {owned.param for owned in (*module.inputs, module.output)}
-        if module.expert is not None and len({entries[param].partial for param in params}) > 1:
-            whole = sorted(param for param in params if not entries[param].partial)
-            what = (
-                "extra_parameters" if set(whole) <= set(extra) else "keep (or requires_grad=False)"
-            )
+    """Refuse a part of a layer's experts that is to train or stay while the rest does not."""
+    for module in modules.values():
+        partial = [param for param in module.params if entries[param].partial]
+        # Of single weights all of a module is split, whose own forward goes on.
+        if module.expert is None or not partial or any(entries[p].single for p in module.params):
+            continue
+        if len(partial) < len(module.params):
+            whole = sorted(param for param in module.params if param not in partial)
+            trains = all(entries[param].whole for param in whole)
+            what = "extra_parameters" if trains else "keep (or requires_grad=False)"
             raise ValueError(
-                f"{what} has {whole}, must have all of {sorted(params)} or none of them: some "
-                "units of these experts train and some do not"
+                f"{what} has {whole}, must have all of {sorted(module.params)} or none of them: "
+                "some units of these experts train and some do not"
+            )
+        slices = (*module.inputs, module.output)
+        each = [entries[owned.param].trains[owned.entries] for owned in slices]  # [units] each
+        if not all(torch.equal(each[0], other) for other in each):
+            raise ValueError(
+                f"{argument} has a part of some units of {module.name!r}; of experts it must have "
+                "whole units: rows of gate and up, and columns of down"
             )
 
 

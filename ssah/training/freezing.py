@@ -1,4 +1,4 @@
-"""Training some units and keeping the others frozen: `freeze` and `train_only`."""
+"""Training a part of a model and keeping the rest frozen: `freeze` and `train_only`."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.moved import renamed
+from ssah.selections import Selection
 from ssah.training.plan import UpdatePlan
-from ssah.units import BitMask, UnitSet
+from ssah.units import UnitSet
 
 
 def freeze(
     model: PreTrainedModel,
-    units: UnitSet | None = None,
+    units: UnitSet | Selection | None = None,
     *,
     keep: Collection[str] = (),
     rows: Mapping[str, Sequence[int] | Tensor] | None = None,
-    weights: Mapping[str, BitMask] | None = None,
     unfreeze: bool = False,
 ) -> UpdatePlan:
     """Train everything except what ``units`` own, which stays bit for bit what it is.
@@ -33,15 +33,14 @@ def freeze(
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to keep, for instance ``groups["scu"]``; None where ``keep``, ``rows`` or
-            ``weights`` says.
+        units: what to keep, for instance ``groups["scu"]``, or a selection of heads, layers,
+            parameters, rows or single weights (`ssah.select`); None where ``keep`` or ``rows``
+            says.
         keep: further parameters that stay whole: names in ``model.named_parameters()``, or
             patterns of them such as ``"*norm*"``.
         rows: rows of embeddings and heads that stay, the rest of which trains: name of the
             parameter -> numbers of its rows, a list or a tensor ``[n]``. Of tied weights either
             name is meant for both.
-        weights: single weights that stay, the rest of which trains unless a unit keeps it: name of
-            the parameter -> its mask, of one bit a weight.
         unfreeze: parameters that required no gradient before train too.
 
     Raises:
@@ -53,11 +52,10 @@ def freeze(
     """
     return UpdatePlan(
         model,
-        _units(units, "keep", keep, rows, weights),
+        _units(units, "keep", keep, rows),
         keep=True,
         kept_parameters=keep,
         rows=rows,
-        weights=weights,
         unfreeze=unfreeze,
     )
 
@@ -65,11 +63,10 @@ def freeze(
 @renamed(also="extra_parameters")
 def train_only(
     model: PreTrainedModel,
-    units: UnitSet | None = None,
+    units: UnitSet | Selection | None = None,
     extra_parameters: Collection[str] = (),
     *,
     rows: Mapping[str, Sequence[int] | Tensor] | None = None,
-    weights: Mapping[str, BitMask] | None = None,
 ) -> UpdatePlan:
     """Train what ``units`` own and nothing else, whatever ``requires_grad`` was before.
 
@@ -77,13 +74,12 @@ def train_only(
 
     Args:
         model: a transformers model of a known family; changed in place until the plan is closed.
-        units: what to train, for instance ``groups["ru"]``; None where ``extra_parameters``,
-            ``rows`` or ``weights`` says.
+        units: what to train, for instance ``groups["ru"]``, or a selection (`ssah.select`); None
+            where ``extra_parameters`` or ``rows`` says.
         extra_parameters: further parameters that train whole: names in
             ``model.named_parameters()``, or patterns of them.
         rows: rows of embeddings and heads that train: name of the parameter -> numbers of its
             rows, a list or a tensor ``[n]``. Of tied weights either name is meant for both.
-        weights: single weights that train: name of the parameter -> its mask, of one bit a weight.
 
     Raises:
         TypeError, ValueError: units of another model, a quantised or already planned model, an
@@ -92,19 +88,19 @@ def train_only(
 
     Source: Li & Kim, arXiv 2410.10862 (redundant units as an alignment budget).
     """
-    units = _units(units, "extra_parameters", extra_parameters, rows, weights)
-    return UpdatePlan(
-        model, units, keep=False, extra_parameters=extra_parameters, rows=rows, weights=weights
-    )
+    units = _units(units, "extra_parameters", extra_parameters, rows)
+    return UpdatePlan(model, units, keep=False, extra_parameters=extra_parameters, rows=rows)
 
 
-def _units(units: UnitSet | None, argument: str, *others: object) -> UnitSet:
+def _units(
+    units: UnitSet | Selection | None, argument: str, names: object, rows: object
+) -> UnitSet | Selection:
     """``units``, or none where something else says what is meant."""
     if units is not None:
         return units
-    if not any(others):
+    if not names and not rows:
         raise TypeError(
-            f"units is None; it must be a UnitSet, e.g. groups['scu'], or {argument}=, rows= or "
-            "weights= must say what is meant"
+            f"units is None; it must be a UnitSet, e.g. groups['scu'], or {argument}= or rows= "
+            "must say what is meant"
         )
     return UnitSet({}, {})

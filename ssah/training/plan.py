@@ -24,10 +24,11 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
+from ssah.selections import Selection
 from ssah.training.active import ACTIVE, PLAN, retire, watch_optimizers
 from ssah.training.alike import check_alike
 from ssah.training.checks import check_planable
-from ssah.training.choice import Beside, Rows, Weights, choose
+from ssah.training.choice import Beside, Rows, choose
 from ssah.training.entries import fingerprint
 from ssah.training.following import follow
 from ssah.training.in_place import check_in_place, check_unmoved
@@ -58,7 +59,8 @@ class UpdatePlan(Optimised, Reversible):
 
     Attributes:
         model: the model.
-        units: the units given, frozen or trained.
+        units: the units given, frozen or trained; of a selection, those whose columns of B it has.
+        selection: the selection given, or None where units were.
         keep: whether they are frozen (`freeze`) or trained (`train_only`).
         trained_units: the units that train, over every module of the model.
         modules: its depth-2 modules by B's name.
@@ -71,20 +73,21 @@ class UpdatePlan(Optimised, Reversible):
     def __init__(
         self,
         model: PreTrainedModel,
-        units: UnitSet,
+        units: UnitSet | Selection,
         *,
         keep: bool,
         extra_parameters: Collection[str] = (),
         kept_parameters: Collection[str] = (),
         rows: Rows | None = None,
-        weights: Weights | None = None,
         unfreeze: bool = False,
     ) -> None:
         self.modules, ranks = check_planable(model, units), Ranks.over(model)
-        self.model, self.units, self.keep = model, units, keep
-        beside = Beside(extra_parameters, kept_parameters, rows, weights, unfreeze)
+        self.model, self.keep = model, keep
+        self.selection = units if isinstance(units, Selection) else None
+        beside = Beside(extra_parameters, kept_parameters, rows, unfreeze)
         choice = choose(model, self.modules, units, beside, keep=keep)
-        self.trained_units, self.entries = choice.trained_units, choice.entries
+        self.units, self.trained_units = choice.units, choice.trained_units
+        self.entries = choice.entries
         # Taken now: afterwards names and shapes of the model's parameters are others.
         self.units_hash, self.base_name = units_hash(model), model_name(model)
         self.weights_hash = cheap_weights_hash(model)

@@ -1,4 +1,4 @@
-"""Are chosen units of one model, bit for bit, those of another? ``verify`` needs no plan.
+"""Is a part of one model, bit for bit, that of another? ``verify`` needs no plan.
 
 After LoRA and a merge, after another program's trainer, or after an edit, it compares what units
 own in two models. A model in a folder is read one decoder layer at a time, so that two models of
@@ -8,7 +8,7 @@ own in two models. A model in a folder is read one decoder layer at a time, so t
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from ssah.attribution import LayeredModel
 from ssah.compat import peft
 from ssah.models import at_hand, check_whole, dequantised, load_weights, locate
-from ssah.training.adapters.entries import changed_entries, frozen_entries
-from ssah.training.entries import Entries
+from ssah.selections import Selection
+from ssah.training.adapters.entries import changed_entries, may_change
 from ssah.training.in_place import listed
-from ssah.training.splitting import complement_rows
 from ssah.training.updated_models import is_update, load_trained
 from ssah.units import UnitSet
 
@@ -33,7 +32,7 @@ _Weights = Mapping[str, Callable[[], Tensor]]
 def verify(
     model: nn.Module | str | os.PathLike[str],
     base: nn.Module | str | os.PathLike[str],
-    units: UnitSet,
+    units: UnitSet | Selection,
     *,
     only: bool = False,
 ) -> None:
@@ -46,8 +45,8 @@ def verify(
             `ssah.models.load_model` takes, or the folder of an update or an adapter of ``base``. An
             adapter must add exactly zero to these entries.
         base: the one that it was trained from: a model, or what `ssah.models.load_model` takes.
-        units: of either. With shared key/value heads a row of V counts if any column of O that it
-            feeds does.
+        units: of either, or a selection of either (`ssah.select`). Of units, with shared key/value
+            heads, a row of V counts if any column of O that it feeds does.
         only: check the reverse: everything except what ``units`` own.
 
     Raises:
@@ -69,17 +68,15 @@ def verify(
         start = None if isinstance(base, nn.Module) else os.fspath(base)
         model, _ = load_trained(os.fspath(model), base=start)
     moved: dict[str, tuple[int, int]] = {}
-    for weights, before, entries in _pieces(model, base, units, only=only):
-        for name, own in entries.items():
-            if own.whole:
-                continue
+    for weights, before, stays in _pieces(model, base, units, only=only):
+        for name in stays:
             for which, own_weights in (("model", weights), ("base", before)):
                 if name not in own_weights:
                     raise ValueError(
                         f"{which} has no parameter {name!r}, which its architecture has: if a plan "
                         "is in force on it, close the plan first"
                     )
-            differ, n = _compare(name, weights[name](), before[name](), own)
+            differ, n = _compare(name, weights[name](), before[name](), stays.mask(name))
             if differ:
                 moved[name] = (differ, n)
     if isinstance(model, nn.Module):
@@ -95,23 +92,27 @@ def verify(
 def _pieces(
     model: nn.Module | str | os.PathLike[str],
     base: nn.Module | str | os.PathLike[str],
-    units: UnitSet,
+    units: UnitSet | Selection,
     *,
     only: bool,
-) -> Iterator[tuple[_Weights, _Weights, Mapping[str, Entries]]]:
-    """The parameters of both models, some at a time, and which of their entries may differ."""
+) -> Iterator[tuple[_Weights, _Weights, Selection]]:
+    """The parameters of both models, some at a time, and which of their entries must not differ."""
     if not isinstance(model, nn.Module) and not isinstance(base, nn.Module):
         names = (os.fspath(model), os.fspath(base))
-        if not only and all(map(_in_layers, names)):
-            yield from _by_layers(*names, units)
-            return
+        if all(map(_in_layers, names)):
+            models = [LayeredModel(each, device="cpu") for each in names]
+            _check_depth(names, models)
+            stays = ~may_change(models[0].model, units, only=only)
+            if all(name.startswith(f"{models[0].path}.") for name in stays):
+                yield from _by_layers(models, stays)
+                return
     first, second = (
         each if isinstance(each, nn.Module) else load_weights(os.fspath(each))
         for each in (model, base)
     )
     inner = peft.inner_model(first)
-    entries = frozen_entries(check_whole(first if inner is None else inner), units, only=only)
-    yield _weights(first), _weights(second), entries
+    stays = ~may_change(check_whole(first if inner is None else inner), units, only=only)
+    yield _weights(first), _weights(second), stays
 
 
 def _in_layers(name: str) -> bool:
@@ -123,21 +124,23 @@ def _in_layers(name: str) -> bool:
     return '"quantization_config"' not in (folder / "config.json").read_text(encoding="utf-8")
 
 
-def _by_layers(
-    name: str, base: str, units: UnitSet
-) -> Iterator[tuple[_Weights, _Weights, Mapping[str, Entries]]]:
-    """Decoder layers alone: nothing else is owned by a unit."""
-    models = [LayeredModel(each, device="cpu") for each in (name, base)]
+def _check_depth(names: Sequence[str], models: Sequence[LayeredModel]) -> None:
     if len(models[0].layers) != len(models[1].layers):
         counts = " and ".join(str(len(each.layers)) for each in models)
-        raise ValueError(f"model {name!r} and base {base!r} have {counts} layers: must be as many")
-    entries = frozen_entries(models[0].model, units)
+        raise ValueError(
+            f"model {names[0]!r} and base {names[1]!r} have {counts} layers: must be as many"
+        )
+
+
+def _by_layers(
+    models: Sequence[LayeredModel], stays: Selection
+) -> Iterator[tuple[_Weights, _Weights, Selection]]:
+    """Of a selection that is in decoder layers alone."""
     for index in range(len(models[0].layers)):
         for each in models:
             each.load(index, each.read(index))
         start = f"{models[0].path}.{index}."
-        here = {param: own for param, own in entries.items() if param.startswith(start)}
-        yield _weights(models[0].model), _weights(models[1].model), here
+        yield _weights(models[0].model), _weights(models[1].model), stays.within(start)
         for each in models:
             each.unload(index)
 
@@ -182,14 +185,19 @@ def _getter(module: nn.Module, leaf: str) -> Callable[[], Tensor]:
     return get
 
 
-def _compare(name: str, now: Tensor, before: Tensor, entries: Entries) -> tuple[int, int]:
-    """How many of the entries that must stay differ, and how many there are."""
+def _compare(name: str, now: Tensor, before: Tensor, stays: Tensor) -> tuple[int, int]:
+    """How many of the entries ``stays``, bool ``[...]``, differ, and how many there are.
+
+    Counted as the mask does: where whole rows must stay, rows; of a parameter that must stay whole,
+    its entries along the first dimension.
+    """
     if now.shape != before.shape or now.dtype != before.dtype:
         raise ValueError(
             f"parameter {name!r} is {now.dtype} {list(now.shape)} in model and {before.dtype} "
             f"{list(before.shape)} in base: load both in one dtype, and with one vocabulary"
         )
-    trained = entries.trains.nonzero()[:, 0]  # [trained]
-    a, b = (complement_rows(each, entries.dims, trained) for each in (now, before))
-    same = (a == b) | (a.isnan() & b.isnan())  # [entries, ...]
-    return int(same.reshape(len(same), -1).all(1).logical_not().sum()), len(a)
+    if stays.numel() == 1 and now.dim():
+        stays = stays.expand(len(now), *stays.shape[1:])
+    differ = (now != before) & ~(now.isnan() & before.isnan()) & stays  # [...]
+    along = [dim for dim, size in enumerate(stays.shape) if size == 1]
+    return int((differ.any(along) if along else differ).sum()), int(stays.sum())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.units.attention import AttentionHeads
 from ssah.units.bit_mask import BitMask
 from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
 from ssah.units.experts import DOWN, RoutedExperts, route, run_routed, up_name
@@ -12,8 +13,10 @@ from ssah.units.find import (
     check_units,
     family_of,
     family_of_config,
+    find_heads,
     find_modules,
     find_not_covered,
+    layer_names,
     layers_path,
 )
 from ssah.units.identity import check_same_model, config_hash, model_name, units_hash
@@ -31,6 +34,7 @@ __all__ = [
     "FFN",
     "KINDS",
     "Attention",
+    "AttentionHeads",
     "BitMask",
     "DepthTwoModule",
     "Experts",
@@ -42,8 +46,10 @@ __all__ = [
     "check_units",
     "family_of",
     "family_of_config",
+    "find_heads",
     "find_modules",
     "find_not_covered",
+    "layer_names",
     "layers_path",
     "register_family",
 ]

@@ -56,7 +56,7 @@ class UnitSlice:
         param: name in ``model.named_parameters()``.
         dim: dimension of the parameter that runs over units.
         index: int64 ``[n_units]``, the entry along ``dim`` that unit j owns. Several units map to
-            one entry where key/value heads are shared.
+            one entry where key/value heads are shared. Of heads ``[n_heads, entries of one]``.
         expert: which expert's part of the parameter is meant (its first dimension runs over
             experts; ``dim`` counts without it); None for the whole parameter.
         offset: how many entries of the parameter belong to the experts before this one.

@@ -40,7 +40,12 @@ _PLAIN_FFN = FFN(down="mlp.down_proj", up="mlp.up_proj")
 _GPT2_FFN = FFN(down="mlp.c_proj", up="mlp.c_fc")
 _NEOX_FFN = FFN(down="mlp.dense_4h_to_h", up="mlp.dense_h_to_4h")
 
-_SELF_ATTENTION = Attention(down="self_attn.o_proj", value="self_attn.v_proj")
+_SELF_ATTENTION = Attention(
+    down="self_attn.o_proj",
+    value="self_attn.v_proj",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+)
 _FUSED_SELF_ATTENTION = Attention(
     down="self_attention.dense", value="self_attention.query_key_value", layout="qkv_per_head"
 )
@@ -181,7 +186,9 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family(
         layers="h",
         ffn=FFN(down="mlp.fc_out", up="mlp.fc_in"),
-        attention=Attention(down="attn.out_proj", value="attn.v_proj"),
+        attention=Attention(
+            down="attn.out_proj", value="attn.v_proj", query="attn.q_proj", key="attn.k_proj"
+        ),
         maskless=True,
     ),
     "gpt_neox": Family(
@@ -195,7 +202,7 @@ FAMILIES: dict[str, Family] = {
     "opt": Family(
         layers="layers",
         ffn=FFN(down="fc2", up="fc1"),
-        attention=Attention(down="self_attn.out_proj", value="self_attn.v_proj"),
+        attention=replace(_SELF_ATTENTION, down="self_attn.out_proj"),
         maskless=True,
     ),
 }

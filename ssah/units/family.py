@@ -51,7 +51,8 @@ class FFN:
 class Attention:
     """An attention module: B is the output projection O, A is the value projection V.
 
-    How many query heads share a key/value head follows from the width of ``value``.
+    How many query heads share a key/value head follows from the width of ``value``. Units are
+    channels of V and O; the rows of Q and K that a head has are in no unit.
 
     Attributes:
         down: path of O.
@@ -63,12 +64,16 @@ class Attention:
             the second, both from one latent; A is what expands the latent, X the latent.
         gate: path of the query projection where it also computes a gate that multiplies what
             enters O: query and gate of the first head, then of the second. A is then V and gate.
+        query, key: paths of the projections that compute queries and keys, head by head, where
+            ``layout`` is ``"separate"``. Without them units are known, and heads are not.
     """
 
     down: str
     value: str
     layout: ValueLayout = "separate"
     gate: str | None = None
+    query: str | None = None
+    key: str | None = None
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from ssah.models import check_bare, check_whole, text_config
-from ssah.units.attention import attention_module
+from ssah.units.attention import AttentionHeads, attention_heads, attention_module
 from ssah.units.depth_two import KINDS, DepthTwoModule
 from ssah.units.families import FAMILIES, WITHOUT_MODULES
 from ssah.units.family import Family, NotCovered, attribute_at
@@ -41,8 +41,7 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     last = next(reversed(layers), None)  # what only its input is wanted of need not run to its end
     found: list[DepthTwoModule] = []
     for name, layer in layers.items():
-        missing = {part.instead for part in family.not_covered if _applies(part, model, layer)}
-        wanted = set(kinds) - missing
+        wanted = set(kinds) - _missing(family, model, layer)
         if family.attention is not None and "attention" in wanted:
             found.append(attention_module(model, name, family.attention))
         if "mlp" in wanted:
@@ -50,6 +49,40 @@ def find_modules(model: nn.Module, modules: Iterable[str] = KINDS) -> dict[str, 
     if not found:
         raise ValueError(f"model {type(model).__name__} has no depth-2 modules of kind {kinds!r}")
     return {module.name: module for module in found}
+
+
+def find_heads(model: nn.Module) -> dict[int, AttentionHeads]:
+    """The attention heads of ``model`` by the number of their layer, in the order of the layers.
+
+    Layers whose attention has no heads of that kind are left out: linear attention, or keys and
+    values that another layer computes.
+
+    Raises:
+        TypeError: ``model`` is not a transformers model, or wraps one.
+        ValueError: its family has no attention, or one whose heads are not known; the family is
+            named. Otherwise as of `find_modules`.
+    """
+    check_whole(model)
+    family = family_of(model)
+    if family.attention is None:
+        raise ValueError(
+            f"model is of the family {text_config(model).model_type!r}, which has no attention, so "
+            "that it has no heads; select units, layers or parameters"
+        )
+    return {
+        number: attention_heads(model, name, family.attention)
+        for number, (name, layer) in enumerate(_layers(model).items())
+        if "attention" not in _missing(family, model, layer)
+    }
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Qualified names of the decoder layers of ``model``, in the order in which they run.
+
+    Raises:
+        TypeError, ValueError: as of `family_of`.
+    """
+    return list(_layers(model))
 
 
 def find_not_covered(model: nn.Module) -> dict[NotCovered, list[str]]:
@@ -121,6 +154,11 @@ def _layers(model: nn.Module) -> dict[str, nn.Module]:
             "layers; register a family that fits it"
         )
     return {f"{path}.{i}": layer for i, layer in layers.named_children()}
+
+
+def _missing(family: Family, model: nn.Module, layer: nn.Module) -> set[str | None]:
+    """The kinds of depth-2 modules that ``layer`` goes without."""
+    return {part.instead for part in family.not_covered if _applies(part, model, layer)}
 
 
 def _applies(part: NotCovered, model: nn.Module, layer: nn.Module) -> bool:

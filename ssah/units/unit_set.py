@@ -122,6 +122,9 @@ class UnitSet:
         """All units of the scope that are not in the set."""
         return UnitSet.of_mask(~self.over(self._sizes), self._sizes)
 
+    def __invert__(self) -> UnitSet:
+        return self.complement()
+
     def __getitem__(self, name: str) -> Tensor:  # [n]
         return self._indices[name]
 

@@ -99,7 +99,7 @@ def test_wrong_selections_are_refused() -> None:
         ([], ValueError, "selection is empty"),
         (UnitSet({}, {"model.layers.0.mlp.down_proj": 72}), ValueError, "selection is empty"),
         (other, ValueError, "units has modules that the model .* lacks"),
-        ([3], TypeError, "selection has int; it must have UnitSets and names"),
+        ([3], TypeError, "selection has int; it must have UnitSets, Selections and names"),
     ):
         with pytest.raises(error, match=message):
             deltas.rewind(base, tuned, selection)  # type: ignore[arg-type]

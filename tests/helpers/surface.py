@@ -33,6 +33,7 @@ PUBLIC = (
     "ssah.training.finetune.memory",
     "ssah.models",
     "ssah.representations",
+    "ssah.selections",
     "ssah.evaluation.probing",
     "ssah.attribution.streaming",
     "ssah.training",

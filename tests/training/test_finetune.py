@@ -220,7 +220,7 @@ def test_rows_alone_train_without_groups(place: Path, tmp_path: Path) -> None:
     ("options", "named"),
     [
         (("--rows", "lm_head.weight"), "rows is 'lm_head.weight'; it must be the name of a"),
-        (("--rows", "lm_head.weight:5-3"), "rows has the rows '5-3' of lm_head.weight; the first"),
+        (("--rows", "lm_head.weight:5-3"), "rows of lm_head.weight has '5-3'; the first"),
         (("--rows", "lm_head.weight:0-99999999999"), "the last below 10,000,000"),
         (("--rows", "lm_head.weight:1,,2"), "it must be the name of a parameter and its rows"),
         (("--rows", "FILE"), "rows.txt:2 is 'lm_head.weight:x'; it must be"),

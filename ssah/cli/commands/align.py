@@ -36,12 +36,15 @@ def align(
     *,
     train: Annotated[
         list[str] | None,
-        typer.Option(help="`ru` (default), `cu:0.06`, ...; may be repeated. `none`: no units."),
+        typer.Option(
+            help="`ru` (default), `cu:0.06`, `layers:6-12`, `heads:2.26`, ...; may be repeated. "
+            "`none`: nothing."
+        ),
     ] = None,
     groups: Annotated[
         Path | None,
         typer.Option(
-            "--groups", metavar="DIR", help="What `ssah classify` saved; not for `--train none`."
+            "--groups", metavar="DIR", help="What `ssah classify` saved, where groups are named."
         ),
     ] = None,
     beside: TrainedBeside,

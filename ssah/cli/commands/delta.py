@@ -11,6 +11,7 @@ import typer
 
 from ssah.choices import Combine, Kept, KeptScope
 from ssah.cli.running import Result
+from ssah.cli.selecting import check_selected, selected_in
 from ssah.settings import check_settings, setting
 
 if TYPE_CHECKING:
@@ -40,8 +41,8 @@ class DeltaSettings:
     )
     rewind: tuple[str, ...] = setting(
         (),
-        "Put back: `scu` or `cu:0.06` of `--groups`, or a parameter or module by name; may be "
-        "repeated.",
+        "Put back: `scu` or `cu:0.06` of `--groups`, `heads:2.26`, `layers:6-12` or the like, or a "
+        "parameter or module by name; may be repeated.",
         panel="What to do",
     )
     keep: float | None = setting(
@@ -187,7 +188,7 @@ def _write(base: str, tuned: list[str], settings: DeltaSettings, out: Path) -> N
     if settings.interpolate is not None:
         deltas.interpolate(base, tuned[0], settings.interpolate, out=out)
     elif settings.rewind:
-        deltas.rewind(base, tuned[0], _selection(settings), out=out)
+        deltas.rewind(base, tuned[0], _selection(settings, tuned[0]), out=out)
     elif settings.merge is not None:
         scale = settings.scale[0] if len(settings.scale) == 1 else settings.scale or 1.0
         share = 1.0 if settings.keep is None else settings.keep
@@ -198,20 +199,17 @@ def _write(base: str, tuned: list[str], settings: DeltaSettings, out: Path) -> N
         deltas.low_rank(base, tuned[0], settings.rank, out=out)
 
 
-def _selection(settings: DeltaSettings) -> Rewound:
-    """Groups, or shares of them, as units; all else are names in the model."""
-    from ssah.groups import GROUPS, UnitGroups
-    from ssah.training.finetune import select_units
+def _selection(settings: DeltaSettings, tuned: str) -> Rewound:
+    """Groups, heads, layers and the like as the library has them; all else are names."""
+    from ssah.models import empty_model
+    from ssah.selections import is_selector
 
-    # No module of a model is called as a group is.
-    units = [part for part in settings.rewind if part.partition(":")[0] in GROUPS]
-    names = [part for part in settings.rewind if part not in units]
-    if not units:
+    texts = [part for part in settings.rewind if is_selector(part)]
+    names = [part for part in settings.rewind if part not in texts]
+    if not texts:
         if settings.groups is not None:
             raise ValueError("--groups is given, and --rewind names none of scu, ucu, ru, cu")
         return names
-    if settings.groups is None:
-        raise ValueError(
-            f"--groups is not given; --rewind {units[0]} must have what `ssah classify` saved"
-        )
-    return [select_units(units, UnitGroups.load(settings.groups)), *names]
+    units = check_selected(texts, settings.groups, "rewind")
+    chosen = units or selected_in(empty_model(tuned), texts, settings.groups, "any")
+    return [chosen, *names]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ssah.cli.running import Result
+from ssah.cli.selecting import check_selected, selected_in
 from ssah.cli.shared import Model, Out, Weights
 
 ORDER = 58
@@ -28,12 +29,14 @@ def export(
     groups: Annotated[
         Path | None,
         typer.Option(
-            "--groups", metavar="DIR", help="To ablate units: what `ssah classify` saved."
+            "--groups", metavar="DIR", help="What `ssah classify` saved, where groups are named."
         ),
     ] = None,
     units: Annotated[
         list[str] | None,
-        typer.Option(help="With --groups: `scu`, `cu:0.06` (its top), ...; may be repeated."),
+        typer.Option(
+            help="What to ablate: `scu`, `cu:0.06` (its top), `heads:2.26`, ...; may be repeated."
+        ),
     ] = None,
     max_rank: Annotated[
         int, typer.Option("--max-rank", min=1, help="Refuse a larger rank; vLLM serves 512.")
@@ -45,19 +48,18 @@ def export(
     Example: `ssah export smollm2 --change runs/update --out runs/adapter`
 
     MODEL is the base model. The change must be on rows or columns of projections, as that of units
-    is. With --groups and --units the adapter switches these units off.
+    is. With --units the adapter switches these units or heads off.
     """
     import ssah
-    from ssah.groups import UnitGroups
     from ssah.models import quiet
     from ssah.report.terminal import facts_table
-    from ssah.training.finetune import select_units
 
     _check_one(change, groups, units)
     # Groups are read before the model is loaded, which may take minutes.
-    what = select_units(units, UnitGroups.load(groups)) if groups and units else change
-    assert what is not None
+    what: Any = check_selected(units, groups, "units") if units else change
     base, _ = weights.load(model)
+    if what is None and units:
+        what = selected_in(base, units, groups, "all")
     with quiet():  # a tuned model is loaded, too
         made = ssah.export_lora(what, out, base=base, max_rank=max_rank)
     exact = "all, bit for bit, once merged"
@@ -75,8 +77,8 @@ def export(
 
 def _check_one(change: str | None, groups: Path | None, units: list[str] | None) -> None:
     """One of the two: what was trained, or what is ablated."""
-    if (change is None) == (groups is None) or (groups is None) != (not units):
+    if (change is None) == (not units) or (change is not None and groups is not None):
         raise ValueError(
-            "either --change (what was trained) or --groups with --units (what is ablated) must "
-            "be given, and not both"
+            "either --change (what was trained) or --units (what is ablated) must be given, and "
+            "not both; --groups is for --units"
         )

@@ -40,15 +40,15 @@ def finetune(
     freeze: Annotated[
         list[str],
         typer.Option(
-            help="`scu`, `cu:0.06` (its top, as a fraction of all units), ...; may be repeated. "
-            "`none`: no units."
+            help="`scu`, `cu:0.06` (its top, as a fraction of all units), `layers:6-12`, "
+            "`heads:2.26`, ...; may be repeated. `none`: nothing."
         ),
     ],
     *,
     groups: Annotated[
         Path | None,
         typer.Option(
-            "--groups", metavar="DIR", help="What `ssah classify` saved; not for `--freeze none`."
+            "--groups", metavar="DIR", help="What `ssah classify` saved, where groups are named."
         ),
     ] = None,
     beside: FrozenBeside,
@@ -58,7 +58,7 @@ def finetune(
     weights: Weights,
     rows: Rows,
 ) -> Result:
-    """Fine-tune a model while the units you name stay bit for bit what they are.
+    """Fine-tune a model while the units or weights you name stay bit for bit what they are.
 
     Example: `ssah finetune smollm2 --data task.jsonl --groups runs/groups --freeze scu
     --freeze cu --requests harmful.txt --out runs/tuned`

@@ -1,7 +1,9 @@
-"""Which units an evaluation takes out, by name: ``DIR:GROUP[:SHARE][:random]``.
+"""What an evaluation takes out, by name: ``DIR:GROUP[:SHARE][:random]``, or a selection.
 
 For example, ``runs/groups:scu`` is all SCU of that folder, ``runs/groups:scu:0.008`` those that are
 most like SCU, as many as 0.8 % of all units, and ``runs/groups:scu:random`` as many random units.
+``heads:2.26`` is one attention head (`ssah.selections.selectors`), and ``heads:2.26:random`` is one
+of its layer, drawn at random.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ssah.groups import GROUPS, UnitGroups, share_of
+from ssah.selections import Selection, check_named, is_selector, names_groups, select
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:
@@ -18,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Ablation:
-    """Units to take out, as ``DIR:GROUP[:SHARE][:random]`` names them.
+    """What to take out, as ``DIR:GROUP[:SHARE][:random]`` or ``SELECTION[:random]`` names it.
 
     Attributes:
         folder: what ``ssah classify`` saved.
@@ -26,12 +29,14 @@ class Ablation:
         random: as many random units of every module as there are of these, in their place.
         share: those of the group that are most like it, as many as this fraction of all units:
             `UnitGroups.top` by ``"group"``. None: all of the group.
+        selection: text such as ``"heads:2.26"``, in place of a folder and a group.
     """
 
     folder: str
     group: str
     random: bool = False
     share: float | None = None
+    selection: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> Ablation:
@@ -42,6 +47,8 @@ class Ablation:
             FileNotFoundError: the folder has no groups.
         """
         random = text.endswith(":random")
+        if is_selector(text) and text.partition(":")[0] not in GROUPS:
+            return cls._selecting(text.removesuffix(":random"), random)
         # From the right, because a path may have colons of its own.
         folder, _, group = text.removesuffix(":random").rpartition(":")
         before, _, inner = folder.rpartition(":")
@@ -50,8 +57,8 @@ class Ablation:
             folder, group, share = before, inner, share_of(f"ablate is {text!r}", group)
         if not folder or not group:
             raise ValueError(
-                f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or one of these with "
-                "':random' after it"
+                f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or a selection "
+                "such as 'heads:2.26', or one of these with ':random' after it"
             )
         # Without a model, so that a wrong name is refused before one is loaded.
         groups = UnitGroups.load(folder)
@@ -64,12 +71,32 @@ class Ablation:
             raise ValueError(f"ablate is {text!r}: that share has no unit, it must be larger")
         return found
 
+    @classmethod
+    def _selecting(cls, text: str, random: bool) -> Ablation:
+        if names_groups([text]):
+            raise ValueError(
+                f"ablate is {text!r}, which joins a group with something else; it must be a group "
+                "alone, 'DIR:GROUP', or the selection must be saved and given as 'weights:DIR'"
+            )
+        check_named([text], None)
+        return cls("", text.partition(":")[0], random, selection=text)
+
     def __str__(self) -> str:
+        if self.selection is not None:
+            return self.selection + (":random" if self.random else "")
         share = "" if self.share is None else f":{self.share}"
         return f"{self.folder}:{self.group}{share}" + (":random" if self.random else "")
 
-    def units(self, model: PreTrainedModel, seed: int) -> UnitSet:
-        """The units, checked against the model."""
+    @property
+    def source(self) -> str:
+        """Where it is from."""
+        return self.folder if self.selection is None else self.selection
+
+    def chosen(self, model: PreTrainedModel, seed: int) -> UnitSet | Selection:
+        """The units or the selection, checked against the model."""
+        if self.selection is not None:
+            selection = select(model, self.selection)
+            return Selection.random(selection, seed=seed) if self.random else selection
         found = self._taken(UnitGroups.load(self.folder, model))
         return UnitSet.random(found, seed=seed) if self.random else found
 
@@ -86,9 +113,11 @@ class Evaluated:
     Attributes:
         name: of its steps.
         ablated: as :class:`Ablation` has it, or ``"nothing"``.
-        units: taken out.
+        chosen: taken out; None: nothing.
+        units: those that put nothing out: of a selection, with its columns of B.
     """
 
     name: str
     ablated: str = "nothing"
+    chosen: UnitSet | Selection | None = None
     units: UnitSet | None = None

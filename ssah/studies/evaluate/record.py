@@ -20,6 +20,7 @@ from ssah.evaluation import (
     paired_difference,
     rate,
 )
+from ssah.selections import Selection
 from ssah.studies.paired_measures import UTILITY, losses
 
 if TYPE_CHECKING:
@@ -88,6 +89,8 @@ def _model(
         "refusal_margin_interval": list(interval),
         "refuses": rate((margins > 0).tolist(), settings.level),
     }
+    if isinstance(evaluated.chosen, Selection):
+        found["share_of_weights"] = evaluated.chosen.fraction
     for own in measured["losses"].values():  # of the utility set, or of none
         costs = Perplexity(math.fsum(own["nats"]), sum(own["tokens"]), words).to_dict()
         found |= {"utility_loss": costs.pop("loss"), **costs}

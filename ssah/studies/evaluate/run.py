@@ -25,6 +25,7 @@ from ssah.evaluation import (
 )
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
+from ssah.selections import Selection, output_parts
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
@@ -143,14 +144,18 @@ def _ablated(study: Study, ablations: Sequence[Ablation]) -> list[Evaluated]:
     """The model with the units of each ablation out; which these are is recorded as data."""
     models = []
     for number, each in enumerate(ablations, start=1):
-        units = each.units(study.model, study.settings.seed)
+        chosen = each.chosen(study.model, study.settings.seed)
+        if isinstance(chosen, Selection):
+            units, parts = output_parts(chosen, study.model)[0], [chosen[n].bits for n in chosen]
+        else:
+            units, parts = chosen, [chosen[name] for name in chosen]
         # Numbered, because two ablations may be of the same group in two folders.
         name = f"{number}-{each.group}" + ("-random" if each.random else "")
-        models.append(Evaluated(name, str(each), units))
+        models.append(Evaluated(name, str(each), chosen, units))
         study.sources.record[str(each)] = {
-            "source": each.folder,
+            "source": each.source,
             "rows": len(units),
-            "fingerprint": digest(units[module] for module in units),
+            "fingerprint": digest(parts),
         }
     return models
 
@@ -202,7 +207,7 @@ def _judged_list(
             study.model,
             coherent,
             requests,
-            selections=[models[i].units for i in left],
+            selections=[models[i].chosen for i in left],
             system_prompt=study.settings.system_prompts[condition],
         )
 
@@ -220,7 +225,7 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
 
 def _measured(study: Study, evaluation: Evaluation, evaluated: Evaluated) -> dict[str, Any]:
     """Refusal margin and losses of one model: a step."""
-    compute = partial(evaluation.measure, study.model, evaluated.units)
+    compute = partial(evaluation.measure, study.model, evaluated.chosen)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found
 
@@ -237,7 +242,7 @@ def _comparable(
     None of them where the two count tokens differently.
     """
     if same:
-        return [each for each in models if each.units is not None]
+        return [each for each in models if each.chosen is not None]
     return list(models) if tokenizer.get_vocab() == of_intact.get_vocab() else []
 
 
@@ -253,7 +258,7 @@ def _distances(
     """
 
     def compute() -> dict[str, Any]:
-        loader, selections = evaluation.loaders[UTILITY], [each.units for each in models]
+        loader, selections = evaluation.loaders[UTILITY], [each.chosen for each in models]
         found = divergences(study.model, loader, selections, intact=intact)
         return {
             each.name: {key: value.tolist() for key, value in vars(own).items()}
@@ -271,7 +276,7 @@ def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
     settings = study.settings
 
     def compute() -> dict[str, Any]:
-        with nullcontext() if evaluated.units is None else ablate(study.model, evaluated.units):
+        with nullcontext() if evaluated.chosen is None else ablate(study.model, evaluated.chosen):
             return multiple_choice(
                 study.model,
                 study.tokenizer,

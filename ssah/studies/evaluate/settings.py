@@ -29,7 +29,8 @@ class EvaluateSettings:
     ablations: tuple[str, ...] = _measuring(
         (),
         "Also without these units; `DIR:ru:0.01`: those most like the group, as a fraction of all "
-        "units; `...:random`: as many random ones. May be repeated.",
+        "units. Or without a selection: `heads:2.26`, `layers:6-12`. `...:random`: as many random "
+        "ones. May be repeated.",
         option="--ablate",
         metavar="DIR:GROUP",
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ssah.compat.trainer import TrainerCallback
+from ssah.selections import Selection
 from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
 from ssah.units import UnitSet
 
@@ -19,7 +20,7 @@ class AdapterCallback(TrainerCallback):
         units, only: as of :func:`ssah.protect_adapter`, which says what is refused.
     """
 
-    def __init__(self, units: UnitSet, *, only: bool = False) -> None:
+    def __init__(self, units: UnitSet | Selection, *, only: bool = False) -> None:
         self.units, self.only = units, only
         self.protected: ProtectedAdapter | None = None
 

@@ -1,7 +1,8 @@
 """What a change is: pairs of weights before and after, one parameter at a time.
 
-A change is what a plan trained, an update in a folder, a tuned model, or units that are ablated.
-Each comes as (name, weight before, weight after), of the parameters in which they may differ.
+A change is what a plan trained, an update in a folder, a tuned model, or units, heads or layers
+that are ablated. Each comes as (name, weight before, weight after), of the parameters in which they
+may differ.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ssah.interventions import ablate, check_not_ablated
 from ssah.models import check_plain, check_whole, load_weights
+from ssah.selections import Selection, output_parts
 from ssah.training.active import check_unplanned
 from ssah.training.plan import UpdatePlan, plan_of
 from ssah.training.saving import placed_update, read_update
@@ -21,7 +23,7 @@ from ssah.units import UnitSet, check_units
 
 # Name, weight before, weight after, [...] each. To be closed: meanwhile the model may be changed.
 Weights = Generator[tuple[str, Tensor, Tensor], None, None]
-Change = UpdatePlan | UnitSet | nn.Module | str | os.PathLike[str]
+Change = UpdatePlan | UnitSet | Selection | nn.Module | str | os.PathLike[str]
 
 
 def checked_base(change: Change, base: nn.Module | str | os.PathLike[str] | None) -> nn.Module:
@@ -60,8 +62,8 @@ def changed_weights(change: Change, base: nn.Module) -> Weights:
     """Name, weight before and weight after, ``[...]`` each, of what ``change`` may have changed.
 
     Args:
-        change: a plan, units to ablate, a tuned model, or the folder (or hub id) of an update or
-            of a tuned model.
+        change: a plan, units or a selection to ablate, a tuned model, or the folder (or hub id) of
+            an update or of a tuned model.
         base: the model before, as of :func:`checked_base`.
 
     Raises:
@@ -69,13 +71,14 @@ def changed_weights(change: Change, base: nn.Module) -> Weights:
     """
     if isinstance(change, UpdatePlan):
         return _trained(change)
-    if isinstance(change, UnitSet):
+    if isinstance(change, UnitSet | Selection):
         return _ablated(base, change)
     if isinstance(change, nn.Module):
         return _tuned(base, change)
     if not isinstance(change, str | os.PathLike):
         raise TypeError(
-            f"change is a {type(change).__name__}, must be a plan, a UnitSet, a model or a folder"
+            f"change is a {type(change).__name__}, must be a plan, a UnitSet, a "
+            "Selection, a model or a folder"
         )
     name = os.fspath(change)
     if is_update(name):
@@ -94,12 +97,18 @@ def _trained(plan: UpdatePlan) -> Weights:
                 yield name, before.detach(), tuned[name]
 
 
-def _ablated(base: nn.Module, units: UnitSet) -> Weights:
+def _ablated(base: nn.Module, what: UnitSet | Selection) -> Weights:
+    if isinstance(what, Selection):
+        what = what.of(base)
+        units, beside = output_parts(what, base)
+        names = dict.fromkeys(beside)
+    else:
+        units, names = what, {}
     modules = check_units(base, units)
-    names = dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
+    names |= dict.fromkeys(modules[name].output.param for name in units if len(units[name]))
     # Copies, as the model's own are zero inside the block.
     before = {name: base.get_parameter(name).detach().clone() for name in names}
-    with ablate(base, units):
+    with ablate(base, what):
         for name, weight in before.items():
             yield name, weight, base.get_parameter(name).detach()
 

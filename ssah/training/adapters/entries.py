@@ -21,9 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ssah.compat import peft
 from ssah.models import check_whole
+from ssah.selections import Outline, Selection, of_units
 from ssah.training.entries import Entries, select_entries
 from ssah.training.splitting import complement_rows
-from ssah.units import UnitSet, check_units, find_modules
+from ssah.units import UnitSet, find_modules
 from ssah_kernels.sharded import is_sharded
 
 
@@ -64,33 +65,53 @@ class Part:
         return self.frozen.to(seen.device)
 
 
-def frozen_entries(
-    model: PreTrainedModel, units: UnitSet, *, only: bool = False
-) -> dict[str, Entries]:
-    """Which entries of every parameter may change while ``units`` stay what they are.
+def may_change(
+    model: PreTrainedModel, units: UnitSet | Selection, *, only: bool = False
+) -> Selection:
+    """What may change while ``units`` stay what they are.
 
     Args:
         model: a transformers model of a known family. Its weights are not looked at, so that they
             may be packed, or inside adapters.
-        units: what stays; with ``only``, what alone may change.
+        units: what stays, units or a selection; with ``only``, what alone may change.
 
     Returns:
-        Name of a parameter -> its entries. Parameters that the bare architecture lacks are absent.
+        The entries, of the bare architecture, which may lack parameters that the model has.
 
     Raises:
         ValueError: ``units`` are of another model.
     """
+    return _may_change(_bare(model), units, only=only)
+
+
+def _bare(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of that architecture, without weights."""
     with torch.device("meta"):
-        bare = type(model)(model.config)
-    check_units(bare, units)
-    modules = find_modules(bare)
-    trained: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        mask = torch.zeros(module.n_units, dtype=torch.bool)
-        if name in units:
-            mask[units[name]] = True
-        trained[name] = mask if only else ~mask
-    return select_entries(bare, modules, trained, rest=not only)
+        return type(model)(model.config)
+
+
+def _may_change(bare: PreTrainedModel, units: UnitSet | Selection, *, only: bool) -> Selection:
+    if isinstance(units, Selection):
+        chosen = units.of(bare)
+    else:
+        # With shared key/value heads a row of V stays if any unit that it feeds does.
+        chosen = of_units(Outline.of(bare), units, "all" if only else "any")
+    return chosen if only else ~chosen
+
+
+def frozen_entries(
+    model: PreTrainedModel, units: UnitSet | Selection, *, only: bool = False
+) -> dict[str, Entries]:
+    """The same as entries along one dimension of every parameter; arguments as of `may_change`.
+
+    Returns:
+        Name of a parameter -> its entries, of which those that train may change.
+
+    Raises:
+        ValueError: as of `may_change`, and of `ssah.training.entries.select_entries`.
+    """
+    bare = _bare(model)
+    return select_entries(find_modules(bare), _may_change(bare, units, only=only))
 
 
 def inner_of(model: nn.Module) -> PreTrainedModel:
@@ -125,7 +146,7 @@ def touched(
 
 
 def changed_entries(
-    model: nn.Module, units: UnitSet, *, only: bool = False
+    model: nn.Module, units: UnitSet | Selection, *, only: bool = False
 ) -> dict[str, tuple[int, int]]:
     """Where the active adapters of ``model`` add something to what must stay.
 

@@ -51,7 +51,7 @@ def export_lora(
     Args:
         change: what `UpdatePlan.save_pretrained` wrote; a plan that is in force, whose
             ``keep_originals()`` was called before training; a tuned model, or its folder; or the
-            units that are to be ablated.
+            units, or a selection such as heads, that are to be ablated.
         directory: the folder to make; it may be there, but empty.
         base: the model that the change belongs to, in the dtype that it was trained in: a model,
             or what `ssah.models.load_model` takes. Not with a plan, which has it.

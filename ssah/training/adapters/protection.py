@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from ssah.compat import peft
+from ssah.selections import Selection
 from ssah.training.adapters.entries import (
     Part,
     changes,
@@ -78,7 +79,9 @@ class ProtectedAdapter:
         self._hooks, self._unmoved = [], []
 
 
-def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> ProtectedAdapter:
+def protect_adapter(
+    model: nn.Module, units: UnitSet | Selection, *, only: bool = False
+) -> ProtectedAdapter:
     """Keep the active LoRA adapters of ``model`` from changing what ``units`` own.
 
     Call it after ``get_peft_model``, or after a trainer of TRL was made with ``peft_config=``, and
@@ -94,8 +97,8 @@ def protect_adapter(model: nn.Module, units: UnitSet, *, only: bool = False) -> 
     Args:
         model: a ``PeftModel`` over a causal language model. LoRA (rsLoRA, on a packed base too, of
             routed experts too) and MiSS, the latter on projections into units alone.
-        units: what stays. With shared key/value heads a row of V stays if any column of O that it
-            feeds does.
+        units: what stays: units, or a selection (`ssah.select`). Of units, with shared key/value
+            heads, a row of V stays if any column of O that it feeds does.
         only: the reverse: the adapters change what ``units`` own and nothing else. Adapters of
             other modules are switched off (``requires_grad=False``).
 

@@ -1,4 +1,4 @@
-"""Embeddings and heads of which only some rows train.
+"""Embeddings, heads, and projections into attention heads of which only some rows train.
 
 A row of an embedding is a token's vector, a row of a head what gives a token's logit; often both
 are one parameter ("tied"). Its rows keep their order: a token's number must stay its row.
@@ -200,13 +200,20 @@ def split_rows(
     split = {f"{owner}.{leaf}" for owner, own in masked.items() for leaf in own.split_tensors}
     rows = [name for name, each in entries.items() if each.partial and name not in split]
     for name in rows:
-        owners = _owners(model, name)
+        owner = name.rpartition(".")[0]
+        if owner in masked:
+            continue  # a bias, which was split with its weight
+        owners = _owners(model, f"{owner}.weight")
+        # With a bias of which rows train, as that of a projection into heads.
+        leaves = ["weight", "bias"] if f"{owner}.bias" in rows else ["weight"]
         tensors: dict[str, SplitTensor] = {}
         with restored(tensors):
-            original, each = model.get_parameter(name), entries[name]
-            tensors["weight"] = SplitTensor.of(
-                "weight", original, each.dims, None, each.trains, stretches=_STRETCHES
-            )
+            for leaf in leaves:
+                param = f"{owner}.{leaf}"
+                original, each = model.get_parameter(param), entries[param]
+                tensors[leaf] = SplitTensor.of(
+                    leaf, original, each.dims, None, each.trains, stretches=_STRETCHES
+                )
         slices: dict[str, nn.Parameter | None] = {}
         for owner in owners:
             module = model.get_submodule(owner)
@@ -224,28 +231,34 @@ def _owners(model: nn.Module, name: str) -> list[str]:
     return [other.rpartition(".")[0] for other, p in every if p is wanted]
 
 
-def check_rows_split(model: nn.Module, name: str) -> None:
-    """Refuse a parameter whose rows cannot train apart.
+def check_rows_split(model: nn.Module, name: str, argument: str) -> None:
+    """Refuse a parameter whose rows cannot train apart; ``argument`` is what chose them.
 
     Raises:
         ValueError: it is not the weight of plain ``Linear`` and ``Embedding`` modules, or of an
-            embedding whose own forward calls that of ``nn.Embedding``.
+            embedding whose own forward calls that of ``nn.Embedding``; nor the bias of one plain
+            ``Linear`` that is not tied.
     """
     for owner in _owners(model, name):
         module, leaf = model.get_submodule(owner), name.rpartition(".")[2]
         check_parameters(model, [f"{owner}.{leaf}"], "for some of its rows to train")
         plain = type(module).forward is nn.Linear.forward or _looks_up(module)
-        if leaf != "weight" or not plain or not runs_own_forward(module):
+        if leaf == "bias" and isinstance(module, nn.Linear):
+            plain = plain and len(_owners(model, f"{owner}.weight")) == 1
+        elif leaf != "weight":
+            plain = False
+        if not plain or not runs_own_forward(module):
             raise ValueError(
-                f"rows has {name!r}, which is the {leaf} of {owner!r}, a {type(module).__name__}; "
-                "it must be the weight of a plain nn.Linear or nn.Embedding, or of an embedding "
-                "whose forward calls super().forward, so that its rows can train apart"
+                f"{argument} has {name!r}, which is the {leaf} of {owner!r}, a "
+                f"{type(module).__name__}; it must be the weight of a plain nn.Linear or "
+                "nn.Embedding, or of an embedding whose forward calls super().forward, so that its "
+                "rows can train apart"
             )
         if isinstance(module, nn.Embedding) and (module.max_norm is not None or module.sparse):
             raise ValueError(
-                f"rows has {name!r}, and the embedding {owner!r} has max_norm={module.max_norm}, "
-                f"sparse={module.sparse}; it must have neither: every forward pass would move "
-                "rows, or gradients would be of another form"
+                f"{argument} has {name!r}, and the embedding {owner!r} has "
+                f"max_norm={module.max_norm}, sparse={module.sparse}; it must have neither: every "
+                "forward pass would move rows, or gradients would be of another form"
             )
 
 

@@ -83,6 +83,11 @@ def _packing(
     for owned in (*module.inputs, module.output):
         before = orders.get(owned.param, packing.new_empty(0))
         orders[owned.param] = torch.cat([before, owned.index[packing]])
+    # Where units train in part, what trains would not lie side by side.
+    slices = (*module.inputs, module.output)
+    mixed = (entries[owned.param].trains[owned.index] for owned in slices)
+    if not all(bool(each.all() or not each.any()) or torch.equal(each, mask) for each in mixed):
+        return None
     # A hook among the channels must find them where they were.
     if has_hooks_inside(model, orders):
         return None

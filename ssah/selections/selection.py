@@ -1,0 +1,332 @@
+"""What a method touches: entries of the parameters of one model, and the algebra of such sets.
+
+For every parameter the set has a mask of bits that broadcasts over it (`ssah.selections.masks`).
+Of a model with a projection Q ``[4, 3]`` of two heads, O ``[3, 4]`` and a norm ``[3]``:
+
+    head 1                     Q: rows 2 and 3, a mask [4, 1]      O: columns 2 and 3, [1, 4]
+    head 1 | the norm          the same, and the norm: [1]
+    ~(head 1 | the norm)       Q: rows 0 and 1                     O: columns 0 and 1
+
+Beside the entries it knows of which kinds of things it was made, heads here and parameters. That
+changes no entry; a random selection like it is drawn by it.
+"""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ssah.choices import Shared
+from ssah.selections.granularities import KINDS, SHARED, Granularity, Kind, granularity
+from ssah.selections.masks import bits_of, combined, count, none, whole
+from ssah.selections.outline import Outline
+from ssah.storage import FORMAT, Fields, Stored, save_tensors
+from ssah.units import BitMask, UnitSet, check_units
+from ssah.version import __version__
+
+_CONTENT = "ssah selection"
+_FIELDS: Fields = {
+    "model_name": str,
+    "units_hash": str,
+    "fingerprint": str,
+    "shapes": dict,
+    "masks": dict,
+    "made_of": list,
+}
+_AT_HAND = 8  # parameters whose masks are kept unpacked while things are looked for in them
+
+Made = frozenset[tuple[Kind, Shared]]
+
+
+class Selection:
+    """A set of single entries of the parameters of one model. It does not change.
+
+    Made by `ssah.select` and by the functions in `ssah.selections`. ``|``, ``&`` and ``-`` are
+    union, intersection and difference; ``~`` is over all parameters of the model. A `UnitSet` of
+    the model may stand on either side of an operator. ``len`` is the number of entries. Two
+    selections are equal where they have the same entries, however they were made.
+
+    Args:
+        masks: parameter -> mask, of the parameter's shape or with size 1 where it does not change.
+        outline: of the model.
+        made_of: the kinds of things that it was made of.
+    """
+
+    def __init__(
+        self, masks: Mapping[str, BitMask], outline: Outline, made_of: Made = frozenset()
+    ) -> None:
+        self._masks = {name: masks[name] for name in outline.shapes if _any(masks.get(name))}
+        self.outline, self.made_of = outline, made_of
+
+    @classmethod
+    def made(cls, masks: Mapping[str, Tensor], outline: Outline, *made_of: Any) -> Selection:
+        """The entries where masks are True: bool ``[...]`` each, broadcasting over the parameter.
+
+        ``made_of`` is as of the class.
+        """
+        bits = {name: bits_of(mask) for name, mask in masks.items()}
+        return cls(bits, outline, frozenset(made_of))
+
+    # -------------------------------------------------------------------------------- looking
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def __bool__(self) -> bool:  # len() has a limit that numbers of weights may reach
+        return bool(self._masks)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many entries are chosen of each parameter that has some."""
+        return {name: count(mask, self.shapes[name]) for name, mask in self._masks.items()}
+
+    @property
+    def fraction(self) -> float:
+        """Share of all entries of all parameters that is chosen, in [0, 1]."""
+        total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
+        return sum(self.counts.values()) / total
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter of the model."""
+        return self.outline.shapes
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the parameters that have chosen entries."""
+        return iter(self._masks)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._masks
+
+    def __getitem__(self, name: str) -> BitMask:
+        """The mask of a parameter, with size 1 along dimensions in which it does not change."""
+        return self._masks.get(name) or none(len(self.shapes[name]))
+
+    def mask(self, name: str) -> Tensor:
+        """Bool ``[...]`` on the CPU, True where an entry is chosen; it broadcasts over ``name``."""
+        return self[name].to_mask()
+
+    @property
+    def whole(self) -> tuple[str, ...]:
+        """The parameters that are chosen whole."""
+        return tuple(name for name, mask in self._masks.items() if mask.count == mask.numel == 1)
+
+    def __repr__(self) -> str:
+        return (
+            f"Selection({sum(self.counts.values()):,} weights ({self.fraction:.2%}), "
+            f"{len(self.whole)} parameters whole and {len(self._masks) - len(self.whole)} in part, "
+            f"model={self.outline.model_name!r})"
+        )
+
+    # -------------------------------------------------------------------------------- algebra
+
+    def __or__(self, other: Selection | UnitSet) -> Selection:
+        return self._combine(other, operator.or_)
+
+    def __and__(self, other: Selection | UnitSet) -> Selection:
+        return self._combine(other, operator.and_)
+
+    def __sub__(self, other: Selection | UnitSet) -> Selection:
+        return self._combine(other, operator.sub)
+
+    def __ror__(self, other: UnitSet) -> Selection:
+        return self | other
+
+    def __rand__(self, other: UnitSet) -> Selection:
+        return self & other
+
+    def __rsub__(self, other: UnitSet) -> Selection:
+        return ~self & other
+
+    def __invert__(self) -> Selection:
+        masks = {name: ~self[name] for name in self.shapes}
+        return Selection(masks, self.outline, self.made_of)
+
+    def complement(self) -> Selection:
+        """Every entry of every parameter of the model that is not chosen."""
+        return ~self
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Selection):
+            return NotImplemented
+        same = self.outline.fingerprint == other.outline.fingerprint
+        return same and self._masks == other._masks
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _combine(
+        self, other: Selection | UnitSet, rule: Callable[[BitMask, BitMask], BitMask]
+    ) -> Selection:
+        if isinstance(other, UnitSet):
+            other = of_units(self.outline, other)
+        if not isinstance(other, Selection):
+            return NotImplemented
+        self.outline.check(other.outline, "that of the other one")
+        names = self._masks.keys() | other._masks.keys()
+        masks = {name: combined(self[name], other[name], rule) for name in names}
+        return Selection(masks, self.outline, self.made_of | other.made_of)
+
+    def within(self, start: str) -> Selection:
+        """What of it is in parameters whose names start so."""
+        masks = {name: mask for name, mask in self._masks.items() if name.startswith(start)}
+        return Selection(masks, self.outline, self.made_of)
+
+    # ------------------------------------------------------------------------ what it is made of
+
+    def things(self) -> tuple[dict[tuple[Kind, Shared], UnitSet], Selection]:
+        """The things that lie wholly in it, of the kinds that it was made of, and what is left.
+
+        The largest come first: a head in a layer that is chosen whole is no head of its own.
+
+        Returns:
+            (kind, how shared entries are chosen) -> the things, as a `UnitSet` over them: of
+            ``"layers"`` the module is the list of layers, of ``"heads"`` and ``"kv_heads"`` it is
+            O, of ``"units"`` B, of ``"parameters"`` a shape; and the entries that are in none.
+
+        Raises:
+            ValueError: the model is not at hand.
+        """
+        rest, found = self, {}
+        for key, own in self._granularities():
+            things = own.inside(lru_cache(_AT_HAND)(rest.mask))
+            if len(things):
+                found[key] = things
+                rest = rest - Selection.made(own.entries(things), self.outline)
+        return found, rest
+
+    def _granularities(self) -> Iterable[tuple[tuple[Kind, Shared], Granularity]]:
+        for key in sorted(self.made_of, key=lambda key: (KINDS.index(key[0]), key[1])):
+            yield key, granularity(self.outline.model, self.shapes, *key)
+
+    @classmethod
+    def random(cls, like: Selection, seed: int = 0) -> Selection:
+        """A selection of the same granularity and size, drawn uniformly; the control of ``like``.
+
+        It has as many heads and units of each module as ``like``, as many layers, and as many whole
+        parameters of each shape. What is none of these is drawn parameter by parameter: as many
+        rows, columns or single weights. Each kind is drawn by itself. Where the draws of a mixed
+        selection meet, fewer entries are chosen: compare `fraction`. The same arguments give the
+        same entries.
+
+        Raises:
+            ValueError: the model is not at hand.
+        """
+        found, rest = like.things()
+        drawn = cls({}, like.outline, like.made_of)
+        for key, own in like._granularities():
+            if key in found:
+                entries = own.entries(UnitSet.random(found[key], seed=seed))
+                drawn = drawn | cls.made(entries, like.outline)
+        generator = torch.Generator().manual_seed(seed)
+        seeds = torch.randint(2**62, (len(rest._masks),), generator=generator).tolist()
+        masks = {
+            name: BitMask.random(mask, seed=own)
+            for (name, mask), own in zip(rest._masks.items(), seeds, strict=True)
+        }
+        return drawn | cls({name: bits_of(m.to_mask()) for name, m in masks.items()}, like.outline)
+
+    def of(self, model: nn.Module) -> Selection:
+        """The same selection, of this model: a copy of the one that it was made on, for instance.
+
+        Raises:
+            ValueError: the model has other units, parameters or shapes.
+        """
+        outline = Outline.of(model)
+        self.outline.check(outline, "the model")
+        return Selection(self._masks, outline, self.made_of)
+
+    # --------------------------------------------------------------------------------- saving
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write it to a directory: safetensors and JSON, no pickle.
+
+        A tensor for each parameter has the bits of its mask, uint8 ``[ceil(n / 8)]``.
+        """
+        meta = {
+            "content": _CONTENT,
+            "format": FORMAT,
+            "version": __version__,
+            "model_name": self.outline.model_name,
+            "units_hash": self.outline.units_hash,
+            "fingerprint": self.outline.fingerprint,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "masks": {name: list(mask.shape) for name, mask in self._masks.items()},
+            "made_of": sorted(map(list, self.made_of)),
+        }
+        save_tensors(directory, {name: mask.bits for name, mask in self._masks.items()}, meta)
+
+    @classmethod
+    def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> Selection:
+        """Read what `save` wrote.
+
+        Args:
+            directory: where it was written to.
+            model: the model that the selection is meant for. Without it the selection cannot be
+                combined with a `UnitSet`, nor can one like it be drawn.
+
+        Raises:
+            FileNotFoundError: nothing was saved there.
+            ValueError: the directory holds something else or is damaged, or the model has other
+                units, parameters or shapes.
+        """
+        stored = Stored(directory, _CONTENT, _FIELDS)
+        meta = stored.meta
+        shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
+        outline = Outline(shapes, meta["units_hash"], meta["model_name"])
+        if outline.fingerprint != meta["fingerprint"]:
+            raise stored.damaged("its shapes are not those of its fingerprint")
+        made_of = frozenset((kind, shared) for kind, shared in meta["made_of"])
+        if not all(kind in KINDS and shared in SHARED for kind, shared in made_of):
+            raise stored.damaged(f"the field 'made_of' is {meta['made_of']!r}")
+        masks = {}
+        for name, own in meta["masks"].items():
+            if name not in shapes or not _broadcasts(own, shapes[name]):
+                raise stored.damaged(f"the mask of {name!r} has the shape {own}")
+            size = (-(-torch.Size(own).numel() // 8),)
+            masks[name] = BitMask(tuple(own), stored.tensor(name, dtype=torch.uint8, shape=size))
+        found = cls(masks, outline, made_of)
+        return found if model is None else found.of(model)
+
+
+def of_units(outline: Outline, units: UnitSet, shared: Shared = "all") -> Selection:
+    """What units own, as a selection.
+
+    Raises:
+        ValueError: units of another model, or the model is not at hand.
+    """
+    check_units(outline.model, units)
+    own = granularity(outline.model, outline.shapes, "units", shared)
+    return Selection.made(own.entries(UnitSet({}, own.sizes) | units), outline, ("units", shared))
+
+
+def of_parameters(outline: Outline, names: Iterable[str]) -> Selection:
+    """Whole parameters by the names that the outline has."""
+    masks = {name: whole(len(outline.shapes[name])) for name in names}
+    return Selection(masks, outline, frozenset({("parameters", "all")}))
+
+
+def of_rows(outline: Outline, numbers: Mapping[str, Tensor]) -> Selection:
+    """Rows of parameters: name that the outline has -> int64 ``[rows]``."""
+    masks = {}
+    for name, own in numbers.items():
+        size, *rest = outline.shapes[name]
+        masks[name] = torch.zeros(size, *[1] * len(rest), dtype=torch.bool)
+        masks[name][own] = True
+    return Selection.made(masks, outline)
+
+
+def _any(mask: BitMask | None) -> bool:
+    return mask is not None and mask.count > 0
+
+
+def _broadcasts(own: Any, shape: tuple[int, ...]) -> bool:
+    """Whether a mask of shape ``own`` broadcasts over a parameter of this shape, dim by dim."""
+    return len(own) == len(shape) and all(
+        n in (1, size) for n, size in zip(own, shape, strict=True)
+    )
