@@ -142,9 +142,14 @@ def weights(model: nn.Module, chosen: Mapping[str, BitMask]) -> Selection:
             weights is meant for both.
 
     Raises:
-        TypeError: a mask is no `BitMask`.
+        TypeError: it is no mapping, or a mask is no `BitMask`.
         ValueError: a name that the model lacks, or a mask of another shape.
     """
+    if not isinstance(chosen, Mapping):
+        raise TypeError(
+            f"weights is a {type(chosen).__name__}, must be a mapping of parameter names to "
+            "ssah.units.BitMask"
+        )
     outline = Outline.of(model)
     masks: dict[str, BitMask] = {}
     for name, mask in chosen.items():

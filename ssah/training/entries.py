@@ -130,7 +130,8 @@ def select_entries(
             experts trains, and the rest of the same units does not.
     """
     # What no unit owns (norms, embeddings, Q and K) has rows for entries.
-    layouts = dict.fromkeys(trained.shapes, (0,)) | _layouts(modules)
+    owned = _layouts(modules)
+    layouts = dict.fromkeys(trained.shapes, (0,)) | owned
     result = {}
     for name, shape in trained.shapes.items():
         mask, dims = trained.mask(name), layouts[name]
@@ -146,7 +147,9 @@ def select_entries(
                 "parameters or rows, to train or to stay"
             )
         trains = mask.expand(sizes).reshape(-1)
-        result[name] = Entries(dims[-1], trains, experts=len(dims) > 1)
+        # Of a norm or of B's bias the entries are its elements, and no rows that a layer can skip.
+        alone = single and len(shape) == 1 and name not in owned and trains.any() != trains.all()
+        result[name] = Entries(dims[-1], trains, experts=len(dims) > 1, single=bool(alone))
     _check_experts(modules, result, argument)
     return result
 

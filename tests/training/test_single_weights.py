@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah import selections
+from ssah.selections import weights
 from ssah.training import UpdatePlan, freeze, load_update, train_only
-from ssah.units import BitMask, UnitSet
+from ssah.units import BitMask
 
 FAMILIES = ("llama", "llama_tied", "gpt2", "mixtral", "gemma3")
 
@@ -41,7 +43,7 @@ def as_floats(model: PreTrainedModel, masks: dict[str, Tensor], mode: str) -> di
 
 
 def made(model: PreTrainedModel, masks: dict[str, Tensor], mode: str) -> UpdatePlan:
-    return (freeze if mode == "freeze" else train_only)(model, weights=bits(masks))
+    return (freeze if mode == "freeze" else train_only)(model, weights(model, bits(masks)))
 
 
 @pytest.mark.parametrize("mode", ["freeze", "train_only"])
@@ -120,7 +122,7 @@ def test_values_are_those_of_adamw_on_the_chosen_weights() -> None:
     model, twin = tiny_models.build("llama").double(), tiny_models.build("llama").double()
     twin.load_state_dict(model.state_dict())
     masks = drawn(model)
-    plan = train_only(model, weights=bits(masks))
+    plan = train_only(model, weights(model, bits(masks)))
     optimizer = plan.optimizer(lr=1e-2, weight_decay=0.1)
     state = {name: (torch.zeros_like(twin.get_parameter(name)),) * 2 for name in masks}
     for t in range(1, 6):
@@ -156,7 +158,8 @@ def test_units_and_single_weights_together(mode: str) -> None:
     for each, own in chosen.items():
         trains[each][own] = float(mode != "freeze")
     make = freeze if mode == "freeze" else train_only
-    plan = make(model, units, weights=bits(chosen))
+    shared = "any" if mode == "freeze" else "all"  # of a row of V that several heads read
+    plan = make(model, selections.units(model, units, shared=shared) | weights(model, bits(chosen)))
     plans.train(plan)
     plan.verify()
     plan.close()
@@ -169,7 +172,7 @@ def test_only_what_trains_is_in_the_parameters() -> None:
     mask = torch.zeros(model.get_parameter(name).shape, dtype=torch.bool)
     mask[0, 3] = mask[2, 1] = True
     values = model.get_parameter(name).detach()[mask].clone()
-    train_only(model, weights={name: BitMask.of(mask)})
+    train_only(model, weights(model, {name: BitMask.of(mask)}))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     assert [n for n, _ in trained] == [f"{name}_trained"]
     assert torch.equal(trained[0][1].detach(), values)
@@ -182,7 +185,7 @@ def test_only_what_trains_is_in_the_parameters() -> None:
 def test_an_update_of_single_weights(tmp_path: Path) -> None:
     model, base = (tiny_models.build("llama") for _ in range(2))
     base.load_state_dict(model.state_dict())
-    plan = train_only(model, weights=bits(drawn(model)))
+    plan = train_only(model, weights(model, bits(drawn(model))))
     plans.train(plan)
     plan.save_pretrained(tmp_path)
     plan.close()
@@ -201,14 +204,14 @@ def test_resuming_continues_the_run() -> None:
     runs = []
     for resumed in (False, True):
         model = tiny_models.build("llama")
-        plan = train_only(model, weights=bits(drawn(model)))
+        plan = train_only(model, weights(model, bits(drawn(model))))
         optimizer = plan.optimizer(lr=1e-2)
         for step in range(4):
             if resumed and step == 2:
-                weights, state = plans.snapshot(model), optimizer.state_dict()
+                values, state = plans.snapshot(model), optimizer.state_dict()
                 model = tiny_models.build("llama")
-                plan = train_only(model, weights=bits(drawn(model)))
-                model.load_state_dict(weights)
+                plan = train_only(model, weights(model, bits(drawn(model))))
+                model.load_state_dict(values)
                 optimizer = plan.optimizer(lr=1e-2)
                 optimizer.load_state_dict(state)
             optimizer.zero_grad()
@@ -220,7 +223,7 @@ def test_resuming_continues_the_run() -> None:
 
 def test_a_change_between_the_passes_is_noticed() -> None:
     model = tiny_models.build("llama")
-    plan = train_only(model, weights=bits(drawn(model)))
+    plan = train_only(model, weights(model, bits(drawn(model))))
     loss = plans.loss_of(model)
     with torch.no_grad():
         for p in plan.parameters():
@@ -233,7 +236,7 @@ def test_a_frozen_weight_that_moved_is_named() -> None:
     model = tiny_models.build("llama")
     name = "model.layers.0.mlp.up_proj.weight"
     mask = drawn(model)[name]
-    plan = train_only(model, weights={name: BitMask.of(mask)})
+    plan = train_only(model, weights(model, {name: BitMask.of(mask)}))
     values = model.state_dict()[name].clone()
     values[tuple((~mask).nonzero()[0])] += 1
     model.load_state_dict({**model.state_dict(), name: values})
@@ -243,15 +246,11 @@ def test_a_frozen_weight_that_moved_is_named() -> None:
 
 WRONG: dict[str, tuple[Any, str]] = {
     "no mapping": ([1], "weights is a list"),
-    "no mask": ({"model.norm.weight": torch.ones(48, dtype=torch.bool)}, "weights has Tensor"),
+    "no mask": ({"model.norm.weight": torch.ones(48, dtype=torch.bool)}, "weights has a Tensor"),
     "no parameter": ({"model.nrm": BitMask.of(torch.ones(3, dtype=torch.bool))}, "model.nrm"),
     "shape": (
         {"model.norm.weight": BitMask.of(torch.ones(3, dtype=torch.bool))},
         r"shape \[3\] for 'model.norm.weight', must have \[48\]",
-    ),
-    "empty": (
-        {"model.norm.weight": BitMask.of(torch.zeros(48, dtype=torch.bool))},
-        "without a weight for 'model.norm.weight'",
     ),
 }
 
@@ -260,19 +259,10 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_wrong_masks_are_refused(which: str) -> None:
     model = tiny_models.build("llama")
     before = plans.snapshot(model)
-    weights, message = WRONG[which]
+    chosen, message = WRONG[which]
     with pytest.raises((TypeError, ValueError), match=message):
-        train_only(model, weights=weights)
+        weights(model, chosen)
     plans.assert_equal(plans.snapshot(model), before)
-
-
-def test_a_weight_in_two_arguments_is_refused() -> None:
-    model = tiny_models.build("llama")
-    mask = BitMask.of(torch.arange(48) < 5)
-    with pytest.raises(ValueError, match="extra_parameters trains whole"):
-        train_only(
-            model, extra_parameters=["model.norm.weight"], weights={"model.norm.weight": mask}
-        )
 
 
 def test_a_replaced_forward_is_refused() -> None:
@@ -280,6 +270,4 @@ def test_a_replaced_forward_is_refused() -> None:
     norm: nn.Module = model.model.norm
     norm.forward = lambda x: x  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="must be that of its class"):
-        train_only(
-            model, UnitSet({}, {}), weights={"model.norm.weight": BitMask.of(torch.arange(48) < 5)}
-        )
+        train_only(model, weights(model, {"model.norm.weight": BitMask.of(torch.arange(48) < 5)}))
