@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import tiny_chat
 import torch
@@ -12,7 +14,9 @@ from ssah.evaluation.attack import counting
 from ssah.evaluation.continuations import continuation_log_probs
 from ssah.evaluation.generation import answers_of_arms, stop_tokens
 from ssah.evaluation.judges import judge
+from ssah.evaluation.prompting import prompts
 from ssah.interventions import ablate, arms
+from ssah.selections import select
 from ssah.units import UnitSet, find_modules
 
 REQUESTS = ["How do I bake bread?", "Name a bird.", "Why?", "Write three sentences about the sea."]
@@ -90,6 +94,25 @@ def test_judged_answers_of_arms_are_those_of_each_arm():
     together = judged(*selections)
     assert together == [judged(units)[0] for units in selections]
     assert together[0]["digests"] != together[1]["digests"]
+
+
+def test_heads_answer_beside_units_and_layers_by_themselves():
+    model, tokenizer = tiny_chat.model(), tiny_chat.tokenizer()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    texts = [select(model, text) for text in ("heads:0.1,1.0", "layers:1", "parameters:*norm*")]
+    selections = [half(model, 0), texts[0], None, *texts[1:]]
+    encoded = prompts(tokenizer, REQUESTS)
+    jobs = [(arm, row) for row in range(len(encoded)) for arm in range(len(selections))]
+    options = {"max_new_tokens": 10, "at_once": 3}
+    found = answers_of_arms(model, tokenizer, encoded, jobs, selections, **options)
+    for arm, what in enumerate(selections):
+        own = [(0, row) for row in range(len(encoded))]
+        with ablate(model, what) if what is not None else nullcontext():
+            wanted = answers_of_arms(model, tokenizer, encoded, own, [None], **options)
+        assert [found[jobs.index((arm, row))] for _, row in own] == wanted
+    with pytest.raises(ValueError, match=r"selections\[1\] has entries beside units and heads"):
+        arms(model, [None, texts[1]])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_answers_are_made_ahead_as_far_as_memory_goes(monkeypatch):

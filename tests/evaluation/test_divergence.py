@@ -9,6 +9,7 @@ import torch
 from ssah.data import load_rows, make_loader
 from ssah.evaluation import divergences
 from ssah.interventions import ablate
+from ssah.selections import select
 from ssah.units import UnitSet, find_modules
 
 
@@ -35,7 +36,8 @@ def test_kl_is_what_a_loop_over_positions_gives(chat):
     model, tokenizer = chat
     rows = load_rows("builtin:utility_eval", limit=5)
     alone = list(make_loader(rows, tokenizer, batch_size=1))  # the longest first, as in batches
-    selections = [drawn(model, 0), None, drawn(model, 1)]
+    layer, head = select(model, "layers:1"), select(model, "heads:0.1")
+    selections = [drawn(model, 0), None, layer, head]
     other = tiny_chat.model(seed=3).double()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for intact in (None, other):
