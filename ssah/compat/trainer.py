@@ -40,7 +40,8 @@ finally:
 
 
 # What a run cannot be resumed without to the same bits; the weights may be in several files.
-_PARTS = ("optimizer.pt", "scheduler.pt", "trainer_state.json")
+_PARTS = ("scheduler.pt", "trainer_state.json")
+_WHOLE, _SHARDED = ("optimizer.pt",), ("optimizer.bin", "pytorch_model_fsdp.bin")
 
 
 class SealingTrainer(Trainer):
@@ -72,7 +73,8 @@ class SealingTrainer(Trainer):
             self._write_checkpoint(folder, model, trial)
         with self._agreeing():
             if self.args.should_save:
-                self._seal(folder, (*_PARTS, *states))
+                own = _SHARDED if self.is_fsdp_enabled else _WHOLE
+                self._seal(folder, (*own, *_PARTS, *states))
 
     def _write_checkpoint(self, folder: Path, model: Any, trial: Any) -> None:
         output = folder.parent
@@ -89,6 +91,12 @@ class SealingTrainer(Trainer):
                 f"{shutil.disk_usage(output).free:,} bytes are free there: with more of them the "
                 "same command goes on from the checkpoint before"
             ) from error
+
+
+def keeps_whole_checkpoints(trainer: Trainer) -> bool:
+    """Whether a trainer with FSDP writes each part of a checkpoint into one file."""
+    plugin = trainer.accelerator.state.fsdp_plugin
+    return "FULL_STATE_DICT" in str(plugin.state_dict_type)
 
 
 def training_arguments(

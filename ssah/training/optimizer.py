@@ -71,7 +71,8 @@ def trainer_options(args: Any) -> dict[str, Any]:
         what = f"optim is {name!r}" + (f" and optim_args {more!r}" if more else "")
         raise ValueError(
             f"args.{what}; with a plan's own optimiser it must be one of {', '.join(_ADAMW)}, "
-            "without optim_args: it is AdamW, with moments of state_dtype=. To train with another "
+            "without optim_args: it is AdamW, with moments of state_dtype= (for 8 bits write "
+            "plan.optimizer_cls_and_kwargs(args, state_dtype='8bit')). To train with another "
             "optimiser give the trainer none of the plan's: its own will hold the trained slices"
         )
     return {

@@ -11,17 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
 from plans import assert_equal, snapshot
 from ranks import start
 from tiny_chat import word_tokenizer
 from tiny_models import build
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
 from ssah.distributed import Ranks
 from ssah.training import load_update
+from ssah.training.finetune import trainer
 
 ROWS = [{"prompt": f"w{i} w{i + 1} w{i + 2}", "completion": f"w{2 * i} w5 w7"} for i in range(8)]
 KEPT = ("--freeze", "none", "--keep", "*mlp*", "--lr", "0.01", "--max-steps", "6")
@@ -116,6 +120,45 @@ def test_processes_train_what_one_process_trains(place: Path) -> None:
     assert "of a run that differs" in again.stderr
 
 
+def train_sharded(rank: int, n: int, folder: Path) -> None:
+    """As ``accelerate launch`` with FSDP2 starts it, on CPUs that accelerate takes for GPUs."""
+    place = folder.parent
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0", "ACCELERATE_USE_FSDP": "true"}
+    os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+    os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    made = trainer.training_arguments
+
+    def arguments(**options: Any) -> Any:
+        result = made(**options)
+        PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        return result
+
+    trainer.training_arguments = arguments  # type: ignore[assignment]
+    options = command(place, "sharded", "--batch-size", "1")
+    refused = CliRunner().invoke(app, options)
+    assert refused.exit_code == 2
+    assert "eval_examples must be left out under FSDP2" in refused.stderr
+    assert not (place / "sharded" / "meta.json").exists()
+    options = [each for i, each in enumerate(options) if i not in (4, 5)]  # --eval-data and its
+    steps, calls = Trainer.training_step, [0]
+
+    def fail_in_the_fifth(self: Any, model: Any, *args: Any, **kwargs: Any) -> Any:
+        assert isinstance(model, FSDPModule)
+        calls[0] += 1
+        if calls[0] == 5:
+            raise RuntimeError("cut off")
+        return steps(self, model, *args, **kwargs)
+
+    Trainer.training_step = fail_in_the_fifth  # type: ignore[method-assign]
+    assert CliRunner().invoke(app, options).exit_code == 1
+    done = CliRunner().invoke(app, options)
+    assert done.exit_code == 0, done.output
+    if rank == 0:
+        assert json.loads(done.stdout)["resumed_from"] == 3
+
+
 @pytest.mark.exhaustive
 def test_a_real_launcher(place: Path) -> None:
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -132,5 +175,14 @@ def test_a_real_launcher(place: Path) -> None:
     assert found.stderr.count("step      1") == 1
     assert CliRunner().invoke(app, command(place, "one", "--batch-size", "2")).exit_code == 0
     ours, wanted = updated(place, "launched"), updated(place, "one")
+    for name, value in wanted.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.exhaustive
+def test_sharded_processes_train_what_one_process_trains(place: Path) -> None:
+    start(train_sharded, 2, place / "ranks")
+    assert CliRunner().invoke(app, command(place, "one", "--batch-size", "2")).exit_code == 0
+    ours, wanted = updated(place, "sharded"), updated(place, "one")
     for name, value in wanted.items():
         torch.testing.assert_close(ours[name], value, rtol=1e-3, atol=1e-4)

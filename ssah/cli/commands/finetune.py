@@ -10,7 +10,8 @@ import typer
 
 from ssah.cli.running import Result
 from ssah.cli.shared import Data, Model, Rows, Weights
-from ssah.cli.training_run import AskedSafety, RunOptions, Selected, train
+from ssah.cli.training_options import AskedSafety, RunOptions, Selected
+from ssah.cli.training_run import train
 from ssah.settings import setting
 from ssah.training.finetune import Settings
 

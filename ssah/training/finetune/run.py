@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.compat.accelerate import forget_prepared
-from ssah.compat.trainer import SchedulerType, set_seed
+from ssah.compat.trainer import SchedulerType, keeps_whole_checkpoints, set_seed
 from ssah.data import fingerprint
 from ssah.distributed import Ranks
 from ssah.storage import one_run
@@ -93,7 +93,8 @@ def fine_tune(
     Raises:
         ValueError: ``out`` holds another run (what differs is named) or something else, or a run
             is under way there, or its record or all of its checkpoints are damaged (the file is
-            named); ``safety`` is of another model; the weights are float16; ranks differ.
+            named); ``safety`` is of another model; the weights are float16; ranks differ; something
+            is asked for that is not done under FSDP2.
         OSError: the disk is full, or the like; what the last checkpoint has is kept.
         RuntimeError: the loss is not a number any more, or a frozen weight moved; nothing is
             saved then.
@@ -119,6 +120,9 @@ def fine_tune(
         if not finished:
             trainer = _trainer(plan, examples, folder, settings, tokenizer, eval_examples, identity)
             log = trainer.log
+            if trainer.is_fsdp_enabled:
+                with ranks.agreeing():
+                    _check_sharded(trainer, eval_examples, safety, merge)
         if measured is not None:
             measured.take("before", log)
         if finished:
@@ -150,12 +154,28 @@ def fine_tune(
     }
 
 
+def _check_sharded(trainer: Trainer, eval_examples: Any, safety: Any, merge: bool) -> None:
+    """Refuse, with ValueError, what is not done with a model that FSDP2 shards."""
+    asked = {"eval_examples": eval_examples, "safety": safety, "merge": merge}
+    for name, given in asked.items():
+        if given:
+            raise ValueError(
+                f"{name} must be left out under FSDP2, which shards the model as training begins: "
+                "train, then load the update into its base, to measure it or to save all of it"
+            )
+    if not keeps_whole_checkpoints(trainer):
+        raise ValueError(
+            "fsdp_state_dict_type is not FULL_STATE_DICT, must be: a checkpoint is sealed with the "
+            "hash of each of its files"
+        )
+
+
 def _save(plan: UpdatePlan, folder: Path, ranks: Ranks) -> None:
     """Write the update, once every rank has found that nothing frozen has moved."""
     with ranks.agreeing():
         plan.verify()
     with ranks.agreeing():
-        if ranks.rank == 0:
+        if plan.ranks is not None or ranks.rank == 0:  # sharded, all put together what one writes
             plan.save_pretrained(folder)
 
 

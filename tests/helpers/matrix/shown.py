@@ -645,6 +645,11 @@ for situation, words, node in (
         "One process writes and tells, and all end alike, as one process does. Also interrupted.",
         T + "test_finetune_ranks.py::test_processes_train_what_one_process_trains",
     ),
+    (
+        "`ssah finetune` under `accelerate launch` with FSDP2",
+        "The same, with full checkpoints.",
+        T + "test_finetune_ranks.py::test_sharded_processes_train_what_one_process_trains",
+    ),
 ):
     shown(SAVED, situation, "works", words, node)
 for situation, message, words, node in (

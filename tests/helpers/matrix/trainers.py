@@ -97,8 +97,8 @@ for situation, words, options in (
 @refused(
     TRAINER,
     '`optim="adamw_8bit"` together with the plan\'s optimiser',
-    "args.optim is 'adamw_8bit'",
-    "One of the two would be passed over. Give the Trainer none of the plan's.",
+    "write plan.optimizer_cls_and_kwargs(args, state_dtype='8bit')",
+    "One of the two would be passed over. Write that, or give the Trainer none of the plan's.",
 )
 def two_optimisers(setting: Setting) -> Attempt:
     return lambda: trainer_of(setting, optim="adamw_8bit")
