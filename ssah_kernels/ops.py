@@ -207,12 +207,11 @@ def masked_adamw_(
         params: float64, float32, bfloat16 or float16, all alike; any strides. Updated in place.
             Where three or more dimensions are no matrix by their strides (``channels_last``), a
             copy of what trains is updated and written back.
-        grads: compact, or of the parameter's shape: then read at ``indices[i]`` in the pass, so
-            that nothing is gathered first. In the parameters' dtype; of bfloat16 and float16
-            parameters float32 too, all alike. A gradient or state is *compact* when it has its
-            parameter's shape with ``len(indices[i])`` in place of the size along ``dims[i]``. The
-            shape tells the two apart: it is the same only where all entries train, and then they
-            are the same gradient.
+        grads: compact, or of the parameter's shape: then read at ``indices[i]`` in the pass. In the
+            parameters' dtype, all alike; or float32, of bfloat16 and float16 parameters. A gradient
+            or state is *compact* when it has its parameter's shape with ``len(indices[i])`` in
+            place of the size along ``dims[i]``. The shape tells the two apart: only where all
+            entries train it is the same, and so are they.
         exp_avgs, exp_avg_sqs: compact and contiguous; float32 or bfloat16 (float64 for float64
             parameters), or with scales uint8. Updated in place.
         indices: int64, contiguous, strictly increasing, or None for all: what is trained along
@@ -235,8 +234,7 @@ def masked_adamw_(
             :func:`ssah_kernels.dynamic_map.scales_shape` gives: state is in 8 bits then, codes of
             the dynamic map with a scale for each 256 of them. All zero at the start. Updated in
             place. The update is of the state as it reads back, before it is rounded again.
-        found_inf: where it is not zero, nothing is written: ``torch.amp.GradScaler`` has found that
-            a gradient overflowed. It is read on its device, so that nobody waits for it.
+        found_inf: where it is not zero, nothing is written, see ``torch.amp.GradScaler``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
@@ -244,18 +242,11 @@ def masked_adamw_(
     Source: Loshchilov and Hutter (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it; the
     rounding is specified in ``reference/masked_update.py``.
     """
+    lists = params, grads, exp_avgs, exp_avg_sqs, indices, dims
+    scalars = lr, step, grad_scale, clip_coef, seed
     torch.ops.ssah.masked_adamw_(
-        params,
-        grads,
-        exp_avgs,
-        exp_avg_sqs,
-        indices,
-        dims,
-        lr,
-        step,
-        grad_scale,
-        clip_coef,
-        seed,
+        *lists,
+        *scalars,
         compensations,
         signed,
         squared,
@@ -304,17 +295,11 @@ def masked_sgd_(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
+    lists = params, grads, momentum_buffers, indices, dims
+    scalars = lr, step, grad_scale, clip_coef, seed
     torch.ops.ssah.masked_sgd_(
-        params,
-        grads,
-        momentum_buffers,
-        indices,
-        dims,
-        lr,
-        step,
-        grad_scale,
-        clip_coef,
-        seed,
+        *lists,
+        *scalars,
         compensations,
         signed,
         squared,

@@ -3,8 +3,8 @@
 // Per element and in this order: read p, g and the states, update in float32 (float64 for f64),
 // write p and the states. Bytes moved per element: AdamW in f32 28, in bf16 with bf16 state 14,
 // with f32 state 22, with state in 8 bits 10 and 16/256 for the scales (of f32 parameters 16 and
-// 16/256); SGD with momentum in f32 20. Noise and rounding are specified, to the bit, in
-// ssah_kernels/reference/masked_update.py.
+// 16/256); SGD with momentum in f32 20; a float32 gradient of a parameter of 16 bits 2 more. Noise
+// and rounding are specified, to the bit, in ssah_kernels/reference/masked_update.py.
 #pragma once
 
 #include "masked_codes.h"

@@ -4,10 +4,11 @@
 //   m <- m + (1 - beta1) (g - m),   v <- beta2 v + (1 - beta2) g^2
 //   p <- w - lr / (1 - beta1^t) m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //
-//   params float64 / float32 / bfloat16 / float16 as matrices, everything else compact; states
-//   float64 for float64, else float32 or bfloat16; arithmetic in float32 (float64 for float64).
+//   params float64 / float32 / bfloat16 / float16 as matrices, everything else compact; gradients
+//   compact or as params, of 16 bits in float32 too; states float64 for float64, else float32 or
+//   bfloat16; arithmetic in float32 (float64 for float64).
 //   Bytes per element: 28 in float32, 14 in bfloat16, 22 with float32 state, 10.1 with state in 8
-//   bits; 4 more with compensations.
+//   bits; 4 more with compensations, 2 more with float32 gradients.
 #include "adamw_rule.cuh"
 #include "masked_update.cuh"
 

@@ -75,13 +75,13 @@ class Call:
         no gradient in the next step, and keeps the old one.
         """
         step = self.counted[0]["step"]
-        more = torch.ones(()) if found_inf is None else (found_inf == 0).to(torch.float32)
-        if on_host(step) and on_host(more):
+        away = [x.device for x in (step, found_inf) if x is not None and not on_host(x)]
+        more = 1 if found_inf is None else found_inf == 0
+        if not away:
             for state in self.counted:
                 state["step"] += more
             return
-        device = more.device if on_host(step) else step.device
-        step = step.to(device) + more.to(device)
+        step = step.to(away[0]) + (more.to(away[0]) if isinstance(more, Tensor) else more)
         for state in self.counted:
             state["step"] = step
 

@@ -105,17 +105,21 @@ def test_the_two_shapes_are_one_where_everything_trains(
 def test_of_a_parameter_that_is_no_matrix_the_gradient_is_read_too(backend: str) -> None:
     """Its trained entries are copied and written back, see checks/matrices.py."""
     g = torch.Generator().manual_seed(3)
-    odd = torch.randn(4, 6, 2, 3, generator=g).contiguous(memory_format=torch.channels_last)
-    grad, index = torch.randn(4, 6, 2, 3, generator=g), torch.tensor([1, 2])
+    start, grad = (torch.randn(4, 6, 2, 3, generator=g) for _ in "pg")
+    odd, index = {"memory_format": torch.channels_last}, torch.tensor([1, 2])
     results = []
-    for given in (grad, grad[index]):
-        p, m, v = odd.clone(), torch.zeros(2, 6, 2, 3), torch.zeros(2, 6, 2, 3)
-        assert not p.is_contiguous()
+    for of_param, given in (
+        (odd, grad),
+        (odd, grad[index]),
+        (odd, grad.contiguous(**odd)),
+        ({}, grad.contiguous(**odd)),
+    ):
+        p, m, v = start.clone().contiguous(**of_param), *torch.zeros(2, 2, 6, 2, 3)
         with ssah_kernels.use(backend):
             call("masked_adamw_", [p], [given], [m], [v], [index], [0])
         results.append(p)
-    assert torch.equal(*results)
-    assert not torch.equal(results[0][1], odd[1])
+    assert all(torch.equal(p, results[0]) for p in results[1:])
+    assert not torch.equal(results[0][1], start[1])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

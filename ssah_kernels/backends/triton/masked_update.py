@@ -9,8 +9,8 @@ Computation: float32 (float64 for float64 parameters); each written value is rou
 Triton inlines every function below: that the kernel is cut into several costs no call.
 Bytes per trained element: AdamW in float32 28, in bfloat16 with bfloat16 state 14, with float32
 state 22, with state in 8 bits 10.1; SGD with momentum in float32 20; a compensation 2 itemsize
-more. Importance adds 32 / BLOCK (rows) or 32 / 128 (columns) bytes of partial sums, which stay in
-the L2 cache.
+more, and a float32 gradient of 16 bits 2. Importance adds 32 / BLOCK (rows) or 32 / 128 (columns)
+bytes of partial sums, which stay in the L2 cache.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs
