@@ -171,7 +171,7 @@ def choose_weights(
     Args:
         model: the model.
         entries: parameter -> which of its entries train; changed.
-        weights: parameter -> bool of its shape, the weights that are meant.
+        weights: parameter -> bool ``[*shape]``, the weights that are meant.
         train: whether they train.
     """
     for name, mask in weights.items():
