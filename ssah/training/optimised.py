@@ -128,6 +128,12 @@ class Optimised:
     def _kind_and_kwargs(
         self, in_backward: bool, options: dict[str, Any], weight_decay: float
     ) -> tuple[type[PlanAdamW], dict[str, Any]]:
+        single = next((s.name for s in self._installed.slices() if s.entries.single), None)
+        if options.get("track_importance") and single is not None:
+            raise ValueError(
+                f"track_importance is True, and single weights of {single!r} train: importance is "
+                "summed over rows of units; leave it out, or choose units"
+            )
         kwargs = {
             "params": self.param_groups(weight_decay),
             **rounding(self.parameters()),

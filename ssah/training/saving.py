@@ -7,6 +7,7 @@ unit-major, and which they are. Example: of a B ``[out, 4]`` the columns 1 and 3
     index/NAME    int64 [2]      1, 3: ascending
     values/NAME   [2, out]       column 1, column 3
     dims          NAME: 1        the dimension that entries run along; of experts also dimension 0
+    bits/NAME     uint8          where single weights trained, in the place of their index
     frozen        NAME: SHA-256 of columns 0 and 2, which the model that takes the update must have
 """
 
@@ -36,6 +37,7 @@ from ssah.training.sharded import trained_values
 from ssah.training.splitting import complement_rows
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
+from ssah_kernels.bit_masks import pack_bits, packed_size, unpack_bits
 
 HUB = "hf:"  # before the id of a repository
 UPDATE = "update"  # kind of result
@@ -45,8 +47,12 @@ _FIELDS: Fields = {
     "keep": bool,
     "dims": dict,
     "experts": list,
+    "single": list,
     "frozen": dict,
 }
+
+# Of updates that were written before there was such a field.
+_MISSING: dict[str, Any] = {"units_hash": None, "experts": [], "single": []}
 
 
 def save_update(
@@ -75,7 +81,8 @@ def save_update(
         "version": __version__,
         **about,
         "dims": {name: each[-1] for name, each in dims.items()},
-        "experts": [name for name, each in dims.items() if len(each) > 1],
+        "experts": [name for name in dims if by_name[name][0].entries.experts],
+        "single": [name for name in dims if by_name[name][0].entries.single],
     }
     with ranks.agreeing():
         tensors = _tensors(by_name)
@@ -98,6 +105,10 @@ def _tensors(by_name: Mapping[str, Sequence[TrainedSlice]]) -> Iterator[tuple[st
     for name, own in by_name.items():
         values = [trained_values(each).cpu() for each in own]
         if _is_whole(own):
+            yield f"values/{name}", values[0]
+            continue
+        if own[0].entries.single:  # 50 % of a matrix: a bit for each, not 64 for every second
+            yield f"bits/{name}", pack_bits(own[0].entries.trains)
             yield f"values/{name}", values[0]
             continue
         index = torch.cat([each.index for each in own])
@@ -161,12 +172,13 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def read_update(directory: str | os.PathLike[str]) -> Stored:
     """What :func:`load_update` merges, read and checked as far as no model is needed."""
-    stored = Stored(update_folder(directory), UPDATE, _FIELDS, {"units_hash": None, "experts": []})
+    stored = Stored(update_folder(directory), UPDATE, _FIELDS, _MISSING)
     meta = stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
     check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
-    if any(not isinstance(name, str) or name not in meta["dims"] for name in meta["experts"]):
-        raise stored.damaged("the field 'experts' has more than parameters that train in part")
+    for field in ("experts", "single"):
+        if any(not isinstance(name, str) or name not in meta["dims"] for name in meta[field]):
+            raise stored.damaged(f"the field {field!r} has more than parameters that train in part")
     return stored
 
 
@@ -194,6 +206,9 @@ def placed_update(model: nn.Module, stored: Stored) -> list[Placed]:
     dims: dict[str, tuple[int, ...]] = {
         name: (0, dim) if name in experts else (dim,) for name, dim in meta["dims"].items()
     }
+    for name in own.keys() & set(meta["single"]):
+        dims[name] = tuple(range(own[name].dim()))
+        stored.tensors[f"index/{name}"] = _index_of_bits(stored, name, own[name])
     values = _checked_values(own, stored, dims)
     silent = [name for name in own if name not in values and name not in meta["frozen"]]
     if silent:
@@ -266,6 +281,13 @@ def _checked_values(
         if not bool(value.isfinite().all()):
             raise ValueError(f"the update has NaN or infinite values of {name!r}")
     return values
+
+
+def _index_of_bits(stored: Stored, name: str, parameter: Tensor) -> Tensor:
+    """The elements of ``parameter`` ``[...]`` that trained: int64 ``[trained]``."""
+    shape = (packed_size(parameter.numel()),)
+    bits = stored.tensor(f"bits/{name}", dtype=torch.uint8, shape=shape)
+    return unpack_bits(bits, parameter.shape).flatten().nonzero()[:, 0]
 
 
 def _check_frozen(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import tiny_models
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah import selections
 from ssah.selections import weights
-from ssah.training import UpdatePlan, freeze, load_update, train_only
+from ssah.training import UpdatePlan, attach, freeze, load_update, plan_of, train_only
 from ssah.units import BitMask
 
 FAMILIES = ("llama", "llama_tied", "gpt2", "mixtral", "gemma3")
@@ -189,6 +191,9 @@ def test_an_update_of_single_weights(tmp_path: Path) -> None:
     plans.train(plan)
     plan.save_pretrained(tmp_path)
     plan.close()
+    names = [each for file in tmp_path.glob("*.safetensors") for each in load_file(file)]
+    assert any(each.startswith("bits/") for each in names)
+    assert not any(each.startswith("index/") for each in names)  # 64 times as large
     load_update(base, tmp_path)
     plans.assert_equal(plans.snapshot(base), plans.snapshot(model))
     name = "model.layers.0.mlp.up_proj.weight"
@@ -198,6 +203,77 @@ def test_an_update_of_single_weights(tmp_path: Path) -> None:
     other.get_parameter(name).data[tuple(frozen)] += 1
     with pytest.raises(ValueError, match="frozen weights differ"):
         load_update(other, tmp_path)
+
+
+def test_an_attached_update_comes_off_again(tmp_path: Path) -> None:
+    model, base = (tiny_models.build("llama") for _ in range(2))
+    before = plans.loss_of(base)
+    plan = train_only(model, weights(model, bits(drawn(model))))
+    plans.train(plan)
+    plan.save_pretrained(tmp_path / "update")
+    attached = attach(base, tmp_path / "update")
+    assert torch.equal(plans.loss_of(base), plans.loss_of(model))
+    attached.detach()
+    assert torch.equal(plans.loss_of(base), before)
+
+
+def test_updates_in_the_backward_pass() -> None:
+    runs = []
+    for in_backward in (False, True):
+        model = tiny_models.build("llama")
+        plan = train_only(model, weights(model, bits(drawn(model))))
+        optimizer = plan.optimizer(lr=1e-2, in_backward=in_backward)
+        for step in range(2):
+            optimizer.zero_grad()
+            plans.loss_of(model, step).backward()
+            optimizer.step()
+        plan.verify()
+        runs.append(plans.snapshot(model))
+    plans.assert_equal(*runs)
+
+
+def test_the_original_values_come_back_for_a_while() -> None:
+    model = tiny_models.build("llama")
+    before = plans.loss_of(model)
+    plan = train_only(model, weights(model, bits(drawn(model))))
+    plan.keep_originals()
+    plans.train(plan)
+    with plan.disabled():
+        assert torch.equal(plans.loss_of(model), before)
+    assert not torch.equal(plans.loss_of(model), before)
+
+
+def test_a_copy_of_the_model_has_a_plan_of_its_own() -> None:
+    model = tiny_models.build("llama_tied")
+    plan = train_only(model, weights(model, bits(drawn(model))))
+    before = plans.snapshot(model)
+    twin = plan_of(copy.deepcopy(model))
+    assert twin is not None
+    plans.train(twin)
+    twin.verify()
+    plan.verify()
+    plans.assert_equal(plans.snapshot(model), before)
+
+
+def test_checkpointed_blocks_have_the_same_gradients() -> None:
+    model = tiny_models.build("llama").train()
+    plan = train_only(model, weights(model, bits(drawn(model))))
+    found = []
+    for again in (False, True):
+        if again:
+            model.gradient_checkpointing_enable()
+        model.zero_grad()
+        plans.loss_of(model).backward()
+        found.append([p.grad.clone() for p in plan.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_importance_of_units_is_refused() -> None:
+    model = tiny_models.build("llama")
+    plan = train_only(model, weights(model, bits(drawn(model))))
+    with pytest.raises(ValueError, match="track_importance is True, and single weights"):
+        plan.optimizer(track_importance=True)
 
 
 def test_resuming_continues_the_run() -> None:
