@@ -30,8 +30,8 @@ from benchmarks.models import LENGTH, ROWS, Batch, build_batches, build_model
 from ssah.attribution import attribute, attribute_weights
 
 SHORT = 64
-# Of a whole call to the forward pass alone. An exact gradient of each example takes one product more
-# than a pass there and back, each as long as the forward's, so that snip and fisher take 3 at least.
+# Of a whole call to the forward pass alone. The exact gradient of each example takes one product
+# more than a pass there and back, and each is as long as the forward's: 3 is the least for those.
 LIMITS = {"wanda": 1.0, "snip": 2.5, "fisher": 2.5}
 METRICS = ("magnitude", "wanda", "snip", "fisher")
 
