@@ -9,11 +9,41 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import PreTrainedModel
+
 from ssah.attribution import partial_runs
 from ssah.attribution.sums import Sums, check_finite
 from ssah.attribution.tally import BatchHash
+from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Ranks
+from ssah.models import weights_hash
 from ssah.storage import META, check_fields, one_run
+from ssah.units import config_hash
+from ssah.version import __version__
+
+
+def run_identity(
+    model: PreTrainedModel, device: torch.device, weights: str | None, **choices: Any
+) -> dict[str, Any]:
+    """Everything that changes the sums of a run, but for its batches.
+
+    Args:
+        model: the model.
+        device: where it computes.
+        weights: the hash of its weights, computed here if it is not known.
+        choices: what was asked for, and the fingerprint of the data: plain data.
+    """
+    return {
+        "version": __version__,
+        "torch": torch.__version__,
+        "model": config_hash(model),
+        "weights": weights or weights_hash(model),
+        "attention": attention_implementation(model),
+        "dtype": str(model.dtype),
+        "device": device.type,
+        **choices,
+    }
 
 
 class BatchState:

@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.forward_backward import check_sharded, nothing, run_batch
 from ssah.attribution.result import GRADIENT_METRICS, METRICS, TOKENS
-from ssah.attribution.resuming import BatchState
+from ssah.attribution.resuming import BatchState, run_identity
 from ssah.attribution.scores import column_sq_norms
 from ssah.attribution.sums import Sums, check_finite, check_ran, join
 from ssah.attribution.tally import Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
-from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Ranks, reshard
 from ssah.models import (
     as_it_was,
@@ -31,11 +30,9 @@ from ssah.models import (
     check_backbone,
     packed_modules,
     passing_gradients,
-    weights_hash,
 )
 from ssah.progress import token_bar
 from ssah.units import config_hash, find_modules
-from ssah.version import __version__
 
 
 class Run:
@@ -134,20 +131,16 @@ class Run:
             stack: of the call.
         """
         with self.ranks.agreeing():
-            identity = {
-                "version": __version__,
-                "torch": torch.__version__,
-                "model": config_hash(self.model),
-                "weights": self.weights_hash or weights_hash(self.model),
-                "attention": attention_implementation(self.model),
-                "dtype": str(self.model.dtype),
-                "device": self._reader.device.type,
-                "metric": self.metric,
-                "modules": sorted(self.kinds),
-                "tokens": self.tokens,
-                "all_experts": self.all_experts,
-                "data": self.tally.fingerprint,
-            }
+            identity = run_identity(
+                self.model,
+                self._reader.device,
+                self.weights_hash,
+                metric=self.metric,
+                modules=sorted(self.kinds),
+                tokens=self.tokens,
+                all_experts=self.all_experts,
+                data=self.tally.fingerprint,
+            )
             self._state = BatchState(
                 Path(folder),
                 identity,

@@ -123,7 +123,7 @@ def test_the_state_of_another_run_is_refused(
     if "torch" in options:
         monkeypatch.setattr("ssah.attribution.run.torch.__version__", options.pop("torch"))
     if "version" in options:
-        monkeypatch.setattr(attribution, "__version__", options.pop("version"))
+        monkeypatch.setattr("ssah.attribution.resuming.__version__", options.pop("version"))
     made = {"dtype": options.pop("dtype", torch.float32)}
     model = options.pop("change", lambda same: same)(build(options.pop("name", "llama"), **made))
     model.set_attn_implementation(options.pop("implementation", "sdpa"))

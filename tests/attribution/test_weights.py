@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,6 +227,8 @@ def test_patterns_choose_parameters() -> None:
         ({"tokens": "labels"}, r"tokens is 'labels'; it must be 'auto' for 'snip'"),
         ({"parameters": "*.norm.*"}, r"parameters has '\*\.norm\.\*', which matches none"),
         ({"parameters": []}, r"parameters is empty"),
+        ({"resume_dir": "there"}, r"resume_dir is 'there'; it must be None for 'snip'"),
+        ({"save_every_seconds": -1}, r"save_every_seconds is -1"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict[str, Any], message: str) -> None:
@@ -302,3 +305,26 @@ def test_sums_on_the_disk_leave_no_file(tmp_path: Path) -> None:
     with pytest.raises(OSError, match=re.escape(str(tmp_path))):
         zeros_on_disk((2**30, 2**28), tmp_path)  # an exbibyte
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_pass_of_inputs_goes_on_to_the_same_bits(tmp_path: Path) -> None:
+    def dying() -> Iterator[dict[str, Tensor]]:
+        yield batches()[0]
+        raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"metric": "wanda", "tokens": "labels"}
+    kept = {"resume_dir": tmp_path, "save_every_seconds": 0.0}
+    model = build("mixtral")
+    expected = attribute_weights(model, batches(), **options)
+    with pytest.raises(KeyboardInterrupt):
+        attribute_weights(model, dying(), **options, **kept)
+    ran: list[int] = []
+    hook = model.base_model.register_forward_pre_hook(lambda *_: ran.append(1))
+    found = attribute_weights(model, batches(), **options, **kept)
+    hook.remove()
+    assert len(ran) == 1  # the second batch alone
+    assert found.count == expected.count
+    assert found.data_fingerprint == expected.data_fingerprint
+    assert all(torch.equal(found.scores[p], score) for p, score in expected.scores.items())
+    with pytest.raises(ValueError, match=r"has an unfinished run with parameters"):
+        attribute_weights(model, batches(), **options, **kept, parameters="*.self_attn.*")

@@ -35,8 +35,11 @@ def test_scores_are_those_of_the_library(folder: Path, tmp_path: Path) -> None:
     assert (told["count"], told["metric"]) == (4, "fisher")
 
 
-def test_magnitudes_take_no_data(folder: Path, tmp_path: Path) -> None:
+def test_magnitudes_take_no_data_and_wanda_leaves_none(folder: Path, tmp_path: Path) -> None:
     words = ("weights", folder / "model", "--out", tmp_path)
     assert as_json(*words, "--metric", "magnitude")["count"] == 0
+    rows = ("--data", "builtin:safety", "--limit", 2)
+    assert as_json(*words, "--metric", "wanda", *rows)["count"] > 2  # tokens; it takes the place
+    assert not (tmp_path / "unfinished").exists()
     for more in (("--metric", "magnitude", "--data", "builtin:safety"), ("--metric", "wanda")):
         assert "--data is for every metric but magnitude" in fails(*words, *more)

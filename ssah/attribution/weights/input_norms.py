@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ssah.attribution.batches import Batch
 from ssah.attribution.forward_backward import run_batch
@@ -37,18 +38,19 @@ class InputNorms:
     Attributes:
         sums: name of what is read -> its moments. What is read is the input of a B, by the name of
             the depth-2 module, or of another matrix, by the parameter, with the expert's number.
-        count: tokens that counted so far.
+        matrices: name of a parameter -> what is scored.
     """
 
-    def __init__(self, model: nn.Module, matrices: Mapping[str, Matrix], packed: bool) -> None:
-        self._model, self._matrices, self._packed = model, matrices, packed
+    def __init__(
+        self, model: PreTrainedModel, matrices: Mapping[str, Matrix], *, packed: bool
+    ) -> None:
+        self._model, self.matrices, self._packed = model, matrices, packed
         found = find_modules(model).items()
         # What enters B is watched where scores of units watch it: that pass is the fastest one.
         self._watched = {name: m for name, m in found if m.output.param in matrices}
         self.sums = {name: Sums.zeros(module) for name, module in self._watched.items()}
         # Matrix -> the sums of its input, one an expert.
         self._read = {param: self._sums_of(matrix) for param, matrix in matrices.items()}
-        self.count = 0
         self._watch: Watch
         # The last tensor that was read, and its moments: Q, K and V get one tensor.
         self._last: tuple[Tensor | None, tuple[Tensor, Tensor, Tensor]] | None = None
@@ -71,7 +73,7 @@ class InputNorms:
             places = _places(self._watched)
             self._watch = stack.enter_context(watching(self._watched, self.sums, gradient=False))
             watched = {module.output.param for module in self._watched.values()}
-            for param, matrix in self._matrices.items():
+            for param, matrix in self.matrices.items():
                 if param in watched:
                     continue
                 place = places.get(param, matrix.owner)
@@ -82,9 +84,8 @@ class InputNorms:
     def run(self, batch: Batch) -> None:
         """Pass one batch through the model, inside of `watching`."""
         self._last = None
-        run_batch(self._model, batch, self._watch, sharded=False, packed=self._packed)  # type: ignore[arg-type]
+        run_batch(self._model, batch, self._watch, sharded=False, packed=self._packed)
         self._last = None
-        self.count += int(batch.token_mask.sum())
 
     def _hook(self, param: str) -> Any:
         own = self.sums[f"{param}[0]"]
@@ -121,7 +122,7 @@ class InputNorms:
 
     def scores(self, param: str) -> Tensor:
         """Of the weights of one matrix, float32 of its shape."""
-        matrix, names = self._matrices[param], self._read[param]
+        matrix, names = self.matrices[param], self._read[param]
         check_finite({name: self.sums[name] for name in names}, gradient=False)
         norms = torch.stack([_norms(self.sums[name]) for name in names])  # [experts, in]
         # [experts, 1, in], or [experts, in, 1] where the matrix is transposed.

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import operator
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.attribution.batches import BatchReader, counted_tokens
 from ssah.attribution.result import TOKENS
-from ssah.attribution.tally import Tally
 from ssah.attribution.weights.example_gradients import ExampleGradients
 from ssah.attribution.weights.input_norms import InputNorms
 from ssah.attribution.weights.matrices import Matrix, find_matrices
+from ssah.attribution.weights.passing import pass_batches
 from ssah.attribution.weights.result import WEIGHT_CONTENT, WEIGHT_METRICS, WeightAttribution
 from ssah.attribution.weights.sums_on_disk import zeros_on_disk
 from ssah.choices import check_choice
@@ -33,7 +30,6 @@ from ssah.models import (
     device_of,
     packed_modules,
 )
-from ssah.progress import token_bar
 from ssah.storage import check_kind, one_run
 from ssah.units import model_name, units_hash
 
@@ -49,6 +45,8 @@ def attribute_weights(
     tokens: str = "auto",
     out: str | os.PathLike[str] | None = None,
     progress: bool = False,
+    resume_dir: str | os.PathLike[str] | None = None,
+    save_every_seconds: float = 60.0,
 ) -> WeightAttribution:
     """Score every weight of the matrices in ``model``'s layers, all in one pass over the data.
 
@@ -78,6 +76,8 @@ def attribute_weights(
         out: a folder for the scores, which are never in memory all at once then: sums of gradients
             are files there until the end, and each matrix is written as it is scored.
         progress: whether to show a bar with tokens per second on standard error.
+        resume_dir, save_every_seconds: for wanda, as of `attribute`: a folder from which the same
+            call goes on, to the same bits. Sums of gradients are too large to be written often.
 
     Raises:
         TypeError: ``model`` is no transformers model, or the loader yields something else.
@@ -87,7 +87,7 @@ def attribute_weights(
         FloatingPointError: NaN or infinite activations, gradients or weights; one is named.
         RuntimeError: a matrix never ran.
     """
-    whole = _checked(model, loader, metric, tokens)
+    whole = _checked(model, loader, metric, tokens, resume_dir, save_every_seconds)
     matrices = find_matrices(whole, parameters)
     with ExitStack() as stack:
         folder = None if out is None else Path(out)
@@ -98,8 +98,18 @@ def attribute_weights(
         about: dict[str, Any] = {"tokens": None, "count": 0, "data_fingerprint": None}
         score: Callable[[str], Tensor] = lambda param: matrices[param].magnitudes()  # noqa: E731
         if loader is not None:
-            passing = _passing(whole, matrices, metric, folder)
-            about, score = _run(whole, passing, loader, metric, tokens, progress), passing.scores
+            watched = _watched(whole, matrices, metric, folder)
+            score = watched.scores
+            about = pass_batches(
+                whole,
+                watched,
+                loader,
+                metric=metric,
+                tokens=tokens,
+                resume_dir=resume_dir,
+                save_every_seconds=save_every_seconds,
+                progress=progress,
+            )
         result = WeightAttribution(
             scores=_Scored(matrices, score),
             metric=metric,
@@ -115,7 +125,14 @@ def attribute_weights(
     return WeightAttribution.load(folder)
 
 
-def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreTrainedModel:
+def _checked(
+    model: nn.Module,
+    loader: object,
+    metric: str,
+    tokens: str,
+    resume_dir: object,
+    save_every_seconds: float,
+) -> PreTrainedModel:
     """The model, once it is known that nothing that was asked is wrong."""
     check_choice("metric", metric, WEIGHT_METRICS)
     check_choice("tokens", tokens, TOKENS)
@@ -124,6 +141,13 @@ def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreT
         raise ValueError(
             f"tokens is {tokens!r}; it must be 'auto' for {metric!r}: only wanda counts positions"
         )
+    if resume_dir is not None and metric != "wanda":
+        raise ValueError(
+            f"resume_dir is {resume_dir!r}; it must be None for {metric!r}: only the sums of wanda "
+            "are small enough to be kept on the way"
+        )
+    if not save_every_seconds >= 0:
+        raise ValueError(f"save_every_seconds is {save_every_seconds}; it must be 0 or more")
     if (loader is None) != (metric == "magnitude"):
         given = "None" if loader is None else "given"
         raise ValueError(
@@ -147,7 +171,7 @@ def _checked(model: nn.Module, loader: object, metric: str, tokens: str) -> PreT
     return whole
 
 
-def _passing(
+def _watched(
     model: PreTrainedModel, matrices: Mapping[str, Matrix], metric: str, folder: Path | None
 ) -> InputNorms | ExampleGradients:
     """What adds up over the batches; sums of gradients are files in ``folder`` if there is one."""
@@ -161,43 +185,6 @@ def _passing(
         for param, matrix in matrices.items()
     }
     return ExampleGradients(model, sums, matrices, square=metric == "fisher", packed=packed)
-
-
-def _run(
-    model: PreTrainedModel,
-    passing: InputNorms | ExampleGradients,
-    loader: Iterable[Mapping[str, Any]],
-    metric: str,
-    tokens: str,
-    progress: bool,
-) -> dict[str, Any]:
-    """Pass all batches through the model; what the result tells of the data."""
-    n_expected = operator.length_hint(loader, 0) or None
-    batches = iter(loader)
-    begun = list(islice(batches, 1))  # the first batch says what "auto" means
-    if tokens == "auto" and begun:
-        tokens = counted_tokens(begun[0])
-    reader = BatchReader(model, tokens=tokens, keep_mask=bool(packed_modules(model)))
-    tally = Tally(getattr(loader, "fingerprint", None))
-    with ExitStack() as stack:
-        advance = stack.enter_context(token_bar(n_expected, 0)) if progress else None
-        stack.enter_context(passing.watching())
-        for number, raw in enumerate(chain(begun, batches)):
-            batch = reader.read(raw, number)
-            tally.add(batch)
-            passing.run(batch)
-            if advance is not None:
-                advance(int(batch.attended.sum()))
-    tally.join(Ranks())
-    tally.check(metric=metric, tokens=tokens)
-    if metric in _GRADIENTS and tally.n_targets == 0:
-        raise ValueError("loader has no token to predict: the loss is empty")
-    for param in passing.silent():
-        raise RuntimeError(
-            f"the matrix {param!r} never ran, so that its weights have no score: leave it out with "
-            "parameters=[...]"
-        )
-    return {"tokens": tokens, "count": passing.count, "data_fingerprint": tally.fingerprint}
 
 
 class _Scored(Mapping[str, Tensor]):

@@ -39,10 +39,11 @@ def weights(
     """Score every single weight of a model on a data set.
 
     The scores go to DIR one matrix after the other, and take four bytes a weight there.
+    Interrupted, wanda goes on from what DIR/unfinished keeps; the others begin anew.
 
     Example: `ssah weights smollm2 --data builtin:safety --metric snip --out runs/snip`
     """
-    from ssah.attribution import attribute_weights
+    from ssah.attribution import attribute_weights, discard
     from ssah.data import Counts
     from ssah.report.terminal import facts_table
 
@@ -57,6 +58,7 @@ def weights(
     if source is not None:
         sizes = {"batch_size": settings.batch_size, "max_length": settings.max_length}
         loader = reading.loader(source, tokenizer, counts, **sizes)
+    unfinished = out / "unfinished"
     start = time.perf_counter()
     scores = attribute_weights(
         loaded,
@@ -66,7 +68,9 @@ def weights(
         tokens=settings.tokens,
         out=out,
         progress=True,
+        resume_dir=unfinished if settings.metric == "wanda" else None,
     )
+    discard(unfinished)
     found = {
         "out": str(out),
         "data": data,
