@@ -116,8 +116,8 @@ def separation(a: Representations, b: Representations) -> Separation:
     if not bool((within > 0).all()):
         position, layer = (within <= 0).nonzero()[0].tolist()
         raise ValueError(
-            f"all rows of each set are alike at position {a.positions[position]!r} of layer {layer}; "
-            "there must be some spread (a position that every template shares has none)"
+            f"all rows of each set are alike at position {a.positions[position]!r} of layer "
+            f"{layer}; there must be some spread (a position that every template shares has none)"
         )
     between = far + m2[0] / a.rows + m2[1] / b.rows
     own = torch.stack([2 * m2[0] / (a.rows - 1), 2 * m2[1] / (b.rows - 1)])
