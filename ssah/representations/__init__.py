@@ -11,21 +11,15 @@ from ssah.representations.comparing import (
     separation,
 )
 from ssah.representations.moments import Representations, represent
-from ssah.representations.recording import (
-    Position,
-    Positions,
-    StatePositions,
-    batches_at,
-    check_positions,
-    layers_of,
-    recorded,
-)
+from ssah.representations.positions import Position, Positions, StatePositions, check_positions
+from ssah.representations.recording import batches_at, hidden_states, layers_of, recorded
 from ssah.representations.vocabulary import top_tokens, vocabulary_projection
 
 __all__ = [
     "PairCosines",
     "Representations",
     "Separation",
+    "hidden_states",
     "mean_difference",
     "pair_cosines",
     "represent",

@@ -21,16 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssah.distributed import Group, Ranks, check_not_sharded
-from ssah.models import as_it_was, cheap_weights_hash, check_backbone, check_whole
-from ssah.representations.recording import (
-    Position,
-    Positions,
-    batches_at,
-    check_positions,
-    layers_of,
-    recorded,
-)
+from ssah.distributed import Group, Ranks
+from ssah.models import cheap_weights_hash
+from ssah.representations.positions import Position, Positions, check_positions
+from ssah.representations.recording import hidden_states
 from ssah.units import config_hash
 from ssah_kernels import ops
 from ssah_kernels.reference.channel_moments import merge_moments_
@@ -91,51 +85,36 @@ def represent(
     ranks = Ranks.of(process_group)
     with ranks.agreeing():
         where = check_positions(positions)
-        whole = check_whole(model)
-        check_not_sharded(whole)
-        check_backbone(whole)
-        sums = _Sums(len(layers_of(whole)))
+        states = hidden_states(model, loader, positions=where)
         # For the comparison alone: it costs a pass over the weights.
-        hashed = cheap_weights_hash(whole) if ranks.size > 1 else None
-    ranks.common(positions=list(where), config_hash=config_hash(whole), weights_hash=hashed)
-    with ranks.agreeing(), as_it_was(whole):
-        layers = layers_of(whole)
-        for batch, at in batches_at(whole, loader, where):
-            with recorded(layers, at) as states, torch.inference_mode():
-                whole.base_model(**batch.inputs, use_cache=False)
-            # One copy of the batch: [layers, rows, positions, hidden]
-            sums.add(torch.stack([states[layer][0] for layer in layers]))
+        hashed = cheap_weights_hash(model) if ranks.size > 1 else None
+    ranks.common(positions=list(where), config_hash=config_hash(model), weights_hash=hashed)
+    sums = _Sums()
+    with ranks.agreeing():
+        for batch in states:
+            sums.add(batch)
     return sums.joined(ranks, where)
 
 
 class _Sums:
-    """Count, mean, m2 and unit_sum of all layers and positions, in one row of channels."""
+    """Count, mean, m2 and unit_sum of all positions and layers, in one row of channels."""
 
-    def __init__(self, layers: int) -> None:
-        self._layers = layers
-        self._shape: tuple[int, ...] = ()  # layers, positions, hidden; of no batch yet
+    def __init__(self) -> None:
+        self._shape: tuple[int, ...] = ()  # positions, layers, hidden; of no batch yet
         self._count = torch.zeros((), dtype=torch.float64)
         self._mean = self._m2 = self._unit_sum = torch.zeros(0, dtype=torch.float64)
 
-    def add(self, states: Tensor) -> None:  # [layers, rows, positions, hidden]
-        by_row = states.transpose(0, 1)  # [rows, layers, positions, hidden]
+    def add(self, states: Tensor) -> None:  # [rows, positions, layers, hidden]
         if not self._shape:
-            self._begin(by_row.shape[1:])
-        flat = by_row.flatten(1).clone()  # [rows, channels]; no tensor of inference mode
-        ops.channel_moments_(flat, self._count, self._mean, self._m2)
-        self._unit_sum += F.normalize(by_row, dim=-1).sum(0).flatten()
-        self._check()
+            self._begin(states.shape[1:])
+        # [rows, channels]
+        ops.channel_moments_(states.flatten(1), self._count, self._mean, self._m2)
+        self._unit_sum += F.normalize(states, dim=-1).sum(0).flatten()
 
     def _begin(self, shape: Iterable[int]) -> None:
         self._shape = tuple(shape)
         zeros = torch.zeros(self._shape, dtype=torch.float64).flatten()  # [channels]
         self._mean, self._m2, self._unit_sum = zeros, zeros.clone(), zeros.clone()
-
-    def _check(self) -> None:
-        finite = (self._mean + self._m2).view(self._layers, -1).isfinite().all(1)  # [layers]
-        if not bool(finite.all()):
-            layer = int((~finite).nonzero()[0])
-            raise FloatingPointError(f"hidden states of layer {layer} are NaN or infinite")
 
     def joined(self, ranks: Ranks, positions: tuple[Position, ...]) -> Representations:
         """The result over all ranks, the same bits on each."""
@@ -153,7 +132,5 @@ class _Sums:
             mean, m2, unit_sum = each[1:].view(3, -1)  # [channels] each
             merge_moments_(self._count, self._mean, self._m2, each[0], mean, m2)
             self._unit_sum += unit_sum
-        parts = (self._mean, self._m2, self._unit_sum)
-        # [layers, positions, hidden] -> [positions, layers, hidden]
-        swapped = (part.view(shape).transpose(0, 1).contiguous() for part in parts)
-        return Representations(positions, int(self._count), *swapped)
+        parts = (part.view(shape) for part in (self._mean, self._m2, self._unit_sum))
+        return Representations(positions, int(self._count), *parts)

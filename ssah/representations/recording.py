@@ -1,139 +1,30 @@
-"""Hidden states of a pass, at a few positions of each row: what layer l leaves in the residual
-stream, before the final norm. Layers count from 0, as in `ssah.intervene`.
+"""Hidden states of a pass: what layer l leaves in the residual stream, before the final norm.
 
-A row of 3 tokens of prompt (P) and 2 of response (R), padded on the left (.):
-
-    token         .  .  P  P  P  R  R
-    -2                     x
-    "last"                    x              which predicts the first token of the response; also -1
-    "first"                      x           the first token of the response
-    "response"                   x  x        the mean of these two
-
-Example: states (1, 0) and (3, 2) of the two R have the mean (2, 1).
+Layers count from 0, as in `ssah.intervene`. Hooks read the states at a few positions of each row as
+a layer puts them out, so that those of all tokens are never kept. Example: 8 rows of 500 tokens at
+one position keep ``[8, hidden]`` a layer, and not ``[8, 500, hidden]``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.attribution import IGNORED, Batch, BatchReader, counted_tokens
-from ssah.models import check_bare
+from ssah.attribution import Batch, BatchReader, counted_tokens
+from ssah.distributed import check_not_sharded
+from ssah.models import as_it_was, check_backbone, check_bare, check_whole
+from ssah.representations.positions import Position, Positions, StatePositions, check_positions
 from ssah.units import layers_path
-
-# A number below 0 counts from the end of the prompt.
-Position: TypeAlias = Literal["last", "first", "response"] | int
-
-Positions: TypeAlias = Position | Iterable[Position]
-
-_NAMES = ("last", "first", "response")
-
-
-def check_positions(positions: Positions) -> tuple[Position, ...]:
-    """``positions`` as they are kept.
-
-    Raises:
-        ValueError: one is neither a name nor a number below 0, or is there twice; or none is.
-    """
-    alone = isinstance(positions, str | int)
-    given: tuple[Any, ...] = (positions,) if alone else tuple(positions)  # type: ignore[arg-type]
-    for each in given:
-        whole = isinstance(each, int) and not isinstance(each, bool)
-        if not (each < 0 if whole else each in _NAMES):
-            raise ValueError(
-                f"positions has {each!r}; it must have 'last' (token of the prompt), 'first' (of "
-                "the response), 'response' (its mean), or numbers below 0, from the end of the "
-                "prompt"
-            )
-    if not given or len({-1 if each == "last" else each for each in given}) < len(given):
-        raise ValueError(f"positions is {list(given)}; it must have different ones, at least one")
-    return given
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The decoder layers of ``model``, in their order."""
     return list(check_bare(model).get_submodule(layers_path(model)).children())
-
-
-@dataclass(frozen=True, eq=False)
-class StatePositions:
-    """Where the states of one batch are.
-
-    Attributes:
-        mask: bool ``[rows, positions, length]``: the tokens whose mean is taken.
-    """
-
-    mask: Tensor
-
-    @classmethod
-    def of(cls, batch: Batch, positions: Sequence[Position], number: int) -> StatePositions:
-        """The positions of ``batch``.
-
-        Without labels a row is a prompt, and has no response.
-
-        Args:
-            batch: what is to run.
-            positions: what `check_positions` returned.
-            number: of the batch, for messages.
-
-        Raises:
-            ValueError: a row has no response, or too short a prompt.
-        """
-        attended = batch.attended  # [rows, length]
-        length = attended.shape[1]
-        every = torch.arange(length, device=attended.device)  # [length]
-        response = torch.zeros_like(attended)
-        if batch.labels is None:
-            needs = [each for each in positions if each in ("first", "response")]
-            if needs:
-                raise ValueError(
-                    f"batch {number} has no labels, must have them where the response begins, for "
-                    f"the position {needs[0]!r}"
-                )
-            first = torch.where(attended, every, -1).amax(1, keepdim=True) + 1  # [rows, 1]
-        else:
-            # A target stands at the token before the one that is to be predicted.
-            response[:, 1:] = (batch.targets != IGNORED)[:, :-1]
-            if not bool(response.any(1).all()):
-                raise ValueError(
-                    f"batch {number} has a row without a response token, must have one in each "
-                    "(labels other than -100 after the prompt)"
-                )
-            first = response.int().argmax(1, keepdim=True)  # [rows, 1]
-        masks = []
-        for each in positions:
-            if each == "response":
-                masks.append(response)
-                continue
-            offset = each if isinstance(each, int) else {"first": 0, "last": -1}[each]
-            mask = attended & (every == first + offset)  # [rows, length]
-            if not bool(mask.any(1).all()):
-                raise ValueError(
-                    f"positions has {each}, but a row of batch {number} has a prompt of fewer "
-                    "tokens; each must have as many"
-                )
-            masks.append(mask)
-        return cls(torch.stack(masks, 1))
-
-    def take(self, h: Tensor) -> Tensor:
-        """The states, float64 ``[copies, rows, positions, hidden]``.
-
-        Args:
-            h: ``[copies * rows, length, hidden]``: the batch once, or once for each arm.
-        """
-        by_copy = h.unflatten(0, (-1, len(self.mask)))  # [copies, rows, length, hidden]
-        taken = []
-        for mask in self.mask.to(h.device).unbind(1):  # [rows, length]
-            # Left out, not multiplied by 0: a padded position may be NaN.
-            kept = by_copy.masked_fill(~mask[..., None], 0)
-            taken.append(kept.sum(2, dtype=torch.float64) / mask.sum(1)[:, None])
-        return torch.stack(taken, 2)
 
 
 def batches_at(
@@ -185,3 +76,42 @@ def recorded(
         for layer in layers:
             stack.callback(layer.register_forward_hook(read).remove)
         yield states
+
+
+def hidden_states(
+    model: nn.Module, loader: Iterable[Mapping[str, Any]], *, positions: Positions = ("last",)
+) -> Iterator[Tensor]:
+    """The hidden states of every row, a batch at a time: for other reductions than `represent`'s.
+
+    The backbone runs in evaluation mode, and the model is left as it was after each batch.
+
+    Args:
+        model, loader, positions: as of `represent`.
+
+    Returns:
+        Of each batch float64 ``[rows, positions, layers, hidden]``, on the CPU.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as of `represent`.
+    """
+    where = check_positions(positions)
+    whole = check_whole(model)
+    check_not_sharded(whole)
+    check_backbone(whole)
+    return _states(whole, loader, where, layers_of(whole))
+
+
+def _states(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    positions: Sequence[Position],
+    layers: Sequence[nn.Module],
+) -> Iterator[Tensor]:
+    for batch, where in batches_at(model, loader, positions):
+        with as_it_was(model), recorded(layers, where) as states, torch.inference_mode():
+            model.base_model(**batch.inputs, use_cache=False)
+            for number, layer in enumerate(layers):
+                if not bool(states[layer].isfinite().all()):
+                    raise FloatingPointError(f"hidden states of layer {number} are NaN or infinite")
+        # One copy of the batch, and no tensor of inference mode: whose they are may change them.
+        yield torch.stack([states[layer][0] for layer in layers], 2)

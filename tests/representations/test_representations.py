@@ -19,6 +19,7 @@ from ssah.distributed import deal
 from ssah.interventions import Add, ProjectOut
 from ssah.representations import (
     Representations,
+    hidden_states,
     mean_difference,
     pair_cosines,
     represent,
@@ -98,6 +99,18 @@ def test_sums_are_those_of_each_row_by_itself(name: str) -> None:
     torch.testing.assert_close(found.variance, by_hand(model, data).var(0), **near)
     assert_same_bits(model, before)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_states_of_each_row_come_a_batch_at_a_time() -> None:
+    model = build("gpt2", dtype=torch.float64)
+    data = rows(LENGTHS)
+    loader = [collate(data[:3], side="left"), collate(data[3:])]
+    found = list(hidden_states(model, loader, positions=POSITIONS))
+    assert [len(each) for each in found] == [3, 1]
+    torch.testing.assert_close(torch.cat(found), by_hand(model, data), rtol=1e-8, atol=1e-9)
+    found[0][0] = 0  # they are the caller's
+    with pytest.raises(ValueError, match="positions has 'middle'"):  # at once, not as it is read
+        hidden_states(model, loader, positions="middle")  # type: ignore[arg-type]
 
 
 def test_without_labels_a_row_is_a_prompt_and_interventions_count() -> None:
