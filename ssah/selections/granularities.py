@@ -26,6 +26,7 @@ from ssah.units import (
     AttentionHeads,
     UnitSet,
     UnitSlice,
+    check_parameters,
     find_heads,
     find_modules,
     layer_names,
@@ -193,21 +194,17 @@ def granularity(model: nn.Module, shapes: Shapes, kind: Kind, shared: Shared) ->
     if kind == "parameters":
         return Parameters(shapes)
     if kind == "units":
-        modules = find_modules(model)
         owned = {
             name: [_in_columns(own) for own in (*module.inputs, module.output)]
-            for name, module in modules.items()
+            for name, module in find_modules(model).items()
         }
-        return Owned(owned, shapes, shared)
-    every = find_heads(model).values()
-    if kind == "heads":
-        return Owned({heads.name: _slices(heads) for heads in every}, shapes, shared)
-    grouped = {heads.name: [_by_group(own, heads) for own in _slices(heads)] for heads in every}
-    return Owned(grouped, shapes, shared)
-
-
-def _slices(heads: AttentionHeads) -> tuple[UnitSlice, ...]:
-    return (*heads.inputs, heads.output)
+    else:
+        every = find_heads(model).values()
+        slices = _slices if kind == "heads" else _slices_by_group
+        owned = {heads.name: slices(heads) for heads in every}
+    params = {own.param for each in owned.values() for own in each}
+    check_parameters(model, params - shapes.keys(), "to be selected")
+    return Owned(owned, shapes, shared)
 
 
 def _in_columns(own: UnitSlice) -> UnitSlice:
@@ -215,11 +212,18 @@ def _in_columns(own: UnitSlice) -> UnitSlice:
     return replace(own, index=own.index[:, None])
 
 
-def _by_group(own: UnitSlice, heads: AttentionHeads) -> UnitSlice:
-    """The slice of heads with an index ``[n_kv_heads, entries of one]``."""
+def _slices(heads: AttentionHeads) -> list[UnitSlice]:
+    return [*heads.inputs, heads.output]
+
+
+def _slices_by_group(heads: AttentionHeads) -> list[UnitSlice]:
+    """The slices of key/value heads, with an index ``[n_kv_heads, entries of one]``."""
     queries = heads.n_heads // heads.n_kv_heads
-    index = own.index.view(heads.n_kv_heads, queries, -1)
-    # Rows of K and V are in it once for each query head that reads them, and are to be so once.
-    if queries > 1 and torch.equal(index[:, 0], index[:, 1]):
-        index = index[:, :1]
-    return replace(own, index=index.flatten(1))
+    found = []
+    for own in _slices(heads):
+        index = own.index.view(heads.n_kv_heads, queries, -1)
+        # Rows of K and V are there once for each query head that reads them: once is enough.
+        if queries > 1 and torch.equal(index[:, 0], index[:, 1]):
+            index = index[:, :1]
+        found.append(replace(own, index=index.flatten(1)))
+    return found
