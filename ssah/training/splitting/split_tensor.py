@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from ssah.training.splitting.packed_parameter import PackedParameter
 from ssah.training.splitting.storage_order import runs, unit_major
 
-# A stretch (start, stop) of storage rows, or the int64 rows that were gathered.
+# A stretch (start, stop) of storage rows, or the rows that were gathered, int64 or int32.
 Part = tuple[int, int] | Tensor
 
 
@@ -100,14 +100,16 @@ class SplitTensor:
         """
         device, shape = original.device, original.shape
         values = unit_major(original.detach(), dims)  # [entries, ...]
-        parts: tuple[Part, ...]
         if order is None:
             storage = values.clone(memory_format=torch.contiguous_format)
             index = trains.nonzero()[:, 0]
-            pieces = runs(index)
+            # Of single weights there are millions: no stretches, and places of 32 bits.
+            pieces = runs(index) if stretches else []
+            short = index.int() if len(dims) == len(shape) and len(trains) < 1 << 31 else index
             # A tensor may stay whole beside others of its module that train in part.
-            several = (index.to(device),) if len(index) else ()
-            parts = tuple(pieces) if len(pieces) <= stretches else several
+            several = (short.to(device),) if len(index) else ()
+            views = 0 < len(pieces) <= stretches
+            parts: tuple[Part, ...] = tuple(pieces) if views else several
         else:
             storage = values.index_select(0, order.to(device))
             parts = tuple(runs(trains[order].nonzero()[:, 0]))
@@ -134,7 +136,7 @@ class SplitTensor:
 
     def trained_pieces(self) -> list[Tensor]:
         """The original entries of each trained parameter, int64 ``[its rows]`` on the CPU."""
-        rows = [torch.arange(*p) if isinstance(p, tuple) else p.cpu() for p in self.parts]
+        rows = [torch.arange(*p) if isinstance(p, tuple) else p.cpu().long() for p in self.parts]
         return rows if self.order is None else [self.order.cpu()[each] for each in rows]
 
     def trained_index(self) -> Tensor:
@@ -180,16 +182,13 @@ class SplitTensor:
         for parameter, part in self._apart(owner):
             if isinstance(part, Tensor):
                 values = parameter.data.to(self.storage.dtype)
-                self.storage.data.index_copy_(0, part, values)
+                self.storage.data.index_copy_(0, part.long(), values)
             else:
                 self.storage.data[part[0] : part[1]].copy_(parameter.data)
 
     def part(self) -> None:
-        """A packed slice got other memory: from now on its values are copied before each use.
-
-        Into a copy of the storage. Whoever swapped may hold the old memory as a backup, which must
-        keep what it has.
-        """
+        """A packed slice got other memory: from now on its values are copied before each use."""
+        # Into a copy. Whoever swapped may hold the old memory as a backup, which must stay.
         if not self.swapped:
             self.storage = self.storage.clone()
             self.swapped = True
@@ -202,7 +201,7 @@ class SplitTensor:
             values = owner._parameters[name]  # [trained, ...]
             assert values is not None
             if isinstance(part, Tensor):
-                result = result.index_copy(0, part, values)
+                result = result.index_copy(0, part.long(), values)
             else:
                 result = result.slice_scatter(values, 0, *part)
         return result
