@@ -111,7 +111,7 @@ class Edge:
         self._key = upper << _LOW | lower
 
     def chosen(self, keys: Tensor) -> Tensor:
-        """Bool of the shape of ``keys``: the next tensor's."""
+        """Bool, of the shape ``[...]`` of ``keys``: those of the next tensor that are chosen."""
         found = keys > self._key
         if self._ties:
             equal = (keys == self._key).flatten().nonzero()[: self._ties, 0]

@@ -58,6 +58,15 @@ class ExampleGradients:
         square: bool,
         packed: bool,
     ) -> None:
+        """Nothing has been seen yet.
+
+        Args:
+            model: the model.
+            sums: name of a parameter -> zeros, float32 ``[out, in]``, or as the parameter has it.
+            matrices: name of a parameter -> what is scored.
+            square: whether squares are summed, for fisher.
+            packed: whether there are packed weights.
+        """
         self._model, self._matrices, self._packed = model, matrices, packed
         self.sums, self.square, self.count = sums, square, 0
         self._watch = Watch(gradient=True)
@@ -175,7 +184,10 @@ class ExampleGradients:
         return (param for param in self._matrices if param not in self._ran)
 
     def scores(self, param: str) -> Tensor:
-        """Of the weights of one matrix, float32 of its shape; its sum is taken for it."""
+        """Of the weights of a parameter, float32 ``[out, in]``, or as the parameter has it.
+
+        Once: its sum becomes the scores.
+        """
         total, matrix = self.sums.pop(param), self._matrices[param]
         factor = matrix.magnitudes().to(total.device)
         if self.square:

@@ -121,7 +121,7 @@ class InputNorms:
                 yield param
 
     def scores(self, param: str) -> Tensor:
-        """Of the weights of one matrix, float32 of its shape."""
+        """Of the weights of a parameter, float32 ``[out, in]``, or as the parameter has it."""
         matrix, names = self.matrices[param], self._read[param]
         check_finite({name: self.sums[name] for name in names}, gradient=False)
         norms = torch.stack([_norms(self.sums[name]) for name in names])  # [experts, in]

@@ -55,7 +55,7 @@ class Matrix:
         return self.shape[-2 if self.transposed else -1]
 
     def magnitudes(self) -> Tensor:
-        """|W|, float32 of ``shape``: a copy, where the weight is; a packed one is unpacked."""
+        """|W|, float32 ``[*shape]``: a copy, where the weight is; a packed one is unpacked."""
         with at_hand(self.owner):
             plain = dequantised(self.owner)
             if plain is None:

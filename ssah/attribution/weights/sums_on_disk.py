@@ -18,7 +18,7 @@ from ssah.storage import naming
 
 
 def zeros_on_disk(shape: tuple[int, ...], folder: Path) -> Tensor:
-    """Zeros, float32 of ``shape``, in a file that lies in ``folder``.
+    """Zeros, float32 ``[*shape]``, in a file that lies in ``folder``.
 
     Raises:
         OSError: there is no room for it.

@@ -47,8 +47,7 @@ def weights(
     from ssah.data import Counts
     from ssah.report.terminal import facts_table
 
-    if (data is None) != (settings.metric == "magnitude"):
-        raise ValueError("--data is for every metric but magnitude, which sees no data")
+    _check_data(data, settings.metric)
     reading, counts = rows.reading(), Counts()
     source = None
     if data is not None:
@@ -92,3 +91,9 @@ def weights(
         "saved to": out,
     }
     return Result(found, (facts_table("Scores of weights", facts),))
+
+
+def _check_data(data: str | None, metric: str) -> None:
+    """Refuse data that nobody looks at, and none where some is needed: before a model is loaded."""
+    if (data is None) != (metric == "magnitude"):
+        raise ValueError("--data is for every metric but magnitude, which sees no data")
