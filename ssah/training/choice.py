@@ -94,7 +94,7 @@ def choose(
     trained_units = given.complement() if keep else given
     masks = {name: trained_units.mask(name) for name in units}  # bool [n_units] each
     entries = select_entries(model, modules, masks, rest=keep, extra=extra, kept=kept, rows=rows)
-    choose_weights(model, entries, weights, train=not keep)
+    choose_weights(entries, weights, train=not keep)
     if not any(each.some for each in entries.values()):
         raise ValueError(
             f"units ({len(units)} of {sum(units.sizes.values())}) leave nothing to train; give "

@@ -164,12 +164,11 @@ def select_entries(
 
 
 def choose_weights(
-    model: nn.Module, entries: dict[str, Entries], weights: Mapping[str, Tensor], *, train: bool
+    entries: dict[str, Entries], weights: Mapping[str, Tensor], *, train: bool
 ) -> None:
     """Let single weights train, or stay, beside what ``entries`` says of their parameters.
 
     Args:
-        model: the model.
         entries: parameter -> which of its entries train; changed.
         weights: parameter -> bool ``[*shape]``, the weights that are meant.
         train: whether they train.
