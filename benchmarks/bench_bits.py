@@ -9,7 +9,12 @@ random, so that nearly every vector of the processor has some that train and som
 * plan: what a plan does in a step. The gradient's trained entries are taken out, ``masked_adamw_``
   updates them side by side, and they are written into the weights.
 
-Bytes moved per weight in float32: 28 without a mask, 12 and 16 times the share by bits.
+Bytes moved per weight in float32: 28 without a mask, 12 and 16 times the share by bits. The limits
+are for AVX-512, whose instructions put lanes together and apart in one step. With AVX2 it takes two
+and a look-up in a table, and the update is bound by that, not by memory.
+
+Take it on a machine that does nothing else: torch's optimiser waits for all its threads once a
+tensor, so that company makes it look slower than it is.
 
     python benchmarks/bench_bits.py --out bench_out/bits.json
 """

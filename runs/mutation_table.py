@@ -188,6 +188,18 @@ _CPU = (
         cpu_near("masked_adamw_"),
     ),
     Mutation(
+        "csrc/cpu/bit_masked_adamw.h",
+        "if (trained == 0) continue;",
+        "if (trained <= 1) continue;",
+        cpu_near("bit_masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cpu/bit_masked_adamw.h",
+        "(unsigned)element,",
+        "(unsigned)k,",
+        cpu_near("bit_masked_adamw_"),
+    ),
+    Mutation(
         "csrc/cpu/gated_moments.cpp",
         "rows.insert(rows.end(), masked.begin(), masked.end());",
         "rows.insert(rows.end(), masked.size(), 0);",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from functools import cache
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -100,17 +101,20 @@ def block_offsets(bits: Tensor) -> Tensor:
     return offsets.cumsum_(0)
 
 
-# (id of a mask, id of its offsets) -> both, their versions, how many elements train
-_known: dict[tuple[int, int], tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int, int]] = {}
+_Known: TypeAlias = "tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int, int]"
+# (id of a mask, id of its offsets, elements) -> both, their versions, how many elements train
+_known: dict[tuple[int, int, int], _Known] = {}
 
 
 def _checked(i: int, numel: int, bits: Tensor, offsets: Tensor) -> int:
     """How many elements the mask ``bits`` chooses, once its ``offsets`` are known to be of it."""
-    key = (id(bits), id(offsets))
-    known = _known.get(key)
-    now = (bits, offsets, bits._version, offsets._version)
-    if known is not None and (known[0](), known[1](), *known[2:4]) == now:
-        return known[4]
+    key = (id(bits), id(offsets), numel)
+    counted = not (bits.is_inference() or offsets.is_inference())  # those have no version
+    known = _known.get(key) if counted else None
+    if known is not None and known[0]() is bits and known[1]() is offsets:
+        before, trained = known[2:4], known[4]
+        if before == (bits._version, offsets._version):
+            return trained
     spare = -numel % _PLACES
     if spare and len(bits) and int(bits[-1]) >> (_PLACES - spare):
         raise ValueError(f"masks[{i}] has bits after the last of {numel} elements; they must be 0")
@@ -120,7 +124,7 @@ def _checked(i: int, numel: int, bits: Tensor, offsets: Tensor) -> int:
             "ssah_kernels.bit_masks.block_offsets gives for it"
         )
     trained = int(offsets[-1])
-    if not (bits.is_inference() or offsets.is_inference()):  # those have no version
+    if counted:
         # An id is given again once its tensor is gone: the entry must go with it.
         forget = [weakref.ref(x, lambda _: _known.pop(key, None)) for x in (bits, offsets)]
         _known[key] = (forget[0], forget[1], bits._version, offsets._version, trained)

@@ -26,9 +26,10 @@ def _dispatch(op: str) -> Callable[..., Any]:
     tensors_of = memory.reader(op)
     names = [name for _, name in arguments(op)]
     at = names.index("indices") if "indices" in names else None
-    masks_at = names.index("masks") if "masks" in names else None
     arm_at = names.index("arm") if "arm" in names else None
-    of_lists = at is not None or masks_at is not None
+    masked = ("params", "masks", "offsets", "exp_avgs") if "masks" in names else ()
+    masked_at = [names.index(name) for name in masked]
+    of_lists = at is not None or bool(masked)
 
     def run(*args: Any, **kwargs: Any) -> Any:
         ready = check(*args, **kwargs)
@@ -36,8 +37,8 @@ def _dispatch(op: str) -> Callable[..., Any]:
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
-        if masks_at is not None:
-            bit_masks.check(args[0], args[masks_at], args[masks_at + 1], args[masks_at - 1])
+        if masked_at:
+            bit_masks.check(*(args[i] for i in masked_at))
         if arm_at is not None:
             indices.check_arms(args[arm_at], len(args[arm_at - 1]))
         first = args[0][0] if of_lists else args[0]  # of a list, all are on one device

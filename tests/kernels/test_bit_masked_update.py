@@ -161,3 +161,11 @@ def test_bits_after_the_last_element_are_refused() -> None:
     args["offsets"] = [block_offsets(args["masks"][0])]
     with pytest.raises(ValueError, match="bits after the last of 13 elements"):
         ops.bit_masked_adamw_(**args)
+
+
+def test_a_mask_that_fitted_a_longer_parameter_is_looked_at_again() -> None:
+    args = call(torch.ones(13), torch.arange(13) > 9)
+    ops.bit_masked_adamw_(**args)
+    args |= {"params": [torch.ones(10)], "grads": [torch.ones(10)]}
+    with pytest.raises(ValueError, match="bits after the last of 10 elements"):
+        ops.bit_masked_adamw_(**args)

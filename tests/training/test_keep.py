@@ -176,9 +176,9 @@ def test_wrong_names_and_rows_are_refused(
 
 def test_none_needs_something_else_and_names_are_given_once() -> None:
     model = tiny_models.build("llama")
-    with pytest.raises(TypeError, match=r"units is None.*keep= or rows="):
+    with pytest.raises(TypeError, match=r"units is None.*keep=, rows= or weights="):
         freeze(model)
-    with pytest.raises(TypeError, match=r"units is None.*extra_parameters= or rows="):
+    with pytest.raises(TypeError, match=r"units is None.*extra_parameters=, rows= or weights="):
         train_only(model)
     with pytest.raises(ValueError, match="extra_parameters trains whole"):
         train_only(model, extra_parameters=[HEAD], rows={HEAD: [3]})
