@@ -238,7 +238,8 @@ def _train(
         record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
         # At once: a run that is resumed cannot measure it any more.
         write_run(folder, record, ranks)
-        forget_prepared(plan.model)
+        if ranks.size > 1:
+            forget_prepared(plan.model)
     checkpoint = ranks.first(lambda: _last_checkpoint(folder, record))
     # Measuring draws from the generator: training must begin with the same state either way.
     set_seed(settings.seed)
