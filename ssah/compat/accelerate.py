@@ -70,7 +70,13 @@ def forget_prepared(model: nn.Module) -> None:
     It marks a model that it has prepared for an evaluation. On several ranks a training afterwards
     finds the mark, and does not wrap the model: each rank trains by itself, and nothing says so.
     """
-    vars(model).pop(_PREPARED, None)
+    own = vars(model)
+    own.pop(_PREPARED, None)
+    before = own.pop(_UNCONVERTED, None)
+    if before is not None:  # else autocast would be put around autocast
+        own["forward"] = before
+        if getattr(before, "__func__", None) is type(model).forward:
+            del own["forward"]
 
 
 def sharder(args: Any = None) -> str | None:

@@ -32,7 +32,6 @@ def await_sharding(installed: Installed) -> None:
     """Make what a plan has split whole again: the model is about to be sharded."""
     installed.unsplit()
     installed.sharded = installed.waiting = True
-    own = weakref.ref(installed)  # the hook below is the process's, and must keep no model alive
 
     def before(module: nn.Module, args: tuple[Any, ...]) -> None:
         plan = own()
@@ -40,8 +39,10 @@ def await_sharding(installed: Installed) -> None:
             follow(plan)
 
     # A hook of the model runs after FSDP's own, which has put other tensors in the places of its
-    # parameters by then. Those of the process run before.
-    installed.select([register_module_forward_pre_hook(before)])
+    # parameters by then. Those of the process run before; they must keep no model alive.
+    hook = register_module_forward_pre_hook(before)
+    own = weakref.ref(installed, lambda _: hook.remove())
+    installed.select([hook])
 
 
 def follow(installed: Installed) -> None:
@@ -55,8 +56,15 @@ def follow(installed: Installed) -> None:
     if ranks is None:
         return
     with ranks.agreeing():
-        for name, parameter in installed.model.named_parameters():
-            check_sharded(name, parameter)
+        found = dict(installed.model.named_parameters())
+        for name in installed.entries:
+            if name not in found:
+                raise ValueError(
+                    f"parameter {name!r} has another name since the model was sharded, must keep "
+                    "its own: leave FSDP's own activation_checkpointing and compiled layers out "
+                    "(gradient_checkpointing=True in the arguments of the trainer wraps nothing)"
+                )
+            check_sharded(name, found[name])
     check_alike(ranks, installed.fingerprint, installed.entries)
     # Mixed precision has made float32 of bfloat16, which is exact: hashed are the bits from before.
     now = whole_digests(installed.model, installed.entries, ranks, installed.dtypes)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DistributedType
 from plans import assert_equal, snapshot
@@ -23,6 +24,7 @@ from transformers import Trainer
 from typer.testing import CliRunner
 
 from ssah.cli import app
+from ssah.compat.accelerate import forget_prepared, unconverted_forward
 from ssah.distributed import Ranks
 from ssah.training import load_update
 from ssah.training.finetune import trainer
@@ -118,6 +120,16 @@ def test_processes_train_what_one_process_trains(place: Path) -> None:
     again = CliRunner().invoke(app, command(place, "two", "--batch-size", "1"))
     assert again.exit_code == 2
     assert "of a run that differs" in again.stderr
+
+
+def test_a_model_that_was_evaluated_is_as_it_was_before() -> None:
+    model = build("llama")
+    plain = dict(vars(model))
+    for _ in range(2):
+        Accelerator(cpu=True, mixed_precision="bf16").prepare_model(model, evaluation_mode=True)
+        assert unconverted_forward(model).__func__ is type(model).forward
+        forget_prepared(model)
+        assert vars(model).keys() == plain.keys()
 
 
 def train_sharded(rank: int, n: int, folder: Path) -> None:

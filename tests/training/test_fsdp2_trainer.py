@@ -59,6 +59,7 @@ def launched(rank: int, n: int) -> None:
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": n, "LOCAL_WORLD_SIZE": n}
     os.environ |= {name: str(value) for name, value in names.items()}
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
+    AcceleratorState._reset_state(reset_partial_state=True)  # of the process that was forked
 
 
 def as_accelerators() -> None:
@@ -66,9 +67,12 @@ def as_accelerators() -> None:
     PartialState()._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 
 
-def sharding_arguments(folder: Path, rank: int, n: int, **fsdp: Any) -> TrainingArguments:
+def sharding_arguments(
+    folder: Path, rank: int, n: int, *, bf16: bool = False, **fsdp: Any
+) -> TrainingArguments:
     launched(rank, n)
-    args = arguments(folder, n, fsdp=True, fsdp_config={**LAYERS, **fsdp}, ddp_backend="gloo")
+    settings = {**LAYERS, **fsdp}
+    args = arguments(folder, n, fsdp=True, fsdp_config=settings, ddp_backend="gloo", bf16=bf16)
     as_accelerators()
     return args
 
@@ -233,9 +237,35 @@ def refuse(rank: int, n: int, folder: Path) -> None:
     trainer = Trainer(model, args, train_dataset=data())  # with an optimiser of its own
     with pytest.raises(RuntimeError, match="give them the plan's own optimiser"):
         trainer.train()
+    args = sharding_arguments(folder, rank, n, activation_checkpointing=True)
+    model = tiny_models.build("llama")
+    with pytest.raises(ValueError, match="has another name since the model was sharded"):
+        trainer_of(make(model, "freeze"), args).train()
 
 
-@pytest.mark.parametrize("worker", [under_accelerate, refuse])
+def in_bfloat16(rank: int, n: int, folder: Path) -> None:
+    """accelerate keeps in float32 what trains; what is frozen has the values it had."""
+    args = sharding_arguments(folder, rank, n, bf16=True)
+    args.max_steps = 2
+    model = tiny_models.build("llama_bias", dtype=torch.bfloat16)
+    before, trains = snapshot(model), masks(model, draw(model), "freeze")
+    plan = make(model, "freeze")
+    trainer_of(plan, args, callbacks=[PlanCallback(plan, folder / "update")]).train()
+    state = whole(model)
+    for name, value in state.items():
+        frozen = trains[name] == 0
+        assert torch.equal(value[frozen], before[name][frozen].to(value.dtype)), name
+        assert torch.equal(value, before[name].to(value.dtype)) != bool(trains[name].any()), name
+    if rank == 0:
+        base = tiny_models.build("llama_bias", dtype=torch.bfloat16).float()
+        load_update(base, folder / "update")
+        assert_equal(snapshot(base), state)
+
+
+@pytest.mark.parametrize(
+    "worker",
+    [under_accelerate, refuse, pytest.param(in_bfloat16, marks=pytest.mark.exhaustive)],
+)
 def test_two_ranks(worker: Any, tmp_path: Path) -> None:
     start(worker, 2, tmp_path)
 

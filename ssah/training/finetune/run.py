@@ -14,7 +14,6 @@ first of them alone writes and tells. Example: ``batch_size=8`` on two ranks is 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -26,11 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.compat.accelerate import forget_prepared
-from ssah.compat.trainer import SchedulerType, keeps_whole_checkpoints, set_seed
+from ssah.compat.trainer import SchedulerType, set_seed
 from ssah.data import fingerprint
 from ssah.distributed import Ranks
 from ssah.storage import one_run
 from ssah.training.finetune.checkpoints import CHECKPOINTS, last_sound, seal, step_of
+from ssah.training.finetune.ending import MERGED, check_sharded_run, save, tidy
 from ssah.training.finetune.folder import check_folder, open_run, write_run
 from ssah.training.finetune.monitor import Monitor, progress_bar
 from ssah.training.finetune.safety import SAFETY, SafetyMeasure, SafetyRecord
@@ -44,8 +44,6 @@ if TYPE_CHECKING:
 
     from ssah.compat.trainer import Trainer
     from ssah.data import Encoded
-
-MERGED = "merged"
 
 _KEPT = 2  # checkpoints: should writing one be interrupted, the one before it is whole
 
@@ -122,7 +120,7 @@ def fine_tune(
             log = trainer.log
             if trainer.is_fsdp_enabled:
                 with ranks.agreeing():
-                    _check_sharded(trainer, eval_examples, safety, merge)
+                    check_sharded_run(trainer, eval_examples, safety, merge)
         if measured is not None:
             measured.take("before", log)
         if finished:
@@ -131,19 +129,16 @@ def fine_tune(
             load_update(plan.model, folder)
         else:
             record["result"] = _train(plan, trainer, folder, settings, record, ranks)
-            _save(plan, folder, ranks)
+            save(plan, folder, ranks)
             # Last: a run is finished once its record says so, and only then is it not repeated.
             write_run(folder, record, ranks)
             plan.close()
         if measured is not None:  # of a finished run too, which nobody asked then
             measured.take("after", log)
-        merged, checkpoints = folder / MERGED, folder / CHECKPOINTS
         with ranks.agreeing():
-            if merge and ranks.rank == 0:
-                tokenizer.save_pretrained(merged)
-                plan.model.save_pretrained(merged)
-            if checkpoints.is_dir() and not keep_checkpoints and ranks.rank == 0:
-                shutil.rmtree(checkpoints)
+            if ranks.rank == 0:
+                tidy(plan, tokenizer, folder, merge=merge, keep_checkpoints=keep_checkpoints)
+    merged = folder / MERGED
     return {
         "parameters": parameters,
         **record["result"],
@@ -152,31 +147,6 @@ def fine_tune(
         "seconds": time.perf_counter() - start,
         "merged": str(merged) if merged.is_dir() else None,
     }
-
-
-def _check_sharded(trainer: Trainer, eval_examples: Any, safety: Any, merge: bool) -> None:
-    """Refuse, with ValueError, what is not done with a model that FSDP2 shards."""
-    asked = {"eval_examples": eval_examples, "safety": safety, "merge": merge}
-    for name, given in asked.items():
-        if given:
-            raise ValueError(
-                f"{name} must be left out under FSDP2, which shards the model as training begins: "
-                "train, then load the update into its base, to measure it or to save all of it"
-            )
-    if not keeps_whole_checkpoints(trainer):
-        raise ValueError(
-            "fsdp_state_dict_type is not FULL_STATE_DICT, must be: a checkpoint is sealed with the "
-            "hash of each of its files"
-        )
-
-
-def _save(plan: UpdatePlan, folder: Path, ranks: Ranks) -> None:
-    """Write the update, once every rank has found that nothing frozen has moved."""
-    with ranks.agreeing():
-        plan.verify()
-    with ranks.agreeing():
-        if plan.ranks is not None or ranks.rank == 0:  # sharded, all put together what one writes
-            plan.save_pretrained(folder)
 
 
 def _trainer(
@@ -238,7 +208,8 @@ def _train(
         record["eval_loss_before"] = trainer.evaluate()["eval_loss"]
         # At once: a run that is resumed cannot measure it any more.
         write_run(folder, record, ranks)
-        forget_prepared(plan.model)
+        if ranks.size > 1:
+            forget_prepared(plan.model)
     checkpoint = ranks.first(lambda: _last_checkpoint(folder, record))
     # Measuring draws from the generator: training must begin with the same state either way.
     set_seed(settings.seed)
