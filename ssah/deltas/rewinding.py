@@ -74,7 +74,7 @@ def rewind(
         "tensors": len(whole | masks.keys()),
     }
     if selections:
-        edit["weights"] = sum(sum(each.counts.values()) for each in selections)
+        edit["weights"] = sum(map(len, selections))
 
     def make(name: str) -> Tensor:
         # Nothing is computed, so that a weight that is NaN can be put back too.

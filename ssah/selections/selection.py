@@ -78,9 +78,6 @@ class Selection:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def __bool__(self) -> bool:  # len() has a limit that numbers of weights may reach
-        return bool(self._masks)
-
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many entries are chosen of each parameter that has some."""
@@ -90,7 +87,7 @@ class Selection:
     def fraction(self) -> float:
         """Share of all entries of all parameters that is chosen, in [0, 1]."""
         total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        return sum(self.counts.values()) / total
+        return len(self) / total
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,7 +116,7 @@ class Selection:
 
     def __repr__(self) -> str:
         return (
-            f"Selection({sum(self.counts.values()):,} weights ({self.fraction:.2%}), "
+            f"Selection({len(self):,} weights ({self.fraction:.2%}), "
             f"{len(self.whole)} parameters whole and {len(self._masks) - len(self.whole)} in part, "
             f"model={self.outline.model_name!r})"
         )
@@ -168,9 +165,15 @@ class Selection:
         if not isinstance(other, Selection):
             return NotImplemented
         self.outline.check(other.outline, "that of the other one")
-        names = self._masks.keys() | other._masks.keys()
-        masks = {name: combined(self[name], other[name], rule) for name in names}
-        return Selection(masks, self.outline, self.made_of | other.made_of)
+        masks = {} if rule is operator.and_ else dict(self._masks)
+        if rule is operator.or_:
+            masks |= other._masks
+        # Where one of the two has nothing, what comes of it is known without a look at the bits.
+        for name in self._masks.keys() & other._masks.keys():
+            masks[name] = combined(self[name], other[name], rule)
+        # One that was loaded without its model may meet one that knows it.
+        outline = self.outline if self.outline.reference is not None else other.outline
+        return Selection(masks, outline, self.made_of | other.made_of)
 
     def within(self, start: str) -> Selection:
         """What of it is in parameters whose names start so."""
@@ -192,17 +195,21 @@ class Selection:
         Raises:
             ValueError: the model is not at hand.
         """
-        rest, found = self, {}
-        for key, own in self._granularities():
+        parts, rest = self._taken_apart()
+        return {key: things for key, _, things in parts}, rest
+
+    def _taken_apart(
+        self,
+    ) -> tuple[list[tuple[tuple[Kind, Shared], Granularity, UnitSet]], Selection]:
+        """The same, with what says which entries the things of each kind have."""
+        rest, found = self, []
+        for key in sorted(self.made_of, key=lambda key: (KINDS.index(key[0]), key[1])):
+            own = granularity(self.outline.model, self.shapes, *key)
             things = own.inside(lru_cache(_AT_HAND)(rest.mask))
             if len(things):
-                found[key] = things
+                found.append((key, own, things))
                 rest = rest - Selection.made(own.entries(things), self.outline)
         return found, rest
-
-    def _granularities(self) -> Iterable[tuple[tuple[Kind, Shared], Granularity]]:
-        for key in sorted(self.made_of, key=lambda key: (KINDS.index(key[0]), key[1])):
-            yield key, granularity(self.outline.model, self.shapes, *key)
 
     @classmethod
     def random(cls, like: Selection, seed: int = 0) -> Selection:
@@ -217,12 +224,10 @@ class Selection:
         Raises:
             ValueError: the model is not at hand.
         """
-        found, rest = like.things()
+        parts, rest = like._taken_apart()
         drawn = cls({}, like.outline, like.made_of)
-        for key, own in like._granularities():
-            if key in found:
-                entries = own.entries(UnitSet.random(found[key], seed=seed))
-                drawn = drawn | cls.made(entries, like.outline)
+        for _, own, things in parts:
+            drawn = drawn | cls.made(own.entries(UnitSet.random(things, seed=seed)), like.outline)
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(rest._masks),), generator=generator).tolist()
         masks = {

@@ -137,7 +137,7 @@ def split_modules(
 
 def _counted(units: UnitSet | Selection) -> str:
     if isinstance(units, Selection):
-        return f"{sum(units.counts.values()):,} weights, {units.fraction:.1%}"
+        return f"{len(units):,} weights, {units.fraction:.1%}"
     return f"{len(units)} of {sum(units.sizes.values())}"
 
 
