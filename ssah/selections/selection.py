@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,25 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ssah.choices import Shared
-from ssah.selections.granularities import KINDS, SHARED, Granularity, Kind, granularity
-from ssah.selections.masks import bits_of, combined, count, none, whole
+from ssah.selections.granularities import KINDS, Granularity, Kind, granularity
+from ssah.selections.masks import bits_of, combined, count, none
 from ssah.selections.outline import Outline
-from ssah.storage import FORMAT, Fields, Stored, save_tensors
+from ssah.selections.saving import Made, load_masks, save_masks
 from ssah.units import BitMask, UnitSet, check_units
-from ssah.version import __version__
 
-_CONTENT = "ssah selection"
-_FIELDS: Fields = {
-    "model_name": str,
-    "units_hash": str,
-    "fingerprint": str,
-    "shapes": dict,
-    "masks": dict,
-    "made_of": list,
-}
 _AT_HAND = 8  # parameters whose masks are kept unpacked while things are looked for in them
-
-Made = frozenset[tuple[Kind, Shared]]
 
 
 class Selection:
@@ -253,18 +241,7 @@ class Selection:
 
         A tensor for each parameter has the bits of its mask, uint8 ``[ceil(n / 8)]``.
         """
-        meta = {
-            "content": _CONTENT,
-            "format": FORMAT,
-            "version": __version__,
-            "model_name": self.outline.model_name,
-            "units_hash": self.outline.units_hash,
-            "fingerprint": self.outline.fingerprint,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "masks": {name: list(mask.shape) for name, mask in self._masks.items()},
-            "made_of": sorted(map(list, self.made_of)),
-        }
-        save_tensors(directory, {name: mask.bits for name, mask in self._masks.items()}, meta)
+        save_masks(directory, self._masks, self.outline, self.made_of)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> Selection:
@@ -280,22 +257,7 @@ class Selection:
             ValueError: the directory holds something else or is damaged, or the model has other
                 units, parameters or shapes.
         """
-        stored = Stored(directory, _CONTENT, _FIELDS)
-        meta = stored.meta
-        shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-        outline = Outline(shapes, meta["units_hash"], meta["model_name"])
-        if outline.fingerprint != meta["fingerprint"]:
-            raise stored.damaged("its shapes are not those of its fingerprint")
-        made_of = frozenset((kind, shared) for kind, shared in meta["made_of"])
-        if not all(kind in KINDS and shared in SHARED for kind, shared in made_of):
-            raise stored.damaged(f"the field 'made_of' is {meta['made_of']!r}")
-        masks = {}
-        for name, own in meta["masks"].items():
-            if name not in shapes or not _broadcasts(own, shapes[name]):
-                raise stored.damaged(f"the mask of {name!r} has the shape {own}")
-            size = (-(-torch.Size(own).numel() // 8),)
-            masks[name] = BitMask(tuple(own), stored.tensor(name, dtype=torch.uint8, shape=size))
-        found = cls(masks, outline, made_of)
+        found = cls(*load_masks(directory))
         return found if model is None else found.of(model)
 
 
@@ -310,28 +272,5 @@ def of_units(outline: Outline, units: UnitSet, shared: Shared = "all") -> Select
     return Selection.made(own.entries(UnitSet({}, own.sizes) | units), outline, ("units", shared))
 
 
-def of_parameters(outline: Outline, names: Iterable[str]) -> Selection:
-    """Whole parameters by the names that the outline has."""
-    masks = {name: whole(len(outline.shapes[name])) for name in names}
-    return Selection(masks, outline, frozenset({("parameters", "all")}))
-
-
-def of_rows(outline: Outline, numbers: Mapping[str, Tensor]) -> Selection:
-    """Rows of parameters: name that the outline has -> int64 ``[rows]``."""
-    masks = {}
-    for name, own in numbers.items():
-        size, *rest = outline.shapes[name]
-        masks[name] = torch.zeros(size, *[1] * len(rest), dtype=torch.bool)
-        masks[name][own] = True
-    return Selection.made(masks, outline)
-
-
 def _any(mask: BitMask | None) -> bool:
     return mask is not None and mask.count > 0
-
-
-def _broadcasts(own: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a mask of shape ``own`` broadcasts over a parameter of this shape, dim by dim."""
-    return len(own) == len(shape) and all(
-        n in (1, size) for n, size in zip(own, shape, strict=True)
-    )
