@@ -166,12 +166,12 @@ def plan_weights(model: nn.Module, change: WeightChange) -> Writing:
 def plan_ablation(model: nn.Module, what: UnitSet | Selection) -> list[Writing]:
     """What ablating units or a selection writes; nothing is written yet. Errors as `plan_weights`.
 
-    Of a selection what its units and heads put out is zero: their columns of B and of O. What only
-    feeds these is left as it is, and every other entry is zero.
+    Of a selection what its units and heads put out is zero: their columns of B and of O. What feeds
+    these is left as it is, and every other entry is zero.
     """
     if not isinstance(what, Selection):
         return [plan_units(model, what, Zero(what))]
-    units, beside = output_parts(what.of(model), model)
+    units, beside = output_parts(what, model)
     return [plan_units(model, units, Zero(units)), _plan_entries(model, beside, Zero(beside))]
 
 

@@ -16,7 +16,7 @@ from ssah.selections.making import (
 from ssah.selections.masks import narrowed
 from ssah.selections.naming import matching_parameters, numbers_of, row_numbers
 from ssah.selections.outline import Outline
-from ssah.selections.outputs import output_parts, output_units
+from ssah.selections.outputs import output_parts
 from ssah.selections.selection import Selection, of_units
 from ssah.selections.selectors import (
     check_named,

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from ssah.choices import Shared
-from ssah.selections.granularities import KINDS, Granularity, Kind, granularity
+from ssah.selections.granularities import KINDS, Granularity, Kind, along, granularity
 from ssah.selections.masks import bits_of, combined, count, none
 from ssah.selections.outline import Outline
 from ssah.selections.saving import Made, load_masks, save_masks
-from ssah.units import BitMask, UnitSet, check_units
+from ssah.units import BitMask, UnitSet, check_units, find_modules
 
 _AT_HAND = 8  # parameters whose masks are kept unpacked while things are looked for in them
 
@@ -233,6 +233,24 @@ class Selection:
         outline = Outline.of(model)
         self.outline.check(outline, "the model")
         return Selection(self._masks, outline, self.made_of)
+
+    @property
+    def units(self) -> UnitSet:
+        """The units whose columns of B are chosen whole, over every module of the model.
+
+        Without its column a unit puts out nothing. So of heads they are the channels that enter O.
+
+        Raises:
+            ValueError: the model is not at hand.
+        """
+        modules, mask = find_modules(self.outline.model), lru_cache(_AT_HAND)(self.mask)
+        found: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            own = module.output
+            if own.param in self:
+                size = self.shapes[own.param][own.dim + (own.expert is not None)]
+                found[name] = along(mask(own.param), own, size)[own.index].nonzero()[:, 0]
+        return UnitSet(found, {name: module.n_units for name, module in modules.items()})
 
     # --------------------------------------------------------------------------------- saving
 

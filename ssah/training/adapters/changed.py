@@ -99,7 +99,6 @@ def _trained(plan: UpdatePlan) -> Weights:
 
 def _ablated(base: nn.Module, what: UnitSet | Selection) -> Weights:
     if isinstance(what, Selection):
-        what = what.of(base)
         units, beside = output_parts(what, base)
         names = dict.fromkeys(beside)
     else:
