@@ -73,4 +73,4 @@ def counted(chosen: UnitSet | Selection) -> dict[str, int | float]:
 
     if isinstance(chosen, UnitSet):
         return {"units": len(chosen), "share": chosen.fraction}
-    return {"weights": sum(chosen.counts.values()), "weight_share": chosen.fraction}
+    return {"weights": len(chosen), "weight_share": chosen.fraction}

@@ -19,6 +19,7 @@ from torch import Tensor
 from ssah.deltas.weights import Weights
 from ssah.selections import Selection, narrowed
 from ssah.training import Entries
+from ssah.units import BitMask
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def places(weights: Weights, entries: Mapping[str, Entries]) -> Iterator[Place]:
             yield Place(name, param, narrowed(piece).contiguous())
 
 
-def in_tensors(weights: Weights, selection: Selection) -> dict[str, Tensor]:
+def in_tensors(weights: Weights, selection: Selection) -> dict[str, BitMask]:
     """What a selection has of the tensors of a model.
 
     Args:
@@ -77,13 +78,13 @@ def in_tensors(weights: Weights, selection: Selection) -> dict[str, Tensor]:
         selection: of their model.
 
     Returns:
-        Name of a tensor -> bool ``[...]``, True where it is selected; it broadcasts.
+        Name of a tensor -> mask, which broadcasts over it.
 
     Raises:
         ValueError: as of `Weights.in_pieces`.
     """
     return {
-        name: narrowed(piece)
+        name: BitMask.of(narrowed(piece))
         for param in selection
         for name, piece in weights.in_pieces(
             param, selection.mask(param).expand(selection.shapes[param])

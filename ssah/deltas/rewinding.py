@@ -25,7 +25,7 @@ from ssah.deltas.results import Out, finished
 from ssah.deltas.weights import Weights, WeightsOf
 from ssah.selections import Selection
 from ssah.training import may_change
-from ssah.units import UnitSet
+from ssah.units import BitMask, UnitSet
 
 # Units, selections, names of parameters, or names of modules for everything in them.
 Rewound: TypeAlias = "UnitSet | Selection | str | Sequence[UnitSet | Selection | str]"
@@ -74,14 +74,16 @@ def rewind(
         "tensors": len(whole | masks.keys()),
     }
     if selections:
-        edit["weights"] = sum(sum(each.counts.values()) for each in selections)
+        edit["weights"] = sum(map(len, selections))
 
     def make(name: str) -> Tensor:
         # Nothing is computed, so that a weight that is NaN can be put back too.
         before, (after,) = deltas.read(name)
         if name in whole:
             return before.to(after.dtype)
-        return torch.where(masks[name], before.to(after.dtype), after) if name in masks else after
+        if name not in masks:
+            return after
+        return torch.where(masks[name].to_mask(), before.to(after.dtype), after)
 
     return finished(deltas, out, edit, lambda: make)
 
@@ -104,8 +106,8 @@ def _whole(weights: Weights, names: Sequence[str]) -> frozenset[str]:
 
 def _masks(
     weights: Weights, units: Sequence[UnitSet], selections: Sequence[Selection]
-) -> dict[str, Tensor]:
-    """Name of a tensor -> bool, broadcasting over it: what is selected of it."""
+) -> dict[str, BitMask]:
+    """Name of a tensor -> mask that broadcasts over it: what is selected of it."""
     # All sets at once: of a row of V that several units share, one of them is enough.
     parts: list[UnitSet | Selection] = [*selections]
     parts += [reduce(operator.or_, units)] if units else []

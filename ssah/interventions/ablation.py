@@ -21,9 +21,9 @@ def ablate(model: nn.Module, units: UnitSet | Selection) -> AbstractContextManag
     """Context manager: the units' columns of B are zero inside, and back bit for bit after.
 
     Of a selection, what its units and heads put out is zero: columns of B, of heads those of O.
-    Their rows of gate, up, Q, K and V stay, since they feed nothing else. Everything else that is
-    selected is zero. So of a layer O and down, their biases and its norms are zero, and the block
-    adds nothing to the residual stream.
+    Their rows of gate, up, Q, K and V stay: they then put nothing out, or serve another head.
+    Everything else that is selected is zero. So of a layer O and down, their biases and its norms
+    are zero, and the block adds nothing to the residual stream.
 
     They are put back after an exception too. Only the touched columns are copied. Ablations nest
     and may overlap, as long as the last one entered is the first one left, which `with` ensures.

@@ -1,4 +1,4 @@
-"""The columns of B that units own: where their output enters the model.
+"""The columns of B that units own: where their output enters the model; and other entries.
 
 A module computes f(X) = B sigma(A X), so that its output is the sum over units j of activation j
 times column j of B. Without its column a unit puts out nothing, whatever its rows of A are.
@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import Tensor, nn
 
 from ssah.models import nonfinite
-from ssah.units import DepthTwoModule, UnitSet, check_units
+from ssah.units import BitMask, DepthTwoModule, UnitSet, check_units
 
 
 class Part(Protocol):
@@ -93,18 +93,19 @@ class Columns:
 
 
 @dataclass(frozen=True, eq=False)
-class Entries:
+class MaskedEntries:
     """Some entries of a parameter, whichever they are.
 
     Attributes:
         param: the name of the parameter.
         owner: the module that holds it.
-        mask: bool ``[...]`` that broadcasts over it, True where an entry is meant.
+        bits: a mask that broadcasts over it. It is unpacked where it is used: the masks of all
+            weights of a model, with a byte for each, would be half a model in 16 bits.
     """
 
     param: str
     owner: nn.Module
-    mask: Tensor
+    bits: BitMask
 
     @property
     def weight(self) -> Tensor:
@@ -118,17 +119,18 @@ class Entries:
 
     def taken_from(self, whole: Tensor) -> Tensor:
         """The same of another such parameter ``[...]``: ``[n]``."""
-        return whole.masked_select(self.mask.to(whole.device))
+        return whole.masked_select(self.bits.to_mask().to(whole.device))
 
     def zero(self) -> None:
         """Set them to zero."""
-        self.weight.masked_fill_(self.mask.to(self.weight.device), 0)
+        weight = self.weight
+        weight.masked_fill_(self.bits.to_mask().to(weight.device), 0)
 
     def write(self, values: Tensor) -> None:
         """Set them to ``values``, ``[n]`` as `read` gives them."""
         weight = self.weight
         values = values.to(weight.device, weight.dtype)
-        weight.masked_scatter_(self.mask.to(weight.device), values)
+        weight.masked_scatter_(self.bits.to_mask().to(weight.device), values)
 
 
 def checked_modules(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.interventions.columns import Entries, Part, checked_modules, columns_of
+from ssah.interventions.columns import MaskedEntries, Part, checked_modules, columns_of
 from ssah.models import is_offloaded, nonfinite, scheme_of
 from ssah.selections import Selection, output_parts
-from ssah.units import DepthTwoModule, UnitSet, check_parameters, is_computed
+from ssah.units import BitMask, DepthTwoModule, UnitSet, check_parameters, is_computed
 
 # What is changed: units, the entries of a selection, or whole parameters by their names.
 Changed = UnitSet | Selection | str | Sequence[str]
@@ -159,29 +159,29 @@ def plan_weights(model: nn.Module, change: WeightChange) -> Writing:
                 f"{type(model).__name__}; it must be a name in model.named_parameters()"
             )
         once.setdefault(id(known[name]), name)  # tied ones would be scaled twice
-    whole = torch.ones([], dtype=torch.bool)
+    whole = BitMask.of(torch.ones([], dtype=torch.bool))
     return _plan_masks(model, dict.fromkeys(once.values(), whole), change)
 
 
 def plan_ablation(model: nn.Module, what: UnitSet | Selection) -> list[Writing]:
     """What ablating units or a selection writes; nothing is written yet. Errors as `plan_weights`.
 
-    Of a selection what its units and heads put out is zero: their columns of B and of O. What only
-    feeds these is left as it is, and every other entry is zero.
+    Of a selection what its units and heads put out is zero: their columns of B and of O. What feeds
+    these is left as it is, and every other entry is zero.
     """
     if not isinstance(what, Selection):
         return [plan_units(model, what, Zero(what))]
-    units, beside = output_parts(what.of(model), model)
+    units, beside = output_parts(what, model)
     return [plan_units(model, units, Zero(units)), _plan_entries(model, beside, Zero(beside))]
 
 
 def _plan_entries(model: nn.Module, selection: Selection, change: WeightChange) -> Writing:
     """As `plan_weights`, of all entries of a selection."""
-    return _plan_masks(model, {name: selection.mask(name) for name in selection}, change)
+    return _plan_masks(model, {name: selection[name] for name in selection}, change)
 
 
-def _plan_masks(model: nn.Module, masks: Mapping[str, Tensor], change: WeightChange) -> Writing:
-    """The same of masks by parameter, bool ``[...]`` that broadcast over it."""
+def _plan_masks(model: nn.Module, masks: Mapping[str, BitMask], change: WeightChange) -> Writing:
+    """The same of masks by parameter, which broadcast over it."""
     parts = []
     for name, mask in masks.items():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -191,7 +191,7 @@ def _plan_masks(model: nn.Module, masks: Mapping[str, Tensor], change: WeightCha
                 f"{name} is {weight.dtype} on {weight.device}, or packed; it must be a plain "
                 "floating-point weight in memory (dequantize the model, and load it whole)"
             )
-        part = Entries(name, owner, mask)
+        part = MaskedEntries(name, owner, mask)
         parts.append((part, _setter(part, change)))
     return Writing([*parts], [])
 

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
-from ssah.selections.making import heads, layers, parameters, rows, units, weights
+from ssah.selections.making import (
+    heads,
+    layers,
+    of_parameters,
+    of_rows,
+    parameters,
+    rows,
+    units,
+    weights,
+)
 from ssah.selections.masks import narrowed
 from ssah.selections.naming import matching_parameters, numbers_of, row_numbers
 from ssah.selections.outline import Outline
-from ssah.selections.outputs import output_parts, output_units
-from ssah.selections.selection import Selection, of_parameters, of_rows, of_units
+from ssah.selections.outputs import output_parts
+from ssah.selections.selection import Selection, of_units
 from ssah.selections.selectors import (
     check_named,
     is_selector,

@@ -11,14 +11,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from ssah.choices import Shared
 from ssah.selections.granularities import SHARED, granularity
-from ssah.selections.masks import bits_of
+from ssah.selections.masks import bits_of, whole
 from ssah.selections.naming import matching_parameters, row_numbers
 from ssah.selections.outline import Outline
-from ssah.selections.selection import Selection, of_parameters, of_rows, of_units
+from ssah.selections.selection import Selection, of_units
 from ssah.units import BitMask, UnitSet, find_heads
 
 
@@ -191,3 +192,19 @@ def _range(numbers: Collection[int]) -> str:
     if listed == list(range(listed[0], listed[-1] + 1)):
         return f"{listed[0]} to {listed[-1]}"
     return ", ".join(map(str, listed))
+
+
+def of_parameters(outline: Outline, names: Iterable[str]) -> Selection:
+    """Whole parameters by the names that the outline has."""
+    masks = {name: whole(len(outline.shapes[name])) for name in names}
+    return Selection(masks, outline, frozenset({("parameters", "all")}))
+
+
+def of_rows(outline: Outline, numbers: Mapping[str, Tensor]) -> Selection:
+    """Rows of parameters: name that the outline has -> int64 ``[rows]``."""
+    masks = {}
+    for name, own in numbers.items():
+        size, *rest = outline.shapes[name]
+        masks[name] = torch.zeros(size, *[1] * len(rest), dtype=torch.bool)
+        masks[name][own] = True
+    return Selection.made(masks, outline)

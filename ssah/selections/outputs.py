@@ -2,33 +2,16 @@
 
 Unit j puts out h_j B[:, j], so that without column j it puts out nothing, whatever its rows of A
 are. A head is as many units of one attention module. So of a selection of heads only the columns of
-O need to be taken out; its rows of Q, K and V feed nothing else that is left.
+O need to be taken out. Its rows of Q, K and V then put nothing out, or serve another head.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import lru_cache
+from torch import nn
 
-from torch import Tensor, nn
-
-from ssah.selections.granularities import along, granularity
+from ssah.selections.granularities import granularity
 from ssah.selections.selection import Selection
-from ssah.units import DepthTwoModule, UnitSet, find_heads, find_modules
-
-_AT_HAND = 8  # parameters whose masks are kept unpacked
-
-
-def output_units(selection: Selection, modules: Mapping[str, DepthTwoModule]) -> UnitSet:
-    """The units whose columns of B are chosen whole, over all ``modules``, those of the model."""
-    mask = lru_cache(_AT_HAND)(selection.mask)
-    found: dict[str, Tensor] = {}
-    for name, module in modules.items():
-        own = module.output
-        if own.param in selection:
-            size = selection.shapes[own.param][own.dim + (own.expert is not None)]
-            found[name] = along(mask(own.param), own, size)[own.index].nonzero()[:, 0]
-    return UnitSet(found, {name: module.n_units for name, module in modules.items()})
+from ssah.units import UnitSet, family_of, find_heads
 
 
 def output_parts(selection: Selection, model: nn.Module) -> tuple[UnitSet, Selection]:
@@ -38,20 +21,20 @@ def output_parts(selection: Selection, model: nn.Module) -> tuple[UnitSet, Selec
     norms, the biases of O and down, and whatever else it has.
 
     Args:
-        selection: of ``model``.
+        selection: of such a model.
         model: a transformers model of a known family.
 
     Returns:
-        the units; and the selection without their columns of B and without what only feeds such
-        units: rows of gate, up and V, and the rows of Q and K of heads that are out as a whole.
+        The units; and the selection without their columns of B and without what feeds them: rows of
+        gate, up and V, and the rows of Q and K of heads that are out as a whole.
     """
-    modules = find_modules(model)
-    units = output_units(selection, modules)
-    outline = selection.outline
-    # By "any": a row of K that a head reads that is left goes on feeding that head.
+    selection = selection.of(model)
+    units, outline = selection.units, selection.outline
+    # By "any": a row of V or K that another head reads too goes on serving that head.
     own = granularity(model, selection.shapes, "units", "any")
     rest = selection - Selection.made(own.entries(units), outline)
-    if any(len(units[name]) for name, module in modules.items() if module.kind == "attention"):
+    attention = family_of(model).attention
+    if attention is not None and attention.has_heads:
         rest = rest - _of_heads(selection, model, units)
     return units, rest
 

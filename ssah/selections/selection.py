@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -23,25 +23,13 @@ import torch
 from torch import Tensor, nn
 
 from ssah.choices import Shared
-from ssah.selections.granularities import KINDS, SHARED, Granularity, Kind, granularity
-from ssah.selections.masks import bits_of, combined, count, none, whole
+from ssah.selections.granularities import KINDS, Granularity, Kind, along, granularity
+from ssah.selections.masks import bits_of, combined, count, none
 from ssah.selections.outline import Outline
-from ssah.storage import FORMAT, Fields, Stored, save_tensors
-from ssah.units import BitMask, UnitSet, check_units
-from ssah.version import __version__
+from ssah.selections.saving import Made, load_masks, save_masks
+from ssah.units import BitMask, UnitSet, check_units, find_modules
 
-_CONTENT = "ssah selection"
-_FIELDS: Fields = {
-    "model_name": str,
-    "units_hash": str,
-    "fingerprint": str,
-    "shapes": dict,
-    "masks": dict,
-    "made_of": list,
-}
 _AT_HAND = 8  # parameters whose masks are kept unpacked while things are looked for in them
-
-Made = frozenset[tuple[Kind, Shared]]
 
 
 class Selection:
@@ -78,9 +66,6 @@ class Selection:
     def __len__(self) -> int:
         return sum(self.counts.values())
 
-    def __bool__(self) -> bool:  # len() has a limit that numbers of weights may reach
-        return bool(self._masks)
-
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many entries are chosen of each parameter that has some."""
@@ -90,7 +75,7 @@ class Selection:
     def fraction(self) -> float:
         """Share of all entries of all parameters that is chosen, in [0, 1]."""
         total = sum(torch.Size(shape).numel() for shape in self.shapes.values())
-        return sum(self.counts.values()) / total
+        return len(self) / total
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -119,7 +104,7 @@ class Selection:
 
     def __repr__(self) -> str:
         return (
-            f"Selection({sum(self.counts.values()):,} weights ({self.fraction:.2%}), "
+            f"Selection({len(self):,} weights ({self.fraction:.2%}), "
             f"{len(self.whole)} parameters whole and {len(self._masks) - len(self.whole)} in part, "
             f"model={self.outline.model_name!r})"
         )
@@ -168,9 +153,15 @@ class Selection:
         if not isinstance(other, Selection):
             return NotImplemented
         self.outline.check(other.outline, "that of the other one")
-        names = self._masks.keys() | other._masks.keys()
-        masks = {name: combined(self[name], other[name], rule) for name in names}
-        return Selection(masks, self.outline, self.made_of | other.made_of)
+        masks = {} if rule is operator.and_ else dict(self._masks)
+        if rule is operator.or_:
+            masks |= other._masks
+        # Where one of the two has nothing, what comes of it is known without a look at the bits.
+        for name in self._masks.keys() & other._masks.keys():
+            masks[name] = combined(self[name], other[name], rule)
+        # One that was loaded without its model may meet one that knows it.
+        outline = self.outline if self.outline.reference is not None else other.outline
+        return Selection(masks, outline, self.made_of | other.made_of)
 
     def within(self, start: str) -> Selection:
         """What of it is in parameters whose names start so."""
@@ -192,17 +183,21 @@ class Selection:
         Raises:
             ValueError: the model is not at hand.
         """
-        rest, found = self, {}
-        for key, own in self._granularities():
+        parts, rest = self._taken_apart()
+        return {key: things for key, _, things in parts}, rest
+
+    def _taken_apart(
+        self,
+    ) -> tuple[list[tuple[tuple[Kind, Shared], Granularity, UnitSet]], Selection]:
+        """The same, with what says which entries the things of each kind have."""
+        rest, found = self, []
+        for key in sorted(self.made_of, key=lambda key: (KINDS.index(key[0]), key[1])):
+            own = granularity(self.outline.model, self.shapes, *key)
             things = own.inside(lru_cache(_AT_HAND)(rest.mask))
             if len(things):
-                found[key] = things
+                found.append((key, own, things))
                 rest = rest - Selection.made(own.entries(things), self.outline)
         return found, rest
-
-    def _granularities(self) -> Iterable[tuple[tuple[Kind, Shared], Granularity]]:
-        for key in sorted(self.made_of, key=lambda key: (KINDS.index(key[0]), key[1])):
-            yield key, granularity(self.outline.model, self.shapes, *key)
 
     @classmethod
     def random(cls, like: Selection, seed: int = 0) -> Selection:
@@ -217,12 +212,10 @@ class Selection:
         Raises:
             ValueError: the model is not at hand.
         """
-        found, rest = like.things()
+        parts, rest = like._taken_apart()
         drawn = cls({}, like.outline, like.made_of)
-        for key, own in like._granularities():
-            if key in found:
-                entries = own.entries(UnitSet.random(found[key], seed=seed))
-                drawn = drawn | cls.made(entries, like.outline)
+        for _, own, things in parts:
+            drawn = drawn | cls.made(own.entries(UnitSet.random(things, seed=seed)), like.outline)
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(rest._masks),), generator=generator).tolist()
         masks = {
@@ -241,6 +234,24 @@ class Selection:
         self.outline.check(outline, "the model")
         return Selection(self._masks, outline, self.made_of)
 
+    @property
+    def units(self) -> UnitSet:
+        """The units whose columns of B are chosen whole, over every module of the model.
+
+        Without its column a unit puts out nothing. So of heads they are the channels that enter O.
+
+        Raises:
+            ValueError: the model is not at hand.
+        """
+        modules, mask = find_modules(self.outline.model), lru_cache(_AT_HAND)(self.mask)
+        found: dict[str, Tensor] = {}
+        for name, module in modules.items():
+            own = module.output
+            if own.param in self:
+                size = self.shapes[own.param][own.dim + (own.expert is not None)]
+                found[name] = along(mask(own.param), own, size)[own.index].nonzero()[:, 0]
+        return UnitSet(found, {name: module.n_units for name, module in modules.items()})
+
     # --------------------------------------------------------------------------------- saving
 
     def save(self, directory: str | os.PathLike[str]) -> None:
@@ -248,18 +259,7 @@ class Selection:
 
         A tensor for each parameter has the bits of its mask, uint8 ``[ceil(n / 8)]``.
         """
-        meta = {
-            "content": _CONTENT,
-            "format": FORMAT,
-            "version": __version__,
-            "model_name": self.outline.model_name,
-            "units_hash": self.outline.units_hash,
-            "fingerprint": self.outline.fingerprint,
-            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
-            "masks": {name: list(mask.shape) for name, mask in self._masks.items()},
-            "made_of": sorted(map(list, self.made_of)),
-        }
-        save_tensors(directory, {name: mask.bits for name, mask in self._masks.items()}, meta)
+        save_masks(directory, self._masks, self.outline, self.made_of)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> Selection:
@@ -275,22 +275,7 @@ class Selection:
             ValueError: the directory holds something else or is damaged, or the model has other
                 units, parameters or shapes.
         """
-        stored = Stored(directory, _CONTENT, _FIELDS)
-        meta = stored.meta
-        shapes = {name: tuple(shape) for name, shape in meta["shapes"].items()}
-        outline = Outline(shapes, meta["units_hash"], meta["model_name"])
-        if outline.fingerprint != meta["fingerprint"]:
-            raise stored.damaged("its shapes are not those of its fingerprint")
-        made_of = frozenset((kind, shared) for kind, shared in meta["made_of"])
-        if not all(kind in KINDS and shared in SHARED for kind, shared in made_of):
-            raise stored.damaged(f"the field 'made_of' is {meta['made_of']!r}")
-        masks = {}
-        for name, own in meta["masks"].items():
-            if name not in shapes or not _broadcasts(own, shapes[name]):
-                raise stored.damaged(f"the mask of {name!r} has the shape {own}")
-            size = (-(-torch.Size(own).numel() // 8),)
-            masks[name] = BitMask(tuple(own), stored.tensor(name, dtype=torch.uint8, shape=size))
-        found = cls(masks, outline, made_of)
+        found = cls(*load_masks(directory))
         return found if model is None else found.of(model)
 
 
@@ -305,28 +290,5 @@ def of_units(outline: Outline, units: UnitSet, shared: Shared = "all") -> Select
     return Selection.made(own.entries(UnitSet({}, own.sizes) | units), outline, ("units", shared))
 
 
-def of_parameters(outline: Outline, names: Iterable[str]) -> Selection:
-    """Whole parameters by the names that the outline has."""
-    masks = {name: whole(len(outline.shapes[name])) for name in names}
-    return Selection(masks, outline, frozenset({("parameters", "all")}))
-
-
-def of_rows(outline: Outline, numbers: Mapping[str, Tensor]) -> Selection:
-    """Rows of parameters: name that the outline has -> int64 ``[rows]``."""
-    masks = {}
-    for name, own in numbers.items():
-        size, *rest = outline.shapes[name]
-        masks[name] = torch.zeros(size, *[1] * len(rest), dtype=torch.bool)
-        masks[name][own] = True
-    return Selection.made(masks, outline)
-
-
 def _any(mask: BitMask | None) -> bool:
     return mask is not None and mask.count > 0
-
-
-def _broadcasts(own: Any, shape: tuple[int, ...]) -> bool:
-    """Whether a mask of shape ``own`` broadcasts over a parameter of this shape, dim by dim."""
-    return len(own) == len(shape) and all(
-        n in (1, size) for n, size in zip(own, shape, strict=True)
-    )

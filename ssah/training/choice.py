@@ -24,7 +24,6 @@ from ssah.selections import (
     of_parameters,
     of_rows,
     of_units,
-    output_units,
     row_numbers,
 )
 from ssah.training.entries import Entries, select_entries
@@ -96,7 +95,8 @@ def choose(
     rows = _checked_rows(model, modules, {} if beside.rows is None else beside.rows, extra)
     outline = Outline.of(model)
     if isinstance(units, Selection):
-        chosen, given = units.of(model), output_units(units, modules)
+        chosen = units.of(model)
+        given = chosen.units
     else:
         # What a unit that stays reads must stay; what trains, nobody else may read.
         chosen = of_units(outline, units, "any" if keep else "all")
@@ -159,7 +159,7 @@ def split_modules(
 
 def _counted(units: UnitSet | Selection) -> str:
     if isinstance(units, Selection):
-        return f"{sum(units.counts.values()):,} weights, {units.fraction:.1%}"
+        return f"{len(units):,} weights, {units.fraction:.1%}"
     return f"{len(units)} of {sum(units.sizes.values())}"
 
 

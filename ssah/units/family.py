@@ -75,6 +75,13 @@ class Attention:
     query: str | None = None
     key: str | None = None
 
+    @property
+    def has_heads(self) -> bool:
+        """Whether it says which rows of queries, keys and values each head has."""
+        if self.layout == "separate":
+            return self.query is not None and self.key is not None
+        return self.layout != "latent"
+
 
 @dataclass(frozen=True)
 class NotCovered:

@@ -183,6 +183,12 @@ def test_ablated_heads_put_out_nothing(family: str) -> None:
     for hook in hooks:
         hook.remove()
     assert (expected - intact).abs().max() > 1e-3
+    channels = selections.heads(model, out).units
+    for layer, numbers in out.items():
+        width = len(channels.mask(every[layer].name)) // every[layer].n_heads
+        own = [n * width + c for n in numbers for c in range(width)]
+        assert channels[every[layer].name].tolist() == own
+    assert len(channels) == sum(len(channels[every[layer].name]) for layer in out)
     for shared in ("all", "any"):  # rows of K and V that other heads read are left alone
         with ssah.ablate(model, selections.heads(model, out, shared=shared)):  # type: ignore[arg-type]
             torch.testing.assert_close(model(**batch()).logits, expected, rtol=1e-12, atol=1e-12)

@@ -191,7 +191,7 @@ def test_single_weights_are_changed_for_a_while() -> None:
     assert_equal(snapshot(model), start)
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox"])
+@pytest.mark.parametrize("family", [*FAMILIES, "gpt_neox", "deepseek_v3"])
 def test_an_ablated_layer_adds_nothing(family: str) -> None:
     """Its output is its input, as where a hook puts the input out."""
     model = tiny_models.build(family, dtype=torch.float64)

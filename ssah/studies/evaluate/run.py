@@ -25,7 +25,7 @@ from ssah.evaluation import (
 )
 from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
-from ssah.selections import Selection, output_parts
+from ssah.selections import Selection
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
@@ -146,7 +146,7 @@ def _ablated(study: Study, ablations: Sequence[Ablation]) -> list[Evaluated]:
     for number, each in enumerate(ablations, start=1):
         chosen = each.chosen(study.model, study.settings.seed)
         if isinstance(chosen, Selection):
-            units, parts = output_parts(chosen, study.model)[0], [chosen[n].bits for n in chosen]
+            units, parts = chosen.units, [chosen[name].bits for name in chosen]
         else:
             units, parts = chosen, [chosen[name] for name in chosen]
         # Numbered, because two ablations may be of the same group in two folders.

@@ -77,8 +77,8 @@ def changed_weights(change: Change, base: nn.Module) -> Weights:
         return _tuned(base, change)
     if not isinstance(change, str | os.PathLike):
         raise TypeError(
-            f"change is a {type(change).__name__}, must be a plan, a UnitSet, a "
-            "Selection, a model or a folder"
+            f"change is a {type(change).__name__}, must be a plan, a UnitSet, a model, a folder or "
+            "a Selection"
         )
     name = os.fspath(change)
     if is_update(name):
@@ -99,7 +99,6 @@ def _trained(plan: UpdatePlan) -> Weights:
 
 def _ablated(base: nn.Module, what: UnitSet | Selection) -> Weights:
     if isinstance(what, Selection):
-        what = what.of(base)
         units, beside = output_parts(what, base)
         names = dict.fromkeys(beside)
     else:
