@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.data import IGNORE_INDEX, Encoded, Encoder, load_rows
-from ssah.evaluation.loss import log_probs_by_length
+from ssah.data import Encoder, load_rows
+from ssah.evaluation.continuations import continuation_log_probs
 from ssah.evaluation.prompting import Request, asked_turns, check_list, prompts
 
 if TYPE_CHECKING:
@@ -119,18 +119,15 @@ class Coherence:
         asked = [NEUTRAL] * len(requests) if self.neutral else requests
         kept = [i for i, answer in enumerate(answers) if answer.strip()]  # the others have no token
         encoder = Encoder(self.tokenizer)
-        examples: list[Encoded] = []
         contexts = prompts(self.tokenizer, [asked[i] for i in kept]) if kept else []
-        for i, context in zip(kept, contexts, strict=True):
-            ids = _tokens(answers[i], encoder)  # without the end of the turn: an answer may be cut
-            labels = [IGNORE_INDEX] * len(context) + ids
-            examples.append({"input_ids": context + ids, "labels": labels})
+        # Without the end of the turn: an answer may be cut.
+        said = [_tokens(answers[i], encoder) for i in kept]
+        log_probs = continuation_log_probs(
+            self.model, self.tokenizer, contexts, said, self.batch_size
+        )
         result = [0.0] * len(answers)
-        scored = log_probs_by_length(self.model, self.tokenizer, examples, self.batch_size)
-        for chunk, log_probs, count in scored:
-            means = -log_probs / count.clamp_min(_MIN_TOKENS)
-            for k, mean in zip(chunk, means.tolist(), strict=True):
-                result[kept[k]] = mean
+        for i, ids, nats in zip(kept, said, log_probs.tolist(), strict=True):
+            result[i] = -nats / max(len(ids), _MIN_TOKENS)
         return result
 
     def repeated(self, answers: Sequence[str]) -> list[float]:

@@ -135,8 +135,7 @@ def decode(
     """
     arms = torch.tensor(list(arm) if run is not None else [0] * len(rows))  # [rows]
     with torch.inference_mode():
-        shared, past = _beginning(model, rows, run, arms)
-        given = left_padded(model, rows, shared)
+        given, past = _begun(model, rows, run, arms)
         new: list[list[int]] = [[] for _ in rows]
         finite = Finite()
         alive, left = torch.arange(len(rows)), max_new_tokens
@@ -165,6 +164,21 @@ def decode(
             given = {"input_ids": output.sequences[going], "attention_mask": mask[going]}
     finite.check()
     return new
+
+
+def prefilled(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]]
+) -> tuple[Tensor, dict[str, Any]] | None:
+    """Attention mask, int64 ``[rows, width]``, and the cache of prompts, a row each, by its name.
+
+    None where a cache is no plain list of keys and values: with a window or a running state, more
+    tokens at once than one are not what the model computes without a cache. To be called inside
+    :func:`greedy` of the model.
+    """
+    with torch.inference_mode():
+        given, past = _begun(model, rows, None, torch.zeros(len(rows), dtype=torch.int64))
+        past = _cache_of(_stretch(model, given, past, 1, Finite()))
+    return (given["attention_mask"], past) if _plain(past) else None
 
 
 def _stretch(
@@ -206,29 +220,33 @@ def _cache_of(output: Any) -> dict[str, Any]:
     return {}
 
 
-def _beginning(
+def _begun(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], run: Arms | None, arms: Tensor
-) -> tuple[int, dict[str, Any]]:
-    """How many tokens the rows share at their beginning, and the cache of these, a row each.
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The rows, padded, and a cache of what they have in common; none where that is not exact.
 
-    0 and no cache where that is not worth a pass, or not exact. ``arms``: int64 ``[rows]``.
+    ``arms``: int64 ``[rows]``.
     """
     alike = (len(set(tokens)) == 1 for tokens in zip(*rows, strict=False))
     shared = sum(1 for _ in takewhile(bool, alike))
     shared = min(shared, min(map(len, rows)) - 1)  # each row has to be asked for its next token
     own, inverse = arms.unique(return_inverse=True)  # [arms in use], [rows]
-    if shared < _SHARED or len(own) == len(rows):
-        return 0, {}
-    if run is not None:
-        run.assign(own)
-    begun = left_padded(model, [rows[0][:shared]] * len(own))
-    past = _cache_of(_stretch(model, begun, {}, 1, Finite()))
-    for cache in past.values():
-        # Padding behind the beginning counts in a window of positions, and in a running state.
-        if not all(type(layer) is DynamicLayer for layer in getattr(cache, "layers", [None])):
-            return 0, {}
-        cache.reorder_cache(inverse)
-    return (shared, past) if past else (0, {})
+    if shared >= _SHARED and len(own) < len(rows):
+        if run is not None:
+            run.assign(own)
+        begun = left_padded(model, [rows[0][:shared]] * len(own))
+        past = _cache_of(_stretch(model, begun, {}, 1, Finite()))
+        if _plain(past):  # padding behind the beginning would count in a window
+            for cache in past.values():
+                cache.reorder_cache(inverse)
+            return left_padded(model, rows, shared), past
+    return left_padded(model, rows), {}
+
+
+def _plain(past: dict[str, Any]) -> bool:
+    """Whether there is a cache that holds keys and values of every position, and nothing else."""
+    layers = [layer for cache in past.values() for layer in getattr(cache, "layers", [None])]
+    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def rows_at_once(

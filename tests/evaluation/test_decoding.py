@@ -9,6 +9,7 @@ from tiny_models import build
 
 from ssah.evaluation import Coherence, decoding, judged_answers
 from ssah.evaluation.attack import counting
+from ssah.evaluation.continuations import continuation_log_probs
 from ssah.evaluation.generation import answers_of_arms, stop_tokens
 from ssah.evaluation.judges import judge
 from ssah.interventions import ablate, arms
@@ -156,3 +157,30 @@ def test_coherence_asks_the_model_once_for_each_answer(monkeypatch):
     )
     assert scorer(texts, asked) == expected
     assert seen == [([fine[0], fine[1], fine[0]], ["a", "b", "b"])]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3", "qwen3_next"])
+def test_continuations_have_the_log_probabilities_of_whole_rows(name):
+    model, tokenizer = build(name).double(), tiny_chat.word_tokenizer()
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda n: torch.randint(3, 128, (n,), generator=generator).tolist()  # noqa: E731
+    begin = draw(9)
+    asked = [begin + draw(n) for n in (1, 5, 2)]
+    pairs = [(asked[i], draw(n)) for i, n in ((0, 4), (1, 1), (0, 7), (2, 3), (2, 6), (1, 2))]
+    passes = []
+    model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, args: passes.append(args[0].numel())
+    )
+    for batch_size in (1, 3, 6):
+        passes.clear()
+        found = continuation_log_probs(model, tokenizer, *zip(*pairs, strict=True), batch_size)
+        tokens = sum(passes)
+        for (prompt, ids), log_prob in zip(pairs, found.tolist(), strict=True):
+            with torch.no_grad():
+                rows = model(input_ids=torch.tensor([prompt + ids])).logits[0].log_softmax(-1)
+            exact = sum(float(rows[len(prompt) - 1 + k, token]) for k, token in enumerate(ids))
+            assert log_prob == pytest.approx(exact, abs=1e-5)
+    if name in ("llama", "gpt2", "bloom"):
+        # What the prompts begin with (each keeps a token), the rest of all three but for their last
+        # tokens, and six continuations.
+        assert tokens == 8 + 3 * (9 + 5 - 1 - 8) + 6 * 7
