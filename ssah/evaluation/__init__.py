@@ -10,6 +10,7 @@ from ssah.evaluation.attack import (
     judged_answers,
 )
 from ssah.evaluation.coherence import Coherence, coherence
+from ssah.evaluation.divergence import Divergence, divergences
 from ssah.evaluation.generation import Answer, answers, generate
 from ssah.evaluation.intervals import (
     Unit,
@@ -36,6 +37,7 @@ __all__ = [
     "REFUSAL",
     "Answer",
     "Coherence",
+    "Divergence",
     "Effects",
     "Judge",
     "Measurement",
@@ -46,6 +48,7 @@ __all__ = [
     "attack_success",
     "bootstrap",
     "coherence",
+    "divergences",
     "effects",
     "generate",
     "judge",

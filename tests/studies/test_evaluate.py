@@ -17,7 +17,9 @@ from ssah.data import load_requests, load_rows, make_loader
 from ssah.evaluation import (
     Coherence,
     attack_success,
+    bootstrap,
     check_tasks,
+    divergences,
     generate,
     multiple_choice,
     paired_difference,
@@ -113,6 +115,23 @@ def test_margin_and_utility_of_every_model(runs, found):
         assert "margins" not in each
 
 
+def test_kl_of_every_ablated_model(runs, found):
+    model, tokenizer = load_model(str(runs / "model"))
+    groups = UnitGroups.load(runs / "groups", model)
+    loader = make_loader("builtin:utility_eval[0:6]", tokenizer, batch_size=4)
+    (exact,) = divergences(model, loader, [groups["cu"]])
+    nothing, ablated = found["result"]["models"][:2]
+    assert "kl" not in nothing
+    mean = float(exact.total.sum() / exact.tokens.sum())
+    assert ablated["kl"] == pytest.approx(mean, rel=1e-6)
+    assert ablated["kl_first"] == pytest.approx(float(exact.first.mean()), rel=1e-6)
+    assert ablated["kl_first_interval"] == pytest.approx(list(bootstrap(exact.first, seed=3)))
+    for each in found["result"]["models"][1:]:
+        for key in ("kl", "kl_first"):
+            low, high = each[f"{key}_interval"]
+            assert 0 < low <= each[key] <= high
+
+
 def test_models_differ_by_rows_and_by_requests(runs, found):
     result = found["result"]
     names = [each["ablated"] for each in result["models"]]
@@ -195,6 +214,7 @@ def test_tables_show_the_rates(runs, found, tmp_path):
         "Harmless requests refused, %",
         "Incoherent answers in %",
         "Refusal margin",
+        "KL to the intact model",
         "random (SCU)",
         "RU 5 %",
         "Utility loss, less that of another model",
@@ -258,6 +278,7 @@ def test_requests_of_text_files_and_a_prompt_of_a_file(runs, tmp_path):
     assert found["data"]["requests"]["rows"] == 3
     assert found["settings"]["system_prompts"] == ["Be kind."]
     assert found["settings"]["intact_weights"] == found["settings"]["weights"]
+    assert found["result"]["models"][0]["kl"] == 0  # of the model to itself, named as another
 
 
 def test_a_judge_that_fails_does_not_show_the_answer(runs, tmp_path, monkeypatch):

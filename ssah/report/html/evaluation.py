@@ -34,6 +34,8 @@ _COSTS = (
     *(UNITS, SHARE, *MEASURED),
     ("perplexity per token", "token_perplexity", ",.1f"),
     ("per word", "word_perplexity", ",.1f"),
+    ("KL to intact", "kl", ".3f"),
+    ("at the first token", "kl_first", ".3f"),
 )
 _NOTE = (
     "ASR: share of harmful requests that are not refused, under this judge; coherent: and whose "

@@ -63,6 +63,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             table.add_row(*_names(row, prompts), *cells)
     yield table
     yield _models(result["models"])
+    yield from _distances(result["models"], level)
     if "tasks" in result["models"][0]:
         yield _tasks(result["models"])
     yield from _differences(result, level, prompts, judges)
@@ -124,6 +125,17 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def _distances(models: Sequence[Mapping[str, Any]], level: float) -> Iterator[Table]:
+    """KL to the intact model; none where no model but that one was measured."""
+    rows = [model for model in models if "kl" in model]
+    if rows:
+        title = f"KL to the intact model on ordinary answers, in nats ({level:.0%} interval)"
+        table = new_table(title, ["ablated"], ["mean over tokens", "first token"])
+        for row in rows:
+            table.add_row(ablated_name(row["ablated"]), _nats(row, "kl"), _nats(row, "kl_first"))
+        yield table
+
+
 def _tasks(models: Sequence[Mapping[str, Any]]) -> Table:
     """Accuracy on every task: a row a task and model."""
     table = new_table("Accuracy in %", ["task", "ablated"], ["accuracy", "by length"])
@@ -143,8 +155,7 @@ def _differences(
         title = f"Utility loss, less that of another model, in nats ({level:.0%} interval)"
         table = new_table(title, ["ablated", "less"], ["loss"])
         for row in result["differences"]:
-            low, high = row["utility_loss_interval"]
-            shown = f"{row['utility_loss']:+.3f} ({low:+.3f} {high:+.3f})"
+            shown = _nats(row, "utility_loss", "+.3f")
             table.add_row(ablated_name(row["ablated"]), ablated_name(row["against"]), shown)
         yield table
     for judge in judges:
@@ -181,6 +192,11 @@ def _points(row: Mapping[str, Any], key: str) -> str:
         return _DASH
     low, high = (100 * bound for bound in row[f"{key}_interval"])
     return f"{100 * row[key]:+.0f} ({low:+.0f} {high:+.0f})"
+
+
+def _nats(row: Mapping[str, Any], key: str, form: str = ".3f") -> str:
+    low, high = row[f"{key}_interval"]
+    return f"{row[key]:{form}} ({low:{form}} {high:{form}})"
 
 
 def _number(value: float | None) -> str:

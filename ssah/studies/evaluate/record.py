@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ssah.evaluation import (
+    Divergence,
     Perplexity,
     Unit,
     answer_rates,
@@ -37,6 +38,7 @@ def records(
     judges: Sequence[str],
     judged: Judged,
     measured: Mapping[str, Mapping[str, Any]],
+    distances: Mapping[str, Mapping[str, Any]],
     tasks: Mapping[str, Mapping[str, Any]],
     words: int,
     settings: EvaluateSettings,
@@ -48,6 +50,7 @@ def records(
         judges: their names.
         judged: of each model, system prompt and list of requests.
         measured, tasks: name of the model -> margin and losses; -> accuracy on the tasks.
+        distances: name of the model -> KL to the intact one, row by row; not of every model.
         words: of the answers of the utility set.
         settings: of the evaluation.
     """
@@ -55,7 +58,12 @@ def records(
     return {
         "rows": [_row(*each, judged, settings) for each in product(models, conditions, judges)],
         "models": [
-            _model(each, measured[each.name], tasks[each.name], words, settings) for each in models
+            {
+                **_model(each, measured[each.name], words, settings),
+                **_distance(distances.get(each.name), settings),
+                **tasks[each.name],
+            }
+            for each in models
         ],
         "differences": list(_loss_differences(models, measured, settings)),
         "asr_differences": list(_asr_differences(models, judged, settings)),
@@ -66,11 +74,10 @@ def records(
 def _model(
     evaluated: Evaluated,
     measured: Mapping[str, Any],
-    tasks: Mapping[str, Any],
     words: int,
     settings: EvaluateSettings,
 ) -> dict[str, Any]:
-    """Refusal margin, utility and tasks of one model; ``words`` are those of the utility set."""
+    """Refusal margin and utility of one model; ``words`` are those of the utility set."""
     margins = torch.tensor(measured["margins"], dtype=torch.float64)  # [requests]
     interval = bootstrap(margins, level=settings.level, seed=settings.seed)
     found: dict[str, Any] = {
@@ -84,7 +91,21 @@ def _model(
     for own in measured["losses"].values():  # of the utility set, or of none
         costs = Perplexity(math.fsum(own["nats"]), sum(own["tokens"]), words).to_dict()
         found |= {"utility_loss": costs.pop("loss"), **costs}
-    return {**found, **tasks}
+    return found
+
+
+def _distance(found: Mapping[str, Any] | None, settings: EvaluateSettings) -> dict[str, Any]:
+    """KL to the intact model, in nats: mean over positions, and at the first free token."""
+    if found is None:
+        return {}
+    own = Divergence(
+        *(torch.tensor(found[key], dtype=torch.float64) for key in ("total", "tokens", "first"))
+    )
+    shown: dict[str, Any] = {}
+    for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]
+        interval = bootstrap(values, level=settings.level, seed=settings.seed)
+        shown |= {key: float(values.mean()), f"{key}_interval": list(interval)}
+    return shown
 
 
 def _row(

@@ -17,6 +17,7 @@ from ssah.evaluation import (
     check_tasks,
     count_words,
     distinct_judges,
+    divergences,
     fitting,
     multiple_choice,
     prompts,
@@ -33,6 +34,8 @@ from ssah.studies.study import Study
 from ssah.units import family_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
     from ssah.evaluation import Coherence
 
 KIND = "evaluate"
@@ -63,8 +66,8 @@ def run_evaluation(
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, tasks), ``differences`` (of the utility loss) and
-        ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
+        ``models`` (one a model: margin, utility, KL, tasks), ``differences`` (of the utility loss)
+        and ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -90,11 +93,11 @@ def run_evaluation(
     evaluation = Evaluation(study, asked[REQUESTS], {UTILITY: rows} if rows else {}, judges=judges)
     words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
-    conditions = range(len(settings.system_prompts))
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
-    per_model = len(conditions) * len(asked) + 1 + bool(settings.tasks)
+    per_model = len(settings.system_prompts) * len(asked) + 1 + bool(settings.tasks)
+    far = _comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
     with study.under_way(
-        2 + len(models) * per_model,
+        2 + len(models) * per_model + bool(far),
         intact=intact,
         intact_weights=study.weights if scorer[0] is model else weights_hash(scorer[0]),
         judges=[each.describe() for each in judges],  # what they are now, in place of their names
@@ -102,20 +105,18 @@ def run_evaluation(
         # The model itself was moved already; that this is it again does no harm.
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
-        judged: dict[tuple[str, int, str], Any] = {}
-        for condition, role in product(conditions, asked):
-            found = _judged(study, evaluation, models, condition, role, asked[role], coherent)
-            judged |= {(name, condition, role): each for name, each in found.items()}
+        judged = _judged(study, evaluation, models, asked, coherent)
         measured = {each.name: _measured(study, evaluation, each) for each in models}
+        distances = _distances(study, evaluation, far, None if intact is None else scorer[0])
         tasks = {each.name: _tasks(study, each, manager) for each in models}
+    names = [judge.name for judge in judges]
+    found = records(models, names, judged, measured, distances, tasks, words, settings)
     result = {
         "dtype": study.dtype,
         "coherence": coherent.describe(),
         "template": template_record(study.tokenizer),
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
-        **records(
-            models, [judge.name for judge in judges], judged, measured, tasks, words, settings
-        ),
+        **found,
     }
     return steps.run.finish(result)
 
@@ -165,14 +166,33 @@ def _judged(
     study: Study,
     evaluation: Evaluation,
     models: Sequence[Evaluated],
+    asked: Mapping[str, Sequence[str]],
+    coherent: Coherence,
+) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """What was judged of each model, number of a system prompt, and list of requests."""
+    return {
+        (each.name, condition, role): own
+        for condition, role in product(range(len(study.settings.system_prompts)), asked)
+        for each, own in zip(
+            models,
+            _judged_list(study, evaluation, models, condition, role, asked[role], coherent),
+            strict=True,
+        )
+    }
+
+
+def _judged_list(
+    study: Study,
+    evaluation: Evaluation,
+    models: Sequence[Evaluated],
     condition: int,
     role: str,
     requests: Sequence[str],
     coherent: Coherence,
-) -> dict[str, dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """What was judged of each model's answers to one list under one system prompt: a step a model.
 
-    The models that have not answered yet do so together. Name -> what was judged.
+    The models that have not answered yet do so together.
     """
     names = [f"{each.name}.prompt{condition}.{role}" for each in models]
 
@@ -186,8 +206,7 @@ def _judged(
             system_prompt=study.settings.system_prompts[condition],
         )
 
-    found = study.steps.together(names, compute, lambda own: _judged_line(own, role))
-    return {each.name: own for each, own in zip(models, found, strict=True)}
+    return study.steps.together(names, compute, lambda found: _judged_line(found, role))
 
 
 def _judged_line(found: Mapping[str, Any], role: str) -> str:
@@ -203,6 +222,47 @@ def _measured(study: Study, evaluation: Evaluation, evaluated: Evaluated) -> dic
     """Refusal margin and losses of one model: a step."""
     compute = partial(evaluation.measure, study.model, evaluated.units)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
+    return found
+
+
+def _comparable(
+    models: Sequence[Evaluated],
+    tokenizer: PreTrainedTokenizerBase,
+    of_intact: PreTrainedTokenizerBase,
+    *,
+    same: bool,
+) -> list[Evaluated]:
+    """The models that have a distance to the intact one: it has none to itself.
+
+    None of them where the two count tokens differently.
+    """
+    if same:
+        return [each for each in models if each.units is not None]
+    return list(models) if tokenizer.get_vocab() == of_intact.get_vocab() else []
+
+
+def _distances(
+    study: Study,
+    evaluation: Evaluation,
+    models: Sequence[Evaluated],
+    intact: PreTrainedModel | None,
+) -> dict[str, dict[str, Any]]:
+    """KL to the intact model on the utility rows, of all models at once: a step.
+
+    Name -> ``total``, ``tokens`` and ``first``, one value a row.
+    """
+
+    def compute() -> dict[str, Any]:
+        loader, selections = evaluation.loaders[UTILITY], [each.units for each in models]
+        found = divergences(study.model, loader, selections, intact=intact)
+        return {
+            each.name: {key: value.tolist() for key, value in vars(own).items()}
+            for each, own in zip(models, found, strict=True)
+        }
+
+    if not models:
+        return {}
+    found: dict[str, dict[str, Any]] = study.steps("kl", compute)
     return found
 
 

@@ -1,0 +1,207 @@
+"""Judged answers of several ablated models: together, beside one after the other as before.
+
+Two things are compared, each in turn within one process, on the same requests and selections:
+
+* ``together``: what ``ssah evaluate`` does: all arms in shared batches, the common beginning of
+  prompts once, one pass of the intact model over all answers.
+* ``one by one``: each arm by itself inside ``ssah.ablate``, with ``generate`` of transformers in
+  batches of 16, and a pass of the intact model over prompts and answers of each arm.
+
+Weights are random, so that no answer ends early, and no two arms answer alike: the worst case. An
+answer that repeats itself would be called incoherent without a pass of the model, which is
+switched off here on both sides. With ``--model`` a real model answers as it does.
+
+    python benchmarks/bench_evaluate.py --out bench_out/evaluate.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
+
+import tiny_chat
+
+import ssah
+from benchmarks import common
+from ssah.data import load_requests
+from ssah.evaluation import Coherence, judge, judged_answers, prompts
+from ssah.evaluation.attack import counting
+from ssah.evaluation.generation import stop_tokens
+from ssah.evaluation.loss import log_probs_by_length
+from ssah.interventions import Zero
+from ssah.models import load_model
+from ssah.units import UnitSet, find_modules
+
+LIMIT = 1 / 3  # of the time one by one, for four arms
+SHARE = 0.01  # of all units, in each arm
+_BATCH = 16
+# As long as SmolLM2's own system message, which stands before every request.
+_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
+
+
+def random_model(width: int, layers: int) -> tuple[PreTrainedModel, Any]:
+    """A Llama of that shape, and the tokenizer of the tests with a system message."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=800,  # those of the tokenizer: other tokens would be no text to score
+        hidden_size=width,
+        intermediate_size=8 * width // 3 // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 192,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    tokenizer = tiny_chat.tokenizer()
+    said = f"<|start|>system\n{_SYSTEM}<|end|>\n"
+    tokenizer.chat_template = said + tokenizer.chat_template
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
+
+
+def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any, new: int) -> Any:
+    """New tokens of every arm, ``[arms][requests]``, the answers scored by the intact model."""
+    encoded, stops = prompts(tokenizer, requests), stop_tokens(model, tokenizer)
+    order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
+    options = {"max_new_tokens": new, "do_sample": False, "eos_token_id": stops, "pad_token_id": 0}
+    every = []
+    for units in selections:
+        found: dict[int, list[int]] = {}
+        for start in range(0, len(order), _BATCH):
+            own = order[start : start + _BATCH]
+            width = max(len(encoded[i]) for i in own)
+            gaps = [width - len(encoded[i]) for i in own]
+            pairs = list(zip(own, gaps, strict=True))
+            ids = torch.tensor([[0] * gap + encoded[i] for i, gap in pairs])  # [rows, width]
+            mask = torch.tensor([[0] * gap + [1] * len(encoded[i]) for i, gap in pairs])
+            with torch.inference_mode(), ssah.intervene(model, *units):
+                output = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    logits_to_keep=torch.tensor([-1]),
+                    **options,
+                )
+            found |= zip(own, output[:, width:].tolist(), strict=True)
+        rows = [found[i] for i in range(len(encoded))]
+        examples: list[Any] = [
+            {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
+            for prompt, ids in zip(encoded, rows, strict=True)
+        ]
+        for _ in log_probs_by_length(model, tokenizer, examples, _BATCH):
+            pass
+        every.append(rows)
+    return every
+
+
+def together(model: Any, tokenizer: Any, requests: list[str], selections: Any, new: int) -> Any:
+    """What is kept of every arm's answers."""
+    scorer = Coherence(model, tokenizer, max_nll=100.0, max_repeated=1.0)
+    return judged_answers(
+        model,
+        tokenizer,
+        requests,
+        [judge("qi2023")],
+        scorer,
+        counting(lambda _: None),
+        selections=selections,
+        max_new_tokens=new,
+        batch_size=_BATCH,
+    )
+
+
+def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What ``arms`` arms take, in this process: the first is the intact model."""
+    if options.model is None:
+        model, tokenizer = random_model(options.width, options.layers)
+    else:
+        model, tokenizer = load_model(options.model, dtype="float32")
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    drawn = [UnitSet.random(int(SHARE * sum(sizes.values())), sizes, i) for i in range(arms - 1)]
+    requests = load_requests("builtin:safety")[: options.requests]
+    given = (model, tokenizer, requests)
+    zeroed = [(), *[(Zero(units),) for units in drawn]]
+    held = common.kibibytes("VmRSS")
+    calls = {
+        "together": lambda: together(*given, [None, *drawn], options.new),
+        "one by one": lambda: one_by_one(*given, zeroed, options.new),
+    }
+    # In turn, in seconds of the processor as well: other work on the machine counts in the others.
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for _ in range(options.repeats):
+        for name, call in calls.items():
+            begun = time.perf_counter(), time.process_time()
+            call()
+            times[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
+    seconds = {
+        name: [statistics.median(own) for own in zip(*each, strict=True)]
+        for name, each in times.items()
+    }
+    encoded = prompts(tokenizer, requests)
+    return {
+        "arms": arms,
+        "model": options.model or f"random, {options.layers} layers of width {options.width}",
+        "requests": len(requests),
+        "prompt_tokens": sum(map(len, encoded)) / len(encoded),
+        "new_tokens": options.new,
+        "together": dict(zip(("wall", "processor"), seconds["together"], strict=True)),
+        "one_by_one": dict(zip(("wall", "processor"), seconds["one by one"], strict=True)),
+        "ratio": seconds["together"][1] / seconds["one by one"][1],
+        "limit": LIMIT if arms == 4 else None,
+        "added_bytes": 1024 * (common.kibibytes("VmHWM") - held),
+    }
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(title="Judged answers of several arms, in seconds of the processor")
+    for column in ("arms", "together, s", "one by one, s", "ratio", "limit", "added"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        table.add_row(
+            str(row["arms"]),
+            *(f"{row[way]['processor']:.1f}" for way in ("together", "one_by_one")),
+            f"{row['ratio']:.2f}",
+            "" if row["limit"] is None else f"{row['limit']:.2f}",
+            f"{row['added_bytes'] / 2**20:.0f} MiB",
+        )
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--out", type=Path, default=Path("bench_out/evaluate.json"))
+    parser.add_argument("--model", help="In place of the random one: as load_model takes it.")
+    parser.add_argument("--requests", type=int, default=100)
+    parser.add_argument("--new", type=int, default=40, help="Tokens of an answer.")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--each", type=int, nargs="+", default=[1, 4, 12], help="Numbers of arms.")
+    parser.add_argument("--arms", type=int, help="Measure this number in this process alone.")
+    options = parser.parse_args()
+    if options.arms is not None:
+        print(json.dumps(measure(options.arms, options)))
+        return
+    passed = ("requests", "new", "layers", "width", "repeats")
+    given = [word for name in passed for word in (f"--{name}", getattr(options, name))]
+    given += [] if options.model is None else ["--model", options.model]
+    rows = [common.in_child(__file__, *given, "--arms", n) for n in options.each]
+    common.write(options.out, "evaluate", rows)
+    show(rows)
+
+
+if __name__ == "__main__":
+    main()
