@@ -13,6 +13,7 @@ from ssah.data import make_loader
 from ssah.evaluation import Answer, answering
 from ssah.groups import UnitGroups, classify
 from ssah.models import load_model
+from ssah.studies.loading import Loading
 from ssah.studies.scan import ScanSettings, run_scan
 from ssah.studies.scan.curves import Curves, Point
 
@@ -135,6 +136,12 @@ def test_the_rule_takes_the_largest_share_that_keeps_the_other():
     curves.intact = point(0.0, 2.0, 1.0, [0, 0])
     curves.points["ucu"] = {0.1: point(0.1, 9.0, 1.0, [0, 0]), 0.2: point(0.2, 9.0, 1.0, [0, 1])}
     assert curves.choose("ucu")["share"] == 0.1
+
+
+def test_answers_too_short_for_a_judge_are_refused_before_a_model_is_loaded(tmp_path):
+    short = dataclasses.replace(SCAN, max_new_tokens=19)
+    with pytest.raises(ValueError, match="max_new_tokens is 19, but judge 'wei2024'"):
+        run_scan(Loading("no such model"), tmp_path / "run", short, **SOURCES, **MEASURED)
 
 
 def test_no_answer_is_kept(loading, tmp_path, monkeypatch):

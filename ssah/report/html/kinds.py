@@ -50,6 +50,11 @@ KINDS: dict[str, Kind] = {
         "and what it does with harmless ones.",
         evaluate,
     ),
+    "refusals": Kind(
+        "The model's own refusals",
+        "How many harmful requests a model refuses in the eyes of two judges, and why its other "
+        "answers were dropped.",
+    ),
     "scan": Kind(
         "Group sizes",
         "What ablating a growing share of each group costs in safety and in utility, and which "

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssah.evaluation import distinct_judges
 from ssah.report.pictures import plot_compare, plot_scan
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY, Evaluation
@@ -55,11 +56,12 @@ def run_scan(
         ``compare``.
     """
     study = Study(loading, out, KIND, settings, batch_size=settings.batch_size)
+    judges = distinct_judges(settings.judges, settings.max_new_tokens)
     rows = study.scored_rows(safety, utility)
     asked = study.sources.requests("requests", requests)
     held_out = study.sources.rows("utility_eval", utility_eval)
     study.load()
-    evaluation = Evaluation(study, asked, {UTILITY: held_out}, asked=settings.asr)
+    evaluation = Evaluation(study, asked, {UTILITY: held_out}, asked=settings.asr, judges=judges)
     with study.under_way(_steps(settings)) as steps:
         curves = Curves(study, evaluation, settings, study.scores(rows))
         chosen, claims = _measure(curves, settings)

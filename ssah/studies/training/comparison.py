@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import Row
+from ssah.evaluation import distinct_judges
 from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.paired_measures import Evaluation, attack_line, intact_coherence, measured_line
@@ -95,6 +96,7 @@ class Comparison(Study):
             ValueError: a batch cannot have as many rows of each of the roles.
         """
         settings = self.settings
+        judges = distinct_judges(settings.judges, settings.max_new_tokens)
         self.load()
         self.pools = [
             self.encoded(role, rows, settings.train_max_length) for role, rows in trained.items()
@@ -104,7 +106,7 @@ class Comparison(Study):
                 f"batch_size is {settings.batch_size}; it must be a multiple of "
                 f"{len(self.pools)}: a batch has as many rows of {' and of '.join(trained)}"
             )
-        self.measured = Evaluation(self, requests, held_out, asked=settings.asr)
+        self.measured = Evaluation(self, requests, held_out, asked=settings.asr, judges=judges)
         # Precision, two scores, coherence, a copy and three of the model before.
         with self.under_way(8 + 3 * arms * len(settings.seeds), bf16=settings.bf16):
             self.of_units = self.scores(scored)
