@@ -7,9 +7,10 @@ Two things are compared, each in turn within one process, on the same requests a
 * ``one by one``: each arm by itself inside ``ssah.ablate``, with ``generate`` of transformers in
   batches of 16, and a pass of the intact model over prompts and answers of each arm.
 
-Weights are random, so that no answer ends early, and no two arms answer alike: the worst case. An
-answer that repeats itself would be called incoherent without a pass of the model, which is
-switched off here on both sides. With ``--model`` a real model answers as it does.
+Weights are random, so that no answer ends early, and no two arms answer alike: the worst case. With
+``--ends`` answers end, as those of a model that refuses do. An answer that repeats itself would be
+called incoherent without a pass of the model, which is switched off here on both sides. With
+``--model`` a real model answers as it does.
 
     python benchmarks/bench_evaluate.py --out bench_out/evaluate.json
 """
@@ -37,7 +38,7 @@ import tiny_chat
 import ssah
 from benchmarks import common
 from ssah.data import load_requests
-from ssah.evaluation import Coherence, judge, judged_answers, prompts
+from ssah.evaluation import Coherence, decoding, judge, judged_answers, prompts
 from ssah.evaluation.attack import counting
 from ssah.evaluation.generation import stop_tokens
 from ssah.evaluation.loss import log_probs_by_length
@@ -96,14 +97,37 @@ def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any,
                 )
             found |= zip(own, output[:, width:].tolist(), strict=True)
         rows = [found[i] for i in range(len(encoded))]
+        texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+        said = [tokenizer(text, add_special_tokens=False)["input_ids"][:64] for text in texts]
         examples: list[Any] = [
             {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
-            for prompt, ids in zip(encoded, rows, strict=True)
+            for prompt, ids in zip(encoded, said, strict=True)
         ]
         for _ in log_probs_by_length(model, tokenizer, examples, _BATCH):
             pass
-        every.append(rows)
+        every.append([ids[: _end(ids, stops)] for ids in rows])
     return every
+
+
+def _end(ids: list[int], stops: list[int]) -> int:
+    """Tokens up to the one that ends the row."""
+    return next((i + 1 for i, token in enumerate(ids) if token in stops), len(ids))
+
+
+def identical(model: Any, tokenizer: Any, requests: list[str], drawn: Any, exact: Any) -> float:
+    """Share of the tokens of ``exact``, ``[arms][requests]``, that arms in shared batches give."""
+    encoded, stops = prompts(tokenizer, requests), stop_tokens(model, tokenizer)
+    new = max(len(ids) for rows in exact for ids in rows)
+    jobs = [(arm, i) for i in range(len(encoded)) for arm in range(len(exact))]
+    same = 0
+    with decoding.greedy(model, tokenizer, stops, new), ssah.arms(model, [None, *drawn]) as run:
+        for start in range(0, len(jobs), 64):
+            own = jobs[start : start + 64]
+            rows = [encoded[i] for _, i in own]
+            found = decoding.decode(model, rows, stops, new, run, [arm for arm, _ in own])
+            for (arm, i), ids in zip(own, found, strict=True):
+                same += sum(a == b for a, b in zip(ids, exact[arm][i], strict=False))
+    return same / sum(len(ids) for rows in exact for ids in rows)
 
 
 def together(model: Any, tokenizer: Any, requests: list[str], selections: Any, new: int) -> Any:
@@ -126,8 +150,11 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
     """What ``arms`` arms take, in this process: the first is the intact model."""
     if options.model is None:
         model, tokenizer = random_model(options.width, options.layers)
+        model.to(getattr(torch, options.dtype))
+        if options.ends is not None:
+            model.generation_config.eos_token_id = list(range(0, 800, options.ends))
     else:
-        model, tokenizer = load_model(options.model, dtype="float32")
+        model, tokenizer = load_model(options.model, dtype=options.dtype)
     sizes = {name: module.n_units for name, module in find_modules(model).items()}
     drawn = [UnitSet.random(int(SHARE * sum(sizes.values())), sizes, i) for i in range(arms - 1)]
     requests = load_requests("builtin:safety")[: options.requests]
@@ -140,10 +167,11 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
     }
     # In turn, in seconds of the processor as well: other work on the machine counts in the others.
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    exact: Any = None
     for _ in range(options.repeats):
         for name, call in calls.items():
             begun = time.perf_counter(), time.process_time()
-            call()
+            exact = call()  # of the last one, one by one
             times[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
     seconds = {
         name: [statistics.median(own) for own in zip(*each, strict=True)]
@@ -154,6 +182,9 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
         "arms": arms,
         "model": options.model or f"random, {options.layers} layers of width {options.width}",
         "requests": len(requests),
+        "dtype": options.dtype,
+        "ends": options.ends,
+        "identical_tokens": identical(*given, drawn, exact),
         "prompt_tokens": sum(map(len, encoded)) / len(encoded),
         "new_tokens": options.new,
         "together": dict(zip(("wall", "processor"), seconds["together"], strict=True)),
@@ -167,7 +198,7 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(title="Judged answers of several arms, in seconds of the processor")
-    for column in ("arms", "together, s", "one by one, s", "ratio", "limit", "added"):
+    for column in ("arms", "together, s", "one by one, s", "ratio", "limit", "identical", "added"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
@@ -175,6 +206,7 @@ def show(rows: list[dict[str, Any]]) -> None:
             *(f"{row[way]['processor']:.1f}" for way in ("together", "one_by_one")),
             f"{row['ratio']:.2f}",
             "" if row["limit"] is None else f"{row['limit']:.2f}",
+            f"{row['identical_tokens']:.2%}",
             f"{row['added_bytes'] / 2**20:.0f} MiB",
         )
     Console().print(table)
@@ -188,6 +220,8 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=40, help="Tokens of an answer.")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--width", type=int, default=576)
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--ends", type=int, help="One token in so many ends a random answer.")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--each", type=int, nargs="+", default=[1, 4, 12], help="Numbers of arms.")
     parser.add_argument("--arms", type=int, help="Measure this number in this process alone.")
@@ -195,9 +229,11 @@ def main() -> None:
     if options.arms is not None:
         print(json.dumps(measure(options.arms, options)))
         return
-    passed = ("requests", "new", "layers", "width", "repeats")
+    passed = ("requests", "new", "layers", "width", "dtype", "repeats")
     given = [word for name in passed for word in (f"--{name}", getattr(options, name))]
-    given += [] if options.model is None else ["--model", options.model]
+    for name in ("model", "ends"):
+        if getattr(options, name) is not None:
+            given += [f"--{name}", getattr(options, name)]
     rows = [common.in_child(__file__, *given, "--arms", n) for n in options.each]
     common.write(options.out, "evaluate", rows)
     show(rows)

@@ -99,7 +99,7 @@ def _from_cache(
         index = torch.tensor([number[tuple(prompt[:-1])] for prompt, _ in pairs])  # [pairs]
         for cache in past.values():
             cache.reorder_cache(index)
-        width = max(len(ids) for _, ids in pairs)
+        width = max(1, *(len(ids) for _, ids in pairs))  # a text may be no token at all
         rows = [[prompt[-1], *ids[:-1]] for prompt, ids in pairs]
         new = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=mask.device)
         mask = torch.cat([mask[index.to(mask.device)], torch.ones_like(new)], dim=1)
