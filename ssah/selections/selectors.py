@@ -127,11 +127,11 @@ def named(
     return result
 
 
-def select_units(texts: Sequence[str], groups: UnitGroups) -> UnitSet:
+def select_units(selection: Sequence[str], groups: UnitGroups) -> UnitSet:
     """The union of the units that texts name, by groups alone.
 
     Args:
-        texts: group names such as ``"scu"``, or a group and a fraction of *all* units such as
+        selection: group names such as ``"scu"``, or a group and a fraction of *all* units such as
             ``"cu:0.06"``: those of its units that are most like it (`UnitGroups.top` by
             ``"group"``; of CU, the highest for safety). Joined as all texts are.
         groups: where they are taken from.
@@ -140,7 +140,7 @@ def select_units(texts: Sequence[str], groups: UnitGroups) -> UnitSet:
         ValueError: a part is neither, the group has fewer units, or nothing is selected.
     """
     units = UnitSet({}, groups.sizes)
-    for text in texts:
+    for text in selection:
         own = UnitSet({}, groups.sizes)
         for term in _terms(text):
             if term.make is not None:
@@ -149,7 +149,7 @@ def select_units(texts: Sequence[str], groups: UnitGroups) -> UnitSet:
             own = own - part if term.away else own | part
         units = units | own
     if not len(units):
-        raise ValueError(f"the selection {' '.join(texts)!r} has no units in these groups")
+        raise ValueError(f"the selection {' '.join(selection)!r} has no units in these groups")
     return units
 
 
