@@ -270,7 +270,7 @@ _PYTHON = (
     ),
     Mutation(
         "ssah_kernels/checks/updates.py",
-        'if (importance["signed"] is None) != (importance["squared"] is None):',
+        "if 0 < len(given) < len(lists):",
         "if False:",
         Check(UPDATE, "names_the_wrong_argument"),
     ),

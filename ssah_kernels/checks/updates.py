@@ -25,6 +25,14 @@ def same_length(name: str, values: Sequence[Any], must: int) -> None:
         raise ValueError(f"{name} has {len(values)} entries; it must have {must}, one a parameter")
 
 
+def _all_or_none(lists: dict[str, Sequence[Tensor] | None]) -> list[tuple[str, Sequence[Tensor]]]:
+    """Those that are given, by name: one pass makes all of them, or none."""
+    given = [(name, each) for name, each in lists.items() if each is not None]
+    if 0 < len(given) < len(lists):
+        raise ValueError(f"{' and '.join(lists)} must be given together")
+    return given
+
+
 def _scalar(
     name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor | None:
@@ -62,19 +70,14 @@ def _update(
     first = params[0]
     floating("params[0]", first, 0)
     dtype, device, strided = first.dtype, first.device, torch.strided
-    per_block = [(name, each) for name, each in scales.items() if each is not None]
-    if 0 < len(per_block) < len(scales):
-        raise ValueError(f"{' and '.join(scales)} must be given together")
+    per_block, per_unit = _all_or_none(scales), _all_or_none(importance)
     lists = compact_lists(first, grads, states, compensations, in_codes=bool(per_block))
     named = {"indices": indices, "dims": dims, **importance, **{x.name: x.tensors for x in lists}}
     named |= scales
     for name, values in named.items():
         if values is not None:
             same_length(name, values, len(params))
-    if (importance["signed"] is None) != (importance["squared"] is None):  # one pass makes both
-        raise ValueError("signed and squared must be given together")
 
-    per_unit = [(name, sums) for name, sums in importance.items() if sums is not None]
     matrices: list[Tensor] = []
     axes: list[int] = []
     for i, (param, index, dim) in enumerate(zip(params, indices, dims, strict=True)):

@@ -78,12 +78,31 @@ def grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE: tl.constexpr):
 
 
 @triton.jit
-def strided(row_ptr, STRIDE: tl.constexpr, cols, VECTOR: tl.constexpr):
-    """Where columns lie in a row."""
+def n_steps(n_rows, first_row, found_inf_ptr, STEPS: tl.constexpr, HEIGHT: tl.constexpr):
+    """How often HEIGHT rows are left of a tile: never, where a gradient overflowed."""
+    steps = tl.minimum(tl.cdiv(n_rows - first_row, HEIGHT), STEPS)
+    if found_inf_ptr is not None:
+        steps = tl.where(tl.load(found_inf_ptr) == 0, steps, 0)
+    return steps
+
+
+@triton.jit
+def param_cols(index_ptr, cols, inside, GATHER: tl.constexpr):
+    """Which columns of the parameter compact columns are."""
+    if GATHER:
+        return tl.load(index_ptr + cols, mask=inside, other=0)
+    else:
+        return cols
+
+
+@triton.jit
+def place(row_ptr, cols, ROW_STRIDE: tl.constexpr, COL_STRIDE: tl.constexpr, VECTOR: tl.constexpr):
+    """The stride of rows, and where ``cols`` lie in each of them; the strides are fields."""
+    row_stride = tl.load(row_ptr + ROW_STRIDE) * VECTOR
     # With vectors the stride is 1, and no multiplication may hide that from the compiler.
     if VECTOR == 1:
-        cols *= tl.load(row_ptr + STRIDE)
-    return cols
+        cols *= tl.load(row_ptr + COL_STRIDE)
+    return row_stride, cols
 
 
 @triton.jit
@@ -185,9 +204,8 @@ def masked_update_kernel(
     found_inf_ptr, map_ptr, n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
-    THROUGH_INDEX: tl.constexpr,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, VECTOR: tl.constexpr,
-    STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
+    THROUGH_INDEX: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    VECTOR: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
     there is an index. THROUGH_INDEX: the gradient is not compact, but lies as its parameter does.
@@ -204,21 +222,16 @@ def masked_update_kernel(
     scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
     scales_1_ptr = pointer(row_ptr, SCALES_1, tl.float32, 1)
     index_ptr = pointer(row_ptr, INDEX, tl.int64, 1)
-    n_rows = tl.load(row_ptr + ROWS)
-    n_cols = tl.load(row_ptr + COLS) * VECTOR  # held divided by it: the compiler sees the factor
-    row_stride = tl.load(row_ptr + ROW_STRIDE) * VECTOR
+    # Columns are held divided by VECTOR: the compiler sees the factor.
+    n_rows, n_cols = tl.load(row_ptr + ROWS), tl.load(row_ptr + COLS) * VECTOR
     tile = tl.program_id(0) - tl.load(row_ptr + FIRST)  # within this tensor
     blocks = tl.cdiv(n_cols, BLOCK)
     tile_row, tile_col = tile // blocks, tile % blocks
     cols = tile_col * BLOCK + tl.arange(0, BLOCK)[None, :]
     inside_cols = cols < n_cols
-    p_cols = cols
-    if GATHER:
-        p_cols = tl.load(index_ptr + cols, mask=inside_cols, other=0)
-    if THROUGH_INDEX:
-        g_cols = strided(row_ptr, GRAD_COL_STRIDE, p_cols, VECTOR)
-        g_row_stride = tl.load(row_ptr + GRAD_ROW_STRIDE) * VECTOR
-    p_cols = strided(row_ptr, COL_STRIDE, p_cols, VECTOR)
+    selected = param_cols(index_ptr, cols, inside_cols, GATHER)
+    row_stride, p_cols = place(row_ptr, selected, ROW_STRIDE, COL_STRIDE, VECTOR)
+    g_row_stride, g_cols = place(row_ptr, selected, GRAD_ROW_STRIDE, GRAD_COL_STRIDE, VECTOR)
 
     lr, step = tl.load(lr_ptr), tl.load(step_ptr)
     scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE).to(X)
@@ -229,10 +242,7 @@ def masked_update_kernel(
     signed = tl.zeros((HEIGHT, BLOCK), X)
     squared = signed
 
-    left = tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT)  # steps to the last row
-    if found_inf_ptr is not None:
-        left = tl.where(tl.load(found_inf_ptr) == 0, left, 0)  # nothing is read or written then
-    for i in range(0, tl.minimum(left, STEPS)):
+    for i in range(0, n_steps(n_rows, tile_row * (STEPS * HEIGHT), found_inf_ptr, STEPS, HEIGHT)):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
         element = rows * n_cols + cols
@@ -244,13 +254,12 @@ def masked_update_kernel(
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
             product = stored.to(X) * grad
-            square = product * product
             if UNITS == 0:
                 part_ptr = partial_ptr + tile_col * n_rows + rows  # rows are units
-                store_sums(part_ptr, all_parts, product, square, rows < n_rows, 1)
+                store_sums(part_ptr, all_parts, product, product * product, rows < n_rows, 1)
             else:
                 signed += product
-                squared += square
+                squared += product * product
         take_step(
             stored, grad * scale, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
             element, rows * blocks + tile_col, inside, rows < n_rows, table_ptr, lr, step,
