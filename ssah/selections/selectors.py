@@ -8,6 +8,7 @@
 "parameters:model.norm*"     whole parameters, by name or pattern
 "rows:lm_head.weight=5,7-9"  rows of a parameter
 "weights:runs/chosen"        what `Selection.save` wrote
+"weights:runs/snip:0.01"     the highest of what `ssah weights` wrote (`ssah.selections.scored`)
 "layers:6-12 + scu - heads:7.0"    joined from left to right; signs have a space on both sides
 """
 
@@ -23,6 +24,7 @@ from ssah.choices import Shared
 from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.selections import making
 from ssah.selections.naming import numbers_of
+from ssah.selections.scored import check_scored, has_share, scored_weights
 from ssah.selections.selection import Selection
 from ssah.units import BitMask, UnitSet
 
@@ -249,8 +251,12 @@ def _rows(text: str, rest: str) -> Maker:
 
 
 def _weights(text: str, rest: str) -> Maker:
-    Selection.load(rest)  # now: a wrong folder is refused before a model is loaded
-    return lambda model, _: Selection.load(rest, model)
+    # Now, without a model: a wrong folder is refused before one is loaded.
+    if not has_share(rest):
+        Selection.load(rest)
+        return lambda model, _: Selection.load(rest, model)
+    check_scored(rest)
+    return lambda model, _: scored_weights(rest, model)
 
 
 _MAKERS: dict[str, Callable[[str, str], Maker]] = {
@@ -274,5 +280,6 @@ def _wrong(text: str) -> ValueError:
     return ValueError(
         f"the selection has {text!r}; it must be one of {', '.join(GROUPS)}, a group and a "
         "fraction of all units such as cu:0.06, or layers:6-12, heads:2.26,3.1, kv_heads:2.0, "
-        "parameters:model.norm*, rows:lm_head.weight=5,7 or weights:DIR; joined by ' + ' and ' - '"
+        "parameters:model.norm*, rows:lm_head.weight=5,7, weights:DIR or "
+        "weights:DIR:0.01; joined by ' + ' and ' - '"
     )

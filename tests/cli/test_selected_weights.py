@@ -107,18 +107,16 @@ def test_what_does_not_fit_is_refused(
     assert message in fails(command, folder / "model", *options, *data)
 
 
-def test_single_weights_are_refused_by_name_where_they_would_train(
-    folder: Path, tmp_path: Path
-) -> None:
+def test_single_weights_stay_and_are_put_back(folder: Path, tmp_path: Path) -> None:
     model, name = tiny_chat.model(), "model.layers.0.mlp.up_proj.weight"
     mask = torch.rand(model.get_parameter(name).shape) < 0.5
     chosen = selections.weights(model, {name: ssah.units.BitMask.of(mask)})
     chosen.save(tmp_path / "chosen")
-    data = ("--data", "builtin:utility", "--out", tmp_path / "run", *QUICK)
-    line = fails("finetune", folder / "model", "--freeze", f"weights:{tmp_path / 'chosen'}", *data)
-    assert f"entries of {name!r}" in line
-    assert "single weights" in line
-    # They are put back and compared all the same.
+    data = ("--data", "builtin:utility", "--out", tmp_path / "run", *QUICK, "--merge")
+    call("finetune", folder / "model", "--freeze", f"weights:{tmp_path / 'chosen'}", *data)
+    moved = loaded(tmp_path / "run" / "merged")[name] != model.get_parameter(name)
+    assert not moved[mask].any()
+    assert moved[~mask].any()
     out = tmp_path / "rewound"
     rewind = ("--rewind", f"weights:{tmp_path / 'chosen'}", "--out", out)
     call("delta", folder / "model", folder / "tuned", *rewind)

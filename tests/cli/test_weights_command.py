@@ -43,3 +43,27 @@ def test_magnitudes_take_no_data_and_wanda_leaves_none(folder: Path, tmp_path: P
     assert not (tmp_path / "unfinished").exists()
     for more in (("--metric", "magnitude", "--data", "builtin:safety"), ("--metric", "wanda")):
         assert "--data is for every metric but magnitude" in fails(*words, *more)
+
+
+def test_the_highest_scores_are_a_selection(folder: Path, tmp_path: Path) -> None:
+    as_json("weights", folder / "model", "--metric", "magnitude", "--out", tmp_path)
+    model = load_model(str(folder / "model"))[0]
+    for text, per in (("0.1", "matrix"), ("0.1:row", "row"), ("1e-1:model", "model")):
+        chosen = ssah.select(model, f"weights:{tmp_path}:{text}")
+        kept = {name: chosen.mask(name).expand_as(model.get_parameter(name)) for name in chosen}
+        every = torch.cat([model.get_parameter(name).detach().abs().flatten() for name in kept])
+        edge = every.sort(descending=True).values[round(0.1 * len(every)) - 1]
+        for name, mask in kept.items():
+            weight = model.get_parameter(name).detach().abs()
+            lines = {"row": weight, "matrix": weight.view(1, -1), "model": weight.view(1, -1)}[per]
+            if per == "model":
+                wanted = lines >= edge
+            else:
+                n = int(0.1 * lines.shape[1] + 0.5)
+                wanted = lines >= lines.sort(1, descending=True).values[:, n - 1 : n]
+            assert torch.equal(mask, wanted.view(weight.shape)), name
+    for wrong, message in ((":2", "has the share 2"), (":0.1.2", "must be a number")):
+        with pytest.raises(ValueError, match=message):
+            ssah.select(model, f"weights:{tmp_path}{wrong}")
+    with pytest.raises(FileNotFoundError):
+        ssah.select(model, "weights:nowhere:0.1")
