@@ -74,6 +74,12 @@ def _meet(
             "each rank will hold its own rows alone. Clip with args.max_grad_norm; for "
             "in_backward=True shard the model before the plan is made"
         )
+    single = [name for name, each in installed.entries.items() if each.single and each.partial]
+    if single:
+        raise ValueError(
+            f"units has single weights of {single[0]!r}, and the model is about to be sharded by "
+            "FSDP2, whose pieces are rows: choose units or rows, or train in one memory"
+        )
     slices = installed.own_slices()
     await_sharding(installed)
     retire(slices)

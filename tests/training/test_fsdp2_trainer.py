@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+import ssah
 from ssah.training import PlanCallback, UpdatePlan, load_update
 from ssah.training.following import await_sharding
 
@@ -230,6 +231,11 @@ def refuse(rank: int, n: int, folder: Path) -> None:
     for option in ({"max_norm": 1.0}, {"track_importance": True}):
         with pytest.raises(ValueError, match=f"{next(iter(option))} is .* sharded by FSDP2"):
             plan.optimizer_cls_and_kwargs(args, **option)
+    single = tiny_models.build("llama")
+    some = ssah.units.BitMask.of(torch.arange(48) < 5)
+    few = ssah.train_only(single, ssah.select(single, {"model.norm.weight": some}))
+    with pytest.raises(ValueError, match=r"single weights of 'model\.norm\.weight'"):
+        few.optimizer_cls_and_kwargs(args)
     args.max_grad_norm = 0.0
     with pytest.raises(ValueError, match=r"args\.world_size is 2, must be 1 with in_backward=True"):
         plan.optimizer_cls_and_kwargs(args, in_backward=True)
