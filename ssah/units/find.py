@@ -178,7 +178,8 @@ def check_units(model: nn.Module, units: UnitSet) -> dict[str, DepthTwoModule]:
     """
     if not isinstance(units, UnitSet):
         raise TypeError(
-            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']"
+            f"units is {type(units).__name__}; it must be a UnitSet, for instance groups['scu']; "
+            "ssah.select makes a selection of text, and of masks of weights"
         )
     found = find_modules(model)
     missing = [name for name in units if name not in found]
