@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ssah.attribution import Batch, BatchReader
 from ssah.choices import check_choice
 from ssah.data import IGNORE_INDEX, check_count
-from ssah.evaluation.loss import logits_at
+from ssah.evaluation.measures import logits_at
 from ssah.interventions import arms
 from ssah.models import as_it_was, check_whole
 from ssah.representations import (

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
-from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.generation import Answer, answers_of_arms, fitting_rows
-from ssah.evaluation.prompting import Request
+from ssah.evaluation.generating import Answer, Request, answers_of_arms, fitting_rows
+from ssah.evaluation.measures import Coherence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

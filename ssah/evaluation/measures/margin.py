@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, DataError, Encoded, encode
-from ssah.evaluation.loss import log_probs_by_length
-from ssah.evaluation.prompting import Request, asked_turns, check_list
+from ssah.evaluation.generating import Request, asked_turns, check_list
+from ssah.evaluation.measures.loss import log_probs_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

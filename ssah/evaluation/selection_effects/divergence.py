@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssah.attribution import BatchReader
 from ssah.data import IGNORE_INDEX
-from ssah.evaluation.loss import logits_at
+from ssah.evaluation.measures import logits_at
 from ssah.interventions import ablate, arms, runs_alone
 from ssah.models import as_it_was, check_whole
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ssah.evaluation.intervals import wilson
 
 if TYPE_CHECKING:
-    from ssah.evaluation.coherence import Coherence
     from ssah.evaluation.judges import Judge
+    from ssah.evaluation.measures import Coherence
 
 _CANNED = 3  # an answer given as often may not depend on the request
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX, Collator, Encoded
-from ssah.evaluation.prompting import longest_first
+from ssah.evaluation.generating import longest_first
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.loss import utility_loss
-from ssah.evaluation.margin import refusal_margins
+from ssah.evaluation.measures.loss import utility_loss
+from ssah.evaluation.measures.margin import refusal_margins
 from ssah.interventions import ablate
 from ssah.selections import Selection
 from ssah.units import UnitSet

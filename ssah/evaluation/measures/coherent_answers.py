@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import Encoder, load_rows
-from ssah.evaluation.continuations import continuation_log_probs
-from ssah.evaluation.prompting import Request, asked_turns, check_list, prompts
+from ssah.evaluation.generating import Request, asked_turns, check_list, prompts
+from ssah.evaluation.measures.continuations import continuation_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

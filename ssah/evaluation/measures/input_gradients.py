@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.attribution import Batch
-from ssah.evaluation.loss import logits_at
+from ssah.evaluation.measures.loss import logits_at
 from ssah.models import as_it_was, check_whole, passing_gradients
 from ssah.representations import batches_at
 

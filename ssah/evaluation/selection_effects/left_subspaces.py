@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ssah.data import check_count
 from ssah.deltas.subspaces import Subspace, principal_angles
-from ssah.evaluation.arm_effects import layers_numbered
+from ssah.evaluation.selection_effects.arm_effects import layers_numbered
 from ssah.interventions import arms
 from ssah.models import as_it_was, check_backbone, check_whole
 from ssah.representations import Position, batches_at, check_positions, recorded

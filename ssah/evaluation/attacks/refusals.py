@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from ssah.choices import Overlong
-from ssah.evaluation.attack import counting, distinct_judges, judged_answers
-from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.generation import bar
+from ssah.evaluation.attacks.attack import counting, distinct_judges, judged_answers
+from ssah.evaluation.attacks.rates import rate
+from ssah.evaluation.generating import OPENING, bar, check_room, fitting, prompts, room_of
 from ssah.evaluation.intervals import difference
 from ssah.evaluation.judges import Judge, Judged
-from ssah.evaluation.margin import refusal_margins
-from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
-from ssah.evaluation.rates import rate
+from ssah.evaluation.measures import Coherence, refusal_margins
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssah.data import Encoder, check_count
-from ssah.evaluation.decoding import decode, greedy, rows_at_once
-from ssah.evaluation.prompting import Request, check_room, longest_first, prompts
-from ssah.evaluation.reasoning import opens_reasoning, spoken
+from ssah.evaluation.generating.decoding import decode, greedy, rows_at_once
+from ssah.evaluation.generating.prompting import Request, check_room, longest_first, prompts
+from ssah.evaluation.generating.reasoning import opens_reasoning, spoken
 from ssah.interventions import Arms, ablate, arms, runs_alone
 from ssah.models import as_it_was, check_whole
 

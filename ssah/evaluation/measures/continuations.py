@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Encoded
-from ssah.evaluation.decoding import greedy, prefilled
-from ssah.evaluation.loss import log_probs_by_length
-from ssah.evaluation.prompting import longest_first
+from ssah.evaluation.generating import greedy, longest_first, prefilled
+from ssah.evaluation.measures.loss import log_probs_by_length
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:

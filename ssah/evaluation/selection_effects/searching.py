@@ -31,8 +31,13 @@ from torch import Tensor
 from ssah.attribution import refuse_other
 from ssah.choices import check_choice
 from ssah.data import check_count
-from ssah.evaluation.arm_effects import EFFECTS, HIDDEN_EFFECTS, effects, no_layers
-from ssah.evaluation.left_subspaces import check_repeatable, left_subspace_angles
+from ssah.evaluation.selection_effects.arm_effects import (
+    EFFECTS,
+    HIDDEN_EFFECTS,
+    effects,
+    no_layers,
+)
+from ssah.evaluation.selection_effects.left_subspaces import check_repeatable, left_subspace_angles
 from ssah.models import digest, weights_hash
 from ssah.representations import Position, Positions, check_positions
 from ssah.storage import FORMAT, META, Stored, one_run, save_tensors

@@ -7,12 +7,19 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
-from ssah.evaluation.answering import Answering
-from ssah.evaluation.coherence import Coherence
-from ssah.evaluation.generation import Answer, bar
+from ssah.evaluation.attacks.answering import Answering
+from ssah.evaluation.attacks.rates import summary
+from ssah.evaluation.generating import (
+    Answer,
+    Request,
+    asked_turns,
+    bar,
+    check_room,
+    longest_first,
+    prompts,
+)
 from ssah.evaluation.judges import Judge, Judged, judge
-from ssah.evaluation.prompting import Request, asked_turns, check_room, longest_first, prompts
-from ssah.evaluation.rates import summary
+from ssah.evaluation.measures import Coherence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
