@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
 from ssah.training import PlanCallback, UpdatePlan, load_update
-from ssah.training.following import await_sharding
+from ssah.training.installing.following import await_sharding
 
 STEPS, HALF = 20, 10
 MODES = {"freeze": "llama_bias", "train_only": "llama"}

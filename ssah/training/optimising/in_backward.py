@@ -26,10 +26,10 @@ import torch
 from torch import Tensor, nn
 
 from ssah.compat.modules import active_ddp
-from ssah.training.active import check_step
-from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW
-from ssah.training.stepping import check_trains
+from ssah.training.installing import Installed
+from ssah.training.optimising.active import check_step
+from ssah.training.optimising.optimizer import PlanAdamW
+from ssah.training.optimising.stepping import check_trains
 from ssah_kernels import ops
 from ssah_kernels.optim.base import Entry
 from ssah_kernels.optim.calls import Call

@@ -2,7 +2,7 @@
 
 Of a model in one memory the projections are split (`ssah.training.splitting`). Of a model that
 ``fully_shard`` has sharded nothing is: its gradients are zeroed where nothing trains, and the
-optimiser selects (`ssah.training.sharded`).
+optimiser selects (`ssah.training.installing.sharded`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from ssah.distributed import Ranks
 from ssah.models import digests
 from ssah.training.entries import Entries, TrainedSlice
-from ssah.training.forward_check import ForwardCheck
-from ssah.training.sharded import clear_frozen_gradients, frozen_pieces
+from ssah.training.installing.forward_check import ForwardCheck
+from ssah.training.installing.sharded import clear_frozen_gradients, frozen_pieces
 from ssah.training.splitting import (
     MaskedProjection,
     SplitTensor,
@@ -42,7 +42,7 @@ class Installed:
 
     Attributes:
         sharded: whether nothing is split, since the model is sharded or is about to be.
-        waiting: whether it is about to be, see `ssah.training.following`.
+        waiting: whether it is about to be, see `ssah.training.installing.following`.
         frozen: hashes of what is frozen, of this rank; see :meth:`digests`.
         dtypes: of every parameter, before the plan.
         averages: whether a trainer is to wrap the model in DistributedDataParallel.

@@ -22,10 +22,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ssah.distributed import Ranks
-from ssah.training.alike import check_alike
-from ssah.training.in_place import check_unmoved
-from ssah.training.installed import Installed
-from ssah.training.sharded import check_sharded, whole_digests
+from ssah.training.installing.alike import check_alike
+from ssah.training.installing.in_place import check_unmoved
+from ssah.training.installing.installed import Installed
+from ssah.training.installing.sharded import check_sharded, whole_digests
 
 
 def await_sharding(installed: Installed) -> None:

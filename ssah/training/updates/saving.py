@@ -30,11 +30,11 @@ from ssah.distributed import Ranks
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, digests
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
-from ssah.training.active import check_unplanned
 from ssah.training.entries import TrainedSlice
-from ssah.training.placed import Placed
-from ssah.training.sharded import trained_values
+from ssah.training.installing import trained_values
+from ssah.training.optimising import check_unplanned
 from ssah.training.splitting import complement_rows
+from ssah.training.updates.placed import Placed
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah.version import __version__
 from ssah_kernels.bit_masks import pack_bits, packed_size, unpack_bits

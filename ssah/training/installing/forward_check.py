@@ -2,7 +2,7 @@
 
 Both can only go wrong after the plan was made. ``fully_shard``, as Trainer and accelerate apply it,
 replaces the trained slices by pieces of them, and offloading takes them away.
-What DistributedDataParallel wraps is compared over the ranks (`ssah.training.alike`).
+What DistributedDataParallel wraps is compared over the ranks (`ssah.training.installing.alike`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch.utils.hooks import RemovableHandle
 from ssah.compat.accelerate import offloading_hook, sharder
 from ssah.compat.modules import active_ddp, takes_over
 from ssah.distributed import Ranks
-from ssah.training.alike import check_alike
 from ssah.training.entries import Entries
+from ssah.training.installing.alike import check_alike
 from ssah.training.splitting import MaskedProjection, replaced_slices
 
 FLATTENS = (
@@ -28,7 +28,7 @@ FLATTENS = (
 
 
 class Checked(Protocol):
-    """What is read here of what a plan has changed, see `ssah.training.installed.Installed`."""
+    """What is read here of what a plan has changed, see `ssah.training.installing.Installed`."""
 
     masked: dict[str, MaskedProjection]
     fingerprint: str

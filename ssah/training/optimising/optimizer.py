@@ -19,7 +19,8 @@ class PlanAdamW(MaskedAdamW):
     Its groups carry the plan's fingerprint, so that a checkpoint of another plan is refused.
 
     Attributes:
-        in_backward: whether its updates happen in ``backward()``, see `ssah.training.in_backward`.
+        in_backward: whether its updates happen in ``backward()``, see
+            `ssah.training.optimising.in_backward`.
     """
 
     in_backward = False

@@ -3,7 +3,7 @@
 | what spreads it | what the plan does |
 |---|---|
 | DistributedDataParallel | compares itself over the ranks, before anything is wrapped |
-| FSDP2 | makes its model whole, and follows (`ssah.training.following`) |
+| FSDP2 | makes its model whole, and follows (`ssah.training.installing.following`) |
 | DataParallel, FSDP1, DeepSpeed | refuses by name: they copy or flatten what the plan has split |
 
 Example: ``accelerate launch`` with ``fsdp_version: 2``. The arguments of the trainer say so, and
@@ -17,11 +17,8 @@ from typing import Any
 
 from ssah.compat.accelerate import sharder
 from ssah.distributed import Ranks
-from ssah.training.active import retire
-from ssah.training.alike import check_alike
-from ssah.training.following import await_sharding
-from ssah.training.forward_check import FLATTENS
-from ssah.training.installed import Installed
+from ssah.training.installing import FLATTENS, Installed, await_sharding, check_alike
+from ssah.training.optimising.active import retire
 
 
 def meet_arguments(

@@ -2,7 +2,7 @@
 
 Example: of 0.3 B parameters 20 % train. Every optimiser that is made here holds these alone, so
 that gradients and moments are a fifth of a dense run's. With ``in_backward=True`` there is at most
-one gradient at a time (`ssah.training.in_backward`).
+one gradient at a time (`ssah.training.optimising.in_backward`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from ssah.compat.accelerate import sharder
-from ssah.training.importance import UnitImportance, unit_importance
-from ssah.training.in_backward import InBackwardAdamW, check_arguments
-from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW, param_groups, rounding, trainer_options
-from ssah.training.parallelism import meet_accelerator, meet_arguments
+from ssah.training.installing import Installed
+from ssah.training.optimising.importance import UnitImportance, unit_importance
+from ssah.training.optimising.in_backward import InBackwardAdamW, check_arguments
+from ssah.training.optimising.optimizer import PlanAdamW, param_groups, rounding, trainer_options
+from ssah.training.optimising.parallelism import meet_accelerator, meet_arguments
 from ssah.units import DepthTwoModule
 
 
@@ -56,7 +56,7 @@ class Optimised:
             lr: learning rate, a float or a tensor ``[]``.
             weight_decay: decoupled; not of norms and biases.
             in_backward: update each slice in ``backward()``, as its gradient arrives, and free the
-                gradient: see :class:`ssah.training.in_backward.InBackwardAdamW`.
+                gradient: see :class:`ssah.training.optimising.in_backward.InBackwardAdamW`.
             **options: of :class:`ssah_kernels.optim.MaskedAdamW`: betas, eps, state_dtype,
                 rounding, seed, max_norm, track_importance. ``rounding`` is ``"stochastic"`` where
                 a bfloat16 weight trains: to nearest, most steps of 1e-5 would change nothing.

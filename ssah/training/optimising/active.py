@@ -15,10 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
-from ssah.training.following import follow
-from ssah.training.installed import Installed
-from ssah.training.optimizer import PlanAdamW, other_plan
-from ssah.training.stepping import check_state, check_trains, lost
+from ssah.training.installing import Installed, follow
+from ssah.training.optimising.optimizer import PlanAdamW, other_plan
+from ssah.training.optimising.stepping import check_state, check_trains, lost
 
 PLAN = "_ssah_plan"  # the attribute of a model that has its plan: a copy of the model copies it
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_pre_hook
 
 from ssah.models import weights_hash
-from ssah.training.installed import Installed
+from ssah.training.installing.installed import Installed
 
 
 class OriginalValues:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ssah.compat import peft
-from ssah.training.installed import Installed
+from ssah.training.installing.installed import Installed
 from ssah.training.splitting import replaced_slices
 
 

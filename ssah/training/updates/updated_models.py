@@ -18,7 +18,7 @@ import torch
 
 from ssah.models import ModelError, cheap_weights_hash, load_model, load_tokenizer, move
 from ssah.storage import META, Stored, check_fields, kind_in, read_meta
-from ssah.training.saving import HUB, UPDATE, merge_update, read_update, update_folder
+from ssah.training.updates.saving import HUB, UPDATE, merge_update, read_update, update_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
