@@ -38,10 +38,11 @@ import tiny_chat
 import ssah
 from benchmarks import common
 from ssah.data import load_requests
-from ssah.evaluation import Coherence, decoding, judge, judged_answers, prompts
-from ssah.evaluation.attack import counting
-from ssah.evaluation.generation import stop_tokens
-from ssah.evaluation.loss import log_probs_by_length
+from ssah.evaluation import Coherence, judge, judged_answers, prompts
+from ssah.evaluation.attacks.attack import counting
+from ssah.evaluation.generating import decoding
+from ssah.evaluation.generating.generation import stop_tokens
+from ssah.evaluation.measures.loss import log_probs_by_length
 from ssah.interventions import Zero
 from ssah.models import load_model
 from ssah.units import UnitSet, find_modules

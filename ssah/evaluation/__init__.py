@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from ssah.evaluation.arm_effects import Effects, effects
-from ssah.evaluation.attack import (
+from ssah.evaluation.attacks import (
+    Refusals,
+    answer_rates,
     attack_success,
     distinct_judges,
     judge_answers,
     judged_answers,
+    rate,
+    refusals_change,
+    summary,
 )
-from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.divergence import Divergence, divergences
-from ssah.evaluation.first_order import (
-    RankingAgreement,
-    first_order_effects,
-    ranking_agreement,
+from ssah.evaluation.generating import (
+    OPENING,
+    Answer,
+    answers,
+    check_room,
+    fitting,
+    generate,
+    prompts,
+    room_of,
 )
-from ssah.evaluation.generation import Answer, answers, generate
-from ssah.evaluation.input_gradients import input_gradient_norms
 from ssah.evaluation.intervals import (
     Unit,
     bootstrap,
@@ -27,16 +32,35 @@ from ssah.evaluation.intervals import (
     wilson,
 )
 from ssah.evaluation.judges import Judge, judge
-from ssah.evaluation.left_subspaces import left_subspace_angles
-from ssah.evaluation.loss import response_log_probs, utility_loss
-from ssah.evaluation.loss_and_margin import Measurement, Measures, ablations
-from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened, refusal_margin, refusal_margins
+from ssah.evaluation.measures import (
+    COMPLIANCE,
+    REFUSAL,
+    Coherence,
+    Measurement,
+    Measures,
+    ablations,
+    coherence,
+    input_gradient_norms,
+    opened,
+    refusal_margin,
+    refusal_margins,
+    response_log_probs,
+    utility_loss,
+)
 from ssah.evaluation.perplexity import Perplexity, count_words
 from ssah.evaluation.probing import Probe, probe
-from ssah.evaluation.prompting import OPENING, check_room, fitting, prompts, room_of
-from ssah.evaluation.rates import answer_rates, rate, summary
-from ssah.evaluation.refusals import Refusals, refusals_change
-from ssah.evaluation.searching import GreedySearch, greedy_search
+from ssah.evaluation.selection_effects import (
+    Divergence,
+    Effects,
+    GreedySearch,
+    RankingAgreement,
+    divergences,
+    effects,
+    first_order_effects,
+    greedy_search,
+    left_subspace_angles,
+    ranking_agreement,
+)
 from ssah.evaluation.tasks import check_tasks, multiple_choice
 from ssah.lazy import submodules_of
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssah.data import IGNORE_INDEX, Encoded, Encoder, check_count, encode
-from ssah.evaluation.loss import log_probs_by_length
-from ssah.evaluation.prompting import check_list
+from ssah.evaluation.generating import check_list
+from ssah.evaluation.measures import log_probs_by_length
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

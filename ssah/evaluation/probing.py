@@ -18,11 +18,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, check_count
-from ssah.evaluation.decoding import Finite, greedy, left_padded
-from ssah.evaluation.generation import stop_tokens
+from ssah.evaluation.generating import (
+    Finite,
+    check_list,
+    greedy,
+    left_padded,
+    longest_first,
+    stop_tokens,
+)
 from ssah.evaluation.intervals import bootstrap
-from ssah.evaluation.margin import COMPLIANCE, REFUSAL, opened
-from ssah.evaluation.prompting import check_list, longest_first
+from ssah.evaluation.measures import COMPLIANCE, REFUSAL, opened
 from ssah.models import as_it_was, cheap_weights_hash, check_whole
 from ssah.storage import FORMAT, TEXT, Fields, Stored, save_tensors
 from ssah.units import model_name, units_hash

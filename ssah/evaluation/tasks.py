@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.rates import rate
+from ssah.evaluation.attacks import rate
 from ssah.models import as_it_was
 
 if TYPE_CHECKING:

@@ -16,16 +16,22 @@ if TYPE_CHECKING:
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
     from ssah.training.adapters.writing import LoraFactors, write_adapter
-    from ssah.training.attaching import Attached, attach
     from ssah.training.entries import Entries
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
     from ssah.training.preparing import prepare_trainer
-    from ssah.training.saving import load_update, public_name
     from ssah.training.splitting import runs
-    from ssah.training.updated_models import is_update, load_trained, load_trained_tokenizer
+    from ssah.training.updates import (
+        Attached,
+        attach,
+        is_update,
+        load_trained,
+        load_trained_tokenizer,
+        load_update,
+        public_name,
+    )
     from ssah.training.verifying import verify
     from ssah.training.weight_changes import ChangedWeight, WeightChanges, apply_changes
 
@@ -59,16 +65,14 @@ __getattr__ = names_of(
     **{"adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
     **{"adapters.writing": "LoraFactors write_adapter"},
-    attaching="Attached attach",
     entries="Entries",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
     preparing="prepare_trainer",
-    saving="load_update public_name",
     splitting="runs",
-    updated_models="is_update load_trained load_trained_tokenizer",
+    updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",
     verifying="verify",
     weight_changes="ChangedWeight WeightChanges apply_changes",
 )

@@ -11,9 +11,9 @@ from ssah.distributed import Ranks
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, nonfinite
 from ssah.selections import Selection
-from ssah.training.active import check_unplanned
 from ssah.training.choice import split_modules
-from ssah.training.sharded import check_sharded
+from ssah.training.installing import check_sharded
+from ssah.training.optimising import check_unplanned
 from ssah.training.splitting import check_no_hooks
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import is_sharded

@@ -25,19 +25,22 @@ from ssah.distributed import Ranks, reshard
 from ssah.models import cheap_weights_hash
 from ssah.moved import renamed
 from ssah.selections import Selection
-from ssah.training.active import ACTIVE, PLAN, retire, watch_optimizers
-from ssah.training.alike import check_alike
 from ssah.training.checks import check_planable
 from ssah.training.choice import Beside, Rows, choose
 from ssah.training.entries import fingerprint
-from ssah.training.following import follow
-from ssah.training.in_place import check_in_place, check_unmoved
-from ssah.training.installed import Installed
-from ssah.training.optimised import Optimised
-from ssah.training.original_values import OriginalValues, Reversible
-from ssah.training.saving import push_update, save_update
-from ssah.training.sharded import whole_digests
+from ssah.training.installing import (
+    Installed,
+    OriginalValues,
+    Reversible,
+    check_alike,
+    check_in_place,
+    check_unmoved,
+    follow,
+    whole_digests,
+)
+from ssah.training.optimising import ACTIVE, PLAN, Optimised, retire, watch_optimizers
 from ssah.training.splitting import pickling_error
+from ssah.training.updates import push_update, save_update
 from ssah.units import UnitSet, model_name, units_hash
 
 
@@ -181,7 +184,7 @@ class UpdatePlan(Optimised, Reversible):
         save_update(self._installed.slices(), about, directory, ranks)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes; see `ssah.training.saving.push_update`.
+        """Upload what :meth:`save_pretrained` writes; see `ssah.training.updates.push_update`.
 
         Raises:
             ValueError: the model is sharded: save the update, and upload that.

@@ -19,8 +19,8 @@ from ssah.compat import peft
 from ssah.models import at_hand, check_whole, dequantised, load_weights, locate
 from ssah.selections import Selection
 from ssah.training.adapters.entries import changed_entries, may_change
-from ssah.training.in_place import listed
-from ssah.training.updated_models import is_update, load_trained
+from ssah.training.installing import listed
+from ssah.training.updates import is_update, load_trained
 from ssah.units import UnitSet
 
 _ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter

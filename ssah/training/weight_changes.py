@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.models import check_plain
-from ssah.training.active import check_unplanned
+from ssah.training.optimising import check_unplanned
 from ssah.training.plan import UpdatePlan
 
 # A type of as many bytes: two values are the same where their bits are, -0 and NaN included.

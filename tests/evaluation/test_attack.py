@@ -23,9 +23,9 @@ from ssah.evaluation import (
     rate,
     wilson,
 )
-from ssah.evaluation.coherence import NEUTRAL, _repeated
-from ssah.evaluation.generation import answer_tokens, stop_tokens
+from ssah.evaluation.generating.generation import answer_tokens, stop_tokens
 from ssah.evaluation.judges import Keywords
+from ssah.evaluation.measures.coherent_answers import NEUTRAL, _repeated
 from ssah.interventions import ablate
 from ssah.units import UnitSet
 

@@ -9,12 +9,13 @@ import tiny_chat
 import torch
 from tiny_models import build
 
-from ssah.evaluation import Coherence, decoding, judged_answers
-from ssah.evaluation.attack import counting
-from ssah.evaluation.continuations import continuation_log_probs
-from ssah.evaluation.generation import answers_of_arms, stop_tokens
+from ssah.evaluation import Coherence, judged_answers
+from ssah.evaluation.attacks.attack import counting
+from ssah.evaluation.generating import decoding
+from ssah.evaluation.generating.generation import answers_of_arms, stop_tokens
+from ssah.evaluation.generating.prompting import prompts
 from ssah.evaluation.judges import judge
-from ssah.evaluation.prompting import prompts
+from ssah.evaluation.measures.continuations import continuation_log_probs
 from ssah.interventions import ablate, arms
 from ssah.selections import select
 from ssah.units import UnitSet, find_modules
@@ -116,7 +117,7 @@ def test_heads_answer_beside_units_and_layers_by_themselves():
 
 
 def test_answers_are_made_ahead_as_far_as_memory_goes(monkeypatch):
-    from ssah.evaluation import answering
+    from ssah.evaluation.attacks import answering
 
     model, tokenizer = tiny_chat.model(), tiny_chat.tokenizer()
     made, done = [], {(0, 0)}

@@ -20,9 +20,9 @@ from ssah.evaluation import (
     probe,
     refusal_margin,
 )
+from ssah.evaluation.generating.reasoning import opens_reasoning, spoken
 from ssah.evaluation.judges import KEYWORDS, generative
 from ssah.evaluation.judges.generative import Reads, verdict
-from ssah.evaluation.reasoning import opens_reasoning, spoken
 
 STEPS = (
     "Sure, step 1: take the first part, put it on the second one, turn it slowly until it holds, "

@@ -38,7 +38,7 @@ def process_as_it_was() -> Iterator[None]:
 
 def active_plans() -> Any:
     """Plans in force. Tests of operators alone do not import the library."""
-    module = sys.modules.get("ssah.training.active")
+    module = sys.modules.get("ssah.training.optimising.active")
     return module.ACTIVE if module else set()
 
 

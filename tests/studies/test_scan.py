@@ -10,7 +10,8 @@ from tiny_studies import MEASURED, SCAN, SOURCES, tree
 
 import ssah
 from ssah.data import make_loader
-from ssah.evaluation import Answer, answering
+from ssah.evaluation import Answer
+from ssah.evaluation.attacks import answering
 from ssah.groups import UnitGroups, classify
 from ssah.models import load_model
 from ssah.studies.loading import Loading

@@ -22,7 +22,7 @@ from transformers import Trainer, TrainingArguments
 
 import ssah
 from ssah.training import PlanCallback, UpdatePlan, load_update
-from ssah.training.following import await_sharding
+from ssah.training.installing.following import await_sharding
 
 STEPS, HALF = 20, 10
 MODES = {"freeze": "llama_bias", "train_only": "llama"}

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 from ssah.models import digest
 from ssah.storage import results
 from ssah.training import UpdatePlan, freeze, load_update, train_only
-from ssah.training import saving as updates
 from ssah.training.splitting import complement_rows
+from ssah.training.updates import saving as updates
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:

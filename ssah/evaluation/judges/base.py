@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ssah.evaluation.reasoning import spoken
+from ssah.evaluation.generating import spoken
 
 
 class Judge(ABC):

@@ -26,10 +26,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.data import Encoder, use_template
-from ssah.evaluation.generation import answer_tokens
+from ssah.evaluation.generating import answer_tokens, room_of, spoken
 from ssah.evaluation.judges.base import Judge
-from ssah.evaluation.prompting import room_of
-from ssah.evaluation.reasoning import spoken
 from ssah.models import move
 
 if TYPE_CHECKING:

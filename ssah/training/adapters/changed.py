@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from ssah.interventions import ablate, check_not_ablated
 from ssah.models import check_plain, check_whole, load_weights
 from ssah.selections import Selection, output_parts
-from ssah.training.active import check_unplanned
+from ssah.training.optimising import check_unplanned
 from ssah.training.plan import UpdatePlan, plan_of
-from ssah.training.saving import placed_update, read_update
-from ssah.training.updated_models import is_update
+from ssah.training.updates import is_update, placed_update, read_update
 from ssah.units import UnitSet, check_units
 
 # Name, weight before, weight after, [...] each. To be closed: meanwhile the model may be changed.

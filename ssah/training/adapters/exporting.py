@@ -23,8 +23,8 @@ from ssah.training.adapters.card import SERVED, LoraExport, exported_card
 from ssah.training.adapters.changed import Change, changed_weights, checked_base
 from ssah.training.adapters.factors import Factors, factors
 from ssah.training.adapters.writing import LoraFactors, write_adapter
-from ssah.training.in_place import listed
-from ssah.training.saving import public_name
+from ssah.training.installing import listed
+from ssah.training.updates import public_name
 from ssah.units import features, model_name
 
 

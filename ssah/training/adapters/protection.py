@@ -30,7 +30,7 @@ from ssah.training.adapters.entries import (
     touched,
 )
 from ssah.training.entries import Entries
-from ssah.training.in_place import listed
+from ssah.training.installing import listed
 from ssah.units import UnitSet
 
 

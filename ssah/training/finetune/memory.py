@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ssah.models import config_size
 from ssah.training.finetune.run import count_parameters, optimizer_options
 from ssah.training.finetune.settings import Settings
-from ssah.training.optimizer import PlanAdamW
+from ssah.training.optimising import PlanAdamW
 from ssah.training.plan import UpdatePlan
 from ssah.units import layers_path
 

@@ -37,7 +37,7 @@ from ssah.training.finetune.safety import SAFETY, SafetyMeasure, SafetyRecord
 from ssah.training.finetune.settings import Settings
 from ssah.training.finetune.trainer import make_trainer
 from ssah.training.plan import UpdatePlan
-from ssah.training.saving import load_update
+from ssah.training.updates import load_update
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -1,0 +1,24 @@
+"""How often a model answers what it should refuse: its answers, judged, as rates and changes."""
+
+from __future__ import annotations
+
+from ssah.evaluation.attacks.attack import (
+    attack_success,
+    distinct_judges,
+    judge_answers,
+    judged_answers,
+)
+from ssah.evaluation.attacks.rates import answer_rates, rate, summary
+from ssah.evaluation.attacks.refusals import Refusals, refusals_change
+
+__all__ = [
+    "Refusals",
+    "answer_rates",
+    "attack_success",
+    "distinct_judges",
+    "judge_answers",
+    "judged_answers",
+    "rate",
+    "refusals_change",
+    "summary",
+]

@@ -1,0 +1,146 @@
+"""How far a model is from the intact one on harmless prompts: the KL divergence of its predictions.
+
+With p the intact model's distribution of the next token at a position, and q the other model's:
+
+    KL(p || q) = sum over tokens v of p(v) (log p(v) - log q(v))         nats; 0: the same there
+
+Example: p = (0.5, 0.5) and q = (0.25, 0.75) have a KL of 0.5 log 2 + 0.5 log(2/3) = 0.144 nats.
+It sees every change of what is said to ordinary people, where a loss sees that of one answer alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssah.attribution import BatchReader
+from ssah.data import IGNORE_INDEX
+from ssah.evaluation.measures import logits_at
+from ssah.interventions import ablate, arms, runs_alone
+from ssah.models import as_it_was, check_whole
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.selections import Selection
+    from ssah.units import UnitSet
+
+
+@dataclass(frozen=True, eq=False)
+class Divergence:
+    """KL(intact || other) of one model, row by row in the order of the loader; nats, float64.
+
+    Attributes:
+        total: ``[rows]``, summed over the positions that predict a token of the response.
+        tokens: int64 ``[rows]``, how many these are.
+        first: ``[rows]``, at the first of them: the first token that the model is free to choose
+            after the chat template.
+    """
+
+    total: Tensor
+    tokens: Tensor
+    first: Tensor
+
+    @property
+    def per_row(self) -> Tensor:
+        """``[rows]``, whose mean is the mean over all positions: a row's sum / mean tokens."""
+        return self.total / self.tokens.double().mean()
+
+
+def divergences(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    selections: Sequence[UnitSet | Selection | None],
+    *,
+    intact: PreTrainedModel | None = None,
+) -> list[Divergence]:
+    """KL divergence from the intact model of a model without units, for several selections.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        loader: batches with ``input_ids`` and ``labels``, of ``ssah.data.make_loader`` for one:
+            harmless prompts with answers.
+        selections: what is out, as `ssah.ablate` takes it; None: the model as it is.
+        intact: the model to compare with, of the same vocabulary; None: ``model`` as it is.
+
+    Returns:
+        One a selection. The logits of two models are in memory at a time, of one batch.
+
+    Raises:
+        TypeError, ValueError: a batch is not of this form, a row has no response token, there is no
+            batch, or the vocabularies differ.
+        FloatingPointError: a divergence is NaN or infinite.
+    """
+    reader = BatchReader(check_whole(model), tokens="labels")
+    found: list[list[tuple[float, int, float]]] = [[] for _ in selections]
+    joined = [None if runs_alone(model, what) else what for what in selections]
+    for number, raw in enumerate(loader):
+        batch = reader.read(raw, number)
+        predicts = batch.targets != IGNORE_INDEX  # [rows, length]
+        if not bool(predicts.any(1).all()):
+            raise ValueError(
+                f"batch {number} has a row without a response token, must have one in each "
+                "(labels other than -100 after the prompt)"
+            )
+        columns = predicts.any(0).nonzero()[:, 0]  # [columns]
+        predicts = predicts[:, columns]
+        with ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            stack.enter_context(as_it_was(model))
+            run = None
+            # The model as it is needs no arms, and may be one whose units we do not know.
+            if any(what is not None for what in joined):
+                run = stack.enter_context(arms(model, [None, *joined]))
+                run.assign([0] * len(predicts))
+            if intact is None:
+                exact = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
+            else:
+                stack.enter_context(as_it_was(intact))
+                exact = logits_at(intact, batch.inputs, columns)
+            for arm, (what, own) in enumerate(zip(selections, found, strict=True), start=1):
+                if run is not None:
+                    run.assign([arm] * len(predicts))
+                alone = what is not None and joined[arm - 1] is None
+                with ablate(model, what) if alone else nullcontext():  # type: ignore[arg-type]
+                    logits = logits_at(model, batch.inputs, columns)
+                own += _of_rows(exact, logits, predicts)
+    if not any(found):
+        raise ValueError("loader is empty, must have at least one batch")
+    return [_joined(own) for own in found]
+
+
+def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, float]]:
+    """Of each row the sum, the number of positions, and the first.
+
+    ``p``, ``q``: logits ``[rows, columns, vocabulary]``; ``predicts``: bool ``[rows, columns]``.
+    """
+    if p.shape != q.shape:
+        raise ValueError(
+            f"intact predicts {p.shape[-1]} tokens and model {q.shape[-1]}, must be of the same "
+            "vocabulary"
+        )
+    found = []
+    for own, other, where in zip(p, q, predicts, strict=True):
+        # Row by row: in float64 the logits of a whole batch would take four times as much.
+        log_p = own[where.to(own.device)].double().log_softmax(-1)  # [n, vocabulary]
+        log_q = other[where.to(other.device)].double().log_softmax(-1).to(log_p.device)
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [n]
+        found.append((float(kl.sum()), len(kl), float(kl[0])))
+    return found
+
+
+def _joined(rows: Sequence[tuple[float, int, float]]) -> Divergence:
+    total, tokens, first = zip(*rows, strict=True)
+    found = Divergence(
+        torch.tensor(total, dtype=torch.float64),
+        torch.tensor(tokens),
+        torch.tensor(first, dtype=torch.float64),
+    )
+    if not bool(found.total.isfinite().all() and found.first.isfinite().all()):
+        raise FloatingPointError("KL is NaN or infinite: so are a model's logits somewhere")
+    return found
