@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from plans import assert_equal, snapshot
 from ranks import start
@@ -122,7 +122,9 @@ def test_processes_train_what_one_process_trains(place: Path) -> None:
     assert "of a run that differs" in again.stderr
 
 
-def test_a_model_that_was_evaluated_is_as_it_was_before() -> None:
+def test_a_model_that_was_evaluated_is_as_it_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A process has one precision: that of the first test which made an Accelerator.
+    monkeypatch.setattr(AcceleratorState, "_shared_state", {})
     model = build("llama")
     plain = dict(vars(model))
     for _ in range(2):
