@@ -1,0 +1,78 @@
+"""The methods by name: a new one is a file in this folder and a line here."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from ssah.choices import check_choice
+from ssah.methods.frame import Method
+from ssah.methods.inputs import NEEDS
+from ssah.settings import HELP, declared
+
+# Name -> file and class. The order is that of tables: our own, the trivial ones, then by stage.
+_METHODS = {
+    "ssah-freezing": "ssah_groups:Freezing",
+    "ssah-budget": "ssah_groups:Budget",
+    "ssah-ablation": "ssah_groups:Ablation",
+    "random-freezing": "random_units:RandomFreezing",
+    "interpolation": "interpolation:Interpolation",
+    "rewinding": "ssah_groups:Rewinding",
+    "set-difference-removal": "set_difference:Removal",
+    "set-difference-freezing": "set_difference:WeightFreezing",
+    "set-difference-rewinding": "set_difference:WeightRewinding",
+    "sppft": "sppft:SPPFT",
+}
+
+
+def names() -> tuple[str, ...]:
+    """The methods that there are."""
+    return tuple(_METHODS)
+
+
+def method(name: str, **settings: Any) -> Method:
+    """A method with its settings, those of its paper where nothing else is said.
+
+    Args:
+        name: of `names`.
+        settings: fields of the method; ``ssah methods NAME`` lists them.
+
+    Raises:
+        ValueError: there is no such method or setting, or a setting is out of its bounds.
+    """
+    of = _class(name)
+    known = [field.name for field, _, _ in declared(of)]
+    for given in settings:
+        check_choice(f"setting of {name!r}", given, known)
+    return of(**settings)
+
+
+def describe(name: str) -> dict[str, Any]:
+    """What there is to know of a method, as plain data: paper, equation, needs, settings.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    of = _class(name)
+    return {
+        "name": name,
+        "does": (of.__doc__ or "").partition("\n")[0],
+        "paper": of.paper,
+        "equation": of.equation,
+        "stage": of.stage,
+        "needs": {need: NEEDS[need] for need in of.needs},
+        "departures": list(of.departures),
+        "control": of.against,
+        "published": of.published,
+        "settings": [
+            {"name": field.name, "default": field.default, "help": about[HELP]}
+            for field, _, about in declared(of)
+        ],
+    }
+
+
+def _class(name: str) -> type[Method]:
+    check_choice("method", name, names())
+    file, _, wanted = _METHODS[name].partition(":")
+    found: type[Method] = getattr(import_module(f"ssah.methods.{file}"), wanted)
+    return found
