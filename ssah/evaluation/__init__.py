@@ -10,7 +10,7 @@ from ssah.evaluation.attack import (
     judged_answers,
 )
 from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.divergence import Divergence, divergences
+from ssah.evaluation.divergence import Divergence, divergences, next_token_log_probs
 from ssah.evaluation.first_order import (
     RankingAgreement,
     first_order_effects,
@@ -67,6 +67,7 @@ __all__ = [
     "judge",
     "judge_answers",
     "left_subspace_angles",
+    "next_token_log_probs",
     "paired_difference",
     "ranking_agreement",
     "rate",

@@ -22,6 +22,12 @@ _METHODS = {
     "set-difference-freezing": "set_difference:WeightFreezing",
     "set-difference-rewinding": "set_difference:WeightRewinding",
     "sppft": "sppft:SPPFT",
+    "ships": "heads:Ships",
+    "sahara": "heads:Sahara",
+    "refusal-direction": "refusal_direction:RefusalAblation",
+    "refusal-orthogonalisation": "refusal_direction:RefusalOrthogonalisation",
+    "lox": "low_rank_safety:LoX",
+    "safe-lora": "low_rank_safety:SafeLoRA",
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from ablatable import assert_same_bits, bits
@@ -112,3 +113,83 @@ def _trains(plan: Any, model: PreTrainedModel) -> dict[str, Tensor]:
     after = {key: value.detach().clone() for key, value in model.state_dict().items()}
     model.load_state_dict(before)
     return {key: after[key] != before[key] for key in before}
+
+
+def matrices(model: PreTrainedModel) -> dict[str, bool]:
+    """Every matrix in the layers, and whether it is a Conv1D's, ``[in, out]``."""
+    inside = "transformer.h." if hasattr(model, "transformer") else "model.layers."
+    return {
+        f"{name}.weight": type(module).__name__ == "Conv1D"
+        for name, module in model.named_modules()
+        if name.startswith(inside) and getattr(module, "weight", torch.ones(1)).dim() == 2
+    }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lox_adds_the_leading_directions_once_more(name: str) -> None:
+    base, aligned = build(name, dtype=torch.float64), moved(name, 1, 0.1)
+    found = method("lox", rank=2, alpha=0.5).find(Inputs(base=base, aligned=aligned))
+    made, drawn = state(found), state(found.control(1))
+    assert drawn.keys() == made.keys()
+    for key, value in aligned.named_parameters():
+        if key not in matrices(aligned):
+            assert torch.equal(made[key], value)
+            assert torch.equal(drawn[key], value)
+            continue
+        v = (value - base.get_parameter(key)).detach().numpy()
+        # By eigenvectors of V V^T: U_k U_k^T V is the part of rank k.
+        _, vectors = np.linalg.eigh(v @ v.T)
+        u = vectors[:, -2:]
+        expected = value.detach().numpy() + 0.5 * u @ (u.T @ v)
+        np.testing.assert_allclose(made[key].numpy(), expected, atol=1e-9)
+        added, control = ((each[key] - value).detach() for each in (made, drawn))
+        torch.testing.assert_close(
+            torch.linalg.svdvals(control)[:3], torch.linalg.svdvals(added)[:3], rtol=1e-6, atol=1e-9
+        )
+        assert abs(torch.cosine_similarity(added.flatten(), control.flatten(), 0)) < 0.5
+    again = state(found.control(1))
+    assert all(torch.equal(again[key], drawn[key]) for key in drawn)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_safe_lora_projects_what_strays(name: str) -> None:
+    base, aligned = build(name, dtype=torch.float64), moved(name, 1, 0.1)
+    tuned = moved(name, 2, 0.05)
+    cosines, projected = {}, {}
+    for key, turned in matrices(aligned).items():
+        w = [model.get_parameter(key).detach().numpy() for model in (base, aligned, tuned)]
+        b, a, t = [each.T if turned else each for each in w]
+        c = (a - b) @ (a - b).T / np.sqrt(((a - b) ** 2).sum())
+        d = t - a
+        cosines[key] = float((c @ d * d).sum() / np.linalg.norm(c @ d) / np.linalg.norm(d))
+        projected[key] = (a + c @ d).T if turned else a + c @ d
+    limit = sorted(cosines.values())[len(cosines) // 2 - 1] + 1e-9  # half of them lie below
+    given = Inputs(base=base, aligned=aligned, tuned=tuned)
+    found = method("safe-lora", threshold=limit).find(given)
+    made, drawn = state(found), state(found.control(1))
+    changed = {key for key, cosine in cosines.items() if cosine <= limit}
+    assert len(changed) == len(cosines) // 2
+    for key, value in tuned.named_parameters():
+        if key in changed:
+            np.testing.assert_allclose(made[key].numpy(), projected[key], atol=1e-10)
+            assert not torch.allclose(drawn[key], made[key], atol=1e-4)
+            assert not torch.equal(drawn[key], value)
+        else:
+            assert torch.equal(made[key], value)
+            assert torch.equal(drawn[key], value)
+
+
+@pytest.mark.parametrize("name", ["lox", "safe-lora"])
+def test_edits_by_the_alignment_of_folders(name: str, tmp_path: Path) -> None:
+    models = {"base": build("llama"), "aligned": moved("llama", 1, 0.1).float()}
+    models["tuned"] = moved("llama", 2, 0.1).float()
+    for key, model in models.items():
+        model.save_pretrained(tmp_path / key)
+    folders: dict[str, Any] = {key: str(tmp_path / key) for key in models}
+    found = method(name).find(Inputs(**folders))
+    assert isinstance(found, Edited)
+    found.control(1).write(tmp_path / "control")
+    found.write(tmp_path / "out")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    made = state(method(name).find(Inputs(**models)))
+    assert all(torch.equal(written[key], value) for key, value in made.items())
