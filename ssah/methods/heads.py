@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 
 from ssah.evaluation import greedy_search, next_token_log_probs
 from ssah.interventions import WeightChange, Zero, intervene
+from ssah.methods.drawing import random_numbers
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
@@ -52,7 +53,7 @@ class _Heads(Method):
 
 @dataclass(frozen=True)
 class Ships(_Heads):
-    """Take out the heads without which the first token after a harmful request changes most."""
+    """Take out the heads that change most."""
 
     name: ClassVar[str] = "ships"
     equation: ClassVar[str] = "Ships(q, h) = KL(p(.|q) || p(.|q without h)), mean over requests"
@@ -93,7 +94,7 @@ class Ships(_Heads):
 
 @dataclass(frozen=True)
 class Sahara(_Heads):
-    """Take out the group of heads, one after the other, that turns the set of requests most."""
+    """Take out heads, one after the other."""
 
     name: ClassVar[str] = "sahara"
     equation: ClassVar[str] = "argmax_h of sum_r arccos sigma_r(U^T U_without), greedily"
@@ -171,8 +172,7 @@ def _outcome(model: PreTrainedModel, chosen: list[Head], out: Out, effect: list[
     every = every_head(model)
 
     def draw(seed: int) -> tuple[WeightChange, ...]:
-        generator = torch.Generator().manual_seed(seed)
-        drawn = torch.randperm(len(every), generator=generator)[: len(chosen)].tolist()
+        drawn = random_numbers(len(chosen), len(every), seed)
         return (_without(model, [every[number] for number in drawn], out),)
 
     facts = {"heads": [list(head) for head in chosen], "effect": effect}

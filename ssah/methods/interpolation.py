@@ -22,7 +22,7 @@ from ssah.settings import setting
 
 @dataclass(frozen=True)
 class Interpolation(Method):
-    """Go a part of the way back to the weights before fine-tuning."""
+    """Go a part of the way back."""
 
     name: ClassVar[str] = "interpolation"
     paper: ClassVar[str] = "Wortsman et al., Robust fine-tuning (WiSE-FT), arXiv 2109.01903"

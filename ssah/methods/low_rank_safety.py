@@ -19,13 +19,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
-from zlib import crc32
 
 import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from ssah.deltas import Deltas, Out, finished
+from ssah.methods.drawing import random_subspace
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Edited
@@ -37,13 +37,13 @@ _MATRICES = "Every matrix in the layers has its own; the embedding and the head 
 
 @dataclass(frozen=True)
 class LoX(Method):
-    """Add the main directions of the alignment once more, before fine-tuning."""
+    """Add the alignment's main directions."""
 
     name: ClassVar[str] = "lox"
     paper: ClassVar[str] = "Perin et al., LoX, COLM 2025, arXiv 2506.15606"
     equation: ClassVar[str] = "W = W_aligned + alpha U_k S_k V_k^T of W_aligned - W_base"
     stage: ClassVar[Stage] = "before"
-    needs: ClassVar[tuple[Need, ...]] = ("base", "aligned")
+    needs: ClassVar[tuple[Need, ...]] = ("aligned", "base")
     departures: ClassVar[tuple[str, ...]] = (
         _MATRICES,
         "The defaults are ours: the paper chooses rank and strength for each model.",
@@ -70,7 +70,8 @@ class LoX(Method):
             k = min(self.rank, len(s))
             left, right = u[:, :k], vh[:k].T  # [out, k], [in, k]
             if seed is not None:
-                left, right = (_random(each.shape, seed, name) for each in (left, right))
+                left = random_subspace(len(left), k, seed, f"{name}, outputs").basis
+                right = random_subspace(len(right), k, seed, f"{name}, inputs").basis
             added = self.alpha * (left * s[:k]) @ right.T
             return (aligned.double() + added).to(aligned.dtype)
 
@@ -79,13 +80,13 @@ class LoX(Method):
 
 @dataclass(frozen=True)
 class SafeLoRA(Method):
-    """Keep of a fine-tune what lies in the directions of the alignment, where it strays."""
+    """Project stray changes on the alignment."""
 
     name: ClassVar[str] = "safe-lora"
     paper: ClassVar[str] = "Hsu et al., Safe LoRA, NeurIPS 2024, arXiv 2405.16833"
     equation: ClassVar[str] = "D <- C D if cos(C D, D) <= threshold, C = V V^T / ||V||_F"
     stage: ClassVar[Stage] = "after"
-    needs: ClassVar[tuple[Need, ...]] = ("base", "aligned", "tuned")
+    needs: ClassVar[tuple[Need, ...]] = ("aligned", "base", "tuned")
     departures: ClassVar[tuple[str, ...]] = (
         "D is the whole change of a matrix, so that it works without LoRA too.",
         _MATRICES,
@@ -119,7 +120,7 @@ class SafeLoRA(Method):
             ):
                 return tuned
             if seed is not None:
-                turn = _random((len(v), len(v)), seed, name)  # [out, out]
+                turn = random_subspace(len(v), len(v), seed, name).basis  # [out, out]
                 projected = _by_alignment(turn @ v, d)
             change = projected.T if turned else projected
             return (aligned.double() + change).to(tuned.dtype)
@@ -151,9 +152,3 @@ def _is_turned(deltas: Deltas, name: str) -> bool:
     """Whether the matrix ``name`` is ``[in, out]``, as a Conv1D has it."""
     first = deltas.tuned[0]
     return isinstance(first.model.get_submodule(first.param(name).rpartition(".")[0]), Conv1D)
-
-
-def _random(shape: torch.Size | tuple[int, ...], seed: int, name: str) -> Tensor:
-    """Orthonormal columns drawn uniformly, float64 of ``shape``, others for each tensor."""
-    generator = torch.Generator().manual_seed(crc32(f"{seed} {name} {list(shape)}".encode()))
-    return torch.linalg.qr(torch.randn(shape, generator=generator, dtype=torch.float64)).Q

@@ -17,18 +17,15 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.deltas import Out
 from ssah.interventions import HiddenChange, WeightChange, intervene
-from ssah.selections import Selection
+from ssah.methods.drawing import Chosen, random_like
 from ssah.training import UpdatePlan, freeze, train_only
-from ssah.units import UnitSet
-
-Chosen: TypeAlias = UnitSet | Selection
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,10 +118,3 @@ class Edited(Outcome):
             Errors as of `ssah.deltas.interpolate`.
         """
         return self.make(out)
-
-
-def random_like(chosen: Chosen, seed: int) -> Chosen:
-    """As many units, heads, layers or weights of the same places, drawn uniformly."""
-    if isinstance(chosen, UnitSet):
-        return UnitSet.random(chosen, seed=seed)
-    return Selection.random(chosen, seed=seed)

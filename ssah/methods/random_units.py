@@ -14,7 +14,7 @@ from ssah.units import UnitSet, find_modules, share_count
 
 @dataclass(frozen=True)
 class RandomFreezing(Method):
-    """Freeze units that are drawn at random, as large a share of each module."""
+    """Freeze random units of each module."""
 
     name: ClassVar[str] = "random-freezing"
     paper: ClassVar[str] = "none: a control"

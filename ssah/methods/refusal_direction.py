@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from ssah.deltas import Out
 from ssah.evaluation import next_token_log_probs, response_log_probs
 from ssah.interventions import ProjectOut, intervene
+from ssah.methods.drawing import random_direction
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Loader, Need
 from ssah.methods.outcomes import Changed, Edited
@@ -91,7 +92,7 @@ class _Directed(Method):
 
 @dataclass(frozen=True)
 class RefusalAblation(_Directed):
-    """Project the refusal direction out of hidden states while the model runs: an attack."""
+    """Project the refusal direction out."""
 
     name: ClassVar[str] = "refusal-direction"
     equation: ClassVar[str] = "h <- h - (h . u) u, u = (mean harmful - mean harmless) / |...|"
@@ -115,7 +116,7 @@ class RefusalAblation(_Directed):
 
 @dataclass(frozen=True)
 class RefusalOrthogonalisation(_Directed):
-    """Take the refusal direction out of all weights that write to hidden states: an attack."""
+    """Take that direction out of all weights."""
 
     name: ClassVar[str] = "refusal-orthogonalisation"
     equation: ClassVar[str] = "W <- W - u (u^T W), of the embedding and of every O and down"
@@ -161,11 +162,6 @@ def orthogonalised(model: PreTrainedModel, direction: Tensor, out: Out) -> dict[
             w = w - (w @ u)[..., None] * u
             made[name] = w.movedim(-1, dim).to(value.dtype).contiguous()
     return made
-
-
-def random_direction(size: int, seed: int) -> Tensor:
-    """A direction drawn uniformly: float64 ``[size]``, of no particular length."""
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _writing(model: PreTrainedModel) -> Iterator[tuple[str, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import Any, get_type_hints
 
 from ssah.choices import check_choice
 from ssah.methods.frame import Method
@@ -21,9 +21,11 @@ _METHODS = {
     "set-difference-removal": "set_difference:Removal",
     "set-difference-freezing": "set_difference:WeightFreezing",
     "set-difference-rewinding": "set_difference:WeightRewinding",
+    "safety-ranks": "safety_ranks:RankRemoval",
     "sppft": "sppft:SPPFT",
     "ships": "heads:Ships",
     "sahara": "heads:Sahara",
+    "single-neuron": "single_neuron:SingleNeuron",
     "refusal-direction": "refusal_direction:RefusalAblation",
     "refusal-orthogonalisation": "refusal_direction:RefusalOrthogonalisation",
     "lox": "low_rank_safety:LoX",
@@ -66,6 +68,7 @@ def describe(name: str) -> dict[str, Any]:
         "paper": of.paper,
         "equation": of.equation,
         "stage": of.stage,
+        "gives": get_type_hints(of._find)["return"].__name__,
         "needs": {need: NEEDS[need] for need in of.needs},
         "departures": list(of.departures),
         "control": of.against,

@@ -26,9 +26,10 @@ from ssah.attribution import WeightAttribution, attribute_weights, set_differenc
 from ssah.choices import Per
 from ssah.deltas import rewind
 from ssah.interventions import Zero
+from ssah.methods.drawing import Chosen, random_like
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
-from ssah.methods.outcomes import Changed, Chosen, Edited, Trained, random_like
+from ssah.methods.outcomes import Changed, Edited, Trained
 from ssah.selections import weights
 from ssah.settings import setting
 from ssah.units import UnitSet, find_modules, lowest, share_count
@@ -87,7 +88,7 @@ class _SetDifference(Method):
 
 @dataclass(frozen=True)
 class Removal(_SetDifference):
-    """Remove the weights that matter for safety alone: what is left complies."""
+    """Remove weights that safety alone needs."""
 
     name: ClassVar[str] = "set-difference-removal"
     equation: ClassVar[str] = "W_ij = 0 for S(p, q) = top q by I_safety less top p by I_utility"
@@ -102,7 +103,7 @@ class Removal(_SetDifference):
 
 @dataclass(frozen=True)
 class WeightFreezing(_SetDifference):
-    """Freeze the weights that matter for safety alone while the model is fine-tuned."""
+    """Freeze weights that safety alone needs."""
 
     name: ClassVar[str] = "set-difference-freezing"
     equation: ClassVar[str] = (
@@ -118,7 +119,7 @@ class WeightFreezing(_SetDifference):
 
 @dataclass(frozen=True)
 class WeightRewinding(_SetDifference):
-    """Give the weights that matter for safety alone their values from before fine-tuning."""
+    """Put back weights of safety alone."""
 
     name: ClassVar[str] = "set-difference-rewinding"
     equation: ClassVar[str] = "W_ij = that of the aligned model for S(p, q), of the tuned one else"

@@ -21,6 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from ssah.methods.drawing import random_numbers
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Trained
@@ -31,7 +32,7 @@ from ssah.settings import setting
 
 @dataclass(frozen=True)
 class SPPFT(Method):
-    """Freeze the layers in which harmful and ordinary requests part."""
+    """Freeze the layers where requests part."""
 
     name: ClassVar[str] = "sppft"
     paper: ClassVar[str] = "Li et al., Safety Layers in Aligned LLMs, ICLR 2025, arXiv 2408.17003"
@@ -114,5 +115,4 @@ def other_run(run: range, n_layers: int, seed: int) -> range:
             f"all {n_layers} layers are safety layers, so that there is no other run of as many"
         )
     apart = [each for each in others if not set(each) & set(run)] or others
-    generator = torch.Generator().manual_seed(seed)
-    return apart[int(torch.randint(len(apart), (1,), generator=generator))]
+    return apart[random_numbers(1, len(apart), seed)[0]]

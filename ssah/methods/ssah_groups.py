@@ -16,9 +16,10 @@ from ssah.attribution import attribute
 from ssah.deltas import rewind
 from ssah.groups import UnitGroups, classify
 from ssah.interventions import Zero
+from ssah.methods.drawing import random_like
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
-from ssah.methods.outcomes import Changed, Edited, Trained, random_like
+from ssah.methods.outcomes import Changed, Edited, Trained
 from ssah.settings import setting
 
 _SCORED: tuple[Need, ...] = ("aligned", "safety", "utility")
@@ -49,7 +50,7 @@ class _Grouped(Method):
 
 @dataclass(frozen=True)
 class Freezing(_Grouped):
-    """Freeze the safety-critical units, and some complex ones, while the model is fine-tuned."""
+    """Freeze the safety-critical units."""
 
     name: ClassVar[str] = "ssah-freezing"
     equation: ClassVar[str] = "I_j = var(x_j) ||B_j||^2; frozen: highest I_S - I_U, then CU by I_S"
@@ -68,7 +69,7 @@ class Freezing(_Grouped):
 
 @dataclass(frozen=True)
 class Budget(_Grouped):
-    """Train the redundant units alone: an alignment that costs no utility."""
+    """Train redundant units alone."""
 
     name: ClassVar[str] = "ssah-budget"
     equation: ClassVar[str] = "I_j = var(x_j) ||B_j||^2; trained: lowest I_S + I_U"
@@ -86,7 +87,7 @@ class Budget(_Grouped):
 
 @dataclass(frozen=True)
 class Ablation(_Grouped):
-    """Take a group of units out: what the model loses is what the group carries."""
+    """Take a group of units out."""
 
     name: ClassVar[str] = "ssah-ablation"
     equation: ClassVar[str] = "I_j = var(x_j) ||B_j||^2; B_j = 0 for the units of a group"
@@ -106,7 +107,7 @@ class Ablation(_Grouped):
 
 @dataclass(frozen=True)
 class Rewinding(_Grouped):
-    """Give the safety-critical units their weights from before fine-tuning."""
+    """Put safety-critical units back."""
 
     name: ClassVar[str] = "rewinding"
     paper: ClassVar[str] = f"{_Grouped.paper} (the units); Wei et al., arXiv 2402.05162 (rewinding)"

@@ -25,6 +25,8 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     about = methods.describe(name)
     assert methods.method(name).name == name
     assert about["stage"] in get_args(Stage)
+    assert len(about["does"]) <= 39  # a line of `ssah methods`
+    assert getattr(methods, about["gives"]) in (methods.Trained, methods.Changed, methods.Edited)
     for key in ("does", "paper", "equation", "control", "published"):
         assert about[key].strip(), key
     for sentence in (about["does"], about["control"], *about["departures"]):
@@ -89,6 +91,9 @@ def test_a_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_command_lists_and_explains() -> None:
     listed = as_json("methods")["methods"]
+    lines = call("methods").output.splitlines()
+    assert all(any(name in line for line in lines) for name in methods.names())
+    assert len(lines) <= len(listed) + 5
     assert [each["name"] for each in listed] == list(methods.names())
     shown = " ".join(call("methods", "sppft").output.split())
     assert "2408.17003" in shown

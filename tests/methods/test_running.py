@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ssah.interventions import ProjectOut, Zero
 from ssah.methods import Changed, Edited, Inputs, method
-from ssah.units import find_heads, layers_path
+from ssah.units import find_heads, find_modules, layers_path
 
 SAFETY, UTILITY = rows((9, 7, 6), seed=1), rows((8, 10), seed=2)
 MODELS = ["llama", "gpt2"]
@@ -207,14 +207,14 @@ def projected(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def refused(model: PreTrainedModel) -> float:
+def refused(model: PreTrainedModel, data: list[Row] = SAFETY) -> float:
     """Mean log-probability of the refusals."""
     total = 0.0
-    for ids, labels in SAFETY:
+    for ids, labels in data:
         with torch.no_grad():
             log_p = model(ids[None]).logits[0].log_softmax(-1)
         total += sum(float(log_p[t - 1, ids[t]]) for t in range(len(ids)) if labels[t] != IGNORED)
-    return total / len(SAFETY)
+    return total / len(data)
 
 
 def searched(model: PreTrainedModel, max_kl: float, layers: int) -> tuple[Tensor, int, int]:
@@ -283,3 +283,102 @@ def test_an_orthogonal_model_never_writes_the_direction(name: str) -> None:
             assert torch.equal(value.view(torch.int64), before[key])
     with pytest.raises(ValueError, match="out must be None for a model in memory"):
         found.write("somewhere")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_single_neuron_is_the_one_that_carries_most(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    row = SAFETY[2:]
+    given = Inputs(aligned=model, safety=[collate(row)])
+    before, intact = bits(model), refused(model, row)
+    fallen = {}
+    for module, own in find_modules(model).items():
+        for unit in range(own.n_units):
+            with entering_without(model, module, unit):
+                fallen[module, unit] = intact - refused(model, row)
+    best = max(fallen, key=lambda each: fallen[each])
+    found = method("single-neuron", screened=len(fallen)).find(given)
+    assert (found.facts["module"], found.facts["unit"]) == best
+    assert found.facts["effect"] == pytest.approx(fallen[best], rel=1e-6)
+    assert isinstance(found, Changed)
+    with found.on(model):
+        assert intact - refused(model, row) == pytest.approx(fallen[best], rel=1e-9)
+    assert_same_bits(model, before)
+    # A few are screened: the effect may be less, and is that of the unit that is named.
+    few = method("single-neuron", screened=3).find(given)
+    own = few.facts["module"], few.facts["unit"]
+    assert few.facts["effect"] == pytest.approx(fallen[own], rel=1e-6)
+    drawn = [found.control(seed).changes[0].selection for seed in range(4)]  # type: ignore[union-attr]
+    assert all(len(each) == 1 for each in drawn)  # type: ignore[arg-type]
+    assert any(each != drawn[0] for each in drawn)
+
+
+@contextmanager
+def entering_without(model: PreTrainedModel, module: str, unit: int) -> Iterator[None]:
+    """One channel of what enters B is 0."""
+
+    def change(_: nn.Module, args: Any) -> tuple[Tensor]:
+        x = args[0].clone()
+        x[..., unit] = 0
+        return (x,)
+
+    handle = model.get_submodule(module).register_forward_pre_hook(change)
+    yield
+    handle.remove()
+
+
+def outputs(model: PreTrainedModel, data: list[Row]) -> dict[str, Tensor]:
+    """W X of every projection in the layers at responses, without a bias: ``[out, tokens]``."""
+    found: dict[str, list[Tensor]] = {}
+    inside = layers_path(model)
+    for ids, labels in data:
+        handles = []
+        for name, module in model.named_modules():
+            if name.startswith(f"{inside}.") and type(module).__name__ in ("Linear", "Conv1D"):
+
+                def keep(
+                    module: nn.Module, args: Any, name: str = name, labels: Tensor = labels
+                ) -> None:
+                    w = module.weight.detach()
+                    w = w.T if type(module).__name__ == "Conv1D" else w
+                    found.setdefault(name, []).append(w @ args[0][0, labels != IGNORED].T)
+
+                handles.append(module.register_forward_pre_hook(keep))
+        with torch.no_grad():
+            model(ids[None])
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts, 1) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_safety_ranks_are_those_of_singular_vectors(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    before = bits(model)
+    given = inputs(model)
+    found = method("safety-ranks", safety_rank=2, utility_rank=5).find(given)
+    assert isinstance(found, Changed)
+    expected = {}
+    safety, utility = outputs(model, SAFETY), outputs(model, UTILITY)
+    for owner, out in safety.items():
+        module = model.get_submodule(owner)
+        turned = type(module).__name__ == "Conv1D"
+        w = module.weight.detach().T if turned else module.weight.detach()
+        s = torch.linalg.svd(out).U[:, :2]
+        u = torch.linalg.svd(utility[owner]).U[:, :5]
+        removed = (torch.eye(len(w)) - u @ u.T) @ s @ s.T @ w
+        expected[owner] = (w - removed).T if turned else w - removed
+        assert int(torch.linalg.matrix_rank(removed)) == 2
+    drawn = found.control(1)
+    for which in (found, drawn):
+        with which.on(model):
+            for owner, weight in expected.items():
+                own = model.get_submodule(owner).weight
+                same = torch.allclose(own, weight, rtol=0, atol=1e-8)
+                assert same == (which is found), owner
+                rank = torch.linalg.matrix_rank(own - before[f"{owner}.weight"].view(own.dtype))
+                assert int(rank) == 2
+        assert_same_bits(model, before)
+    assert found.facts == {"matrices": len(expected)}
+    with pytest.raises(ValueError, match="rank is 96; it must be from 1 to 48"):
+        method("safety-ranks").find(given)

@@ -21,7 +21,7 @@ def methods_table(every: Sequence[Mapping[str, Any]]) -> Table:
 
 def method_tables(about: Mapping[str, Any]) -> Iterator[Table]:
     """All that there is to know of one method, and its settings."""
-    stated = ("does", "paper", "equation", "stage")
+    stated = ("does", "paper", "equation", "stage", "gives")
     facts = {key: about[key] for key in stated}
     facts["needs"] = "; ".join(f"{need}: {what}" for need, what in about["needs"].items())
     facts["departures"] = " ".join(about["departures"]) or "none"
