@@ -24,7 +24,7 @@ def random_like(chosen: Chosen, seed: int) -> Chosen:
 
 def random_subspace(n: int, rank: int, seed: int, what: str) -> Subspace:
     """A subspace of R^n drawn uniformly, another one for each ``what``: a tensor, a side of it."""
-    return Subspace.random(n, rank, crc32(f"{seed} {what}".encode()))
+    return Subspace.random(n, rank, _seed(seed, what))
 
 
 def random_direction(size: int, seed: int) -> Tensor:
@@ -35,3 +35,15 @@ def random_direction(size: int, seed: int) -> Tensor:
 def random_numbers(count: int, n: int, seed: int) -> list[int]:
     """So many of the numbers below n, each at most once, drawn uniformly."""
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+
+
+def shuffled(tensor: Tensor, seed: int, what: str) -> Tensor:
+    """The entries of a tensor ``[...]`` in random places, others for each ``what``."""
+    generator = torch.Generator().manual_seed(_seed(seed, what))
+    order = torch.randperm(tensor.numel(), generator=generator)
+    return tensor.flatten()[order].view(tensor.shape)
+
+
+def _seed(seed: int, what: str) -> int:
+    """A seed for what is drawn for one thing, whatever is drawn for others."""
+    return crc32(f"{seed} {what}".encode())

@@ -23,6 +23,8 @@ _METHODS = {
     "set-difference-rewinding": "set_difference:WeightRewinding",
     "safety-ranks": "safety_ranks:RankRemoval",
     "sppft": "sppft:SPPFT",
+    "sn-tune": "consistent_units:SNTune",
+    "rsn-tune": "consistent_units:RSNTune",
     "ships": "heads:Ships",
     "sahara": "heads:Sahara",
     "single-neuron": "single_neuron:SingleNeuron",
@@ -30,6 +32,7 @@ _METHODS = {
     "refusal-orthogonalisation": "refusal_direction:RefusalOrthogonalisation",
     "lox": "low_rank_safety:LoX",
     "safe-lora": "low_rank_safety:SafeLoRA",
+    "resta": "resta:RESTA",
 }
 
 

@@ -24,8 +24,7 @@ from ssah.settings import setting
 
 _SCORED: tuple[Need, ...] = ("aligned", "safety", "utility")
 _NORMALISED = (
-    "Scores are normalised by module and ranked over the whole model, which measured best here; "
-    "the paper does not say how it ranks."
+    "Scores are normalised by module and ranked over the whole model, which measured best here."
 )
 
 

@@ -179,7 +179,25 @@ def test_safe_lora_projects_what_strays(name: str) -> None:
             assert torch.equal(drawn[key], value)
 
 
-@pytest.mark.parametrize("name", ["lox", "safe-lora"])
+@pytest.mark.parametrize("name", MODELS)
+def test_resta_adds_what_alignment_changed(name: str) -> None:
+    base, aligned = build(name, dtype=torch.float64), moved(name, 1, 0.1)
+    tuned = moved(name, 2, 0.1)
+    given = Inputs(base=base, aligned=aligned, tuned=tuned)
+    found = method("resta", gamma=0.7).find(given)
+    made, drawn = state(found), state(found.control(1))
+    for key, t in tuned.named_parameters():
+        v = aligned.get_parameter(key) - base.get_parameter(key)
+        torch.testing.assert_close(made[key], t + 0.7 * v, rtol=1e-12, atol=1e-13)
+        # The control adds the same numbers in other places.
+        added = (drawn[key] - t).flatten()
+        torch.testing.assert_close(
+            added.sort().values, 0.7 * v.flatten().sort().values, rtol=1e-9, atol=1e-12
+        )
+        assert not torch.allclose(added, 0.7 * v.flatten(), atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["lox", "safe-lora", "resta"])
 def test_edits_by_the_alignment_of_folders(name: str, tmp_path: Path) -> None:
     models = {"base": build("llama"), "aligned": moved("llama", 1, 0.1).float()}
     models["tuned"] = moved("llama", 2, 0.1).float()
