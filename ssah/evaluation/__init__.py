@@ -10,7 +10,12 @@ from ssah.evaluation.attack import (
     judged_answers,
 )
 from ssah.evaluation.coherence import Coherence, coherence
-from ssah.evaluation.divergence import Divergence, divergences, next_token_log_probs
+from ssah.evaluation.divergence import (
+    Divergence,
+    divergences,
+    kl_divergence,
+    next_token_log_probs,
+)
 from ssah.evaluation.first_order import (
     RankingAgreement,
     first_order_effects,

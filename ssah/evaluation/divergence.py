@@ -109,6 +109,11 @@ def divergences(
     return [_joined(own) for own in found]
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, ``[...]``, of log-probabilities ``[..., vocabulary]``."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, float]]:
     """Of each row the sum, the number of positions, and the first.
 
@@ -124,7 +129,7 @@ def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, f
         # Row by row: in float64 the logits of a whole batch would take four times as much.
         log_p = own[where.to(own.device)].double().log_softmax(-1)  # [n, vocabulary]
         log_q = other[where.to(other.device)].double().log_softmax(-1).to(log_p.device)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [n]
+        kl = kl_divergence(log_p, log_q)  # [n]
         found.append((float(kl.sum()), len(kl), float(kl[0])))
     return found
 

@@ -60,6 +60,7 @@ class SNTune(Method):
 
     def _find(self, inputs: Inputs) -> Trained:
         units = self.units(inputs)
+        # A plan refuses this too, but cannot say which setting made it so.
         if not len(units):
             raise ValueError(
                 f"share is {self.share}, and no unit is in it for every request; raise it, or use "
@@ -86,7 +87,7 @@ class RSNTune(SNTune):
         safety, foundation = (
             consistent_units(inputs.model, loader, self.share) for loader in inputs.loaders
         )
-        return safety - foundation
+        return safety - foundation  # what both need would lose utility as it trains
 
 
 def consistent_units(model: PreTrainedModel, loader: Loader, share: float) -> UnitSet:
@@ -95,6 +96,7 @@ def consistent_units(model: PreTrainedModel, loader: Loader, share: float) -> Un
     Raises:
         ValueError: there is no row, or as of `ssah.attribute`.
     """
+    # Row by row: a sum over rows would let a few of them choose.
     sets = [_top(model, row, share) for row in _rows(loader)]
     if not sets:
         raise ValueError("loader is empty, must have at least one batch")
@@ -104,6 +106,7 @@ def consistent_units(model: PreTrainedModel, loader: Loader, share: float) -> Un
 def _rows(loader: Loader) -> Iterator[Mapping[str, Any]]:
     """Batches of one row each."""
     for batch in loader:
+        # What is no tensor belongs to the batch as a whole, and scoring does not read it.
         for row in range(len(batch["input_ids"])):
             yield {
                 key: value[row : row + 1]
@@ -116,6 +119,7 @@ def _top(model: PreTrainedModel, row: Mapping[str, Any], share: float) -> UnitSe
     # All tokens: what is asked counts as much as what is answered.
     scores = attribute(model, [row], metric="norm", tokens="all", process_group=None).scores
     sizes = {name: len(own) for name, own in scores.items()}
+    # By module, as the paper ranks by layer: scores of FFNs and of values are of different size.
     top = {
         name: lowest(-own, torch.arange(sizes[name]), share_count(share, sizes[name]))
         for name, own in scores.items()

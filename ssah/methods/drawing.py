@@ -29,6 +29,7 @@ def random_subspace(n: int, rank: int, seed: int, what: str) -> Subspace:
 
 def random_direction(size: int, seed: int) -> Tensor:
     """A direction drawn uniformly: float64 ``[size]``, of length 1."""
+    # A Gaussian vector prefers no direction, and that is what a random subspace is made of.
     return Subspace.random(size, 1, seed).basis[:, 0]
 
 
@@ -46,4 +47,5 @@ def shuffled(tensor: Tensor, seed: int, what: str) -> Tensor:
 
 def _seed(seed: int, what: str) -> int:
     """A seed for what is drawn for one thing, whatever is drawn for others."""
+    # Python's own hash of a text differs between processes.
     return crc32(f"{seed} {what}".encode())

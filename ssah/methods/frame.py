@@ -57,7 +57,7 @@ class Method(ABC):
     published: ClassVar[str]
 
     def __post_init__(self) -> None:
-        check_settings(self)
+        check_settings(self)  # as it is made, long before a model is loaded
 
     def find(self, inputs: Inputs) -> Outcome:
         """Do what comes before anything is trained, run or written.

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.evaluation import greedy_search, next_token_log_probs
+from ssah.evaluation import greedy_search, kl_divergence, next_token_log_probs
 from ssah.interventions import WeightChange, Zero, intervene
 from ssah.methods.drawing import random_numbers
 from ssah.methods.frame import Method, Stage
@@ -36,7 +36,7 @@ from ssah.settings import setting
 from ssah.units import UnitSet, find_heads, find_modules
 
 Head: TypeAlias = tuple[int, int]  # number of the layer and of the query head in it
-Out: TypeAlias = Literal["undifferentiated", "scaled"]
+How: TypeAlias = Literal["undifferentiated", "scaled"]
 
 _LIMIT = "eps is 0, the limit of the paper's 1e-5, so that norms of queries cannot undo it."
 
@@ -68,7 +68,7 @@ class Ships(_Heads):
         "undifferentiated far above scaled."
     )
 
-    out: Out = setting("undifferentiated", "How a head is taken out.")
+    out: How = setting("undifferentiated", "How a head is taken out.")
     n_heads: int = setting(1, "How many heads are taken out.", min=1)
 
     def effects(self, inputs: Inputs) -> dict[Head, float]:
@@ -80,7 +80,7 @@ class Ships(_Heads):
         for head in every_head(model):
             with intervene(model, _without(model, [head], self.out)):
                 other = next_token_log_probs(model, inputs.safety)
-            found[head] = float((intact.exp() * (intact - other)).sum(-1).mean())
+            found[head] = float(kl_divergence(intact, other).mean())
         return found
 
     def _find(self, inputs: Inputs) -> Changed:
@@ -152,6 +152,7 @@ def queries(model: nn.Module, chosen: Sequence[Head]) -> Selection:
 
     Without either all scores of a head are 0. Rows of V, gates and columns of O are left out.
     """
+    # Rows that several heads read are chosen where all of these are: else others would change too.
     of_layers: dict[int, list[int]] = {}
     for layer, head in chosen:
         of_layers.setdefault(layer, []).append(head)
@@ -161,22 +162,24 @@ def queries(model: nn.Module, chosen: Sequence[Head]) -> Selection:
     return whole - units(model, channels(model, chosen), shared="any")
 
 
-def _without(model: nn.Module, chosen: Sequence[Head], out: Out) -> WeightChange:
+def _without(model: nn.Module, chosen: Sequence[Head], how: How) -> WeightChange:
     """What takes heads out."""
-    if out == "scaled":
+    # A head is its channels of O, whatever V holds: so that heads which share V stay as they are.
+    if how == "scaled":
         return Zero(channels(model, chosen))
     return Zero(queries(model, chosen))
 
 
-def _outcome(model: PreTrainedModel, chosen: list[Head], out: Out, effect: list[float]) -> Changed:
+def _outcome(model: PreTrainedModel, chosen: list[Head], how: How, effect: list[float]) -> Changed:
     every = every_head(model)
 
+    # From all layers: a head's layer is a part of what the method chose.
     def draw(seed: int) -> tuple[WeightChange, ...]:
         drawn = random_numbers(len(chosen), len(every), seed)
-        return (_without(model, [every[number] for number in drawn], out),)
+        return (_without(model, [every[number] for number in drawn], how),)
 
     facts = {"heads": [list(head) for head in chosen], "effect": effect}
-    return Changed((_without(model, chosen, out),), draw, facts=facts)
+    return Changed((_without(model, chosen, how),), draw, facts=facts)
 
 
 def _check_number(number: int, name: str, model: nn.Module) -> None:

@@ -51,6 +51,7 @@ class Inputs:
         Raises:
             ValueError: what the method ``name`` needs is missing; all of it is named.
         """
+        # All at once, so that nobody is told of one after the other.
         missing = [f"{need} ({NEEDS[need]})" for need in needs if getattr(self, need) is None]
         if missing:
             raise ValueError(

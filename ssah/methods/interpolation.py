@@ -39,6 +39,7 @@ class Interpolation(Method):
 
     def _find(self, inputs: Inputs) -> Edited:
         models = inputs.before_and_after
+        # A share s of the weights, changed whole, is sqrt(s) of the change long on average.
         return Edited(
             lambda out: interpolate(*models, self.alpha, out=out),
             lambda seed: (

@@ -32,7 +32,10 @@ from ssah.methods.outcomes import Edited
 from ssah.settings import setting
 from ssah.units import layers_path
 
-_MATRICES = "Every matrix in the layers has its own; the embedding and the head stay."
+_MATRICES = (
+    "Every matrix in the layers has its own; the embedding and the head stay, and so do experts "
+    "that a model keeps in one tensor."
+)
 
 
 @dataclass(frozen=True)
@@ -67,8 +70,9 @@ class LoX(Method):
             if not _in_layers(deltas, name):
                 return aligned
             u, s, vh = torch.linalg.svd(aligned.double() - base.double(), full_matrices=False)
-            k = min(self.rank, len(s))
+            k = min(self.rank, len(s))  # a small matrix has all of its directions added
             left, right = u[:, :k], vh[:k].T  # [out, k], [in, k]
+            # Two seeds: of a square matrix both sides have one size, and would be one draw.
             if seed is not None:
                 left = random_subspace(len(left), k, seed, f"{name}, outputs").basis
                 right = random_subspace(len(right), k, seed, f"{name}, inputs").basis
@@ -100,6 +104,7 @@ class SafeLoRA(Method):
         def write(out: Out, seed: int | None) -> Path | dict[str, Tensor]:
             aligned, tuned = inputs.before_and_after
             assert inputs.base is not None
+            # The tuned model first: the result has its files and dtypes.
             deltas = Deltas(inputs.base, [tuned, aligned])
             edit = {"edit": self.name, "threshold": self.threshold, "control": seed}
             return finished(deltas, out, edit, lambda: lambda name: make(deltas, name, seed))
@@ -119,6 +124,7 @@ class SafeLoRA(Method):
                 self.threshold
             ):
                 return tuned
+            # Which matrices are projected stays the method's: the control is of the directions.
             if seed is not None:
                 turn = random_subspace(len(v), len(v), seed, name).basis  # [out, out]
                 projected = _by_alignment(turn @ v, d)
@@ -138,14 +144,18 @@ def _edited(
 
 def _by_alignment(v: Tensor, d: Tensor) -> Tensor:
     """C D for ``v`` and ``d`` ``[out, in]``; 0 where ``v`` is."""
+    # From the right: C itself is [out, out], and is never needed.
     return v @ (v.T @ d) / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
 
 
 def _in_layers(deltas: Deltas, name: str) -> bool:
     """Whether the tensor ``name`` is a matrix of a layer."""
     first = deltas.tuned[0]
-    inside = first.param(name).startswith(f"{layers_path(first.model)}.")
-    return inside and len(first.shapes[name]) == 2 and deltas.in_float(name)
+    param = first.param(name)
+    if not param.startswith(f"{layers_path(first.model)}.") or not deltas.in_float(name):
+        return False
+    # Of the model, and not of its file: a file may have a matrix for each expert.
+    return first.model.state_dict()[param].dim() == 2
 
 
 def _is_turned(deltas: Deltas, name: str) -> bool:

@@ -59,6 +59,7 @@ class Trained(Outcome):
 
     def control(self, seed: int) -> Trained:
         """As of `Outcome`."""
+        # Layers in a row, for one, are drawn by their method: at random they would be scattered.
         drawn = random_like(self.selection, seed) if self.draw is None else self.draw(seed)
         return Trained(drawn, self.alone, self.draw, facts={"seed": seed})
 

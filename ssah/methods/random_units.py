@@ -29,6 +29,7 @@ class RandomFreezing(Method):
 
     def _find(self, inputs: Inputs) -> Trained:
         sizes = {name: module.n_units for name, module in find_modules(inputs.model).items()}
+        # Each module as much, as the controls of other methods have it.
         first = {name: range(share_count(self.share, n)) for name, n in sizes.items()}
         units = UnitSet.random(UnitSet(first, sizes), seed=self.seed)
         return Trained(units, facts={"units": len(units)})

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.deltas import Out
-from ssah.evaluation import next_token_log_probs, response_log_probs
+from ssah.evaluation import kl_divergence, next_token_log_probs, response_log_probs
 from ssah.interventions import ProjectOut, intervene
 from ssah.methods.drawing import random_direction
 from ssah.methods.frame import Method, Stage
@@ -68,6 +68,7 @@ class _Directed(Method):
         )
         every = mean_difference(harmful, harmless)  # [positions, layers, hidden]
         n_layers = every.shape[1]
+        # Late directions say which token comes next, and hardly whether to refuse.
         last = max(1, int(self.latest * n_layers))
         intact = next_token_log_probs(model, utility)  # [rows, vocabulary]
         tried: list[tuple[float, int, int]] = []
@@ -76,8 +77,9 @@ class _Directed(Method):
             for layer in range(last):
                 with intervene(model, _projected(every[place, layer], n_layers)):
                     other = next_token_log_probs(model, utility)
-                    kl = float((intact.exp() * (intact - other)).sum(-1).mean())
+                    kl = float(kl_divergence(intact, other).mean())
                     least = min(least, kl)
+                    # Refusals need the longer pass: only of those that may be chosen.
                     if kl <= self.max_kl:
                         tried.append((_refusals(model, safety), place, layer))
         if not tried:
@@ -107,6 +109,7 @@ class RefusalAblation(_Directed):
     def _find(self, inputs: Inputs) -> Changed:
         found, facts = self.direction(inputs)
         n_layers = len(layers_of(inputs.model))
+        # At every layer, and not where it was found alone: later layers would write it again.
         return Changed(
             (_projected(found, n_layers),),
             lambda seed: (_projected(random_direction(len(found), seed), n_layers),),

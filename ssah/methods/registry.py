@@ -52,6 +52,7 @@ def method(name: str, **settings: Any) -> Method:
         ValueError: there is no such method or setting, or a setting is out of its bounds.
     """
     of = _class(name)
+    # Here, since Python's own error would not list the settings that there are.
     known = [field.name for field, _, _ in declared(of)]
     for given in settings:
         check_choice(f"setting of {name!r}", given, known)
@@ -77,6 +78,7 @@ def describe(name: str) -> dict[str, Any]:
         "control": of.against,
         "published": of.published,
         "settings": [
+            # Defaults as they are: a table and JSON both show numbers and None.
             {"name": field.name, "default": field.default, "help": about[HELP]}
             for field, _, about in declared(of)
         ],
@@ -85,6 +87,7 @@ def describe(name: str) -> dict[str, Any]:
 
 def _class(name: str) -> type[Method]:
     check_choice("method", name, names())
+    # When it is asked for: the list of names needs no method's file.
     file, _, wanted = _METHODS[name].partition(":")
     found: type[Method] = getattr(import_module(f"ssah.methods.{file}"), wanted)
     return found

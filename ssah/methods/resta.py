@@ -47,6 +47,7 @@ class RESTA(Method):
 
         def write(out: Out, seed: int | None) -> Path | dict[str, Tensor]:
             assert inputs.base is not None
+            # The tuned model first: the result has its files and dtypes.
             deltas = Deltas(inputs.base, [tuned, aligned])
             edit = {"edit": self.name, "gamma": self.gamma, "control": seed}
             return finished(deltas, out, edit, lambda: lambda name: make(deltas, name, seed))
@@ -54,7 +55,8 @@ class RESTA(Method):
         def make(deltas: Deltas, name: str, seed: int | None) -> Tensor:
             b, (t, a) = deltas.read(name)
             if not deltas.in_float(name):
-                return t
+                return t  # counters and the like, which nothing has trained
+            # In float64: both differences are small beside the weights.
             v = a.double() - b.double()
             if seed is not None:
                 v = shuffled(v, seed, name)

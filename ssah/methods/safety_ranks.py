@@ -50,6 +50,7 @@ class RankRemoval(Method):
     def _find(self, inputs: Inputs) -> Changed:
         model = inputs.model
         safety, utility = (gram(model, loader) for loader in inputs.loaders)
+        # Bases are kept, and not Gram matrices: the control needs the same ones.
         spaces: dict[str, tuple[Subspace, Subspace]] = {}
         for name in safety:
             weight, _ = _weight(inputs, name)
@@ -62,6 +63,7 @@ class RankRemoval(Method):
             values: dict[str, Tensor] = {}
             for name, (of_safety, of_utility) in spaces.items():
                 weight, turned = _weight(inputs, name)
+                # Utility is spared by both: the control is of what counts as safety.
                 if seed is not None:
                     of_safety = random_subspace(of_safety.n, of_safety.rank, seed, name)
                 w = weight.double()

@@ -71,13 +71,16 @@ class _SetDifference(Method):
         safety, utility = (
             attribute_weights(model, loader, metric=self.metric) for loader in inputs.loaders
         )
+        # Both are scored before anything is chosen, and so before anything is removed.
         found: Chosen
         if self.level == "units":
             of = [_top_units(model, *each) for each in zip((safety, utility), shares, strict=True)]
             found = of[0] - of[1]
         else:
+            # It refuses scores of other weights, and of the same data twice.
             masks = set_difference(safety, utility, *shares, per=self.per)
             found = weights(model, masks)
+        # Freezing or removing nothing would look like a method that does nothing.
         if not len(found):
             raise ValueError(
                 f"safety_share is {self.safety_share} and utility_share {self.utility_share}, of "
@@ -150,6 +153,7 @@ def _top_units(model: PreTrainedModel, of: WeightAttribution, share: float) -> U
         scores = of.scores[own.param]  # [out, in]; [experts, out, in]; of a Conv1D [in, out]
         scores = scores if own.expert is None else scores[own.expert]
         sums = scores.double().sum(1 - own.dim)[own.index]  # [units]
+        # Of shared values a column of B is still a unit's own, and their rows are not.
         found[name], sizes[name] = lowest(-sums, torch.arange(n), share_count(share, n)), n
     return UnitSet(found, sizes)
 

@@ -56,6 +56,7 @@ class SingleNeuron(Method):
         sizes = {name: len(found.signed[name]) for name in names}
         # Of the loss, which is -E: where that falls as a unit goes, E rises.
         falls = -torch.cat([found.signed[name] for name in names])  # [units]
+        # The screen is wrong where a unit does much: so the best ones are measured.
         best = falls.argsort(descending=True, stable=True)[: self.screened].tolist()
         candidates = [_one(number, sizes) for number in best]
         measured = effects(model, inputs.safety, candidates).mean("log_prob")  # [candidates]

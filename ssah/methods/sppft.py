@@ -25,7 +25,7 @@ from ssah.methods.drawing import random_numbers
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Trained
-from ssah.representations import pair_cosines, represent
+from ssah.representations import layers_of, pair_cosines, represent
 from ssah.selections import layers
 from ssah.settings import setting
 
@@ -76,7 +76,7 @@ class SPPFT(Method):
             run = opening(curve, self.steep)
         else:
             run = range(self.first, self.last + 1)
-        n = model.config.get_text_config().num_hidden_layers
+        n = len(layers_of(model))
         return Trained(
             layers(model, run),
             draw=lambda seed: layers(model, other_run(run, n, seed)),
@@ -109,10 +109,11 @@ def other_run(run: range, n_layers: int, seed: int) -> range:
         ValueError: there is none, as all layers are in ``run``.
     """
     others = [range(start, start + len(run)) for start in range(n_layers - len(run) + 1)]
-    others.remove(run)
+    others.remove(run)  # of the same length, so that the shares of parameters are alike
     if not others:
         raise ValueError(
             f"all {n_layers} layers are safety layers, so that there is no other run of as many"
         )
+    # Layers in common would give the control a part of the method's choice.
     apart = [each for each in others if not set(each) & set(run)] or others
     return apart[random_numbers(1, len(apart), seed)[0]]

@@ -62,6 +62,7 @@ class Freezing(_Grouped):
 
     def _find(self, inputs: Inputs) -> Trained:
         groups = self.groups(inputs)
+        # Complex units by I_S: they carry safety too, and utility as well.
         units = groups["scu"] | groups.top("cu", self.complex)
         return Trained(units, facts={"units": len(units)})
 
@@ -80,6 +81,7 @@ class Budget(_Grouped):
     ru: float = setting(0.2, "Share of redundant units, which train.", min=0, max=1)
 
     def _find(self, inputs: Inputs) -> Trained:
+        # The rest is frozen, norms and embeddings too: the budget is all that may move.
         units = self.groups(inputs)["ru"]
         return Trained(units, alone=True, facts={"units": len(units)})
 
@@ -121,6 +123,7 @@ class Rewinding(_Grouped):
 
     def _find(self, inputs: Inputs) -> Edited:
         units = self.groups(inputs)["scu"]
+        # Rows of V that several heads share are put back too, as freezing keeps them.
         put_back = partial(rewind, *inputs.before_and_after)
         return Edited(
             lambda out: put_back(units, out=out),

@@ -197,10 +197,13 @@ def test_resta_adds_what_alignment_changed(name: str) -> None:
         assert not torch.allclose(added, 0.7 * v.flatten(), atol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["lox", "safe-lora", "resta"])
-def test_edits_by_the_alignment_of_folders(name: str, tmp_path: Path) -> None:
-    models = {"base": build("llama"), "aligned": moved("llama", 1, 0.1).float()}
-    models["tuned"] = moved("llama", 2, 0.1).float()
+@pytest.mark.parametrize(
+    ("name", "family"),
+    [("lox", "llama"), ("lox", "mixtral"), ("safe-lora", "llama"), ("resta", "mixtral")],
+)
+def test_edits_by_the_alignment_of_folders(name: str, family: str, tmp_path: Path) -> None:
+    models = {"base": build(family), "aligned": moved(family, 1, 0.1).float()}
+    models["tuned"] = moved(family, 2, 0.1).float()
     for key, model in models.items():
         model.save_pretrained(tmp_path / key)
     folders: dict[str, Any] = {key: str(tmp_path / key) for key in models}

@@ -107,3 +107,6 @@ def test_the_page_has_every_method() -> None:
     page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE)
     assert rows == list(methods.names())
+    text = " ".join(page.split())
+    for name in methods.names():
+        assert all(each in text for each in methods.describe(name)["departures"]), name
