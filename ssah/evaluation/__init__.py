@@ -58,7 +58,9 @@ from ssah.evaluation.selection_effects import (
     effects,
     first_order_effects,
     greedy_search,
+    kl_divergence,
     left_subspace_angles,
+    next_token_log_probs,
     ranking_agreement,
 )
 from ssah.evaluation.tasks import check_tasks, multiple_choice
@@ -91,6 +93,7 @@ __all__ = [
     "judge",
     "judge_answers",
     "left_subspace_angles",
+    "next_token_log_probs",
     "paired_difference",
     "ranking_agreement",
     "rate",

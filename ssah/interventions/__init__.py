@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from ssah.interventions.ablation import ablate
 from ssah.interventions.arm_units import runs_alone
-from ssah.interventions.hidden import Add, ProjectOut, ReplaceHidden, ScaleHidden
+from ssah.interventions.hidden import Add, HiddenChange, ProjectOut, ReplaceHidden, ScaleHidden
 from ssah.interventions.intervention import check_not_ablated, intervene
 from ssah.interventions.pruning import prune
 from ssah.interventions.row_arms import Arms, arms
-from ssah.interventions.weights import Replace, Scale, Zero
+from ssah.interventions.weights import Replace, Scale, WeightChange, Zero
 from ssah.lazy import submodules_of
 
 __all__ = [

@@ -31,6 +31,7 @@ PUBLIC = (
     "ssah.groups",
     "ssah.info",
     "ssah.training.finetune.memory",
+    "ssah.methods",
     "ssah.models",
     "ssah.representations",
     "ssah.selections",

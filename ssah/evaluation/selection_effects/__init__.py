@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from ssah.evaluation.selection_effects.arm_effects import Effects, effects
-from ssah.evaluation.selection_effects.divergence import Divergence, divergences
+from ssah.evaluation.selection_effects.divergence import (
+    Divergence,
+    divergences,
+    kl_divergence,
+    next_token_log_probs,
+)
 from ssah.evaluation.selection_effects.first_order import (
     RankingAgreement,
     first_order_effects,
@@ -21,6 +26,8 @@ __all__ = [
     "effects",
     "first_order_effects",
     "greedy_search",
+    "kl_divergence",
     "left_subspace_angles",
+    "next_token_log_probs",
     "ranking_agreement",
 ]

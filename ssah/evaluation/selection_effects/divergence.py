@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.attribution import BatchReader
+from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX
 from ssah.evaluation.measures import logits_at
 from ssah.interventions import ablate, arms, runs_alone
@@ -81,12 +81,7 @@ def divergences(
     joined = [None if runs_alone(model, what) else what for what in selections]
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)
-        predicts = batch.targets != IGNORE_INDEX  # [rows, length]
-        if not bool(predicts.any(1).all()):
-            raise ValueError(
-                f"batch {number} has a row without a response token, must have one in each "
-                "(labels other than -100 after the prompt)"
-            )
+        predicts = _predicting(batch, number)  # [rows, length]
         columns = predicts.any(0).nonzero()[:, 0]  # [columns]
         predicts = predicts[:, columns]
         with ExitStack() as stack:
@@ -114,6 +109,11 @@ def divergences(
     return [_joined(own) for own in found]
 
 
+def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) in nats, ``[...]``, of log-probabilities ``[..., vocabulary]``."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
 def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, float]]:
     """Of each row the sum, the number of positions, and the first.
 
@@ -129,7 +129,7 @@ def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, f
         # Row by row: in float64 the logits of a whole batch would take four times as much.
         log_p = own[where.to(own.device)].double().log_softmax(-1)  # [n, vocabulary]
         log_q = other[where.to(other.device)].double().log_softmax(-1).to(log_p.device)
-        kl = (log_p.exp() * (log_p - log_q)).sum(-1)  # [n]
+        kl = kl_divergence(log_p, log_q)  # [n]
         found.append((float(kl.sum()), len(kl), float(kl[0])))
     return found
 
@@ -144,3 +144,52 @@ def _joined(rows: Sequence[tuple[float, int, float]]) -> Divergence:
     if not bool(found.total.isfinite().all() and found.first.isfinite().all()):
         raise FloatingPointError("KL is NaN or infinite: so are a model's logits somewhere")
     return found
+
+
+def next_token_log_probs(model: PreTrainedModel, loader: Iterable[Mapping[str, Any]]) -> Tensor:
+    """Log-probabilities of the first token of the response, of all rows.
+
+    Interventions that are under way count. Memory: as many numbers as the vocabulary has, a row.
+
+    Args:
+        model: a causal language model of transformers; it is left as it was.
+        loader: as of `divergences`.
+
+    Returns:
+        float64 ``[rows, vocabulary]`` on the CPU, in nats.
+
+    Raises:
+        TypeError, ValueError: as of `divergences`.
+        FloatingPointError: logits are NaN or infinite.
+    """
+    reader = BatchReader(check_whole(model), tokens="labels")
+    found = []
+    for number, raw in enumerate(loader):
+        batch = reader.read(raw, number)
+        predicts = _predicting(batch, number)
+        first = predicts.int().argmax(1)  # [rows]
+        columns, place = first.unique(return_inverse=True)
+        with torch.inference_mode(), as_it_was(model):
+            logits = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
+        found.append(logits[range(len(first)), place].double().log_softmax(-1).cpu())
+    if not found:
+        raise ValueError("loader is empty, must have at least one batch")
+    every = torch.cat(found)
+    if not bool(every.isfinite().all()):
+        raise FloatingPointError("logits of the model are NaN or infinite")
+    return every
+
+
+def _predicting(batch: Batch, number: int) -> Tensor:
+    """Which positions predict a token of the response: bool ``[rows, length]``.
+
+    Raises:
+        ValueError: a row has none.
+    """
+    predicts = batch.targets != IGNORE_INDEX
+    if not bool(predicts.any(1).all()):
+        raise ValueError(
+            f"batch {number} has a row without a response token, must have one in each "
+            "(labels other than -100 after the prompt)"
+        )
+    return predicts

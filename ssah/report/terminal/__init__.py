@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
     from ssah.report.terminal.installation import installation_tables, model_tables
+    from ssah.report.terminal.methods import method_tables, methods_table
     from ssah.report.terminal.probe import probe_tables
     from ssah.report.terminal.tables import (
         ablation_table,
@@ -33,6 +34,8 @@ __all__ = [
     "groups_table",
     "installation_tables",
     "layers",
+    "method_tables",
+    "methods_table",
     "model_tables",
     "new_table",
     "preview_table",
@@ -50,6 +53,7 @@ __getattr__ = names_of(
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",
     installation="installation_tables model_tables",
+    methods="method_tables methods_table",
     probe="probe_tables",
     tables="ablation_table as_data facts_table groups_table layers new_table",
     training="preview_table trained_table",

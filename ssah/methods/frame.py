@@ -1,0 +1,77 @@
+"""What a method is: its settings, and what a table says of it.
+
+A method is a frozen dataclass. Its fields are its settings, with the paper's defaults; what is said
+of it are class variables. Example::
+
+    @dataclass(frozen=True)
+    class Interpolation(Method):
+        \"\"\"A part of the way back to the weights before fine-tuning.\"\"\"
+
+        name: ClassVar[str] = "interpolation"
+        ...
+        alpha: float = setting(0.5, "How far towards the tuned model.", min=0, max=1)
+
+        def _find(self, inputs: Inputs) -> Edited: ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+from ssah.methods.inputs import Inputs, Need
+from ssah.methods.outcomes import Outcome
+from ssah.settings import check_settings
+
+# When it acts: it finds a part (and takes it out to show it), or changes the weights before, during
+# or after fine-tuning, or how the model runs.
+Stage: TypeAlias = Literal["locate", "before", "during", "after", "inference"]
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """One published method with its settings. The first line of the docstring says what it does.
+
+    Attributes:
+        name: by which the registry and ``ssah methods`` know it.
+        paper: authors, title, year; with the arXiv id where there is one.
+        equation: what is computed, as the paper has it, in one or two lines.
+        stage: when it acts.
+        needs: which fields of `Inputs`.
+        departures: in what it is not as published, each a sentence; none where it is.
+        against: what its control is, in a sentence.
+        published: what the paper found, as a direction to compare one's own results with.
+
+    Raises:
+        ValueError: a setting is out of its bounds.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    equation: ClassVar[str]
+    stage: ClassVar[Stage]
+    needs: ClassVar[tuple[Need, ...]]
+    departures: ClassVar[tuple[str, ...]] = ()
+    against: ClassVar[str]
+    published: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        check_settings(self)  # as it is made, long before a model is loaded
+
+    def find(self, inputs: Inputs) -> Outcome:
+        """Do what comes before anything is trained, run or written.
+
+        The models of ``inputs`` stay as they are.
+
+        Raises:
+            ValueError: ``inputs`` lack what `needs` names, or what they have does not fit.
+            TypeError: the method runs the model, and it is not in memory.
+            FloatingPointError: activations, gradients or weights are NaN or infinite.
+        """
+        inputs.check(self.name, self.needs)
+        return self._find(inputs)
+
+    @abstractmethod
+    def _find(self, inputs: Inputs) -> Outcome:
+        """`find`, with inputs that have what the method needs."""

@@ -1,0 +1,87 @@
+"""What methods are given: checkpoints and rows, of which each method needs some."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from transformers import PreTrainedModel
+
+from ssah.deltas import WeightsOf
+
+Need: TypeAlias = Literal["aligned", "base", "tuned", "safety", "utility"]
+# What each of them is, for people.
+NEEDS: dict[Need, str] = {
+    "aligned": "the aligned model",
+    "base": "the model before alignment",
+    "tuned": "the aligned model after fine-tuning",
+    "safety": "harmful requests with refusals",
+    "utility": "ordinary instructions with answers",
+}
+
+Loader: TypeAlias = Iterable[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """Checkpoints and data for methods; what a method does not need may be missing.
+
+    No method here needs a harmful answer.
+
+    Args:
+        aligned: the aligned model, as it is before fine-tuning. Methods that run it need it in
+            memory; those that only compute with its weights take a folder too.
+        base: the model before alignment: folder, hub id, model or state dict.
+        tuned: the aligned model after fine-tuning, likewise.
+        safety: batches of harmful requests with refusals, of ``ssah.data.make_loader`` for one;
+            the same ones in every iteration.
+        utility: batches of ordinary instructions with answers, likewise.
+    """
+
+    aligned: WeightsOf | None = None
+    base: WeightsOf | None = None
+    tuned: WeightsOf | None = None
+    safety: Loader | None = None
+    utility: Loader | None = None
+
+    def check(self, name: str, needs: Iterable[Need]) -> None:
+        """Refuse what lacks something.
+
+        Raises:
+            ValueError: what the method ``name`` needs is missing; all of it is named.
+        """
+        # All at once, so that nobody is told of one after the other.
+        missing = [f"{need} ({NEEDS[need]})" for need in needs if getattr(self, need) is None]
+        if missing:
+            raise ValueError(
+                f"inputs of {name!r} lack {' and '.join(missing)}; Inputs must have them"
+            )
+
+    @property
+    def loaders(self) -> tuple[Loader, Loader]:
+        """Those of safety and of utility, once `check` has passed."""
+        assert self.safety is not None
+        assert self.utility is not None
+        return self.safety, self.utility
+
+    @property
+    def before_and_after(self) -> tuple[WeightsOf, WeightsOf]:
+        """The aligned and the tuned model, once `check` has passed."""
+        assert self.aligned is not None
+        assert self.tuned is not None
+        return self.aligned, self.tuned
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The aligned model, for methods that run it.
+
+        Raises:
+            TypeError: it is not in memory.
+        """
+        if not isinstance(self.aligned, PreTrainedModel):
+            raise TypeError(
+                f"aligned is {type(self.aligned).__name__}; it must be a transformers model in "
+                "memory for a method that runs it: ssah.models.load_model"
+            )
+        return self.aligned

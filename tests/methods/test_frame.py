@@ -1,0 +1,112 @@
+"""What every method has: a registry, settings, needs, a control of its own, a command."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
+import pytest
+from commands import as_json, call, fails
+from pages import ROOT
+from tiny_models import build
+
+from ssah import methods
+from ssah.methods import Inputs, Method, Trained
+from ssah.methods.frame import Stage
+from ssah.methods.inputs import NEEDS, Need
+from ssah.methods.registry import _METHODS
+from ssah.settings import setting
+from ssah.units import UnitSet
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_a_method_says_all_that_a_table_needs(name: str) -> None:
+    about = methods.describe(name)
+    assert methods.method(name).name == name
+    assert about["stage"] in get_args(Stage)
+    assert len(about["does"]) <= 39  # a line of `ssah methods`
+    assert getattr(methods, about["gives"]) in (methods.Trained, methods.Changed, methods.Edited)
+    for key in ("does", "paper", "equation", "control", "published"):
+        assert about[key].strip(), key
+    for sentence in (about["does"], about["control"], *about["departures"]):
+        assert sentence.endswith("."), sentence
+    assert set(about["needs"]) <= set(get_args(Need)) == set(NEEDS)
+    assert "aligned" in about["needs"]
+    assert all(each["help"] for each in about["settings"])
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_what_is_missing_is_named_before_anything_runs(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"inputs of {name!r} lack aligned (")) as told:
+        methods.method(name).find(Inputs())
+    assert all(f"{need} (" in str(told.value) for need in methods.describe(name)["needs"])
+
+
+def test_wrong_names_and_settings_are_refused() -> None:
+    with pytest.raises(ValueError, match="method is 'none'; it must be one of ssah-freezing, "):
+        methods.method("none")
+    with pytest.raises(ValueError, match="setting of 'sppft' is 'share'; it must be one of steep"):
+        methods.method("sppft", share=0.5)
+    with pytest.raises(ValueError, match=r"alpha is 1\.5; it must be greater than 0 and at most 1"):
+        methods.method("interpolation", alpha=1.5)
+    with pytest.raises(TypeError, match="aligned is str; it must be a transformers model in mem"):
+        methods.method("random-freezing").find(Inputs(aligned="runs/aligned"))
+
+
+@dataclass(frozen=True)
+class First(Method):
+    """Freeze the first units."""
+
+    name: ClassVar[str] = "first"
+    paper: ClassVar[str] = "none"
+    equation: ClassVar[str] = "j < n"
+    stage: ClassVar[Stage] = "during"
+    needs: ClassVar[tuple[Need, ...]] = ("aligned",)
+    against: ClassVar[str] = "As many random units."
+    published: ClassVar[str] = "Nothing."
+
+    n: int = setting(2, "How many.", min=1)
+
+    def _find(self, inputs: Inputs) -> Trained:
+        sizes = {"model.layers.0.mlp.down_proj": 72}
+        return Trained(UnitSet({name: range(self.n) for name in sizes}, sizes))
+
+
+def test_a_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssah.methods.random_units.First", First, raising=False)
+    monkeypatch.setitem(_METHODS, "first", "random_units:First")
+    assert methods.describe("first")["settings"] == [
+        {"name": "n", "default": 2, "help": "How many."}
+    ]
+    model = build("llama")
+    found = methods.method("first", n=3).find(Inputs(aligned=model))
+    assert isinstance(found, Trained)
+    drawn = found.control(1)
+    assert drawn.control(2).selection != drawn.selection == found.control(1).selection
+    assert len(drawn.selection) == 3
+    with found.plan(model) as plan:
+        assert not plan.closed
+
+
+def test_the_command_lists_and_explains() -> None:
+    listed = as_json("methods")["methods"]
+    lines = call("methods").output.splitlines()
+    assert all(any(name in line for line in lines) for name in methods.names())
+    assert len(lines) <= len(listed) + 5
+    assert [each["name"] for each in listed] == list(methods.names())
+    shown = " ".join(call("methods", "sppft").output.split())
+    assert "2408.17003" in shown
+    assert "steep 0.5" in shown
+    assert "Another run of as many layers" in shown
+    assert as_json("methods", "sppft") == methods.describe("sppft")
+    assert "method is 'none'; it must be one of" in fails("methods", "none")
+
+
+def test_the_page_has_every_method() -> None:
+    page = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE)
+    assert rows == list(methods.names())
+    text = " ".join(page.split())
+    for name in methods.names():
+        assert all(each in text for each in methods.describe(name)["departures"]), name

@@ -1,0 +1,384 @@
+"""Heads and directions, against attention and states of one row at a time in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from ablatable import assert_same_bits, bits
+from tiny_models import IGNORED, build, collate, rows
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ssah.interventions import ProjectOut, Zero
+from ssah.methods import Changed, Edited, Inputs, method
+from ssah.units import find_heads, find_modules, layers_path
+
+SAFETY, UTILITY = rows((9, 7, 6), seed=1), rows((8, 10), seed=2)
+MODELS = ["llama", "gpt2"]
+Row = tuple[Tensor, Tensor]
+Head = tuple[int, int]
+
+
+def inputs(model: PreTrainedModel) -> Inputs:
+    safety = [collate(SAFETY[:2], side="left"), collate(SAFETY[2:])]
+    return Inputs(aligned=model, safety=safety, utility=[collate(UTILITY)])
+
+
+def first_of(row: Row) -> int:
+    """Where the first token of the response stands."""
+    return next(t for t in range(len(row[0])) if row[1][t] != IGNORED)
+
+
+def next_token(model: PreTrainedModel, row: Row) -> Tensor:
+    with torch.no_grad():
+        return model(row[0][None]).logits[0, first_of(row) - 1].log_softmax(-1)
+
+
+def divergence(intact: list[Tensor], other: list[Tensor]) -> float:
+    """The mean over rows, by a loop over the vocabulary."""
+    total = 0.0
+    for p, q in zip(intact, other, strict=True):
+        for a, b in zip(p.tolist(), q.tolist(), strict=True):
+            total += math.exp(a) * (a - b)
+    return total / len(intact)
+
+
+@contextmanager
+def without(model: PreTrainedModel, heads: list[Head], *, mean: bool) -> Iterator[None]:
+    """What heads put into O is the mean of the values so far, or 0."""
+    handles = []
+    for layer, own in find_heads(model).items():
+        chosen = [head for at, head in heads if at == layer]
+        down = model.get_submodule(own.name)
+        attention = own.name.rpartition(".")[0]
+        values: list[Tensor] = []
+        if hasattr(model, "transformer"):
+            source = model.get_submodule(f"{attention}.c_attn")
+        else:
+            source = model.get_submodule(f"{attention}.v_proj")
+
+        def keep(_: nn.Module, __: Any, output: Tensor, values: list[Tensor] = values) -> None:
+            n = output.shape[-1] // 3 if hasattr(model, "transformer") else output.shape[-1]
+            values[:] = [output[..., -n:]]
+
+        def change(
+            _: nn.Module,
+            args: Any,
+            values: list[Tensor] = values,
+            chosen: list[int] = chosen,
+            n: int = own.n_heads,
+            shared: int = own.n_heads // own.n_kv_heads,
+        ) -> tuple[Tensor]:
+            x = args[0].unflatten(-1, (n, -1)).clone()  # [rows, tokens, heads, channels]
+            v = values[0].unflatten(-1, (n // shared, -1))
+            for head in chosen:
+                for t in range(x.shape[1]):
+                    so_far = v[:, : t + 1, head // shared].mean(1)
+                    x[:, t, head] = so_far if mean else 0 * so_far
+            return (x.flatten(-2),)
+
+        handles += [source.register_forward_hook(keep), down.register_forward_pre_hook(change)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+EVERY = [(layer, head) for layer in range(2) for head in range(4)]
+
+
+@pytest.mark.parametrize("name", [*MODELS, "qwen3"])  # one with norms of queries
+@pytest.mark.parametrize("out", ["undifferentiated", "scaled"])
+def test_ships_is_the_divergence_without_a_head(name: str, out: Any) -> None:
+    model = build(name, dtype=torch.float64)
+    before = bits(model)
+    ships: Any = method("ships", out=out, n_heads=2)
+    effects = ships.effects(inputs(model))
+    intact = [next_token(model, row) for row in SAFETY]
+    expected = {}
+    for head in EVERY:
+        with without(model, [head], mean=out == "undifferentiated"):
+            expected[head] = divergence(intact, [next_token(model, row) for row in SAFETY])
+    assert effects.keys() == expected.keys()
+    for head, value in expected.items():
+        assert effects[head] == pytest.approx(value, rel=1e-7, abs=1e-12)
+    best = sorted(EVERY, key=lambda head: -expected[head])[:2]
+    found = ships.find(inputs(model))
+    assert found.facts["heads"] == [list(head) for head in best]
+    # Both at once, and then as many others.
+    for each, heads in ((found, best), (found.control(1), None)):
+        with each.on(model):
+            changed = [next_token(model, row) for row in SAFETY]
+        if heads is not None:
+            with without(model, heads, mean=out == "undifferentiated"):
+                expected_rows = [next_token(model, row) for row in SAFETY]
+            torch.testing.assert_close(changed, expected_rows, rtol=1e-8, atol=1e-10)
+        else:
+            assert divergence(intact, changed) > 0
+    assert_same_bits(model, before)
+
+
+def test_controls_of_heads_are_as_many_heads() -> None:
+    model = build("llama", dtype=torch.float64)
+    found = method("ships", out="scaled", n_heads=3).find(inputs(model))
+    assert isinstance(found, Changed)
+    drawn = []
+    for seed in range(6):
+        (zero,) = found.control(seed).changes
+        assert isinstance(zero, Zero)
+        drawn.append(zero.selection)
+        assert len(zero.selection) == 3 * 12
+    assert any(each != drawn[0] for each in drawn)
+    with pytest.raises(ValueError, match="n_heads is 9; the model has 8 heads"):
+        method("ships", n_heads=9).find(inputs(model))
+    with pytest.raises(ValueError, match="n_heads is 9; the model has 8 heads"):
+        method("sahara", n_heads=9).find(inputs(model))
+
+
+def last_states(model: PreTrainedModel) -> Tensor:
+    """What the last layer puts out at the last token of each request, ``[rows, hidden]``."""
+    seen: list[Tensor] = []
+    layer = list(model.get_submodule(layers_path(model)).children())[-1]
+
+    def copy(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0].detach())
+
+    handle = layer.register_forward_hook(copy)
+    for row in SAFETY:
+        next_token(model, row)
+    handle.remove()
+    return torch.stack([h[first_of(row) - 1] for h, row in zip(seen, SAFETY, strict=True)])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_sahara_joins_the_head_that_turns_most(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    intact = torch.linalg.svd(last_states(model)).U[:, 0]
+    chosen: list[Head] = []
+    turned = []
+    for _ in range(2):
+        angles = {}
+        for head in EVERY:
+            if head not in chosen:
+                with without(model, [*chosen, head], mean=False):
+                    other = torch.linalg.svd(last_states(model)).U[:, 0]
+                angles[head] = math.acos(min(1.0, abs(float(intact @ other))))
+        chosen.append(max(angles, key=lambda head: angles[head]))
+        turned.append(angles[chosen[-1]])
+    found = method("sahara", n_heads=2).find(inputs(model))
+    assert found.facts["heads"] == [list(head) for head in chosen]
+    assert found.facts["effect"] == pytest.approx(turned, rel=1e-6)
+
+
+def states_of(model: PreTrainedModel, row: Row, back: int) -> Tensor:
+    """``[layers, hidden]`` at the token ``back`` from the end of the prompt."""
+    seen: list[Tensor] = []
+
+    def copy(_: nn.Module, __: Any, output: Any) -> None:
+        seen.append((output[0] if isinstance(output, tuple) else output)[0].detach())
+
+    layers = list(model.get_submodule(layers_path(model)).children())
+    handles = [layer.register_forward_hook(copy) for layer in layers]
+    next_token(model, row)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(seen)[:, first_of(row) + back]
+
+
+@contextmanager
+def projected(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
+    u = direction / direction.norm()
+
+    def change(_: nn.Module, __: Any, output: Any) -> Any:
+        h = output[0] if isinstance(output, tuple) else output
+        h = h - torch.einsum("btd,d,e->bte", h, u, u)
+        return (h, *output[1:]) if isinstance(output, tuple) else h
+
+    layers = list(model.get_submodule(layers_path(model)).children())
+    handles = [layer.register_forward_hook(change) for layer in layers]
+    yield
+    for handle in handles:
+        handle.remove()
+
+
+def refused(model: PreTrainedModel, data: list[Row] = SAFETY) -> float:
+    """Mean log-probability of the refusals."""
+    total = 0.0
+    for ids, labels in data:
+        with torch.no_grad():
+            log_p = model(ids[None]).logits[0].log_softmax(-1)
+        total += sum(float(log_p[t - 1, ids[t]]) for t in range(len(ids)) if labels[t] != IGNORED)
+    return total / len(data)
+
+
+def searched(model: PreTrainedModel, max_kl: float, layers: int) -> tuple[Tensor, int, int]:
+    """The direction that lowers refusals most, its position and its layer."""
+    harmless = [next_token(model, row) for row in UTILITY]
+    found: list[tuple[float, int, int, Tensor]] = []
+    for back in (-2, -1):
+        means = [
+            torch.stack([states_of(model, row, back) for row in data]).mean(0)
+            for data in (SAFETY, UTILITY)
+        ]
+        for layer in range(layers):
+            direction = (means[0] - means[1])[layer]
+            with projected(model, direction):
+                kl = divergence(harmless, [next_token(model, row) for row in UTILITY])
+                if kl <= max_kl:
+                    found.append((refused(model), back, layer, direction))
+    _, back, layer, direction = min(found, key=lambda each: each[0])
+    return direction, back, layer
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_refusal_direction_is_the_one_that_lowers_refusals_most(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    settings: Any = {"positions": 2, "max_kl": 50.0, "latest": 1.0}
+    direction, back, layer = searched(model, 50.0, 2)
+    found = method("refusal-direction", **settings).find(inputs(model))
+    assert (found.facts["position"], found.facts["layer"]) == (back, layer)
+    assert isinstance(found, Changed)
+    (change,) = found.changes
+    assert isinstance(change, ProjectOut)
+    torch.testing.assert_close(change.direction, direction, rtol=1e-9, atol=1e-12)
+    with projected(model, direction):
+        expected = refused(model)
+    with found.on(model):
+        assert refused(model) == pytest.approx(expected, rel=1e-9)
+    # Losses are computed in float32 at the end.
+    assert found.facts["log_prob"] == pytest.approx(expected, rel=1e-6)
+    (other,) = found.control(1).changes
+    assert isinstance(other, ProjectOut)
+    assert abs(torch.cosine_similarity(other.direction, direction, dim=0)) < 0.6
+    with pytest.raises(ValueError, match=r"max_kl is 1e-09, and the least KL of a direction is"):
+        method("refusal-direction", max_kl=1e-9).find(inputs(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "llama_tied", "mixtral", "gpt_oss"])
+def test_an_orthogonal_model_never_writes_the_direction(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    before = bits(model)
+    settings: Any = {"max_kl": 50.0}
+    found = method("refusal-orthogonalisation", **settings).find(inputs(model))
+    direction, _ = method("refusal-direction", **settings).direction(inputs(model))  # type: ignore[attr-defined]
+    assert isinstance(found, Edited)
+    made = found.write()
+    assert isinstance(made, dict)
+    assert_same_bits(model, before)
+    assert any(not torch.equal(made[key], value) for key, value in found.control(1).write().items())  # type: ignore[union-attr]
+    states_before = states_of(model, SAFETY[0], -1) @ direction
+    model.load_state_dict(made)
+    states = states_of(model, SAFETY[0], -1)
+    assert float((states @ direction).abs().max()) < 1e-9 < float(states_before.abs().max())
+    # What writes nothing to hidden states is as it was.
+    for key, value in model.named_parameters():
+        reads = key.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight", "norm.weight"))
+        if reads:
+            assert torch.equal(value.view(torch.int64), before[key])
+    with pytest.raises(ValueError, match="out must be None for a model in memory"):
+        found.write("somewhere")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_single_neuron_is_the_one_that_carries_most(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    row = SAFETY[2:]
+    given = Inputs(aligned=model, safety=[collate(row)])
+    before, intact = bits(model), refused(model, row)
+    fallen = {}
+    for module, own in find_modules(model).items():
+        for unit in range(own.n_units):
+            with entering_without(model, module, unit):
+                fallen[module, unit] = intact - refused(model, row)
+    best = max(fallen, key=lambda each: fallen[each])
+    found = method("single-neuron", screened=len(fallen)).find(given)
+    assert (found.facts["module"], found.facts["unit"]) == best
+    assert found.facts["effect"] == pytest.approx(fallen[best], rel=1e-6)
+    assert isinstance(found, Changed)
+    with found.on(model):
+        assert intact - refused(model, row) == pytest.approx(fallen[best], rel=1e-9)
+    assert_same_bits(model, before)
+    # A few are screened: the effect may be less, and is that of the unit that is named.
+    few = method("single-neuron", screened=3).find(given)
+    own = few.facts["module"], few.facts["unit"]
+    assert few.facts["effect"] == pytest.approx(fallen[own], rel=1e-6)
+    drawn = [found.control(seed).changes[0].selection for seed in range(4)]  # type: ignore[union-attr]
+    assert all(len(each) == 1 for each in drawn)  # type: ignore[arg-type]
+    assert any(each != drawn[0] for each in drawn)
+
+
+@contextmanager
+def entering_without(model: PreTrainedModel, module: str, unit: int) -> Iterator[None]:
+    """One channel of what enters B is 0."""
+
+    def change(_: nn.Module, args: Any) -> tuple[Tensor]:
+        x = args[0].clone()
+        x[..., unit] = 0
+        return (x,)
+
+    handle = model.get_submodule(module).register_forward_pre_hook(change)
+    yield
+    handle.remove()
+
+
+def outputs(model: PreTrainedModel, data: list[Row]) -> dict[str, Tensor]:
+    """W X of every projection in the layers at responses, without a bias: ``[out, tokens]``."""
+    found: dict[str, list[Tensor]] = {}
+    inside = layers_path(model)
+    for ids, labels in data:
+        handles = []
+        for name, module in model.named_modules():
+            if name.startswith(f"{inside}.") and type(module).__name__ in ("Linear", "Conv1D"):
+
+                def keep(
+                    module: nn.Module, args: Any, name: str = name, labels: Tensor = labels
+                ) -> None:
+                    w = module.weight.detach()
+                    w = w.T if type(module).__name__ == "Conv1D" else w
+                    found.setdefault(name, []).append(w @ args[0][0, labels != IGNORED].T)
+
+                handles.append(module.register_forward_pre_hook(keep))
+        with torch.no_grad():
+            model(ids[None])
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts, 1) for name, parts in found.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_safety_ranks_are_those_of_singular_vectors(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    before = bits(model)
+    given = inputs(model)
+    found = method("safety-ranks", safety_rank=2, utility_rank=5).find(given)
+    assert isinstance(found, Changed)
+    expected = {}
+    safety, utility = outputs(model, SAFETY), outputs(model, UTILITY)
+    for owner, out in safety.items():
+        module = model.get_submodule(owner)
+        turned = type(module).__name__ == "Conv1D"
+        w = module.weight.detach().T if turned else module.weight.detach()
+        s = torch.linalg.svd(out).U[:, :2]
+        u = torch.linalg.svd(utility[owner]).U[:, :5]
+        removed = (torch.eye(len(w)) - u @ u.T) @ s @ s.T @ w
+        expected[owner] = (w - removed).T if turned else w - removed
+        assert int(torch.linalg.matrix_rank(removed)) == 2
+    drawn = found.control(1)
+    for which in (found, drawn):
+        with which.on(model):
+            for owner, weight in expected.items():
+                own = model.get_submodule(owner).weight
+                same = torch.allclose(own, weight, rtol=0, atol=1e-8)
+                assert same == (which is found), owner
+                rank = torch.linalg.matrix_rank(own - before[f"{owner}.weight"].view(own.dtype))
+                assert int(rank) == 2
+        assert_same_bits(model, before)
+    assert found.facts == {"matrices": len(expected)}
+    with pytest.raises(ValueError, match="rank is 96; it must be from 1 to 48"):
+        method("safety-ranks").find(given)
