@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -28,8 +27,9 @@ from ssah.attribution import attribute
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Loader, Need
 from ssah.methods.outcomes import Trained
+from ssah.methods.ranking import highest
 from ssah.settings import setting
-from ssah.units import UnitSet, lowest, share_count
+from ssah.units import UnitSet
 
 _PAPER = "Zhao et al., Safety Mechanisms of LLMs via Safety-Specific Neurons, ICLR 2025"
 
@@ -96,8 +96,12 @@ def consistent_units(model: PreTrainedModel, loader: Loader, share: float) -> Un
     Raises:
         ValueError: there is no row, or as of `ssah.attribute`.
     """
+    sets = []
     # Row by row: a sum over rows would let a few of them choose.
-    sets = [_top(model, row, share) for row in _rows(loader)]
+    for row in _rows(loader):
+        # All tokens: what is asked counts as much as what is answered.
+        found = attribute(model, [row], metric="norm", tokens="all", process_group=None)
+        sets.append(highest(found.scores, share))
     if not sets:
         raise ValueError("loader is empty, must have at least one batch")
     return reduce(UnitSet.__and__, sets)
@@ -113,15 +117,3 @@ def _rows(loader: Loader) -> Iterator[Mapping[str, Any]]:
                 for key, value in batch.items()
                 if isinstance(value, Tensor)
             }
-
-
-def _top(model: PreTrainedModel, row: Mapping[str, Any], share: float) -> UnitSet:
-    # All tokens: what is asked counts as much as what is answered.
-    scores = attribute(model, [row], metric="norm", tokens="all", process_group=None).scores
-    sizes = {name: len(own) for name, own in scores.items()}
-    # By module, as the paper ranks by layer: scores of FFNs and of values are of different size.
-    top = {
-        name: lowest(-own, torch.arange(sizes[name]), share_count(share, sizes[name]))
-        for name, own in scores.items()
-    }
-    return UnitSet(top, sizes)

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -30,9 +29,10 @@ from ssah.methods.drawing import Chosen, random_like
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed, Edited, Trained
+from ssah.methods.ranking import highest
 from ssah.selections import weights
 from ssah.settings import setting
-from ssah.units import UnitSet, find_modules, lowest, share_count
+from ssah.units import UnitSet, find_modules
 
 _SCORED: tuple[Need, ...] = ("aligned", "safety", "utility")
 
@@ -67,18 +67,21 @@ class _SetDifference(Method):
         Raises:
             ValueError: nothing is left of it.
         """
-        model, shares = inputs.model, (self.safety_share, self.utility_share)
+        model = inputs.model
         safety, utility = (
             attribute_weights(model, loader, metric=self.metric) for loader in inputs.loaders
         )
         # Both are scored before anything is chosen, and so before anything is removed.
         found: Chosen
         if self.level == "units":
-            of = [_top_units(model, *each) for each in zip((safety, utility), shares, strict=True)]
-            found = of[0] - of[1]
+            found = highest(_of_units(model, safety), self.safety_share) - highest(
+                _of_units(model, utility), self.utility_share
+            )
         else:
             # It refuses scores of other weights, and of the same data twice.
-            masks = set_difference(safety, utility, *shares, per=self.per)
+            masks = set_difference(
+                safety, utility, self.safety_share, self.utility_share, per=self.per
+            )
             found = weights(model, masks)
         # Freezing or removing nothing would look like a method that does nothing.
         if not len(found):
@@ -144,18 +147,16 @@ class WeightRewinding(_SetDifference):
         )
 
 
-def _top_units(model: PreTrainedModel, of: WeightAttribution, share: float) -> UnitSet:
-    """The share of each module's units whose columns of B have the highest sums of scores."""
+def _of_units(model: PreTrainedModel, of: WeightAttribution) -> dict[str, Tensor]:
+    """The score of each unit, the sum over its column of B: float64 ``[units]`` by module."""
     found: dict[str, Tensor] = {}
-    sizes: dict[str, int] = {}
     for name, module in find_modules(model).items():
-        own, n = module.output, module.n_units
+        own = module.output
         scores = of.scores[own.param]  # [out, in]; [experts, out, in]; of a Conv1D [in, out]
         scores = scores if own.expert is None else scores[own.expert]
-        sums = scores.double().sum(1 - own.dim)[own.index]  # [units]
         # Of shared values a column of B is still a unit's own, and their rows are not.
-        found[name], sizes[name] = lowest(-sums, torch.arange(n), share_count(share, n)), n
-    return UnitSet(found, sizes)
+        found[name] = scores.double().sum(1 - own.dim)[own.index]
+    return found
 
 
 def _facts(found: Chosen) -> dict[str, int]:

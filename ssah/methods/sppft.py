@@ -5,10 +5,10 @@ harmful requests at the last token of the prompt, after layer l:
 
     gap_l = angle(h_l(n), h_l(m)) - angle(h_l(n), h_l(n'))      of mean cosines of pairs
 
-It is flat in early layers, opens, and flattens again: between lie the safety layers. With s_l the
-rise gap_l - gap_{l-1}, and gap_{-1} = 0, they are the first run of layers with s_l at least
-``steep`` times the largest rise. Example: gaps (0.0, 0.1, 0.5, 0.8, 0.85) have the rises (0.0, 0.1,
-0.4, 0.3, 0.05), and with steep 0.5 the safety layers are 2 and 3.
+It is flat in early layers, opens, and flattens again: between lie the safety layers. They are those
+from the first layer with ``opens`` of the largest gap to the first one with ``flat`` of it. The
+gaps (0.0, 0.1, 0.5, 0.8, 0.85), for example, have 10 % of the largest at 0.085 and 90 % at 0.765:
+the safety layers are 1 to 3. Levels are taken, and not slopes, since a curve of few rows is rough.
 
 **The control** freezes another run of as many layers, one that shares none where there is such.
 """
@@ -18,7 +18,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from ssah.methods.drawing import random_numbers
@@ -41,7 +40,7 @@ class SPPFT(Method):
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "The angle is that of the mean cosine over all pairs; the paper draws 500 pairs.",
-        "A rule on the rise of the gap finds the layers; the paper reads the first range off the "
+        "A rule on the size of the gap finds the layers; the paper reads the first range off the "
         "curve.",
         "The second step, which moves both ends by counting refusals of a scaled model, is left "
         "out: where its result is known, `first` and `last` take it.",
@@ -52,8 +51,11 @@ class SPPFT(Method):
         "other layers of the same number do not help."
     )
 
-    steep: float = setting(
-        0.5, "Least rise of the gap in a safety layer, as a share of the largest.", above=0, max=1
+    opens: float = setting(
+        0.1, "Gap of the first safety layer, as a share of the largest.", above=0, max=1
+    )
+    flat: float = setting(
+        0.9, "Gap of the last safety layer, as a share of the largest.", above=0, max=1
     )
     first: int | None = setting(None, "First safety layer, where it is known.", min=0)
     last: int | None = setting(None, "Last safety layer, where it is known.", min=0)
@@ -69,11 +71,13 @@ class SPPFT(Method):
             raise ValueError(
                 f"first is {self.first} and last is {self.last}; both must be given, or neither"
             )
+        if self.opens > self.flat:
+            raise ValueError(f"opens is {self.opens}; it must be at most flat, {self.flat}")
         facts: dict[str, object] = {}
         if self.first is None or self.last is None:
             curve = self.gap(inputs)
             facts["gap"] = curve.tolist()
-            run = opening(curve, self.steep)
+            run = opening(curve, self.opens, self.flat)
         else:
             run = range(self.first, self.last + 1)
         n = len(layers_of(model))
@@ -84,22 +88,20 @@ class SPPFT(Method):
         )
 
 
-def opening(gap: Tensor, steep: float) -> range:
-    """The first run of layers in which the gap ``[layers]`` rises steeply.
+def opening(gap: Tensor, opens: float, flat: float) -> range:
+    """The layers in which the gap ``[layers]`` goes from one share of its largest to another.
 
     Raises:
-        ValueError: it rises nowhere.
+        ValueError: it is above 0 in no layer.
     """
-    rise = torch.diff(gap, prepend=gap.new_zeros(1))  # [layers]
-    if not float(rise.max()) > 0:
+    largest = gap.max()
+    if not float(largest) > 0:
         raise ValueError(
-            "the gap between safety and utility rises in no layer: the prompts of both sets must "
+            "the gap between safety and utility opens in no layer: the prompts of both sets must "
             "differ, or first and last must say which layers are meant"
         )
-    is_steep = (rise >= steep * rise.max()).tolist()
-    first = is_steep.index(True)
-    after = [number for number in range(first, len(is_steep)) if not is_steep[number]]
-    return range(first, after[0] if after else len(is_steep))
+    first, last = (int((gap >= share * largest).int().argmax()) for share in (opens, flat))
+    return range(first, last + 1)
 
 
 def other_run(run: range, n_layers: int, seed: int) -> range:

@@ -46,7 +46,7 @@ def test_what_is_missing_is_named_before_anything_runs(name: str) -> None:
 def test_wrong_names_and_settings_are_refused() -> None:
     with pytest.raises(ValueError, match="method is 'none'; it must be one of ssah-freezing, "):
         methods.method("none")
-    with pytest.raises(ValueError, match="setting of 'sppft' is 'share'; it must be one of steep"):
+    with pytest.raises(ValueError, match="setting of 'sppft' is 'share'; it must be one of opens"):
         methods.method("sppft", share=0.5)
     with pytest.raises(ValueError, match=r"alpha is 1\.5; it must be greater than 0 and at most 1"):
         methods.method("interpolation", alpha=1.5)
@@ -97,7 +97,7 @@ def test_the_command_lists_and_explains() -> None:
     assert [each["name"] for each in listed] == list(methods.names())
     shown = " ".join(call("methods", "sppft").output.split())
     assert "2408.17003" in shown
-    assert "steep 0.5" in shown
+    assert "opens 0.1" in shown
     assert "Another run of as many layers" in shown
     assert as_json("methods", "sppft") == methods.describe("sppft")
     assert "method is 'none'; it must be one of" in fails("methods", "none")

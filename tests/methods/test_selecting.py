@@ -283,14 +283,19 @@ def test_sppft_sees_the_gap_of_each_layer(name: str) -> None:
     torch.testing.assert_close(found[:-1].tolist(), expected, rtol=1e-8, atol=1e-10)
 
 
-def test_the_safety_layers_are_where_the_gap_rises() -> None:
+def test_the_safety_layers_are_where_the_gap_opens() -> None:
     gap = torch.tensor([0.0, 0.1, 0.5, 0.8, 0.85], dtype=torch.float64)
-    assert opening(gap, 0.5) == range(2, 4)
-    assert opening(gap, 0.9) == range(2, 3)
-    assert opening(gap, 0.2) == range(1, 4)
-    assert opening(torch.tensor([0.0, 0.1, 0.5]).double(), 0.5) == range(2, 3)
-    with pytest.raises(ValueError, match="rises in no layer"):
-        opening(-gap, 0.5)
+    assert opening(gap, 0.1, 0.9) == range(1, 4)
+    assert opening(gap, 0.2, 0.95) == range(2, 5)
+    assert opening(gap, 0.5, 0.5) == range(2, 3)
+    assert opening(gap, 1.0, 1.0) == range(4, 5)
+    # What falls again after the gap has opened changes nothing.
+    rough = torch.tensor([-0.1, 0.5, 0.02, 1.0, 0.3], dtype=torch.float64)
+    assert opening(rough, 0.1, 0.9) == range(1, 4)
+    with pytest.raises(ValueError, match="opens in no layer"):
+        opening(-gap, 0.1, 0.9)
+    with pytest.raises(ValueError, match=r"opens is 0\.95; it must be at most flat, 0\.9"):
+        method("sppft", opens=0.95).find(inputs(build("llama")))
 
 
 def test_other_layers_are_as_many_and_apart() -> None:
