@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from ssah.interventions import check_not_ablated
 from ssah.training.optimising import check_unplanned
+from ssah.training.updates.merging import placed_update, read_update
 from ssah.training.updates.placed import Placed
-from ssah.training.updates.saving import placed_update, read_update
 
 # The models that have updates attached: a second call would take the first one's values for the
 # model's own. Weak, and not an attribute: a copy of the model is an ordinary model.

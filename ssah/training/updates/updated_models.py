@@ -18,7 +18,8 @@ import torch
 
 from ssah.models import ModelError, cheap_weights_hash, load_model, load_tokenizer, move
 from ssah.storage import META, Stored, check_fields, kind_in, read_meta
-from ssah.training.updates.saving import HUB, UPDATE, merge_update, read_update, update_folder
+from ssah.training.updates.merging import HUB, merge_update, read_update, update_folder
+from ssah.training.updates.saving import UPDATE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
