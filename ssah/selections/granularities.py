@@ -80,11 +80,13 @@ class Owned(Granularity):
                     wide = [size if dim in dims else 1 for dim, size in enumerate(shape)]
                     masks[own.param] = torch.zeros(wide, dtype=torch.bool)
                 mask = masks[own.param]
+                # All experts of a layer lie in one parameter: each writes into its own part.
                 mask = mask if own.expert is None else mask[own.expert]
                 size = shape[dims[-1]]
                 of_chosen = torch.bincount(own.index[numbers].flatten(), minlength=size)  # [size]
                 entries = of_chosen > 0
                 if self._shared == "all":
+                    # Where fewer are chosen than read it, somebody who is not chosen reads it too.
                     entries &= of_chosen == torch.bincount(own.index.flatten(), minlength=size)
                 mask |= entries.view([size if dim == own.dim else 1 for dim in range(mask.dim())])
         return masks
@@ -98,8 +100,9 @@ class Owned(Granularity):
                 size = self._shapes[own.param][_dims(own)[-1]]
                 feeds = torch.bincount(own.index.flatten(), minlength=size)  # [size]
                 whole = along(chosen(own.param), own, size)  # [size]
+                # What several read is no evidence: it may be missing because of the others.
                 flags &= (whole | (feeds > 1))[own.index].all(1)  # [things]
-                if not flags.any():
+                if not flags.any():  # no other slice can bring one back
                     break
             found[name] = flags.nonzero()[:, 0]
         return UnitSet(found, self.sizes)
@@ -127,6 +130,7 @@ class Layers(Granularity):
     def __init__(self, path: str, names: Sequence[str], shapes: Shapes) -> None:
         self.sizes = {path: len(names)}
         self._path = path
+        # With the dot: layer 1 is not the beginning of layer 10.
         self._parameters = [
             [param for param in shapes if param.startswith(f"{name}.")] for name in names
         ]
@@ -156,6 +160,7 @@ class Parameters(Granularity):
 
     def __init__(self, shapes: Shapes) -> None:
         self._names: dict[str, list[str]] = {}
+        # By shape, so that what is drawn in the place of one has its size.
         for name, shape in shapes.items():
             self._names.setdefault(str(list(shape)), []).append(name)
         self.sizes = {shape: len(names) for shape, names in self._names.items()}

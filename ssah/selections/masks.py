@@ -21,6 +21,7 @@ def narrowed(values: Tensor) -> Tensor:
     for dim, (size, stride) in enumerate(zip(values.shape, values.stride(), strict=True)):
         if size > 1:
             first = values.narrow(dim, 0, 1)
+            # Expanded, nothing can change along it: that is known without a look.
             if stride == 0 or bool((values == first).all()):
                 values = first
     return values
@@ -43,7 +44,7 @@ def none(dims: int) -> BitMask:
 
 def combined(a: BitMask, b: BitMask, rule: Callable[[BitMask, BitMask], BitMask]) -> BitMask:
     """``rule`` of two masks of one parameter, such as `operator.or_`, as a narrow mask."""
-    if a.shape != b.shape:
+    if a.shape != b.shape:  # rows of one and columns of the other, for instance
         shape = torch.broadcast_shapes(a.shape, b.shape)
         a, b = (BitMask.of(each.to_mask().expand(shape)) for each in (a, b))
     return bits_of(rule(a, b).to_mask())

@@ -31,6 +31,7 @@ def matching_parameters(model: nn.Module, patterns: Collection[str], argument: s
             f"{argument} is a {kind}, must be a collection of parameter names, or patterns such as "
             "'*norm*': it is for whole parameters; some of their rows are for rows="
         )
+    # Tied parameters have several names: what is chosen is one, the first.
     first = {id(p): name for name, p in model.named_parameters()}
     every = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
     found: set[str] = set()
@@ -38,7 +39,7 @@ def matching_parameters(model: nn.Module, patterns: Collection[str], argument: s
     for pattern in patterns:
         own = {canonical for name, canonical in every.items() if fnmatchcase(name, pattern)}
         found |= own
-        if not own:
+        if not own:  # a slip of the pen would keep nothing, and say nothing
             unknown.append(pattern)
     if unknown:
         raise ValueError(

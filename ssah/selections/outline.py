@@ -39,6 +39,7 @@ class Outline:
         """
         hashed = units_hash(model)  # first: it refuses what is no whole model
         shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        # Packed, a weight is stored in another shape: what is meant is the one that it stands for.
         for name in packed_modules(model):
             inputs, outputs = features(model.get_submodule(name))
             shapes[f"{name}.weight"] = (outputs, inputs)

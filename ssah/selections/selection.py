@@ -127,10 +127,11 @@ class Selection:
         return self & other
 
     def __rsub__(self, other: UnitSet) -> Selection:
-        return ~self & other
+        return ~self & other  # of the units, what is not in it
 
     def __invert__(self) -> Selection:
         masks = {name: ~self[name] for name in self.shapes}
+        # All but some heads are heads: a control of it is drawn by the same granularity.
         return Selection(masks, self.outline, self.made_of)
 
     def complement(self) -> Selection:
@@ -143,6 +144,7 @@ class Selection:
         same = self.outline.fingerprint == other.outline.fingerprint
         return same and self._masks == other._masks
 
+    # Equal selections may have been made in different ways: no cheap number tells them alike.
     __hash__ = None  # type: ignore[assignment]
 
     def _combine(
@@ -153,6 +155,7 @@ class Selection:
         if not isinstance(other, Selection):
             return NotImplemented
         self.outline.check(other.outline, "that of the other one")
+        # What stands in one of the two alone: gone, kept, or taken over, by rule.
         masks = {} if rule is operator.and_ else dict(self._masks)
         if rule is operator.or_:
             masks |= other._masks
@@ -196,6 +199,7 @@ class Selection:
             things = own.inside(lru_cache(_AT_HAND)(rest.mask))
             if len(things):
                 found.append((key, own, things))
+                # What a layer has must not be found once more as its heads.
                 rest = rest - Selection.made(own.entries(things), self.outline)
         return found, rest
 
@@ -216,6 +220,7 @@ class Selection:
         drawn = cls({}, like.outline, like.made_of)
         for _, own, things in parts:
             drawn = drawn | cls.made(own.entries(UnitSet.random(things, seed=seed)), like.outline)
+        # A seed for each parameter: else masks of one shape would all be drawn alike.
         generator = torch.Generator().manual_seed(seed)
         seeds = torch.randint(2**62, (len(rest._masks),), generator=generator).tolist()
         masks = {
