@@ -73,6 +73,7 @@ FREE: dict[str, dict[str, Callable[[Any], bool]]] = {
         "fingerprint": lambda value: True,
         "keep": lambda value: value is True,
         "experts": lambda value: value is MISSING or value == [],
+        "single": lambda value: value is MISSING or value == [],
         "format": lambda value: True,
         "version": lambda value: True,
     },
