@@ -38,7 +38,7 @@ class SingleNeuron(Method):
     stage: ClassVar[Stage] = "locate"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety")
     departures: ClassVar[tuple[str, ...]] = (
-        "The paper was known by its claim alone: how it finds its neuron may differ.",
+        "We know only what the paper claims: how it finds its neuron may differ.",
         "Only the best units by a screen of first order are measured.",
     )
     against: ClassVar[str] = "A random unit of all modules."

@@ -129,7 +129,7 @@ def check_weights_split(model: nn.Module, name: str) -> None:
         module = model.get_submodule(owner)
         if leaf != name.rpartition(".")[2] or not runs_own_forward(module):
             raise ValueError(
-                f"weights has {name!r}, which {owner!r}, a {type(module).__name__}, has as "
-                f"{leaf!r}; its forward must be that of its class, and tied parameters must have "
+                f"units has single weights of {name!r}, which {owner!r}, a "
+                f"{type(module).__name__}, has as {leaf!r}; its forward must be that of its class, and tied parameters must have "
                 "one name: load the model whole onto one device, without patches"
             )
