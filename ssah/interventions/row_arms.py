@@ -50,7 +50,8 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
     Args:
         model: a model that `find_modules` knows.
         selections: of each arm a `UnitSet` to ablate, or a `Selection` of units and heads; a
-            `Zero` or a `Scale` of one; or None for the intact model.
+            `Zero` or a `Scale` of one, which multiplies what units and heads put out (`intervene`
+            scales every weight of a `Selection`); or None for the intact model.
 
     Raises:
         TypeError: a selection is something else.

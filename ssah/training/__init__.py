@@ -1,4 +1,4 @@
-"""Training some units and freezing the others: the plan, its slices, its optimiser, saving.
+"""Training a part of a model and freezing the rest: the plan, its slices, its optimiser, saving.
 
 Nothing is imported until it is used: ``ssah finetune --help`` reads ``finetune/settings.py`` alone.
 """

@@ -136,15 +136,16 @@ def _check_split(
     """
     owned = {param for module in modules.values() for param in module.params}
     for name, each in entries.items():
+        argument = "rows" if name in rows else "units"
         if each.single and each.partial:
             if is_sharded(model.get_parameter(name)):
                 raise ValueError(
-                    f"units has single weights of {name!r}, of a model that is sharded; it must be "
-                    "in one memory: choose units or rows, or do not shard it"
+                    f"{argument} has single weights of {name!r}, of a model that is sharded; it "
+                    "must be in one memory: choose units or rows, or do not shard it"
                 )
-            check_weights_split(model, name)
+            check_weights_split(model, name, argument)
         elif each.partial and name not in owned:
-            check_rows_split(model, name, "rows" if name in rows else "units")
+            check_rows_split(model, name, argument)
 
 
 def split_modules(

@@ -21,7 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -55,11 +55,6 @@ class Entries:
         if self.single:
             return tuple(range(self.dim + 1))
         return (0, self.dim) if self.experts else (self.dim,)
-
-    def elements(self, shape: torch.Size) -> Tensor:
-        """Which elements of the parameter train: bool ``[*shape]``, a view where it can be."""
-        sizes = [size if d in self.dims else 1 for d, size in enumerate(shape)]
-        return self.trains.view(sizes).expand(shape)
 
     @property
     def along(self) -> Dim:
@@ -147,11 +142,25 @@ def select_entries(
                 "parameters or rows, to train or to stay"
             )
         trains = mask.expand(sizes).reshape(-1)
-        # Of a norm or of B's bias the entries are its elements, and no rows that a layer can skip.
-        alone = single and len(shape) == 1 and name not in owned and trains.any() != trains.all()
-        result[name] = Entries(dims[-1], trains, experts=len(dims) > 1, single=bool(alone))
+        result[name] = Entries(dims[-1], trains, experts=len(dims) > 1)
+    if single:
+        for name, each in result.items():
+            if len(trained.shapes[name]) == 1 and each.partial and name not in owned:
+                result[name] = replace(each, single=not _goes_with_rows(name, result))
     _check_experts(modules, result, argument)
     return result
+
+
+def _goes_with_rows(name: str, entries: Mapping[str, Entries]) -> bool:
+    """Whether a vector is the bias of a matrix of which the same rows train, as of heads of Q.
+
+    Else its elements train one by one: those of a norm, or of B's bias.
+    """
+    owner, _, leaf = name.rpartition(".")
+    weight = entries.get(f"{owner}.weight") if leaf == "bias" else None
+    if weight is None or weight.dims != (0,) or weight.single:
+        return False
+    return torch.equal(weight.trains, entries[name].trains)
 
 
 def _layouts(modules: Mapping[str, DepthTwoModule]) -> dict[str, tuple[int, ...]]:

@@ -189,6 +189,7 @@ class UpdatePlan(Optimised, Reversible):
         Raises:
             ValueError: the model is sharded: save the update, and upload that.
         """
+        self._check_open()
         if self.ranks is not None:
             raise ValueError(
                 f"model is sharded over {self.ranks.size} ranks, must be in one memory for an "

@@ -17,7 +17,6 @@ class PlanCallback(TrainerCallback):
     Args:
         plan: the plan of the trainer's model.
         update_dir: folder that the update is saved to at the end; None: nowhere.
-
     """
 
     def __init__(self, plan: UpdatePlan, update_dir: str | os.PathLike[str] | None = None) -> None:

@@ -61,9 +61,9 @@ class WeightChanges:
     """
 
     def __init__(self, plan: UpdatePlan) -> None:
-        if plan.ranks is not None:
+        if plan._installed.sharded:
             raise ValueError(
-                f"model is sharded over {plan.ranks.size} ranks, must be in one memory for what "
+                "model is sharded, or about to be, must be in one memory for what "
                 "changed to be taken: send the whole state_dict of torch.distributed.checkpoint"
             )
         self._plan = plan

@@ -4,8 +4,9 @@ An operator takes lists. One call serves every parameter of one group, dtype, de
 count: a model with 300 trained parameters in bfloat16 is updated by one call, and by two if
 some of these parameters were added after the first step.
 
-A parameter is one entry of the lists. A sharded parameter that holds experts is one entry for each
-expert of this rank: its rows [experts, units, other] become matrices [units, other].
+A parameter is one entry of the lists. A parameter that holds experts, of which some units train, is
+one entry for each expert of this rank: its rows [experts, units, other] become matrices
+[units, other].
 """
 
 from __future__ import annotations

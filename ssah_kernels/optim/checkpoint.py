@@ -52,6 +52,9 @@ def numbers(state_dict: dict[str, Any]) -> Iterator[int]:
 def trained_shape(p: Tensor, index: Tensor | None, dim: Any) -> list[int]:
     """The shape of what trains of ``p`` [units, other]: [trained, other]; of experts [all]."""
     shape = list(p.shape)
+    if index is not None and not isinstance(dim, int) and shape[0] == 1:  # one expert: not cut
+        shape[dim[1]] = len(index)
+        return shape[1:]
     if index is not None and not isinstance(dim, int):
         # One expert behind the other: entries [trained], each of the size of the third dimension.
         return [len(index) * p.numel() // math.prod(shape[d] for d in dim)]

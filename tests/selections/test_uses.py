@@ -21,7 +21,7 @@ from ssah.interventions import Replace, Scale, Zero
 from ssah.selections import Selection
 from ssah.units import BitMask, UnitSet, find_modules
 
-FAMILIES = ["llama_tied", "gpt2", "gemma3", "mixtral"]
+FAMILIES = ["llama_tied", "llama_bias", "gpt2", "gemma3", "mixtral"]
 PREFIX = {"gpt2": "transformer.h"}
 NORM = {"gpt2": "transformer.ln_f.*"}
 
@@ -51,6 +51,9 @@ def mixed(model: PreTrainedModel, family: str) -> tuple[Selection, dict[str, Ten
     found[f"{start}.q_proj.weight"][queries] = True
     found[f"{start}.k_proj.weight"][keys] = True
     found[f"{start}.v_proj.weight"][keys] = True
+    if family == "llama_bias":
+        for name, own in (("q_proj", queries), ("k_proj", keys), ("v_proj", keys)):
+            found[f"{start}.{name}.bias"][own] = True
     found[f"{start}.o_proj.weight"][:, queries] = True
     return chosen, found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import tiny_models
 import torch
 from plans import assert_equal, check_moved, draw, loss_of, masks, snapshot, train
 
-from ssah.training import freeze, plan_of, train_only
+from ssah.training import freeze, load_update, plan_of, train_only
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -197,3 +198,15 @@ def test_a_part_of_split_experts_is_not_kept() -> None:
     ):
         freeze(model, draw(model), keep=["model.layers.0.mlp.experts.down_proj"])
     assert plan_of(model) is None
+
+
+def test_an_update_is_merged_where_a_whole_b_stayed(tmp_path: Path) -> None:
+    """Its columns lie in the plan's order meanwhile, as the channels do that enter it."""
+    model, base = (tiny_models.build("llama") for _ in range(2))
+    plan = freeze(model, draw(model), keep=["*down_proj.weight"])
+    train(plan)
+    plan.save_pretrained(tmp_path)
+    plan.verify()
+    plan.close()
+    load_update(base, tmp_path)
+    assert_equal(snapshot(base), snapshot(model))

@@ -55,8 +55,8 @@ def attack_success(
         tokenizer: the model's.
         requests: strings, or rows as ``ssah.data.load_rows`` returns them.
         judges: as :func:`ssah.evaluation.judge` takes them, each under another name.
-        ablated: units taken out while the model answers. The answers' coherence is scored by the
-            model with them back in place: use this, not ``ssah.ablate`` around the call.
+        ablated: units or a selection, taken out while the model answers. The answers' coherence is
+            scored by the model with them back in place: use this, not ``ssah.ablate`` around the call.
         coherent: what scores coherence; default: ``Coherence.calibrate(model, tokenizer)``, which
             takes a while: calibrate once for several calls. For a model that was trained, give one
             of the model before.
@@ -127,8 +127,8 @@ def judged_answers(
         keep: called with the number of an arm, that of a batch of requests, both from 0, and a
             function without arguments that answers and judges it; returns what that function does,
             now or at an earlier call.
-        selections: of each arm the units that are out while it answers; None: nothing. Coherence
-            is scored by the model with them back in place.
+        selections: of each arm what is out while it answers (`ssah.ablate`); None: nothing.
+            Coherence is scored by the model with all of it back in place.
         kept: whether ``keep`` has an arm and a batch from an earlier call.
         model, tokenizer, requests, system_prompt, max_new_tokens: as :func:`attack_success` takes
             them.

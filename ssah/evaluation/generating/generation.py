@@ -194,7 +194,7 @@ def answers_of_arms(
                 answer(shared, run)
         else:
             answer(shared, None)
-        for arm in sorted(alone):
+        for arm in sorted(alone & {arm for arm, _ in jobs}):
             with ablate(model, selections[arm]):  # type: ignore[arg-type]  # None is not alone
                 answer([i for i, job in enumerate(jobs) if job[0] == arm], None)
     return [found[i] for i in range(len(jobs))]

@@ -28,6 +28,7 @@ from ssah.attribution import Batch, BatchReader
 from ssah.choices import check_choice
 from ssah.data import IGNORE_INDEX, check_count
 from ssah.evaluation.measures import logits_at
+from ssah.evaluation.selection_effects.divergence import kl_divergence
 from ssah.interventions import arms
 from ssah.models import as_it_was, check_whole
 from ssah.representations import (
@@ -117,7 +118,8 @@ def effects(
             model is one of them.
 
     Raises:
-        TypeError: a selection is no `UnitSet`, or a batch is not of this form.
+        TypeError: a selection is neither a `UnitSet` nor a `Selection` of units and heads, or a
+            batch is not of this form.
         ValueError: no selection, no batch, a selection of another model, ``arms_at_once`` below 1,
             a row without a response token, layers that the model lacks, or positions that a row
             lacks.
@@ -194,7 +196,7 @@ def _of_batch(
                 if arm == 0:
                     intact.append(log_q[0].clone())
                 log_p = intact[row]
-                kl[arm, row] = (log_p.exp() * (log_p - log_q[0])).sum()
+                kl[arm, row] = kl_divergence(log_p, log_q[0])
                 log_prob[arm, row] = log_q.gather(1, target[predicts, None]).sum()
     l2, distance = (torch.cat(parts) for parts in zip(*moved, strict=True))
     return kl, log_prob, l2, distance

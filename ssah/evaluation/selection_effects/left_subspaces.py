@@ -61,7 +61,8 @@ def left_subspace_angles(
         float64 ``[selections]``, from 0 to ``rank * pi / 2``.
 
     Raises:
-        TypeError: a selection is no `UnitSet`, or a batch is not of this form.
+        TypeError: a selection is neither a `UnitSet` nor a `Selection` of units and heads, or a
+            batch is not of this form.
         ValueError: as of `effects`; a loader that can be read but once; states that do not span
             ``rank`` dimensions.
         FloatingPointError: states are NaN or infinite.

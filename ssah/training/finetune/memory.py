@@ -82,6 +82,8 @@ def _held(plan: UpdatePlan) -> Iterator[Tensor]:
     for module in plan.masked.values():
         for tensor in module.split_tensors.values():
             yield tensor.storage
+            places = (*tensor.parts, tensor.order, tensor.places)
+            yield from (each for each in places if isinstance(each, Tensor))
 
 
 def _storages(tensors: Iterator[Tensor]) -> dict[int, int]:

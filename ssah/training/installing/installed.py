@@ -252,8 +252,17 @@ class Installed:
         split = self.split()
         pieces: dict[str, Callable[[], Iterable[Tensor]]] = {}
         for name, entries in self.entries.items():
-            if name in split and not entries.whole:
+            if name in split and entries.partial:
                 pieces[name] = split[name][1].frozen_rows
+            elif (
+                name in split and not entries.whole
+            ):  # in the plan's order, though none of it trains
+                pieces[name] = partial(_as_it_lies, split[name][1])
             elif not entries.whole:  # not split: none of it trains
                 pieces[name] = partial(tuple, [self.model.get_parameter(name)])
         return digests(pieces)
+
+
+def _as_it_lies(tensor: SplitTensor) -> tuple[Tensor]:
+    """All of a tensor as the original lies, ``[out, in]`` of a weight: so an update has it too."""
+    return (tensor.read(),)

@@ -101,20 +101,20 @@ def split_weights(
             if owner in owners and each.partial:
                 original = model.get_parameter(name)
                 tensors[name] = SplitTensor.of(leaf, original, each.dims, None, each.trains)
-    by_id = {id(split.original): split for split in tensors.values()}
-    slices: dict[int, dict[str, nn.Parameter | None]] = {}
-    for name, module in list(model.named_modules()):
-        split = {leaf: by_id[id(p)] for leaf, p in module._parameters.items() if id(p) in by_id}
-        if not split:
-            continue
-        masked[name] = installed = MaskedWeights.install(module, split)
-        for tensor in split.values():
-            # One parameter under both names, as a tied weight was.
-            made = {own: installed._parameters[own] for own in tensor.names}
-            installed._parameters.update(slices.setdefault(id(tensor), made))
+        by_id = {id(split.original): split for split in tensors.values()}
+        slices: dict[int, dict[str, nn.Parameter | None]] = {}
+        for name, module in list(model.named_modules()):
+            split = {leaf: by_id[id(p)] for leaf, p in module._parameters.items() if id(p) in by_id}
+            if not split:
+                continue
+            masked[name] = installed = MaskedWeights.install(module, split)
+            for tensor in split.values():
+                # One parameter under both names, as a tied weight was.
+                made = {own: installed._parameters[own] for own in tensor.names}
+                installed._parameters.update(slices.setdefault(id(tensor), made))
 
 
-def check_weights_split(model: nn.Module, name: str) -> None:
+def check_weights_split(model: nn.Module, name: str, argument: str) -> None:
     """Refuse a parameter of which single weights cannot train.
 
     Raises:
@@ -129,7 +129,8 @@ def check_weights_split(model: nn.Module, name: str) -> None:
         module = model.get_submodule(owner)
         if leaf != name.rpartition(".")[2] or not runs_own_forward(module):
             raise ValueError(
-                f"units has single weights of {name!r}, which {owner!r}, a "
-                f"{type(module).__name__}, has as {leaf!r}; its forward must be that of its class, and tied parameters must have "
-                "one name: load the model whole onto one device, without patches"
+                f"{argument} has single weights of {name!r}, which {owner!r}, a "
+                f"{type(module).__name__}, has as {leaf!r}; its forward must be that of its class, "
+                "and tied parameters must have one name: load the model whole onto one device, "
+                "without patches"
             )

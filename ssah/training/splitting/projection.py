@@ -113,10 +113,11 @@ class MaskedProjection(nn.Module):
         module.is_output = is_output  # type: ignore[assignment]
         module.moves_channels = moves_channels  # type: ignore[assignment]
         module.plain = type(module)  # type: ignore[assignment]
-        module.__class__ = _mixed(cls, type(module))  # type: ignore[arg-type]
         own: dict[str, nn.Parameter | None] = {}
         for name, parameter in module._parameters.items():
             own.update(split[name].parameters() if name in split else {name: parameter})
+        # Last, once there is memory for the slices: a module is changed as a whole or not at all.
+        module.__class__ = _mixed(cls, type(module))  # type: ignore[arg-type]
         module._parameters = own
         module.given_out = GivenOut()  # type: ignore[assignment]
         assert isinstance(module, MaskedProjection)

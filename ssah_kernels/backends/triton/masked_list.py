@@ -36,8 +36,9 @@ TILE_ROWS = 32
 TILE_ROWS_SUMMED = 128  # fewer partial sums where every column is a unit
 SCALAR_BLOCK = 512  # columns where there are no vectors: four elements per thread
 UNIT_FIELDS = 6  # of a row of add_importance_kernel's table
-# With sums per unit, ptxas aims at an occupancy for which it spills two registers, unless told.
-REGISTERS = {"maxnreg": 160} if torch.version.hip is None else {}
+# With sums per unit, ptxas aims at an occupancy for which it spills some registers, unless told. An
+# element of float64 takes two.
+REGISTERS, WIDE_REGISTERS = 160, 192
 TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -224,6 +225,13 @@ def _rows(
     return result, programs
 
 
+def _registers(dtype: torch.dtype) -> dict[str, int]:
+    """The most registers of a thread that has sums per unit, as an option of the compiler."""
+    if torch.version.hip is not None:
+        return {}
+    return {"maxnreg": WIDE_REGISTERS if dtype == torch.float64 else REGISTERS}
+
+
 def launches(
     rule: str, hyper: Sequence[float], update: Update, nesterov: bool, maximize: bool
 ) -> list[Launch]:
@@ -264,7 +272,7 @@ def launches(
         cut = tile_of(access.vector, access.units, codes=maps is not None)
         special = {name.upper(): value for name, value in access._asdict().items()} | cut
         if access.units >= 0:
-            special |= REGISTERS
+            special |= _registers(update.params[0].dtype)
         result.append(Launch(masked_update_kernel, (programs,), args, {**options, **special}))
     if sums.table:
         table = device_table(sums.table, device)
