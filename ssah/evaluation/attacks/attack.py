@@ -56,7 +56,8 @@ def attack_success(
         requests: strings, or rows as ``ssah.data.load_rows`` returns them.
         judges: as :func:`ssah.evaluation.judge` takes them, each under another name.
         ablated: units or a selection, taken out while the model answers. The answers' coherence is
-            scored by the model with them back in place: use this, not ``ssah.ablate`` around the call.
+            scored by the model with them back in place: use this, not ``ssah.ablate`` around the
+            call.
         coherent: what scores coherence; default: ``Coherence.calibrate(model, tokenizer)``, which
             takes a while: calibrate once for several calls. For a model that was trained, give one
             of the model before.
