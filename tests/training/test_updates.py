@@ -21,7 +21,7 @@ from ssah.models import digest
 from ssah.storage import results
 from ssah.training import UpdatePlan, freeze, load_update, train_only
 from ssah.training.splitting import complement_rows
-from ssah.training.updates import saving as updates
+from ssah.training.updates import merging, saving
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
@@ -193,8 +193,8 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 (tmp_path / file.name).write_bytes(file.read_bytes())
             return f"https://example.test/{repo_id}"
 
-    monkeypatch.setattr(updates, "HfApi", Api)
-    monkeypatch.setattr(updates, "snapshot_download", lambda repo_id: str(tmp_path))
+    monkeypatch.setattr(saving, "HfApi", Api)
+    monkeypatch.setattr(merging, "snapshot_download", lambda repo_id: str(tmp_path))
     model, base = (tiny_models.build("llama") for _ in range(2))
     model.config.name_or_path = "/home/someone/secret-project"
     plan = trained(model)
@@ -244,7 +244,7 @@ def test_a_folder_that_is_not_there_is_not_fetched_from_the_hub(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whoever owns a repository of that name could put any weights there."""
-    monkeypatch.setattr(updates, "snapshot_download", None)
+    monkeypatch.setattr(merging, "snapshot_download", None)
     for name in ("runs/typo", "/nowhere/at/all", "typo", Path("runs/typo")):
         with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
             load_update(tiny_models.build("llama"), name)
