@@ -81,8 +81,8 @@ def test_a_large_update_is_made_and_written_piece_by_piece(
             yield name, tensor
             del tensor
 
-    pieces = updates._tensors
-    monkeypatch.setattr(updates, "_tensors", noted)
+    pieces = saving._tensors
+    monkeypatch.setattr(saving, "_tensors", noted)
     monkeypatch.setattr(results, "write_whole", watched)
     plan.save_pretrained(tmp_path)
     files = sorted(tmp_path.glob("*.safetensors"))
