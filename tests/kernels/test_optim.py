@@ -156,6 +156,30 @@ def test_resumed_run_equals_uninterrupted(rounding: str, state: torch.dtype | No
             assert value.dtype == second.state[b][name].dtype
 
 
+@pytest.mark.parametrize("experts", [1, 3])
+def test_experts_resume(experts: int) -> None:
+    """Of which two of five units train in each: state of several lies flat, that of one does not."""
+    index = torch.tensor([5 * e + unit for e in range(experts) for unit in (1, 3)])
+    g = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(experts, 5, 8, generator=g) for _ in range(2))
+    found = []
+    for resumed in (False, True):
+        p = torch.nn.Parameter(start.clone())
+        group = {"params": [p], "indices": [index], "dims": [(0, 1)]}
+        optimizer = MaskedAdamW([dict(group)], lr=0.1)
+        for step in range(3):
+            if resumed and step == 1:
+                state = copy.deepcopy(optimizer.state_dict())
+                optimizer = MaskedAdamW([dict(group)], lr=0.1)
+                optimizer.load_state_dict(state)
+            p.grad = grad.clone()
+            optimizer.step()
+        moved = (p.detach() != start).flatten(0, 1).any(1).nonzero()[:, 0]
+        assert torch.equal(moved, index)
+        found.append(p.detach())
+    assert torch.equal(*found)
+
+
 def test_deepcopy_continues_alike() -> None:
     params, o, schedule = training("stochastic", BF16)
     advance(params, o, schedule, range(2))
