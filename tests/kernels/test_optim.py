@@ -158,7 +158,7 @@ def test_resumed_run_equals_uninterrupted(rounding: str, state: torch.dtype | No
 
 @pytest.mark.parametrize("experts", [1, 3])
 def test_experts_resume(experts: int) -> None:
-    """Of which two of five units train in each: state of several lies flat, that of one does not."""
+    """Two of five units train in each. State of several lies flat, that of one does not."""
     index = torch.tensor([5 * e + unit for e in range(experts) for unit in (1, 3)])
     g = torch.Generator().manual_seed(0)
     start, grad = (torch.randn(experts, 5, 8, generator=g) for _ in range(2))
