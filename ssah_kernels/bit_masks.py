@@ -78,6 +78,11 @@ def _counts(device: torch.device) -> Tensor:
     return torch.tensor([byte.bit_count() for byte in range(256)], device=device)
 
 
+def count_bits(bits: Tensor) -> int:
+    """How many elements are chosen, of masks ``bits``, uint8 ``[ceil(n / 8)]``; waits for a GPU."""
+    return int(block_offsets(bits)[-1])
+
+
 def block_offsets(bits: Tensor) -> Tensor:
     """How many elements are chosen before each block, and at all: int64 ``[blocks + 1]``.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ssah.interventions.ablation import ablate
-from ssah.interventions.arm_units import runs_alone
+from ssah.interventions.arm_units import split_arms
 from ssah.interventions.hidden import Add, HiddenChange, ProjectOut, ReplaceHidden, ScaleHidden
 from ssah.interventions.intervention import check_not_ablated, intervene
 from ssah.interventions.pruning import prune
@@ -25,7 +25,6 @@ __all__ = [
     "check_not_ablated",
     "intervene",
     "prune",
-    "runs_alone",
 ]
 
 __getattr__ = submodules_of(__name__)

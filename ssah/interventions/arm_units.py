@@ -12,6 +12,8 @@ no channel: for these the weights change, and so the model runs alone.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from ssah.selections import Selection, output_parts
@@ -30,10 +32,22 @@ def arm_units(model: nn.Module, what: UnitSet | Selection) -> UnitSet | None:
     return None if beside else units
 
 
-def runs_alone(model: nn.Module, what: UnitSet | Selection | None) -> bool:
-    """Whether ``what`` cannot be an arm of `ssah.arms`, but only be ablated by itself.
+def split_arms(
+    model: nn.Module, selections: Sequence[UnitSet | Selection | None]
+) -> tuple[list[UnitSet | None], dict[int, Selection]]:
+    """What runs together, and what runs by itself.
+
+    Returns:
+        the units that each arm takes out, None where it takes out nothing or runs by itself; and
+        number of an arm -> what is to be ablated while it runs by itself.
 
     Raises:
         ValueError: a selection of another model.
     """
-    return what is not None and arm_units(model, what) is None
+    units = [None if what is None else arm_units(model, what) for what in selections]
+    alone = {
+        arm: what
+        for arm, (what, own) in enumerate(zip(selections, units, strict=True))
+        if own is None and isinstance(what, Selection)
+    }
+    return units, alone

@@ -12,10 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from ssah_kernels.bit_masks import pack_bits, unpack_bits
-
-# How many bits of a byte are set, for each of the 256 bytes.
-_SET_BITS = torch.tensor([value.bit_count() for value in range(256)], dtype=torch.uint8)
+from ssah_kernels.bit_masks import count_bits, pack_bits, unpack_bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +61,7 @@ class BitMask:
     @cached_property
     def count(self) -> int:
         """Number of entries that are chosen."""
-        return int(_SET_BITS[self.bits.long()].sum(dtype=torch.int64))
+        return count_bits(self.bits)
 
     def to_mask(self) -> Tensor:
         """Bool ``[*shape]`` on the CPU: True where an entry is chosen."""

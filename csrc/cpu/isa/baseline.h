@@ -4,7 +4,7 @@
 // The specification of isa/<isa>.h: each defines these functions, with these results.
 #pragma once
 
-#include "../vectors.h"
+#include "one_by_one.h"
 
 namespace ssah {
 namespace SSAH_ISA {
@@ -53,22 +53,6 @@ SSAH_INLINE vdouble square_root(vdouble x) {
 
 // 1 / v for v from 1 on, to a unit in the last place; 0 for infinity, and perhaps from 2^126 on.
 SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
-
-// The lanes whose bit is set, one behind the other; what follows them is unspecified.
-SSAH_INLINE vuint compressed(vuint v, unsigned bits) {
-  vuint result = v;
-  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
-    if (bits >> i & 1) result[k++] = v[i];
-  }
-  return result;
-}
-// The reverse: lanes whose bit is set have those of `compact` in order, the others those of `rest`.
-SSAH_INLINE vuint expanded(vuint compact, unsigned bits, vuint rest) {
-  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
-    if (bits >> i & 1) rest[i] = compact[k++];
-  }
-  return rest;
-}
 
 }  // namespace SSAH_ISA
 }  // namespace ssah

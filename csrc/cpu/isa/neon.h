@@ -4,7 +4,7 @@
 
 #include <arm_neon.h>
 
-#include "../vectors.h"
+#include "one_by_one.h"  // NEON moves no lanes by a mask: its table look-ups are of bytes
 
 namespace ssah {
 namespace SSAH_ISA {
@@ -36,21 +36,6 @@ SSAH_INLINE vfloat square_root(vfloat x) { return (vfloat)vsqrtq_f32((float32x4_
 SSAH_INLINE vdouble square_root(vdouble x) { return (vdouble)vsqrtq_f64((float64x2_t)x); }
 
 SSAH_INLINE vfloat reciprocal(vfloat v) { return 1 / v; }
-
-// One by one: NEON has no instruction for it, and its table look-ups are of bytes.
-SSAH_INLINE vuint compressed(vuint v, unsigned bits) {
-  vuint result = v;
-  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
-    if (bits >> i & 1) result[k++] = v[i];
-  }
-  return result;
-}
-SSAH_INLINE vuint expanded(vuint compact, unsigned bits, vuint rest) {
-  for (int i = 0, k = 0; i < SSAH_LANES; ++i) {
-    if (bits >> i & 1) rest[i] = compact[k++];
-  }
-  return rest;
-}
 
 }  // namespace SSAH_ISA
 }  // namespace ssah

@@ -16,7 +16,7 @@ from ssah.data import Encoder, check_count
 from ssah.evaluation.generating.decoding import decode, greedy, rows_at_once
 from ssah.evaluation.generating.prompting import Request, check_room, longest_first, prompts
 from ssah.evaluation.generating.reasoning import opens_reasoning, spoken
-from ssah.interventions import Arms, ablate, arms, runs_alone
+from ssah.interventions import Arms, ablate, arms, split_arms
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
@@ -184,19 +184,20 @@ def answers_of_arms(
             for i, row, ids in zip(chunk, rows, new, strict=True):
                 found[own[i]] = _answer(tokenizer, row, ids, stops)
 
-    alone = {arm for arm, what in enumerate(selections) if runs_alone(model, what)}
+    units, alone = split_arms(model, selections)
     with as_it_was(model), greedy(model, tokenizer, stops, max_new_tokens):
         shared = [i for i, (arm, _) in enumerate(jobs) if arm not in alone]
         # The model as it is needs no arms, and may be one whose units we do not know.
-        if any(selections[jobs[i][0]] is not None for i in shared):
-            joined = [None if arm in alone else what for arm, what in enumerate(selections)]
-            with arms(model, joined) as run:
+        if any(units[jobs[i][0]] is not None for i in shared):
+            with arms(model, units) as run:
                 answer(shared, run)
         else:
             answer(shared, None)
-        for arm in sorted(alone & {arm for arm, _ in jobs}):
-            with ablate(model, selections[arm]):  # type: ignore[arg-type]  # None is not alone
-                answer([i for i, job in enumerate(jobs) if job[0] == arm], None)
+        for arm, what in alone.items():
+            own = [i for i, job in enumerate(jobs) if job[0] == arm]
+            if own:  # else nothing need be taken out
+                with ablate(model, what):
+                    answer(own, None)
     return [found[i] for i in range(len(jobs))]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX
 from ssah.evaluation.measures import logits_at
-from ssah.interventions import ablate, arms, runs_alone
+from ssah.interventions import ablate, arms, split_arms
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def divergences(
     """
     reader = BatchReader(check_whole(model), tokens="labels")
     found: list[list[tuple[float, int, float]]] = [[] for _ in selections]
-    joined = [None if runs_alone(model, what) else what for what in selections]
+    units, alone = split_arms(model, selections)
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)
         predicts = _predicting(batch, number)  # [rows, length]
@@ -89,19 +89,18 @@ def divergences(
             stack.enter_context(as_it_was(model))
             run = None
             # The model as it is needs no arms, and may be one whose units we do not know.
-            if any(what is not None for what in joined):
-                run = stack.enter_context(arms(model, [None, *joined]))
+            if any(own is not None for own in units):
+                run = stack.enter_context(arms(model, [None, *units]))
                 run.assign([0] * len(predicts))
             if intact is None:
                 exact = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
             else:
                 stack.enter_context(as_it_was(intact))
                 exact = logits_at(intact, batch.inputs, columns)
-            for arm, (what, own) in enumerate(zip(selections, found, strict=True), start=1):
+            for arm, own in enumerate(found):
                 if run is not None:
-                    run.assign([arm] * len(predicts))
-                alone = what is not None and joined[arm - 1] is None
-                with ablate(model, what) if alone else nullcontext():  # type: ignore[arg-type]
+                    run.assign([1 + arm] * len(predicts))
+                with ablate(model, alone[arm]) if arm in alone else nullcontext():
                     logits = logits_at(model, batch.inputs, columns)
                 own += _of_rows(exact, logits, predicts)
     if not any(found):

@@ -15,7 +15,6 @@ element of which a share s trains, at random: in float32 12 and 16 s, which is 2
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, log
 
 import triton
 import triton.language as tl
@@ -25,7 +24,7 @@ from ssah_kernels import bit_masks
 from ssah_kernels.backends.triton.launch import WARPS, Launch, run
 from ssah_kernels.backends.triton.masked_list import TYPES, bits, device_table
 from ssah_kernels.backends.triton.masked_rounding import KEY_0, KEY_1, noise, noise_key, rounded
-from ssah_kernels.backends.triton.masked_rules import adamw
+from ssah_kernels.backends.triton.masked_rules import adamw, adamw_head
 from ssah_kernels.backends.triton.masked_table import HEAD, find_row, pointer, scalar_or_one
 
 FIELDS = 9  # first program, parameter, gradient, two states, mask, offsets, elements, number
@@ -91,9 +90,6 @@ def plan(
     maximize: bool = False,
 ) -> list[Launch]:
     """The launch of one call; none where nothing trains."""
-    # beta^t is exp(t ln beta): the step is on the device, and Triton has no power of its own.
-    logs = (log(b) if b > 0 else -inf for b in (beta1, beta2))
-    hyper = (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1)
     rows: list[int] = []
     programs = 0
     tensors = zip(params, grads, exp_avgs, exp_avg_sqs, masks, offsets, strict=True)
@@ -104,7 +100,8 @@ def plan(
             programs += bit_masks.n_blocks(n)
     if not programs:
         return []
-    table = device_table([*map(bits, hyper), *rows], params[0].device)
+    head = adamw_head(beta1, beta2, eps, weight_decay)
+    table = device_table([*map(bits, head), *rows], params[0].device)
     args = (table, lr, step, grad_scale, clip_coef, seed, len(rows) // FIELDS)
     options = {
         "MAXIMIZE": maximize,

@@ -11,12 +11,12 @@ device: nothing waits for the GPU.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf, log
 
 from torch import Tensor
 
 from ssah_kernels.backends.triton.launch import Launch, run
 from ssah_kernels.backends.triton.masked_list import Update, launches
+from ssah_kernels.backends.triton.masked_rules import adamw_head
 
 
 def plan(
@@ -27,9 +27,7 @@ def plan(
     weight_decay: float = 0.01,
     maximize: bool = False,
 ) -> list[Launch]:
-    # beta^t is exp(t ln beta): the step is on the device, and Triton has no power of its own.
-    logs = (log(b) if b > 0 else -inf for b in (beta1, beta2))
-    hyper = (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1)
+    hyper = adamw_head(beta1, beta2, eps, weight_decay)
     return launches("adamw", hyper, update, nesterov=False, maximize=maximize)
 
 

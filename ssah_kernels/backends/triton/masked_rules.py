@@ -3,10 +3,19 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 from __future__ import annotations
 
+from math import inf, log
+
 import triton
 import triton.language as tl
 
 from ssah_kernels.backends.triton.masked_table import hyper
+
+
+def adamw_head(beta1: float, beta2: float, eps: float, weight_decay: float) -> tuple[float, ...]:
+    """The numbers of a call that `adamw` finds in the head of the table."""
+    # beta^t is exp(t ln beta): the step is on the device, and Triton has no power of its own.
+    logs = (log(b) if b > 0 else -inf for b in (beta1, beta2))
+    return (*logs, 1 - beta1, beta2, 1 - beta2, eps, weight_decay, beta1)
 
 
 @triton.jit
