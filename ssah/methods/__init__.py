@@ -12,7 +12,15 @@ from __future__ import annotations
 from ssah.lazy import submodules_of
 from ssah.methods.frame import Method
 from ssah.methods.inputs import Inputs
-from ssah.methods.outcomes import Changed, Edited, Outcome, Trained
+from ssah.methods.outcomes import (
+    Changed,
+    Edited,
+    Outcome,
+    Procedure,
+    Trained,
+    TrainingSetup,
+    planned,
+)
 from ssah.methods.registry import describe, method, names
 
 __all__ = [
@@ -21,10 +29,13 @@ __all__ = [
     "Inputs",
     "Method",
     "Outcome",
+    "Procedure",
     "Trained",
+    "TrainingSetup",
     "describe",
     "method",
     "names",
+    "planned",
 ]
 
 __getattr__ = submodules_of(__name__)

@@ -42,6 +42,8 @@ class Method(ABC):
         departures: in what it is not as published, each a sentence; none where it is.
         against: what its control is, in a sentence.
         published: what the paper found, as a direction to compare one's own results with.
+        strength: the setting that says how much is done, where a comparison should try several.
+        strengths: the values of it that are tried.
 
     Raises:
         ValueError: a setting is out of its bounds.
@@ -55,6 +57,8 @@ class Method(ABC):
     departures: ClassVar[tuple[str, ...]] = ()
     against: ClassVar[str]
     published: ClassVar[str]
+    strength: ClassVar[str | None] = None
+    strengths: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)  # as it is made, long before a model is loaded

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssah.deltas import WeightsOf
 
-Need: TypeAlias = Literal["aligned", "base", "tuned", "safety", "utility"]
+Need: TypeAlias = Literal[
+    "aligned",
+    "base",
+    "tuned",
+    "safety",
+    "utility",
+    "tokenizer",
+    "borderline",
+    "harmful",
+    "preferences",
+]
 # What each of them is, for people.
 NEEDS: dict[Need, str] = {
     "aligned": "the aligned model",
@@ -18,6 +28,10 @@ NEEDS: dict[Need, str] = {
     "tuned": "the aligned model after fine-tuning",
     "safety": "harmful requests with refusals",
     "utility": "ordinary instructions with answers",
+    "tokenizer": "the model's tokenizer",
+    "borderline": "harmless requests that look dangerous",
+    "harmful": "your own harmful requests with harmful answers: the project has none",
+    "preferences": "pairs of answers, of which one is preferred",
 }
 
 Loader: TypeAlias = Iterable[Mapping[str, Any]]
@@ -27,7 +41,7 @@ Loader: TypeAlias = Iterable[Mapping[str, Any]]
 class Inputs:
     """Checkpoints and data for methods; what a method does not need may be missing.
 
-    No method here needs a harmful answer.
+    Few methods need harmful answers, and say so. These are the user's own: the project ships none.
 
     Args:
         aligned: the aligned model, as it is before fine-tuning. Methods that run it need it in
@@ -37,6 +51,10 @@ class Inputs:
         safety: batches of harmful requests with refusals, of ``ssah.data.make_loader`` for one;
             the same ones in every iteration.
         utility: batches of ordinary instructions with answers, likewise.
+        tokenizer: of the aligned model.
+        borderline: requests that are harmless and look dangerous, ``builtin:overrefusal`` for one.
+        harmful: batches of harmful requests with harmful answers, likewise.
+        preferences: rows with ``prompt``, ``chosen`` and ``rejected``.
     """
 
     aligned: WeightsOf | None = None
@@ -44,6 +62,10 @@ class Inputs:
     tuned: WeightsOf | None = None
     safety: Loader | None = None
     utility: Loader | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    borderline: Sequence[str] | None = None
+    harmful: Loader | None = None
+    preferences: Sequence[Mapping[str, Any]] | None = None
 
     def check(self, name: str, needs: Iterable[Need]) -> None:
         """Refuse what lacks something.

@@ -34,6 +34,8 @@ class Interpolation(Method):
     )
     against: ClassVar[str] = "A random share alpha^2 of the change, which is as long on average."
     published: ClassVar[str] = "Accuracy under shift rises at no cost to the task, at alpha = 0.5."
+    strength: ClassVar[str | None] = "alpha"
+    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75)
 
     alpha: float = setting(0.5, "How far towards the tuned model.", above=0, max=1)
 

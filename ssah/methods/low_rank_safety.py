@@ -97,6 +97,8 @@ class SafeLoRA(Method):
     )
     against: ClassVar[str] = "C with random directions, for the same matrices."
     published: ClassVar[str] = "Keeps most of the safety at nearly the utility of the fine-tune."
+    strength: ClassVar[str | None] = "threshold"
+    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 0.75)
 
     threshold: float = setting(0.5, "Cosine up to which a matrix is projected.", min=-1, max=1)
 

@@ -77,6 +77,7 @@ def describe(name: str) -> dict[str, Any]:
         "departures": list(of.departures),
         "control": of.against,
         "published": of.published,
+        "strength": of.strength,
         "settings": [
             # Defaults as they are: a table and JSON both show numbers and None.
             {"name": field.name, "default": field.default, "help": about[HELP]}

@@ -39,6 +39,8 @@ class RESTA(Method):
     )
     against: ClassVar[str] = "The same vector with the entries of each tensor in random places."
     published: ClassVar[str] = "Harm falls from 18.6 % to 5.1 % after LoRA, at little cost."
+    strength: ClassVar[str | None] = "gamma"
+    strengths: ClassVar[tuple[float, ...]] = (0.25, 0.5, 1.0)
 
     gamma: float = setting(0.5, "How strongly it is added.", above=0)
 

@@ -26,7 +26,7 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     assert methods.method(name).name == name
     assert about["stage"] in get_args(Stage)
     assert len(about["does"]) <= 39  # a line of `ssah methods`
-    assert getattr(methods, about["gives"]) in (methods.Trained, methods.Changed, methods.Edited)
+    assert about["gives"] in ("Trained", "Procedure", "Changed", "Edited")
     for key in ("does", "paper", "equation", "control", "published"):
         assert about[key].strip(), key
     for sentence in (about["does"], about["control"], *about["departures"]):
@@ -34,6 +34,10 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     assert set(about["needs"]) <= set(get_args(Need)) == set(NEEDS)
     assert "aligned" in about["needs"]
     assert all(each["help"] for each in about["settings"])
+    of = type(methods.method(name))
+    assert (of.strength is None) == (not of.strengths)
+    for value in of.strengths:  # each within the bounds of its setting
+        assert getattr(methods.method(name, **{of.strength: value}), of.strength) == value
 
 
 @pytest.mark.parametrize("name", methods.names())

@@ -11,8 +11,10 @@ import pytest
 from tiny_studies import BUDGET, FREEZE, MEASURED, SOURCES
 
 import ssah
+from ssah.compat.trainer import TrainerCallback
 from ssah.data import encode, load_rows, make_loader
 from ssah.groups import UnitGroups, classify
+from ssah.methods import TrainingSetup
 from ssah.models import load_model
 from ssah.studies.paired_measures import losses
 from ssah.studies.training import comparison as comparison_module
@@ -67,6 +69,31 @@ def test_a_batch_has_as_many_rows_of_each_pool():
         schedule([first, second], 3, 1, 0)
 
 
+def whole(model) -> TrainingSetup:
+    return TrainingSetup(model, None, lambda: model)
+
+
+def test_a_setup_has_an_order_and_callbacks_of_its_own(model_folder):
+    model, tokenizer = load_model(str(model_folder))
+    rows = list(encode(load_rows("builtin:utility[0:8]"), tokenizer))
+    recipe = Recipe(lr=1e-4, batch_size=2, bf16=False, seed=3)
+    asked, seen = [], []
+
+    class Steps(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            seen.append(state.global_step)
+
+    def order(task, size, steps, seed):
+        asked.append((task, size, steps, seed))
+        return [task[0], task[5]] * steps
+
+    own = dataclasses.replace(whole(model), order=order, callbacks=(Steps(),))
+    found = train(own, model, tokenizer, [rows], rows[:2], recipe, steps=3)
+    assert asked == [(rows, 2, 3, 3)]
+    assert seen == [0, 1, 2]
+    assert found["tokens"] == 3 * (len(rows[0]["input_ids"]) + len(rows[5]["input_ids"]))
+
+
 def test_training_stops_at_the_target(model_folder):
     model, tokenizer = load_model(str(model_folder))
     rows = list(encode(load_rows("builtin:utility[0:8]"), tokenizer))
@@ -74,7 +101,7 @@ def test_training_stops_at_the_target(model_folder):
     start = training_loss(model, tokenizer, rows, bf16=False)
     seen: list[int] = []
     found = train(
-        model, model, tokenizer, [rows], rows, recipe, steps=40, target=start - 1,
+        whole(model), model, tokenizer, [rows], rows, recipe, steps=40, target=start - 1,
         advance=seen.append,
     )  # fmt: skip
     assert found["reached"]

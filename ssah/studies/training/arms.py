@@ -6,27 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from torch import nn
+from ssah.methods import TrainingSetup
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from ssah.training import UpdatePlan
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What is trained of a model.
-
-    Attributes:
-        module: for the trainer.
-        plan: in force on the model, or None.
-        finish: to be called afterwards; returns an ordinary model.
-    """
-
-    module: nn.Module
-    plan: UpdatePlan | None
-    finish: Callable[[], PreTrainedModel]
 
 
 @dataclass(frozen=True)
@@ -35,25 +18,14 @@ class Arm:
 
     Attributes:
         lr: learning rate.
-        prepare: given the model and a seed, says what is trained of it.
+        prepare: given the model and a seed, makes it ready for a trainer.
     """
 
     lr: float
-    prepare: Callable[[PreTrainedModel, int], Trained]
+    prepare: Callable[[PreTrainedModel, int], TrainingSetup]
 
 
-def planned(plan: UpdatePlan) -> Trained:
-    """Training under a plan; that what is frozen did not move is verified at the end."""
-
-    def finish() -> PreTrainedModel:
-        plan.verify()  # before it is closed: afterwards nothing knows what was frozen
-        plan.close()
-        return plan.model
-
-    return Trained(plan.model, plan, finish)
-
-
-def lora(model: PreTrainedModel, rank: int) -> Trained:
+def lora(model: PreTrainedModel, rank: int) -> TrainingSetup:
     """Low-rank adapters of all linear layers but the head, scaled by 2; merged at the end.
 
     Source: Hu et al., arXiv 2106.09685, as peft has it.
@@ -73,4 +45,4 @@ def lora(model: PreTrainedModel, rank: int) -> Trained:
         merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[assignment]
         return merged
 
-    return Trained(adapted, None, finish)
+    return TrainingSetup(adapted, None, finish)

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssah.methods import planned
 from ssah.report.pictures import plot_budget
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import MATH, UTILITY
-from ssah.studies.training.arms import Arm, planned
+from ssah.studies.training.arms import Arm
 from ssah.studies.training.comparison import Comparison
 from ssah.studies.training.results import (
     BEFORE,
@@ -32,7 +33,7 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ssah.studies.training.arms import Trained
+    from ssah.methods import TrainingSetup
 
 KIND = "budget"
 FULL, RU = "full", "ru"
@@ -79,10 +80,10 @@ def run_budget(
         groups = study.groups(ru=settings.ru)
 
         # A plan that freezes nothing, so that both arms have the same optimiser.
-        def everything(model: PreTrainedModel, seed: int) -> Trained:
+        def everything(model: PreTrainedModel, seed: int) -> TrainingSetup:
             return planned(freeze(model, UnitSet({}, groups.sizes)))
 
-        def redundant(model: PreTrainedModel, seed: int) -> Trained:
+        def redundant(model: PreTrainedModel, seed: int) -> TrainingSetup:
             return planned(train_only(model, groups["ru"]))
 
         ru_lr = settings.ru_lr or settings.lr

@@ -190,10 +190,10 @@ class Comparison(Study):
         # Small updates of bfloat16 weights round to nothing, so that all arms train in float32.
         model, _ = self.base("float32")
         torch.manual_seed(seed)  # of adapters
-        trained = arm.prepare(model, seed)
+        setup = arm.prepare(model, seed)
         with self.steps.part(key, steps) as advance:
             result = train(
-                trained.module,
+                setup,
                 model,
                 self.tokenizer,
                 self.pools,
@@ -201,13 +201,12 @@ class Comparison(Study):
                 Recipe(arm.lr, settings.batch_size, self.bf16, seed, settings.check_every),
                 steps=steps,
                 target=target,
-                plan=trained.plan,
                 advance=advance,
             )
         # What a call that was killed left there may be half a model.
         shutil.rmtree(folder, ignore_errors=True)
         with quiet():
-            trained.finish().save_pretrained(folder)
+            setup.finish().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         return {**result, "lr": arm.lr, "target": target}
 

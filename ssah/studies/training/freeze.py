@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
+from ssah.methods import planned
 from ssah.report.pictures import plot_freeze
 from ssah.studies.claims import measured_difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
-from ssah.studies.training.arms import Arm, lora, planned
+from ssah.studies.training.arms import Arm, lora
 from ssah.studies.training.comparison import Comparison
 from ssah.studies.training.results import (
     BEFORE,
@@ -35,7 +36,7 @@ from ssah.units import UnitSet
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ssah.studies.training.arms import Trained
+    from ssah.methods import TrainingSetup
 
 KIND = "freeze"
 NONE, SCU, SCU_CU, RANDOM, SCU_ALL_CU, RANDOM_ALL, LORA = FREEZE_ARMS
@@ -120,7 +121,7 @@ def _arm(name: str, groups: UnitGroups, settings: FreezeSettings) -> Arm:
         rate = settings.lora_lr or 10 * settings.lr
         return Arm(rate, lambda model, seed: lora(model, settings.lora_rank))
 
-    def prepare(model: PreTrainedModel, seed: int) -> Trained:
+    def prepare(model: PreTrainedModel, seed: int) -> TrainingSetup:
         return planned(frozen(model, _units(name, groups, settings, seed)))
 
     return Arm(settings.lr, prepare)

@@ -36,7 +36,7 @@ from ssah.training.finetune import make_trainer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from ssah.training import UpdatePlan
+    from ssah.methods import TrainingSetup
 
 _FARTHEST = 16  # updates from one measurement of the training loss to the next
 _CLOSE = 0.005  # nats below the target at which the last update is no longer shortened
@@ -65,7 +65,7 @@ class Recipe:
 
 
 def train(
-    trained: nn.Module,
+    setup: TrainingSetup,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     pools: Sequence[Sequence[Encoded]],
@@ -74,21 +74,20 @@ def train(
     *,
     steps: int,
     target: float | None = None,
-    plan: UpdatePlan | None = None,
     advance: Callable[[int], None] = lambda step: None,
 ) -> dict[str, Any]:
     """Train in place for ``steps`` updates, or until the training loss is at most ``target``.
 
     Args:
-        trained: what the trainer gets: ``model``, or a peft model over it.
+        setup: what the trainer gets: ``model``, or a peft model over it, under a plan or not.
         model: whose loss is measured.
         tokenizer: the model's.
-        pools: rows to train on; a batch has as many of each pool, see `row_order.schedule`.
+        pools: rows to train on; a batch has as many of each pool, see `row_order.schedule`. A setup
+            with an order of its own is given those of the first pool.
         sample: rows of the training data.
         recipe: how to train.
         steps: the most updates.
         target: nats per response token; None: all steps are taken.
-        plan: the plan in force on ``model``, if any: its optimiser is used.
         advance: called with the number of updates done.
 
     Returns:
@@ -100,23 +99,27 @@ def train(
     Raises:
         FloatingPointError: the training loss is not finite: the run diverged.
     """
-    rows = schedule(pools, recipe.batch_size, steps, recipe.seed)
+    if setup.order is None:
+        rows = schedule(pools, recipe.batch_size, steps, recipe.seed)
+    else:
+        rows = setup.order(pools[0], recipe.batch_size, steps, recipe.seed)
     checks = _Checks(
         lambda: training_loss(model, tokenizer, sample, bf16=recipe.bf16),
         recipe.check_every,
         target,
-        [parameter for parameter in trained.parameters() if parameter.requires_grad],
+        [parameter for parameter in setup.module.parameters() if parameter.requires_grad],
         advance,
     )
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as scratch:
         trainer = make_trainer(
-            trained,
+            setup.module,
             rows,
             tokenizer,
             scratch,
-            plan=plan,
-            callbacks=[checks],
+            plan=setup.plan,
+            # Those of the setup first: they may change the weights that are measured.
+            callbacks=[*setup.callbacks, checks],
             drop_mask=may_drop_mask(model),
             in_order=True,
             learning_rate=recipe.lr,
