@@ -82,7 +82,7 @@ def verdict_of(row: Mapping[str, Any]) -> tuple[str, str]:
         state = "undecided"
     smallest = verdict.get("smallest_difference")
     if smallest is None:
-        return state, "nothing to compare with"
+        return state, str(row.get("no_control") or "there is no control")
     remark = f"this run could show {100 * smallest:.1f} points"
     if row.get("reached") is False:
         remark = f"it stopped short of the common training loss; {remark}"

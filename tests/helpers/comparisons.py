@@ -106,9 +106,12 @@ def comparison(
     rows = []
     for name, (subject, values, others) in LINES.items():
         found, control = models(values), models(others)
+        # Among these methods one stands for those against over-refusal.
+        against_over_refusal = name == "refusal-direction"
         none = tuned if subject == "tuned" else intact
         against = {"control": control, "none": none} if controls else {"none": none}
         row = _described(name) | {
+            "needs": [*describe(name)["needs"], *(["borderline"] if against_over_refusal else [])],
             "subject": subject,
             "settings": {"alpha": 0.5},
             "chosen_on": "calibration" if describe(name)["strength"] else "defaults",

@@ -103,7 +103,7 @@ def test_without_controls_and_with_one_seed(tmp_path: Path) -> None:
     found = comparison(seeds=(3,), controls=False)
     shown = section(found)
     line = line_of(shown, "sppft")
-    assert (line.state, line.remark) == ("undecided", "nothing to compare with")
+    assert (line.state, line.remark) == ("undecided", "there is no control")
     assert not line.control
     texts = dict(zip(shown.rankings[0].columns, line.cells, strict=True))
     # One seed has an interval under each judge.

@@ -39,12 +39,14 @@ def test_a_verdict_is_read_off_the_interval(interval: tuple[float, float], expec
 
 
 def test_a_verdict_is_about_what_the_method_is_for() -> None:
-    running = row((-0.2, -0.1), stage="inference", subject="aligned")
+    running = row((-0.2, -0.1), stage="inference", subject="aligned", needs=["borderline"])
     running["differences"]["control"]["asr"] = None
     found = verdict(running)
     assert (found["of"], found["wanted"], found["beats_control"]) == (
         "over_refusal", "lower", "yes",
     )  # fmt: skip
+    attack = verdict(row((0.1, 0.2), stage="inference", subject="aligned", needs=["safety"]))
+    assert (attack["of"], attack["wanted"], attack["beats_control"]) == ("asr", "higher", "yes")
     restoring = row((-0.2, -0.1), stage="inference", subject="tuned")
     assert verdict(restoring)["of"] == "asr"
 

@@ -212,12 +212,19 @@ def _facts(row: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
     yield "paper", str(row.get("paper"))
     yield "departures", " ".join(map(str, row.get("departures") or ())) or "none"
     yield "needs", ", ".join(map(str, row.get("needs") or ())) or "nothing"
-    chosen = "on the calibration split" if row.get("chosen_on") == "calibration" else "by default"
-    for title, key in ((f"settings, {chosen}", "settings"), ("found", "facts")):
+    chosen = _CHOSEN.get(str(row.get("chosen_on")), "")
+    for title, key in ((f"settings{chosen}", "settings"), ("found", "facts")):
         scalars = [table for table in tables(mapping_of(row, key)) if not table.title]
         text = ", ".join(f"{name} {value}" for table in scalars for name, value in table.rows)
         if text:
             yield title, text
+
+
+_CHOSEN = {
+    "calibration": ", chosen on the calibration split",
+    "given": ", given",
+    "defaults": ", the paper's",
+}
 
 
 def comparison_tables(result: Mapping[str, Any]) -> list[Table]:
