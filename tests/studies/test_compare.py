@@ -288,6 +288,18 @@ def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Load
     assert "do not run" in call(*command, part, "--dry-run").stdout
 
 
+# The model is tiny: 32 hidden units, two layers, no unit that writes most at every request.
+SETTABLE = (
+    "sn-tune.share=0.9",
+    "rsn-tune.share=0.5",
+    "safety-ranks.safety_rank=4",
+    "safety-ranks.utility_rank=8",
+    "sppft.first=0",
+    "sppft.last=0",
+    "refusal-direction.max_kl=10",
+)
+
+
 @pytest.mark.exhaustive
 def test_all_methods(loading: Loading, tmp_path: Path) -> None:
     tiny_chat.model(3).save_pretrained(tmp_path / "base")
@@ -295,9 +307,8 @@ def test_all_methods(loading: Loading, tmp_path: Path) -> None:
     settings = replace(
         SETTINGS,
         methods=("all",),
-        set=("sn-tune.share=0.9", "rsn-tune.share=0.5", "safety-ranks.rank=4", "sppft.first=0",
-             "sppft.last=0", "refusal-direction.max_kl=10"),
-    )  # fmt: skip
+        set=SETTABLE,
+    )
     sets = replace(SETS, base=str(tmp_path / "base"))
     record = run_compare(loading, tmp_path / "run", settings, sets)
     rows = rows_of(record)

@@ -50,8 +50,8 @@ def compare(
     """
     quiet_threads()
     from ssah.report.terminal import compare_plan, compare_tables
+    from ssah.studies import OutOfTime
     from ssah.studies import compare as study
-    from ssah.studies.run_folder import OutOfTime
 
     loading = weights.loading(model, rows)
     if dry_run:

@@ -116,7 +116,7 @@ def _process_peak() -> int:
 
 
 def pass_seconds(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], n: int = 3) -> float:
-    """The least time of ``n`` forward passes over a batch."""
+    """The least time of ``n`` passes over a batch, whose ``input_ids`` are ``[rows, tokens]``."""
     inputs = {
         key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch
     }

@@ -93,8 +93,7 @@ class Comparison(Study):
             held_out: name -> rows whose loss is measured.
             arms: how many there are.
 
-        Raises:
-            ValueError: a batch cannot have as many rows of each of the roles.
+        Errors as of `read`.
         """
         self.read(trained, requests, held_out)
         # Precision, two scores, coherence, a copy and three of the model before.
@@ -107,7 +106,11 @@ class Comparison(Study):
         requests: Sequence[str],
         held_out: Mapping[str, Sequence[Row]],
     ) -> None:
-        """Load the model and encode what is trained on and measured; arguments as of `training`."""
+        """Load the model and encode what is trained on and measured; arguments as of `training`.
+
+        Raises:
+            ValueError: a batch cannot have as many rows of each of the roles.
+        """
         settings = self.settings
         judges = distinct_judges(settings.judges, settings.max_new_tokens)
         self.load()
