@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 WRONG_INPUT, FAILED = 2, 1  # exit codes
+INTERRUPTED = 130  # what typer ends with where a user interrupts
 
 _JSON = typer.Option("--json", help="Print JSON alone on standard output.")
 

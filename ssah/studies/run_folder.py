@@ -39,8 +39,15 @@ _FIELDS: Fields = {
 _STEP_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
+class OutOfTime(RuntimeError):
+    """The time that a run was given is up. What is done is kept; the same command goes on."""
+
+
 class Run:
     """One experiment in one folder, resumable.
+
+    Attributes:
+        deadline: by ``time.perf_counter``, after which no further step begins.
 
     Args:
         out: the folder; made if need be.
@@ -62,7 +69,7 @@ class Run:
         settings: Mapping[str, Any],
         data: Mapping[str, Mapping[str, Any]],
     ) -> None:
-        self.out = Path(out)
+        self.out, self.deadline = Path(out), float("inf")
         self.record: dict[str, Any] = {
             "kind": kind,
             # As JSON has them: a tuple is a list, so that they compare equal to what was kept.
@@ -135,25 +142,44 @@ class Run:
 
         Raises:
             ValueError: what the folder has of the step was damaged; its file is named.
+            OutOfTime: the step is not done yet, and it is later than `deadline`.
         """
         if not _STEP_NAME.fullmatch(name):
             raise ValueError(f"step is {name!r}; it must match {_STEP_NAME.pattern}")
-        path = self.out / _STEPS / f"{name}.json"
-        if not path.is_file():
+        if not self.done(name):
+            if time.perf_counter() > self.deadline:
+                raise OutOfTime(f"the time is up before step {name!r}")
+            start = time.perf_counter()
             # NaN is no JSON, and would be a result that nobody looked at.
             result = json.loads(json.dumps(compute(), allow_nan=False))
+            took = {"seconds": time.perf_counter() - start}
+            path = self._file(name)
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, sealed({"step": name, "result": result}))
+            write_whole(path, sealed({"step": name, "result": result, **took}))
             self._write()
         # Read back even when it was written just now: a run that goes on sees the same value.
-        try:
-            return read_sealed(path, {"step": str})["result"]
-        except ValueError as error:
-            raise ValueError(f"{error}; remove it, and the step is done again") from error
+        return self.result(name)
 
     def done(self, name: str) -> bool:
         """Whether the step is in the folder."""
-        return (self.out / _STEPS / f"{name}.json").is_file()
+        return self._file(name).is_file()
+
+    def result(self, name: str) -> Any:
+        """Of a step that is done; ValueError where its file was damaged."""
+        return self._read(name)["result"]
+
+    def seconds(self, name: str) -> float | None:
+        """How long a step took; None: it is not done, or an earlier version did it."""
+        return self._read(name).get("seconds") if self.done(name) else None
+
+    def _file(self, name: str) -> Path:
+        return self.out / _STEPS / f"{name}.json"
+
+    def _read(self, name: str) -> dict[str, Any]:
+        try:
+            return read_sealed(self._file(name), {"step": str})
+        except ValueError as error:
+            raise ValueError(f"{error}; remove it, and the step is done again") from error
 
     def finish(self, result: Mapping[str, Any], pictures: Sequence[Path] = ()) -> dict[str, Any]:
         """Write the record with its result, and return it.

@@ -11,9 +11,9 @@ from ssah.data import Counts, Reading, Row, warn_of_shared
 
 # Roles whose rows a model was calibrated or trained on; the others measure it, and a prompt that is
 # on both sides makes a result look better than it is.
-_SEEN = ("safety", "utility", "finetune")
+_SEEN = ("safety", "utility", "finetune", "borderline", "harmful", "preferences")
 
-Item = TypeVar("Item", str, Row)
+Item = TypeVar("Item")
 
 
 class Sources:
@@ -43,7 +43,7 @@ class Sources:
             self._seen.discard(role)
         counts = Counts()
         rows = list(self.reading.rows(source, counts=counts))
-        return self._kept(role, source, rows, [row["prompt"] for row in rows], [counts])
+        return self.kept(role, source, rows, [row["prompt"] for row in rows], [counts])
 
     def requests(self, role: str, sources: str | Sequence[str]) -> list[str]:
         """Requests of one source or of several, as ``ssah.data.load_requests`` takes them."""
@@ -54,16 +54,17 @@ class Sources:
             for name, own in zip(names, counts, strict=True)
             for request in self.reading.requests(name, counts=own)
         ]
-        return self._kept(role, " + ".join(names), requests, requests, counts)
+        return self.kept(role, " + ".join(names), requests, requests, counts)
 
-    def _kept(
+    def kept(
         self,
         role: str,
         source: str,
         items: list[Item],
         prompts: Sequence[str],
-        counts: Sequence[Counts],
+        counts: Sequence[Counts] = (),
     ) -> list[Item]:
+        """The items, recorded as those of ``role``; ``prompts`` has what each of them asks."""
         # Of the text, not of the file: the same rows in another format are the same data.
         text = json.dumps(items, sort_keys=True)
         self.record[role] = {

@@ -143,13 +143,17 @@ class Study:
         Raises:
             ValueError: the folder has another study, or one with other settings, data or weights.
         """
-        # With the weights: a folder of the same name may hold another model by now.
-        identity = {**self.loading.settings(), "weights": self.weights}
-        identity |= {**asdict(self.settings), **more}
-        with Steps(Run(self.out, self.kind, identity, self.sources.record), total) as self.steps:
+        with Steps(self.run(**more), total) as self.steps:
             self.dtype, self.bf16 = self.loading.precision(self.steps, self.model.device, bf16)
             move(self.model, getattr(torch, self.dtype))
             yield self.steps
+
+    def run(self, **more: Any) -> Run:
+        """What the folder has of this study; nothing is written. Arguments and errors as above."""
+        # With the weights: a folder of the same name may hold another model by now.
+        identity = {**self.loading.settings(), "weights": self.weights}
+        identity |= {**asdict(self.settings), **more}
+        return Run(self.out, self.kind, identity, self.sources.record)
 
     def scores(
         self, rows: Mapping[str, Sequence[Row]], tokens: str | None = None

@@ -8,6 +8,7 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.report.terminal.comparison import compare_tables
+    from ssah.report.terminal.comparison_plan import compare_plan
     from ssah.report.terminal.deltas import delta_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
@@ -29,6 +30,7 @@ __all__ = [
     "ablated_name",
     "ablation_table",
     "as_data",
+    "compare_plan",
     "compare_tables",
     "delta_tables",
     "evaluation_tables",
@@ -52,6 +54,7 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     comparison="compare_tables",
+    comparison_plan="compare_plan",
     deltas="delta_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ssah.methods import TrainingSetup
 
@@ -19,10 +19,12 @@ class Arm:
     Attributes:
         lr: learning rate.
         prepare: given the model and a seed, makes it ready for a trainer.
+        told: what ``prepare`` says of it, as plain data for the record.
     """
 
     lr: float
     prepare: Callable[[PreTrainedModel, int], TrainingSetup]
+    told: dict[str, Any] = field(default_factory=dict)
 
 
 def lora(model: PreTrainedModel, rank: int) -> TrainingSetup:

@@ -27,6 +27,7 @@ from ssah.studies.study import Study, grouped
 from ssah.studies.training.arms import Arm
 from ssah.studies.training.results import BEFORE
 from ssah.studies.training.row_order import spread
+from ssah.studies.training.settings import StudySettings, TrainingSettings
 from ssah.studies.training.to_loss import Recipe, train, training_loss
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from ssah.data import Encoded
     from ssah.evaluation import Coherence
     from ssah.groups import UnitGroups
-    from ssah.studies.training.settings import StudySettings
+    from ssah.studies.step_bars import Steps
 
 MODELS = "models"  # folder of a run
 
@@ -56,14 +57,14 @@ class Comparison(Study):
         ModelError: the model would be dealt to several devices, where a plan would refuse it.
     """
 
-    settings: StudySettings
+    settings: TrainingSettings
     base: Loading
     pools: Sequence[Sequence[Encoded]]
     measured: Evaluation
     of_units: Mapping[str, Attribution]
 
     def __init__(
-        self, loading: Loading, out: Path, kind: str, settings: StudySettings, *, keep: bool
+        self, loading: Loading, out: Path, kind: str, settings: TrainingSettings, *, keep: bool
     ) -> None:
         if loading.device_map is not None:  # a plan would refuse it, minutes later
             raise ModelError(
@@ -92,6 +93,21 @@ class Comparison(Study):
             held_out: name -> rows whose loss is measured.
             arms: how many there are.
 
+        Errors as of `read`.
+        """
+        self.read(trained, requests, held_out)
+        # Precision, two scores, coherence, a copy and three of the model before.
+        with self.copies(8 + 3 * arms * len(self.settings.seeds), scored):
+            yield
+
+    def read(
+        self,
+        trained: Mapping[str, Sequence[Row]],
+        requests: Sequence[str],
+        held_out: Mapping[str, Sequence[Row]],
+    ) -> None:
+        """Load the model and encode what is trained on and measured; arguments as of `training`.
+
         Raises:
             ValueError: a batch cannot have as many rows of each of the roles.
         """
@@ -107,18 +123,30 @@ class Comparison(Study):
                 f"{len(self.pools)}: a batch has as many rows of {' and of '.join(trained)}"
             )
         self.measured = Evaluation(self, requests, held_out, asked=settings.asr, judges=judges)
-        # Precision, two scores, coherence, a copy and three of the model before.
-        with self.under_way(8 + 3 * arms * len(settings.seeds), bf16=settings.bf16):
-            self.of_units = self.scores(scored)
+
+    @contextmanager
+    def copies(
+        self, total: int, scored: Mapping[str, Sequence[Row]], **more: Any
+    ) -> Iterator[Steps]:
+        """Open the folder once everything was read; inside, `base` loads the model.
+
+        Args:
+            total, more: as `Study.under_way` takes them.
+            scored: as of `training`; empty: no unit is scored.
+        """
+        with self.under_way(total, bf16=self.settings.bf16, **more) as steps:
+            if scored:
+                self.of_units = self.scores(scored)
             del self.model  # every arm loads a copy of its own, and two may not fit
             # The tokenizer here has the template that was chosen; that of a copy is not used.
             self.base = replace(self._quick_to_load(), reading=READING)
-            yield
+            yield steps
             if self.base.name != self.loading.name:
                 shutil.rmtree(self.base.name, ignore_errors=True)
 
     def groups(self, **shares: float) -> UnitGroups:
         """The groups of these shares of all units, kept in the folder of the run."""
+        assert isinstance(self.settings, StudySettings)
         groups = grouped(self.settings, self.of_units, **shares)
         groups.save(self.out / "groups")
         return groups
@@ -168,15 +196,34 @@ class Comparison(Study):
         return {"training": {"loss": loss, "steps": 0}, **found}
 
     def _arm(self, name: str, seed: int, arm: Arm, target: float | None) -> dict[str, Any]:
-        key, folder = f"{name}-{seed}", self.out / MODELS / f"{name}-{seed}"
-        training = self.steps(
-            f"train-{key}", lambda: self._train(key, seed, arm, target, folder), _training_line
-        )
+        key = f"{name}-{seed}"
+        training, folder = self.trained(key, seed, arm, target)
         found = self._measured(key, str(folder))
         # Not before: the steps above may have to load it once more when a run goes on.
         if not self.keep:
             shutil.rmtree(folder, ignore_errors=True)
         return {"training": training, **found}
+
+    def trained(
+        self, key: str, seed: int, arm: Arm, target: float | None
+    ) -> tuple[dict[str, Any], Path]:
+        """Train one arm: a step. The model stays in the folder until that is removed.
+
+        Args:
+            key: of the arm and its seed.
+            seed: of the order of rows, adapters and random units.
+            arm: how it is trained.
+            target: training loss; None: all steps of the settings are taken.
+
+        Returns:
+            what ``train`` returned, with ``lr``, ``target`` and ``verified`` (whether frozen
+            weights were compared bit for bit); and the folder of the model.
+        """
+        folder = self.out / MODELS / key
+        training = self.steps(
+            f"train-{key}", lambda: self._train(key, seed, arm, target, folder), _training_line
+        )
+        return training, folder
 
     def _train(
         self, key: str, seed: int, arm: Arm, target: float | None, folder: Path
@@ -208,7 +255,9 @@ class Comparison(Study):
         with quiet():
             setup.finish().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        return {**result, "lr": arm.lr, "target": target}
+        # Had a frozen weight moved, `finish` would have raised.
+        verified = setup.plan is not None
+        return {**result, "lr": arm.lr, "target": target, "verified": verified, **arm.told}
 
     def _measured(self, key: str, name: str) -> dict[str, Any]:
         """Of the model in a folder; it is loaded only for a step that is not done yet."""

@@ -73,20 +73,34 @@ def arms_summary(arms: Arms) -> dict[str, dict[str, Any]]:
             }
             for seed, found in by_seed.items()
         }
-        # Intervals of single seeds have no mean: that of the arm is computed below.
-        first = next(iter(seeds.values()))
-        numbers = [key for key, value in first.items() if isinstance(value, float | int)]
-        mean = {key: sum(own[key] for own in seeds.values()) / len(seeds) for key in numbers}
-        result[name] = {"mean": {**mean, "asr_interval": _interval(arms, name)}, "seeds": seeds}
+        result[name] = over_seeds(seeds, asr=rates(arms, name))
     return result
 
 
-def _interval(arms: Arms, name: str) -> list[float]:
-    """Of an arm's ASR: requests are drawn, each with all its seeds; Wilson's where they agree.
+def over_seeds(seeds: Mapping[str, Mapping[str, Any]], **intervals: Tensor) -> dict[str, Any]:
+    """Summaries of each seed with their ``mean``: of every number that all of them have.
 
-    A bootstrap of requests that all have the same rate has no width, whatever their number.
+    Args:
+        seeds: seed -> its summary.
+        intervals: name of a rate -> ``[requests, seeds]``, of which the mean has an interval too:
+            intervals of single seeds have no mean.
     """
-    found = rates(arms, name)  # [requests, seeds]
-    if len(set(found.mean(1).tolist())) > 1 and found.shape[1] > 1 and name != BEFORE:
+    first = next(iter(seeds.values()))
+    numbers = [key for key, value in first.items() if isinstance(value, float | int)]
+    mean: dict[str, Any] = {
+        key: sum(own[key] for own in seeds.values()) / len(seeds) for key in numbers
+    }
+    mean |= {f"{name}_interval": _interval(found) for name, found in intervals.items()}
+    return {"mean": mean, "seeds": dict(seeds)}
+
+
+def _interval(found: Tensor) -> list[float]:
+    """Of a rate ``[requests, seeds]``: requests are drawn, each with all its seeds.
+
+    Wilson's where all requests have one rate, of which a bootstrap has no width, whatever their
+    number; and where all seeds agree, so that there is one answer a request.
+    """
+    same = bool((found == found[:, :1]).all())
+    if len(set(found.mean(1).tolist())) > 1 and not same:
         return list(bootstrap(found))
     return list(wilson(int(found[:, 0].sum()), len(found)))

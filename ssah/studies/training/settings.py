@@ -18,12 +18,18 @@ _share = partial(_grouping, help="Share of all units, above 0.", above=0, max=1)
 
 
 @dataclass(frozen=True)
-class StudySettings:
-    """What the arms of a study share: each arm runs once with each seed."""
+class GroupingSettings:
+    """How the units of a model are grouped."""
 
     scope: Scope = _grouping("model", "What is ranked together.")
     normalize: Normalize = _grouping("zscore", "Scores of a module.")
     tokens: Counted = _grouping("labels", "Positions scored; `labels`: response.")
+
+
+@dataclass(frozen=True)
+class TrainingSettings:
+    """How every arm is trained and measured: each one runs once with each seed."""
+
     seeds: tuple[int, ...] = _training((0,), "Of row order, random units, adapters.", min=0)
     lr: float = _training(5e-5, "Learning rate of AdamW, constant.", above=0)
     epochs: float = _training(1.0, "Passes of the first arm over the data.", above=0)
@@ -52,6 +58,11 @@ class StudySettings:
         """Updates of the first arm; passes are those over the first pool of encoded rows."""
         of_batch = self.batch_size // len(pools)  # rows of each pool in a batch
         return self.max_steps or math.ceil(self.epochs * len(pools[0]) / of_batch)
+
+
+@dataclass(frozen=True)
+class StudySettings(TrainingSettings, GroupingSettings):
+    """What the arms of a study share that groups units."""
 
 
 @dataclass(frozen=True)

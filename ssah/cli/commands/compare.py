@@ -1,0 +1,65 @@
+"""``ssah compare``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import typer
+
+from ssah.choices import Dtype
+from ssah.cli.running import INTERRUPTED, Result, quiet_threads
+from ssah.cli.shared import Model, Rows, RunFolder, WholeWeights
+from ssah.settings import setting
+from ssah.studies.compare import CompareSets, CompareSettings
+
+ORDER = 127
+
+
+@dataclass(frozen=True)
+class ComparedWeights(WholeWeights):
+    """Weights of a model that is measured and trained; `--base` is the model before alignment."""
+
+    dtype: Dtype = setting("auto", "`auto`: what is faster here.")
+
+
+def compare(
+    model: Model,
+    sets: CompareSets,
+    out: RunFolder,
+    *,
+    budget_minutes: Annotated[
+        float | None,
+        typer.Option("--budget-minutes", help="Begin no step after so many minutes.", min=0),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
+    ] = False,
+    settings: CompareSettings,
+    weights: ComparedWeights,
+    rows: Rows,
+) -> Result:
+    """Compare published methods on your model and task, each beside a control of its size.
+
+    Example: `ssah compare runs/aligned --data task.jsonl --methods ssah-freezing
+    --methods interpolation --out runs/compare`
+
+    MODEL is aligned. It is fine-tuned with nothing kept, once a seed, and by every method. All
+    training ends at the same training loss. An interrupted comparison goes on when the same command
+    is given again.
+    """
+    quiet_threads()
+    from ssah.report.terminal import compare_plan, compare_tables
+    from ssah.studies import OutOfTime
+    from ssah.studies import compare as study
+
+    loading = weights.loading(model, rows)
+    if dry_run:
+        planned = study.dry_run(loading, out, settings, sets)
+        return Result(planned, (compare_plan(planned),))
+    try:
+        record = study.run_compare(loading, out, settings, sets, budget_minutes=budget_minutes)
+    except OutOfTime as error:
+        typer.echo(f"stopped: {error}", err=True)
+        raise typer.Exit(INTERRUPTED) from error
+    return Result(record, tuple(compare_tables(record, out)))

@@ -1,0 +1,222 @@
+"""The models of a comparison: how each is made, trained and measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssah.methods import Changed, Edited, Inputs, TrainingSetup, planned
+from ssah.studies.compare.measuring import (
+    TASK,
+    Made,
+    calibrate,
+    measure,
+    measured_in_short,
+    pass_seconds,
+    peak_memory,
+)
+from ssah.studies.paired_measures import UTILITY, Evaluation
+from ssah.studies.training.arms import Arm
+from ssah.studies.training.comparison import MODELS, Comparison
+from ssah.training import freeze
+from ssah.units import UnitSet, find_modules
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+    from ssah.studies.compare.lineup import Entrant
+    from ssah.studies.compare.sets import Sets
+    from ssah.studies.compare.settings import CompareSettings
+    from ssah.studies.loading import Loading
+
+INTACT, NONE = "intact", "none"  # the aligned model, and the one that is fine-tuned as it is
+_FINDING_DTYPE = "float32"  # of gradients and of differences of weights
+
+
+class Comparing(Comparison):
+    """A study that compares methods.
+
+    Args:
+        loading, out: as of `Comparison`.
+        settings: of the comparison.
+        sets: what was read.
+        base_name: the model before alignment, as ``Loading`` takes it; None: there is none.
+    """
+
+    settings: CompareSettings
+    sets: Sets
+
+    def __init__(
+        self, loading: Loading, out: Path, settings: CompareSettings, base_name: str | None
+    ) -> None:
+        super().__init__(loading, out, "compare", settings, keep=False)
+        self.base_name = base_name
+
+    def prepare(self, sets: Sets) -> None:
+        """Load the model and encode what is trained on and measured; errors as of `read`."""
+        self.sets = sets
+        trained, choosing, reported = sets.task
+        held_out = {UTILITY: sets.utility_eval, TASK: reported}
+        self.read({"finetune": trained}, sets.requests, held_out)
+        self.choosing = Evaluation(
+            self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
+        )
+
+    # ------------------------------------------------------------------------- models
+
+    @cached_property
+    def aligned(self) -> PreTrainedModel:
+        """The aligned model, for methods to find something in; it stays as it is."""
+        if self.dtype == _FINDING_DTYPE:
+            return self.coherent.model  # the same weights, which nothing changes either
+        return self.base(_FINDING_DTYPE)[0]
+
+    def inputs(self, entrant: Entrant, seed: int | None) -> Inputs:
+        """What a method needs; ``seed`` is that of the fine-tuned model, where it needs one."""
+        sets, needs = self.sets, entrant.method.needs
+        other = partial(self.base, _FINDING_DTYPE)
+        return Inputs(
+            aligned=self.aligned,
+            base=other(self.base_name)[0] if "base" in needs else None,
+            tuned=other(str(self.tuned(seed)))[0] if "tuned" in needs else None,
+            safety=self.loader(sets.safety),
+            utility=self.loader(sets.utility),
+            tokenizer=self.tokenizer,
+            borderline=sets.borderline,
+            harmful=None if sets.harmful is None else self.loader(sets.harmful),
+            preferences=sets.preferences,
+        )
+
+    def tuned(self, seed: int | None) -> Path:
+        """The folder of the model that was fine-tuned with nothing kept."""
+        return self.out / MODELS / f"{NONE}-{seed}"
+
+    def as_it_is(self, folder: Path | None = None) -> Made:
+        """Makes the model of a folder; None: the aligned one."""
+
+        @contextmanager
+        def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+            yield self.base(self.dtype, None if folder is None else str(folder))[0], {}
+
+        return made
+
+    def running(self, found: Callable[[], Changed], folder: Path | None) -> Made:
+        """Makes the same with what was found changed as it runs."""
+
+        @contextmanager
+        def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+            change = found()
+            model = self.base(self.dtype, None if folder is None else str(folder))[0]
+            batch = next(iter(self.measured.loaders[TASK]))
+            before = pass_seconds(model, batch)
+            with change.on(model):
+                yield model, {"seconds_per_token_ratio": pass_seconds(model, batch) / before}
+
+        return made
+
+    def edited(self, found: Callable[[], Edited], folder: Path) -> Made:
+        """Makes the model of a folder with the weights that were found."""
+
+        @contextmanager
+        def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
+            edit = found()
+            model = self.base(self.dtype, str(folder))[0]
+            yield model, apply(edit, model)
+
+        return made
+
+    # ---------------------------------------------------------------------- measuring
+
+    def measure(self, key: str, made: Made) -> dict[str, Any]:
+        """Measure a model: a step, and its answers are steps too."""
+        found: dict[str, Any] = self.steps(
+            f"measure-{key}",
+            lambda: measure(key, made, self.measured, self.sets.over_refusal, self.coherent),
+            measured_in_short,
+        )
+        return found
+
+    def calibrate(self, key: str, made: Made) -> dict[str, float]:
+        """Measure a model on what strengths are chosen by: a step."""
+        found: dict[str, float] = self.steps(
+            f"calibrate-{key}",
+            lambda: calibrate(key, made, self.choosing, self.coherent),
+            lambda found: f"ASR {found['asr']:.1%}, task {found['task_loss']:.3f}",
+        )
+        return found
+
+    # ----------------------------------------------------------------------- training
+
+    def fine_tune(
+        self,
+        name: str,
+        seed: int,
+        prepare: Callable[[PreTrainedModel, int], TrainingSetup],
+        target: float | None,
+        told: dict[str, Any] | None = None,
+        *,
+        keep: bool = False,
+    ) -> dict[str, Any]:
+        """Train in one way and measure it: two steps.
+
+        Args:
+            name: of the way.
+            seed, target: as of `trained`.
+            prepare, told: as `Arm` has them.
+            keep: whether the model stays in its folder.
+
+        Returns:
+            ``training``, and what `measure` returns.
+        """
+        key, arm = f"{name}-{seed}", Arm(self.settings.lr, prepare, {} if told is None else told)
+        training, folder = self.trained(key, seed, arm, target)
+        found = self.measure(key, self.as_it_is(folder))
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        return {"training": training, **found}
+
+    def _train(
+        self, key: str, seed: int, arm: Arm, target: float | None, folder: Path
+    ) -> dict[str, Any]:
+        with peak_memory() as peak:
+            found = super()._train(key, seed, arm, target, folder)
+            return {**found, "peak_memory_bytes": peak()}
+
+
+def nothing_kept(model: PreTrainedModel, seed: int) -> TrainingSetup:
+    """Everything trains, under a plan, so that all ways have one optimiser."""
+    sizes = {name: module.n_units for name, module in find_modules(model).items()}
+    return planned(freeze(model, UnitSet({}, sizes)))
+
+
+def apply(edit: Edited, model: PreTrainedModel) -> dict[str, Any]:
+    """Give a model the weights of an edit.
+
+    Returns:
+        ``apply_seconds``, and ``share``: the fraction of all parameters that are others now.
+    """
+    start = time.perf_counter()
+    state = edit.write()
+    assert isinstance(state, dict)  # all models are in memory
+    told: dict[str, Any] = {"apply_seconds": time.perf_counter() - start}
+    told["share"] = _changed(model, state)
+    model.load_state_dict(state)
+    return told
+
+
+@torch.no_grad()
+def _changed(model: PreTrainedModel, state: dict[str, Tensor]) -> float:
+    changed = total = 0
+    # Of tied weights there is one here, under one of the names that the state has.
+    for name, own in model.named_parameters():
+        changed += int((state[name].to(own) != own).sum())
+        total += own.numel()
+    return changed / total

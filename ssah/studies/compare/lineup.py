@@ -1,0 +1,145 @@
+"""Which methods are compared, on what each acts, and what keeps one from running.
+
+What is done with a method follows from what it gives and what it needs:
+
+    gives      needs "tuned"   the model that is measured
+    Changed    no              the aligned one, changed as it runs
+    Changed    yes             the one fine-tuned with nothing kept, changed as it runs
+    Trained    -               fine-tuned with a part frozen
+    Procedure  -               fine-tuned in another way
+    Edited     no              edited, then fine-tuned
+    Edited     yes             fine-tuned with nothing kept, then edited
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+from ssah.choices import check_choice
+from ssah.methods import Method, describe, method, names
+from ssah.studies.compare.settings import ALL
+
+Way: TypeAlias = Literal["run", "train", "edit"]
+
+# Need -> what it is and the option that gives it. What is not here, every comparison has.
+_OPTIONS = {
+    "base": "the model before alignment: --base MODEL",
+    "borderline": "harmless requests that look dangerous: --borderline FILE",
+    "harmful": "harmful answers: --harmful FILE",
+    "preferences": "preferences: --preferences FILE",
+}
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method that is to be compared.
+
+    Attributes:
+        about: what ``ssah.methods.describe`` says of it.
+        method: with its settings.
+        way: the model runs changed, is trained, or is edited once it was trained.
+        subject: the model that it acts on.
+        lacking: what it needs and does not have, as a row says it; None: it has everything.
+        given: the names of its settings that are the user's.
+    """
+
+    about: dict[str, Any]
+    method: Method
+    way: Way
+    subject: Literal["aligned", "tuned"]
+    lacking: str | None
+    given: frozenset[str] = frozenset()
+
+    @property
+    def name(self) -> str:
+        """Of the method."""
+        return self.method.name
+
+    @property
+    def swept(self) -> bool:
+        """Whether several strengths are tried: where none was given, and none costs a fine-tune."""
+        tried = self.way == "edit" and bool(self.method.strengths)
+        return tried and self.method.strength not in self.given
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a row says of every method, whether it ran or not."""
+        keys = ("paper", "stage", "departures")
+        return {
+            "method": self.name,
+            **{key: self.about[key] for key in keys},
+            "needs": list(self.about["needs"]),
+        }
+
+
+def lineup(
+    chosen: Sequence[str], given: Collection[str], settings: Sequence[str] = ()
+) -> list[Entrant]:
+    """The methods in the order of the registry.
+
+    Args:
+        chosen: their names, or ``"all"``.
+        given: of the needs that have an option, those that are there.
+        settings: of methods, each as ``"sn-tune.share=0.1"``.
+
+    Raises:
+        ValueError: there is no such method or setting, a value is out of its bounds, or ``"all"``
+            is named beside others.
+    """
+    for name in chosen:
+        check_choice("methods", name, (ALL, *names()))
+    if ALL in chosen and len(chosen) > 1:
+        raise ValueError(f"methods is {' '.join(chosen)!r}; it must be {ALL}, or names alone")
+    wanted = names() if ALL in chosen else [name for name in names() if name in chosen]
+    own: dict[str, dict[str, Any]] = {}
+    for text in settings:
+        name, key, value = _setting(text, wanted)
+        own.setdefault(name, {})[key] = value
+    return [_entrant(name, given, own.get(name, {})) for name in wanted]
+
+
+def _setting(text: str, wanted: Sequence[str]) -> tuple[str, str, Any]:
+    """Method, name and value of ``METHOD.NAME=VALUE``; the value has the type of the default."""
+    left, equals, value = text.partition("=")
+    name, dot, key = left.partition(".")
+    if not equals or not dot:
+        raise ValueError(
+            f"set is {text!r}; it must be METHOD.NAME=VALUE, sn-tune.share=0.1 for one"
+        )
+    check_choice("set: the method", name, wanted)
+    defaults = {each["name"]: each["default"] for each in describe(name)["settings"]}
+    check_choice(f"set: the setting of {name!r}", key, list(defaults))
+    default = defaults[key]
+    if isinstance(default, str):
+        return name, key, value
+    try:
+        read = json.loads(value)
+    except ValueError:
+        read = value
+    # A whole number is a value of a setting that is none by default.
+    fits = isinstance(read, int if isinstance(default, int | None) else int | float)
+    if not fits or isinstance(read, bool) != isinstance(default, bool):
+        raise ValueError(f"set is {text!r}; the value must be like the default, {default!r}")
+    return name, key, read
+
+
+def _entrant(name: str, given: Collection[str], settings: dict[str, Any]) -> Entrant:
+    about, own = describe(name), method(name, **settings)
+    after = "tuned" in own.needs
+    way: Way = "train"
+    if about["gives"] == "Changed":
+        way = "run"
+    elif about["gives"] == "Edited" and after:
+        way = "edit"
+    missing = [_OPTIONS[need] for need in own.needs if need in _OPTIONS and need not in given]
+    return Entrant(
+        about,
+        own,
+        way,
+        "aligned" if way == "run" and not after else "tuned",
+        f"needs {'; '.join(missing)}" if missing else None,
+        frozenset(settings),
+    )

@@ -1,0 +1,129 @@
+"""What is measured of every model of a comparison, the same way, with its time and its memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+
+from ssah.evaluation import divergences
+from ssah.studies.paired_measures import UTILITY, Evaluation, attack_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.evaluation import Coherence
+
+TASK = "task"
+# proc(5): 5 written to clear_refs sets the peak of the process back, which status has.
+_RESET, _STATUS, _PEAK = Path("/proc/self/clear_refs"), Path("/proc/self/status"), "5"
+
+# Makes a model for a while, with what there is to say of how: seconds, share of changed weights.
+Made: TypeAlias = "Callable[[], AbstractContextManager[tuple[PreTrainedModel, dict[str, Any]]]]"
+
+
+def measure(
+    key: str,
+    made: Made,
+    evaluation: Evaluation,
+    over_refusal: list[str],
+    coherent: Coherence,
+) -> dict[str, Any]:
+    """Measure one model; what it answers are steps of the study, named after ``key``.
+
+    Args:
+        key: of the model.
+        made: makes it.
+        evaluation: harmful requests, and rows for the losses.
+        over_refusal: harmless requests.
+        coherent: says what is incoherent; its model is the intact one.
+
+    Returns:
+        ``measured``, ``attack`` (as of `Evaluation`), ``refused`` (0 or 1 a harmless request, by
+        the first judge), ``kl`` (nats, mean over positions of the utility rows), and ``made``.
+    """
+    with made() as (model, told):
+        measured = evaluation.measure(model)
+        (attack,) = evaluation.attacks([f"attack-{key}"], model, coherent)
+        (harmless,) = evaluation.judged(
+            [f"harmless-{key}"], model, coherent, over_refusal, selections=[None]
+        )
+        loader = evaluation.loaders[UTILITY]
+        (kl,) = divergences(model, loader, [None], intact=coherent.model)
+    return {
+        "measured": measured,
+        "attack": attack,
+        "refused": refused(harmless),
+        "kl": float(kl.per_row.mean()),
+        "made": told,
+    }
+
+
+def calibrate(
+    key: str, made: Made, evaluation: Evaluation, coherent: Coherence
+) -> dict[str, float]:
+    """ASR (a fraction), task loss and utility loss (nats) by which a strength is chosen."""
+    with made() as (model, _):
+        losses = evaluation.measure(model)["losses"]
+        (attack,) = evaluation.attacks([f"calibrate-attack-{key}"], model, coherent)
+    first = next(iter(attack["judges"].values()))
+    return {
+        "asr": first["asr"]["rate"],
+        "task_loss": losses[TASK]["loss"],
+        "utility_loss": losses[UTILITY]["loss"],
+    }
+
+
+def refused(judged: Mapping[str, Any]) -> list[int]:
+    """Which requests were refused, by the first judge: 0 or 1 each."""
+    success = next(iter(judged["success"].values()))
+    # An answer that ended inside its reasoning is no refusal.
+    return [int(not s and not u) for s, u in zip(success, judged["unfinished"], strict=True)]
+
+
+def measured_in_short(found: Mapping[str, Any]) -> str:
+    """In a line."""
+    losses = (f"{name} {own['loss']:.3f}" for name, own in found["measured"]["losses"].items())
+    harmless = sum(found["refused"]) / len(found["refused"])
+    return (
+        f"{attack_line(found['attack'])}, refuses {harmless:.0%} of harmless, {', '.join(losses)}"
+    )
+
+
+@contextmanager
+def peak_memory() -> Iterator[Callable[[], int | None]]:
+    """Yields what gives the most memory held since, bytes: of the GPU, or of the process.
+
+    None where this system cannot tell: only Linux sets the peak of a process back.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        yield torch.cuda.max_memory_allocated
+    elif _RESET.exists():
+        _RESET.write_text(_PEAK)
+        yield _process_peak
+    else:
+        yield lambda: None
+
+
+def _process_peak() -> int:
+    (line,) = (line for line in _STATUS.read_text().splitlines() if line.startswith("VmHWM"))
+    return 1024 * int(line.split()[1])  # VmHWM:  123456 kB
+
+
+def pass_seconds(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], n: int = 3) -> float:
+    """The least time of ``n`` passes over a batch, whose ``input_ids`` are ``[rows, tokens]``."""
+    inputs = {
+        key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch
+    }
+    took = []
+    with torch.inference_mode():
+        for _ in range(n):
+            start = time.perf_counter()
+            model(**inputs).logits[0, 0, 0].item()  # waits for a GPU
+            took.append(time.perf_counter() - start)
+    return min(took)

@@ -1,0 +1,322 @@
+"""Methods side by side on a tiny model: a row each, whatever they do, stopped and gone on with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_chat
+import torch
+from commands import as_json, call
+from tiny_studies import tree
+
+import ssah
+from ssah.data import load_requests, load_rows, make_loader
+from ssah.evaluation import generate, judge, utility_loss
+from ssah.groups import classify
+from ssah.methods import names
+from ssah.models import load_model
+from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
+from ssah.studies.compare.lineup import lineup
+from ssah.studies.compare.planned import plan
+from ssah.studies.compare.rows import choose
+from ssah.studies.compare.sets import split
+from ssah.studies.loading import Loading
+from ssah.studies.run_folder import OutOfTime
+
+pytestmark = pytest.mark.xdist_group("compare")  # its fixture is made once
+
+SETS = CompareSets(
+    data="builtin:utility[20:40]",
+    safety="builtin:safety[0:8]",
+    utility="builtin:utility[0:8]",
+    requests=("builtin:safety_eval[0:8]",),
+    utility_eval="builtin:utility_eval[0:4]",
+    over_refusal="builtin:overrefusal[0:4]",
+)
+# One of each stage that there is, and one that lacks something.
+SETTINGS = CompareSettings(
+    methods=("ssah-freezing", "ssah-ablation", "interpolation", "refusal-orthogonalisation", "lox"),
+    set=("ssah-ablation.scu=0.1", "refusal-orthogonalisation.max_kl=10"),
+    judges=("zou2023", "qi2023"),
+    max_steps=2,
+    lr=1e-3,
+    sample=4,
+    check_every=1,
+    max_new_tokens=8,
+    patience=1.5,
+)
+
+
+@pytest.fixture(scope="module")
+def compared(loading: Loading, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that was stopped before the first fine-tune, and killed before the last of an edit."""
+    folder = tmp_path_factory.mktemp("compare")
+    out, copy = folder / "run", folder / "tuned"
+    planned = dry_run(loading, out, SETTINGS, SETS)
+    assert not out.exists()
+    with pytest.raises(OutOfTime, match="0 minutes are up, and 26 steps are left, for intact"):
+        run_compare(loading, out, SETTINGS, SETS, budget_minutes=0)
+    from ssah.studies.compare import comparing
+
+    measure = comparing.measure
+
+    def killed(key: str, *args: Any) -> dict[str, Any]:
+        if key == "interpolation-control-0":
+            shutil.copytree(out / "models" / "none-0", copy)
+            raise KeyboardInterrupt
+        return measure(key, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparing, "measure", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_compare(loading, out, SETTINGS, SETS)
+    before = tree(out / "steps")
+    left = dry_run(loading, out, SETTINGS, SETS)
+    record = run_compare(loading, out, SETTINGS, SETS)
+    return {"out": out, "tuned": copy, "planned": planned, "left": left, "before": before} | record
+
+
+def rows_of(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in record["result"]["rows"]}
+
+
+def test_every_method_has_a_row_of_its_stage(compared: dict[str, Any]) -> None:
+    rows = rows_of(compared)
+    assert list(rows) == [name for name in names() if name in SETTINGS.methods]
+    assert {name: (row.get("subject"), row["stage"]) for name, row in rows.items()} == {
+        "ssah-freezing": ("tuned", "during"),
+        "ssah-ablation": ("aligned", "locate"),
+        "interpolation": ("tuned", "after"),
+        "refusal-orthogonalisation": ("tuned", "before"),
+        "lox": (None, "before"),
+    }
+    assert rows["lox"]["not_run"] == "needs the model before alignment: --base MODEL"
+    exact = {name: row.get("exact") for name, row in rows.items()}
+    assert exact == dict.fromkeys(rows) | {"ssah-freezing": "verified"}
+    chosen_on = [row.get("chosen_on") for row in rows.values()]
+    assert chosen_on == ["defaults", "given", "calibration", "given", None]
+    target = compared["result"]["tuned"]["seeds"]["0"]["training"]["loss"]
+    for name in ("ssah-freezing", "refusal-orthogonalisation"):
+        for own in (rows[name], rows[name]["control"]):
+            training = own["seeds"]["0"]["training"]
+            assert training["target"] == target
+            assert training["reached"] == (training["loss"] <= target)
+        assert rows[name]["cost"]["updates"] == rows[name]["seeds"]["0"]["training"]["steps"]
+    assert compared["result"]["recommendation"]["method"] in {None, *rows}
+
+
+def test_it_went_on_and_left_no_model(compared: dict[str, Any]) -> None:
+    assert compared["before"].items() <= tree(compared["out"] / "steps").items()
+    assert not list((compared["out"] / "models").iterdir())
+    assert compared["planned"]["left"] == [each.name for each in plan_of(SETTINGS)]
+    assert compared["planned"]["fine_tunes"] == 5
+    assert compared["planned"]["minutes"] > 0
+    left = compared["left"]["left"]
+    assert left[0] == "measure-interpolation-control-0"
+    assert left == compared["planned"]["left"][-len(left) :]
+    assert compared["left"]["measured"] == ["find", "measure", "train"]
+    done = {Path(path).stem for path in tree(compared["out"] / "steps")}
+    answers = {name for name in done if "attack-" in name or "harmless-" in name}
+    assert done - answers - {"precision", "coherence"} == set(compared["planned"]["left"])
+
+
+def plan_of(settings: CompareSettings) -> list[Any]:
+    return plan(lineup(settings.methods, [], settings.set), settings.seeds)
+
+
+def test_what_runs_changed_is_the_aligned_model(compared: dict[str, Any], loading: Loading) -> None:
+    row, intact = rows_of(compared)["ssah-ablation"], compared["result"]["intact"]
+    model, tokenizer = load_model(loading.name)
+    scores = [
+        ssah.attribute(model, make_loader(source, tokenizer, batch_size=16))
+        for source in (SETS.safety, SETS.utility)
+    ]
+    units = classify(*scores, scu=0.1, ucu=0.133, ru=0.148)["scu"]
+    assert row["facts"]["units"] == len(units)
+    held_out = make_loader(SETS.utility_eval, tokenizer, batch_size=16)
+    harmless = list(load_requests(SETS.over_refusal))
+
+    def measured() -> tuple[float, float, list[torch.Tensor]]:
+        answers = [each.text for each in generate(model, tokenizer, harmless, max_new_tokens=8)]
+        refused = [not success for success in judge("zou2023")(harmless, answers)]
+        logits = []
+        for batch in held_out:
+            with torch.no_grad():
+                out = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            answered = batch["labels"][:, 1:] != -100
+            logits += list(out[:, :-1][answered].double().log_softmax(-1))
+        return utility_loss(model, held_out), sum(refused) / 4, logits
+
+    loss, over_refusal, before = measured()
+    assert intact["utility_loss"] == pytest.approx(loss)
+    assert intact["over_refusal"] == over_refusal
+    assert intact["kl"] == 0
+    with ssah.ablate(model, units):
+        loss, over_refusal, after = measured()
+    assert row["seeds"]["0"]["utility_loss"] == pytest.approx(loss)
+    assert row["seeds"]["0"]["over_refusal"] == over_refusal
+    kl = [float((p.exp() * (p - q)).sum()) for p, q in zip(before, after, strict=True)]
+    assert row["seeds"]["0"]["kl"] == pytest.approx(sum(kl) / len(kl), rel=1e-4)
+    assert row["differences"]["none"]["utility_loss"]["value"] == pytest.approx(
+        loss - intact["utility_loss"]
+    )
+
+
+def test_an_edit_is_of_the_shared_fine_tune_at_the_strength_chosen(
+    compared: dict[str, Any], loading: Loading
+) -> None:
+    row = rows_of(compared)["interpolation"]
+    assert [point["strength"] for point in row["curve"]] == [0.25, 0.5, 0.75]
+    (chosen,) = (point for point in row["curve"] if point["chosen"])
+    alpha = chosen["strength"]
+    assert row["settings"] == {"alpha": alpha}
+    assert all(point["control"]["task_loss"] != point["task_loss"] for point in row["curve"])
+    model, tokenizer = load_model(loading.name)
+    tuned, _ = load_model(str(compared["tuned"]))
+    changed = total = 0
+    with torch.no_grad():
+        for a, t in zip(model.parameters(), tuned.parameters(), strict=True):
+            made = (a.double() + alpha * (t.double() - a.double())).float()
+            changed += int((made != t).sum())
+            total += t.numel()
+            a.copy_(made)
+    assert row["share"] == pytest.approx(changed / total, abs=1e-3)
+    rows = list(load_rows(SETS.data))
+    # Of 20 rows the first of every five is held out; of these every other one is reported on.
+    held_out = rows[0::5]
+    own = {}
+    for what, part in (("choosing", held_out[0::2]), ("reported", held_out[1::2])):
+        own[what] = utility_loss(model, make_loader(part, tokenizer))
+    assert chosen["task_loss"] == pytest.approx(own["choosing"], abs=1e-5)
+    assert row["seeds"]["0"]["task_loss"] == pytest.approx(own["reported"], abs=1e-5)
+
+
+def test_differences_are_paired(compared: dict[str, Any]) -> None:
+    row = rows_of(compared)["ssah-freezing"]
+    found = {
+        name: json.loads((compared["out"] / "steps" / f"measure-{name}-0.json").read_text())
+        for name in ("ssah-freezing", "ssah-freezing-control", "none")
+    }
+    first = found["ssah-freezing"]["result"]
+    for name, other in (("control", "ssah-freezing-control"), ("none", "none")):
+        second = found[other]["result"]
+        pairs = zip(first["refused"], second["refused"], strict=True)
+        by_hand = sum(a - b for a, b in pairs) / 4
+        assert row["differences"][name]["over_refusal"]["value"] == by_hand
+        success = [each["attack"]["judges"]["zou2023"]["success"] for each in (first, second)]
+        assert len(success[0]) == 6  # two of the eight requests choose strengths
+        by_hand = sum(a - b for a, b in zip(*success, strict=True)) / 6
+        assert row["differences"][name]["asr"]["value"] == pytest.approx(by_hand)
+        losses = [each["measured"]["losses"]["task"]["loss"] for each in (first, second)]
+        value = row["differences"][name]["task_loss"]["value"]
+        assert value == pytest.approx(losses[0] - losses[1])
+    assert set(row["seeds"]["0"]["judges"]) == {"zou2023", "qi2023"}
+
+
+def test_the_strength_of_the_lowest_asr_that_costs_little_is_taken() -> None:
+    def point(strength: float, asr: float, loss: float) -> dict[str, float]:
+        return {"strength": strength, "asr": asr, "task_loss": loss}
+
+    curve = [point(0.25, 0.1, 2.2), point(0.5, 0.3, 2.05), point(0.75, 0.3, 2.0)]
+    assert choose(curve, 2.1) == 0.75
+    assert choose(curve, 2.3) == 0.25
+    assert choose(curve, 1.9) == 0.75
+
+
+def test_equal_prompts_stay_together() -> None:
+    first, second = split("requests", ["a", "b", "a", "c", "d"], 0.5, str)
+    assert (first, second) == (["a", "a", "c"], ["b", "d"])
+    with pytest.raises(ValueError, match="data has 1 different prompts"):
+        split("data", ["a", "a"], 0.5, str)
+
+
+@pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here
+@pytest.mark.parametrize(
+    ("settings", "sets", "message"),
+    [
+        ({"methods": ("none",)}, {}, "methods is 'none'; it must be .*sppft"),
+        ({"methods": ("all", "lox")}, {}, "it must be all, or names alone"),
+        ({"set": ("lox",)}, {}, "METHOD.NAME=VALUE"),
+        ({"set": ("sppft.first=2",)}, {}, "the method is 'sppft'"),
+        ({"set": ("interpolation.beta=2",)}, {}, "it must be .*alpha"),
+        ({"set": ("interpolation.alpha=half",)}, {}, "must be like the default, 0.5"),
+        ({"set": ("interpolation.alpha=2",)}, {}, "at most 1"),
+        ({}, {"requests": ("builtin:safety[4:12]",)}, "shares . of its . prompts with safety"),
+        (
+            {},
+            {"calibration": "builtin:safety_eval[7:9]"},
+            "requests shares 1 of its 8 prompts with calib",
+        ),
+        ({}, {"borderline": "builtin:overrefusal[3:5]"}, "over_refusal shares 1 .* borderline"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_written(
+    loading: Loading, tmp_path: Path, settings: dict, sets: dict, message: str
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=message):
+        run_compare(loading, out, replace(SETTINGS, **settings), replace(SETS, **sets))
+    assert not out.exists()
+
+
+def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Loading) -> None:
+    data = {field: value for field, value in vars(SETS).items() if isinstance(value, str)}
+    own = {"--" + name.replace("_", "-"): [value] for name, value in data.items()}
+    own |= {
+        "--requests": SETS.requests,
+        "--methods": SETTINGS.methods,
+        "--set": SETTINGS.set,
+        "--judge": SETTINGS.judges,
+        "--max-steps": [2], "--lr": [1e-3], "--sample": [4], "--check-every": [1],
+        "--max-new-tokens": [8], "--patience": [1.5], "--dtype": ["float32"],
+    }  # fmt: skip
+    words = [word for name, values in own.items() for value in values for word in (name, value)]
+    command = ("compare", loading.name, *words, "--out")
+    assert as_json(*command, compared["out"])["result"] == compared["result"]
+    # What was measured is reached first: a folder that lacks its last step is not complete.
+    part = compared["out"].with_name("part")
+    shutil.copytree(compared["out"] / "steps", part / "steps")
+    (part / "steps" / "measure-interpolation-0.json").unlink()
+    assert as_json(*command, part, "--dry-run")["left"] == ["measure-interpolation-0"]
+    stopped = call(*command, part, "--budget-minutes", 0, code=130)
+    assert "1 steps are left, for interpolation" in " ".join(stopped.stderr.split())
+    assert "do not run" in call(*command, part, "--dry-run").stdout
+
+
+# The model is tiny: 32 hidden units, two layers, no unit that writes most at every request.
+SETTABLE = (
+    "sn-tune.share=0.9",
+    "rsn-tune.share=0.5",
+    "safety-ranks.safety_rank=4",
+    "safety-ranks.utility_rank=8",
+    "sppft.first=0",
+    "sppft.last=0",
+    "refusal-direction.max_kl=10",
+)
+
+
+@pytest.mark.exhaustive
+def test_all_methods(loading: Loading, tmp_path: Path) -> None:
+    tiny_chat.model(3).save_pretrained(tmp_path / "base")
+    tiny_chat.tokenizer().save_pretrained(tmp_path / "base")
+    settings = replace(
+        SETTINGS,
+        methods=("all",),
+        set=SETTABLE,
+    )
+    sets = replace(SETS, base=str(tmp_path / "base"))
+    record = run_compare(loading, tmp_path / "run", settings, sets)
+    rows = rows_of(record)
+    assert list(rows) == list(names())
+    for name, row in rows.items():
+        given = lineup([name], ["base"])[0].lacking
+        assert row["not_run"] == given, name
+        if given is None:
+            assert row["control"] is not None, name
+            assert set(row["differences"]) == {"control", "none"}
+            assert row["verdict"]["beats_control"] in ("yes", "no", "undecided")
