@@ -33,6 +33,9 @@ _METHODS = {
     "lox": "low_rank_safety:LoX",
     "safe-lora": "low_rank_safety:SafeLoRA",
     "resta": "resta:RESTA",
+    "safe-delta": "safe_delta:SafeDelta",
+    "antidote": "antidote:Antidote",
+    "neurostrike": "neurostrike:NeuroStrike",
 }
 
 
