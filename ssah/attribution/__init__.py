@@ -23,6 +23,7 @@ from ssah.attribution.weights import (
     consistent,
     set_difference,
 )
+from ssah.attribution.weights.matrices import find_matrices
 from ssah.lazy import submodules_of
 
 __all__ = [

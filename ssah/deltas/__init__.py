@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from ssah.deltas.arithmetic import delta_of
 from ssah.deltas.lora_adapters import to_lora
 from ssah.deltas.low_ranks import low_rank
+from ssah.deltas.magnitudes import Draw
 from ssah.deltas.matching import Deltas
 from ssah.deltas.measuring import DeltaSizes, GroupSize, Size, measure
 from ssah.deltas.merging import interpolate, keep, merge
-from ssah.deltas.results import RECORD, Out, finished
+from ssah.deltas.owners import in_tensors
+from ssah.deltas.results import RECORD, Maker, Out, finished
 from ssah.deltas.rewinding import Rewound, rewind
 from ssah.deltas.weights import WeightsOf
 from ssah.lazy import submodules_of

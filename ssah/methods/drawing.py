@@ -40,9 +40,25 @@ def random_numbers(count: int, n: int, seed: int) -> list[int]:
 
 def shuffled(tensor: Tensor, seed: int, what: str) -> Tensor:
     """The entries of a tensor ``[...]`` in random places, others for each ``what``."""
-    generator = torch.Generator().manual_seed(_seed(seed, what))
-    order = torch.randperm(tensor.numel(), generator=generator)
+    order = torch.randperm(tensor.numel(), generator=generator_of(seed, what))
     return tensor.flatten()[order].view(tensor.shape)
+
+
+def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
+    """Numbers in [0, 1] that are near 0 or 1 the more, the lower the temperature is.
+
+    sigmoid((logit + log u - log(1 - u)) / temperature) with a uniform u: ``[...]`` as the logits,
+    differentiable in them. It is above 0.5 with the probability sigmoid(logit).
+
+    Source: Maddison et al. 2016, arXiv 1611.00712.
+    """
+    u = torch.rand(logits.shape, generator=generator, dtype=logits.dtype).to(logits.device)
+    return ((logits + torch.logit(u)) / temperature).sigmoid()
+
+
+def generator_of(seed: int, what: str) -> torch.Generator:
+    """A generator of its own for each ``what``: a tensor, a side of it."""
+    return torch.Generator().manual_seed(_seed(seed, what))
 
 
 def _seed(seed: int, what: str) -> int:

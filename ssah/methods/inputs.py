@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -9,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssah.deltas import WeightsOf
+from ssah.models import load_weights
 
 Need: TypeAlias = Literal[
     "aligned",
@@ -101,9 +103,24 @@ class Inputs:
         Raises:
             TypeError: it is not in memory.
         """
-        if not isinstance(self.aligned, PreTrainedModel):
-            raise TypeError(
-                f"aligned is {type(self.aligned).__name__}; it must be a transformers model in "
-                "memory for a method that runs it: ssah.models.load_model"
-            )
-        return self.aligned
+        return _in_memory("aligned", self.aligned)
+
+    @property
+    def tuned_model(self) -> PreTrainedModel:
+        """The tuned model, for methods that run it: that of a folder or hub id is loaded.
+
+        Raises:
+            TypeError: it is a state dict, which cannot run.
+        """
+        if isinstance(self.tuned, str | os.PathLike):
+            return load_weights(os.fspath(self.tuned))
+        return _in_memory("tuned", self.tuned)
+
+
+def _in_memory(name: str, model: object) -> PreTrainedModel:
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(
+            f"{name} is {type(model).__name__}; it must be a transformers model in memory for a "
+            "method that runs it: ssah.models.load_model"
+        )
+    return model

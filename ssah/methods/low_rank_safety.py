@@ -15,22 +15,20 @@ Sources: Perin et al., COLM 2025, arXiv 2506.15606 (LoX); Hsu et al., NeurIPS 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from ssah.deltas import Deltas, Out, finished
+from ssah.deltas import Deltas
 from ssah.methods.drawing import random_subspace
+from ssah.methods.editing import edited, in_layers, is_turned
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Edited
 from ssah.settings import setting
-from ssah.units import layers_path
 
 _MATRICES = (
     "Every matrix in the layers has its own; the embedding and the head stay, and so do experts "
@@ -58,16 +56,9 @@ class LoX(Method):
     alpha: float = setting(1.25, "How strongly they are added.", above=0)
 
     def _find(self, inputs: Inputs) -> Edited:
-        def write(out: Out, seed: int | None) -> Path | dict[str, Tensor]:
-            assert inputs.base is not None
-            assert inputs.aligned is not None
-            deltas = Deltas(inputs.base, [inputs.aligned])
-            edit = {"edit": self.name, "rank": self.rank, "alpha": self.alpha, "control": seed}
-            return finished(deltas, out, edit, lambda: lambda name: make(deltas, name, seed))
-
-        def make(deltas: Deltas, name: str, seed: int | None) -> Tensor:
+        def make(deltas: Deltas, seed: int | None, name: str) -> Tensor:
             base, (aligned,) = deltas.read(name)
-            if not _in_layers(deltas, name):
+            if not in_layers(deltas, name):
                 return aligned
             u, s, vh = torch.linalg.svd(aligned.double() - base.double(), full_matrices=False)
             k = min(self.rank, len(s))  # a small matrix has all of its directions added
@@ -79,7 +70,14 @@ class LoX(Method):
             added = self.alpha * (left * s[:k]) @ right.T
             return (aligned.double() + added).to(aligned.dtype)
 
-        return _edited(write, {"rank": self.rank, "alpha": self.alpha})
+        settings = {"rank": self.rank, "alpha": self.alpha}
+        return edited(
+            self.name,
+            settings,
+            inputs.base,
+            [inputs.aligned],
+            lambda deltas, seed: partial(make, deltas, seed),
+        )
 
 
 @dataclass(frozen=True)
@@ -103,19 +101,11 @@ class SafeLoRA(Method):
     threshold: float = setting(0.5, "Cosine up to which a matrix is projected.", min=-1, max=1)
 
     def _find(self, inputs: Inputs) -> Edited:
-        def write(out: Out, seed: int | None) -> Path | dict[str, Tensor]:
-            aligned, tuned = inputs.before_and_after
-            assert inputs.base is not None
-            # The tuned model first: the result has its files and dtypes.
-            deltas = Deltas(inputs.base, [tuned, aligned])
-            edit = {"edit": self.name, "threshold": self.threshold, "control": seed}
-            return finished(deltas, out, edit, lambda: lambda name: make(deltas, name, seed))
-
-        def make(deltas: Deltas, name: str, seed: int | None) -> Tensor:
+        def make(deltas: Deltas, seed: int | None, name: str) -> Tensor:
             base, (tuned, aligned) = deltas.read(name)
-            if not _in_layers(deltas, name):
+            if not in_layers(deltas, name):
                 return tuned
-            turned = _is_turned(deltas, name)
+            turned = is_turned(deltas, name)
             v, d = aligned.double() - base.double(), tuned.double() - aligned.double()
             v, d = (v.T, d.T) if turned else (v, d)  # [out, in]
             projected = _by_alignment(v, d)
@@ -133,34 +123,17 @@ class SafeLoRA(Method):
             change = projected.T if turned else projected
             return (aligned.double() + change).to(tuned.dtype)
 
-        return _edited(write, {"threshold": self.threshold})
-
-
-def _edited(
-    write: Callable[[Out, int | None], Path | dict[str, Tensor]], facts: dict[str, Any]
-) -> Edited:
-    return Edited(
-        lambda out: write(out, None), lambda seed: lambda out: write(out, seed), facts=facts
-    )
+        # The tuned model first: the result has its files and dtypes.
+        return edited(
+            self.name,
+            {"threshold": self.threshold},
+            inputs.base,
+            [inputs.tuned, inputs.aligned],
+            lambda deltas, seed: partial(make, deltas, seed),
+        )
 
 
 def _by_alignment(v: Tensor, d: Tensor) -> Tensor:
     """C D for ``v`` and ``d`` ``[out, in]``; 0 where ``v`` is."""
     # From the right: C itself is [out, out], and is never needed.
     return v @ (v.T @ d) / v.norm().clamp(min=torch.finfo(v.dtype).tiny)
-
-
-def _in_layers(deltas: Deltas, name: str) -> bool:
-    """Whether the tensor ``name`` is a matrix of a layer."""
-    first = deltas.tuned[0]
-    param = first.param(name)
-    if not param.startswith(f"{layers_path(first.model)}.") or not deltas.in_float(name):
-        return False
-    # Of the model, and not of its file: a file may have a matrix for each expert.
-    return first.model.state_dict()[param].dim() == 2
-
-
-def _is_turned(deltas: Deltas, name: str) -> bool:
-    """Whether the matrix ``name`` is ``[in, out]``, as a Conv1D has it."""
-    first = deltas.tuned[0]
-    return isinstance(first.model.get_submodule(first.param(name).rpartition(".")[0]), Conv1D)

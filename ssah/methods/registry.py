@@ -33,6 +33,11 @@ _METHODS = {
     "lox": "low_rank_safety:LoX",
     "safe-lora": "low_rank_safety:SafeLoRA",
     "resta": "resta:RESTA",
+    "safe-delta": "safe_delta:SafeDelta",
+    "somf": "somf:SOMF",
+    "safe-patching": "safe_patching:SafePatching",
+    "antidote": "antidote:Antidote",
+    "neurostrike": "neurostrike:NeuroStrike",
 }
 
 

@@ -136,6 +136,9 @@ class WeightRewinding(_SetDifference):
         "The paper says that these weights are frozen; its author's code puts them back.",
     )
     published: ClassVar[str] = "As freezing, whose figures the published code makes so."
+    strength: ClassVar[str | None] = "safety_share"
+    # The paper's best grid cell, and shares at which its freezing begins to be felt (19 to 48 %).
+    strengths: ClassVar[tuple[float, ...]] = (0.02, 0.1, 0.4)
 
     def _find(self, inputs: Inputs) -> Edited:
         found = self.chosen(inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.representations.activations import unit_activations
 from ssah.representations.comparing import (
     PairCosines,
     Separation,
@@ -10,6 +11,7 @@ from ssah.representations.comparing import (
     pair_cosines,
     separation,
 )
+from ssah.representations.linear_probes import logistic_regression
 from ssah.representations.moments import Representations, represent
 from ssah.representations.positions import Position, Positions, StatePositions, check_positions
 from ssah.representations.recording import batches_at, hidden_states, layers_of, recorded
@@ -20,11 +22,13 @@ __all__ = [
     "Representations",
     "Separation",
     "hidden_states",
+    "logistic_regression",
     "mean_difference",
     "pair_cosines",
     "represent",
     "separation",
     "top_tokens",
+    "unit_activations",
     "vocabulary_projection",
 ]
 

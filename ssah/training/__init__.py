@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from ssah.training.adapters.exporting import export_lora
     from ssah.training.adapters.protection import ProtectedAdapter, protect_adapter
     from ssah.training.adapters.writing import LoraFactors, write_adapter
+    from ssah.training.ascent import bounded_ascent
     from ssah.training.entries import Entries
+    from ssah.training.fitting import fit, log_probs_under
     from ssah.training.freezing import freeze, train_only
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
+    from ssah.training.preferences import preference_loss
     from ssah.training.preparing import prepare_trainer
     from ssah.training.splitting import runs
     from ssah.training.updates import (
@@ -47,11 +50,13 @@ __all__ = [
     "WeightChanges",
     "apply_changes",
     "attach",
+    "bounded_ascent",
     "export_lora",
     "freeze",
     "load_trained",
     "load_update",
     "plan_of",
+    "preference_loss",
     "prepare_trainer",
     "protect_adapter",
     "train_only",
@@ -65,11 +70,14 @@ __getattr__ = names_of(
     **{"adapters.exporting": "export_lora"},
     **{"adapters.protection": "ProtectedAdapter protect_adapter"},
     **{"adapters.writing": "LoraFactors write_adapter"},
+    ascent="bounded_ascent",
     entries="Entries",
+    fitting="fit log_probs_under",
     freezing="freeze train_only",
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
+    preferences="preference_loss",
     preparing="prepare_trainer",
     splitting="runs",
     updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ssah.deltas.subspaces import (
     Gram,
+    GramPasses,
     Subspace,
     delta_subspace,
     energy,
@@ -250,3 +251,23 @@ def test_directions_of_a_delta_are_its_singular_vectors() -> None:
 def test_wrong_arguments_are_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(Subspace.random(4, 2))
+
+
+def test_gram_matrices_come_in_passes_of_what_memory_holds() -> None:
+    model = build("llama", dtype=torch.float64)
+    batches, passed = [collate(rows((9, 7), seed=1))], []
+
+    class Counted:
+        def __iter__(self) -> Any:
+            passed.append(1)
+            return iter(batches)
+
+    whole = gram(model, batches)
+    names = [name for name in whole if "layers.0." in name]
+    three = 3 * 8 * 48**2  # bytes: Q, K and V; O, gate and up; down, which is larger
+    found = GramPasses(model, Counted(), names, at_once=three)
+    for name in names:
+        torch.testing.assert_close(found[name].matrix, whole[name].matrix)
+    assert len(passed) == 3
+    with pytest.raises(KeyError):
+        found["model.layers.1.mlp.down_proj"]

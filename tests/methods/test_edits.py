@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ablatable import assert_same_bits, bits
+from edits import moved, state
 from tiny_models import build, collate, rows
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -18,24 +19,6 @@ from ssah.methods import Edited, Inputs, method
 
 SAFETY, UTILITY = [collate(rows((9, 7), seed=1))], [collate(rows((8, 6), seed=2))]
 MODELS = ["llama", "gpt2"]
-
-
-def moved(model_name: str, seed: int, by: float) -> PreTrainedModel:
-    """The same model a little further: what training might have made of it."""
-    model = build(model_name, dtype=torch.float64)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter += by * noise
-    return model
-
-
-def state(found: Any) -> dict[str, Tensor]:
-    assert isinstance(found, Edited)
-    made = found.write()
-    assert isinstance(made, dict)
-    return made
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from ssah.deltas.subspaces.bases import Subspace, delta_subspace, output_subspace
 from ssah.deltas.subspaces.gram_matrices import Gram, gram
+from ssah.deltas.subspaces.gram_passes import GramPasses
 from ssah.deltas.subspaces.overlaps import Share, energy, overlap, principal_angles
 from ssah.lazy import submodules_of
 
 __all__ = [
     "Gram",
+    "GramPasses",
     "Share",
     "Subspace",
     "delta_subspace",

@@ -1,0 +1,71 @@
+"""Models that are computed tensor by tensor, for a method and for its controls alike.
+
+Example: an edit that halves what training changed has, for the tensor of a name,
+
+    deltas.read(name) = a, (t,)         what `Deltas` has of it in the aligned and the tuned model
+    a + (t - a) / 2                     what its maker gives
+
+and for a control the maker is made with a seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from ssah.deltas import Deltas, Maker, Out, WeightsOf, finished
+from ssah.methods.outcomes import Edited
+from ssah.units import layers_path
+
+# Looks at the models as far as need be, and gives what makes each tensor; of a control by a seed.
+Plan: TypeAlias = Callable[[Deltas, int | None], Maker]
+
+
+def edited(
+    name: str,
+    settings: Mapping[str, Any],
+    base: WeightsOf | None,
+    tuned: Sequence[WeightsOf | None],
+    plan: Plan,
+) -> Edited:
+    """An edit of models, and its controls.
+
+    Args:
+        name: of the method, for the record beside the result.
+        settings: of it, likewise; they are the facts of the outcome too.
+        base, tuned: of `Deltas`, none of them None once the inputs have been checked. The result
+            has the files and dtypes of the first tuned one.
+        plan: gives what makes the tensors.
+    """
+    assert base is not None
+    models = [each for each in tuned if each is not None]
+    assert len(models) == len(tuned)
+
+    def write(out: Out, seed: int | None) -> Path | dict[str, Tensor]:
+        deltas = Deltas(base, models)
+        record = {"edit": name, **settings, "control": seed}
+        return finished(deltas, out, record, lambda: plan(deltas, seed))
+
+    return Edited(
+        lambda out: write(out, None), lambda seed: lambda out: write(out, seed), facts=settings
+    )
+
+
+def in_layers(deltas: Deltas, name: str) -> bool:
+    """Whether the tensor ``name`` is a matrix of a layer."""
+    first = deltas.tuned[0]
+    param = first.param(name)
+    if not param.startswith(f"{layers_path(first.model)}.") or not deltas.in_float(name):
+        return False
+    # Of the model, and not of its file: a file may have a matrix for each expert.
+    return first.model.state_dict()[param].dim() == 2
+
+
+def is_turned(deltas: Deltas, name: str) -> bool:
+    """Whether the matrix ``name`` is ``[in, out]``, as a Conv1D has it."""
+    first = deltas.tuned[0]
+    return isinstance(first.model.get_submodule(first.param(name).rpartition(".")[0]), Conv1D)
