@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
     from ssah.training.preparing import prepare_trainer
+    from ssah.training.proximal_callback import ProximalCallback
     from ssah.training.splitting import runs
     from ssah.training.updates import (
         Attached,
@@ -43,6 +44,7 @@ __all__ = [
     "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
+    "ProximalCallback",
     "UpdatePlan",
     "WeightChanges",
     "apply_changes",
@@ -71,6 +73,7 @@ __getattr__ = names_of(
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
     preparing="prepare_trainer",
+    proximal_callback="ProximalCallback",
     splitting="runs",
     updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",
     verifying="verify",
