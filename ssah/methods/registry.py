@@ -28,6 +28,7 @@ _METHODS = {
     "sppft": "sppft:SPPFT",
     "sn-tune": "consistent_units:SNTune",
     "rsn-tune": "consistent_units:RSNTune",
+    "safe-neuron": "safe_neuron:SafeNeuron",
     "ships": "heads:Ships",
     "sahara": "heads:Sahara",
     "single-neuron": "single_neuron:SingleNeuron",

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
+    from ssah.training.preference_training import train_on_preferences
     from ssah.training.preparing import prepare_trainer
     from ssah.training.proximal_callback import ProximalCallback
     from ssah.training.splitting import runs
@@ -56,6 +57,7 @@ __all__ = [
     "plan_of",
     "prepare_trainer",
     "protect_adapter",
+    "train_on_preferences",
     "train_only",
     "verify",
 ]
@@ -72,6 +74,7 @@ __getattr__ = names_of(
     importance_callback="ImportanceCallback",
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
+    preference_training="train_on_preferences",
     preparing="prepare_trainer",
     proximal_callback="ProximalCallback",
     splitting="runs",

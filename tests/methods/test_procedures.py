@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,18 @@ from ablatable import assert_same_bits, bits
 from in_float64 import InFloat64
 from plans import draw, masks
 from tiny_chat import word_tokenizer
-from tiny_models import IGNORED, build, collate, rows
-from torch import Tensor, nn
-from torch.func import functional_call
+from tiny_models import build, collate, rows
+from trained_by_hand import (
+    Weights,
+    assert_trained_alike,
+    by_hand,
+    loss_of_batches,
+    parameters,
+    without_dropout,
+)
 from transformers import PreTrainedModel
 
-from ssah.data import Encoded, encoded_rows, schedule
+from ssah.data import encoded_rows, schedule
 from ssah.methods import Inputs, Procedure, TrainingSetup, method, planned
 from ssah.studies.training.to_loss import Recipe, train
 from ssah.training import ProximalCallback, freeze
@@ -30,7 +35,6 @@ TASK = encoded_rows([collate(rows((6, 9, 5, 7, 8, 10, 4), seed=5))])
 MODELS = ["llama", "gpt2"]  # shared key/value heads; Conv1D
 LINEAR = ("Linear", "Conv1D")
 LR, SIZE, STEPS = 1e-3, 2, 6
-Weights = dict[str, Tensor]
 
 
 def inputs(model: PreTrainedModel) -> Inputs:
@@ -41,15 +45,6 @@ def inputs(model: PreTrainedModel) -> Inputs:
     return Inputs(aligned=model, safety=batches[0], utility=batches[1])
 
 
-def built(name: str) -> PreTrainedModel:
-    """In float64, and without dropout, which nothing by hand would repeat."""
-    model = build(name, dtype=torch.float64)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
-
-
 def trained(setup: TrainingSetup, model: PreTrainedModel, steps: int = STEPS) -> Weights:
     """What `train` makes of it, by name."""
     recipe = Recipe(LR, SIZE, bf16=False, seed=4)
@@ -58,86 +53,9 @@ def trained(setup: TrainingSetup, model: PreTrainedModel, steps: int = STEPS) ->
     return {name: value.detach() for name, value in setup.finish().named_parameters()}
 
 
-def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(
-        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED
-    )
-
-
-def by_hand(
-    model: PreTrainedModel,
-    start: Weights,
-    order: list[Encoded],
-    *,
-    lr: float = LR,
-    pull: Callable[[int], tuple[float, int]] = lambda step: (0.0, 0),
-    weights: Callable[[Weights], Weights] = lambda own: own,
-    trains: Weights | None = None,
-) -> Weights:
-    """AdamW, clipped at 1, of a loss with rho / 2 |w - a|^2 in it.
-
-    Args:
-        start: what trains, before.
-        order: rows, batch after batch.
-        pull: of an update rho, and the update before which the weights were the anchor.
-        weights: makes the parameters of the model of what trains.
-        trains: 1 where an entry trains, by name.
-    """
-    w = {name: value.detach().clone() for name, value in start.items()}
-    first = {name: torch.zeros_like(value) for name, value in w.items()}
-    second = {name: torch.zeros_like(value) for name, value in w.items()}
-    history: list[Weights] = []
-    for step in range(len(order) // SIZE):
-        history.append(w)
-        rho, since = pull(step)
-        leaves = {name: value.clone().requires_grad_() for name, value in w.items()}
-        batch = collate([
-            (torch.tensor(row["input_ids"]), torch.tensor(row["labels"]))
-            for row in order[step * SIZE : (step + 1) * SIZE]
-        ])  # fmt: skip
-        labels = batch.pop("labels")
-        with InFloat64():
-            logits = functional_call(model, weights(leaves), kwargs=batch).logits
-            loss = loss_of(logits, labels)
-        for name, leaf in leaves.items():
-            loss = loss + rho / 2 * ((leaf - history[since][name]) ** 2).sum()
-        grads = dict(zip(w, torch.autograd.grad(loss, list(leaves.values())), strict=True))
-        if trains is not None:
-            grads = {name: grad * trains[name] for name, grad in grads.items()}
-        norm = torch.cat([grad.flatten() for grad in grads.values()]).norm()
-        new = {}
-        for name, grad in grads.items():
-            grad = grad * min(1.0, 1.0 / (float(norm) + 1e-6))
-            first[name] = 0.9 * first[name] + 0.1 * grad
-            second[name] = 0.999 * second[name] + 0.001 * grad**2
-            mean, square = (
-                first[name] / (1 - 0.9 ** (step + 1)),
-                second[name] / (1 - 0.999 ** (step + 1)),
-            )
-            new[name] = w[name] - lr * mean / (square.sqrt() + 1e-8)
-        w = new
-    return w
-
-
-def assert_close(found: Weights, expected: Weights, start: Weights) -> None:
-    moved = 0.0
-    for name, value in expected.items():
-        moved = max(moved, float((found[name] - start[name]).abs().max()))
-        # A bias of keys shifts all scores alike: its gradient is rounding, which Adam blows up.
-        kept = torch.ones(len(value), dtype=torch.bool)
-        if name.endswith("c_attn.bias"):
-            kept.view(3, -1)[1] = False
-        torch.testing.assert_close(found[name][kept], value[kept], rtol=0, atol=1e-8)
-    assert moved > LR  # so that the figures above are not of nothing
-
-
-def parameters(model: PreTrainedModel) -> Weights:
-    return {name: value.detach().clone() for name, value in model.named_parameters()}
-
-
 def prepared(name: str, of: str, seed: int | None, **settings: Any) -> Any:
     """A model, and the setup of a method on it or of its control."""
-    model = built(name)
+    model = without_dropout(name)
     before = bits(model)
     found = method(of, **settings).find(inputs(model))
     assert isinstance(found, Procedure)
@@ -159,7 +77,8 @@ def test_refusals_are_mixed_into_the_batches(name: str, seed: int | None) -> Non
     plain = schedule([TASK], SIZE, STEPS, 4)
     expected = [row if i in added else plain[i] for i, row in enumerate(order)]
     assert order == expected
-    assert_close(trained(setup, model), by_hand(copy.deepcopy(model), start, order), start)
+    expected = by_hand(start, loss_of_batches(copy.deepcopy(model), order, SIZE), STEPS, LR)
+    assert_trained_alike(trained(setup, model), expected, start, moved=LR)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -175,15 +94,13 @@ def test_lisa_alternates_and_pulls(name: str, seed: int | None) -> None:
             assert row in (pool if step in (0, 4) else TASK)
     # Turns are 0, 1 to 3, 4 and 5; 0.3 of 6 updates are 1.8, so that updates 0 and 1 are free.
     anchors = [0, 1, 1, 1, 4, 5]
+    loss = loss_of_batches(copy.deepcopy(model), order, SIZE)
+    free = by_hand(start, loss, STEPS, LR)
     expected = by_hand(
-        copy.deepcopy(model),
-        start,
-        order,
-        pull=lambda step: (30.0 if step >= 2 else 0.0, anchors[step]),
+        start, loss, STEPS, LR, pull=lambda step: (30.0 if step >= 2 else 0.0, anchors[step])
     )
-    free = by_hand(copy.deepcopy(model), start, order)
     assert max(float((expected[key] - free[key]).abs().max()) for key in free) > LR / 10
-    assert_close(trained(setup, model), expected, start)
+    assert_trained_alike(trained(setup, model), expected, start, moved=LR)
 
 
 def test_lisa_has_turns_of_one_update_at_least() -> None:
@@ -226,13 +143,14 @@ def test_lora_trains_adapters_and_merges_them(name: str) -> None:
                 plain[target] = plain[target] + 2 * ((b @ a).T if turned else b @ a)
         return plain
 
-    fresh = built(name)
+    fresh = without_dropout(name)
     before = parameters(fresh)
     adapted = {key.partition(".lora_A")[0] for key in adapters if "lora_A" in key}
     assert len(adapted) == (8 if turned else 14)  # of two layers, and none of the head
     order = schedule([TASK], SIZE, STEPS, 4)
-    expected = whole(by_hand(fresh, adapters, order, lr=20 * LR, weights=whole))
-    assert_close(trained(setup, model), expected, before)
+    loss = loss_of_batches(fresh, order, SIZE)
+    expected = whole(by_hand(adapters, lambda i, own: loss(i, whole(own)), STEPS, 20 * LR))
+    assert_trained_alike(trained(setup, model), expected, before, moved=LR)
 
 
 def test_adapters_are_drawn_by_the_seed_alone() -> None:
@@ -252,7 +170,7 @@ def test_adapters_are_drawn_by_the_seed_alone() -> None:
 def test_the_control_of_lora_trains_as_many_single_weights(name: str) -> None:
     model, setup = prepared(name, "lora", 1, rank=3)
     assert setup.lr_scale == 1
-    start = parameters(built(name))
+    start = parameters(without_dropout(name))
     found = trained(setup, model, 2)
     matrices = 0
     head = model.get_output_embeddings()
@@ -271,7 +189,7 @@ def test_the_control_of_lora_trains_as_many_single_weights(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_pull_holds_under_a_plan(name: str) -> None:
-    model = built(name)
+    model = without_dropout(name)
     units = draw(model, 0.4)
     trains, start = masks(model, units, "freeze"), parameters(model)
     setup = planned(freeze(model, units))
@@ -280,9 +198,9 @@ def test_the_pull_holds_under_a_plan(name: str) -> None:
     )
     found = trained(setup, model)
     order = schedule([TASK], SIZE, STEPS, 4)
-    pulled = {"pull": lambda step: (20.0, 0), "trains": trains}
-    expected = by_hand(built(name), start, order, **pulled)
-    assert_close(found, expected, start)
+    loss = loss_of_batches(without_dropout(name), order, SIZE)
+    expected = by_hand(start, loss, STEPS, LR, pull=lambda step: (20.0, 0), trains=trains)
+    assert_trained_alike(found, expected, start, moved=LR)
     for key, mask in trains.items():
         assert torch.equal(found[key][mask == 0], start[key][mask == 0]), key
 
@@ -290,7 +208,7 @@ def test_the_pull_holds_under_a_plan(name: str) -> None:
 def test_the_pull_is_as_strong_where_gradients_are_accumulated(tmp_path: Path) -> None:
     found = []
     for size, passes in ((2, 1), (1, 2)):
-        model = built("llama")
+        model = without_dropout("llama")
         with InFloat64():
             make_trainer(
                 model, TASK[:6], word_tokenizer(), tmp_path, callbacks=[ProximalCallback(30.0)],
