@@ -9,6 +9,7 @@ from ssah.attribution.batches import (
     counted_tokens,
     may_drop_mask,
 )
+from ssah.attribution.mean_differences import effect_sizes, mean_shifts
 from ssah.attribution.partial_runs import discard, refuse_other
 from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
 from ssah.attribution.scores import column_sq_norms
@@ -34,6 +35,8 @@ __all__ = [
     "attribute",
     "attribute_weights",
     "consistent",
+    "effect_sizes",
+    "mean_shifts",
     "set_difference",
     "stream",
 ]

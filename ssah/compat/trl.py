@@ -43,6 +43,16 @@ def weight_sync(trainer: Any) -> tuple[Any, str] | None:
     return None
 
 
+def preference_trainer() -> tuple[Any, Any]:
+    """TRL's trainer on pairs of answers, and the class of its arguments.
+
+    Raises:
+        LibraryError: trl is not installed, or another release.
+    """
+    purpose = "to train on preferences"
+    return _LIBRARY.find("trl:DPOTrainer", purpose), _LIBRARY.find("trl:DPOConfig", purpose)
+
+
 def _callbacks(trainer: Any, kind: str) -> list[Any]:
     if "trl" not in sys.modules:  # what was never imported has made no callback
         return []

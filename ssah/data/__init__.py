@@ -15,8 +15,10 @@ from ssah.data.files import read_objects
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.requests import load_requests
 from ssah.data.row_options import Reading, rows_read, template_options
+from ssah.data.row_order import in_turns, mixed, schedule, spread
 from ssah.data.rows import BUILTIN, RowStream, load_rows
 from ssah.data.templates import template_record, use_template
+from ssah.data.unbatching import encoded_rows
 from ssah.lazy import submodules_of
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "Row",
     "RowStream",
     "encode",
+    "encoded_rows",
     "fingerprint",
     "load_requests",
     "load_rows",

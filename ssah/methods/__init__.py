@@ -12,6 +12,7 @@ from __future__ import annotations
 from ssah.lazy import submodules_of
 from ssah.methods.frame import Method
 from ssah.methods.inputs import Inputs
+from ssah.methods.low_rank_adapters import lora
 from ssah.methods.outcomes import (
     Changed,
     Edited,
@@ -33,6 +34,7 @@ __all__ = [
     "Trained",
     "TrainingSetup",
     "describe",
+    "lora",
     "method",
     "names",
     "planned",

@@ -63,6 +63,8 @@ class TrainingSetup:
             `UpdatePlan.verify` does where a frozen weight moved.
         order: gives the rows in the order of training; None: those of the task alone, shuffled.
         callbacks: for the trainer.
+        lr_scale: what the learning rate of a fine-tune is multiplied by: adapters, which start from
+            zero, need a larger one.
     """
 
     module: nn.Module
@@ -70,6 +72,7 @@ class TrainingSetup:
     finish: Callable[[], PreTrainedModel]
     order: RowOrder | None = None
     callbacks: tuple[TrainerCallback, ...] = ()
+    lr_scale: float = 1.0
 
 
 def planned(plan: UpdatePlan) -> TrainingSetup:

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
     from ssah.training.importance_callback import ImportanceCallback
     from ssah.training.plan import UpdatePlan, plan_of
     from ssah.training.plan_callback import PlanCallback
+    from ssah.training.preference_training import train_on_preferences
     from ssah.training.preferences import preference_loss
     from ssah.training.preparing import prepare_trainer
+    from ssah.training.proximal_callback import ProximalCallback
     from ssah.training.splitting import runs
     from ssah.training.updates import (
         Attached,
@@ -46,6 +48,7 @@ __all__ = [
     "LoraExport",
     "PlanCallback",
     "ProtectedAdapter",
+    "ProximalCallback",
     "UpdatePlan",
     "WeightChanges",
     "apply_changes",
@@ -59,6 +62,7 @@ __all__ = [
     "preference_loss",
     "prepare_trainer",
     "protect_adapter",
+    "train_on_preferences",
     "train_only",
     "verify",
 ]
@@ -78,7 +82,9 @@ __getattr__ = names_of(
     plan="UpdatePlan plan_of",
     plan_callback="PlanCallback",
     preferences="preference_loss",
+    preference_training="train_on_preferences",
     preparing="prepare_trainer",
+    proximal_callback="ProximalCallback",
     splitting="runs",
     updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",
     verifying="verify",

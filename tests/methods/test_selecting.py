@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import tiny_chat
 import torch
 from ablatable import assert_same_bits, bits
 from tiny_models import IGNORED, build, collate, rows
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 import ssah
 from ssah.methods import Changed, Inputs, Outcome, Trained, method
-from ssah.methods.sppft import opening, other_run
+from ssah.methods.sppft import opening, other_run, with_best_ends
 from ssah.selections import Selection
 from ssah.units import UnitSet
 
@@ -326,6 +328,79 @@ def test_sppft_freezes_whole_layers() -> None:
     assert {name.split(".")[2] for name in drawn} == {"0"}
     with pytest.raises(ValueError, match="first is 1 and last is None; both must be given"):
         method("sppft", first=1).find(inputs(model))
+
+
+def four_layers(name: str) -> PreTrainedModel:
+    """A random model of the tiny chat model's vocabulary."""
+    sizes: Any = {"vocab_size": 800, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 0}
+    if name == "gpt2":
+        config: Any = GPT2Config(n_embd=32, n_layer=4, n_head=4, initializer_range=0.3, **sizes)
+    else:
+        config = tiny_chat.model().config
+        config.num_hidden_layers = 4
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("alpha", [1.5, 0.6])
+def test_sppft_moves_its_ends_by_refusals(
+    name: str, alpha: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = four_layers(name), tiny_chat.tokenizer()
+    before, borderline = bits(model), [f"How do I kill {n} lights?" for n in range(12)]
+
+    def verdicts(requests: list[str], texts: list[str]) -> list[bool]:
+        assert requests == borderline
+        return [sum(map(ord, text)) % 3 > 0 for text in texts]  # a third of them is refused
+
+    monkeypatch.setattr("ssah.methods.sppft.judge", lambda name: verdicts)
+
+    def refused(first: int, last: int) -> int:
+        scaled = copy.deepcopy(model)
+        for key, parameter in scaled.named_parameters():
+            if any(f".{layer}." in key for layer in range(first, last + 1)):
+                parameter.data *= alpha
+        found = ssah.evaluation.answers(scaled, tokenizer, borderline, max_new_tokens=4)
+        return verdicts(borderline, found).count(False)
+
+    given = inputs(model, tokenizer=tokenizer, borderline=borderline)
+    settings: Any = {"first": 1, "last": 2, "alpha": alpha, "reach": 1, "max_new_tokens": 4}
+    found = method("sppft", **settings).find(given)
+    best = max if alpha > 1 else min
+    counts = {(1, last): refused(1, last) for last in (1, 2, 3)}
+    # The old end comes first, so that it stays where another one is as good.
+    last = best((2, 1, 3), key=lambda end: counts[1, end])
+    counts |= {(first, last): refused(first, last) for first in (0, 1, 2) if first <= last}
+    first = best((1, 0, 2) if last > 1 else (1, 0), key=lambda end: counts[end, last])
+    assert found.facts["layers"] == list(range(first, last + 1))
+    assert found.facts["refused"] == {f"{i}-{j}": count for (i, j), count in counts.items()}
+    assert len(set(counts.values())) > 1
+    assert isinstance(found, Trained)
+    assert found.selection == ssah.selections.layers(model, range(first, last + 1))
+    assert_same_bits(model, before)
+
+
+def test_ends_move_to_the_highest_score_within_reach() -> None:
+    scores = {(1, 2): 4, (1, 3): 7, (1, 4): 9, (0, 4): 8, (2, 4): 5, (1, 5): 50}
+    asked = []
+
+    def score(run: range) -> float:
+        asked.append((run[0], run[-1]))
+        return scores.get(asked[-1], 0)
+
+    assert with_best_ends(range(1, 4), 8, 1, score) == range(1, 5)
+    assert set(asked) == {(1, 2), (1, 3), (1, 4), (0, 4), (2, 4)}
+    assert with_best_ends(range(1, 4), 8, 2, score) == range(1, 6)
+    assert with_best_ends(range(1, 4), 4, 3, lambda run: 0) == range(1, 4)  # nothing is better
+
+
+def test_the_second_step_of_sppft_needs_what_it_asks() -> None:
+    given = inputs(build("llama"))
+    with pytest.raises(ValueError, match=r"'sppft with alpha' lack tokenizer .* and bord"):
+        method("sppft", alpha=1.2).find(given)
+    with pytest.raises(ValueError, match="alpha is 1, which changes nothing"):
+        method("sppft", alpha=1.0).find(given)
 
 
 @pytest.mark.parametrize("name", [*MODELS, "llama_bias"])

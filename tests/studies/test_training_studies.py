@@ -20,7 +20,6 @@ from ssah.studies.paired_measures import losses
 from ssah.studies.training import comparison as comparison_module
 from ssah.studies.training import freeze as freeze_module
 from ssah.studies.training import run_budget, run_freeze
-from ssah.studies.training.row_order import schedule
 from ssah.studies.training.settings import FREEZE_ARMS
 from ssah.studies.training.to_loss import Recipe, train, training_loss
 
@@ -42,31 +41,6 @@ def frozen(loading, tmp_path_factory) -> tuple[Path, dict]:
     out = tmp_path_factory.mktemp("freeze") / "run"
     task = "builtin:utility[20:40]"
     return out, run_freeze(loading, out, FREEZE, **SOURCES, **MEASURED, finetune=task)
-
-
-def rows_of(length: int, n: int) -> list[dict]:
-    return [{"input_ids": [i] * (length + i), "labels": [i] * (length + i)} for i in range(n)]
-
-
-def test_a_schedule_has_every_row_once_in_an_epoch():
-    rows = rows_of(1, 12)
-    order = schedule([rows], 4, 6, seed=0)
-    assert sorted(row["input_ids"][0] for row in order) == sorted([*range(12), *range(12)])
-    assert schedule([rows], 4, 6, seed=0) == order != schedule([rows], 4, 6, seed=1)
-    for start in range(0, 24, 4):  # rows of a batch are of similar length
-        lengths = [len(row["input_ids"]) for row in order[start : start + 4]]
-        assert max(lengths) - min(lengths) <= 3
-    assert schedule([rows], 4, 20, seed=0)[:24] == order  # arms that train longer see the same
-
-
-def test_a_batch_has_as_many_rows_of_each_pool():
-    first, second = rows_of(1, 5), rows_of(100, 9)
-    order = schedule([first, second], 4, 20, seed=0)
-    for start in range(0, 80, 4):
-        lengths = [len(row["input_ids"]) for row in order[start : start + 4]]
-        assert [length >= 100 for length in lengths] == [False, False, True, True]
-    with pytest.raises(ValueError, match="multiple of 2"):
-        schedule([first, second], 3, 1, 0)
 
 
 def whole(model) -> TrainingSetup:

@@ -1,4 +1,4 @@
-"""Ways to train a model: under a plan, or by low-rank adapters."""
+"""One way to train a model, of several that a study compares."""
 
 from __future__ import annotations
 
@@ -25,26 +25,3 @@ class Arm:
     lr: float
     prepare: Callable[[PreTrainedModel, int], TrainingSetup]
     told: dict[str, Any] = field(default_factory=dict)
-
-
-def lora(model: PreTrainedModel, rank: int) -> TrainingSetup:
-    """Low-rank adapters of all linear layers but the head, scaled by 2; merged at the end.
-
-    Source: Hu et al., arXiv 2106.09685, as peft has it.
-
-    Raises:
-        ImportError: peft is not installed.
-    """
-    from peft import LoraConfig, get_peft_model  # imported when needed: it takes seconds
-
-    config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-    )
-    adapted = get_peft_model(model, config)
-
-    def finish() -> PreTrainedModel:
-        # Merged, so that every arm is measured as an ordinary model is.
-        merged: PreTrainedModel = adapted.merge_and_unload()  # type: ignore[assignment]
-        return merged
-
-    return TrainingSetup(adapted, None, finish)

@@ -16,9 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from ssah.data import Row
+from ssah.data import Row, spread
 from ssah.evaluation import distinct_judges
 from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
@@ -26,7 +24,6 @@ from ssah.studies.paired_measures import Evaluation, attack_line, intact_coheren
 from ssah.studies.study import Study, grouped
 from ssah.studies.training.arms import Arm
 from ssah.studies.training.results import BEFORE
-from ssah.studies.training.row_order import spread
 from ssah.studies.training.settings import StudySettings, TrainingSettings
 from ssah.studies.training.to_loss import Recipe, train, training_loss
 
@@ -236,7 +233,6 @@ class Comparison(Study):
             steps = math.ceil(settings.patience * steps)
         # Small updates of bfloat16 weights round to nothing, so that all arms train in float32.
         model, _ = self.base("float32")
-        torch.manual_seed(seed)  # of adapters
         setup = arm.prepare(model, seed)
         with self.steps.part(key, steps) as advance:
             result = train(

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
-from ssah.methods import planned
+from ssah.methods import lora, planned
 from ssah.report.pictures import plot_freeze
 from ssah.studies.claims import measured_difference
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY
-from ssah.studies.training.arms import Arm, lora
+from ssah.studies.training.arms import Arm
 from ssah.studies.training.comparison import Comparison
 from ssah.studies.training.results import (
     BEFORE,
@@ -119,7 +119,7 @@ def _arm(name: str, groups: UnitGroups, settings: FreezeSettings) -> Arm:
     if name == LORA:
         # Adapters start from zero and need a larger rate than weights do.
         rate = settings.lora_lr or 10 * settings.lr
-        return Arm(rate, lambda model, seed: lora(model, settings.lora_rank))
+        return Arm(rate, lambda model, seed: lora(model, settings.lora_rank, seed))
 
     def prepare(model: PreTrainedModel, seed: int) -> TrainingSetup:
         return planned(frozen(model, _units(name, groups, settings, seed)))

@@ -28,9 +28,8 @@ from transformers import PreTrainedModel
 
 from ssah.attribution import may_drop_mask
 from ssah.compat.trainer import TrainerCallback
-from ssah.data import Collator, Encoded
+from ssah.data import Collator, Encoded, schedule
 from ssah.evaluation import utility_loss
-from ssah.studies.training.row_order import schedule
 from ssah.training.finetune import make_trainer
 
 if TYPE_CHECKING:
@@ -82,8 +81,8 @@ def train(
         setup: what the trainer gets: ``model``, or a peft model over it, under a plan or not.
         model: whose loss is measured.
         tokenizer: the model's.
-        pools: rows to train on; a batch has as many of each pool, see `row_order.schedule`. A setup
-            with an order of its own is given those of the first pool.
+        pools: rows to train on; a batch has as many of each pool, see `ssah.data.row_order`. A
+            setup with an order of its own is given those of the first pool.
         sample: rows of the training data.
         recipe: how to train.
         steps: the most updates.
@@ -122,7 +121,7 @@ def train(
             callbacks=[*setup.callbacks, checks],
             drop_mask=may_drop_mask(model),
             in_order=True,
-            learning_rate=recipe.lr,
+            learning_rate=recipe.lr * setup.lr_scale,
             lr_scheduler_type="constant",
             max_steps=steps,
             per_device_train_batch_size=recipe.batch_size,

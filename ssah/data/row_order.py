@@ -2,16 +2,19 @@
 
 For example, two pools of 6 and 9 rows in batches of 4: a batch has 2 rows of each pool. One pass
 over the first pool is 3 batches; the second one then has 3 rows left, and goes on with these.
+
+Of a pool alone, some rows may be others. A share of 0.1 in batches of 4 is 0.4 rows a batch, so
+that batches 1, 4, 6 and 9 have one of them. Or whole batches take turns: of turns of 1 and 3
+updates, batches 0, 4 and 8 are of the first pool.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from ssah.data import Encoded
+from ssah.data.encoding import Encoded
 
 _WINDOW = 16  # batches among which rows of similar length are put together
 
@@ -57,6 +60,68 @@ def schedule(
         for k in order:
             rows += [row for window in windows for row in window[k * size : (k + 1) * size]]
     return rows[: batch_size * steps]
+
+
+def mixed(
+    rows: Sequence[Encoded],
+    others: Sequence[Encoded],
+    share: float,
+    batch_size: int,
+    steps: int,
+    seed: int,
+) -> list[Encoded]:
+    """The batches that `schedule` makes of ``rows``, with a share of others in random places.
+
+    What is left of ``rows`` stands where it would stand alone, so that two runs that mix other
+    things in can be compared. The first i batches have floor(share * i * batch_size + 0.5) others.
+
+    Args:
+        rows, others: encoded rows; others are shuffled anew in every epoch of their own.
+        share: of others, in (0, 1).
+        batch_size, steps, seed: as of `schedule`.
+
+    Raises:
+        ValueError: there is no row, or no other; or none of the few rows trained on is another.
+    """
+    order = schedule([rows], batch_size, steps, seed)
+    until = [math.floor(share * batch_size * i + 0.5) for i in range(steps + 1)]
+    if not until[-1]:
+        raise ValueError(
+            f"share is {share}, which is no row of the {len(order)} that are trained on; it must "
+            f"be at least {0.5 / max(len(order), 1):.2g}, or the run longer"
+        )
+    stream = iter(_stream(others, until[-1], f"{seed}/others"))
+    for i in range(steps):
+        count = until[i + 1] - until[i]
+        # A batch is sorted by length: one place for all would drop rows of one length.
+        for place in Random(f"{seed}/places/{i}").sample(range(batch_size), count):
+            order[i * batch_size + place] = next(stream)
+    return order
+
+
+def in_turns(
+    pools: tuple[Sequence[Encoded], Sequence[Encoded]],
+    updates: tuple[int, int],
+    batch_size: int,
+    steps: int,
+    seed: int,
+) -> list[Encoded]:
+    """Batches of the first pool, then of the second one, and again: each as `schedule` has them.
+
+    Args:
+        pools: encoded rows.
+        updates: how many batches of each follow each other.
+        batch_size, steps, seed: as of `schedule`.
+
+    Raises:
+        ValueError: a pool that has a turn is empty.
+    """
+    late = [step % sum(updates) >= updates[0] for step in range(steps)]  # of the second pool
+    first, second = (
+        iter(schedule([pool], batch_size, late.count(own), seed))
+        for pool, own in zip(pools, (False, True), strict=True)
+    )
+    return [next(second if own else first) for own in late for _ in range(batch_size)]
 
 
 def _stream(pool: Sequence[Encoded], n: int, seed: str) -> list[Encoded]:
