@@ -11,9 +11,14 @@ from ssah.representations.comparing import (
     separation,
 )
 from ssah.representations.moments import Representations, represent
+from ssah.representations.openings import opening_shifts
 from ssah.representations.positions import Position, Positions, StatePositions, check_positions
 from ssah.representations.recording import batches_at, hidden_states, layers_of, recorded
-from ssah.representations.vocabulary import top_tokens, vocabulary_projection
+from ssah.representations.vocabulary import (
+    token_contrast,
+    top_tokens,
+    vocabulary_projection,
+)
 
 __all__ = [
     "PairCosines",
@@ -21,9 +26,11 @@ __all__ = [
     "Separation",
     "hidden_states",
     "mean_difference",
+    "opening_shifts",
     "pair_cosines",
     "represent",
     "separation",
+    "token_contrast",
     "top_tokens",
     "vocabulary_projection",
 ]
