@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -123,7 +124,7 @@ class Oracle:
 
     def threshold(self) -> float:
         values = sorted(look for each in self.looks[0] for look in each)
-        between = [(a + b) / 2 for a, b in zip(values, values[1:], strict=False)]
+        between = [(a + b) / 2 for a, b in pairwise(values)]
         return max(between, key=lambda t: sum(self.right(0, t)))
 
     def logits(self, ids: list[int], end: int, threshold: float, alpha: float) -> Tensor:
