@@ -40,13 +40,16 @@ def next_token(model: PreTrainedModel, row: Row) -> Tensor:
         return model(row[0][None]).logits[0, first_of(row) - 1].log_softmax(-1)
 
 
+def divergences(intact: list[Tensor], other: list[Tensor]) -> list[float]:
+    """Of each row, by a loop over the vocabulary."""
+    return [
+        sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+        for p, q in zip(intact, other, strict=True)
+    ]
+
+
 def divergence(intact: list[Tensor], other: list[Tensor]) -> float:
-    """The mean over rows, by a loop over the vocabulary."""
-    total = 0.0
-    for p, q in zip(intact, other, strict=True):
-        for a, b in zip(p.tolist(), q.tolist(), strict=True):
-            total += math.exp(a) * (a - b)
-    return total / len(intact)
+    return sum(divergences(intact, other)) / len(intact)
 
 
 @contextmanager
@@ -105,11 +108,11 @@ def test_ships_is_the_divergence_without_a_head(name: str, out: Any) -> None:
     expected = {}
     for head in EVERY:
         with without(model, [head], mean=out == "undifferentiated"):
-            expected[head] = divergence(intact, [next_token(model, row) for row in SAFETY])
+            expected[head] = divergences(intact, [next_token(model, row) for row in SAFETY])
     assert effects.keys() == expected.keys()
-    for head, value in expected.items():
-        assert effects[head] == pytest.approx(value, rel=1e-7, abs=1e-12)
-    best = sorted(EVERY, key=lambda head: -expected[head])[:2]
+    for head, values in expected.items():
+        assert effects[head].tolist() == pytest.approx(values, rel=1e-7, abs=1e-12)
+    best = sorted(EVERY, key=lambda head: -sum(expected[head]))[:2]
     found = ships.find(inputs(model))
     assert found.facts["heads"] == [list(head) for head in best]
     # Both at once, and then as many others.
@@ -123,6 +126,21 @@ def test_ships_is_the_divergence_without_a_head(name: str, out: Any) -> None:
         else:
             assert divergence(intact, changed) > 0
     assert_same_bits(model, before)
+
+
+def test_heads_may_be_those_that_most_requests_have_among_their_best() -> None:
+    votes: Any = method("ships", n_heads=2, by="votes")
+    model = build("llama", dtype=torch.float64)
+    # Three requests of four agree on heads whose mean is small; the fourth one is loud.
+    table = {head: torch.tensor([0.0, 0.0, 0.0, float(n)]) for n, head in enumerate(EVERY)}
+    table[1, 1] = torch.tensor([0.5, 0.4, 0.1, 0.0])
+    table[0, 2] = torch.tensor([0.4, 0.5, 0.2, 0.0])
+    given = inputs(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(votes), "effects", lambda *_: table)
+        assert votes.find(given).facts["heads"] == [[0, 2], [1, 1]]
+        loud = method("ships", n_heads=2).find(given).facts["heads"]
+        assert loud == [[1, 3], [1, 2]]
 
 
 def test_controls_of_heads_are_as_many_heads() -> None:
@@ -158,23 +176,32 @@ def last_states(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sahara_joins_the_head_that_turns_most(name: str) -> None:
+@pytest.mark.parametrize(("out", "rank"), [("undifferentiated", 1), ("scaled", 1), ("scaled", 2)])
+def test_sahara_joins_the_head_that_turns_most(name: str, out: Any, rank: int) -> None:
     model = build(name, dtype=torch.float64)
-    intact = torch.linalg.svd(last_states(model)).U[:, 0]
+    before = bits(model)
+    intact = torch.linalg.svd(last_states(model)).U[:, :rank]
     chosen: list[Head] = []
     turned = []
     for _ in range(2):
         angles = {}
         for head in EVERY:
             if head not in chosen:
-                with without(model, [*chosen, head], mean=False):
-                    other = torch.linalg.svd(last_states(model)).U[:, 0]
-                angles[head] = math.acos(min(1.0, abs(float(intact @ other))))
+                with without(model, [*chosen, head], mean=out == "undifferentiated"):
+                    other = torch.linalg.svd(last_states(model)).U[:, :rank]
+                cosines = torch.linalg.svdvals(intact.T @ other).clamp(max=1)
+                angles[head] = sum(math.acos(float(each)) for each in cosines)
         chosen.append(max(angles, key=lambda head: angles[head]))
         turned.append(angles[chosen[-1]])
-    found = method("sahara", n_heads=2).find(inputs(model))
+    found = method("sahara", out=out, n_heads=2, rank=rank).find(inputs(model))
     assert found.facts["heads"] == [list(head) for head in chosen]
     assert found.facts["effect"] == pytest.approx(turned, rel=1e-6)
+    with without(model, chosen, mean=out == "undifferentiated"):
+        expected = [next_token(model, row) for row in SAFETY]
+    with found.on(model):  # type: ignore[union-attr]
+        changed = [next_token(model, row) for row in SAFETY]
+    torch.testing.assert_close(changed, expected, rtol=1e-8, atol=1e-10)
+    assert_same_bits(model, before)
 
 
 def states_of(model: PreTrainedModel, row: Row, back: int) -> Tensor:

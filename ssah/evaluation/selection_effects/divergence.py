@@ -169,8 +169,8 @@ def next_token_log_probs(model: PreTrainedModel, loader: Iterable[Mapping[str, A
         first = predicts.int().argmax(1)  # [rows]
         columns, place = first.unique(return_inverse=True)
         with torch.inference_mode(), as_it_was(model):
-            inputs = _up_to(batch.inputs, int(first.max()) + 1)
-            logits = logits_at(model, inputs, columns)  # [rows, columns, vocabulary]
+            asked = batch.up_to(int(first.max()) + 1)  # without the responses
+            logits = logits_at(model, asked.inputs, columns)  # [rows, columns, vocabulary]
         found.append(logits[range(len(first)), place].double().log_softmax(-1).cpu())
     if not found:
         raise ValueError("loader is empty, must have at least one batch")
@@ -178,15 +178,6 @@ def next_token_log_probs(model: PreTrainedModel, loader: Iterable[Mapping[str, A
     if not bool(every.isfinite().all()):
         raise FloatingPointError("logits of the model are NaN or infinite")
     return every
-
-
-def _up_to(inputs: Mapping[str, Any], end: int) -> Mapping[str, Any]:
-    """Inputs ``[rows, length]`` without the tokens from ``end`` on, which no earlier one sees."""
-    tensors = [each for each in inputs.values() if isinstance(each, Tensor)]
-    # A mask of another form would have to be cut otherwise.
-    if any(each.dim() != 2 for each in tensors):
-        return inputs
-    return {k: v[:, :end] if isinstance(v, Tensor) else v for k, v in inputs.items()}
 
 
 def _predicting(batch: Batch, number: int) -> Tensor:
