@@ -70,6 +70,24 @@ class Batch:
         targets[:, :-1] = following[:, 1:].masked_fill(~both, IGNORED)  # [rows, length - 1]
         return targets
 
+    def up_to(self, end: int) -> Batch:
+        """The first ``end`` columns: states there are the same, as no token sees a later one.
+
+        The batch as it is where the model is given more than tensors ``[rows, length]``.
+        """
+        shape = self.input_ids.shape
+        if any(not isinstance(v, Tensor) or v.shape != shape for v in self.inputs.values()):
+            return self
+        return Batch(
+            {key: value[:, :end] for key, value in self.inputs.items()},
+            self.input_ids[:, :end],
+            None if self.labels is None else self.labels[:, :end],
+            self.attended[:, :end],
+            self.starts[:, :end],
+            self.token_mask[:, :end],
+            self.padding_unseen,
+        )
+
 
 class BatchReader:
     """Checks batches for a model, and says what they mean.

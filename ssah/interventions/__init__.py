@@ -5,7 +5,9 @@ from __future__ import annotations
 from ssah.interventions.ablation import ablate
 from ssah.interventions.arm_units import split_arms
 from ssah.interventions.hidden import Add, HiddenChange, ProjectOut, ReplaceHidden, ScaleHidden
-from ssah.interventions.intervention import check_not_ablated, intervene
+from ssah.interventions.intervention import check_not_ablated, intervene, reads_whole_prompts
+from ssah.interventions.positions import Prompts
+from ssah.interventions.prompt_ends import PromptEnds
 from ssah.interventions.pruning import prune
 from ssah.interventions.row_arms import Arms, arms
 from ssah.interventions.weights import Replace, Scale, WeightChange, Zero
@@ -15,6 +17,8 @@ __all__ = [
     "Add",
     "Arms",
     "ProjectOut",
+    "PromptEnds",
+    "Prompts",
     "Replace",
     "ReplaceHidden",
     "Scale",

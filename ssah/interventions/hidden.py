@@ -6,7 +6,8 @@
     ReplaceHidden  v
 
 With a strength s for each row it is h + s (changed - h): 0 leaves a row alone, 1 changes it wholly.
-What is computed is computed in float32 at least, and rounded once to the model's dtype.
+The strengths may be given, or computed of the prompts as these pass (`Prompts`). What is computed
+is computed in float32 at least, and rounded once to the model's dtype.
 
 Sources: Add, Turner et al., arXiv 2308.10248; ProjectOut, Arditi et al., arXiv 2406.11717.
 """
@@ -20,7 +21,8 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import Tensor, nn
 
-from ssah.interventions.positions import At, Passes, check_at
+from ssah.interventions.positions import At, OfPrompts, Passes, check_at
+from ssah.interventions.sites import Site, modules_at
 from ssah.interventions.weights import check_factor
 from ssah.models import check_bare, device_of, nonfinite, text_config
 from ssah.units import layers_path
@@ -35,14 +37,18 @@ class HiddenChange(ABC):
     Args:
         layers: which layers, from 0; a number or several.
         at: which tokens: ``"all"``, ``"last"`` (the last token of the prompt), ``"generated"``, or
-            from a position on (a number, or integers ``[rows]``), counted without padding.
+            from a position on (a number, or integers ``[rows]``), counted without padding; or a
+            function of `Prompts` that gives these positions.
         rows: which rows of the batch, bool ``[rows]``, or how strongly each, floats ``[rows]``;
-            None for all.
+            or a function of `Prompts` that gives them. None for all.
+        site: where in a layer: ``"output"``, what it puts out; ``"input"``, what it is given;
+            ``"attention"`` or ``"ffn"``, what that puts out, of the layers that have it.
     """
 
     layers: Layers
     at: At = field(default="all", kw_only=True)
-    rows: Tensor | Sequence[float] | None = field(default=None, kw_only=True)
+    rows: Tensor | Sequence[float] | OfPrompts | None = field(default=None, kw_only=True)
+    site: Site = field(default="output", kw_only=True)
 
     @abstractmethod
     def changed(self, h: Tensor, v: Tensor | None) -> Tensor:
@@ -116,49 +122,55 @@ class ReplaceHidden(HiddenChange):
 
 @dataclass(frozen=True, eq=False)
 class AtLayer:
-    """One change at one layer.
+    """One change at one place in one layer.
 
     Attributes:
-        layer: the module.
-        change: what is done to what it puts out.
+        module: whose output is changed, or whose input.
+        change: what is done to it.
         value: ``[hidden]``, or ``[rows, tokens, hidden]`` of `ReplaceHidden`, or None.
-        rows: bools or floats ``[rows]``, or None.
+        rows: bools or floats ``[rows]``, what computes them, or None.
     """
 
-    layer: nn.Module
+    module: nn.Module
     change: HiddenChange
     value: Tensor | None
-    rows: Tensor | None
+    rows: Tensor | OfPrompts | None
 
-    def __call__(self, h: Tensor, passes: Passes) -> Tensor:  # [rows, tokens, hidden]
-        """``h`` after the change, where the pass under way has its positions and rows.
+    def __call__(self, given: Tensor, passes: Passes) -> Tensor:
+        """``[rows, tokens, hidden]`` after the change, where the pass has its positions and rows.
 
         Raises:
             ValueError: the batch has another number of rows, or the pass tells no positions.
         """
+        # First: it is asked about the prompts, also for a change that begins after them.
+        strength = passes.of_prompts(self.rows) if callable(self.rows) else self.rows
         at = passes.chosen(self.change.at)  # bool [rows, tokens], or one bool for all of them
         if at is False:  # such as a step after the prompts
-            return h
+            return given
+        h = given
+        if h.dim() == 2 and len(h) == passes.shape[0] * passes.shape[1]:
+            h = h.view(*passes.shape, -1)  # some modules are given the rows one after the other
         if h.dim() != 3:
             raise ValueError(
-                f"a {type(self.layer).__name__} puts out {list(h.shape)}; must be [rows, tokens, "
+                f"a {type(self.module).__name__} puts out {list(h.shape)}; must be [rows, tokens, "
                 "hidden] for its hidden states to be changed"
             )
         work = h.to(torch.promote_types(h.dtype, torch.float32))
         value = None if self.value is None else self.value.to(h.device, work.dtype)
         new = self.change.changed(work, value)
-        if self.rows is not None:
-            if len(self.rows) != len(h):
+        if strength is not None:
+            if len(strength) != len(h):
                 raise ValueError(
-                    f"rows has {len(self.rows)} rows, the batch {len(h)}; must be equal (beams "
+                    f"rows has {len(strength)} rows, the batch {len(h)}; must be equal (beams "
                     "are rows too)"
                 )
-            strength = self.rows.to(h.device)[:, None]  # [rows, 1]
+            strength = strength.to(h.device)[:, None]  # [rows, 1]
             at = strength != 0 if at is True else at.to(h.device) & (strength != 0)
             if strength.is_floating_point():
                 new = work + strength.to(work.dtype)[..., None] * (new - work)
         new = new.to(h.dtype)
-        return new if at is True else torch.where(at.to(h.device)[..., None], new, h)
+        new = new if at is True else torch.where(at.to(h.device)[..., None], new, h)
+        return new.view(given.shape)
 
 
 def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
@@ -166,8 +178,8 @@ def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
 
     Raises:
         TypeError: a vector is no tensor, or a factor no number.
-        ValueError: layers, positions or rows that no model has, a vector of another size, zero
-            where it is a direction, or a factor or a vector that is NaN or infinite.
+        ValueError: layers, positions, rows or a site that no model has, a vector of another size,
+            zero where it is a direction, or a factor or a vector that is NaN or infinite.
     """
     check_at(change.at)
     found = list(model.get_submodule(layers_path(model)).children())
@@ -179,18 +191,28 @@ def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:
         )
     rows = _rows(change)
     planned = []
-    for i, value in zip(layers, _values(model, change, len(layers)), strict=True):
+    values = _values(model, change, len(layers))
+    for i, value, modules in zip(
+        layers, values, modules_at(model, layers, change.site), strict=True
+    ):
+        # What is linear may be done to each part of a sum.
+        if len(modules) > 1 and not isinstance(change, ProjectOut | ScaleHidden):
+            raise ValueError(
+                f"site is {change.site!r}, which layer {i} has in {len(modules)} parts (experts); "
+                "it must be 'output' or 'input' for this change"
+            )
         # Where the layer computes, so that no pass copies it there.
         place = _place(found[i])
-        own, strengths = (None if each is None else each.to(place) for each in (value, rows))
-        planned.append(AtLayer(found[i], change, own, strengths))
+        own = None if value is None else value.to(place)
+        strengths = rows.to(place) if isinstance(rows, Tensor) else rows
+        planned += [AtLayer(module, change, own, strengths) for module in modules]
     return planned
 
 
-def _rows(change: HiddenChange) -> Tensor | None:
-    """Bools or floats ``[rows]``, as they were given."""
-    if change.rows is None:
-        return None
+def _rows(change: HiddenChange) -> Tensor | OfPrompts | None:
+    """Bools or floats ``[rows]`` as they were given, or what computes them."""
+    if change.rows is None or callable(change.rows):
+        return change.rows
     rows = torch.as_tensor(change.rows)
     if rows.dim() != 1 or not bool(rows.isfinite().all()):
         raise ValueError(

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,11 @@ from ssah.models import check_idle
 # keys, and not an attribute of the module: a copy of the model made inside keeps its changed
 # weights for good and is an ordinary model.
 _INSIDE: weakref.WeakKeyDictionary[nn.Module, list[str]] = weakref.WeakKeyDictionary()
-# The changes of what a layer puts out, the outermost block's first. One hook a layer applies them:
-# hooks of one's own for each block would run the innermost first.
-_AT_LAYER: weakref.WeakKeyDictionary[nn.Module, list[tuple[AtLayer, Passes]]]
-_AT_LAYER = weakref.WeakKeyDictionary()
+# The changes of what a module puts out, and of what it is given, the outermost block's first. One
+# hook a module applies them: hooks of one's own for each block would run the innermost first.
+_Changes: TypeAlias = weakref.WeakKeyDictionary[nn.Module, list[tuple[AtLayer, Passes]]]
+_PUT_OUT: _Changes = weakref.WeakKeyDictionary()
+_GIVEN: _Changes = weakref.WeakKeyDictionary()
 
 
 def intervene(
@@ -41,7 +42,7 @@ def intervene(
     """Context manager: ``model`` runs with these changes inside, and is what it was after.
 
     Changes of weights (`Zero`, `Scale`, `Replace`) are applied in their order. So are changes of
-    hidden states (`Add`, `ProjectOut`, `ScaleHidden`, `ReplaceHidden`), to what a layer puts out.
+    hidden states (`Add`, `ProjectOut`, `ScaleHidden`, `ReplaceHidden`), at their place in a layer.
     One object may be entered again, also inside itself. Blocks nest, as long as the last one
     entered is the first one left, which `with` ensures; an inner one changes what the outer ones
     have made. Everything is put back after an exception too.
@@ -177,21 +178,56 @@ def _hooked(model: nn.Module, at_layers: Sequence[AtLayer]) -> Iterator[None]:
         hook = passes.decoder.register_forward_pre_hook(passes.hook, with_kwargs=True)
         stack.callback(hook.remove)
         for each in at_layers:
-            changes = _AT_LAYER.setdefault(each.layer, [])
+            before = each.change.site == "input"
+            changes = (_GIVEN if before else _PUT_OUT).setdefault(each.module, [])
             if not changes:
                 # First of all hooks, so that those which record hidden states record changed ones.
-                stack.callback(each.layer.register_forward_hook(_put_out, prepend=True).remove)
+                add = (
+                    each.module.register_forward_pre_hook(_take_in, prepend=True, with_kwargs=True)
+                    if before
+                    else each.module.register_forward_hook(_put_out, prepend=True)
+                )
+                stack.callback(add.remove)
             changes.append((each, passes))
             stack.callback(changes.pop)
         yield
 
 
-def _put_out(layer: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
-    """A layer's output after all changes; some layers put out a tuple, hidden states first."""
-    h = output[0] if isinstance(output, tuple) else output  # [rows, tokens, hidden]
-    for change, passes in _AT_LAYER.get(layer, ()):  # none in a copy of the model made inside
-        h = change(h, passes)
-    return (h, *output[1:]) if isinstance(output, tuple) else h
+def reads_whole_prompts(model: nn.Module) -> bool:
+    """Whether ``model`` is inside a change of hidden states that tells rows or tokens apart.
+
+    Then a batch must be passed as it is, all prompts whole in one pass, and the same rows go on.
+    """
+    return any(
+        change.change.at != "all" or change.rows is not None
+        for module in model.modules()
+        for table in (_PUT_OUT, _GIVEN)
+        for change, _ in table.get(module, ())
+    )
+
+
+def _put_out(module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+    """A module's output after all changes; some layers put out a tuple, hidden states first."""
+    if isinstance(output, tuple):
+        return (_changed(_PUT_OUT, module, output[0]), *output[1:])
+    return _changed(_PUT_OUT, module, output)
+
+
+def _take_in(
+    layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What a layer is given, after all changes."""
+    if args:
+        return (_changed(_GIVEN, layer, args[0]), *args[1:]), kwargs
+    h = _changed(_GIVEN, layer, kwargs["hidden_states"])
+    return args, {**kwargs, "hidden_states": h}
+
+
+def _changed(table: _Changes, module: nn.Module, h: Tensor) -> Tensor:  # [rows, tokens, hidden]
+    for change, passes in table.get(module, ()):  # none in a copy of the model made inside
+        # A function that is asked about the prompts sees the model without changes.
+        h = h if passes.asking else change(h, passes)
+    return h
 
 
 @torch.inference_mode()

@@ -7,8 +7,11 @@ Zhou et al., ICLR 2025, arXiv 2410.13708. A head is taken out in one of two ways
     scaled             its W_v is multiplied by eps: it puts out nothing                    (eq. 8)
 
 Ships of a request q and a head h is KL(p(.|q) || p(.|q without h)) of the next token (eq. 9). Of a
-set of requests it is the angle of left singular subspaces (eq. 11, `left_subspace_angles`), and
-Sahara takes out one head after the other by it (`greedy_search`).
+set of requests it is the angle of left singular subspaces (eq. 11, `left_subspace`), and
+Sahara takes out one head after the other by it (`greedily`).
+
+Ships is one pass over all requests for each head, and Sahara one for each head and round. A model
+of 30 layers with 9 heads each has 270 heads.
 
 Example: values 2 and 4 at two tokens, of which the second one attends to itself alone and puts out
 4. Undifferentiated it puts out 3, and scaled 0.
@@ -25,7 +28,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ssah.evaluation import greedy_search, kl_divergence, next_token_log_probs
+from ssah.deltas.subspaces import Subspace, principal_angles
+from ssah.evaluation import greedily, kl_divergence, left_subspace, next_token_log_probs
 from ssah.interventions import WeightChange, Zero, intervene
 from ssah.methods.drawing import random_numbers
 from ssah.methods.frame import Method, Stage
@@ -59,8 +63,8 @@ class Ships(_Heads):
     equation: ClassVar[str] = "Ships(q, h) = KL(p(.|q) || p(.|q without h)), mean over requests"
     departures: ClassVar[tuple[str, ...]] = (
         _LIMIT,
-        "Heads are ranked by the mean over requests; the paper ranks them for each request, and "
-        "for a set of requests by angles (sahara).",
+        "Heads are chosen for all requests, by their mean or by how many requests have them among "
+        "their best; the paper takes out the best of each request as it is asked.",
         "Requests are in the template that the rows were made with; the paper uses none.",
     )
     published: ClassVar[str] = (
@@ -70,9 +74,15 @@ class Ships(_Heads):
 
     out: How = setting("undifferentiated", "How a head is taken out.")
     n_heads: int = setting(1, "How many heads are taken out.", min=1)
+    by: Literal["mean", "votes"] = setting(
+        "mean", "Heads of the largest mean, or those that most requests have among their best."
+    )
 
-    def effects(self, inputs: Inputs) -> dict[Head, float]:
-        """Ships of every head, in nats. Errors as of `next_token_log_probs`."""
+    def effects(self, inputs: Inputs) -> dict[Head, Tensor]:
+        """Ships of every head and request, nats: float64 ``[rows]`` each.
+
+        Errors as of `next_token_log_probs`.
+        """
         model = inputs.model
         assert inputs.safety is not None
         intact = next_token_log_probs(model, inputs.safety)  # [rows, vocabulary]
@@ -80,16 +90,23 @@ class Ships(_Heads):
         for head in every_head(model):
             with intervene(model, _without(model, [head], self.out)):
                 other = next_token_log_probs(model, inputs.safety)
-            found[head] = float(kl_divergence(intact, other).mean())
+            found[head] = kl_divergence(intact, other)
         return found
 
     def _find(self, inputs: Inputs) -> Changed:
         model = inputs.model
         _check_number(self.n_heads, "n_heads", model)
         effects = self.effects(inputs)
-        # Sorting is stable: of equal heads the earlier one is taken.
-        best = sorted(effects, key=lambda head: -effects[head])[: self.n_heads]
-        return _outcome(model, best, self.out, [effects[head] for head in best])
+        every = list(effects)
+        table = torch.stack(list(effects.values()))  # [heads, rows]
+        mean = table.mean(1)
+        score = mean
+        if self.by == "votes":
+            # Stable: of equal heads a request votes for the earlier one.
+            order = table.argsort(stable=True, dim=0, descending=True)[: self.n_heads]
+            score = torch.bincount(order.flatten(), minlength=len(every)).double()
+        best = score.argsort(descending=True, stable=True)[: self.n_heads].tolist()
+        return _outcome(model, [every[n] for n in best], self.out, mean[best].tolist())
 
 
 @dataclass(frozen=True)
@@ -100,32 +117,37 @@ class Sahara(_Heads):
     equation: ClassVar[str] = "argmax_h of sum_r arccos sigma_r(U^T U_without), greedily"
     departures: ClassVar[tuple[str, ...]] = (
         _LIMIT,
-        "Heads are scaled in the search, since many are tried in one batch then; the paper also "
-        "searches with undifferentiated ones.",
         "States are those that the last layer puts out, before the final norm.",
         "Requests are in the template that the rows were made with; the paper uses none.",
     )
     published: ClassVar[str] = "Three heads (0.018 %) ASR .72 (Llama-2-7b-chat); more do not help."
 
+    out: How = setting("undifferentiated", "How a head is taken out.")
     n_heads: int = setting(3, "How many heads are taken out.", min=1)
     rank: int = setting(1, "Of the subspaces.", min=1)
 
     def _find(self, inputs: Inputs) -> Changed:
-        model = inputs.model
-        assert inputs.safety is not None
+        model, safety = inputs.model, inputs.safety
+        assert safety is not None
         _check_number(self.n_heads, "n_heads", model)
-        candidates = every_head(model)
-        found = greedy_search(
-            model,
-            inputs.safety,
-            [channels(model, [head]) for head in candidates],
-            effect="subspace_angle",
-            rounds=self.n_heads,
-            layers=[max(find_heads(model))],
-            rank=self.rank,
-        )
-        chosen = [candidates[number] for number in found.chosen]
-        return _outcome(model, chosen, "scaled", found.effect.tolist())
+        every = every_head(model)
+        last = max(find_heads(model))
+
+        def subspace() -> Subspace:
+            return left_subspace(model, safety, layer=last, rank=self.rank)
+
+        intact = subspace()
+
+        def without(heads: list[Head]) -> float:
+            with intervene(model, _without(model, heads, self.out)):
+                return float(principal_angles(intact, subspace()).sum())
+
+        def measure(sets: Sequence[tuple[int, ...]]) -> list[float]:
+            return [without([every[n] for n in own]) for own in sets]
+
+        found = greedily(measure, len(every), self.n_heads)
+        chosen = [every[number] for number in found.chosen]
+        return _outcome(model, chosen, self.out, found.effect.tolist())
 
 
 def every_head(model: nn.Module) -> list[Head]:

@@ -10,14 +10,23 @@ harmless requests at a position of the prompt and a layer,
 Example: harmful states (3, 1) and (1, 1), harmless ones (0, 1) and (0, 1) have d = (2, 0) and u =
 (1, 0). The state (5, 7) becomes (0, 7).
 
-Of all positions and layers that direction is taken whose ablation makes refusals least likely,
-among those that leave harmless prompts nearly as they are.
+Of all positions and layers one direction is taken. With p the probability that a response begins as
+the refusals do, and its log-odds log p - log(1 - p), it is the one whose ablation leaves the least
+log-odds on harmful requests, among those that
+
+    leave harmless prompts nearly as they are      KL at the first token at most 0.1 when ablated
+    induce refusals                                log-odds on harmless prompts above 0 when added
+    are not of the last layers                     the last 20 % say which token comes next
+
+All of this is measured on rows that no direction was made of. It costs three passes over these rows
+for each position and layer, of prompts alone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from typing import Any, ClassVar
 
 import torch
@@ -25,11 +34,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.deltas import Out
-from ssah.evaluation import kl_divergence, next_token_log_probs, response_log_probs
-from ssah.interventions import ProjectOut, intervene
+from ssah.evaluation import kl_divergence, next_token_log_probs
+from ssah.interventions import Add, ProjectOut, intervene
+from ssah.methods.batch_rows import first_tokens, split_batches
 from ssah.methods.drawing import random_direction
 from ssah.methods.frame import Method, Stage
-from ssah.methods.inputs import Inputs, Loader, Need
+from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed, Edited
 from ssah.representations import layers_of, mean_difference, represent
 from ssah.settings import setting
@@ -43,15 +53,19 @@ class _Directed(Method):
     paper: ClassVar[str] = "Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
-        "A direction is chosen on the rows that it was made of, by the log-probability of their "
-        "refusals; the paper has 32 rows of validation, and the odds of a few first tokens.",
-        "That adding the direction induces refusals is not asked for; the paper asks for it.",
+        "A refusal begins with a token with which one of the safety set begins; the paper names "
+        "these tokens for each model.",
+        "A share of the rows is for validation; the paper has 128 rows and 32 more.",
     )
     against: ClassVar[str] = "A random direction in its place."
 
     positions: int = setting(1, "How many of the last tokens of the prompt are tried.", min=1)
     max_kl: float = setting(0.1, "Most KL on harmless prompts, nats at the first token.", above=0)
+    min_induced: float = setting(
+        0.0, "Least log-odds of refusing harmless prompts, if it is added."
+    )
     latest: float = setting(0.8, "Layers up to this share of all are tried.", above=0, max=1)
+    validation: float = setting(0.2, "Share of the rows to choose by.", above=0, below=1)
 
     def direction(self, inputs: Inputs) -> tuple[Tensor, dict[str, Any]]:
         """The direction, float64 ``[hidden]``, and where it was found.
@@ -59,36 +73,43 @@ class _Directed(Method):
         Errors as of `represent`, and:
 
         Raises:
-            ValueError: all directions change harmless prompts by more than ``max_kl``.
+            ValueError: no direction meets the conditions; a set has too few rows.
         """
-        model, (safety, utility) = inputs.model, inputs.loaders
+        model = inputs.model
+        shares = (1 - self.validation, self.validation)
+        harmful, asked = split_batches(inputs.loaders[0], shares, "safety")
+        harmless, ordinary = split_batches(inputs.loaders[1], shares, "utility")
         places = tuple(range(-self.positions, 0))
-        harmful, harmless = (
-            represent(model, loader, positions=places) for loader in (safety, utility)
+        # Float64 [positions, layers, hidden].
+        every = mean_difference(
+            *(represent(model, b, positions=places) for b in (harmful, harmless))
         )
-        every = mean_difference(harmful, harmless)  # [positions, layers, hidden]
-        n_layers = every.shape[1]
-        # Late directions say which token comes next, and hardly whether to refuse.
-        last = max(1, int(self.latest * n_layers))
-        intact = next_token_log_probs(model, utility)  # [rows, vocabulary]
-        tried: list[tuple[float, int, int]] = []
-        least = float("inf")
-        for place in range(len(places)):
-            for layer in range(last):
-                with intervene(model, _projected(every[place, layer], n_layers)):
-                    other = next_token_log_probs(model, utility)
-                    kl = float(kl_divergence(intact, other).mean())
-                    least = min(least, kl)
-                    # Refusals need the longer pass: only of those that may be chosen.
-                    if kl <= self.max_kl:
-                        tried.append((_refusals(model, safety), place, layer))
-        if not tried:
+        tokens = sorted(set(first_tokens(harmful)))
+        intact = next_token_log_probs(model, ordinary)  # [rows, vocabulary]
+        last = max(1, int(self.latest * every.shape[1]))
+        tried = list(product(range(len(places)), range(last)))
+        found: list[tuple[float, int, int, float, float]] = []
+        least, most = float("inf"), -float("inf")
+        for place, layer in tried:
+            direction = every[place, layer]
+            with intervene(model, Add(layer, direction)):
+                induced = _log_odds(next_token_log_probs(model, ordinary), tokens)
+            with intervene(model, *_ablation(model, direction)):
+                kl = float(kl_divergence(intact, next_token_log_probs(model, ordinary)).mean())
+                least, most = min(least, kl), max(most, induced)
+                # The third pass: only of those that may be chosen.
+                if kl <= self.max_kl and induced > self.min_induced:
+                    left = _log_odds(next_token_log_probs(model, asked), tokens)
+                    found.append((left, place, layer, kl, induced))
+        if not found:
             raise ValueError(
-                f"max_kl is {self.max_kl}, and the least KL of a direction is {least:.3g}; raise "
-                "it, or try more positions"
+                f"no direction has at most max_kl, {self.max_kl}, and more than min_induced, "
+                f"{self.min_induced}: the least KL is {least:.3g}, and the most log-odds that one "
+                f"induces are {most:.3g}; raise max_kl, lower min_induced, or try more positions"
             )
-        log_prob, place, layer = min(tried)
-        facts = {"position": places[place], "layer": layer, "log_prob": log_prob}
+        left, place, layer, kl, induced = min(found)
+        facts: dict[str, Any] = {"position": places[place], "layer": layer, "tried": len(tried)}
+        facts |= {"log_odds": left, "kl": kl, "induced": induced}
         return every[place, layer], facts
 
 
@@ -99,20 +120,14 @@ class RefusalAblation(_Directed):
     name: ClassVar[str] = "refusal-direction"
     equation: ClassVar[str] = "h <- h - (h . u) u, u = (mean harmful - mean harmless) / |...|"
     stage: ClassVar[Stage] = "inference"
-    departures: ClassVar[tuple[str, ...]] = (
-        *_Directed.departures,
-        "It is projected out of what each layer puts out; the paper does so after the embedding "
-        "and within layers too, as refusal-orthogonalisation does.",
-    )
     published: ClassVar[str] = "Refusals nearly vanish on 13 models, at almost no loss of utility."
 
     def _find(self, inputs: Inputs) -> Changed:
+        model = inputs.model
         found, facts = self.direction(inputs)
-        n_layers = len(layers_of(inputs.model))
-        # At every layer, and not where it was found alone: later layers would write it again.
         return Changed(
-            (_projected(found, n_layers),),
-            lambda seed: (_projected(random_direction(len(found), seed), n_layers),),
+            _ablation(model, found),
+            lambda seed: _ablation(model, random_direction(len(found), seed)),
             facts=facts,
         )
 
@@ -183,11 +198,21 @@ def _writing(model: PreTrainedModel) -> Iterator[tuple[str, int]]:
             yield f"{owner}.{bias}", matrices
 
 
-def _projected(direction: Tensor, n_layers: int) -> ProjectOut:
-    return ProjectOut(range(n_layers), direction)
+def _ablation(model: PreTrainedModel, direction: Tensor) -> tuple[ProjectOut, ...]:
+    """A direction ``[hidden]`` projected out of what is embedded, and of all that layers write."""
+    every = range(len(layers_of(model)))
+    kinds = {module.kind for module in find_modules(model).values()}
+    return (
+        ProjectOut(0, direction, site="input"),
+        *([ProjectOut(every, direction, site="attention")] if "attention" in kinds else []),
+        *([ProjectOut(every, direction, site="ffn")] if "mlp" in kinds else []),
+        # And not where it was found alone: later layers would write it again.
+        ProjectOut(every, direction),
+    )
 
 
-def _refusals(model: PreTrainedModel, safety: Loader) -> float:
-    """Mean log-probability of the refusals, nats a row."""
-    found = torch.cat([log_probs for log_probs, _ in response_log_probs(model, safety)])
-    return float(found.mean())
+def _log_odds(log_probs: Tensor, tokens: list[int]) -> float:
+    """Mean log-odds of one of the tokens coming first, of ``[rows, vocabulary]``."""
+    others = log_probs.clone()
+    others[:, tokens] = -torch.inf
+    return float((log_probs[:, tokens].logsumexp(1) - others.logsumexp(1)).mean())

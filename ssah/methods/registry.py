@@ -34,6 +34,7 @@ _METHODS = {
     "single-neuron": "single_neuron:SingleNeuron",
     "refusal-direction": "refusal_direction:RefusalAblation",
     "refusal-orthogonalisation": "refusal_direction:RefusalOrthogonalisation",
+    "scans": "scans:SCANS",
     "lox": "low_rank_safety:LoX",
     "safe-lora": "low_rank_safety:SafeLoRA",
     "resta": "resta:RESTA",

@@ -13,9 +13,14 @@ from ssah.representations.comparing import (
 )
 from ssah.representations.linear_probes import logistic_regression
 from ssah.representations.moments import Representations, represent
+from ssah.representations.openings import opening_shifts
 from ssah.representations.positions import Position, Positions, StatePositions, check_positions
 from ssah.representations.recording import batches_at, hidden_states, layers_of, recorded
-from ssah.representations.vocabulary import top_tokens, vocabulary_projection
+from ssah.representations.vocabulary import (
+    token_contrast,
+    top_tokens,
+    vocabulary_projection,
+)
 
 __all__ = [
     "PairCosines",
@@ -24,9 +29,11 @@ __all__ = [
     "hidden_states",
     "logistic_regression",
     "mean_difference",
+    "opening_shifts",
     "pair_cosines",
     "represent",
     "separation",
+    "token_contrast",
     "top_tokens",
     "unit_activations",
     "vocabulary_projection",

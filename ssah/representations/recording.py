@@ -32,7 +32,8 @@ def batches_at(
 ) -> Iterator[tuple[Batch, StatePositions]]:
     """The batches of ``loader``, read for ``model``, and where their states are.
 
-    Whether they have labels is said by the first one.
+    A batch ends with the last of these: responses need not run for the states of prompts. Whether
+    batches have labels is said by the first one.
 
     Raises:
         TypeError, ValueError: a batch is not of this form, or lacks a position.
@@ -42,7 +43,9 @@ def batches_at(
         if reader is None:
             reader = BatchReader(model, tokens=counted_tokens(raw))
         batch = reader.read(raw, number)
-        yield batch, StatePositions.of(batch, positions, number)
+        where = StatePositions.of(batch, positions, number)
+        cut = batch.up_to(int(where.mask.any(1).any(0).nonzero().max()) + 1)
+        yield cut, StatePositions(where.mask[..., : cut.input_ids.shape[1]])
 
 
 @contextmanager

@@ -13,6 +13,7 @@ Source: nostalgebraist 2020, "interpreting GPT: the logit lens".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -56,6 +57,27 @@ def vocabulary_projection(model: PreTrainedModel, directions: Tensor) -> Tensor:
         logits = model(input_ids=ids, use_cache=False).logits  # [n, one token, vocabulary]
     found = logits[:, 0].double().cpu()
     return found.clone()[0] if directions.dim() == 1 else found.clone()
+
+
+def token_contrast(
+    model: PreTrainedModel, directions: Tensor, tokens: Sequence[int], others: Sequence[int]
+) -> Tensor:
+    """How much rather directions speak for some tokens than for others.
+
+    The mean logit of ``tokens`` less that of ``others``, over the standard deviation of the
+    direction's logits: so directions of all layers can be compared.
+
+    Args:
+        model: a causal language model.
+        directions: ``[n, hidden]``.
+        tokens, others: ids; one that is there twice counts twice.
+
+    Returns:
+        float64 ``[n]``. Errors as of `vocabulary_projection`.
+    """
+    logits = vocabulary_projection(model, directions)  # [n, vocabulary]
+    means = [logits[:, list(each)].mean(1) for each in (tokens, others)]
+    return (means[0] - means[1]) / logits.std(1)
 
 
 def top_tokens(

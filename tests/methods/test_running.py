@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ssah.interventions import ProjectOut, Zero
 from ssah.methods import Changed, Edited, Inputs, method
+from ssah.methods.batch_rows import part_of_each
 from ssah.units import find_heads, find_modules, layers_path
 
 SAFETY, UTILITY = rows((9, 7, 6), seed=1), rows((8, 10), seed=2)
@@ -39,13 +40,16 @@ def next_token(model: PreTrainedModel, row: Row) -> Tensor:
         return model(row[0][None]).logits[0, first_of(row) - 1].log_softmax(-1)
 
 
+def divergences(intact: list[Tensor], other: list[Tensor]) -> list[float]:
+    """Of each row, by a loop over the vocabulary."""
+    return [
+        sum(math.exp(a) * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True))
+        for p, q in zip(intact, other, strict=True)
+    ]
+
+
 def divergence(intact: list[Tensor], other: list[Tensor]) -> float:
-    """The mean over rows, by a loop over the vocabulary."""
-    total = 0.0
-    for p, q in zip(intact, other, strict=True):
-        for a, b in zip(p.tolist(), q.tolist(), strict=True):
-            total += math.exp(a) * (a - b)
-    return total / len(intact)
+    return sum(divergences(intact, other)) / len(intact)
 
 
 @contextmanager
@@ -104,11 +108,11 @@ def test_ships_is_the_divergence_without_a_head(name: str, out: Any) -> None:
     expected = {}
     for head in EVERY:
         with without(model, [head], mean=out == "undifferentiated"):
-            expected[head] = divergence(intact, [next_token(model, row) for row in SAFETY])
+            expected[head] = divergences(intact, [next_token(model, row) for row in SAFETY])
     assert effects.keys() == expected.keys()
-    for head, value in expected.items():
-        assert effects[head] == pytest.approx(value, rel=1e-7, abs=1e-12)
-    best = sorted(EVERY, key=lambda head: -expected[head])[:2]
+    for head, values in expected.items():
+        assert effects[head].tolist() == pytest.approx(values, rel=1e-7, abs=1e-12)
+    best = sorted(EVERY, key=lambda head: -sum(expected[head]))[:2]
     found = ships.find(inputs(model))
     assert found.facts["heads"] == [list(head) for head in best]
     # Both at once, and then as many others.
@@ -122,6 +126,21 @@ def test_ships_is_the_divergence_without_a_head(name: str, out: Any) -> None:
         else:
             assert divergence(intact, changed) > 0
     assert_same_bits(model, before)
+
+
+def test_heads_may_be_those_that_most_requests_have_among_their_best() -> None:
+    votes: Any = method("ships", n_heads=2, by="votes")
+    model = build("llama", dtype=torch.float64)
+    # Three requests of four agree on heads whose mean is small; the fourth one is loud.
+    table = {head: torch.tensor([0.0, 0.0, 0.0, float(n)]) for n, head in enumerate(EVERY)}
+    table[1, 1] = torch.tensor([0.5, 0.4, 0.1, 0.0])
+    table[0, 2] = torch.tensor([0.4, 0.5, 0.2, 0.0])
+    given = inputs(model)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(votes), "effects", lambda *_: table)
+        assert votes.find(given).facts["heads"] == [[0, 2], [1, 1]]
+        loud = method("ships", n_heads=2).find(given).facts["heads"]
+        assert loud == [[1, 3], [1, 2]]
 
 
 def test_controls_of_heads_are_as_many_heads() -> None:
@@ -157,23 +176,32 @@ def last_states(model: PreTrainedModel) -> Tensor:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_sahara_joins_the_head_that_turns_most(name: str) -> None:
+@pytest.mark.parametrize(("out", "rank"), [("undifferentiated", 1), ("scaled", 1), ("scaled", 2)])
+def test_sahara_joins_the_head_that_turns_most(name: str, out: Any, rank: int) -> None:
     model = build(name, dtype=torch.float64)
-    intact = torch.linalg.svd(last_states(model)).U[:, 0]
+    before = bits(model)
+    intact = torch.linalg.svd(last_states(model)).U[:, :rank]
     chosen: list[Head] = []
     turned = []
     for _ in range(2):
         angles = {}
         for head in EVERY:
             if head not in chosen:
-                with without(model, [*chosen, head], mean=False):
-                    other = torch.linalg.svd(last_states(model)).U[:, 0]
-                angles[head] = math.acos(min(1.0, abs(float(intact @ other))))
+                with without(model, [*chosen, head], mean=out == "undifferentiated"):
+                    other = torch.linalg.svd(last_states(model)).U[:, :rank]
+                cosines = torch.linalg.svdvals(intact.T @ other).clamp(max=1)
+                angles[head] = sum(math.acos(float(each)) for each in cosines)
         chosen.append(max(angles, key=lambda head: angles[head]))
         turned.append(angles[chosen[-1]])
-    found = method("sahara", n_heads=2).find(inputs(model))
+    found = method("sahara", out=out, n_heads=2, rank=rank).find(inputs(model))
     assert found.facts["heads"] == [list(head) for head in chosen]
     assert found.facts["effect"] == pytest.approx(turned, rel=1e-6)
+    with without(model, chosen, mean=out == "undifferentiated"):
+        expected = [next_token(model, row) for row in SAFETY]
+    with found.on(model):  # type: ignore[union-attr]
+        changed = [next_token(model, row) for row in SAFETY]
+    torch.testing.assert_close(changed, expected, rtol=1e-8, atol=1e-10)
+    assert_same_bits(model, before)
 
 
 def states_of(model: PreTrainedModel, row: Row, back: int) -> Tensor:
@@ -193,6 +221,7 @@ def states_of(model: PreTrainedModel, row: Row, back: int) -> Tensor:
 
 @contextmanager
 def projected(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
+    """Without the direction in what is embedded, in attention, in FFNs and in what layers give."""
     u = direction / direction.norm()
 
     def change(_: nn.Module, __: Any, output: Any) -> Any:
@@ -201,10 +230,21 @@ def projected(model: PreTrainedModel, direction: Tensor) -> Iterator[None]:
         return (h, *output[1:]) if isinstance(output, tuple) else h
 
     layers = list(model.get_submodule(layers_path(model)).children())
-    handles = [layer.register_forward_hook(change) for layer in layers]
+    inside = [m for layer in layers for n, m in layer.named_children() if n in PARTS]
+    embedded = model.transformer.drop if hasattr(model, "transformer") else model.model.embed_tokens
+    handles = [each.register_forward_hook(change) for each in (embedded, *inside, *layers)]
     yield
     for handle in handles:
         handle.remove()
+
+
+PARTS = ("self_attn", "attn", "mlp")
+REQUESTS, ORDINARY = rows((9, 7, 6, 8, 5, 10), seed=1), rows((8, 10, 6, 7, 9), seed=2)
+
+
+def directed(model: PreTrainedModel) -> Inputs:
+    safety = [collate(REQUESTS[:2], side="left"), collate(REQUESTS[2:])]
+    return Inputs(aligned=model, safety=safety, utility=[collate(ORDINARY)])
 
 
 def refused(model: PreTrainedModel, data: list[Row] = SAFETY) -> float:
@@ -217,56 +257,119 @@ def refused(model: PreTrainedModel, data: list[Row] = SAFETY) -> float:
     return total / len(data)
 
 
-def searched(model: PreTrainedModel, max_kl: float, layers: int) -> tuple[Tensor, int, int]:
-    """The direction that lowers refusals most, its position and its layer."""
-    harmless = [next_token(model, row) for row in UTILITY]
-    found: list[tuple[float, int, int, Tensor]] = []
+def odds(model: PreTrainedModel, data: list[Row], tokens: set[int]) -> float:
+    """Mean log-odds of a first token that is one of some."""
+    total = 0.0
+    for row in data:
+        p = next_token(model, row).exp().tolist()
+        inside = sum(p[token] for token in tokens)
+        total += math.log(inside) - math.log(1 - inside)
+    return total / len(data)
+
+
+def parts(data: list[Row]) -> tuple[list[Row], list[Row]]:
+    part = part_of_each(len(data), (0.6, 0.4), 0).tolist()
+    kept, held = ([row for row, own in zip(data, part, strict=True) if own == n] for n in (0, 1))
+    return kept, held
+
+
+@contextmanager
+def added(model: PreTrainedModel, layer: int, direction: Tensor) -> Iterator[None]:
+    def change(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (output[0] + direction, *output[1:])
+        return output + direction
+
+    module = list(model.get_submodule(layers_path(model)).children())[layer]
+    handle = module.register_forward_hook(change)
+    yield
+    handle.remove()
+
+
+def searched(model: PreTrainedModel) -> list[dict[str, Any]]:
+    """Every direction and what it does on the rows that it was not made of."""
+    harmful, asked = parts(REQUESTS)
+    harmless, ordinary = parts(ORDINARY)
+    tokens = {int(row[0][first_of(row)]) for row in harmful}
+    intact = [next_token(model, row) for row in ordinary]
+    found = []
     for back in (-2, -1):
         means = [
             torch.stack([states_of(model, row, back) for row in data]).mean(0)
-            for data in (SAFETY, UTILITY)
+            for data in (harmful, harmless)
         ]
-        for layer in range(layers):
-            direction = (means[0] - means[1])[layer]
+        for layer, direction in enumerate(means[0] - means[1]):
+            own: dict[str, Any] = {"position": back, "layer": layer, "direction": direction}
+            with added(model, layer, direction):
+                own["induced"] = odds(model, ordinary, tokens)
             with projected(model, direction):
-                kl = divergence(harmless, [next_token(model, row) for row in UTILITY])
-                if kl <= max_kl:
-                    found.append((refused(model), back, layer, direction))
-    _, back, layer, direction = min(found, key=lambda each: each[0])
-    return direction, back, layer
+                own["kl"] = divergence(intact, [next_token(model, row) for row in ordinary])
+                own["log_odds"] = odds(model, asked, tokens)
+            found.append(own)
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_refusal_direction_is_the_one_that_lowers_refusals_most(name: str) -> None:
+def test_the_refusal_direction_is_the_one_that_meets_all_conditions(name: str) -> None:
     model = build(name, dtype=torch.float64)
-    settings: Any = {"positions": 2, "max_kl": 50.0, "latest": 1.0}
-    direction, back, layer = searched(model, 50.0, 2)
-    found = method("refusal-direction", **settings).find(inputs(model))
-    assert (found.facts["position"], found.facts["layer"]) == (back, layer)
+    before = bits(model)
+    every = searched(model)
+    assert len({own["layer"] for own in every}) == 2
+    # One of the four is ruled out by each condition, and the best of the others is taken.
+    settings: Any = {"positions": 2, "latest": 1.0, "validation": 0.4}
+    settings["max_kl"] = sorted(own["kl"] for own in every)[-2] * (1 + 1e-9)
+    settings["min_induced"] = min(own["induced"] for own in every) + 1e-9
+    passing = [
+        own
+        for own in every
+        if own["kl"] <= settings["max_kl"] and own["induced"] > settings["min_induced"]
+    ]
+    assert 0 < len(passing) < 4
+    best = min(passing, key=lambda own: own["log_odds"])
+    found = method("refusal-direction", **settings).find(directed(model))
+    for key in ("position", "layer", "kl", "induced", "log_odds"):
+        assert found.facts[key] == pytest.approx(best[key], rel=1e-7), key
+    assert found.facts["tried"] == 4
     assert isinstance(found, Changed)
-    (change,) = found.changes
-    assert isinstance(change, ProjectOut)
-    torch.testing.assert_close(change.direction, direction, rtol=1e-9, atol=1e-12)
-    with projected(model, direction):
+    for change in found.changes:
+        assert isinstance(change, ProjectOut)
+        torch.testing.assert_close(change.direction, best["direction"], rtol=1e-9, atol=1e-12)
+    with projected(model, best["direction"]):
         expected = refused(model)
     with found.on(model):
         assert refused(model) == pytest.approx(expected, rel=1e-9)
-    # Losses are computed in float32 at the end.
-    assert found.facts["log_prob"] == pytest.approx(expected, rel=1e-6)
-    (other,) = found.control(1).changes
+    assert_same_bits(model, before)
+    other = found.control(1).changes[0]
     assert isinstance(other, ProjectOut)
-    assert abs(torch.cosine_similarity(other.direction, direction, dim=0)) < 0.6
-    with pytest.raises(ValueError, match=r"max_kl is 1e-09, and the least KL of a direction is"):
-        method("refusal-direction", max_kl=1e-9).find(inputs(model))
+    assert abs(torch.cosine_similarity(other.direction, best["direction"], dim=0)) < 0.6
+    # Late layers are left out.
+    early = method("refusal-direction", **settings | {"latest": 0.5, "max_kl": 50.0})
+    assert early.find(directed(model)).facts["tried"] == 2
+    with pytest.raises(ValueError, match=r"at most max_kl, 1e-09, and more than min_induced, 0\.0"):
+        method("refusal-direction", max_kl=1e-9, validation=0.4).find(directed(model))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama_bias", "mixtral"])
+def test_ablation_of_the_direction_is_the_orthogonal_model(name: str) -> None:
+    model = build(name, dtype=torch.float64)
+    settings: Any = {"max_kl": 50.0, "min_induced": -50.0, "validation": 0.4}
+    ablated = method("refusal-direction", **settings).find(directed(model))
+    edited = method("refusal-orthogonalisation", **settings).find(directed(model))
+    with ablated.on(model):  # type: ignore[union-attr]
+        expected = [next_token(model, row) for row in SAFETY]
+    model.load_state_dict(edited.write())  # type: ignore[union-attr, arg-type]
+    found = [next_token(model, row) for row in SAFETY]
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["llama", "llama_bias", "llama_tied", "mixtral", "gpt_oss"])
 def test_an_orthogonal_model_never_writes_the_direction(name: str) -> None:
     model = build(name, dtype=torch.float64)
     before = bits(model)
-    settings: Any = {"max_kl": 50.0}
-    found = method("refusal-orthogonalisation", **settings).find(inputs(model))
-    direction, _ = method("refusal-direction", **settings).direction(inputs(model))  # type: ignore[attr-defined]
+    settings: Any = {"max_kl": 50.0, "min_induced": -50.0, "validation": 0.4}
+    given = directed(model)
+    found = method("refusal-orthogonalisation", **settings).find(given)
+    direction, _ = method("refusal-direction", **settings).direction(given)  # type: ignore[attr-defined]
     assert isinstance(found, Edited)
     made = found.write()
     assert isinstance(made, dict)

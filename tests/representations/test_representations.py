@@ -281,7 +281,7 @@ def test_what_cannot_be_reduced_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             represent(model, loader, positions=positions)
     with pytest.raises(
-        ValueError, match=r"puts out \[2, 2, 9, 48\]; must be \[rows, length, hidden"
+        ValueError, match=r"puts out \[2, 2, 4, 48\]; must be \[rows, length, hidden"
     ):
         represent(build(STREAMS), [batch])
     with torch.no_grad():
@@ -299,3 +299,18 @@ def test_what_cannot_be_reduced_is_refused() -> None:
     other = Representations(("first",), 2, zeros, zeros, zeros)
     with pytest.raises(ValueError, match="they must be equal"):
         mean_difference(two, other)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_responses_do_not_run_for_the_states_of_prompts(side: str) -> None:
+    model = build("llama", dtype=torch.float64)
+    batch = collate(rows((12, 9, 6)), side=side)
+    lengths: list[int] = []
+    layer = model.get_submodule("model.layers.0")
+    handle = layer.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
+    (found,) = hidden_states(model, [batch], positions=("last", "first"))
+    (whole,) = hidden_states(model, [batch], positions=("last", "first", "response"))
+    handle.remove()
+    first = max(int((own != IGNORED).nonzero()[0]) for own in batch["labels"])
+    assert lengths == [first + 1, 12]
+    torch.testing.assert_close(found, whole[:, :2], rtol=1e-12, atol=1e-14)

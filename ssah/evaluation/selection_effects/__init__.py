@@ -14,8 +14,8 @@ from ssah.evaluation.selection_effects.first_order import (
     first_order_effects,
     ranking_agreement,
 )
-from ssah.evaluation.selection_effects.left_subspaces import left_subspace_angles
-from ssah.evaluation.selection_effects.searching import GreedySearch, greedy_search
+from ssah.evaluation.selection_effects.left_subspaces import left_subspace, left_subspace_angles
+from ssah.evaluation.selection_effects.searching import GreedySearch, greedily, greedy_search
 
 __all__ = [
     "Divergence",
@@ -25,8 +25,10 @@ __all__ = [
     "divergences",
     "effects",
     "first_order_effects",
+    "greedily",
     "greedy_search",
     "kl_divergence",
+    "left_subspace",
     "left_subspace_angles",
     "next_token_log_probs",
     "ranking_agreement",

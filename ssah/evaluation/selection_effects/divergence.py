@@ -169,7 +169,8 @@ def next_token_log_probs(model: PreTrainedModel, loader: Iterable[Mapping[str, A
         first = predicts.int().argmax(1)  # [rows]
         columns, place = first.unique(return_inverse=True)
         with torch.inference_mode(), as_it_was(model):
-            logits = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
+            asked = batch.up_to(int(first.max()) + 1)  # without the responses
+            logits = logits_at(model, asked.inputs, columns)  # [rows, columns, vocabulary]
         found.append(logits[range(len(first)), place].double().log_softmax(-1).cpu())
     if not found:
         raise ValueError("loader is empty, must have at least one batch")

@@ -27,7 +27,13 @@ from ssah.deltas.subspaces import Subspace, principal_angles
 from ssah.evaluation.selection_effects.arm_effects import layers_numbered
 from ssah.interventions import arms
 from ssah.models import as_it_was, check_backbone, check_whole
-from ssah.representations import Position, batches_at, check_positions, recorded
+from ssah.representations import (
+    Position,
+    batches_at,
+    check_positions,
+    hidden_states,
+    recorded,
+)
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:
@@ -84,6 +90,30 @@ def left_subspace_angles(
         spaces += [Subspace.spanned_by(each, rank) for each in states]
     angles = [float(principal_angles(spaces[0], space).sum()) for space in spaces[1:]]
     return torch.tensor(angles, dtype=torch.float64)
+
+
+def left_subspace(
+    model: PreTrainedModel,
+    loader: Iterable[Mapping[str, Any]],
+    *,
+    layer: int,
+    position: Position = "last",
+    rank: int = 1,
+) -> Subspace:
+    """The left singular subspace of hidden states of a model as it is; interventions count.
+
+    Args:
+        model, loader, layer, position, rank: as of `left_subspace_angles`.
+
+    Returns:
+        Of R^rows. Errors as of `left_subspace_angles`.
+    """
+    (at,) = check_positions(position)
+    layers_numbered(model, [layer])
+    states = [each[:, 0, layer] for each in hidden_states(model, loader, positions=(at,))]
+    if not states:
+        raise ValueError("loader is empty, must have at least one batch")
+    return Subspace.spanned_by(torch.cat(states), rank)
 
 
 def check_repeatable(loader: Iterable[Any]) -> None:

@@ -135,20 +135,56 @@ def greedy_search(
                 "hidden": repr((numbers, at, rank)),
             }
             kept = _Kept(Path(resume_dir), identity, len(candidates))
-        tried = [] if kept is None else kept.rounds()
-        while True:
-            chosen, ended = _chosen(tried, rounds, min_gain)
-            if ended:
-                break
-            tried.append(_round(measure, candidates, chosen))
+
+        def measured(sets: Sequence[tuple[int, ...]]) -> Tensor:
+            return measure([reduce(UnitSet.__or__, (candidates[i] for i in own)) for own in sets])
+
+        def done(tried: list[Tensor]) -> None:
             if kept is not None:
                 kept.keep(tried)
             if advance is not None:
                 advance(len(tried))
-    # What is kept may have more rounds than this call asks for. The round that gained too little is
+
+        tried = [] if kept is None else kept.rounds()
+        return greedily(measured, len(candidates), rounds, min_gain, tried=tried, done=done)
+
+
+def greedily(
+    measure: Callable[[Sequence[tuple[int, ...]]], Tensor | Sequence[float]],
+    n: int,
+    rounds: int,
+    min_gain: float = -math.inf,
+    *,
+    tried: Sequence[Tensor] = (),
+    done: Callable[[list[Tensor]], None] | None = None,
+) -> GreedySearch:
+    """The search of `greedy_search` with another effect.
+
+    Args:
+        measure: gives the effect of each of several sets of candidates, given by their numbers:
+            ``[sets]``.
+        n: how many candidates there are.
+        rounds, min_gain: as of `greedy_search`.
+        tried: rounds that are known, ``[n]`` each.
+        done: called after each round with all of them.
+    """
+    table = list(tried)
+    while True:
+        chosen, ended = _chosen(table, rounds, min_gain)
+        if ended:
+            break
+        # A candidate that has joined would have the effect of the round before, and might win
+        # again.
+        outside = [i for i in range(n) if i not in chosen]
+        row = torch.full((n,), math.nan, dtype=torch.float64)
+        found = measure([(*chosen, i) for i in outside])
+        row[outside] = torch.as_tensor(found, dtype=torch.float64)
+        table.append(row)
+        if done is not None:
+            done(table)
+    # What is known may be more rounds than are asked for. The round that gained too little is
     # shown, since it says why the search ended.
-    table = torch.stack(tried[: len(chosen) + (len(chosen) < rounds)])
-    return GreedySearch(tuple(chosen), table)
+    return GreedySearch(tuple(chosen), torch.stack(table[: len(chosen) + (len(chosen) < rounds)]))
 
 
 def _chosen(tried: Sequence[Tensor], rounds: int, min_gain: float) -> tuple[list[int], bool]:
@@ -196,20 +232,6 @@ def _measure(
     return lambda out: effects(
         model, loader, out, layers=layers, positions=positions, arms_at_once=arms_at_once
     ).mean(effect)
-
-
-def _round(
-    measure: Callable[[Sequence[UnitSet]], Tensor],
-    candidates: Sequence[UnitSet],
-    chosen: Sequence[int],
-) -> Tensor:
-    """The effect of the chosen ones with each candidate outside, ``[candidates]``, else NaN."""
-    # A candidate that has joined would have the effect of the round before, and might win again.
-    outside = [i for i in range(len(candidates)) if i not in chosen]
-    out = [reduce(UnitSet.__or__, (candidates[j] for j in (*chosen, i))) for i in outside]
-    row = torch.full((len(candidates),), math.nan, dtype=torch.float64)
-    row[outside] = measure(out)
-    return row
 
 
 def _pieces(loader: Iterable[Mapping[str, Any]]) -> Iterator[Tensor]:
