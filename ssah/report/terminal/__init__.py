@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
+    from ssah.report.terminal.by_row import row_tables
     from ssah.report.terminal.deltas import delta_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
@@ -40,6 +41,7 @@ __all__ = [
     "new_table",
     "preview_table",
     "probe_tables",
+    "row_tables",
     "scan_tables",
     "stability_tables",
     "study_tables",
@@ -49,6 +51,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
+    by_row="row_tables",
     deltas="delta_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",
