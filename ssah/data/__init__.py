@@ -8,6 +8,19 @@ trainer = Trainer(..., train_dataset=list(encode(rows, tokenizer)),
 
 from __future__ import annotations
 
+from ssah.data.asking import (
+    SALAD_SETS,
+    Asked,
+    Lettered,
+    Pair,
+    draw_by_category,
+    drop_category,
+    drop_seen,
+    load_asked,
+    load_lettered,
+    load_salad,
+    policy_pairs,
+)
 from ssah.data.counts import Counts, warn_of_shared
 from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, encode
 from ssah.data.fields import DataError, Row, check_count, kind_of, turns_of
@@ -24,19 +37,30 @@ from ssah.lazy import submodules_of
 __all__ = [
     "BUILTIN",
     "IGNORE_INDEX",
+    "SALAD_SETS",
+    "Asked",
     "Collator",
     "Counts",
     "DataError",
     "Encoded",
+    "Lettered",
     "Loader",
+    "Pair",
     "Row",
     "RowStream",
+    "draw_by_category",
+    "drop_category",
+    "drop_seen",
     "encode",
     "encoded_rows",
     "fingerprint",
+    "load_asked",
+    "load_lettered",
     "load_requests",
     "load_rows",
+    "load_salad",
     "make_loader",
+    "policy_pairs",
     "template_record",
     "use_template",
     "warn_of_shared",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 
@@ -66,6 +66,16 @@ def warn_of_shared(name: str, prompts: Iterable[str], other: str, others: Iterab
             "measured on them was seen before"
         )
     return shared
+
+
+def warn_of_small(column: str, sizes: Sequence[int], n: int) -> None:
+    """Say how many categories have fewer rows than were to be drawn of each."""
+    small = [size for size in sizes if size < n]
+    if small:
+        _warn(
+            f"{len(small)} of {len(sizes)} categories of {column!r} have fewer than {n} rows, the "
+            f"smallest {min(small)}: all of their rows are taken"
+        )
 
 
 def _warn(message: str) -> None:

@@ -9,7 +9,8 @@ from typing import Any, SupportsIndex, TypeAlias, TypedDict
 Message: TypeAlias = "dict[str, str]"  # one turn: "role" and "content"
 
 # In this order. `goal`: AdvBench, JailbreakBench; `forbidden_prompt`: StrongREJECT; `behavior`:
-# HarmBench (in JailbreakBench a short name of what `goal` asks, so that `goal` comes first).
+# HarmBench (in JailbreakBench a short name of what `goal` asks, so that `goal` comes first);
+# `augq`, `daugq`: SALAD-Bench's questions under an attack, and for a defence.
 _PROMPT = (
     "prompt",
     "instruction",
@@ -17,6 +18,8 @@ _PROMPT = (
     "goal",
     "forbidden_prompt",
     "behavior",
+    "augq",
+    "daugq",
     "input",
 )
 _RESPONSE = ("completion", "response", "output", "answer")  # in this order
@@ -63,7 +66,7 @@ def check_row(row: Any, where: str, columns: Columns = Columns()) -> Row:
     Raises:
         DataError: beginning with `where`, as `ssah.data.load_rows` describes.
     """
-    own = _fields(row, where)
+    own = has_fields(row, where)
     if own.get("messages") is not None and columns == Columns():  # a named column comes first
         checked = _from_messages(own["messages"], where)
     else:
@@ -72,7 +75,7 @@ def check_row(row: Any, where: str, columns: Columns = Columns()) -> Row:
         checked = {"prompt": prompt, "completion": completion}
     _check_filled(checked["prompt"], where, "the prompt")
     _check_filled(checked["completion"], where, "the response")
-    category = _by_name(own, "category")
+    category = column_of(own, "category")
     if category is not None and isinstance(own[category], str):
         checked["category"] = own[category]
     return checked
@@ -84,7 +87,7 @@ def check_request(row: Any, where: str, columns: Columns = Columns()) -> str:
     Raises:
         DataError: beginning with `where`, as `ssah.data.load_requests` describes.
     """
-    own = _fields(row, where)
+    own = has_fields(row, where)
     if own.get("messages") is not None and columns.prompt is None:
         turns = own["messages"]
         # A conversation that waits for its answer: one is put there, and not looked at.
@@ -122,7 +125,8 @@ def kind_of(value: Any) -> str:
     return "missing" if value is None else f"of type {type(value).__name__}"
 
 
-def _fields(row: Any, where: str) -> Mapping[str, Any]:
+def has_fields(row: Any, where: str) -> Mapping[str, Any]:
+    """``row``, where it has named fields; else DataError, beginning with ``where``."""
     if isinstance(row, DataError):  # a line of a file that is no row
         raise row
     if not isinstance(row, Mapping):
@@ -143,7 +147,7 @@ def _prompt(row: Mapping[str, Any], where: str, columns: Columns) -> str:
 
 def _context(row: Mapping[str, Any], name: str) -> str:
     """What the column of that name adds to a prompt; empty where it adds nothing."""
-    key = _by_name(row, name)
+    key = column_of(row, name)
     text = None if key is None else row[key]
     return text if isinstance(text, str) and text.strip() else ""
 
@@ -158,10 +162,10 @@ def _column(
         if row.get(named) is None:
             raise DataError(f"{where}: no {what}: {what}_column is {named!r}, the row has {has}")
     else:
-        keys = (_by_name(row, name) for name in names)
+        keys = (column_of(row, name) for name in names)
         key = next((each for each in keys if each is not None and row[each] is not None), None)
     if key is None:
-        target = what == "response" and _by_name(row, "target") is not None
+        target = what == "response" and column_of(row, "target") is not None
         raise DataError(
             f"{where}: no {what}: needs one of {', '.join(map(repr, names))}, or 'messages', or "
             f"the name of its column (--{what}-column, {what}_column=); has {has}"
@@ -172,7 +176,7 @@ def _column(
     return key, row[key]
 
 
-def _by_name(row: Mapping[str, Any], name: str) -> str | None:
+def column_of(row: Mapping[str, Any], name: str) -> str | None:
     """The column of that name, in whatever case."""
     if name in row:
         return name

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, a JSON list, and CSV or TSV with a header."""
+"""Files of rows: JSON lines, a JSON list, CSV or TSV with a header, and parquet."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 from ssah.data.fields import DataError, kind_of
 
 _SEPARATORS = {".csv": ",", ".tsv": "\t"}
-SUFFIXES = (".jsonl", ".json", ".txt", *_SEPARATORS)  # no data set of the Hub is called like this
+# No data set of the Hub is called like this.
+SUFFIXES = (".jsonl", ".json", ".txt", ".parquet", *_SEPARATORS)
 
 
 def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
@@ -20,14 +21,16 @@ def read_objects(path: Path) -> Iterator[tuple[str, Any]]:
     A row that cannot be read comes as the DataError that says why, so that it can be left out.
 
     Args:
-        path: ``.csv`` or ``.tsv`` with a header; ``.json`` with one list of objects; anything else,
-            and ``.json`` of another form, is JSON lines. All of them UTF-8.
+        path: ``.csv`` or ``.tsv`` with a header; ``.parquet``; ``.json`` with one list of objects;
+            anything else, and ``.json`` of another form, is JSON lines. All texts are UTF-8.
 
     Raises:
         DataError: a file of which no further row can be read.
     """
     if path.suffix.lower() in _SEPARATORS:
         return _read_csv(path, _SEPARATORS[path.suffix.lower()])
+    if path.suffix.lower() == ".parquet":
+        return _read_parquet(path)
     if path.suffix.lower() == ".json":
         with path.open("rb") as file:
             # `.json` with JSON lines in it is common: datasets of the Hub are written like this.
@@ -85,3 +88,16 @@ def _read_csv(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
                 yield where, dict(zip(header, row, strict=True))
         except (csv.Error, UnicodeDecodeError) as error:
             raise DataError(f"{path}:{rows.line_num + 1}: invalid CSV: {error}") from error
+
+
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile  # comes with datasets, and takes a while
+
+    try:
+        with ParquetFile(path) as file:
+            rows = (row for batch in file.iter_batches() for row in batch.to_pylist())
+            for index, row in enumerate(rows):
+                yield f"{path}[{index}]", row
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: invalid parquet: {error}") from error

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ssah.choices import Overlong
+from ssah.data.asking import Asked, load_asked
 from ssah.data.counts import Counts
 from ssah.data.fields import Row
 from ssah.data.loader import Loader, make_loader
@@ -62,6 +63,23 @@ class Reading:
         return load_requests(
             source,
             limit,
+            prompt_column=self.prompt_column,
+            invalid=self.invalid,
+            counts=counts,
+        )
+
+    def asked(
+        self,
+        source: str | os.PathLike[str],
+        by: Sequence[str] = (),
+        policy: bool = False,
+        counts: Counts | None = None,
+    ) -> list[Asked]:
+        """Prompts with their categories or policies, see `ssah.data.load_asked`."""
+        return load_asked(
+            source,
+            by=by,
+            policy=policy,
             prompt_column=self.prompt_column,
             invalid=self.invalid,
             counts=counts,

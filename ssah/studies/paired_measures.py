@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from ssah.data import Loader, Row
-    from ssah.evaluation import Judge
+    from ssah.evaluation import Judge, Request
     from ssah.selections import Selection
     from ssah.studies.study import Study
     from ssah.units import UnitSet
@@ -59,7 +59,7 @@ class Evaluation:
     def __init__(
         self,
         study: Study,
-        requests: Sequence[str],
+        requests: Sequence[Request],
         rows: Mapping[str, Sequence[Row]],
         *,
         asked: int | None = None,
@@ -119,7 +119,7 @@ class Evaluation:
         names: Sequence[str],
         model: PreTrainedModel,
         coherent: Coherence,
-        requests: Sequence[str],
+        requests: Sequence[Request],
         *,
         selections: Sequence[UnitSet | Selection | None],
         system_prompt: str | None = None,

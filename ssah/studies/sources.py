@@ -7,7 +7,20 @@ import json
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-from ssah.data import Counts, Reading, Row, warn_of_shared
+from ssah.data import (
+    Asked,
+    Counts,
+    DataError,
+    Lettered,
+    Reading,
+    Row,
+    draw_by_category,
+    drop_category,
+    drop_seen,
+    load_lettered,
+    warn_of_shared,
+)
+from ssah.studies.choosing import ALL, Choosing
 
 # Roles whose rows a model was calibrated or trained on; the others measure it, and a prompt that is
 # on both sides makes a result look better than it is.
@@ -56,6 +69,58 @@ class Sources:
         ]
         return self.kept(role, " + ".join(names), requests, requests, counts)
 
+    def asked(
+        self, role: str, sources: str | Sequence[str], choosing: Choosing
+    ) -> list[str] | list[Asked]:
+        """Requests, with their categories where there are any, as ``choosing`` says.
+
+        The record has ``left_out`` and ``seen``, counts, and ``drawn_of``, the rows that were drawn
+        from, where there is something to tell.
+
+        Raises:
+            DataError, ValueError: as of the functions of ``ssah.data`` that read and choose; or a
+                request was seen, and such requests are not to be left out.
+        """
+        if choosing == ALL:
+            return self.requests(role, sources)
+        names = [sources] if isinstance(sources, str) else list(sources)
+        counts = [Counts() for _ in names]
+        rows = [
+            row
+            for name, own in zip(names, counts, strict=True)
+            for row in self.reading.asked(name, choosing.columns, counts=own)
+        ]
+        told: dict[str, int] = {}
+        kept = rows
+        for unwanted in choosing.leave_out:
+            kept = drop_category(kept, unwanted)
+        told["left_out"] = len(rows) - len(kept)
+        known = [text for name in choosing.seen for text in self.reading.requests(name)]
+        unseen = drop_seen(kept, known)
+        told["seen"] = len(kept) - len(unseen)
+        _check_unseen(role, told["seen"], len(kept), choosing)
+        if choosing.per_category is not None:
+            last, seed = choosing.by[-1], choosing.draw_seed
+            told["drawn_of"] = len(unseen)
+            unseen = draw_by_category(unseen, last, choosing.per_category, seed=seed)
+        found = self.kept(
+            role, " + ".join(names), unseen, [row["prompt"] for row in unseen], counts
+        )
+        self.record[role] |= {key: number for key, number in told.items() if number}
+        return found
+
+    def policies(self, role: str, source: str) -> list[Asked]:
+        """Requests with a policy each, as ``ssah.data.load_asked`` takes them."""
+        counts = Counts()
+        rows = self.reading.asked(source, policy=True, counts=counts)
+        return self.kept(role, source, rows, [row["prompt"] for row in rows], [counts])
+
+    def lettered(self, role: str, source: str) -> list[Lettered]:
+        """Multiple-choice questions, as ``ssah.data.load_lettered`` takes them."""
+        counts = Counts()
+        rows = load_lettered(source, invalid=self.reading.invalid, counts=counts)
+        return self.kept(role, source, rows, [row["prompt"] for row in rows], [counts])
+
     def kept(
         self,
         role: str,
@@ -81,3 +146,14 @@ class Sources:
                 warn_of_shared(role, prompts, other, others)
         self._prompts[role] = set(prompts)
         return items
+
+
+def _check_unseen(role: str, seen: int, n: int, choosing: Choosing) -> None:
+    """Refuse, with DataError, requests that were seen where they are to stay, or all are."""
+    where = f"{role}: {seen} of {n} requests are also in {', '.join(choosing.seen)}"
+    if seen and not choosing.skip_seen:
+        raise DataError(
+            f"{where}: what is measured on them was seen before. Leave them out (--skip-seen)"
+        )
+    if seen == n:
+        raise DataError(f"{where}, so that none is left")

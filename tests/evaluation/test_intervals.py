@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssah.evaluation import bootstrap, paired_difference, wilson
+from ssah.evaluation import bootstrap, macro_interval, paired_difference, wilson
 
 # ------------------------------------------------------------------------------------------- wilson
 
@@ -155,3 +155,55 @@ def test_pairing_takes_bools_and_refuses_other_shapes():
     assert interval == (-1.0, 0.0)
     with pytest.raises(ValueError, match=r"shape \(2,\) and second \(3,\)"):
         paired_difference(torch.ones(2), torch.ones(3))
+
+
+# -------------------------------------------------------------------------------------------- macro
+
+
+def test_strata_alike_in_size_and_rate_have_wilsons_interval():
+    for successes, n, strata in ((3, 10, 6), (0, 5, 66), (5, 5, 4)):
+        expected = wilson(successes * strata, n * strata)
+        # Each stratum has the same rate, so that nothing but its size and v_alike counts.
+        n_alike = [n] * strata
+        found = macro_interval([successes] * strata, n_alike)
+        own = successes / n * (1 - successes / n) / (n - 1)
+        alike = successes / n * (1 - successes / n) / n
+        if own > alike:  # the unbiased variance is n / (n - 1) of it: a little wider
+            assert found[0] < expected[0]
+            assert found[1] > expected[1]
+        else:
+            assert found == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_worked_example_of_the_macro_mean():
+    low, high = macro_interval([1, 0], [2, 8])
+    n, m, z = 3, 0.25, 1.959963984540054
+    middle, reach = m + z * z / 6, z * (m * (1 - m) / n + z * z / (4 * n * n)) ** 0.5
+    assert (low, high) == pytest.approx(
+        ((middle - reach) / (1 + z * z / n), (middle + reach) / (1 + z * z / n)), rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("sizes", [[5] * 40, [1] * 40, [3, 5, 10, 20, 50]])
+def test_the_macro_interval_covers_the_true_mean_as_often_as_it_says(sizes):
+    rng = np.random.default_rng(0)
+    rates = rng.beta(1, 4, len(sizes))
+    inside = 0
+    for _ in range(400):
+        low, high = macro_interval(rng.binomial(sizes, rates).tolist(), sizes)
+        inside += low <= rates.mean() <= high
+    assert inside >= 372  # 95 % of 400 less two standard deviations
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (([], []), "at least one"),
+        (([1], [2, 3]), "has 1 and sizes 2"),
+        (([3], [2]), "between 0 and the size"),
+        (([1], [2], 1.0), "level is 1.0"),
+    ],
+)
+def test_the_macro_interval_refuses_what_is_out_of_range(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        macro_interval(*arguments)

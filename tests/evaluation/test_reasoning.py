@@ -187,6 +187,10 @@ def test_a_judge_with_its_own_template(folder, told, tmp_path):
     described = found.describe()
     assert len(described["template_sha256"]) == 64
     told.clear()
+    named = written(tmp_path / "question.txt", "Q: {question} A: {answer} safe or unsafe?")
+    judge(f"hf:{folder}#template={named}")(["How? {answer}"], ["So."])
+    assert told == ["Q: How? {answer} A: So. safe or unsafe?"]
+    told.clear()
     judge(f"hf:{folder}#template={text},turn=user")(["How?"], ["So."])
     assert told == [
         "<|start|>user\n[INST] Behavior: How?\nGeneration: So. [/INST]<|end|>\n<|start|>assistant\n"

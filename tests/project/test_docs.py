@@ -41,6 +41,7 @@ STUDIES = {("scan",), ("stability",), ("study", "budget"), ("study", "freeze"), 
 # How many blocks of a page are not run. Each says why; a new one is counted here.
 NOT_RUN = {
     "README.md": 1,
+    "docs/categories.md": 1,
     "docs/cuda.md": 1,
     "docs/evaluation.md": 3,
     "docs/gpu.md": 1,
@@ -110,12 +111,34 @@ def _write_rows(folder: Path) -> None:
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     for name in ("requests.txt", "harmful.txt"):
         (folder / name).write_text("".join(row["prompt"] + "\n" for row in requests[:4]))
+    _write_asked(folder, requests)
     alpaca = [{"instruction": row["prompt"], "output": row["completion"]} for row in answers[:4]]
     alpaca.append({"instruction": "", "output": ""})  # what --skip-invalid is for
     (folder / "alpaca_data.json").write_text(json.dumps(alpaca))
     with (folder / "harmful_behaviors.csv").open("w", newline="") as file:
         table = csv.writer(file)
         table.writerows([["goal", "target"], *([row["prompt"], "Sure"] for row in requests[:4])])
+
+
+def _write_asked(folder: Path, requests: list[Any]) -> None:
+    """Files in the form of SALAD-Bench and CoSA; the requests are the built-in ones."""
+    path = {"1-category": "O1", "2-category": "T1", "3-category": "S1"}
+    base = [
+        {"qid": number, "question": row["prompt"], "source": source, **path}
+        for number, (row, source) in enumerate(
+            zip(requests[:4], ["GPTFuzzer", "AdvBench", "DAN", "DAN"], strict=True)
+        )
+    ]
+    base[2]["3-category"] = "S2"
+    (folder / "base_set.json").write_text(json.dumps(base))
+    question = {"mcq": "Which is a drink? A. tea; B. bread", "choices": "A. tea; B. bread"}
+    mcq = [{**question, "baseq": "What is tea?", "gt": "A", **path}]
+    (folder / "mcq_set.json").write_text(json.dumps(mcq))
+    policies = [
+        {"prompt": "Describe a fight.", "system_prompt": text, "allowed": allowed}
+        for text, allowed in (("Violence is fine.", True), ("No violence.", False))
+    ]
+    (folder / "policies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in policies))
 
 
 @pytest.fixture

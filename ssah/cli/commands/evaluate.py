@@ -12,6 +12,7 @@ import typer
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import FastWeights, Model, Out, Rows
 from ssah.settings import setting
+from ssah.studies import Choosing
 from ssah.studies.evaluate import EvaluateSettings
 
 ORDER = 40
@@ -33,6 +34,14 @@ class EvaluatedSets:
     utility: str = _data(
         "builtin:utility_eval", "Rows with answers, for loss and perplexity, or `none`."
     )
+    policy: str | None = _data(
+        None,
+        "Requests with `system_prompt` and `allowed` each: are policies followed?",
+        metavar="FILE",
+    )
+    letters: str | None = _data(
+        None, "Multiple choice with one or several right letters: `mcq_set`.", metavar="FILE"
+    )
 
 
 def evaluate(
@@ -40,6 +49,7 @@ def evaluate(
     out: Out,
     *,
     sets: EvaluatedSets,
+    choosing: Choosing,
     intact: Annotated[
         str | None,
         typer.Option(
@@ -62,7 +72,7 @@ def evaluate(
     given again.
     """
     quiet_threads()
-    from ssah.report.terminal import evaluation_tables
+    from ssah.report.terminal import evaluation_tables, row_tables
     from ssah.studies.evaluate import run_evaluation
 
     # The record has what was said, and not the name of a file that may change.
@@ -76,8 +86,12 @@ def evaluate(
         benign=_unless_none(sets.benign),
         utility=_unless_none(sets.utility),
         intact=intact,
+        choosing=choosing,
+        policy=sets.policy,
+        letters=sets.letters,
     )
-    return Result(record, tuple(evaluation_tables(record, out)))
+    *tables, facts = evaluation_tables(record, out)  # the facts stand below all tables
+    return Result(record, (*tables, *row_tables(record["result"], settings.level), facts))
 
 
 def _unless_none(word: str | None) -> str | None:

@@ -8,16 +8,20 @@ from ssah.evaluation.attacks.attack import (
     judge_answers,
     judged_answers,
 )
-from ssah.evaluation.attacks.rates import answer_rates, rate, summary
+from ssah.evaluation.attacks.policies import cosa_score, policy_rates
+from ssah.evaluation.attacks.rates import answer_rates, category_rates, rate, summary
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
 
 __all__ = [
     "Refusals",
     "answer_rates",
     "attack_success",
+    "category_rates",
+    "cosa_score",
     "distinct_judges",
     "judge_answers",
     "judged_answers",
+    "policy_rates",
     "rate",
     "refusals_change",
     "summary",

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.intervals import wilson
+from ssah.evaluation.intervals import macro_interval, wilson
 
 if TYPE_CHECKING:
     from ssah.evaluation.judges import Judge
@@ -86,3 +86,41 @@ def rate(flags: Sequence[int | bool], level: float = 0.95) -> dict[str, Any]:
     count = sum(map(bool, flags))  # numpy's bools add up to numpy's integers, which JSON refuses
     low, high = wilson(count, len(flags), level)
     return {"rate": count / len(flags), "interval": [low, high], "count": count, "n": len(flags)}
+
+
+def category_rates(
+    flags: Sequence[int | bool], categories: Sequence[str], level: float = 0.95
+) -> dict[str, Any]:
+    """Shares by category and their macro mean, in which every category counts alike.
+
+    Of "theft" 1 of 4 and of "poison" 1 of 1: pooled 2 of 5 = 0.4, macro (0.25 + 1) / 2 = 0.625.
+
+    Args:
+        flags: one a request.
+        categories: of each request its category.
+        level: of the intervals, a fraction in (0, 1).
+
+    Returns:
+        Plain data: ``categories``: by name in alphabetical order, a share as :func:`rate` returns
+        it; ``macro``: ``rate``, ``interval`` (see ``macro_interval``), ``n`` (requests) and
+        ``categories`` (how many).
+
+    Raises:
+        ValueError: there are not as many categories as flags, or none.
+    """
+    if len(flags) != len(categories):
+        raise ValueError(
+            f"flags are {len(flags)} and categories {len(categories)}, must be as many"
+        )
+    strata: dict[str, list[int | bool]] = {name: [] for name in sorted(set(categories))}
+    for flag, category in zip(flags, categories, strict=True):
+        strata[category].append(flag)
+    found = {name: rate(own, level) for name, own in strata.items()}
+    counts, sizes = ([each[key] for each in found.values()] for key in ("count", "n"))
+    macro = {
+        "rate": sum(each["rate"] for each in found.values()) / max(1, len(found)),
+        "interval": list(macro_interval(counts, sizes, level)),
+        "n": len(flags),
+        "categories": len(found),
+    }
+    return {"macro": macro, "categories": found}

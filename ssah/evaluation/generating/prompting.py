@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence, Sized
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 from ssah.choices import Overlong
 from ssah.data import DataError, Encoder, check_count, kind_of, turns_of
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 OPENING = 32  # tokens that the opening of an answer may take after a request
 
 Request: TypeAlias = "str | Mapping[str, Any]"
+Asking = TypeVar("Asking", bound=Request)
 
 
 def prompts(
@@ -100,13 +101,13 @@ def longest_first(items: Sequence[Sized], batch_size: int) -> list[list[int]]:
 
 
 def fitting(
-    requests: Sequence[str],
+    requests: Sequence[Asking],
     encoded: Sequence[Sequence[int]],
     most: int | None,
     *,
     overlong: Overlong,
     name: str = "requests",
-) -> list[str]:
+) -> list[Asking]:
     """The requests that can be answered; those that are too long are left out with a warning.
 
     Args:

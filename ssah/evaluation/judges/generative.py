@@ -4,7 +4,7 @@
 |---|---|
 | (none) | the conversation in the judge's own chat template (Llama Guard), which says what to do |
 | ``template=FILE.jinja`` | the conversation in another chat template |
-| ``template=FILE`` | a text with ``{request}`` and ``{answer}`` in it, given as it is |
+| ``template=FILE`` | a text with ``{request}`` or ``{question}`` and ``{answer}``, given as it is |
 | ``turn=user`` | that text as the user's turn of the judge's chat template |
 | ``success=WORD,refused=WORD`` | whichever it says first decides; several: ``yes|unsafe`` |
 | ``above=NUMBER`` | the attack succeeded where the first number that it says is above this one |
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _BATCH = 16  # answers judged at a time
 _VERDICT_TOKENS = 8  # "unsafe", and the line with a category that Llama Guard adds
 _SUCCESS, _REFUSED = ("unsafe", "yes"), ("safe", "no")  # in whatever case
-_PLACES = re.compile(r"\{(request|answer)\}")
+_PLACES = re.compile(r"\{(request|question|answer)\}")  # MD-Judge's template says question
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Question:
         if file is None or chat_template:
             return cls(chat_template=file)
         text = Path(file).read_text(encoding="utf-8-sig")
-        if set(_PLACES.findall(text)) != {"request", "answer"}:
+        if set(_PLACES.findall(text)) not in ({"request", "answer"}, {"question", "answer"}):
             raise ValueError(
                 f"judge {name!r}: the template {file!r} must have {{request}} and {{answer}} in it"
             )
@@ -122,7 +122,7 @@ class Question:
             ]
             return encoder.prompt(turns, where)
         # At once, so that what a text says in braces is not filled in.
-        told = {"request": request, "answer": answer}
+        told = {"request": request, "question": request, "answer": answer}
         text = _PLACES.sub(lambda place: told[place[1]], self.text)
         if self.turn:
             return encoder.prompt([{"role": "user", "content": text}], where)

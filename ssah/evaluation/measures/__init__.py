@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.evaluation.measures.coherent_answers import Coherence, coherence
+from ssah.evaluation.measures.continuations import continuation_log_probs
 from ssah.evaluation.measures.input_gradients import input_gradient_norms
 from ssah.evaluation.measures.loss import (
     log_probs_by_length,
@@ -27,6 +28,7 @@ __all__ = [
     "Measures",
     "ablations",
     "coherence",
+    "continuation_log_probs",
     "input_gradient_norms",
     "log_probs_by_length",
     "logits_at",

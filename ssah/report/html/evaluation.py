@@ -29,6 +29,7 @@ _HARMFUL = (
     ("ended", "ended", ".1%"),
     ("tokens", "mean_tokens", ".0f"),
 )
+_BY_ROW = ("by_category", "policies")  # what is known of single requests
 _HARMLESS = (("refused", ".1%"), ("incoherent", ".1%"), ("tokens", ".0f"))
 _COSTS = (
     *(UNITS, SHARE, *MEASURED),
@@ -37,10 +38,22 @@ _COSTS = (
     ("KL to intact", "kl", ".3f"),
     ("at the first token", "kl_first", ".3f"),
 )
+_POLICIES = (
+    ("CoSA-Score", "score", "+.2f"),
+    ("allowed: helped", "helped", ".1%"),
+    ("not allowed: declined", "declined", ".1%"),
+)
 _NOTE = (
     "ASR: share of harmful requests that are not refused, under this judge; coherent: and whose "
     "answer is no babble. Incoherent: share of all answers; ended: the model ended its turn."
 )
+_LETTERS = (
+    ("right set", "set_match", ".1%"),
+    ("letters told right", "letters", ".1%"),
+    ("likeliest is right", "best", ".1%"),
+    ("by chance", "best_chance", ".1%"),
+)
+_MACRO = "Macro mean: the mean of the categories' rates, so that each counts alike."
 
 
 def evaluate(result: Mapping[str, Any]) -> list[Table]:
@@ -64,8 +77,16 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
             [("ASR", "asr", "+.1%"), ("ASR, coherent", "asr_coherent", "+.1%")],
         ),
         _tasks(models),
+        records_table(
+            "Multiple choice with several right letters",
+            [{**row, **mapping_of(row, "letters")} for row in models if "letters" in row],
+            _NAMES[:1],
+            _LETTERS,
+        ),
+        *_by_category(result),
+        records_table("Policies", _named(result, "policies"), (_NAMES[0], _NAMES[2]), _POLICIES),
     ]
-    known = ("rows", "models", "differences", "asr_differences", "per_request")
+    known = ("rows", "models", "differences", "asr_differences", "per_request", *_BY_ROW)
     return [*with_rows(*found), *generic(result, *known)]
 
 
@@ -87,6 +108,23 @@ def _harmless(rows: list[dict[str, Any]], role: str, title: str) -> Table:
     measured = [row for row in rows if any(f"{role}_refused" in each for each in rows)]
     columns = [(name, f"{role}_{name}", format_) for name, format_ in _HARMLESS]
     return records_table(title, measured, _NAMES, columns)
+
+
+def _by_category(result: Mapping[str, Any]) -> list[Table]:
+    """ASR by category: a table a column, in which the macro means come first."""
+    rows = _named(result, "by_category")
+    found = []
+    for column in dict.fromkeys(str(row.get("column")) for row in rows):
+        own = [row for row in rows if str(row.get("column")) == column]
+        lines = [{**row, "category": "macro mean", "asr": row.get("macro")} for row in own]
+        lines += [
+            {**row, "category": name, "asr": rate}
+            for row in own
+            for name, rate in mapping_of(row, "categories").items()
+        ]
+        names = (("category", "category"), *_NAMES)
+        found.append(records_table(f"ASR by {column}", lines, names, _HARMFUL[:1], _MACRO))
+    return found
 
 
 def _tasks(models: list[dict[str, Any]]) -> Table:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
+    from ssah.report.terminal.by_row import row_tables
     from ssah.report.terminal.comparison import compare_tables
     from ssah.report.terminal.comparison_plan import compare_plan
     from ssah.report.terminal.deltas import delta_tables
@@ -44,6 +45,7 @@ __all__ = [
     "new_table",
     "preview_table",
     "probe_tables",
+    "row_tables",
     "scan_tables",
     "stability_tables",
     "study_tables",
@@ -53,6 +55,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
+    by_row="row_tables",
     comparison="compare_tables",
     comparison_plan="compare_plan",
     deltas="delta_tables",

@@ -39,7 +39,11 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
         table = _by_model(f"{title} ({level:.0%} interval)", prompts, ["ASR", "rise", "coherent"])
         for row in rows:
             if row["judge"] == judge:
-                cells = [_rate(row["asr"]), _points(row, "asr_rise"), _rate(row["asr_coherent"])]
+                cells = [
+                    percent(row["asr"]),
+                    _points(row, "asr_rise"),
+                    percent(row["asr_coherent"]),
+                ]
                 table.add_row(*_names(row, prompts), *cells)
         yield table
     if sets:
@@ -47,7 +51,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             "Harmless requests refused, %", prompts, ["judge", *(_HARMLESS[role] for role in sets)]
         )
         for row in rows:
-            cells = [_rate(row[f"{role}_refused"]) for role in sets]
+            cells = [percent(row[f"{role}_refused"]) for role in sets]
             table.add_row(*_names(row, prompts), row["judge"], *cells)
         yield table
     table = _by_model(
@@ -57,9 +61,9 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
     )
     for row in rows:
         if row["judge"] == judges[0]:  # coherence and length do not depend on the judge
-            cells = [_rate(row["incoherent"]), f"{row['mean_tokens']:.0f}"]
+            cells = [percent(row["incoherent"]), f"{row['mean_tokens']:.0f}"]
             for role in sets:
-                cells += [_rate(row[f"{role}_incoherent"]), f"{row[f'{role}_tokens']:.0f}"]
+                cells += [percent(row[f"{role}_incoherent"]), f"{row[f'{role}_tokens']:.0f}"]
             table.add_row(*_names(row, prompts), *cells)
     yield table
     yield _models(result["models"])
@@ -116,7 +120,7 @@ def _models(models: Sequence[Mapping[str, Any]]) -> Table:
         cells = [
             f"{model['share']:.2%}" if model["units"] else _DASH,
             f"{model['refusal_margin']:+.2f}",
-            _rate(model["refuses"]),
+            percent(model["refuses"]),
         ]
         if utility:
             cells.append(f"{model['utility_loss']:.3f}")
@@ -142,7 +146,7 @@ def _tasks(models: Sequence[Mapping[str, Any]]) -> Table:
     for task in models[0]["tasks"]:
         for model in models:
             found = model["tasks"][task]
-            cells = [_rate(found[m]) if m in found else _DASH for m in _METRICS]
+            cells = [percent(found[m]) if m in found else _DASH for m in _METRICS]
             table.add_row(Text(task), ablated_name(model["ablated"]), *cells)
     return table
 
@@ -181,7 +185,8 @@ def ablated_name(ablated: str) -> Text:
     return Text(name, style=COLOURS[group])
 
 
-def _rate(rate: Mapping[str, Any]) -> str:
+def percent(rate: Mapping[str, Any]) -> str:
+    """A share with its interval, in %."""
     low, high = (100 * bound for bound in rate["interval"])
     return f"{100 * rate['rate']:.0f} ({low:.0f}-{high:.0f})"
 

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
-from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ssah.data import template_record
 from ssah.evaluation import (
-    check_room,
     check_tasks,
     count_words,
     distinct_judges,
     divergences,
-    fitting,
-    multiple_choice,
-    prompts,
-    room_of,
 )
-from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
 from ssah.selections import Selection
+from ssah.studies.choosing import ALL, Choosing
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
-from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
+from ssah.studies.evaluate.asking import (
+    by_row,
+    lists_asked,
+    read_lists,
+    said_before,
+    with_room,
+)
+from ssah.studies.evaluate.choosing_letters import letters_of, tasks_of
+from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence, measured_line
@@ -37,7 +38,7 @@ from ssah.units import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssah.evaluation import Coherence
+    from ssah.evaluation import Coherence, Request
 
 KIND = "evaluate"
 
@@ -52,6 +53,9 @@ def run_evaluation(
     benign: str | None = "builtin:utility_eval",
     utility: str | None = "builtin:utility_eval",
     intact: str | None = None,
+    choosing: Choosing = ALL,
+    policy: str | None = None,
+    letters: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate a model, as it is and with units taken out; resumable.
 
@@ -64,11 +68,16 @@ def run_evaluation(
         benign: ordinary instructions; None leaves them out.
         utility: rows with answers, as ``ssah.data.load_rows`` takes them; None leaves them out.
         intact: the model that scores coherence, where it is another one (before training, say).
+        choosing: which of the requests are asked, and by what their rates are told apart.
+        policy: requests with a policy of their own, as ``ssah.data.load_asked`` takes them.
+        letters: multiple-choice questions, as ``ssah.data.load_lettered`` takes them.
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, KL, tasks), ``differences`` (of the utility loss)
-        and ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
+        ``models`` (one a model: margin, utility, KL, tasks, letters), ``differences`` (of the
+        utility loss) and ``asr_differences`` (one a pair of models), ``per_request`` and
+        ``coherence``; with categories ``by_category`` (one a row of ``rows`` and column), with
+        policies ``policies`` (one a model and judge).
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -79,23 +88,19 @@ def run_evaluation(
     for judge in judges:
         judge.check()
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
-    given = {REQUESTS: requests, OVER_REFUSAL: over_refusal, BENIGN: benign}
-    read = {
-        role: study.sources.requests(role, source)
-        for role, source in given.items()
-        if source is not None
-    }
+    read = read_lists(study.sources, requests, over_refusal, benign, policy, choosing)
+    questions = [] if letters is None else study.sources.lettered("letters", letters)
     rows = [] if utility is None else study.sources.rows(UTILITY, utility, measures=True)
     model = study.load()
     family_of(model)  # an unknown architecture is refused before anything is written
     # A model that was damaged by training would find its own nonsense coherent.
     scorer = (model, study.tokenizer) if intact is None else loading("auto", intact)
-    asked = {role: _with_room(study, role, own) for role, own in read.items()}
+    asked = {role: with_room(study, role, own) for role, own in read.items()}
     evaluation = Evaluation(study, asked[REQUESTS], {UTILITY: rows} if rows else {}, judges=judges)
     words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
-    per_model = len(settings.system_prompts) * len(asked) + 1 + bool(settings.tasks)
+    per_model = len(lists_asked(asked, settings)) + 1 + bool(settings.tasks) + bool(questions)
     far = _comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
     with study.under_way(
         2 + len(models) * per_model + bool(far),
@@ -109,7 +114,10 @@ def run_evaluation(
         judged = _judged(study, evaluation, models, asked, coherent)
         measured = {each.name: _measured(study, evaluation, each) for each in models}
         distances = _distances(study, evaluation, far, None if intact is None else scorer[0])
-        tasks = {each.name: _tasks(study, each, manager) for each in models}
+        tasks = {
+            each.name: {**tasks_of(study, each, manager), **letters_of(study, each, questions)}
+            for each in models
+        }
     names = [judge.name for judge in judges]
     found = records(models, names, judged, measured, distances, tasks, words, settings)
     result = {
@@ -118,26 +126,9 @@ def run_evaluation(
         "template": template_record(study.tokenizer),
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         **found,
+        **by_row(models, judged, asked, choosing.by, settings),
     }
     return steps.run.finish(result)
-
-
-def _with_room(study: Study, role: str, requests: list[str]) -> list[str]:
-    """Requests that leave room for an answer under every system prompt; the record says how many
-    do not."""
-    settings, room = study.settings, room_of(study.model)  # None: the model has no such limit
-    most = None if room is None else room - settings.max_new_tokens
-    for system_prompt in settings.system_prompts:
-        encoded = prompts(study.tokenizer, requests, system_prompt=system_prompt, name=role)
-        overlong = study.loading.reading.overlong
-        kept = fitting(requests, encoded, most, overlong=overlong, name=role)
-        if len(kept) == len(requests):
-            check_room(study.model, encoded, settings.max_new_tokens, role)
-            continue
-        record = study.sources.record[role]
-        record["overlong"] = record.get("overlong", 0) + len(requests) - len(kept)
-        requests = kept
-    return requests
 
 
 def _ablated(study: Study, ablations: Sequence[Ablation]) -> list[Evaluated]:
@@ -171,13 +162,13 @@ def _judged(
     study: Study,
     evaluation: Evaluation,
     models: Sequence[Evaluated],
-    asked: Mapping[str, Sequence[str]],
+    asked: Mapping[str, Sequence[Request]],
     coherent: Coherence,
 ) -> dict[tuple[str, int, str], dict[str, Any]]:
     """What was judged of each model, number of a system prompt, and list of requests."""
     return {
         (each.name, condition, role): own
-        for condition, role in product(range(len(study.settings.system_prompts)), asked)
+        for condition, role in lists_asked(asked, study.settings)
         for each, own in zip(
             models,
             _judged_list(study, evaluation, models, condition, role, asked[role], coherent),
@@ -192,7 +183,7 @@ def _judged_list(
     models: Sequence[Evaluated],
     condition: int,
     role: str,
-    requests: Sequence[str],
+    requests: Sequence[Request],
     coherent: Coherence,
 ) -> list[dict[str, Any]]:
     """What was judged of each model's answers to one list under one system prompt: a step a model.
@@ -208,7 +199,7 @@ def _judged_list(
             coherent,
             requests,
             selections=[models[i].chosen for i in left],
-            system_prompt=study.settings.system_prompts[condition],
+            system_prompt=said_before(condition, role, study.settings),
         )
 
     return study.steps.together(names, compute, lambda found: _judged_line(found, role))
@@ -269,23 +260,3 @@ def _distances(
         return {}
     found: dict[str, dict[str, Any]] = study.steps("kl", compute)
     return found
-
-
-def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
-    """Accuracy on the tasks, if there are any: a step."""
-    settings = study.settings
-
-    def compute() -> dict[str, Any]:
-        with nullcontext() if evaluated.chosen is None else ablate(study.model, evaluated.chosen):
-            return multiple_choice(
-                study.model,
-                study.tokenizer,
-                settings.tasks,
-                manager=manager,
-                batch_size=settings.batch_size,
-                level=settings.level,
-            )
-
-    if not settings.tasks:
-        return {}
-    return {"tasks": study.steps(f"{evaluated.name}.tasks", compute, ", ".join)}

@@ -1,0 +1,84 @@
+"""Tables of an evaluation by what is known of its rows: categories, policies, right letters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.text import Text
+
+from ssah.report.terminal.evaluation import ablated_name, percent
+from ssah.report.terminal.tables import new_table
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_MOST = 20  # categories that a table shows; the record has all of them
+
+
+def row_tables(result: Mapping[str, Any], level: float) -> Iterator[Table]:
+    """Rates by category, policies and letters, of what a result has of them; ``level`` is of its
+    intervals."""
+    yield from _categories(result, level)
+    yield from _policies(result, level)
+    yield from _letters(result)
+
+
+def _categories(result: Mapping[str, Any], level: float) -> Iterator[Table]:
+    """ASR by category, a table a column, system prompt and judge: the macro mean first."""
+    rows = result.get("by_category", [])
+    keys = list(dict.fromkeys((r["column"], r["system_prompt"], r["judge"]) for r in rows))
+    several = len({prompt for _, prompt, _ in keys}) > 1
+    for key in keys:
+        own = [r for r in rows if (r["column"], r["system_prompt"], r["judge"]) == key]
+        column, prompt, judge = key
+        under = f", system prompt {prompt or 'none'!r}" if several else ""
+        title = f"{judge}: ASR by {column} in %{under} ({level:.0%} interval)"
+        table = new_table(title, ["category", "requests"], [_short(each) for each in own])
+        first = own[0]  # the model as it is: its order holds for all
+        macro = [percent(each["macro"]) for each in own]
+        table.add_row("macro mean", str(first["macro"]["n"]), *macro)
+        names = sorted(first["categories"], key=lambda name: -first["categories"][name]["rate"])
+        for name in names[:_MOST]:
+            cells = [percent(each["categories"][name]) for each in own]
+            table.add_row(Text(name), str(first["categories"][name]["n"]), *cells)
+        if len(names) > _MOST:
+            table.caption = f"{len(names) - _MOST} more categories are in the record"
+        yield table
+
+
+def _policies(result: Mapping[str, Any], level: float) -> Iterator[Table]:
+    """CoSA-Score and its parts; none where no policy was given."""
+    rows = result.get("policies", [])
+    if rows:
+        title = f"Policies: CoSA-Score from -1 to 1, and its parts in % ({level:.0%} interval)"
+        values = ["score", "allowed: helped", "not allowed: declined"]
+        table = new_table(title, ["ablated", "judge"], values)
+        for row in rows:
+            low, high = row["score_interval"]
+            parts = [percent(row[k]) if k in row else "-" for k in ("helped", "declined")]
+            score = f"{row['score']:+.2f} ({low:+.2f} {high:+.2f})"
+            table.add_row(ablated_name(row["ablated"]), Text(row["judge"]), score, *parts)
+        yield table
+
+
+def _letters(result: Mapping[str, Any]) -> Iterator[Table]:
+    """Multiple choice with several right letters; none where there were no questions."""
+    models = [model for model in result["models"] if "letters" in model]
+    if models:
+        n, chance = models[0]["letters"]["best"]["n"], models[0]["letters"]["best_chance"]
+        title = f"Letters of {n} questions in %; by chance the likeliest is right in {chance:.0%}"
+        table = new_table(
+            title, ["ablated"], ["right set", "letters told right", "likeliest right"]
+        )
+        for model in models:
+            own = model["letters"]
+            share = percent({"rate": own["letters"], "interval": own["letters_interval"]})
+            cells = [percent(own["set_match"]), share, percent(own["best"])]
+            table.add_row(ablated_name(model["ablated"]), *cells)
+        yield table
+
+
+def _short(row: Mapping[str, Any]) -> str:
+    """Heading of a model; markup in its name would be read."""
+    return ablated_name(row["ablated"]).markup

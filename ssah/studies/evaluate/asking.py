@@ -1,0 +1,145 @@
+"""What a model is asked: lists of requests, each under every system prompt, or under its own.
+
+With the system prompts none and "Be kind.", requests and policies, three lists are answered:
+
+    requests under none, requests under "Be kind.", policies, each request under its own
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
+from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS
+
+if TYPE_CHECKING:
+    from ssah.data import Asked
+    from ssah.evaluation import Request
+    from ssah.studies.choosing import Choosing
+    from ssah.studies.evaluate.ablations import Evaluated
+    from ssah.studies.evaluate.record import Judged
+    from ssah.studies.evaluate.settings import EvaluateSettings
+    from ssah.studies.sources import Sources
+    from ssah.studies.study import Study
+
+POLICIES = "policies"
+
+
+def read_lists(
+    sources: Sources,
+    requests: str | Sequence[str],
+    over_refusal: str | None,
+    benign: str | None,
+    policy: str | None,
+    choosing: Choosing,
+) -> dict[str, Sequence[Request]]:
+    """The requests of each role, of those that were given."""
+    found: dict[str, Sequence[Request]] = {REQUESTS: sources.asked(REQUESTS, requests, choosing)}
+    for role, source in ((OVER_REFUSAL, over_refusal), (BENIGN, benign)):
+        if source is not None:
+            found[role] = sources.requests(role, source)
+    if policy is not None:
+        found[POLICIES] = sources.policies(POLICIES, policy)
+    return found
+
+
+def lists_asked(
+    roles: Mapping[str, Sequence[Request]], settings: EvaluateSettings
+) -> list[tuple[int, str]]:
+    """The number of a system prompt and the role of each list that every model answers."""
+    conditions = range(len(settings.system_prompts))
+    found = list(product(conditions, [role for role in roles if role != POLICIES]))
+    return [*found, *((0, role) for role in roles if role == POLICIES)]
+
+
+def said_before(condition: int, role: str, settings: EvaluateSettings) -> str | None:
+    """The system prompt of a list; None where there is none, or each request has its own."""
+    return None if role == POLICIES else settings.system_prompts[condition]
+
+
+def with_room(study: Study, role: str, requests: Sequence[Request]) -> Sequence[Request]:
+    """Requests that leave room for an answer under every system prompt; the record says how many
+    do not."""
+    settings, room = study.settings, room_of(study.model)  # None: the model has no such limit
+    most = None if room is None else room - settings.max_new_tokens
+    for condition, _ in lists_asked({role: requests}, settings):
+        system_prompt = said_before(condition, role, settings)
+        encoded = prompts(study.tokenizer, requests, system_prompt=system_prompt, name=role)
+        overlong = study.loading.reading.overlong
+        kept = fitting(requests, encoded, most, overlong=overlong, name=role)
+        if len(kept) == len(requests):
+            check_room(study.model, encoded, settings.max_new_tokens, role)
+            continue
+        record = study.sources.record[role]
+        record["overlong"] = record.get("overlong", 0) + len(requests) - len(kept)
+        requests = kept
+    return requests
+
+
+def by_row(
+    models: Sequence[Evaluated],
+    judged: Judged,
+    asked: Mapping[str, Sequence[Any]],
+    columns: Sequence[str],
+    settings: EvaluateSettings,
+) -> dict[str, list[dict[str, Any]]]:
+    """What is told of requests by what is known of each; nothing where nothing is.
+
+    Args:
+        models, settings: of the evaluation.
+        judged: of each model, number of a system prompt, and role of the requests.
+        asked: role -> requests.
+        columns: those whose categories the harmful requests were read with.
+
+    Returns:
+        ``by_category`` and ``policies``, records as the functions below yield them.
+    """
+    found = {}
+    if columns:
+        own = _by_category(models, judged, asked[REQUESTS], columns, settings)
+        found["by_category"] = list(own)
+    if POLICIES in asked:
+        found["policies"] = list(_by_policy(models, judged, asked[POLICIES], settings))
+    return found
+
+
+def _by_category(
+    models: Sequence[Evaluated],
+    judged: Judged,
+    asked: Sequence[Asked],
+    columns: Sequence[str],
+    settings: EvaluateSettings,
+) -> Iterator[dict[str, Any]]:
+    """ASR by category: one record a column, model, system prompt and judge.
+
+    Yields:
+        ``column``, ``ablated``, ``system_prompt``, ``judge``, and what ``category_rates`` returns.
+    """
+    conditions = enumerate(settings.system_prompts)
+    for column, each, (number, said) in product(columns, models, list(conditions)):
+        categories = [row["categories"][column] for row in asked]
+        for judge, success in judged[each.name, number, REQUESTS]["success"].items():
+            yield {
+                "column": column,
+                "ablated": each.ablated,
+                "system_prompt": said,
+                "judge": judge,
+                **category_rates(success, categories, settings.level),
+            }
+
+
+def _by_policy(
+    models: Sequence[Evaluated],
+    judged: Judged,
+    asked: Sequence[Asked],
+    settings: EvaluateSettings,
+) -> Iterator[dict[str, Any]]:
+    """CoSA-Score and its parts: one record a model and judge, as ``policy_rates`` returns it."""
+    allowed = [row["allowed"] for row in asked]
+    for each in models:
+        found = judged[each.name, 0, POLICIES]
+        for judge in found["success"]:
+            own = policy_rates(found, judge, allowed, level=settings.level, seed=settings.seed)
+            yield {"ablated": each.ablated, "judge": judge, **own}

@@ -1,0 +1,56 @@
+"""Multiple choice of each model: tasks of lm-eval, and questions with several right letters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ssah.evaluation import letter_log_probs, letter_scores, multiple_choice
+from ssah.interventions import ablate
+
+if TYPE_CHECKING:
+    from ssah.data import Lettered
+    from ssah.studies.evaluate.ablations import Evaluated
+    from ssah.studies.study import Study
+
+
+def tasks_of(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
+    """Accuracy on the tasks, if there are any: a step."""
+    settings = study.settings
+
+    def compute() -> dict[str, Any]:
+        with nullcontext() if evaluated.chosen is None else ablate(study.model, evaluated.chosen):
+            return multiple_choice(
+                study.model,
+                study.tokenizer,
+                settings.tasks,
+                manager=manager,
+                batch_size=settings.batch_size,
+                level=settings.level,
+            )
+
+    if not settings.tasks:
+        return {}
+    return {"tasks": study.steps(f"{evaluated.name}.tasks", compute, ", ".join)}
+
+
+def letters_of(study: Study, evaluated: Evaluated, questions: Sequence[Lettered]) -> dict[str, Any]:
+    """Right letters of the questions, if there are any: a step, which keeps log-probabilities."""
+    settings = study.settings
+
+    def compute() -> list[list[float]]:
+        with nullcontext() if evaluated.chosen is None else ablate(study.model, evaluated.chosen):
+            found = letter_log_probs(
+                study.model, study.tokenizer, questions, batch_size=settings.batch_size
+            )
+        return [each.tolist() for each in found]
+
+    if not questions:
+        return {}
+    kept = study.steps(f"{evaluated.name}.letters", compute)
+    log_probs = [torch.tensor(each, dtype=torch.float64) for each in kept]  # [letters] each
+    options = {"level": settings.level, "seed": settings.seed}
+    return {"letters": letter_scores(log_probs, questions, **options)}

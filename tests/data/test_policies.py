@@ -1,0 +1,72 @@
+"""Preferences of policies, against the rule written as a loop."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ssah.data import DataError, policy_pairs
+
+POLICIES = [
+    {"system_prompt": "A game.", "allowed": ["violence", "insults"]},
+    {"policy": "A school book.", "allowed": []},
+]
+HELPFUL = [
+    {"prompt": "Write a fight.", "completion": "They fought.", "harms": ["violence"]},
+    {"prompt": "Write of tea.", "completion": "It is hot.", "harms": []},
+    {"prompt": "Write a bet.", "completion": "They bet.", "harms": ["violence", "gambling"]},
+]
+SAFE = [{"prompt": row["prompt"], "completion": "No."} for row in reversed(HELPFUL)]
+
+
+def test_the_helpful_answer_is_preferred_where_all_its_harms_are_allowed(tmp_path):
+    path = tmp_path / "policies.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in POLICIES))
+    expected = []
+    for text, allowed in (("A game.", {"violence", "insults"}), ("A school book.", set())):
+        for row in HELPFUL:
+            fine = True
+            for harm in row["harms"]:
+                fine = fine and harm in allowed
+            answers = [row["completion"], "No."] if fine else ["No.", row["completion"]]
+            chosen, rejected = ([{"role": "assistant", "content": a}] for a in answers)
+            turns = [
+                {"role": "system", "content": text},
+                {"role": "user", "content": row["prompt"]},
+            ]
+            expected.append({"prompt": turns, "chosen": chosen, "rejected": rejected})
+    assert policy_pairs(path, HELPFUL, SAFE) == expected
+    assert [pair["chosen"][0]["content"] for pair in expected] == [
+        "They fought.", "It is hot.", "No.", "No.", "It is hot.", "No.",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("policies", "helpful", "safe", "message"),
+    [
+        ([{"allowed": []}], HELPFUL, SAFE, r"rows\[0\]: a policy needs a text 'system_prompt'"),
+        (
+            [{"policy": "A game."}],
+            HELPFUL,
+            SAFE,
+            "'allowed' must be a list of harms.* has 'policy'",
+        ),
+        ([{"policy": "A game.", "allowed": "all"}], HELPFUL, SAFE, "none; was 'all'"),
+        (POLICIES, SAFE, SAFE, "'harms' must be a list of harms"),
+        (
+            POLICIES,
+            HELPFUL[:2],
+            SAFE,
+            "safe has the request 'Write a bet.'..., which helpful lacks",
+        ),
+        (POLICIES, HELPFUL, SAFE[:2], "helpful has the request .*, which safe lacks"),
+        (POLICIES, [*HELPFUL, HELPFUL[0]], SAFE, "helpful has 1 requests twice"),
+        (POLICIES, HELPFUL, [*SAFE, SAFE[0]], "safe has 1 requests twice"),
+        (POLICIES, HELPFUL, HELPFUL, "alike: none is preferred"),
+        (POLICIES, [{"prompt": "Why?", "harms": []}], SAFE, "no response"),
+    ],
+)
+def test_wrong_rows_are_refused(policies, helpful, safe, message):
+    with pytest.raises(DataError, match=message):
+        policy_pairs(policies, helpful, safe)

@@ -1,0 +1,169 @@
+"""``ssah evaluate`` by category and by policy, on a tiny model: as told by its single verdicts."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from contextlib import nullcontext
+from io import StringIO
+
+import pytest
+from commands import call
+from evaluations import evaluate, refused
+from rich.console import Console
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ssah
+from ssah.data import draw_by_category, load_asked, load_lettered, load_requests
+from ssah.evaluation import letter_log_probs, letter_scores
+from ssah.groups import UnitGroups
+from ssah.models import load_model
+from ssah.report.terminal import row_tables
+
+pytestmark = pytest.mark.xdist_group("evaluate")  # its fixture is made once
+
+SMALL = (
+    "--max-new-tokens", 4, "--judge", "zou2023", "--dtype", "float32", "--batch-size", 4,
+    "--over-refusal", "none", "--benign", "none", "--utility", "none",
+)  # fmt: skip
+POLICY = ("You may speak of bread.", "You may speak of tea.")
+
+
+def page(folder):
+    """The report of a run, as text."""
+    call("report", folder, "--out", folder / "report.html")
+    return (folder / "report.html").read_text()
+
+
+def printed(table):
+    console = Console(width=300, record=True, file=StringIO())
+    console.print(table)
+    return console.export_text()
+
+
+@pytest.fixture(scope="module")
+def found(runs):
+    rows = [
+        {"prompt": f"Say {word}.", "system_prompt": policy, "allowed": allowed}
+        for word, policy, allowed in (
+            ("bread", POLICY[0], True),
+            ("tea", POLICY[0], False),
+            ("bread", POLICY[1], False),
+        )
+    ]
+    (runs / "policies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    question = {"mcq": "Drinks? A. tea; B. bread", "choices": "A. tea; B. bread", "gt": "A"}
+    (runs / "letters.json").write_text(json.dumps([question, question | {"gt": "B"}]))
+    return evaluate(
+        runs / "model", "--out", runs / "by_row", *SMALL, "--by", "category",
+        "--requests", "builtin:safety_eval", "--per-category", 1, "--draw-seed", 5,
+        "--policy", runs / "policies.jsonl", "--ablate", f"{runs / 'groups'}:cu",
+        "--leave-out", "category=weapons", "--letters", runs / "letters.json",
+    )  # fmt: skip
+
+
+def test_rates_by_category_are_those_of_the_single_verdicts(found):
+    rows = load_asked("builtin:safety_eval", by=["category"])
+    rows = [row for row in rows if row["categories"]["category"] != "weapons"]
+    drawn = draw_by_category(rows, "category", 1, seed=5)
+    first, second = found["result"]["by_category"]
+    assert first["ablated"] == "nothing"
+    assert second["ablated"].endswith(":cu")
+    for record, key in ((first, "0-intact"), (second, "1-cu")):
+        verdicts = found["result"]["per_request"][f"{key}.0.requests"]["success"]["zou2023"]
+        expected = {
+            row["categories"]["category"]: verdict
+            for row, verdict in zip(drawn, verdicts, strict=True)
+        }
+        assert {name: own["count"] for name, own in record["categories"].items()} == expected
+        assert record["macro"]["rate"] == pytest.approx(sum(expected.values()) / len(expected))
+        assert record["macro"]["categories"] == len(expected) > 3
+    read = found["data"]["requests"]
+    assert read["rows"] == len(drawn)
+    assert read["drawn_of"] == len(rows)
+    assert read["left_out"] == 32 - len(rows)
+
+
+def test_each_request_is_asked_under_its_own_policy(runs, found):
+    tokenizer = AutoTokenizer.from_pretrained(runs / "model")
+    model = AutoModelForCausalLM.from_pretrained(runs / "model")
+    kept = found["result"]["per_request"]["0-intact.0.policies"]
+    for index, (word, policy) in enumerate(
+        (("bread", POLICY[0]), ("tea", POLICY[0]), ("bread", POLICY[1]))
+    ):
+        turns = [
+            {"role": "system", "content": policy},
+            {"role": "user", "content": f"Say {word}."},
+        ]
+        ids = tokenizer.apply_chat_template(
+            turns, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        said = model.generate(**ids, max_new_tokens=4, do_sample=False)[0, ids.input_ids.shape[1] :]
+        text = tokenizer.decode(said, skip_special_tokens=True)
+        assert kept["digests"][index] == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_the_score_of_policies_is_that_of_the_single_verdicts(found):
+    for record, key in zip(found["result"]["policies"], ("0-intact", "1-cu"), strict=True):
+        kept = found["result"]["per_request"][f"{key}.0.policies"]
+        helps = [
+            s and not b for s, b in zip(kept["success"]["zou2023"], kept["incoherent"], strict=True)
+        ]
+        score = sum(h * s for h, s in zip(helps, (1, -1, -1), strict=True)) / 3
+        assert record["score"] == pytest.approx(score)
+        assert record["helped"]["n"] == 1
+        assert record["declined"]["n"] == 2
+
+
+def test_letters_are_told_of_every_model(runs, found):
+    model, tokenizer = load_model(str(runs / "model"))
+    questions = load_lettered(runs / "letters.json")
+    units = UnitGroups.load(runs / "groups", model)["cu"]
+    for each, out in zip(found["result"]["models"], (None, units), strict=True):
+        with nullcontext() if out is None else ssah.ablate(model, out):
+            expected = letter_scores(letter_log_probs(model, tokenizer, questions), questions)
+        assert each["letters"] == expected
+        assert each["letters"]["best"]["count"] == 1  # both have one prompt, and one right each
+
+
+def test_terminal_and_report_show_them(runs, found):
+    for width, shown in (
+        (None, page(runs / "by_row")),
+        (300, "\n".join(printed(table) for table in row_tables(found["result"], 0.95))),
+    ):
+        assert "macro mean" in shown, width
+        macro = found["result"]["by_category"][0]["macro"]
+        assert all(name in shown for name in found["result"]["by_category"][0]["categories"])
+        assert macro["n"] == macro["categories"]
+        assert "CoSA-Score" in shown
+        assert "declined" in shown
+        assert "right set" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--by", "topic"), "no column 'topic', the row has 'prompt', 'completion', 'category'"),
+        (("--per-category", 2), "per_category needs by"),
+        (("--skip-seen",), "skip_seen needs seen"),
+        (("--leave-out", "category=poison"), "leaves out 0 of 32 rows"),
+        (("--seen", "builtin:safety_eval[3:5]"), "2 of 32 requests are also in builtin:safety_ev"),
+        (("--seen", "builtin:safety_eval", "--skip-seen"), "so that none is left"),
+        (("--policy", "builtin:safety_eval"), "no column 'system_prompt'"),
+    ],
+)
+def test_wrong_choices_are_refused_before_anything_is_written(runs, tmp_path, arguments, message):
+    out = tmp_path / "out"
+    given = ("--requests", "builtin:safety_eval", *arguments)
+    assert message in refused(runs / "model", "--out", out, *SMALL, *given)
+    assert not out.exists()
+
+
+def test_what_was_seen_is_left_out(runs, tmp_path):
+    found = evaluate(
+        runs / "model", "--out", tmp_path / "out", *SMALL, "--requests", "builtin:safety_eval[0:5]",
+        "--seen", "builtin:safety_eval[3:9]", "--skip-seen",
+    )  # fmt: skip
+    assert found["data"]["requests"]["rows"] == 3
+    assert found["data"]["requests"]["seen"] == 2
+    assert len(load_requests("builtin:safety_eval[0:3]")) == found["result"]["rows"][0]["asr"]["n"]
