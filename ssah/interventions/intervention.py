@@ -186,6 +186,22 @@ def _hooked(model: nn.Module, at_layers: Sequence[AtLayer]) -> Iterator[None]:
         yield
 
 
+def changes_some_positions(model: nn.Module) -> bool:
+    """Whether hidden states are changed at some positions or rows alone, in blocks under way.
+
+    A pass over a part of each row, or over one row in the place of several, then gives another
+    result. For example, ``at="last"`` is the last token of a whole prompt.
+    """
+    changes = (own for layer in model.modules() for own, _ in _AT_LAYER.get(layer, ()))
+    return any(
+        not isinstance(own.change.at, str)
+        or own.change.at != "all"
+        or own.rows is not None
+        or (own.value is not None and own.value.dim() > 1)
+        for own in changes
+    )
+
+
 def _put_out(layer: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
     """A layer's output after all changes; some layers put out a tuple, hidden states first."""
     h = output[0] if isinstance(output, tuple) else output  # [rows, tokens, hidden]

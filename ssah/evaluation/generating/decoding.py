@@ -23,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicLayer
 
+from ssah.evaluation.generating.caches import SHARED, cache_of, is_plain
+from ssah.interventions import changes_some_positions
 from ssah.models import device_of, text_config
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from ssah.interventions import Arms
 
 _STRETCH = 8  # tokens between two looks at which rows have ended
-_SHARED = 8  # tokens of a beginning that are worth a pass of their own
 _MOST_ROWS = 128  # more of them make no processor that we know faster
 _MEMINFO = Path("/proc/meminfo")
 
@@ -155,7 +155,7 @@ def decode(
             going = (~ended.any(1)).nonzero()[:, 0]  # [rows that go on]
             if left <= 0 or not len(going):
                 break
-            past = _cache_of(output)
+            past = cache_of(output)
             if len(going) < len(alive):
                 alive = alive[going.cpu()]
                 for cache in past.values():
@@ -172,13 +172,15 @@ def prefilled(
     """Attention mask, int64 ``[rows, width]``, and the cache of prompts, a row each, by its name.
 
     None where a cache is no plain list of keys and values: with a window or a running state, more
-    tokens at once than one are not what the model computes without a cache. To be called inside
-    :func:`greedy` of the model.
+    tokens at once than one are not what the model computes without a cache; nor where positions
+    are changed. To be called inside :func:`greedy` of the model.
     """
+    if changes_some_positions(model):
+        return None
     with torch.inference_mode():
         given, past = _begun(model, rows, None, torch.zeros(len(rows), dtype=torch.int64))
-        past = _cache_of(_stretch(model, given, past, 1, Finite()))
-    return (given["attention_mask"], past) if _plain(past) else None
+        past = cache_of(_stretch(model, given, past, 1, Finite()))
+    return (given["attention_mask"], past) if is_plain(past) else None
 
 
 def _stretch(
@@ -190,7 +192,7 @@ def _stretch(
 ) -> Any:
     """At most so many tokens more, as ``generate`` returns them with its cache.
 
-    ``given``: ``[rows, width]`` each; ``past``: what :func:`_cache_of` returned, or nothing.
+    ``given``: ``[rows, width]`` each; ``past``: what :func:`cache_of` returned, or nothing.
     """
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -208,18 +210,6 @@ def _stretch(
     )
 
 
-def _cache_of(output: Any) -> dict[str, Any]:
-    """The cache by the name that this release has for it; empty for a model that keeps none.
-
-    Such a model is given its whole rows again, which takes longer and gives the same.
-    """
-    # The older name is last: where both are there, they are the same cache.
-    for name in ("cache", "past_key_values"):
-        if (cache := getattr(output, name, None)) is not None:
-            return {name: cache}
-    return {}
-
-
 def _begun(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], run: Arms | None, arms: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -231,22 +221,16 @@ def _begun(
     shared = sum(1 for _ in takewhile(bool, alike))
     shared = min(shared, min(map(len, rows)) - 1)  # each row has to be asked for its next token
     own, inverse = arms.unique(return_inverse=True)  # [arms in use], [rows]
-    if shared >= _SHARED and len(own) < len(rows):
+    if shared >= SHARED and len(own) < len(rows) and not changes_some_positions(model):
         if run is not None:
             run.assign(own)
         begun = left_padded(model, [rows[0][:shared]] * len(own))
-        past = _cache_of(_stretch(model, begun, {}, 1, Finite()))
-        if _plain(past):  # padding behind the beginning would count in a window
+        past = cache_of(_stretch(model, begun, {}, 1, Finite()))
+        if is_plain(past):  # padding behind the beginning would count in a window
             for cache in past.values():
                 cache.reorder_cache(inverse)
             return left_padded(model, rows, shared), past
     return left_padded(model, rows), {}
-
-
-def _plain(past: dict[str, Any]) -> bool:
-    """Whether there is a cache that holds keys and values of every position, and nothing else."""
-    layers = [layer for cache in past.values() for layer in getattr(cache, "layers", [None])]
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def rows_at_once(
@@ -268,7 +252,7 @@ def rows_at_once(
     if free is None:
         return least
     with torch.inference_mode():
-        past = _cache_of(_stretch(model, given, {}, 1, Finite()))
+        past = cache_of(_stretch(model, given, {}, 1, Finite()))
     tensors = [
         each
         for cache in past.values()

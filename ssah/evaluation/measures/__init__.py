@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from ssah.evaluation.measures.coherent_answers import Coherence, coherence
 from ssah.evaluation.measures.input_gradients import input_gradient_norms
+from ssah.evaluation.measures.logits import Predictions, logits_at
 from ssah.evaluation.measures.loss import (
     log_probs_by_length,
-    logits_at,
     response_log_probs,
     utility_loss,
 )
@@ -25,6 +25,7 @@ __all__ = [
     "Coherence",
     "Measurement",
     "Measures",
+    "Predictions",
     "ablations",
     "coherence",
     "input_gradient_norms",
