@@ -68,15 +68,25 @@ def greedy(
 
 
 class Finite:
-    """Notices logits that are NaN or +inf while a model generates; waits for no device."""
+    """Notices logits that are NaN or +inf while a model generates; waits for no device.
+
+    Attributes:
+        rows: rows of the batch, int64 ``[n]``, of which `said` is wanted; None: of none.
+        said: of each step the log-probability of the token that each of them takes, ``[n]``.
+    """
 
     def __init__(self) -> None:
         self.bad: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.said: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
         # -inf is how transformers forbids a token. The flag stays on the device until the end.
         bad = (logits.isnan() | (logits == torch.inf)).any()
         self.bad = bad if self.bad is None else self.bad | bad
+        if self.rows is not None:
+            own = logits[self.rows.to(logits.device)].float()  # [n, vocab_size]
+            self.said.append(own.amax(-1) - own.logsumexp(-1))  # greedy: it takes the largest
         return logits
 
     def check(self) -> None:
@@ -118,6 +128,7 @@ def decode(
     max_new_tokens: int,
     run: Arms | None = None,
     arm: Sequence[int] = (),
+    log_probs: dict[int, list[float]] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row, up to the one that ends it, which is the last of them.
 
@@ -129,6 +140,7 @@ def decode(
         stops: tokens that end a row.
         max_new_tokens: the most tokens of a row.
         run, arm: inside ``ssah.arms``, what it yielded, and the arm of each row.
+        log_probs: of each row that is a key, the log-probabilities of its tokens are added.
 
     Raises:
         FloatingPointError: the model's logits are NaN or infinite.
@@ -139,10 +151,13 @@ def decode(
         new: list[list[int]] = [[] for _ in rows]
         finite = Finite()
         alive, left = torch.arange(len(rows)), max_new_tokens
+        log_probs = log_probs or {}
+        wanted = torch.tensor([row in log_probs for row in range(len(rows))])
         ends = torch.tensor(list(stops), dtype=torch.int64, device=given["input_ids"].device)
         while True:
             if run is not None:
                 run.assign(arms[alive])
+            finite.rows, finite.said = (wanted[alive].nonzero()[:, 0] if log_probs else None), []
             output = _stretch(model, given, past, min(_STRETCH, left), finite)
             width = given["input_ids"].shape[1]
             fresh = output.sequences[:, width:]  # [alive, tokens of this stretch]
@@ -151,6 +166,10 @@ def decode(
             lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
             for row, ids, length in zip(alive.tolist(), fresh.tolist(), lengths, strict=True):
                 new[row] += ids[:length]
+            if finite.rows is not None:
+                said = torch.stack(finite.said, 1).tolist()  # [wanted rows][tokens of this stretch]
+                for i, own in zip(finite.rows.tolist(), said, strict=True):
+                    log_probs[int(alive[i])] += own[: lengths[i]]
             left -= fresh.shape[1]
             going = (~ended.any(1)).nonzero()[:, 0]  # [rows that go on]
             if left <= 0 or not len(going):
