@@ -14,6 +14,7 @@ FFN takes its factors together with its own product, act(gate) * up, in one oper
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -35,6 +36,9 @@ from ssah_kernels import backends, ops
 # Elements of a product from which on one operator is quicker than torch's three. A call costs about
 # 40 microseconds of Python, and decoding a few tokens would be 1 to 2 % slower with it.
 _WORTH_FUSING = 2**17
+
+# The blocks of each decoder that are under way.
+_RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Arms]] = weakref.WeakKeyDictionary()
 
 # What one arm takes out: units or heads, these times a number, or nothing.
 Arm = UnitSet | Selection | Zero | Scale | None
@@ -88,29 +92,39 @@ def arms(model: nn.Module, selections: Sequence[Arm]) -> AbstractContextManager[
     return _running(model, modules, Arms(len(selections), tables))
 
 
+def rows_have_arms(model: nn.Module) -> bool:
+    """Whether rows of a batch have arms of their own, so that no other batch may take its place."""
+    return any(not run.alike for run in _RUNNING.get(check_bare(model).get_decoder(), ()))
+
+
 class Arms:
     """Which arm each row of the next batches runs under.
 
     Attributes:
         n_arms: how many arms there are.
+        alike: whether all rows have the arm of the first, however many there are.
     """
 
     def __init__(self, n_arms: int, tables: Mapping[str, Tensor]) -> None:
         """``tables``: B's name -> factors ``[arms, units]``."""
-        self.n_arms = n_arms
+        self.n_arms, self.alike = n_arms, False
         self._tables = dict(tables)
         self._arm: Tensor | None = None  # int64 [rows]
         # Made as they are first wanted, and kept until other arms are assigned.
         self._arm_on: dict[torch.device, Tensor] = {}
         self._rows: dict[str, Tensor] = {}  # B's name -> [rows, units]
 
-    def assign(self, arm: Sequence[int] | Tensor) -> None:
+    def assign(self, arm: int | Sequence[int] | Tensor) -> None:
         """Row i of each batch from now on runs under arm ``arm[i]``: integers ``[rows]``.
+
+        One number is the arm of all rows, however many a batch has.
 
         Raises:
             ValueError: there is no such arm, or no row.
         """
         given = torch.as_tensor(arm, device="cpu")
+        self.alike = given.dim() == 0
+        given = given.reshape(1) if self.alike else given
         whole = given.dim() == 1 and len(given) and not given.is_floating_point()
         if not whole or int(given.min()) < 0 or int(given.max()) >= self.n_arms:
             raise ValueError(
@@ -153,6 +167,9 @@ class Arms:
 
     def _check_rows(self, passes: Passes) -> None:
         """Refuse, with ValueError, a pass over other rows than were assigned."""
+        if self.alike and self._arm is not None and passes.shape[0] != len(self._arm):
+            self.assign(self._arm[:1].expand(passes.shape[0]))
+            self.alike = True
         if self._arm is None or passes.shape[0] != len(self._arm):
             given = "none" if self._arm is None else len(self._arm)
             raise ValueError(
@@ -206,6 +223,9 @@ def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms)
 
         hook = passes.decoder.register_forward_pre_hook(begin, with_kwargs=True)
         stack.callback(hook.remove)
+        running = _RUNNING.setdefault(passes.decoder, [])
+        running.append(run)
+        stack.callback(running.remove, run)
         for name, module in modules.items():
             gated = module.gated
             if module.routed is not None:

@@ -76,9 +76,18 @@ class Evaluation:
         self.loaders = {name: study.loader(own) for name, own in rows.items()}
 
     def measure(
-        self, model: PreTrainedModel, ablated: UnitSet | Selection | None = None
+        self,
+        model: PreTrainedModel,
+        ablated: UnitSet | Selection | None = None,
+        *,
+        known: Mapping[str, dict[str, Any]] | None = None,
     ) -> dict[str, Any]:
         """Refusal margins and losses of a model, with units ablated or as it is.
+
+        Args:
+            model, ablated: what is measured.
+            known: name of rows -> their losses as :func:`losses_of` gives them, where another pass
+                has found them.
 
         Returns:
             ``margins`` (nats per token, one a request), ``refusal_margin`` (their mean),
@@ -93,7 +102,10 @@ class Evaluation:
                 batch_size=self.study.batch_size,
                 max_length=self.room,
             )
-            found = {name: _losses(model, loader) for name, loader in self.loaders.items()}
+            found = {
+                name: known[name] if known is not None and name in known else _losses(model, loader)
+                for name, loader in self.loaders.items()
+            }
         refusing = int((margins > 0).sum())
         return {
             "refusal_margin": float(margins.mean()),
@@ -186,8 +198,21 @@ def intact_coherence(
 
 def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:
     pairs = list(response_log_probs(model, loader))
-    nats = -torch.cat([log_probs for log_probs, _ in pairs])  # [rows], sums over their responses
-    tokens = torch.cat([count for _, count in pairs])  # [rows]
+    log_probs, tokens = (torch.cat(each) for each in zip(*pairs, strict=True))  # [rows] both
+    return losses_of(log_probs, tokens)
+
+
+def losses_of(log_probs: Tensor, tokens: Tensor) -> dict[str, Any]:
+    """Losses as plain data: ``loss`` (nats per token), ``nats`` and ``tokens`` of each row.
+
+    Args:
+        log_probs: float64 ``[rows]``, summed over the response of each, in nats.
+        tokens: int64 ``[rows]``, of each response.
+
+    Raises:
+        ValueError: no response has a token.
+    """
+    nats = -log_probs
     if not int(tokens.sum()):
         raise ValueError("the rows have no response token to predict, must have at least one")
     return {

@@ -180,7 +180,7 @@ def test_coherence_asks_the_model_once_for_each_answer(monkeypatch):
         Coherence, "nll", lambda self, *given: seen.append(given) or own(self, *given)
     )
     assert scorer(texts, asked) == expected
-    assert seen == [([fine[0], fine[1], fine[0]], ["a", "b", "b"])]
+    assert seen == [([fine[0], fine[1], fine[0]], ["a", "b", "b"], [None] * 3)]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "gemma3", "qwen3_next"])
@@ -208,3 +208,54 @@ def test_continuations_have_the_log_probabilities_of_whole_rows(name):
         # What the prompts begin with (each keeps a token), the rest of all three but for their last
         # tokens, and six continuations.
         assert tokens == 8 + 3 * (9 + 5 - 1 - 8) + 6 * 7
+
+
+def test_what_the_intact_model_said_is_scored_as_it_says_it(monkeypatch):
+    model, tokenizer = tiny_chat.model().double(), tiny_chat.tokenizer()
+    encoded = prompts(tokenizer, REQUESTS)
+    stop = alone(model, encoded[1], {}, 5)[4]
+    monkeypatch.setattr(model.generation_config, "eos_token_id", stop)  # so that some rows end
+    jobs = [(arm, row) for row in range(4) for arm in range(2)]
+    selections = [None, half(model, 0)]
+    options = {"max_new_tokens": 11, "at_once": 3, "scored": True}
+    found = answers_of_arms(model, tokenizer, encoded, jobs, selections, **options)
+    assert len({each.tokens for each in found}) > 1
+    for (arm, row), answer in zip(jobs, found, strict=True):
+        ids, log_probs = answer.said
+        assert len(ids) == len(log_probs) == (0 if arm else answer.tokens)
+        with torch.no_grad():
+            rows = model(input_ids=torch.tensor([encoded[row] + ids])).logits[0].log_softmax(-1)
+        exact = [float(rows[len(encoded[row]) - 1 + k, token]) for k, token in enumerate(ids)]
+        assert log_probs == pytest.approx(exact, abs=1e-5)
+    plain = answers_of_arms(
+        model, tokenizer, encoded, jobs, selections, **options | {"scored": False}
+    )
+    assert plain == found
+    assert all(each.said == ([], []) for each in plain)
+
+
+def test_coherence_runs_what_the_intact_model_said_itself_no_second_time():
+    model, tokenizer = tiny_chat.model(), tiny_chat.tokenizer()
+    scorer = Coherence(model, tokenizer, 9.0)
+    text, request = "The owl hunts at night.", "Name a bird."
+    (context,) = prompts(tokenizer, [request])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    given = [-0.25 * k for k in range(len(ids))]  # not those of the model, to be told from them
+    n = len(ids)
+    mean = sum(0.25 * k for k in range(n)) / n
+    own, other = scorer.nll([text], [request])[0], "The sea is wide."
+    passes = []
+    hook = model.register_forward_pre_hook(lambda *_: passes.append(1))
+    assert scorer.nll([text], [request], [(context, ids, given)]) == [pytest.approx(mean)]
+    assert passes == []
+    # After another prompt, or as other tokens, it is another answer.
+    for said in [([*context, 5], ids, given), (context, [*ids, 5], [*given, 0.0]), None]:
+        assert scorer.nll([text], [request], [said]) == [pytest.approx(own)]
+    assert len(passes) == 3
+    both = scorer.nll([other, text], [request] * 2, [None, (context, ids, given)])
+    assert both == [pytest.approx(scorer.nll([other], [request])[0]), pytest.approx(mean)]
+    # Of two arms that give one answer, the one that was scored as it was said is taken.
+    passes.clear()
+    assert scorer([text] * 2, [request] * 2, [None, (context, ids, given)]) == [mean <= 9.0] * 2
+    assert passes == []
+    hook.remove()

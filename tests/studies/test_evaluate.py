@@ -368,3 +368,25 @@ def test_tasks_on_local_data_need_no_network(runs, task_folder, monkeypatch):
     shown = call("evaluate", *arguments).stdout
     assert "Accuracy in %" in shown
     assert "\N{HORIZONTAL ELLIPSIS}" not in shown
+
+
+def test_the_utility_rows_are_run_once_for_loss_and_kl(runs, tmp_path, monkeypatch):
+    from ssah.studies import paired_measures
+
+    monkeypatch.delattr(paired_measures, "response_log_probs")  # a pass for the loss alone
+    options = ["--out", tmp_path / "out", *SMALL, "--ablate", f"{runs / 'groups'}:cu"]
+    record = evaluate(runs / "model", *options)
+    model, tokenizer = load_model(str(runs / "model"))
+    loader = make_loader("builtin:utility_eval[0:6]", tokenizer, batch_size=4)
+    cu = UnitGroups.load(runs / "groups", model)["cu"]
+    for units, found in zip((cu - cu, cu), record["result"]["models"], strict=True):
+        nats, n = 0.0, 0
+        for batch in loader:
+            ids, mask, labels = (batch[k] for k in ("input_ids", "attention_mask", "labels"))
+            with torch.no_grad(), ssah.ablate(model, units):
+                logits = model(input_ids=ids, attention_mask=mask).logits.double()
+            for row, at in (labels[:, 1:] != -100).nonzero().tolist():
+                own = logits[row, at]
+                nats += float(own.logsumexp(0) - own[labels[row, at + 1]])
+                n += 1
+        assert found["utility_loss"] == pytest.approx(nats / n, rel=1e-6)

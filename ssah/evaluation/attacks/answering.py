@@ -5,7 +5,8 @@ Two arms, and requests in batches 0, 1 and 2, of which two at a time fit into me
     asked for             arm 0 of batch 0   arm 1 of 0   arm 0 of 1   arm 1 of 1   arm 0 of 2
     answered and scored   both arms of 0, 1  -            -            -            both arms of 2
 
-So weights are read once for all arms, and what is kept between two calls stays small.
+So weights are read once for all arms, and what is kept between two calls stays small. What the
+intact model said itself was scored as it said it: no pass of its own is needed for its coherence.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from ssah.evaluation.generating import Answer, Request, answers_of_arms, fitting_rows
 from ssah.evaluation.measures import Coherence
+from ssah.interventions import changes_some_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,6 +79,8 @@ class Answering:
 
     def _answer(self, ahead: Sequence[Job]) -> None:
         jobs = [(arm, i) for arm, number in ahead for i in self.chunks[number]]
+        # The model that scores coherence is this one, and sees what it said as it says it.
+        scored = self.coherent.model is self.model and not changes_some_positions(self.model)
         found = answers_of_arms(
             self.model,
             self.tokenizer,
@@ -85,9 +89,17 @@ class Answering:
             self.selections,
             max_new_tokens=self.max_new_tokens,
             at_once=self.at_once,
+            scored=scored,
         )
         # In one go: arms that give the same answer are scored once.
-        fine = self.coherent([each.text for each in found], [self.requests[i] for _, i in jobs])
+        fine = self.coherent(
+            [each.text for each in found],
+            [self.requests[i] for _, i in jobs],
+            [
+                (self.encoded[i], *each.said) if each.said[0] else None
+                for each, (_, i) in zip(found, jobs, strict=True)
+            ],
+        )
         start = 0
         for job in ahead:
             stop = start + len(self.chunks[job[1]])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ssah.evaluation.generating.caches import SHARED, cache_of, is_plain
 from ssah.evaluation.generating.decoding import Finite, greedy, left_padded, prefilled
 from ssah.evaluation.generating.generation import (
     Answer,
@@ -28,6 +29,7 @@ from ssah.evaluation.generating.reasoning import spoken
 
 __all__ = [
     "OPENING",
+    "SHARED",
     "Answer",
     "Finite",
     "Request",
@@ -36,12 +38,14 @@ __all__ = [
     "answers_of_arms",
     "asked_turns",
     "bar",
+    "cache_of",
     "check_list",
     "check_room",
     "fitting",
     "fitting_rows",
     "generate",
     "greedy",
+    "is_plain",
     "left_padded",
     "longest_first",
     "prefilled",

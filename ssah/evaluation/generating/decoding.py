@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicLayer
 
-from ssah.interventions import reads_whole_prompts
+from ssah.evaluation.generating.caches import SHARED, cache_of, is_plain
+from ssah.interventions import changes_some_positions
 from ssah.models import device_of, text_config
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from ssah.interventions import Arms
 
 _STRETCH = 8  # tokens between two looks at which rows have ended
-_SHARED = 8  # tokens of a beginning that are worth a pass of their own
 _MOST_ROWS = 128  # more of them make no processor that we know faster
 _MEMINFO = Path("/proc/meminfo")
 
@@ -69,15 +68,25 @@ def greedy(
 
 
 class Finite:
-    """Notices logits that are NaN or +inf while a model generates; waits for no device."""
+    """Notices logits that are NaN or +inf while a model generates; waits for no device.
+
+    Attributes:
+        rows: rows of the batch, int64 ``[n]``, of which `said` is wanted; None: of none.
+        said: of each step the log-probability of the token that each of them takes, ``[n]``.
+    """
 
     def __init__(self) -> None:
         self.bad: Tensor | None = None
+        self.rows: Tensor | None = None
+        self.said: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
         # -inf is how transformers forbids a token. The flag stays on the device until the end.
         bad = (logits.isnan() | (logits == torch.inf)).any()
         self.bad = bad if self.bad is None else self.bad | bad
+        if self.rows is not None:
+            own = logits[self.rows.to(logits.device)].float()  # [n, vocab_size]
+            self.said.append(own.amax(-1) - own.logsumexp(-1))  # greedy: it takes the largest
         return logits
 
     def check(self) -> None:
@@ -119,6 +128,7 @@ def decode(
     max_new_tokens: int,
     run: Arms | None = None,
     arm: Sequence[int] = (),
+    log_probs: dict[int, list[float]] | None = None,
 ) -> list[list[int]]:
     """The tokens that follow each row, up to the one that ends it, which is the last of them.
 
@@ -130,6 +140,7 @@ def decode(
         stops: tokens that end a row.
         max_new_tokens: the most tokens of a row.
         run, arm: inside ``ssah.arms``, what it yielded, and the arm of each row.
+        log_probs: of each row that is a key, the log-probabilities of its tokens are added.
 
     Raises:
         FloatingPointError: the model's logits are NaN or infinite.
@@ -140,12 +151,15 @@ def decode(
         new: list[list[int]] = [[] for _ in rows]
         finite = Finite()
         # Rows that are told apart stay together until all have ended.
-        longest = max_new_tokens if reads_whole_prompts(model) else _STRETCH
+        longest = max_new_tokens if changes_some_positions(model) else _STRETCH
         alive, left = torch.arange(len(rows)), max_new_tokens
+        log_probs = log_probs or {}
+        wanted = torch.tensor([row in log_probs for row in range(len(rows))])
         ends = torch.tensor(list(stops), dtype=torch.int64, device=given["input_ids"].device)
         while True:
             if run is not None:
                 run.assign(arms[alive])
+            finite.rows, finite.said = (wanted[alive].nonzero()[:, 0] if log_probs else None), []
             output = _stretch(model, given, past, min(longest, left), finite)
             width = given["input_ids"].shape[1]
             fresh = output.sequences[:, width:]  # [alive, tokens of this stretch]
@@ -154,11 +168,15 @@ def decode(
             lengths = ((ended.cumsum(1) - ended.long()) == 0).sum(1).tolist()
             for row, ids, length in zip(alive.tolist(), fresh.tolist(), lengths, strict=True):
                 new[row] += ids[:length]
+            if finite.rows is not None:
+                said = torch.stack(finite.said, 1).tolist()  # [wanted rows][tokens of this stretch]
+                for i, own in zip(finite.rows.tolist(), said, strict=True):
+                    log_probs[int(alive[i])] += own[: lengths[i]]
             left -= fresh.shape[1]
             going = (~ended.any(1)).nonzero()[:, 0]  # [rows that go on]
             if left <= 0 or not len(going):
                 break
-            past = _cache_of(output)
+            past = cache_of(output)
             if len(going) < len(alive):
                 alive = alive[going.cpu()]
                 for cache in past.values():
@@ -175,13 +193,15 @@ def prefilled(
     """Attention mask, int64 ``[rows, width]``, and the cache of prompts, a row each, by its name.
 
     None where a cache is no plain list of keys and values: with a window or a running state, more
-    tokens at once than one are not what the model computes without a cache. To be called inside
-    :func:`greedy` of the model.
+    tokens at once than one are not what the model computes without a cache; nor where positions
+    are changed. To be called inside :func:`greedy` of the model.
     """
+    if changes_some_positions(model):
+        return None
     with torch.inference_mode():
         given, past = _begun(model, rows, None, torch.zeros(len(rows), dtype=torch.int64))
-        past = _cache_of(_stretch(model, given, past, 1, Finite()))
-    return (given["attention_mask"], past) if _plain(past) else None
+        past = cache_of(_stretch(model, given, past, 1, Finite()))
+    return (given["attention_mask"], past) if is_plain(past) else None
 
 
 def _stretch(
@@ -193,7 +213,7 @@ def _stretch(
 ) -> Any:
     """At most so many tokens more, as ``generate`` returns them with its cache.
 
-    ``given``: ``[rows, width]`` each; ``past``: what :func:`_cache_of` returned, or nothing.
+    ``given``: ``[rows, width]`` each; ``past``: what :func:`cache_of` returned, or nothing.
     """
     options: dict[str, Any] = {}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
@@ -211,18 +231,6 @@ def _stretch(
     )
 
 
-def _cache_of(output: Any) -> dict[str, Any]:
-    """The cache by the name that this release has for it; empty for a model that keeps none.
-
-    Such a model is given its whole rows again, which takes longer and gives the same.
-    """
-    # The older name is last: where both are there, they are the same cache.
-    for name in ("cache", "past_key_values"):
-        if (cache := getattr(output, name, None)) is not None:
-            return {name: cache}
-    return {}
-
-
 def _begun(
     model: PreTrainedModel, rows: Sequence[Sequence[int]], run: Arms | None, arms: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -234,22 +242,16 @@ def _begun(
     shared = sum(1 for _ in takewhile(bool, alike))
     shared = min(shared, min(map(len, rows)) - 1)  # each row has to be asked for its next token
     own, inverse = arms.unique(return_inverse=True)  # [arms in use], [rows]
-    if shared >= _SHARED and len(own) < len(rows) and not reads_whole_prompts(model):
+    if shared >= SHARED and len(own) < len(rows) and not changes_some_positions(model):
         if run is not None:
             run.assign(own)
         begun = left_padded(model, [rows[0][:shared]] * len(own))
-        past = _cache_of(_stretch(model, begun, {}, 1, Finite()))
-        if _plain(past):  # padding behind the beginning would count in a window
+        past = cache_of(_stretch(model, begun, {}, 1, Finite()))
+        if is_plain(past):  # padding behind the beginning would count in a window
             for cache in past.values():
                 cache.reorder_cache(inverse)
             return left_padded(model, rows, shared), past
     return left_padded(model, rows), {}
-
-
-def _plain(past: dict[str, Any]) -> bool:
-    """Whether there is a cache that holds keys and values of every position, and nothing else."""
-    layers = [layer for cache in past.values() for layer in getattr(cache, "layers", [None])]
-    return bool(layers) and all(type(layer) is DynamicLayer for layer in layers)
 
 
 def rows_at_once(
@@ -271,7 +273,7 @@ def rows_at_once(
     if free is None:
         return least
     with torch.inference_mode():
-        past = _cache_of(_stretch(model, given, {}, 1, Finite()))
+        past = cache_of(_stretch(model, given, {}, 1, Finite()))
     tensors = [
         each
         for cache in past.values()

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ssah.data import Encoder, check_count
@@ -38,12 +38,16 @@ class Answer:
         tokens: how many were generated, the one that ends the turn not counted.
         ended: whether the model ended its turn; otherwise it was cut off.
         unfinished: whether it ended inside its reasoning and says nothing: ``text`` is empty.
+        said: its tokens, and the log-probability of each by the model that answered, in nats; empty
+            where nobody asked.
     """
 
     text: str
     tokens: int
     ended: bool
     unfinished: bool = False
+    # Not compared: rounding differs with the batch.
+    said: tuple[list[int], list[float]] = field(default=([], []), compare=False, repr=False)
 
 
 def answers(
@@ -158,6 +162,7 @@ def answers_of_arms(
     *,
     max_new_tokens: int,
     at_once: int,
+    scored: bool = False,
 ) -> list[Answer]:
     """Answers to prompts by a model with units taken out, all of them in shared batches.
 
@@ -168,6 +173,7 @@ def answers_of_arms(
         selections: of each arm what is out, as `ssah.ablate` takes it; None is the model as it is.
         max_new_tokens: the most tokens of an answer.
         at_once: rows of a batch.
+        scored: whether what the model as it is says comes with its log-probabilities.
 
     Returns:
         One answer a job.
@@ -180,9 +186,11 @@ def answers_of_arms(
         prompted = [encoded[jobs[i][1]] for i in own]
         for chunk in longest_first(prompted, at_once):
             rows, arm = [prompted[i] for i in chunk], [jobs[own[i]][0] for i in chunk]
-            new = decode(model, rows, stops, max_new_tokens, run, arm)
-            for i, row, ids in zip(chunk, rows, new, strict=True):
-                found[own[i]] = _answer(tokenizer, row, ids, stops)
+            wanted = [k for k, number in enumerate(arm) if scored and selections[number] is None]
+            said: dict[int, list[float]] = {k: [] for k in wanted}
+            new = decode(model, rows, stops, max_new_tokens, run, arm, said)
+            for k, (i, row, ids) in enumerate(zip(chunk, rows, new, strict=True)):
+                found[own[i]] = _answer(tokenizer, row, ids, stops, said.get(k))
 
     units, alone = split_arms(model, selections)
     with as_it_was(model), greedy(model, tokenizer, stops, max_new_tokens):
@@ -230,7 +238,11 @@ def stop_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
 
 
 def _answer(
-    tokenizer: PreTrainedTokenizerBase, prompt: Sequence[int], ids: list[int], stops: list[int]
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    ids: list[int],
+    stops: list[int],
+    log_probs: list[float] | None = None,
 ) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     kept = ids if end is None else ids[:end]
@@ -246,7 +258,8 @@ def _answer(
         )
     for token in tokenizer.all_special_tokens:  # what the decoding above has kept of them
         said = said.replace(token, "")
-    return Answer(said.strip(), len(kept), end is not None)
+    scored = ([], []) if log_probs is None else (kept, log_probs[: len(kept)])
+    return Answer(said.strip(), len(kept), end is not None, said=scored)
 
 
 @contextmanager

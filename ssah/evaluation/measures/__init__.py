@@ -5,9 +5,9 @@ from __future__ import annotations
 from ssah.evaluation.measures.coherent_answers import Coherence, coherence
 from ssah.evaluation.measures.continuations import continuation_log_probs
 from ssah.evaluation.measures.input_gradients import input_gradient_norms
+from ssah.evaluation.measures.logits import Predictions, logits_at
 from ssah.evaluation.measures.loss import (
     log_probs_by_length,
-    logits_at,
     response_log_probs,
     utility_loss,
 )
@@ -26,6 +26,7 @@ __all__ = [
     "Coherence",
     "Measurement",
     "Measures",
+    "Predictions",
     "ablations",
     "coherence",
     "continuation_log_probs",

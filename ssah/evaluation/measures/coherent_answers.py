@@ -18,7 +18,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 NEUTRAL = "Write something."
+
+# What the intact model said itself: the prompt and the answer as tokens, and the log-probability of
+# each token of the answer, in nats.
+Said: TypeAlias = tuple[Sequence[int], Sequence[int], Sequence[float]]
+
 _MAX_TOKENS = 64  # of an answer: what is scored, and what calibrates
 _MIN_TOKENS = 8  # the sum of a shorter answer is divided by as many: its mean would say little
 _QUANTILE = 0.9  # of ordinary answers: one in ten is called incoherent, by construction
@@ -83,9 +88,20 @@ class Coherence:
         threshold = torch.quantile(torch.tensor(nll, dtype=torch.float64), _QUANTILE)
         return replace(blank, max_nll=float(threshold))
 
-    def __call__(self, answers: Sequence[str], requests: Sequence[Request]) -> list[bool]:
-        """True where an answer to its request is coherent."""
+    def __call__(
+        self,
+        answers: Sequence[str],
+        requests: Sequence[Request],
+        known: Sequence[Said | None] | None = None,
+    ) -> list[bool]:
+        """True where an answer to its request is coherent.
+
+        Args:
+            answers, requests: texts, and what they answer.
+            known: as :meth:`nll` takes it.
+        """
         _check_as_many(answers, requests)
+        said = [None] * len(answers) if known is None else known
         repeated = self.repeated(answers)
         fine = [
             bool(answer.strip()) and r <= self.max_repeated
@@ -96,21 +112,34 @@ class Coherence:
         # The model is asked about what is undecided, and once where two arms give one answer.
         asked: dict[tuple[str, str], int] = {}
         for i, (answer, request) in enumerate(zip(answers, requests, strict=True)):
-            if fine[i]:
-                asked.setdefault((answer, _key(request)), i)
+            key = (answer, _key(request))
+            if fine[i] and (key not in asked or said[i] is not None):
+                asked[key] = i
         own = list(asked.values())
-        nll = self.nll([answers[i] for i in own], [requests[i] for i in own])
+        nll = self.nll(
+            [answers[i] for i in own], [requests[i] for i in own], [said[i] for i in own]
+        )
         surprise = dict(zip(asked, nll, strict=True))
         return [
             good and surprise[answer, _key(request)] <= self.max_nll
             for good, answer, request in zip(fine, answers, requests, strict=True)
         ]
 
-    def nll(self, answers: Sequence[str], requests: Sequence[Request]) -> list[float]:
+    def nll(
+        self,
+        answers: Sequence[str],
+        requests: Sequence[Request],
+        known: Sequence[Said | None] | None = None,
+    ) -> list[float]:
         """Negative log-likelihood of each answer's first 64 tokens given its request.
 
         In nats per token: the sum divided by the number of tokens, or by 8 if there are fewer. An
         empty answer has 0.
+
+        Args:
+            answers, requests: texts, and what they answer.
+            known: of each answer what the model computed when it said it itself, or None. It counts
+                where prompt and tokens are those that would be scored.
 
         Raises:
             ValueError: there are not as many answers as requests.
@@ -122,11 +151,21 @@ class Coherence:
         contexts = prompts(self.tokenizer, [asked[i] for i in kept]) if kept else []
         # Without the end of the turn: an answer may be cut.
         said = [_tokens(answers[i], encoder) for i in kept]
+        given = [None if known is None else known[i] for i in kept]
+        sums = [_known_sum(*each) for each in zip(given, contexts, said, strict=True)]
+        left = [k for k, nats in enumerate(sums) if nats is None]
         log_probs = continuation_log_probs(
-            self.model, self.tokenizer, contexts, said, self.batch_size
+            self.model,
+            self.tokenizer,
+            [contexts[k] for k in left],
+            [said[k] for k in left],
+            self.batch_size,
         )
+        found = dict(enumerate(sums)) | dict(zip(left, log_probs.tolist(), strict=True))
         result = [0.0] * len(answers)
-        for i, ids, nats in zip(kept, said, log_probs.tolist(), strict=True):
+        for k, (i, ids) in enumerate(zip(kept, said, strict=True)):
+            nats = found[k]
+            assert nats is not None
             result[i] = -nats / max(len(ids), _MIN_TOKENS)
         return result
 
@@ -181,6 +220,16 @@ def _check_as_many(answers: Sequence[str], requests: Sequence[Request]) -> None:
 def _key(request: Request) -> str:
     """Equal where the same is asked; rows are no keys by themselves."""
     return json.dumps(asked_turns(request, "requests"))
+
+
+def _known_sum(known: Said | None, prompt: Sequence[int], ids: Sequence[int]) -> float | None:
+    """Log-probability of the tokens ``ids`` after ``prompt``, in nats; None: another was said.
+
+    A text may have other tokens than those that were generated: its white space is stripped.
+    """
+    if known is None or list(known[0]) != list(prompt) or list(known[1][:_MAX_TOKENS]) != list(ids):
+        return None
+    return math.fsum(known[2][: len(ids)])
 
 
 def _tokens(answer: str, encoder: Encoder) -> list[int]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Encoded
 from ssah.evaluation.generating import greedy, longest_first, prefilled
+from ssah.evaluation.measures.logits import logits_at
 from ssah.evaluation.measures.loss import log_probs_by_length
 from ssah.models import as_it_was, check_whole
 
@@ -106,12 +107,18 @@ def _from_cache(
         if "position_ids" in inspect.signature(model.forward).parameters:
             # Counted without padding, which stands between prompts of different lengths.
             options["position_ids"] = (mask.cumsum(1) - 1)[:, -width:]
-        logits: Tensor = model(input_ids=new, attention_mask=mask, use_cache=True, **options).logits
+        lengths = torch.tensor([len(ids) for _, ids in pairs])
+        predicts = torch.arange(width) < lengths[:, None]  # [pairs, width]
+        inputs = {"input_ids": new, "attention_mask": mask, "use_cache": True, **options}
+        logits = logits_at(model, inputs, predicts)  # [n, vocabulary]
         found = torch.zeros(len(pairs), dtype=torch.float64)
-        for row, (own, (_, ids)) in enumerate(zip(logits, pairs, strict=True)):
+        for row, (own, (_, ids)) in enumerate(
+            zip(logits.split(lengths.tolist()), pairs, strict=True)
+        ):
             # Row by row: in float32 the logits of a whole batch would take twice their memory.
-            targets = torch.tensor(ids, device=own.device)
-            loss = F.cross_entropy(own[: len(ids)].float(), targets, reduction="none")
+            loss = F.cross_entropy(
+                own.float(), torch.tensor(ids, device=own.device), reduction="none"
+            )
             found[row] = -float(loss.double().sum())
         if not bool(found.isfinite().all()):
             raise FloatingPointError("log-probabilities of continuations are NaN or infinite")

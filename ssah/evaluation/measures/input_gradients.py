@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.attribution import Batch
-from ssah.evaluation.measures.loss import logits_at
+from ssah.evaluation.measures.logits import logits_at
 from ssah.models import as_it_was, check_whole, passing_gradients
 from ssah.representations import batches_at
 
@@ -68,15 +68,13 @@ def _of_batch(model: PreTrainedModel, batch: Batch, last: Tensor) -> Tensor:
         embedded.append(output.detach().requires_grad_())  # [rows, length, hidden]
         return embedded[-1]
 
-    columns = last.any(0).nonzero()[:, 0]  # [columns]
     hook = model.get_input_embeddings().register_forward_hook(put_out)
     try:
-        logits = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
+        logits = logits_at(model, batch.inputs, last)  # [rows, vocabulary]
     finally:
         hook.remove()
     # Rows do not touch each other, so the gradient of the sum is that of each row.
-    own = logits[last[:, columns].to(logits.device)]  # [rows, vocabulary]
-    (gradient,) = torch.autograd.grad(own.amax(-1).sum(), embedded[0])
+    (gradient,) = torch.autograd.grad(logits.amax(-1).sum(), embedded[0])
     attended = batch.attended.to(gradient.device)[..., None]
     gradient = gradient.double().masked_fill(~attended, 0)
     return gradient.norm(dim=(1, 2)).cpu()

@@ -8,7 +8,6 @@ log-probabilities of -2 and of -1, -1, -1, have a loss of 5/4 nats: the mean of 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX, Collator, Encoded
 from ssah.evaluation.generating import longest_first
+from ssah.evaluation.measures.logits import Predictions
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
@@ -53,8 +53,9 @@ def response_log_probs(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """For every batch: summed log-probability and number of the response tokens of each row.
 
-    Logits are computed for positions that predict a response token alone. The model runs in
-    evaluation mode, and its mask is dropped where right padding makes it superfluous.
+    Logits are computed for positions that predict a response token alone, and what rows begin with
+    alike is run once (:class:`Predictions`). The model runs in evaluation mode, and its mask is
+    dropped where right padding makes it superfluous.
 
     Args:
         model: a causal language model of transformers; it is left as it was.
@@ -69,10 +70,11 @@ def response_log_probs(
         FloatingPointError: the model's log-probabilities are not finite.
     """
     reader = BatchReader(check_whole(model), tokens="labels")
+    predictions = Predictions(model)
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)  # positions count from the first token of a row
         with as_it_was(model), torch.inference_mode():
-            log_probs, count = _batch_log_probs(model, batch)
+            log_probs, count = _batch_log_probs(predictions, batch)
             if not bool(log_probs.isfinite().all()):
                 raise FloatingPointError(f"log-probabilities of batch {number} are NaN or infinite")
         yield log_probs, count
@@ -97,29 +99,17 @@ def log_probs_by_length(
         yield chunk, log_probs, count
 
 
-def _batch_log_probs(model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Tensor]:
+def _batch_log_probs(predictions: Predictions, batch: Batch) -> tuple[Tensor, Tensor]:
     targets = batch.targets  # [rows, length]: the token that each position is to predict
-    # The vocabulary is by far the widest matrix of a model: positions that predict no response
-    # token, in any row, never reach it.
-    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # [columns]
+    predicts = targets != IGNORE_INDEX
+    count = predicts.sum(1)  # [rows]
     log_probs = torch.zeros(len(targets), dtype=torch.float64)
-    if len(columns) == 0:
-        return log_probs, torch.zeros(len(targets), dtype=torch.int64)
-    logits = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
-    targets = targets[:, columns].to(logits.device)  # [rows, columns]
-    for row, (own, target) in enumerate(zip(logits, targets, strict=True)):
-        predicts = target != IGNORE_INDEX
+    if not int(count.sum()):
+        return log_probs, count.cpu()
+    logits = predictions(batch.inputs, predicts)  # [n, vocabulary], row after row
+    wanted = targets[predicts].to(logits.device).split(count.tolist())
+    for row, (own, target) in enumerate(zip(logits.split(count.tolist()), wanted, strict=True)):
         # Row by row: in float32 the logits of a whole batch would take twice their memory again.
-        loss = F.cross_entropy(own[predicts].float(), target[predicts], reduction="none")
+        loss = F.cross_entropy(own.float(), target, reduction="none")
         log_probs[row] = -float(loss.double().sum())
-    return log_probs, (targets != IGNORE_INDEX).sum(1).cpu()
-
-
-def logits_at(model: PreTrainedModel, inputs: Mapping[str, Any], columns: Tensor) -> Tensor:
-    """Logits of the positions ``columns``, int64 ``[columns]``: ``[rows, columns, vocabulary]``."""
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        kept: Tensor = model(**inputs, use_cache=False, logits_to_keep=columns).logits
-        return kept
-    # An architecture that gives all logits: [rows, length, vocabulary].
-    every: Tensor = model(**inputs, use_cache=False).logits
-    return every[:, columns]
+    return log_probs, count.cpu()

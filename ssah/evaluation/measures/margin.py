@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, DataError, Encoded, encode
 from ssah.evaluation.generating import Request, asked_turns, check_list
-from ssah.evaluation.measures.loss import log_probs_by_length
+from ssah.evaluation.measures.continuations import continuation_log_probs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +73,8 @@ def refusal_margins(
         requests: harmful requests: strings, or rows as ``ssah.data.load_rows`` returns them (their
             responses are not used).
         refusal, compliance: the two openings.
-        batch_size: sequences (two a request) run at a time, those of similar length together.
+        batch_size: sequences (two a request) run at a time, those of similar length together. A
+            request is run once for both of its openings.
         max_length: the most tokens of request and opening together.
 
     Returns:
@@ -92,9 +93,11 @@ def refusal_margins(
         if not opening.strip():
             raise ValueError(f"{name} is {opening!r}, must be a non-empty string")
         examples += opened(asked, opening, tokenizer, max_length=max_length)
-    mean = torch.zeros(len(examples), dtype=torch.float64)  # [2 x requests], nats per token
-    for chunk, log_probs, count in log_probs_by_length(model, tokenizer, examples, batch_size):
-        mean[chunk] = log_probs / count
+    starts = [each["labels"].count(IGNORE_INDEX) for each in examples]
+    contexts = [each["input_ids"][:n] for each, n in zip(examples, starts, strict=True)]
+    said = [each["input_ids"][n:] for each, n in zip(examples, starts, strict=True)]
+    log_probs = continuation_log_probs(model, tokenizer, contexts, said, batch_size)
+    mean = log_probs / torch.tensor([len(ids) for ids in said])  # [2 x requests], nats per token
     refused, complied = mean.view(2, len(asked))  # [requests] each: the refusals came first
     return refused - complied
 

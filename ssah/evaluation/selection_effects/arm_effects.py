@@ -169,8 +169,9 @@ def _of_batch(
     """KL and log-probability, float64 ``[1 + selections, rows]`` on the CPU, the intact first; then
     l2 and cosine distance, ``[1 + selections, rows, positions, layers]``."""
     targets = batch.targets  # [rows, length]: the token that each position is to predict
-    columns = (targets != IGNORE_INDEX).any(0).nonzero()[:, 0]  # [columns]
-    targets = targets[:, columns]
+    predicts = targets != IGNORE_INDEX
+    count = predicts.sum(1).tolist()  # [rows]
+    wanted = targets[predicts].split(count)
     every: list[UnitSet | None] = [None, *selections]
     kl = torch.zeros(len(every), len(targets), dtype=torch.float64)
     log_prob = torch.zeros_like(kl)
@@ -180,23 +181,23 @@ def _of_batch(
     for start in range(0, len(every), arms_at_once):
         chunk = every[start : start + arms_at_once]
         with arms(model, chunk) as run, recorded(layers, where) as states:
-            logits = logits_at(model, run.repeat(batch.inputs), columns)
+            everywhere = predicts.repeat(len(chunk), 1)  # [arms * rows, length]
+            logits = logits_at(model, run.repeat(batch.inputs), everywhere)
         # [arms, rows, positions, layers, hidden]; no state of an arm is kept beyond its batch
         none = kl.new_zeros(len(chunk), *where.mask.shape[:2], 0, 1)
         after = torch.stack([states[layer] for layer in layers], 3) if layers else none
         before = after[0].clone() if start == 0 else before
         cosine = F.cosine_similarity(after, before, dim=-1)
         moved.append(((after - before).norm(dim=-1), 1 - cosine))
-        by_arm = run.split(logits)  # [arms, rows, columns, vocabulary]
+        by_arm = run.split(logits)  # [arms, positions of all rows, vocabulary]
         for arm, own in enumerate(by_arm, start):
-            for row, target in enumerate(targets.to(own.device)):
-                predicts = target != IGNORE_INDEX
+            for row, (ours, target) in enumerate(zip(own.split(count), wanted, strict=True)):
                 # Row by row: in float64 the logits of a whole batch would take four times as much.
-                log_q = own[row, predicts].double().log_softmax(-1)  # [n, vocabulary]
+                log_q = ours.double().log_softmax(-1)  # [n, vocabulary]
                 if arm == 0:
                     intact.append(log_q[0].clone())
                 log_p = intact[row]
                 kl[arm, row] = kl_divergence(log_p, log_q[0])
-                log_prob[arm, row] = log_q.gather(1, target[predicts, None]).sum()
+                log_prob[arm, row] = log_q.gather(1, target.to(log_q.device)[:, None]).sum()
     l2, distance = (torch.cat(parts) for parts in zip(*moved, strict=True))
     return kl, log_prob, l2, distance

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX
-from ssah.evaluation.measures import logits_at
+from ssah.evaluation.measures import Predictions, logits_at
 from ssah.interventions import ablate, arms, split_arms
 from ssah.models import as_it_was, check_whole
 
@@ -40,11 +40,13 @@ class Divergence:
         tokens: int64 ``[rows]``, how many these are.
         first: ``[rows]``, at the first of them: the first token that the model is free to choose
             after the chat template.
+        log_prob: ``[rows]``, of the whole response by the other model, which the same pass gives.
     """
 
     total: Tensor
     tokens: Tensor
     first: Tensor
+    log_prob: Tensor
 
     @property
     def per_row(self) -> Tensor:
@@ -77,13 +79,15 @@ def divergences(
         FloatingPointError: a divergence is NaN or infinite.
     """
     reader = BatchReader(check_whole(model), tokens="labels")
-    found: list[list[tuple[float, int, float]]] = [[] for _ in selections]
+    found: list[list[tuple[float, ...]]] = [[] for _ in selections]
+    of_intact = Predictions(model if intact is None else intact)
+    of_arm = [Predictions(model) for _ in selections]
     units, alone = split_arms(model, selections)
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)
         predicts = _predicting(batch, number)  # [rows, length]
-        columns = predicts.any(0).nonzero()[:, 0]  # [columns]
-        predicts = predicts[:, columns]
+        counts = predicts.sum(1).tolist()
+        targets = batch.targets[predicts].split(counts)  # of each row [its positions]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             stack.enter_context(as_it_was(model))
@@ -91,18 +95,19 @@ def divergences(
             # The model as it is needs no arms, and may be one whose units we do not know.
             if any(own is not None for own in units):
                 run = stack.enter_context(arms(model, [None, *units]))
-                run.assign([0] * len(predicts))
-            if intact is None:
-                exact = logits_at(model, batch.inputs, columns)  # [rows, columns, vocabulary]
-            else:
+                run.assign(0)
+            if intact is not None:
                 stack.enter_context(as_it_was(intact))
-                exact = logits_at(intact, batch.inputs, columns)
+            exact = of_intact(batch.inputs, predicts).split(counts)  # of each row [n, vocabulary]
             for arm, own in enumerate(found):
                 if run is not None:
-                    run.assign([1 + arm] * len(predicts))
-                with ablate(model, alone[arm]) if arm in alone else nullcontext():
-                    logits = logits_at(model, batch.inputs, columns)
-                own += _of_rows(exact, logits, predicts)
+                    run.assign(1 + arm)
+                if intact is None and selections[arm] is None:
+                    logits = exact
+                else:
+                    with ablate(model, alone[arm]) if arm in alone else nullcontext():
+                        logits = of_arm[arm](batch.inputs, predicts).split(counts)
+                own += map(_of_row, exact, logits, targets)
     if not any(found):
         raise ValueError("loader is empty, must have at least one batch")
     return [_joined(own) for own in found]
@@ -113,34 +118,32 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def _of_rows(p: Tensor, q: Tensor, predicts: Tensor) -> list[tuple[float, int, float]]:
-    """Of each row the sum, the number of positions, and the first.
+def _of_row(p: Tensor, q: Tensor, targets: Tensor) -> tuple[float, int, float, float]:
+    """The sum, the number of positions, the first, and the log-probability of ``targets``.
 
-    ``p``, ``q``: logits ``[rows, columns, vocabulary]``; ``predicts``: bool ``[rows, columns]``.
+    ``p``, ``q``: logits ``[n, vocabulary]``; ``targets``: int64 ``[n]``, what is said.
     """
     if p.shape != q.shape:
         raise ValueError(
             f"intact predicts {p.shape[-1]} tokens and model {q.shape[-1]}, must be of the same "
             "vocabulary"
         )
-    found = []
-    for own, other, where in zip(p, q, predicts, strict=True):
-        # Row by row: in float64 the logits of a whole batch would take four times as much.
-        log_p = own[where.to(own.device)].double().log_softmax(-1)  # [n, vocabulary]
-        log_q = other[where.to(other.device)].double().log_softmax(-1).to(log_p.device)
-        kl = kl_divergence(log_p, log_q)  # [n]
-        found.append((float(kl.sum()), len(kl), float(kl[0])))
-    return found
+    # Row by row: in float64 the logits of a whole batch would take four times as much.
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    kl = kl_divergence(log_p, log_q.to(log_p.device))  # [n]
+    said = log_q.gather(1, targets.to(log_q.device)[:, None])  # [n, 1]
+    return float(kl.sum()), len(kl), float(kl[0]), float(said.sum())
 
 
-def _joined(rows: Sequence[tuple[float, int, float]]) -> Divergence:
-    total, tokens, first = zip(*rows, strict=True)
+def _joined(rows: Sequence[tuple[float, ...]]) -> Divergence:
+    total, tokens, first, log_prob = zip(*rows, strict=True)
     found = Divergence(
         torch.tensor(total, dtype=torch.float64),
         torch.tensor(tokens),
         torch.tensor(first, dtype=torch.float64),
+        torch.tensor(log_prob, dtype=torch.float64),
     )
-    if not bool(found.total.isfinite().all() and found.first.isfinite().all()):
+    if not all(bool(each.isfinite().all()) for each in vars(found).values()):
         raise FloatingPointError("KL is NaN or infinite: so are a model's logits somewhere")
     return found
 
@@ -166,12 +169,12 @@ def next_token_log_probs(model: PreTrainedModel, loader: Iterable[Mapping[str, A
     for number, raw in enumerate(loader):
         batch = reader.read(raw, number)
         predicts = _predicting(batch, number)
-        first = predicts.int().argmax(1)  # [rows]
-        columns, place = first.unique(return_inverse=True)
+        first = predicts & (predicts.cumsum(1) == 1)  # [rows, length], one of each row
         with torch.inference_mode(), as_it_was(model):
-            asked = batch.up_to(int(first.max()) + 1)  # without the responses
-            logits = logits_at(model, asked.inputs, columns)  # [rows, columns, vocabulary]
-        found.append(logits[range(len(first)), place].double().log_softmax(-1).cpu())
+            asked = batch.up_to(int(first.any(0).nonzero().max()) + 1)  # without the responses
+            wanted = first[:, : asked.input_ids.shape[1]]
+            logits = logits_at(model, asked.inputs, wanted)  # [rows, vocabulary]
+        found.append(logits.double().log_softmax(-1).cpu())
     if not found:
         raise ValueError("loader is empty, must have at least one batch")
     every = torch.cat(found)

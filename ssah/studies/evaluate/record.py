@@ -102,7 +102,7 @@ def _distance(found: Mapping[str, Any] | None, settings: EvaluateSettings) -> di
     if found is None:
         return {}
     own = Divergence(
-        *(torch.tensor(found[key], dtype=torch.float64) for key in ("total", "tokens", "first"))
+        **{key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
     )
     shown: dict[str, Any] = {}
     for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]

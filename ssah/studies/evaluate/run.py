@@ -31,7 +31,13 @@ from ssah.studies.evaluate.choosing_letters import letters_of, tasks_of
 from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
-from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence, measured_line
+from ssah.studies.paired_measures import (
+    UTILITY,
+    Evaluation,
+    intact_coherence,
+    losses_of,
+    measured_line,
+)
 from ssah.studies.study import Study
 from ssah.units import family_of
 
@@ -112,8 +118,13 @@ def run_evaluation(
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
         judged = _judged(study, evaluation, models, asked, coherent)
-        measured = {each.name: _measured(study, evaluation, each) for each in models}
-        distances = _distances(study, evaluation, far, None if intact is None else scorer[0])
+        other = None if intact is None else scorer[0]
+        compared = _compared(study, evaluation, models, other) if far else {}
+        measured = {
+            each.name: _measured(study, evaluation, each, compared.get(each.name))
+            for each in models
+        }
+        distances = {each.name: compared[each.name] for each in far}
         tasks = {
             each.name: {**tasks_of(study, each, manager), **letters_of(study, each, questions)}
             for each in models
@@ -214,9 +225,21 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
     return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
 
 
-def _measured(study: Study, evaluation: Evaluation, evaluated: Evaluated) -> dict[str, Any]:
-    """Refusal margin and losses of one model: a step."""
-    compute = partial(evaluation.measure, study.model, evaluated.chosen)
+def _measured(
+    study: Study,
+    evaluation: Evaluation,
+    evaluated: Evaluated,
+    compared: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Refusal margin and losses of one model: a step.
+
+    ``compared``: what :func:`_compared` found of it, whose pass gives the loss as well.
+    """
+    known = None
+    if compared is not None:
+        log_probs = torch.tensor(compared["log_prob"], dtype=torch.float64)
+        known = {UTILITY: losses_of(log_probs, torch.tensor(compared["tokens"]))}
+    compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found
 
@@ -237,15 +260,15 @@ def _comparable(
     return list(models) if tokenizer.get_vocab() == of_intact.get_vocab() else []
 
 
-def _distances(
+def _compared(
     study: Study,
     evaluation: Evaluation,
     models: Sequence[Evaluated],
     intact: PreTrainedModel | None,
 ) -> dict[str, dict[str, Any]]:
-    """KL to the intact model on the utility rows, of all models at once: a step.
+    """KL to the intact model on the utility rows, and their losses, of all models at once: a step.
 
-    Name -> ``total``, ``tokens`` and ``first``, one value a row.
+    Name -> ``total``, ``tokens``, ``first`` and ``log_prob``, one value a row.
     """
 
     def compute() -> dict[str, Any]:
@@ -256,7 +279,5 @@ def _distances(
             for each, own in zip(models, found, strict=True)
         }
 
-    if not models:
-        return {}
-    found: dict[str, dict[str, Any]] = study.steps("kl", compute)
+    found: dict[str, dict[str, Any]] = study.steps("compared", compute)
     return found
