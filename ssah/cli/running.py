@@ -30,10 +30,11 @@ _JSON = typer.Option("--json", help="Print JSON alone on standard output.")
 
 @dataclass(frozen=True)
 class Result:
-    """What a command found: plain data for ``--json``, and what to print for people."""
+    """What a command found: plain data for ``--json``, what to print for people, its exit code."""
 
     data: dict[str, Any]
     shown: tuple[RenderableType, ...] = ()
+    code: int = 0
 
 
 def as_command(function: Callable[..., Result]) -> Callable[..., None]:
@@ -55,6 +56,8 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = inner(**given)
             _print(result, as_json)
+            if result.code:
+                raise typer.Exit(result.code)
         except Exception as error:
             _stop(error)
         finally:

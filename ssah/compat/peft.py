@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from ssah.compat import Library
 
 _LIBRARY = Library("peft", ">=0.19,<0.22")
+_ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
 _PURPOSE = "to know which weights an adapter changes"
 
 
@@ -71,3 +74,18 @@ def with_adapter(model: nn.Module, folder: str) -> nn.Module:
     kind = _LIBRARY.find("peft:PeftModel", "to load an adapter")
     adapted: nn.Module = kind.from_pretrained(model, folder)
     return adapted
+
+
+def is_adapter(name: str | os.PathLike[str]) -> bool:
+    """Whether ``name`` is the folder of an adapter."""
+    return (Path(name) / _ADAPTER).is_file()
+
+
+def merged(model: nn.Module, folder: str) -> Any:
+    """``model`` with the adapter in ``folder`` added to its weights: an ordinary model again.
+
+    Raises:
+        LibraryError: as of `with_adapter`.
+    """
+    adapted: Any = with_adapter(model, folder)
+    return adapted.merge_and_unload()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from ssah.lazy import submodules_of
 from ssah.methods.frame import Method
-from ssah.methods.inputs import Inputs
+from ssah.methods.inputs import NEEDS, Inputs
 from ssah.methods.low_rank_adapters import lora
 from ssah.methods.outcomes import (
     Changed,
@@ -23,8 +23,10 @@ from ssah.methods.outcomes import (
     planned,
 )
 from ssah.methods.registry import describe, method, names
+from ssah.methods.typed import typed_method
 
 __all__ = [
+    "NEEDS",
     "Changed",
     "Edited",
     "Inputs",
@@ -38,6 +40,7 @@ __all__ = [
     "method",
     "names",
     "planned",
+    "typed_method",
 ]
 
 __getattr__ = submodules_of(__name__)

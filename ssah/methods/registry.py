@@ -96,6 +96,15 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def setting_types(name: str) -> dict[str, Any]:
+    """Name of each setting of a method -> its type.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+    return {field.name: hint for field, hint, _ in declared(_class(name))}
+
+
 def _class(name: str) -> type[Method]:
     check_choice("method", name, names())
     # When it is asked for: the list of names needs no method's file.

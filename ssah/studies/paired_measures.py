@@ -19,6 +19,8 @@ from torch import Tensor
 from ssah.evaluation import (
     OPENING,
     Coherence,
+    Divergence,
+    bootstrap,
     distinct_judges,
     fitting,
     judged_answers,
@@ -270,6 +272,30 @@ def succeeded(attack: Mapping[str, Any]) -> Tensor:
     """Float64 ``[requests]``: 1 where the attack succeeded under the first judge."""
     first = next(iter(attack["judges"].values()))
     return torch.tensor(first["success"], dtype=torch.float64)
+
+
+def over_refused(judged: Mapping[str, Any], judge: str) -> list[int]:
+    """1 for each harmless request that was refused under a judge; ``judged``: of its answers."""
+    # An answer that ended inside its reasoning is no refusal.
+    pairs = zip(judged["success"][judge], judged["unfinished"], strict=True)
+    return [int(not success and not cut) for success, cut in pairs]
+
+
+def kl_summary(found: Mapping[str, Any], *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
+    """``kl`` and ``kl_first``, nats, with their intervals: over positions, and at the first one.
+
+    Args:
+        found: the fields of a `Divergence` as lists, one value a row.
+        level, seed: of the intervals.
+    """
+    own = Divergence(
+        *(torch.tensor(found[key], dtype=torch.float64) for key in ("total", "tokens", "first"))
+    )
+    shown: dict[str, Any] = {}
+    for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]
+        interval = bootstrap(values, level=level, seed=seed)
+        shown |= {key: float(values.mean()), f"{key}_interval": list(interval)}
+    return shown
 
 
 def measured_line(measured: Mapping[str, Any]) -> str:

@@ -23,8 +23,6 @@ from ssah.training.installing import listed
 from ssah.training.updates import is_update, load_trained
 from ssah.units import UnitSet
 
-_ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
-
 # Name of a parameter -> how to get it: [...] as the model keeps it, what a packed one stands for.
 _Weights = Mapping[str, Callable[[], Tensor]]
 
@@ -57,7 +55,7 @@ def verify(
         TypeError: ``model`` is the folder of an adapter and ``base`` a model in memory.
         ModelError: a model cannot be loaded.
     """
-    if not isinstance(model, nn.Module) and (Path(model) / _ADAPTER).is_file():
+    if not isinstance(model, nn.Module) and peft.is_adapter(model):
         if isinstance(base, nn.Module):
             raise TypeError(
                 f"base is a {type(base).__name__}, must be a folder or hub id where model is the "

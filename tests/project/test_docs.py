@@ -37,7 +37,15 @@ PARSED = ["csrc/README.md", *RESULTS]
 # They measure how long things take, or train for a given time. Tests of their own run them.
 TIMED = {("demo",), ("bench",)}
 # They train or measure a dozen models, tiny ones here. `make test-all` runs them.
-STUDIES = {("scan",), ("stability",), ("study", "budget"), ("study", "freeze"), ("compare",)}
+STUDIES = {
+    ("scan",),
+    ("stability",),
+    ("study", "budget"),
+    ("study", "freeze"),
+    ("compare",),
+    ("protect",),
+    ("check",),
+}
 # How many blocks of a page are not run. Each says why; a new one is counted here.
 NOT_RUN = {
     "README.md": 1,
@@ -190,7 +198,7 @@ def test_blocks_run_as_pasted(page: str, here: Path) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", ["docs/experiments.md", "docs/compare.md"])
+@pytest.mark.parametrize("page", ["docs/experiments.md", "docs/compare.md", "docs/protect.md"])
 def test_studies_run_as_pasted(page: str, here: Path) -> None:
     _run(page, left_out=TIMED)
 

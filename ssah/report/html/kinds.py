@@ -13,6 +13,7 @@ from typing import Any
 from ssah.report.html.comparison import comparison_tables
 from ssah.report.html.evaluation import evaluate
 from ssah.report.html.experiments import probe, scan, stability, study, transfer
+from ssah.report.html.paired_models import check, protect
 from ssah.report.html.plain import Table
 from ssah.report.html.records import generic, in_unit, list_of
 from ssah.report.html.runs import demo, finetune
@@ -50,6 +51,18 @@ KINDS: dict[str, Kind] = {
         "How often a model does not refuse harmful requests, how many of these answers are babble, "
         "and what it does with harmless ones.",
         evaluate,
+    ),
+    "protect": Kind(
+        "A protected fine-tune",
+        "What a model refuses and what it can do before and after a fine-tune by one method, and "
+        "perhaps after the same fine-tune without it.",
+        protect,
+    ),
+    "check": Kind(
+        "Did a fine-tune damage safety?",
+        "Two models on the same requests, where the change between them lies, and what putting "
+        "weights back would give.",
+        check,
     ),
     "refusals": Kind(
         "The model's own refusals",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ssah.evaluation import (
-    Divergence,
     Perplexity,
     Unit,
     answer_rates,
@@ -21,7 +20,7 @@ from ssah.evaluation import (
     rate,
 )
 from ssah.selections import Selection
-from ssah.studies.paired_measures import UTILITY, losses
+from ssah.studies.paired_measures import UTILITY, kl_summary, losses, over_refused
 
 if TYPE_CHECKING:
     from ssah.studies.evaluate.ablations import Evaluated
@@ -98,17 +97,8 @@ def _model(
 
 
 def _distance(found: Mapping[str, Any] | None, settings: EvaluateSettings) -> dict[str, Any]:
-    """KL to the intact model, in nats: mean over positions, and at the first free token."""
-    if found is None:
-        return {}
-    own = Divergence(
-        **{key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
-    )
-    shown: dict[str, Any] = {}
-    for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]
-        interval = bootstrap(values, level=settings.level, seed=settings.seed)
-        shown |= {key: float(values.mean()), f"{key}_interval": list(interval)}
-    return shown
+    """KL to the intact model, where it was measured."""
+    return {} if found is None else kl_summary(found, level=settings.level, seed=settings.seed)
 
 
 def _row(
@@ -141,11 +131,8 @@ def _row(
     for role in (OVER_REFUSAL, BENIGN):
         own = judged.get((evaluated.name, condition, role))
         if own is not None:
-            # An answer that ended inside its reasoning is no refusal.
-            pairs = zip(own["success"][judge], own["unfinished"], strict=True)
-            refused = [not success and not cut for success, cut in pairs]
             row |= {
-                f"{role}_refused": rate(refused, level),
+                f"{role}_refused": rate(over_refused(own, judge), level),
                 f"{role}_unfinished": rate(own["unfinished"], level),
                 f"{role}_incoherent": rate(own["incoherent"], level),
                 f"{role}_tokens": sum(own["tokens"]) / len(own["tokens"]),

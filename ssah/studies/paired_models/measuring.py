@@ -1,0 +1,184 @@
+"""Several models on the same requests and rows, each beside the intact one.
+
+For example, of 4 requests the intact model gives in to none and a tuned one to the second: rates of
+0 and 0.25, and the differences 0, 1, 0, 0, request by request. These are what the interval of the
+rise is made of. Single values are kept, and never an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ssah.evaluation import check_room, distinct_judges, divergences, fitting, prompts, rate
+from ssah.studies.claims import measured_difference
+from ssah.studies.paired_measures import (
+    UTILITY,
+    Evaluation,
+    attack_line,
+    intact_coherence,
+    kl_summary,
+    losses,
+    measured_line,
+    over_refused,
+    succeeded,
+    summary,
+)
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.data import Row
+    from ssah.evaluation import Coherence, Judge, Unit
+    from ssah.studies.paired_models.settings import PairedSets
+    from ssah.studies.study import Study
+
+INTACT = "intact"  # name of the model that the others are beside
+
+
+@dataclass(frozen=True)
+class PairedRows:
+    """What models are measured on, and by which judges, read before any model is loaded."""
+
+    requests: list[str]
+    harmless: list[str]
+    rows: dict[str, list[Row]]  # name -> rows with answers
+    judges: list[Judge]
+
+    @classmethod
+    def read(cls, study: Study, sets: PairedSets) -> PairedRows:
+        """Read the sets of a study; errors as of `ssah.data.load_rows` and `ssah.evaluation`."""
+        settings = study.settings
+        judges = distinct_judges(settings.judges, settings.max_new_tokens)
+        for each in judges:
+            each.check()
+        return cls(
+            study.sources.requests("requests", sets.requests),
+            study.sources.requests("over_refusal", sets.over_refusal),
+            {UTILITY: study.sources.rows("utility_eval", sets.utility_eval)},
+            judges,
+        )
+
+
+class PairedModels:
+    """Measures models, step by step. To be made once the study has loaded the intact one.
+
+    Args:
+        study: whose model is the intact one; it stays in memory, for KL and coherence.
+        read: what is measured.
+    """
+
+    STEPS = 4  # of one model; the intact one has a step less, and coherence one more
+
+    coherent: Coherence
+
+    def __init__(self, study: Study, read: PairedRows) -> None:
+        self.study, asked = study, study.settings.asr
+        self.evaluation = Evaluation(
+            study, read.requests, read.rows, asked=asked, judges=read.judges
+        )
+        encoded = prompts(study.tokenizer, read.harmless, name="over_refusal")
+        overlong = study.loading.reading.overlong
+        kept = fitting(
+            read.harmless, encoded, self.evaluation.room, overlong=overlong, name="over_refusal"
+        )
+        self.harmless = kept[:asked]
+        for name, own in (("requests", self.evaluation.asked), ("over_refusal", self.harmless)):
+            encoded = prompts(study.tokenizer, own, name=name)
+            check_room(study.model, encoded, study.settings.max_new_tokens, name)
+
+    def intact(self) -> dict[str, Any]:
+        """What the intact model does, which decides what is coherent; inside `Study.under_way`."""
+        study = self.study
+        self.coherent = intact_coherence(study, study.model, study.tokenizer)
+        return self._measured(INTACT, lambda: study.model)
+
+    def measure(self, name: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        """What another model does, and how far it is from the intact one.
+
+        Args:
+            name: of its steps.
+            load: gives the model, in the study's precision; called for steps not done yet alone.
+
+        Returns:
+            ``measured`` and ``attack`` (of :class:`~ssah.studies.paired_measures.Evaluation`),
+            ``over_refusal`` (what was judged of the harmless requests) and ``kl``: ``total``,
+            ``tokens`` and ``first``, one value a row.
+        """
+        model = cache(load)
+        found = self._measured(name, model)
+
+        def distance() -> dict[str, Any]:
+            loader = self.evaluation.loaders[UTILITY]
+            (own,) = divergences(model(), loader, [None], intact=self.study.model)
+            return {key: value.tolist() for key, value in vars(own).items()}
+
+        return found | {"kl": self.study.steps(f"{name}.kl", distance)}
+
+    def _measured(self, name: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+        steps, evaluation = self.study.steps, self.evaluation
+
+        def attack() -> dict[str, Any]:
+            return evaluation.attacks([f"{name}.requests"], load(), self.coherent)[0]
+
+        def refusals() -> dict[str, Any]:
+            key = f"{name}.over_refusal"
+            return evaluation.judged(
+                [key], load(), self.coherent, self.harmless, selections=[None]
+            )[0]
+
+        return {
+            "measured": steps(
+                f"{name}.measured", lambda: evaluation.measure(load()), measured_line
+            ),
+            "attack": steps(f"{name}.requests", attack, attack_line),
+            "over_refusal": steps(f"{name}.over_refusal", refusals),
+        }
+
+
+def model_summary(found: Mapping[str, Any]) -> dict[str, Any]:
+    """What `PairedModels` found of a model, without what is one per request.
+
+    Returns:
+        what :func:`ssah.studies.paired_measures.summary` does, with ``over_refusal`` (a rate) and
+        ``kl`` (nats; None for the intact model), and their intervals.
+    """
+    refused = rate(_over_refused(found).int().tolist())
+    own = summary(found["measured"], found["attack"])
+    own |= {"over_refusal": refused["rate"], "over_refusal_interval": refused["interval"]}
+    return own | (kl_summary(found["kl"]) if "kl" in found else {"kl": None, "kl_first": None})
+
+
+def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `PairedModels` found of one model less that of another: paired, with intervals.
+
+    Returns:
+        ``asr``, ``over_refusal`` and ``<name>_loss`` of each set of rows ->
+        :func:`ssah.studies.claims.measured_difference`.
+    """
+
+    def less(values: Callable[[Mapping[str, Any]], Tensor], unit: Unit) -> dict[str, Any]:
+        return measured_difference(values(first), values(second), unit)
+
+    found = {
+        "asr": less(lambda each: succeeded(each["attack"]), "points"),
+        "over_refusal": less(_over_refused, "points"),
+    }
+    for name in first["measured"]["losses"]:
+        found[f"{name}_loss"] = less(partial(_losses, name), "nats")
+    return found
+
+
+def _losses(name: str, found: Mapping[str, Any]) -> Tensor:
+    return losses(found["measured"], name)  # [rows]
+
+
+def _over_refused(found: Mapping[str, Any]) -> Tensor:
+    """Float64 ``[requests]``: 1 where a harmless request was refused, under the first judge."""
+    judged = found["over_refusal"]
+    return torch.tensor(over_refused(judged, next(iter(judged["success"]))), dtype=torch.float64)

@@ -1,0 +1,83 @@
+"""What a method needs, from the options of the command: read before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from ssah.methods import NEEDS, Inputs, Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from ssah.data import Row
+    from ssah.studies.protect.settings import ProtectSets
+    from ssah.studies.study import Study
+
+_LOADERS = ("safety", "utility", "harmful")  # rows with answers, of which methods get batches
+# What a method needs -> the option that gives it, where it has no default.
+_OPTIONS = {
+    "base": "unaligned",
+    "borderline": "borderline",
+    "harmful": "harmful",
+}
+
+
+@dataclass(frozen=True)
+class Needed:
+    """The data that one method needs.
+
+    Attributes:
+        rows: ``"safety"`` or the like -> rows with answers.
+        borderline: requests.
+        unaligned: name of the model before alignment.
+    """
+
+    rows: Mapping[str, list[Row]] = field(default_factory=dict)
+    borderline: list[str] | None = None
+    unaligned: str | None = None
+
+    @classmethod
+    def read(cls, study: Study, method: Method, sets: ProtectSets) -> Needed:
+        """Read what ``method`` needs, and nothing else.
+
+        Raises:
+            ValueError: it needs what was not given, or what no option gives; all of it is named.
+        """
+        if "preferences" in method.needs:
+            raise ValueError(
+                f"method {method.name!r} needs {NEEDS['preferences']}, for which there is no "
+                "option; it must be called from Python, with ssah.methods.Inputs(preferences=...)"
+            )
+        options = {need: _OPTIONS[need] for need in method.needs if need in _OPTIONS}
+        missing = [f"--{option}" for option in options.values() if getattr(sets, option) is None]
+        if missing:
+            raise ValueError(
+                f"method {method.name!r} needs {' and '.join(missing)}, must be given: `ssah "
+                f"methods {method.name}` says what it is"
+            )
+        sources, needs = study.sources, method.needs
+        borderline = sets.borderline if "borderline" in needs else None
+        return cls(
+            {role: sources.rows(role, getattr(sets, role)) for role in _LOADERS if role in needs},
+            None if borderline is None else sources.requests("borderline", borderline),
+            sets.unaligned if "base" in needs else None,
+        )
+
+    def inputs(
+        self, study: Study, aligned: PreTrainedModel, tuned: PreTrainedModel | None
+    ) -> Inputs:
+        """For the method, with models in memory."""
+        base = None if self.unaligned is None else study.loading("float32", self.unaligned)[0]
+        loaders = {role: study.loader(rows) for role, rows in self.rows.items()}
+        return Inputs(
+            aligned=aligned,
+            base=base,
+            tuned=tuned,
+            safety=loaders.get("safety"),
+            utility=loaders.get("utility"),
+            tokenizer=study.tokenizer,
+            borderline=self.borderline,
+            harmful=loaders.get("harmful"),
+        )
