@@ -115,10 +115,11 @@ class Comparing(Comparison):
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             change = found()
             model = self.base(self.dtype, None if folder is None else str(folder))[0]
-            batch = next(iter(self.measured.loaders[TASK]))
-            before = pass_seconds(model, batch)
+            ids = next(iter(self.measured.loaders[TASK]))["input_ids"]
+            before, _ = pass_seconds(model, ids)
             with change.on(model):
-                yield model, {"seconds_per_token_ratio": pass_seconds(model, batch) / before}
+                changed, _ = pass_seconds(model, ids)
+                yield model, {"seconds_per_token_ratio": changed / before}
 
         return made
 

@@ -92,18 +92,22 @@ class Estimate:
         return batches * settings.max_new_tokens * self._step + self._token * _read(measured)
 
     @cached_property
-    def _batch(self) -> dict[str, torch.Tensor]:
-        return dict(next(iter(self.study.measured.loaders[TASK])))
+    def _ids(self) -> torch.Tensor:
+        """Tokens of a batch, ``[rows, tokens]``."""
+        ids: torch.Tensor = next(iter(self.study.measured.loaders[TASK]))["input_ids"]
+        return ids
 
     @cached_property
     def _token(self) -> float:
         """Seconds a token of a pass over whole rows."""
-        return pass_seconds(self.study.model, self._batch) / self._batch["input_ids"].numel()
+        seconds, tokens = pass_seconds(self.study.model, self._ids)
+        return seconds / tokens
 
     @cached_property
     def _step(self) -> float:
         """Seconds of a pass over one token of each row, as answering has it."""
-        return pass_seconds(self.study.model, {"input_ids": self._batch["input_ids"][:, :1]})
+        whole = (self.study.batch_size, 1)
+        return pass_seconds(self.study.model, self._ids, most=whole)[0]
 
 
 def _read(evaluation: Evaluation) -> int:

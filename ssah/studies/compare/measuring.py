@@ -14,6 +14,7 @@ from ssah.evaluation import divergences
 from ssah.studies.paired_measures import UTILITY, Evaluation, attack_line
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ssah.evaluation import Coherence
@@ -115,15 +116,25 @@ def _process_peak() -> int:
     return 1024 * int(line.split()[1])  # VmHWM:  123456 kB
 
 
-def pass_seconds(model: PreTrainedModel, batch: Mapping[str, torch.Tensor], n: int = 3) -> float:
-    """The least time of ``n`` passes over a batch, whose ``input_ids`` are ``[rows, tokens]``."""
-    inputs = {
-        key: batch[key].to(model.device) for key in ("input_ids", "attention_mask") if key in batch
-    }
+def pass_seconds(
+    model: PreTrainedModel, input_ids: Tensor, n: int = 3, *, most: tuple[int, int] = (4, 64)
+) -> tuple[float, int]:
+    """The least time of ``n`` passes over the first rows and tokens of ``input_ids``.
+
+    Args:
+        model: runs.
+        input_ids: ``[rows, tokens]``; padding counts as any token.
+        n: passes.
+        most: rows and tokens: more would take long, and say no more.
+
+    Returns:
+        Seconds, and the tokens of a pass.
+    """
+    ids = input_ids[: most[0], : most[1]].to(model.device)
     took = []
     with torch.inference_mode():
         for _ in range(n):
             start = time.perf_counter()
-            model(**inputs).logits[0, 0, 0].item()  # waits for a GPU
+            model(input_ids=ids).logits[0, 0, 0].item()  # waits for a GPU
             took.append(time.perf_counter() - start)
-    return min(took)
+    return min(took), ids.numel()
