@@ -136,6 +136,12 @@ def test_none_is_justified(found: dict[str, Any]) -> None:
     assert "no method that keeps refusals was run" in nothing["sentence"]
 
 
+def test_where_fine_tuning_does_no_harm_there_is_nothing_to_keep(found: dict[str, Any]) -> None:
+    after = found["tuned"]["mean"] | {"asr": found["intact"]["asr"] + 0.04}
+    harmless = only(found, "random-freezing") | {"tuned": {"mean": after}}
+    assert recommend(harmless)["sentence"].endswith("there is hardly anything to keep.")
+
+
 def test_a_control_that_does_harm_is_not_enough_to_beat(found: dict[str, Any]) -> None:
     alone = only(found, "sppft")
     rate = alone["rows"][0]["differences"]["none"]["asr"] | {"interval": [-0.1, 0.1]}

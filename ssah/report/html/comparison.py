@@ -189,18 +189,26 @@ def _points(difference: Mapping[str, Any]) -> Cell:
 
 
 def _cost(cost: Mapping[str, Any]) -> Cell:
-    """Seconds of all that was done, and of what they are made."""
-    names = {"find_seconds": "find", "train_seconds": "train", "apply_seconds": "apply"}
-    spent = {name: cost[key] for key, name in names.items() if cost.get(key) is not None}
-    parts = [f"{name} {duration(seconds)}" for name, seconds in spent.items()]
+    """Seconds of all that was done, and the memory that it took."""
+    spent = [cost[key] for key in _SPENT if cost.get(key) is not None]
+    total, memory = sum(spent) if spent else None, cost.get("peak_memory_bytes")
+    below = "" if memory is None else f"{memory / 2**30:.1f} GiB"
+    return Cell(duration(total), below, _order(total))
+
+
+def _cost_in_full(cost: Mapping[str, Any]) -> str:
+    """What the seconds of a cell are made of, and what a cell has no room for."""
+    parts = [
+        f"{name} {duration(cost[key])}" for key, name in _SPENT.items() if cost.get(key) is not None
+    ]
     if cost.get("updates") is not None:
         parts.append(f"{number(cost['updates'])} updates")
-    if cost.get("peak_memory_bytes") is not None:
-        parts.append(f"{cost['peak_memory_bytes'] / 2**30:.1f} GiB")
     if cost.get("seconds_per_token_ratio") is not None:
-        parts.append(f"{cost['seconds_per_token_ratio']:.2f} x the time of a token")
-    total = sum(spent.values()) if spent else None
-    return Cell(duration(total), ", ".join(parts), _order(total))
+        parts.append(f"{cost['seconds_per_token_ratio']:.2f} times the time of a token")
+    return ", ".join(parts)
+
+
+_SPENT = {"find_seconds": "find", "train_seconds": "train", "apply_seconds": "apply"}
 
 
 def _order(value: Any) -> str:
@@ -218,6 +226,7 @@ def _facts(row: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
         text = ", ".join(f"{name} {value}" for table in scalars for name, value in table.rows)
         if text:
             yield title, text
+    yield "cost", _cost_in_full(mapping_of(row, "cost")) or MISSING
 
 
 _CHOSEN = {

@@ -36,6 +36,7 @@ class Picture:
     url: str | None  # with all of its bytes in it; None: the file is missing
     alt: str  # what it shows, in words
     name: str  # of the file
+    width: int = 0  # at which its letters have the size of a page's, CSS pixels
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,10 @@ def _picture(path: str, folder: Path, kind: Kind) -> Picture:
     content = inside.read_bytes()
     if not content.startswith(_PNG):  # an SVG could hold a script, whatever its name says
         return Picture(None, alt, name)
-    return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", alt, name)
+    # PNG, section 11.2.2: after the signature and the head of the first chunk. In pixels.
+    width = int.from_bytes(content[16:20], "big")
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return Picture(url, alt, name, width * 96 // 150)  # of 150 dots an inch, 96 of CSS
 
 
 def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:

@@ -20,7 +20,7 @@ _STAGES = {"before": "#cc79a7", "during": "#0072b2", "after": "#d55e00", "infere
 _CONTROL = "#8c8c8c"
 _ACROSS = 3  # curves in a line
 _DOTS = 80  # of a line across the picture, one for each width of a point
-_TOP, _CURVE = 4.6, 2.1  # inches: height of the picture above, and of a line of curves
+_TOP, _CURVE = 5.4, 1.8  # inches: height of the picture above, and of a line of curves
 
 
 def plot_pareto(result: Mapping[str, Any], path: str | os.PathLike[str], title: str) -> Path:
@@ -36,7 +36,7 @@ def plot_pareto(result: Mapping[str, Any], path: str | os.PathLike[str], title: 
         figure.suptitle(title, fontsize=13)  # the final size of the axes must be known below
         grid = figure.add_gridspec(1 + lines, _ACROSS, height_ratios=[_TOP, *[_CURVE] * lines])
         main = figure.add_subplot(grid[0, :])
-        _legend(figure, main, rows, result["intact"])
+        _legend(main, rows, result["intact"])
         for place, row in enumerate(curved):
             axes = figure.add_subplot(grid[1 + place // _ACROSS, place % _ACROSS])
             _curve(axes, row, result)
@@ -75,9 +75,7 @@ def _methods(
     label_points(figure, axes, named, [*others, *line])  # no name is struck through by the line
 
 
-def _legend(
-    figure: Figure, axes: Axes, rows: Sequence[Mapping[str, Any]], intact: Mapping[str, Any]
-) -> None:
+def _legend(axes: Axes, rows: Sequence[Mapping[str, Any]], intact: Mapping[str, Any]) -> None:
     for stage in dict.fromkeys(row["stage"] for row in rows):
         name = f"{WHEN.get(stage, stage)} (bar: 95 % interval)"
         axes.plot([], [], "o", color=_STAGES.get(stage, INK), label=name)
@@ -93,7 +91,7 @@ def _legend(
         ({"linewidth": 1.0, "linestyle": DASHED, "marker": "*"}, aligned),
     ):
         axes.plot([], [], **{"color": INK, **style}, label=name)
-    figure.legend(loc="outside lower left", ncols=2, fontsize=8.5)
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.14), ncols=2, fontsize=8.5)
 
 
 def _curve(axes: Axes, row: Mapping[str, Any], result: Mapping[str, Any]) -> None:
