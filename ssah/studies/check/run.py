@@ -16,6 +16,7 @@ from ssah.models import move, weights_hash
 from ssah.studies.check.repairs import Repair, repair_sentence, repairs
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
+    INTACT,
     PairedModels,
     PairedRows,
     damage,
@@ -106,7 +107,7 @@ class _Check(Study):
                 ru=self.settings.ru,
             )
             found = {
-                "intact": models.intact(),
+                INTACT: models.intact(),
                 AFTER: models.measure(AFTER, lambda: self._load_after(self.dtype)),
             }
             delta = steps("delta", lambda: self._delta(groups))
@@ -118,9 +119,9 @@ class _Check(Study):
                     "dtype": self.dtype,
                     "before": self.loading.name,
                     "after": self.after,
-                    "damage": damage(found["intact"], found[AFTER], tolerance),
+                    "damage": damage(found[INTACT], found[AFTER], tolerance),
                     "models": {name: model_summary(own) for name, own in found.items()},
-                    "differences": differences(found[AFTER], found["intact"]),
+                    "differences": differences(found[AFTER], found[INTACT]),
                     "delta": delta,
                     "repairs": {name: _given_back(name, tried, found) for name in tried},
                 }
