@@ -168,8 +168,7 @@ class _Asked:
         study = Study(loading, run, KIND, settings, batch_size=settings.batch_size)
         task, held_out = _task(study, data, sets.task_eval)
         needed = Needed.read(study, method, sets)
-        measured = PairedRows.read(study, sets)
-        measured.rows[TASK] = held_out
+        measured = PairedRows.read(study, sets, **{TASK: held_out})
         return cls(study, method, task, needed, measured)
 
     @property
