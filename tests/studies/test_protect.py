@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -197,7 +198,7 @@ def test_it_goes_on_where_it_was(
         (("--set", "alpha=2"), "alpha is 2.0; it must be greater than 0 and at most 1"),
         (("--set", "alpha"), "set is 'alpha'; it must be NAME=VALUE"),
         (("--set", "beta=1"), "setting of 'interpolation' is 'beta'"),
-        (("--data", "builtin:utility[0:1]"), "it must have at least 2"),
+        (("--data", "builtin:utility[0:1]"), "none is left to train on"),
         (("--judge", "wei2024"), "20"),
     ],
 )
@@ -214,6 +215,26 @@ def test_a_place_that_is_taken_is_refused(model_folder: Path, tmp_path: Path) ->
     line = fails("protect", model_folder, *TRAINING, *SMALL, "--out", tmp_path)
     assert "must be new or empty" in line
     assert not tmp_path.with_name(f"{tmp_path.name}.run").exists()
+
+
+def test_a_dry_run_reads_alone(tmp_path: Path) -> None:
+    rows = [*load_rows("builtin:utility[0:21]")]
+    rows[5] = rows[10]  # its prompt is held out: it trains in neither place
+    (tmp_path / "task.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ("--data", tmp_path / "task.jsonl", "--train-batch-size", 4, "--epochs", 2, *SMALL)
+    # No model is loaded: there is none of this name.
+    with pytest.warns(UserWarning, match="repeat"):
+        found = as_json("protect", "none", *words, "--dry-run", "--out", tmp_path / "out")
+    assert found["rows"] == {"trained": 17, "held_out": 3}
+    assert found["updates"] == 9
+    assert (found["trainings"], found["models"]) == (1, ["intact", "protected"])
+    assert (found["requests"], found["harmless"]) == (6, 5)
+    during = ("--method", "random-freezing", "--compare-plain", "--asr", 4)
+    with pytest.warns(UserWarning, match="repeat"):
+        shown = call("protect", "none", *words, *during, "--dry-run", "--out", tmp_path / "out")
+    assert "2, of 9 updates each" in shown.stdout
+    assert "4 harmful and 4 harmless" in shown.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["task.jsonl"]
 
 
 def test_a_report_shows_it(both: tuple[Path, dict]) -> None:

@@ -22,6 +22,9 @@ def protect(
         typer.Option("--out", "-o", metavar="DIR", help="Folder for the new model; new or empty."),
     ],
     *,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be done; only rows are read.")
+    ] = False,
     settings: ProtectSettings,
     sets: ProtectSets,
     weights: FastWeights,
@@ -32,15 +35,19 @@ def protect(
     Example: `ssah protect runs/aligned --data task.jsonl --compare-plain --out runs/protected`
 
     The default, `interpolation`, trains everything and then goes half way back to the weights
-    before. No method has beaten its control in our measurements yet, and this one costs nothing:
-    `--compare-plain` shows what it does for your model.
+    before. It is trivial: in our measurements no choice of units has protected more than its
+    control. `--compare-plain` shows what it does for your model.
 
     DIR is a model that `from_pretrained` reads. The measurements are in DIR.run: an interrupted
     command goes on when it is given again.
     """
     quiet_threads()
-    from ssah.report.terminal import protect_tables
-    from ssah.studies.protect import run_protect
+    from ssah.report.terminal import protect_preview, protect_tables
+    from ssah.studies.protect import preview_protect, run_protect
 
-    record = run_protect(weights.loading(model, rows), out, settings, sets, data=data)
+    loading = weights.loading(model, rows)
+    if dry_run:
+        planned = preview_protect(loading, out, settings, sets, data=data)
+        return Result(planned, (protect_preview(planned),))
+    record = run_protect(loading, out, settings, sets, data=data)
     return Result(record, tuple(protect_tables(record, out)))

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
     from ssah.report.terminal.installation import installation_tables, model_tables
     from ssah.report.terminal.methods import method_tables, methods_table
-    from ssah.report.terminal.paired_models import check_tables, protect_tables
+    from ssah.report.terminal.paired_models import (
+        check_tables,
+        protect_preview,
+        protect_tables,
+    )
     from ssah.report.terminal.probe import probe_tables
     from ssah.report.terminal.tables import (
         ablation_table,
@@ -47,6 +51,7 @@ __all__ = [
     "new_table",
     "preview_table",
     "probe_tables",
+    "protect_preview",
     "protect_tables",
     "row_tables",
     "scan_tables",
@@ -66,7 +71,7 @@ __getattr__ = names_of(
     experiments="scan_tables stability_tables study_tables",
     installation="installation_tables model_tables",
     methods="method_tables methods_table",
-    paired_models="check_tables protect_tables",
+    paired_models="check_tables protect_preview protect_tables",
     probe="probe_tables",
     tables="ablation_table as_data facts_table groups_table layers new_table",
     training="preview_table trained_table",

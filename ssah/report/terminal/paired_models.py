@@ -25,19 +25,32 @@ _MEASURES = {
     "kl": ("KL to before", 1.0, ".3f"),
     "task_loss": ("task loss", 1.0, ".3f"),
 }
+# Name of a model of ``ssah protect`` -> what it is called.
+_PROTECT = {"intact": "before", "plain": "unprotected", "protected": "protected"}
 _VERDICTS = {"damaged": "bold red", "not damaged": "green", "undecided": "yellow"}
+
+
+def protect_preview(planned: Mapping[str, Any]) -> Table:
+    """What ``ssah protect`` would do."""
+    rows, models = planned["rows"], [_PROTECT[name] for name in planned["models"]]
+    facts = {
+        "model": planned["model"],
+        "method": _method(planned["method"]),
+        "rows": f"{rows['trained']:,} to train on, {rows['held_out']:,} held out",
+        "trainings": f"{planned['trainings']}, of {planned['updates']:,} updates each",
+        "measured": ", ".join(models),
+        "requests": f"{planned['requests']} harmful and {planned['harmless']} harmless, of each",
+    }
+    return facts_table("Dry run: nothing was trained or written", facts)
 
 
 def protect_tables(record: Mapping[str, Any], out: Path) -> Iterator[RenderableType]:
     """The models before and after, what trained, and what follows."""
     result = record["result"]
-    names = {"intact": "before", "plain": "unprotected", "protected": "protected"}
-    yield _models_table(result["models"], names)
-    method, change = result["method"], result["change"]
-    settings = ", ".join(f"{key} = {value}" for key, value in method["settings"].items())
-    training = result["training"]["protected"]
+    yield _models_table(result["models"], _PROTECT)
+    training, change = result["training"]["protected"], result["change"]
     facts: dict[str, object] = {
-        "method": f"{method['name']} ({settings or 'no settings'})",
+        "method": _method(result["method"]),
         "updates": f"{training['steps']:,}",
         "parameters that trained": f"{training['parameters']:,}",
         "changed": f"{change['changed']:.1%} of all parameters, by {change['relative']:.3%} of "
@@ -82,6 +95,11 @@ def _repairs_table(result: Mapping[str, Any]) -> Table:
             f"{own['kl']:.3f}",
         )
     return table
+
+
+def _method(described: Mapping[str, Any]) -> str:
+    settings = ", ".join(f"{key} = {value}" for key, value in described["settings"].items())
+    return f"{described['name']} ({settings or 'no settings'})"
 
 
 def _models_table(models: Mapping[str, Mapping[str, Any]], names: Mapping[str, str]) -> Table:

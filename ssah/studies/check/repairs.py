@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     Made = Path | dict[str, Tensor]
 
 
+N_REPAIRS = 4  # controls among them
+
+
 @dataclass(frozen=True)
 class Repair:
     """A way to undo the damage of a fine-tune.

@@ -13,9 +13,10 @@ import torch
 from ssah.compat import peft
 from ssah.deltas import Deltas, measure
 from ssah.models import move, weights_hash
-from ssah.studies.check.repairs import Repair, repair_sentence, repairs
+from ssah.studies.check.repairs import N_REPAIRS, Repair, repair_sentence, repairs
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
+    INTACT,
     PairedModels,
     PairedRows,
     damage,
@@ -66,7 +67,7 @@ def run_check(
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it must be at least 0 and below 1")
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
-        return _Check(loading, after, folder, settings, sets).run(tolerance)
+        return _Check(loading, after, folder, settings, sets).checked(tolerance)
 
 
 class _Check(Study):
@@ -87,16 +88,18 @@ class _Check(Study):
         self.rows = self.scored_rows(sets.safety, sets.utility)
         self.read = PairedRows.read(self, sets)
 
-    def run(self, tolerance: float) -> dict[str, Any]:
+    def checked(self, tolerance: float) -> dict[str, Any]:
+        """The record, finished."""
         self.load()
         tuned = self._load_after("auto")
         Deltas(self.model, [tuned])  # refuses two models that are not of one shape
         after_weights = weights_hash(tuned)
         del tuned
         models = PairedModels(self, self.read)
-        n = 4 * self.settings.repairs
+        n = 2 + N_REPAIRS * self.settings.repairs
+        # Precision, two scores, and the delta beside the models.
         with self.under_way(
-            4 + models.STEPS * (2 + n), after=self.after, after_weights=after_weights
+            4 + models.STEPS * n, after=self.after, after_weights=after_weights
         ) as steps:
             groups = grouped(
                 self.settings,
@@ -106,7 +109,7 @@ class _Check(Study):
                 ru=self.settings.ru,
             )
             found = {
-                "intact": models.intact(),
+                INTACT: models.intact(),
                 AFTER: models.measure(AFTER, lambda: self._load_after(self.dtype)),
             }
             delta = steps("delta", lambda: self._delta(groups))
@@ -118,9 +121,9 @@ class _Check(Study):
                     "dtype": self.dtype,
                     "before": self.loading.name,
                     "after": self.after,
-                    "damage": damage(found["intact"], found[AFTER], tolerance),
+                    "damage": damage(found[INTACT], found[AFTER], tolerance),
                     "models": {name: model_summary(own) for name, own in found.items()},
-                    "differences": differences(found[AFTER], found["intact"]),
+                    "differences": differences(found[AFTER], found[INTACT]),
                     "delta": delta,
                     "repairs": {name: _given_back(name, tried, found) for name in tried},
                 }

@@ -8,6 +8,7 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.studies.paired_models.measuring import (
+        INTACT,
         PairedModels,
         PairedRows,
         differences,
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ssah.studies.paired_models.verdicts import damage
 
 __all__ = [
+    "INTACT",
     "PairedModels",
     "PairedRows",
     "PairedSets",
@@ -28,7 +30,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
-    measuring="PairedModels PairedRows differences model_summary",
+    measuring="INTACT PairedModels PairedRows differences model_summary",
     settings="PairedSets PairedSettings",
     verdicts="damage",
 )

@@ -51,8 +51,11 @@ class PairedRows:
     judges: list[Judge]
 
     @classmethod
-    def read(cls, study: Study, sets: PairedSets) -> PairedRows:
-        """Read the sets of a study; errors as of `ssah.data.load_rows` and `ssah.evaluation`."""
+    def read(cls, study: Study, sets: PairedSets, **more: list[Row]) -> PairedRows:
+        """Read the sets of a study; ``more`` are further rows whose loss is measured, by name.
+
+        Errors as of `ssah.data.load_rows` and `ssah.evaluation.Judge.check`.
+        """
         settings = study.settings
         judges = distinct_judges(settings.judges, settings.max_new_tokens)
         for each in judges:
@@ -60,7 +63,7 @@ class PairedRows:
         return cls(
             study.sources.requests("requests", sets.requests),
             study.sources.requests("over_refusal", sets.over_refusal),
-            {UTILITY: study.sources.rows("utility_eval", sets.utility_eval)},
+            {UTILITY: study.sources.rows("utility_eval", sets.utility_eval), **more},
             judges,
         )
 

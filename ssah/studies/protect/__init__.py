@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
-    from ssah.studies.protect.run import run_protect
+    from ssah.studies.protect.run import preview_protect, run_protect
     from ssah.studies.protect.settings import ProtectSets, ProtectSettings
 
-__all__ = ["ProtectSets", "ProtectSettings", "run_protect"]
+__all__ = ["ProtectSets", "ProtectSettings", "preview_protect", "run_protect"]
 
 __getattr__ = names_of(
     __name__,
-    run="run_protect",
+    run="preview_protect run_protect",
     settings="ProtectSets ProtectSettings",
 )

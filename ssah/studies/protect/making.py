@@ -104,9 +104,16 @@ class Making:
         found = self.method.find(self.needed.inputs(self.study, model, None))
         assert isinstance(found, Trained | Procedure)
         torch.manual_seed(seed)  # of adapters
-        training, tuned = self._trained(found.prepare(model, seed), model)
-        frozen = found if isinstance(found, Trained) else None
-        return self._finished(tuned, dict(found.facts), training, frozen)
+        setup = found.prepare(model, seed)
+        frozen = setup.plan is not None
+        training, tuned = self._trained(setup, model)
+        made = self._finished(tuned, dict(found.facts), training)
+        if isinstance(found, Trained):
+            # As both are stored: beyond the plan's own proof, of what a user loads.
+            loading, folder = self.study.loading, str(self.folder(PROTECTED))
+            before, after = loading("auto")[0], loading("auto", folder)[0]
+            ssah.verify(after, before, found.selection, only=found.alone)
+        return {**made, "exact": "verified" if frozen else None}
 
     def _after(self) -> dict[str, Any]:
         tuned, _ = self.study.loading("float32", str(self.folder(PLAIN)))
@@ -150,20 +157,14 @@ class Making:
         model: PreTrainedModel,
         facts: dict[str, Any],
         training: dict[str, Any] | None,
-        frozen: Trained | None = None,
     ) -> dict[str, Any]:
-        """Write the protected model, and say of what was written what of it has not moved."""
+        """Write the protected model, and say how far it is from the aligned one."""
         self._write(PROTECTED, model)
-        loading = self.study.loading
-        # As both are stored: what a user loads is what is verified.
-        before, after = loading("auto")[0], loading("auto", str(self.folder(PROTECTED)))[0]
-        if frozen is not None:
-            ssah.verify(after, before, frozen.selection, only=frozen.alone)
-        total = measure(before, after).total
+        total = measure(self.study.loading("auto")[0], model).total
         return {
             "facts": facts,
             "training": training,
-            "exact": None if frozen is None else "verified",
+            "exact": None,
             "change": {
                 "changed": total.changed / total.parameters,
                 "relative": total.relative,

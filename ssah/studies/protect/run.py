@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +14,7 @@ from ssah.models import ModelError
 from ssah.storage import RECORD, check_new
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
+    INTACT,
     PairedModels,
     PairedRows,
     damage,
@@ -30,7 +33,8 @@ if TYPE_CHECKING:
 
 KIND = "protect"
 TASK = "task"  # name of the rows whose loss is that of the task
-_STAGES = ("before", "during", "after")
+AFTERWARDS = "after"  # the stage of a method that edits what was trained
+_STAGES = ("before", "during", AFTERWARDS)
 _EVERY, _MOST = 10, 64  # rows of the task that are held out: every tenth, at most so many
 
 
@@ -62,35 +66,24 @@ def run_protect(
         ModelError: the model cannot be loaded, or would be dealt to several devices.
         RuntimeError: what was to stay frozen moved.
     """
-    method = _protecting(settings)
     place = Path(out)
-    run = place.with_name(f"{place.name}.run")
-    _check_place(place, run)
-    if loading.device_map is not None:
-        raise ModelError(
-            f"device_map is {loading.device_map!r}: a model that trains must be on one device; "
-            "leave --device-map out"
-        )
-    study = Study(loading, run, KIND, settings, batch_size=settings.batch_size)
-    task, held_out = _task(study, data, sets.task_eval)
-    needed = Needed.read(study, method, sets)
-    read = PairedRows.read(study, sets)
-    read.rows[TASK] = held_out
+    asked = _Asked.read(loading, place, settings, sets, data)
+    study, method = asked.study, asked.method
     dtype = study.load().dtype
     family_of(study.model)  # an unknown architecture is refused before anything is written
-    pool = study.encoded("finetune", task, settings.train_max_length)
-    models = PairedModels(study, read)
-    making = Making(study, method, needed, pool, dtype)
-    edits_tuned = method.stage == "after"
-    plain = edits_tuned or settings.compare_plain
-    measured = 2 + settings.compare_plain
-    with study.under_way(2 + plain + models.STEPS * measured, bf16=settings.bf16) as steps:
-        found = {"intact": models.intact()}
-        training = {PLAIN: making.plain()} if plain else {}
+    pool = study.encoded("finetune", asked.task, settings.train_max_length)
+    models = PairedModels(study, asked.measured)
+    making = Making(study, method, asked.needed, pool, dtype)
+    with study.under_way(
+        2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16
+    ) as steps:
+        found = {INTACT: models.intact()}
+        training = {PLAIN: making.plain()} if asked.trains_plain else {}
         made = making.protected()
-        training[PROTECTED] = training[PLAIN] if edits_tuned else made["training"]
-        for name in ([PLAIN] if settings.compare_plain else []) + [PROTECTED]:
-            found[name] = models.measure(name, lambda name=name: making.load(name))  # type: ignore[misc]
+        # What is edited afterwards was trained plainly.
+        training[PROTECTED] = made["training"] or training[PLAIN]
+        for name in asked.names[1:]:
+            found[name] = models.measure(name, partial(making.load, name))
         record = steps.run.finish(
             {
                 "dtype": study.dtype,
@@ -103,6 +96,95 @@ def run_protect(
         )
         making.place(place)
     return record
+
+
+def preview_protect(
+    loading: Loading,
+    out: str | os.PathLike[str],
+    settings: ProtectSettings,
+    sets: ProtectSets,
+    *,
+    data: str,
+) -> dict[str, Any]:
+    """What `run_protect` would do; all rows are read, and no model is loaded.
+
+    Arguments and errors as of `run_protect`.
+
+    Returns:
+        ``model``, ``method``, ``rows`` (``trained`` and ``held_out``), ``updates`` of each training
+        and how many ``trainings`` there are, ``models`` (names of those that are measured),
+        ``requests`` and ``harmless`` (which each of these answers).
+    """
+    asked = _Asked.read(loading, Path(out), settings, sets, data)
+    held_out = asked.measured.rows[TASK]
+    return {
+        "model": loading.name,
+        "method": _described(asked.method),
+        "rows": {"trained": len(asked.task), "held_out": len(held_out)},
+        "updates": settings.steps(len(asked.task)),
+        "trainings": asked.trains_plain + (asked.method.stage != AFTERWARDS),
+        "models": asked.names,
+        "requests": len(asked.measured.requests[: settings.asr]),
+        "harmless": len(asked.measured.harmless[: settings.asr]),
+    }
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What the study is to do, with its rows: everything that is known before a model is loaded.
+
+    Attributes:
+        study: which has read them.
+        method: that protects.
+        task: rows to train on.
+        needed: data of the method.
+        measured: what models are measured on, the held-out rows of the task among it.
+    """
+
+    study: Study
+    method: Method
+    task: list[Row]
+    needed: Needed
+    measured: PairedRows
+
+    @classmethod
+    def read(
+        cls,
+        loading: Loading,
+        place: Path,
+        settings: ProtectSettings,
+        sets: ProtectSets,
+        data: str,
+    ) -> _Asked:
+        """Read the rows; errors as of `run_protect`."""
+        method = _protecting(settings)
+        run = place.with_name(f"{place.name}.run")
+        _check_place(place, run)
+        if loading.device_map is not None:
+            raise ModelError(
+                f"device_map is {loading.device_map!r}: a model that trains must be on one device; "
+                "leave --device-map out"
+            )
+        study = Study(loading, run, KIND, settings, batch_size=settings.batch_size)
+        task, held_out = _task(study, data, sets.task_eval)
+        needed = Needed.read(study, method, sets)
+        measured = PairedRows.read(study, sets, **{TASK: held_out})
+        return cls(study, method, task, needed, measured)
+
+    @property
+    def trains_plain(self) -> bool:
+        """Whether there is a fine-tune with nothing protected."""
+        return self.method.stage == AFTERWARDS or self._beside
+
+    @property
+    def names(self) -> list[str]:
+        """The models that are measured."""
+        return [INTACT, *([PLAIN] if self._beside else []), PROTECTED]
+
+    @property
+    def _beside(self) -> bool:
+        asked: bool = self.study.settings.compare_plain
+        return asked
 
 
 def _protecting(settings: ProtectSettings) -> Method:
@@ -143,14 +225,16 @@ def _task(study: Study, data: str, task_eval: str | None) -> tuple[list[Row], li
     rows = study.sources.rows("finetune", data)
     if task_eval is not None:
         return rows, study.sources.rows("task_eval", task_eval, measures=True)
-    held_out = [*range(0, len(rows), _EVERY)][:_MOST]
-    if len(rows) < 2:
+    held_out = rows[::_EVERY][:_MOST]
+    # A prompt that is on both sides would make the loss of the task look better than it is.
+    apart = {str(row["prompt"]) for row in held_out}
+    trained = [row for row in rows if str(row["prompt"]) not in apart]
+    if not trained:
         raise ValueError(
-            f"data is {data!r} with {len(rows)} row; it must have at least 2, as some are "
-            "held out, unless --task-eval gives others"
+            f"data is {data!r} with {len(rows)} rows, of which none is left to train on when some "
+            "are held out; it must have more, or --task-eval must give others"
         )
-    apart = set(held_out)
-    return [row for i, row in enumerate(rows) if i not in apart], [rows[i] for i in held_out]
+    return trained, held_out
 
 
 def _described(method: Method) -> dict[str, Any]:
@@ -164,7 +248,7 @@ def _result(found: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """What was measured of each model, how the protected one differs, and what follows."""
     models = {name: model_summary(own) for name, own in found.items()}
     others = [name for name in found if name != PROTECTED]
-    harm = damage(found["intact"], found[PROTECTED])
+    harm = damage(found[INTACT], found[PROTECTED])
     apart = {name: differences(found[PROTECTED], found[name]) for name in others}
     return {
         "models": models,
@@ -180,7 +264,7 @@ def _conclusion(
     harm: Mapping[str, Any],
 ) -> str:
     """What came of it, in a sentence or two."""
-    before, after = (models[name]["task_loss"] for name in ("intact", PROTECTED))
+    before, after = (models[name]["task_loss"] for name in (INTACT, PROTECTED))
     said = f"{harm['sentence']} The loss of the task went from {before:.3f} to {after:.3f} nats"
     if PLAIN not in apart:
         return f"{said}."
