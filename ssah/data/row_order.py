@@ -4,7 +4,7 @@ For example, two pools of 6 and 9 rows in batches of 4: a batch has 2 rows of ea
 over the first pool is 3 batches; the second one then has 3 rows left, and goes on with these.
 
 Of a pool alone, some rows may be others. A share of 0.1 in batches of 4 is 0.4 rows a batch, so
-that batches 1, 4, 6 and 9 have one of them. Or whole batches take turns: of turns of 1 and 3
+that batches 1, 3, 6 and 8 have one of them. Or whole batches take turns: of turns of 1 and 3
 updates, batches 0, 4 and 8 are of the first pool.
 """
 

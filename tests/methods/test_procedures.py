@@ -84,7 +84,7 @@ def test_refusals_are_mixed_into_the_batches(name: str, seed: int | None) -> Non
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("seed", [None, 1])
 def test_lisa_alternates_and_pulls(name: str, seed: int | None) -> None:
-    settings = {"scale": 1.0, "safety_updates": 1, "task_updates": 3, "rho": 30.0, "start": 0.3}
+    settings = {"scale": 1.0, "safety_updates": 1, "task_updates": 3, "rho": 30.0, "start": 1 / 3}
     model, setup = prepared(name, "lisa", seed, **settings)
     start = parameters(model)
     order = setup.order(TASK, SIZE, STEPS, 4)
@@ -92,7 +92,7 @@ def test_lisa_alternates_and_pulls(name: str, seed: int | None) -> None:
     for step in range(STEPS):
         for row in order[step * SIZE : (step + 1) * SIZE]:
             assert row in (pool if step in (0, 4) else TASK)
-    # Turns are 0, 1 to 3, 4 and 5; 0.3 of 6 updates are 1.8, so that updates 0 and 1 are free.
+    # Turns are 0, 1 to 3, 4 and 5; a third of 6 updates is without the pull: 0 and 1.
     anchors = [0, 1, 1, 1, 4, 5]
     loss = loss_of_batches(copy.deepcopy(model), order, SIZE)
     free = by_hand(start, loss, STEPS, LR)
@@ -219,6 +219,21 @@ def test_the_pull_is_as_strong_where_gradients_are_accumulated(tmp_path: Path) -
     for key in found[0]:
         torch.testing.assert_close(found[0][key], found[1][key], rtol=0, atol=1e-8)
         assert not found[0][key].requires_grad
+
+
+def test_the_pull_reaches_an_optimiser_that_steps_in_the_backward_pass(tmp_path: Path) -> None:
+    found = []
+    for in_backward in (False, True):
+        model = without_dropout("llama")
+        with freeze(model, draw(model, 0.4)) as plan, InFloat64():
+            make_trainer(
+                model, TASK[:6], word_tokenizer(), tmp_path, plan=plan, max_steps=3,
+                optimizer_options={"in_backward": in_backward}, in_order=True, max_grad_norm=0.0,
+                callbacks=[ProximalCallback(30.0)], learning_rate=LR,
+                per_device_train_batch_size=2,
+            ).train()  # fmt: skip
+        found.append(parameters(model))
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
 def test_a_pull_is_refused_where_gradients_are_scaled(tmp_path: Path) -> None:

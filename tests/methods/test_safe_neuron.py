@@ -195,6 +195,36 @@ def test_the_control_freezes_as_many_random_units(monkeypatch: pytest.MonkeyPatc
         method("safe-neuron", share=0.001).find(given)
 
 
+def test_a_template_makes_conversations_of_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    trl = pytest.importorskip("trl")
+    given: list[Any] = []
+
+    class Kept:
+        def __init__(self, **options: Any) -> None:
+            given.append(options)
+
+        def remove_callback(self, callback: Any) -> None: ...
+
+        def train(self) -> None: ...
+
+    place = "ssah.training.preference_training.preference_trainer"
+    monkeypatch.setattr(place, lambda: (Kept, trl.DPOConfig))
+    tokenizer, model = tiny_chat.tokenizer(), tiny_chat.model()
+    tokenizer.pad_token = None
+    with ssah.freeze(model, draw(model)) as plan:
+        train_on_preferences(plan, tokenizer, PAIRS, steps=7, lr=0.25, beta=0.75, seed=9)
+    assert given[0]["train_dataset"][2] == {
+        "prompt": [{"role": "user", "content": PAIRS[2]["prompt"]}],
+        "chosen": [{"role": "assistant", "content": PAIRS[2]["chosen"]}],
+        "rejected": [{"role": "assistant", "content": PAIRS[2]["rejected"]}],
+    }
+    # TRL sets the padding of what it is given, which must not be the user's own.
+    assert given[0]["processing_class"] is not tokenizer
+    args = given[0]["args"]
+    assert (args.max_steps, args.learning_rate, args.beta, args.seed) == (7, 0.25, 0.75, 9)
+    assert {group["lr"] for group in given[0]["optimizers"][0].param_groups} == {0.25}
+
+
 def test_rows_without_a_text_and_a_missing_library_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
