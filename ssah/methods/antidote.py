@@ -73,4 +73,4 @@ class Antidote(Method):
 
             return make
 
-        return edited(self, inputs.aligned, [inputs.tuned], plan)
+        return edited(self, inputs.aligned, [inputs.tuned], plan, weights=len(found))

@@ -29,15 +29,20 @@ Plan: TypeAlias = Callable[[Deltas, int | None], Maker]
 
 
 def edited(
-    method: Method, base: WeightsOf | None, tuned: Sequence[WeightsOf | None], plan: Plan
+    method: Method,
+    base: WeightsOf | None,
+    tuned: Sequence[WeightsOf | None],
+    plan: Plan,
+    **found: object,
 ) -> Edited:
-    """An edit of models, and its controls. Its facts are the settings of the method.
+    """An edit of models, and its controls. Its facts are the method's settings, and what it found.
 
     Args:
         method: whose edit it is, for the record beside the result.
         base, tuned: of `Deltas`, none of them None once the inputs have been checked. The result
             has the files and dtypes of the first tuned one.
         plan: gives what makes the tensors.
+        found: plain data about it, by name.
     """
     assert base is not None
     models = [each for each in tuned if each is not None]
@@ -50,7 +55,9 @@ def edited(
         return finished(deltas, out, record, lambda: plan(deltas, seed))
 
     return Edited(
-        lambda out: write(out, None), lambda seed: lambda out: write(out, seed), facts=settings
+        lambda out: write(out, None),
+        lambda seed: lambda out: write(out, seed),
+        facts=settings | found,
     )
 
 

@@ -46,10 +46,12 @@ class _Patch:
     Attributes:
         change: name of a parameter -> what was added to it, of its shape.
         chosen: name of a parameter -> entries with the highest scores.
+        loss: of the last batch that was looked at, nats per token.
     """
 
     change: Mapping[str, Tensor]
     chosen: Mapping[str, BitMask]
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class SafePatching(Method):
         assert harmful is not None
         check_plain(model, "to be patched")
         against_harm = self._patch(model, harmful, self.harm_share, ascent=True)
+        if not any(bool(own.any()) for own in against_harm.change.values()):
+            raise ValueError(
+                f"bound is {self.bound}, and every harmful answer is that unlikely already; raise "
+                "it, or patch nothing"
+            )
         against_refusal = self._patch(model, harmful, self.refusal_share, ascent=False)
         parts = (
             (self.alpha, against_harm, against_refusal),
@@ -129,7 +136,8 @@ class SafePatching(Method):
 
             return make
 
-        return edited(self, inputs.aligned, [inputs.tuned], plan)
+        losses = {"unlearnt_loss": against_harm.loss, "learnt_loss": against_refusal.loss}
+        return edited(self, inputs.aligned, [inputs.tuned], plan, **losses)
 
     def _patch(
         self, model: PreTrainedModel, harmful: Loader, share: float, *, ascent: bool
@@ -150,9 +158,11 @@ class SafePatching(Method):
 
         reader = BatchReader(model, tokens="labels")
         batches = [reader.read(batch, number) for number, batch in enumerate(harmful)]
+        if not batches:
+            raise ValueError("harmful has no batch; it must have at least one")
         floor = -self.bound if ascent else None
         with as_it_was(model):
-            fit([*wide.values()], loss, batches, lr=self.lr, steps=self.steps, floor=floor)
+            losses = fit([*wide.values()], loss, batches, lr=self.lr, steps=self.steps, floor=floor)
         change = {name: wide[name].detach().sub_(before[name]).cpu() for name in names}
         kept = {
             name: Draw(self.retained, self.seed, name, int(ascent)).mask(own.flatten()).view_as(own)
@@ -164,6 +174,8 @@ class SafePatching(Method):
         }
         with intervene(model, Replace(names, patched)):
             found = attribute_weights(model, harmful, metric="snip")
-        # What was not retained is in no choice: its score is the lowest.
+        # By score 0 what was not retained comes last; where little was, it may still be reached.
         scores = {name: own * kept[name] for name, own in found.scores.items()}
-        return _Patch(change, replace(found, scores=scores).top(share))
+        top = replace(found, scores=scores).top(share)
+        chosen = {name: mask & BitMask.of(kept[name]) for name, mask in top.items()}
+        return _Patch(change, chosen, abs(losses[-1]))

@@ -75,7 +75,7 @@ class SOMF(Method):
         _check(rows)
         aligned, _ = inputs.before_and_after
         model = inputs.tuned_model
-        logits = self._fitted(model, Deltas(aligned, [model]), rows, tokenizer)
+        logits, losses = self._fitted(model, Deltas(aligned, [model]), rows, tokenizer)
         masks = {name: self._last(name, own) for name, own in logits.items()}
 
         def plan(deltas: Deltas, seed: int | None) -> Maker:
@@ -93,7 +93,7 @@ class SOMF(Method):
 
             return make
 
-        return edited(self, inputs.aligned, [inputs.tuned], plan)
+        return edited(self, inputs.aligned, [inputs.tuned], plan, losses=losses)
 
     def _fitted(
         self,
@@ -101,8 +101,11 @@ class SOMF(Method):
         deltas: Deltas,
         rows: Sequence[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
-    ) -> dict[str, Tensor]:
-        """The logits of each matrix, of its shape, after training; ``deltas`` are of ``model``."""
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """The logits of each matrix after training, of its shape, and the loss of each batch.
+
+        ``deltas`` are of ``model``.
+        """
         tuned = {name: model.get_parameter(name).detach() for name in find_matrices(model)}
         tau = {
             name: own - deltas.read(name)[0].to(own.device, own.dtype)
@@ -131,8 +134,8 @@ class SOMF(Method):
         steps = self.epochs * len(batches)
         with as_it_was(model):
             leaves = [own.requires_grad_() for own in logits.values()]
-            fit(leaves, loss, batches, lr=self.lr, steps=steps)
-        return {name: own.detach() for name, own in logits.items()}
+            losses = fit(leaves, loss, batches, lr=self.lr, steps=steps)
+        return {name: own.detach() for name, own in logits.items()}, losses
 
     def _batches(
         self,

@@ -68,6 +68,8 @@ def test_antidote_removes_the_highest_of_each_matrix(name: str) -> None:
     )
     made, drawn = state(found), state(found.control(1))
     seen = inputs_of(tuned, HARMFUL, answers=True)
+    removed = sum(int((made[f"{own}.weight"] == 0).sum()) for own in seen)
+    assert found.facts == {"share": 0.1, "per": "matrix", "weights": removed}
     for key, t in tuned.named_parameters():
         owner = key.removesuffix(".weight")
         if owner not in seen:
