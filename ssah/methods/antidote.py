@@ -73,5 +73,4 @@ class Antidote(Method):
 
             return make
 
-        settings = {"share": self.share, "per": self.per}
-        return edited(self.name, settings, inputs.aligned, [inputs.tuned], plan)
+        return edited(self, inputs.aligned, [inputs.tuned], plan, weights=len(found))

@@ -1,4 +1,4 @@
-"""What controls are drawn from: as many of the same things, and directions of no meaning."""
+"""What methods and controls draw: as many of the same things, directions of no meaning, masks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def random_like(chosen: Chosen, seed: int) -> Chosen:
 
 def random_subspace(n: int, rank: int, seed: int, what: str) -> Subspace:
     """A subspace of R^n drawn uniformly, another one for each ``what``: a tensor, a side of it."""
-    return Subspace.random(n, rank, _seed(seed, what))
+    return Subspace.random(n, rank, seed_of(seed, what))
 
 
 def random_direction(size: int, seed: int) -> Tensor:
@@ -58,10 +58,10 @@ def relaxed_bernoulli(logits: Tensor, temperature: float, generator: torch.Gener
 
 def generator_of(seed: int, what: str) -> torch.Generator:
     """A generator of its own for each ``what``: a tensor, a side of it."""
-    return torch.Generator().manual_seed(_seed(seed, what))
+    return torch.Generator().manual_seed(seed_of(seed, what))
 
 
-def _seed(seed: int, what: str) -> int:
+def seed_of(seed: int, what: str) -> int:
     """A seed for what is drawn for one thing, whatever is drawn for others."""
     # Python's own hash of a text differs between processes.
     return crc32(f"{seed} {what}".encode())

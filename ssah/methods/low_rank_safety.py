@@ -70,13 +70,8 @@ class LoX(Method):
             added = self.alpha * (left * s[:k]) @ right.T
             return (aligned.double() + added).to(aligned.dtype)
 
-        settings = {"rank": self.rank, "alpha": self.alpha}
         return edited(
-            self.name,
-            settings,
-            inputs.base,
-            [inputs.aligned],
-            lambda deltas, seed: partial(make, deltas, seed),
+            self, inputs.base, [inputs.aligned], lambda deltas, seed: partial(make, deltas, seed)
         )
 
 
@@ -125,8 +120,7 @@ class SafeLoRA(Method):
 
         # The tuned model first: the result has its files and dtypes.
         return edited(
-            self.name,
-            {"threshold": self.threshold},
+            self,
             inputs.base,
             [inputs.tuned, inputs.aligned],
             lambda deltas, seed: partial(make, deltas, seed),

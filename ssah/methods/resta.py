@@ -73,8 +73,7 @@ class RESTA(Method):
 
         # The tuned model first: the result has its files and dtypes.
         return edited(
-            self.name,
-            {"gamma": self.gamma, "drop": self.drop, "seed": self.seed},
+            self,
             inputs.base,
             [inputs.tuned, inputs.aligned],
             lambda deltas, seed: partial(make, deltas, seed),

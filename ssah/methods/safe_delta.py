@@ -64,7 +64,7 @@ class SafeDelta(Method):
     strength: ClassVar[str | None] = "budget"
     # The paper's s is for changes of LoRA. Those of a full fine-tune are of another size, and a
     # change ten times as large costs a hundred times as much: so decades.
-    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 1.0, 10.0)
+    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 1.0)
 
     budget: float = setting(0.1, "s: what the kept changes may cost, see the paper.", min=0)
     never: float = setting(0.15, "Share of the columns, the costliest, never kept.", min=0, max=1)
@@ -88,8 +88,7 @@ class SafeDelta(Method):
                 passes.append(GramPasses(model, safety, own.values(), tokens="all"))
             return lambda name: self._make(deltas, name, own.get(name), passes[0], seed)
 
-        settings = {"budget": self.budget, "never": self.never, "damping": self.damping}
-        return edited(self.name, settings, inputs.aligned, [inputs.tuned], plan)
+        return edited(self, inputs.aligned, [inputs.tuned], plan)
 
     def _make(
         self, deltas: Deltas, name: str, owner: str | None, grams: GramPasses, seed: int | None

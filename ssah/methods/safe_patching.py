@@ -19,7 +19,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import ClassVar
 
 import torch
@@ -29,7 +28,8 @@ from transformers import PreTrainedModel
 from ssah.attribution import Batch, BatchReader, attribute_weights, find_matrices
 from ssah.deltas import Deltas, Draw, Maker
 from ssah.interventions import Replace, intervene
-from ssah.methods.editing import edited
+from ssah.methods.drawing import seed_of
+from ssah.methods.editing import by_parameter, edited
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Loader, Need
 from ssah.methods.outcomes import Edited
@@ -46,10 +46,12 @@ class _Patch:
     Attributes:
         change: name of a parameter -> what was added to it, of its shape.
         chosen: name of a parameter -> entries with the highest scores.
+        loss: of the last batch that was looked at, nats per token.
     """
 
     change: Mapping[str, Tensor]
     chosen: Mapping[str, BitMask]
+    loss: float
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,11 @@ class SafePatching(Method):
         assert harmful is not None
         check_plain(model, "to be patched")
         against_harm = self._patch(model, harmful, self.harm_share, ascent=True)
+        if not any(bool(own.any()) for own in against_harm.change.values()):
+            raise ValueError(
+                f"bound is {self.bound}, and every harmful answer is that unlikely already; raise "
+                "it, or patch nothing"
+            )
         against_refusal = self._patch(model, harmful, self.refusal_share, ascent=False)
         parts = (
             (self.alpha, against_harm, against_refusal),
@@ -109,29 +116,28 @@ class SafePatching(Method):
         )
 
         def plan(deltas: Deltas, seed: int | None) -> Maker:
-            tuned = deltas.tuned[0]
-
-            @lru_cache(maxsize=1)  # files may keep a parameter in many tensors, one after the other
-            def pieces(param: str) -> dict[str, Tensor]:
-                total = torch.zeros(())
+            def change(param: str) -> Tensor:
+                total = torch.zeros((), dtype=torch.float64)
                 for place, (factor, own, other) in enumerate(parts):
                     only = own.chosen[param] - other.chosen[param]
                     if seed is not None:
-                        only = BitMask.random(only, seed + place)
-                    mask, change = only.to_mask(), own.change[param].double()
-                    total = total + torch.where(mask, factor * change, 0.0)
-                return tuned.in_pieces(param, total)
+                        only = BitMask.random(only, seed_of(seed, f"{param}, patch {place}"))
+                    added = factor * own.change[param].double()
+                    total = total + torch.where(only.to_mask(), added, 0.0)
+                return total
+
+            tuned, changes = deltas.tuned[0], by_parameter(deltas, change)
 
             def make(name: str) -> Tensor:
                 weight = tuned.read(name)
                 if tuned.param(name) not in against_harm.change:
                     return weight
-                return (weight.double() + pieces(tuned.param(name))[name]).to(weight.dtype)
+                return (weight.double() + changes(name)).to(weight.dtype)
 
             return make
 
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return edited(self.name, settings, inputs.aligned, [inputs.tuned], plan)
+        losses = {"unlearnt_loss": against_harm.loss, "learnt_loss": against_refusal.loss}
+        return edited(self, inputs.aligned, [inputs.tuned], plan, **losses)
 
     def _patch(
         self, model: PreTrainedModel, harmful: Loader, share: float, *, ascent: bool
@@ -152,22 +158,24 @@ class SafePatching(Method):
 
         reader = BatchReader(model, tokens="labels")
         batches = [reader.read(batch, number) for number, batch in enumerate(harmful)]
+        if not batches:
+            raise ValueError("harmful has no batch; it must have at least one")
         floor = -self.bound if ascent else None
         with as_it_was(model):
-            fit([*wide.values()], loss, batches, lr=self.lr, steps=self.steps, floor=floor)
+            losses = fit([*wide.values()], loss, batches, lr=self.lr, steps=self.steps, floor=floor)
         change = {name: wide[name].detach().sub_(before[name]).cpu() for name in names}
         kept = {
-            name: Draw(self.retained, self.seed, name, int(ascent)).mask(own.flatten())
+            name: Draw(self.retained, self.seed, name, int(ascent)).mask(own.flatten()).view_as(own)
             for name, own in change.items()
         }
         patched = {
-            name: before[name] + change[name].to(before[name]) * kept[name].view(change[name].shape)
-            for name in names
+            name: own + (change[name] * kept[name]).to(own.device, own.dtype)
+            for name, own in before.items()
         }
         with intervene(model, Replace(names, patched)):
             found = attribute_weights(model, harmful, metric="snip")
-        scores = {
-            name: own * kept[name].view(own.shape).to(own.dtype)
-            for name, own in found.scores.items()
-        }
-        return _Patch(change, replace(found, scores=scores).top(share))
+        # By score 0 what was not retained comes last; where little was, it may still be reached.
+        scores = {name: own * kept[name] for name, own in found.scores.items()}
+        top = replace(found, scores=scores).top(share)
+        chosen = {name: mask & BitMask.of(kept[name]) for name, mask in top.items()}
+        return _Patch(change, chosen, abs(losses[-1]))

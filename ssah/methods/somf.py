@@ -9,14 +9,14 @@ logit m_i for each weight of a matrix, 0 at first:
 
 Example: tau = (2, 2), and a draw of the mask is (0.9, 0.3) with the mean 0.6. The change is (3, 1).
 
-In the end one more M is drawn. It is taken as it is (soft), or as M > 0.5 (binary).
+In the end one more M is drawn. It is taken as it is (soft), or as M > 0.5 (binary). Training takes
+about ten times the memory of the matrices: logits and their moments, weights and what made them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -28,7 +28,7 @@ from ssah.data import Collator, encode
 from ssah.deltas import Deltas, Maker
 from ssah.evaluation import response_log_probs
 from ssah.methods.drawing import generator_of, relaxed_bernoulli, shuffled
-from ssah.methods.editing import edited
+from ssah.methods.editing import by_parameter, edited
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Edited
@@ -75,28 +75,25 @@ class SOMF(Method):
         _check(rows)
         aligned, _ = inputs.before_and_after
         model = inputs.tuned_model
-        logits = self._fitted(model, Deltas(aligned, [model]), rows, tokenizer)
+        logits, losses = self._fitted(model, Deltas(aligned, [model]), rows, tokenizer)
         masks = {name: self._last(name, own) for name, own in logits.items()}
 
         def plan(deltas: Deltas, seed: int | None) -> Maker:
-            tuned = deltas.tuned[0]
+            def drawn(param: str) -> Tensor:
+                return masks[param] if seed is None else shuffled(masks[param], seed, param)
 
-            @lru_cache(maxsize=1)  # files may keep a parameter in many tensors, one after the other
-            def pieces(param: str) -> dict[str, Tensor]:
-                mask = masks[param] if seed is None else shuffled(masks[param], seed, param)
-                return tuned.in_pieces(param, mask)
+            tuned, own = deltas.tuned[0], by_parameter(deltas, drawn)
 
             def make(name: str) -> Tensor:
                 a, (t,) = deltas.read(name)
                 if tuned.param(name) not in masks:
                     return t
-                change = (t.double() - a.double()) * pieces(tuned.param(name))[name].double()
+                change = (t.double() - a.double()) * own(name).double()
                 return (a.double() + self.scale * change).to(t.dtype)
 
             return make
 
-        settings = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return edited(self.name, settings, inputs.aligned, [inputs.tuned], plan)
+        return edited(self, inputs.aligned, [inputs.tuned], plan, losses=losses)
 
     def _fitted(
         self,
@@ -104,8 +101,11 @@ class SOMF(Method):
         deltas: Deltas,
         rows: Sequence[Mapping[str, Any]],
         tokenizer: PreTrainedTokenizerBase,
-    ) -> dict[str, Tensor]:
-        """The logits of each matrix, of its shape, after training; ``deltas`` are of ``model``."""
+    ) -> tuple[dict[str, Tensor], list[float]]:
+        """The logits of each matrix after training, of its shape, and the loss of each batch.
+
+        ``deltas`` are of ``model``.
+        """
         tuned = {name: model.get_parameter(name).detach() for name in find_matrices(model)}
         tau = {
             name: own - deltas.read(name)[0].to(own.device, own.dtype)
@@ -134,8 +134,8 @@ class SOMF(Method):
         steps = self.epochs * len(batches)
         with as_it_was(model):
             leaves = [own.requires_grad_() for own in logits.values()]
-            fit(leaves, loss, batches, lr=self.lr, steps=steps)
-        return {name: own.detach() for name, own in logits.items()}
+            losses = fit(leaves, loss, batches, lr=self.lr, steps=steps)
+        return {name: own.detach() for name, own in logits.items()}, losses
 
     def _batches(
         self,

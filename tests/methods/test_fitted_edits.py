@@ -157,7 +157,7 @@ def test_folders_are_patched_as_models_in_memory_are(family: str, tmp_path: Path
     for key, model in models.items():
         model.save_pretrained(tmp_path / key)
     folders: dict[str, Any] = {key: str(tmp_path / key) for key in models}
-    patching = method("safe-patching", steps=2, lr=1e-3)
+    patching = method("safe-patching", steps=2, lr=1e-3, bound=9.0)
     made = state(patching.find(Inputs(**models, harmful=HARMFUL)))
     found: Any = patching.find(Inputs(**folders, harmful=HARMFUL))
     found.write(tmp_path / "out")
@@ -176,7 +176,8 @@ def test_ascent_stops_where_all_answers_are_at_the_bound() -> None:
     training = {"retained": 1.0, "bound": 6.0, "steps": 30, "lr": 1e-3}
     given = Inputs(aligned=tuned, tuned=tuned, harmful=HARMFUL)
     shares = {"harm_share": 0.5, "refusal_share": 0.01, "beta": 0.0}
-    made = state(method("safe-patching", **training, **shares).find(given))
+    found = method("safe-patching", **training, **shares).find(given)
+    made = state(found)
     name = matrices(tuned)[0]
     change = made[name] - tuned.get_parameter(name)
     touched = change != 0
@@ -184,6 +185,12 @@ def test_ascent_stops_where_all_answers_are_at_the_bound() -> None:
     # A higher bound is reached later, so that the lower one did end the training.
     assert float(harm[name].norm()) < 0.9 * float(further[name].norm())
     torch.testing.assert_close(change[touched], harm[name][touched], rtol=0, atol=1e-6)
+    # Rounding aside, every answer is at the bound in the end.
+    assert found.facts["unlearnt_loss"] == pytest.approx(6.0)
+    with pytest.raises(ValueError, match="harmful has no batch; it must have at least one"):
+        method("safe-patching").find(Inputs(aligned=tuned, tuned=tuned, harmful=[]))
+    with pytest.raises(ValueError, match=r"bound is 0\.1, and every harmful answer is that unlik"):
+        method("safe-patching", bound=0.1, steps=1).find(given)
     with pytest.raises(ValueError, match=r"both must be below retained, 0\.3, of which they"):
         method("safe-patching", harm_share=0.3).find(given)
 
@@ -251,6 +258,7 @@ def test_somf_learns_a_mask_by_preferences(name: str) -> None:
     found = method("somf", **settings).find(given)
     binary = state(method("somf", **settings, export="binary").find(given))
     made, drawn = state(found), state(found.control(1))
+    assert len(found.facts["losses"]) == 4
     logits = fitted(aligned, tuned, 4)
     for key, t in tuned.named_parameters():
         if key not in logits:

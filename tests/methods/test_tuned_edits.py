@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,8 @@ def test_antidote_removes_the_highest_of_each_matrix(name: str) -> None:
     )
     made, drawn = state(found), state(found.control(1))
     seen = inputs_of(tuned, HARMFUL, answers=True)
+    removed = sum(int((made[f"{own}.weight"] == 0).sum()) for own in seen)
+    assert found.facts == {"share": 0.1, "per": "matrix", "weights": removed}
     for key, t in tuned.named_parameters():
         owner = key.removesuffix(".weight")
         if owner not in seen:
@@ -102,7 +105,7 @@ def test_antidote_loads_a_folder_to_run_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str) -> None:
+def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str, tmp_path: Path) -> None:
     aligned, tuned = build(name, dtype=torch.float64), moved(name, 1, 0.1)
     before = bits(aligned), bits(tuned)
     given = Inputs(aligned=aligned, tuned=tuned, safety=SAFETY)
@@ -142,6 +145,13 @@ def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str) -> Non
         assert len(changed) == len(kept)
         np.testing.assert_allclose(control[:, changed], d[:, changed], atol=1e-12)
     assert any(0.1 < number < 0.8 for number in numbers)
+    # The same of a tuned model in a folder, which is read tensor by tensor.
+    tuned.save_pretrained(tmp_path / "tuned")
+    folder = Inputs(aligned=aligned, tuned=str(tmp_path / "tuned"), safety=SAFETY)
+    again: Any = method("safe-delta", budget=0.005 * 4096**2, never=0.2, damping=0.05).find(folder)
+    again.write(tmp_path / "out")
+    written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
+    assert all(torch.equal(written[key], value) for key, value in made.items())
     assert_same_bits(aligned, before[0])
     assert_same_bits(tuned, before[1])
 
@@ -174,13 +184,16 @@ def test_an_edit_records_its_settings_and_the_seed_of_its_control(tmp_path: Path
         seeds.append(seed)
         return lambda name: deltas.read(name)[0]
 
-    found = edited("name", {"setting": 2}, folder, [folder], plan)
+    found = edited(method("interpolation", alpha=0.25), folder, [folder], plan)
     found.write(tmp_path / "out")
     found.control(5).write(tmp_path / "control")
     assert seeds == [None, 5]
-    assert found.facts == {"setting": 2}
-    assert '"setting": 2' in (tmp_path / "out" / "delta.json").read_text()
-    assert '"control": 5' in (tmp_path / "control" / "delta.json").read_text()
+    assert found.facts == {"alpha": 0.25}
+    records = [
+        json.loads((tmp_path / own / "delta.json").read_text()) for own in ("out", "control")
+    ]
+    for record, seed in zip(records, (None, 5), strict=True):
+        assert (record["edit"], record["alpha"], record["control"]) == ("interpolation", 0.25, seed)
 
 
 @pytest.mark.parametrize("name", MODELS)
