@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.deltas.subspaces.bases import Subspace, delta_subspace, output_subspace
+from ssah.deltas.subspaces.columns import column_overlaps
 from ssah.deltas.subspaces.gram_matrices import Gram, gram
 from ssah.deltas.subspaces.overlaps import Share, energy, overlap, principal_angles
 from ssah.lazy import submodules_of
@@ -11,6 +12,7 @@ __all__ = [
     "Gram",
     "Share",
     "Subspace",
+    "column_overlaps",
     "delta_subspace",
     "energy",
     "gram",

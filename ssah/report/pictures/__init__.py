@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ssah.lazy import submodules_of
 from ssah.report.pictures.ablations import plot_ablations
+from ssah.report.pictures.diagnosis import plot_diagnosis
 from ssah.report.pictures.probe import plot_probe
 from ssah.report.pictures.scan import plot_compare, plot_scan
 from ssah.report.pictures.scores import plot_scores
@@ -20,6 +21,7 @@ __all__ = [
     "plot_ablations",
     "plot_budget",
     "plot_compare",
+    "plot_diagnosis",
     "plot_freeze",
     "plot_probe",
     "plot_scan",

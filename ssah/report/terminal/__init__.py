@@ -8,6 +8,7 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.report.terminal.deltas import delta_tables
+    from ssah.report.terminal.diagnosis import diagnosis_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
     from ssah.report.terminal.installation import installation_tables, model_tables
@@ -29,6 +30,7 @@ __all__ = [
     "ablation_table",
     "as_data",
     "delta_tables",
+    "diagnosis_tables",
     "evaluation_tables",
     "facts_table",
     "groups_table",
@@ -50,6 +52,7 @@ __all__ = [
 __getattr__ = names_of(
     __name__,
     deltas="delta_tables",
+    diagnosis="diagnosis_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",
     installation="installation_tables model_tables",
