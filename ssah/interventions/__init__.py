@@ -5,7 +5,11 @@ from __future__ import annotations
 from ssah.interventions.ablation import ablate
 from ssah.interventions.arm_units import split_arms
 from ssah.interventions.hidden import Add, HiddenChange, ProjectOut, ReplaceHidden, ScaleHidden
-from ssah.interventions.intervention import check_not_ablated, intervene, reads_whole_prompts
+from ssah.interventions.intervention import (
+    changes_some_positions,
+    check_not_ablated,
+    intervene,
+)
 from ssah.interventions.positions import Prompts
 from ssah.interventions.prompt_ends import PromptEnds
 from ssah.interventions.pruning import prune
@@ -26,6 +30,7 @@ __all__ = [
     "Zero",
     "ablate",
     "arms",
+    "changes_some_positions",
     "check_not_ablated",
     "intervene",
     "prune",

@@ -193,16 +193,20 @@ def _hooked(model: nn.Module, at_layers: Sequence[AtLayer]) -> Iterator[None]:
         yield
 
 
-def reads_whole_prompts(model: nn.Module) -> bool:
-    """Whether ``model`` is inside a change of hidden states that tells rows or tokens apart.
+def changes_some_positions(model: nn.Module) -> bool:
+    """Whether hidden states are changed at some positions or rows alone, in blocks under way.
 
-    Then a batch must be passed as it is, all prompts whole in one pass, and the same rows go on.
+    A pass over a part of each row, or over one row in the place of several, then gives another
+    result. For example, ``at="last"`` is the last token of a whole prompt.
     """
+    tables = (_PUT_OUT, _GIVEN)
+    changes = (own for m in model.modules() for table in tables for own, _ in table.get(m, ()))
     return any(
-        change.change.at != "all" or change.rows is not None
-        for module in model.modules()
-        for table in (_PUT_OUT, _GIVEN)
-        for change, _ in table.get(module, ())
+        not isinstance(own.change.at, str)
+        or own.change.at != "all"
+        or own.rows is not None
+        or (own.value is not None and own.value.dim() > 1)
+        for own in changes
     )
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicLayer
 
-from ssah.interventions import reads_whole_prompts
+from ssah.interventions import changes_some_positions
 from ssah.models import device_of, text_config
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def decode(
         new: list[list[int]] = [[] for _ in rows]
         finite = Finite()
         # Rows that are told apart stay together until all have ended.
-        longest = max_new_tokens if reads_whole_prompts(model) else _STRETCH
+        longest = max_new_tokens if changes_some_positions(model) else _STRETCH
         alive, left = torch.arange(len(rows)), max_new_tokens
         ends = torch.tensor(list(stops), dtype=torch.int64, device=given["input_ids"].device)
         while True:
@@ -234,7 +234,7 @@ def _begun(
     shared = sum(1 for _ in takewhile(bool, alike))
     shared = min(shared, min(map(len, rows)) - 1)  # each row has to be asked for its next token
     own, inverse = arms.unique(return_inverse=True)  # [arms in use], [rows]
-    if shared >= _SHARED and len(own) < len(rows) and not reads_whole_prompts(model):
+    if shared >= _SHARED and len(own) < len(rows) and not changes_some_positions(model):
         if run is not None:
             run.assign(own)
         begun = left_padded(model, [rows[0][:shared]] * len(own))
