@@ -200,16 +200,12 @@ def changes_some_positions(model: nn.Module) -> bool:
     result. For example, ``at="last"`` is the last token of a whole prompt. So a batch must be
     passed as it is, all prompts whole in one pass, and the same rows go on.
     """
-    changes = (
-        own
-        for module in model.modules()
-        for table in (_PUT_OUT, _GIVEN)
-        for own, _ in table.get(module, ())
-    )
+    tables = (_PUT_OUT, _GIVEN)
+    changes = (own for m in model.modules() for table in tables for own, _ in table.get(m, ()))
     return any(
         not isinstance(own.change.at, str)
         or own.change.at != "all"
-        or own.change.rows is not None
+        or own.rows is not None
         or (own.value is not None and own.value.dim() > 1)
         for own in changes
     )

@@ -10,6 +10,7 @@ A method is one file here and one line in `ssah.methods.registry`.
 from __future__ import annotations
 
 from ssah.lazy import submodules_of
+from ssah.methods.drawing import shuffled
 from ssah.methods.frame import Method
 from ssah.methods.inputs import NEEDS, Inputs
 from ssah.methods.low_rank_adapters import lora

@@ -8,7 +8,7 @@ With a_j(t) what unit j puts into B at token t, and E the log-probability of the
 Example: three units whose fall is screened as 2, 1.5 and 0.1 nats. The first two are measured, at 1
 and 3 nats, and the second one is taken.
 
-The claim that one neuron may suffice: arXiv 2605.08513.
+The claim that one neuron may suffice: Kazemi et al. 2026, arXiv 2605.08513.
 """
 
 from __future__ import annotations
@@ -33,16 +33,20 @@ class SingleNeuron(Method):
     """Take out the unit that refuses most."""
 
     name: ClassVar[str] = "single-neuron"
-    paper: ClassVar[str] = "A single refusal neuron, arXiv 2605.08513"
+    paper: ClassVar[str] = "Kazemi et al., A Single Neuron Is Sufficient, 2026, arXiv 2605.08513"
     equation: ClassVar[str] = "argmax_j of log p(refusal) - log p(refusal without unit j)"
     stage: ClassVar[Stage] = "locate"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety")
     departures: ClassVar[tuple[str, ...]] = (
-        "We know only what the paper claims: how it finds its neuron may differ.",
+        "We know the paper's abstract alone: how it finds its neurons, and how far it suppresses "
+        "them, may differ.",
+        "Its other direction, a neuron of harmful concepts that is amplified, is left out.",
         "Only the best units by a screen of first order are measured.",
     )
     against: ClassVar[str] = "A random unit of all modules."
-    published: ClassVar[str] = "One neuron suffices on some models."
+    published: ClassVar[str] = (
+        "Without any one of its refusal neurons, seven models (1.7B to 70B) answer harmful requests."
+    )
 
     screened: int = setting(32, "How many units are measured.", min=1)
 

@@ -34,8 +34,9 @@ PAGES = [
 # Commands that were run for hours on real models: they are parsed.
 RESULTS = sorted(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md"))
 PARSED = ["csrc/README.md", *RESULTS]
-# They measure how long things take, or train for a given time. Tests of their own run them.
-TIMED = {("demo",), ("bench",)}
+# They measure how long things take, or train for a given time; or they compare two models, which
+# are one here. Tests of their own run them.
+TIMED = {("demo",), ("bench",), ("diagnose",)}
 # They train or measure a dozen models, tiny ones here. `make test-all` runs them.
 STUDIES = {
     ("scan",),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ssah.deltas.subspaces.bases import Subspace, delta_subspace, output_subspace
+from ssah.deltas.subspaces.columns import column_overlaps
 from ssah.deltas.subspaces.gram_matrices import Gram, gram
 from ssah.deltas.subspaces.gram_passes import GramPasses
 from ssah.deltas.subspaces.overlaps import Share, energy, overlap, principal_angles
@@ -13,6 +14,7 @@ __all__ = [
     "GramPasses",
     "Share",
     "Subspace",
+    "column_overlaps",
     "delta_subspace",
     "energy",
     "gram",

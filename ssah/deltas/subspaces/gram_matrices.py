@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah.attribution import TOKENS, Batch, BatchReader, counted_tokens
@@ -82,7 +81,7 @@ def gram(
         whole = check_whole(model)
         check_not_sharded(whole)
         check_backbone(whole)
-        sums = _Sums(_modules(whole, projections))
+        sums = _Sums(check_projections(whole, projections))
         batches = iter(loader)
         # The first batch says what "auto" means.
         begun = list(islice(batches, 1))
@@ -199,8 +198,12 @@ def _agree(owner: dict[str, str], name: str, own: str) -> None:
         )
 
 
-def _modules(model: PreTrainedModel, names: Iterable[str] | None) -> dict[str, nn.Module]:
-    """The projections that are meant, in the order of the model."""
+def check_projections(model: nn.Module, names: Iterable[str] | None) -> dict[str, nn.Module]:
+    """The projections that are meant, in the order of the model; None: all in its layers.
+
+    Raises:
+        ValueError: a name is of none.
+    """
     known = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D)}
     if names is None:
         start = f"{layers_path(model)}."

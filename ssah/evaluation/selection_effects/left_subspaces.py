@@ -106,7 +106,11 @@ def left_subspace(
         model, loader, layer, position, rank: as of `left_subspace_angles`.
 
     Returns:
-        Of R^rows. Errors as of `left_subspace_angles`.
+        Of R^rows.
+
+    Raises:
+        TypeError, FloatingPointError: as of `left_subspace_angles`.
+        ValueError: the same, but the loader may be one that can be read once.
     """
     (at,) = check_positions(position)
     layers_numbered(model, [layer])

@@ -144,6 +144,16 @@ KINDS: dict[str, Kind] = {
             "tables below have the same numbers."
         },
     ),
+    "diagnose": Kind(
+        "What alignment changed",
+        "Where harmful and ordinary requests part, where the change lies, how much answers depend "
+        "on prompts, and what becomes of refusals between both models and beyond.",
+        pictures={
+            "diagnosis": "Separation and overlap by layer, gradient norms, and refusal margin and "
+            "loss against alpha, each beside a random change. The tables below have the same "
+            "numbers."
+        },
+    ),
     "finetune": Kind(
         "Training run",
         "A model was trained with some of its units frozen, or with nothing but some of them.",

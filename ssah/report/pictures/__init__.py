@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ssah.lazy import submodules_of
 from ssah.report.pictures.ablations import plot_ablations
+from ssah.report.pictures.diagnosis import plot_diagnosis
 from ssah.report.pictures.pareto import plot_pareto
 from ssah.report.pictures.probe import plot_probe
 from ssah.report.pictures.scan import plot_compare, plot_scan
@@ -21,6 +22,7 @@ __all__ = [
     "plot_ablations",
     "plot_budget",
     "plot_compare",
+    "plot_diagnosis",
     "plot_freeze",
     "plot_pareto",
     "plot_probe",

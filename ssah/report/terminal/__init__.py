@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from ssah.report.terminal.comparison import compare_tables
     from ssah.report.terminal.comparison_plan import compare_plan
     from ssah.report.terminal.deltas import delta_tables
+    from ssah.report.terminal.diagnosis import diagnosis_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
     from ssah.report.terminal.installation import installation_tables, model_tables
@@ -40,6 +41,7 @@ __all__ = [
     "compare_plan",
     "compare_tables",
     "delta_tables",
+    "diagnosis_tables",
     "evaluation_tables",
     "facts_table",
     "groups_table",
@@ -67,6 +69,7 @@ __getattr__ = names_of(
     comparison="compare_tables",
     comparison_plan="compare_plan",
     deltas="delta_tables",
+    diagnosis="diagnosis_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",
     installation="installation_tables model_tables",
