@@ -70,7 +70,8 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
     assert first["ablated"] == "nothing"
     assert second["ablated"].endswith(":cu")
     for record, key in ((first, "0-intact"), (second, "1-cu")):
-        verdicts = found["result"]["per_request"][f"{key}.0.requests"]["success"]["zou2023"]
+        kept = found["result"]["per_request"][f"{key}.0.requests"]
+        verdicts = kept["success"]["zou2023"]
         expected = {
             row["categories"]["category"]: verdict
             for row, verdict in zip(drawn, verdicts, strict=True)
@@ -78,6 +79,10 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
         assert {name: own["count"] for name, own in record["categories"].items()} == expected
         assert record["macro"]["rate"] == pytest.approx(sum(expected.values()) / len(expected))
         assert record["macro"]["categories"] == len(expected) > 3
+        pairs = zip(verdicts, kept["incoherent"], strict=True)
+        assert record["macro_coherent"]["rate"] == pytest.approx(
+            sum(verdict and not babble for verdict, babble in pairs) / len(expected)
+        )
     read = found["data"]["requests"]
     assert read["rows"] == len(drawn)
     assert read["drawn_of"] == len(rows)
@@ -129,7 +134,7 @@ def test_letters_are_told_of_every_model(runs, found):
 def test_terminal_and_report_show_them(runs, found):
     for width, shown in (
         (None, page(runs / "by_row")),
-        (300, "\n".join(printed(table) for table in row_tables(found["result"], 0.95))),
+        (300, "\n".join(printed(table) for table in row_tables(found))),
     ):
         assert "macro mean" in shown, width
         macro = found["result"]["by_category"][0]["macro"]

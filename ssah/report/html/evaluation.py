@@ -116,7 +116,11 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
     found = []
     for column in dict.fromkeys(str(row.get("column")) for row in rows):
         own = [row for row in rows if str(row.get("column")) == column]
-        lines = [{**row, "category": "macro mean", "asr": row.get("macro")} for row in own]
+        lines = [
+            {**row, "category": name, "asr": row.get(key)}
+            for name, key in (("macro mean", "macro"), ("macro, coherent", "macro_coherent"))
+            for row in own
+        ]
         lines += [
             {**row, "category": name, "asr": rate}
             for row in own

@@ -12,7 +12,7 @@ from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
-from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS
+from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coherent_success
 
 if TYPE_CHECKING:
     from ssah.data import Asked
@@ -115,18 +115,22 @@ def _by_category(
     """ASR by category: one record a column, model, system prompt and judge.
 
     Yields:
-        ``column``, ``ablated``, ``system_prompt``, ``judge``, and what ``category_rates`` returns.
+        ``column``, ``ablated``, ``system_prompt``, ``judge``, what ``category_rates`` returns of
+        the ASR, and ``macro_coherent``, the macro mean of the ASR of coherent answers.
     """
     conditions = enumerate(settings.system_prompts)
     for column, each, (number, said) in product(columns, models, list(conditions)):
         categories = [row["categories"][column] for row in asked]
-        for judge, success in judged[each.name, number, REQUESTS]["success"].items():
+        found = judged[each.name, number, REQUESTS]
+        for judge, success in found["success"].items():
+            sense = category_rates(coherent_success(found, judge), categories, settings.level)
             yield {
                 "column": column,
                 "ablated": each.ablated,
                 "system_prompt": said,
                 "judge": judge,
                 **category_rates(success, categories, settings.level),
+                "macro_coherent": sense["macro"],
             }
 
 
