@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssah
 from ssah.data import draw_by_category, load_asked, load_lettered, load_requests
-from ssah.evaluation import letter_log_probs, letter_scores
+from ssah.evaluation import Answer, letter_log_probs, letter_scores
+from ssah.evaluation.judges import generative
 from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.report.terminal import row_tables
@@ -143,6 +144,48 @@ def test_terminal_and_report_show_them(runs, found):
         assert "CoSA-Score" in shown
         assert "declined" in shown
         assert "right set" in shown
+
+
+def test_a_judge_reads_the_policy_of_each_request(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def answer_tokens(model, tokenizer, encoded, **options):
+        texts = [tokenizer.decode(ids) for ids in encoded]
+        seen.append(texts)
+        return [Answer("unsafe" if POLICY[1] in text else "safe", 1, True) for text in texts]
+
+    monkeypatch.setattr(generative, "answer_tokens", answer_tokens)
+    (tmp_path / "policy.txt").write_text("{policy} | {question} | {answer}")
+    name = f"hf:{runs / 'model'}#template={tmp_path / 'policy.txt'}"
+    found = evaluate(
+        runs / "model", "--out", tmp_path / "out", *SMALL, "--judge", name,
+        "--requests", "builtin:safety_eval[0:2]", "--policy", runs / "policies.jsonl",
+    )  # fmt: skip
+    tried, first, second = seen  # on a harmless example, and once for each policy
+    assert tried[0].startswith("Be kind. | How do I bake bread?")
+    assert [text.split(" | ")[:2] for text in first] == [
+        [POLICY[0], "Say bread."],
+        [POLICY[0], "Say tea."],
+    ]
+    assert [text.split(" | ")[:2] for text in second] == [[POLICY[1], "Say bread."]]
+    kept = found["result"]["per_request"]["0-intact.0.policies"]
+    assert kept["success"][name] == [0, 0, 1]
+    assert {row["judge"] for row in found["result"]["rows"]} == {"zou2023"}
+    helps = [
+        s and not b for s, b in zip(kept["success"]["zou2023"], kept["incoherent"], strict=True)
+    ]
+    by_label, by_judge = found["result"]["policies"]
+    assert (by_label["within"], by_judge["within"]) == ("allowed", name)
+    for record, signs in ((by_label, (1, -1, -1)), (by_judge, (1, 1, -1))):
+        assert record["score"] == pytest.approx(
+            sum(h * s for h, s in zip(helps, signs, strict=True)) / 3
+        )
+    message = "reads a policy and says which answers are outside of it: it needs"
+    without = refused(runs / "model", "--out", tmp_path / "other", *SMALL, "--judge", name)
+    assert f"{message} requests that have one" in without
+    place = SMALL.index("zou2023")
+    alone = (*SMALL[:place], name, *SMALL[place + 1 :], "--policy", runs / "policies.jsonl")
+    assert f"{message} another --judge" in refused(runs / "model", "--out", tmp_path / "o", *alone)
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,12 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
             _LETTERS,
         ),
         *_by_category(result),
-        records_table("Policies", _named(result, "policies"), (_NAMES[0], _NAMES[2]), _POLICIES),
+        records_table(
+            "Policies",
+            _named(result, "policies"),
+            (_NAMES[0], _NAMES[2], ("within", "within")),
+            _POLICIES,
+        ),
     ]
     known = ("rows", "models", "differences", "asr_differences", "per_request", *_BY_ROW)
     return [*with_rows(*found), *generic(result, *known)]

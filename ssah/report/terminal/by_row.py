@@ -39,8 +39,8 @@ def _categories(
         title = f"{judge}: ASR by {column} in %{under} ({level:.0%} interval)"
         table = new_table(title, ["category", "requests"], [_short(each) for each in own])
         first = own[0]  # the model as it is: its order holds for all
-        for name, key in (("macro mean", "macro"), ("macro mean, coherent", "macro_coherent")):
-            table.add_row(name, str(first[key]["n"]), *(percent(each[key]) for each in own))
+        for name, mean in (("macro mean", "macro"), ("macro mean, coherent", "macro_coherent")):
+            table.add_row(name, str(first[mean]["n"]), *(percent(each[mean]) for each in own))
         names = sorted(first["categories"], key=lambda name: -first["categories"][name]["rate"])
         for name in names[:_MOST]:
             cells = [percent(each["categories"][name]) for each in own]
@@ -56,12 +56,14 @@ def _policies(result: Mapping[str, Any], level: float) -> Iterator[Table]:
     if rows:
         title = f"Policies: CoSA-Score from -1 to 1, and its parts in % ({level:.0%} interval)"
         values = ["score", "allowed: helped", "not allowed: declined"]
-        table = new_table(title, ["ablated", "judge"], values)
+        table = new_table(title, ["ablated", "judge", "within"], values)
         for row in rows:
             low, high = row["score_interval"]
             parts = [percent(row[k]) if k in row else "-" for k in ("helped", "declined")]
             score = f"{row['score']:+.2f} ({low:+.2f} {high:+.2f})"
-            table.add_row(ablated_name(row["ablated"]), Text(row["judge"]), score, *parts)
+            table.add_row(
+                ablated_name(row["ablated"]), Text(row["judge"]), Text(row["within"]), score, *parts
+            )
         yield table
 
 

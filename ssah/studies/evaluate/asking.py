@@ -16,7 +16,7 @@ from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coheren
 
 if TYPE_CHECKING:
     from ssah.data import Asked
-    from ssah.evaluation import Request
+    from ssah.evaluation import Judge, Request
     from ssah.studies.choosing import Choosing
     from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.record import Judged
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from ssah.studies.study import Study
 
 POLICIES = "policies"
+ALLOWED = "allowed"  # the column says which answers are within their policy
 
 
 def read_lists(
@@ -78,8 +79,25 @@ def with_room(study: Study, role: str, requests: Sequence[Request]) -> Sequence[
     return requests
 
 
+def split_judges(judges: Sequence[Judge], policy: str | None) -> tuple[list[Judge], list[Judge]]:
+    """The judges of refusals, and those that read a policy, which judge requests that have one.
+
+    Raises:
+        ValueError: there is none of refusals, or there are no policies to read.
+    """
+    reading = [each for each in judges if each.reads_policy]
+    if reading and (policy is None or len(reading) == len(judges)):
+        lacking = "requests that have one (--policy FILE)" if policy is None else "another --judge"
+        raise ValueError(
+            f"judge {reading[0].name!r} reads a policy and says which answers are outside of it: "
+            f"it needs {lacking}"
+        )
+    return [each for each in judges if not each.reads_policy], reading
+
+
 def by_row(
     models: Sequence[Evaluated],
+    judges: Sequence[str],
     judged: Judged,
     asked: Mapping[str, Sequence[Any]],
     columns: Sequence[str],
@@ -89,6 +107,7 @@ def by_row(
 
     Args:
         models, settings: of the evaluation.
+        judges: names of those of refusals.
         judged: of each model, number of a system prompt, and role of the requests.
         asked: role -> requests.
         columns: those whose categories the harmful requests were read with.
@@ -101,7 +120,8 @@ def by_row(
         own = _by_category(models, judged, asked[REQUESTS], columns, settings)
         found["by_category"] = list(own)
     if POLICIES in asked:
-        found["policies"] = list(_by_policy(models, judged, asked[POLICIES], settings))
+        told = _by_policy(models, judges, judged, asked[POLICIES], settings)
+        found["policies"] = list(told)
     return found
 
 
@@ -136,14 +156,22 @@ def _by_category(
 
 def _by_policy(
     models: Sequence[Evaluated],
+    judges: Sequence[str],
     judged: Judged,
     asked: Sequence[Asked],
     settings: EvaluateSettings,
 ) -> Iterator[dict[str, Any]]:
-    """CoSA-Score and its parts: one record a model and judge, as ``policy_rates`` returns it."""
+    """CoSA-Score and its parts: one record a model, judge of refusals, and what says ``within``.
+
+    Yields:
+        ``ablated``, ``judge``, ``within`` (``"allowed"``, the column of the requests, or the name
+        of a judge that read the policies), and what ``policy_rates`` returns.
+    """
     allowed = [row["allowed"] for row in asked]
+    options: dict[str, Any] = {"level": settings.level, "seed": settings.seed}
     for each in models:
         found = judged[each.name, 0, POLICIES]
-        for judge in found["success"]:
-            own = policy_rates(found, judge, allowed, level=settings.level, seed=settings.seed)
-            yield {"ablated": each.ablated, "judge": judge, **own}
+        outside = {name: own for name, own in found["success"].items() if name not in judges}
+        for judge, (within, own) in product(judges, [(ALLOWED, None), *outside.items()]):
+            rates = policy_rates(found, judge, allowed, outside=own, **options)
+            yield {"ablated": each.ablated, "judge": judge, "within": within, **rates}
