@@ -122,7 +122,11 @@ class Question:
         return use_template(tokenizer, self.chat_template)
 
     def tokens(self, request: str, answer: str, encoder: Encoder, where: str) -> list[int]:
-        """What the judge is given."""
+        """What the judge is given.
+
+        Raises:
+            ValueError: the text has a place for a policy, and there is none.
+        """
         answer = answer or "(no answer)"  # templates refuse, or leave out, a turn without text
         if self.text is None:
             turns = [
