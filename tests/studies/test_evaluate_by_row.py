@@ -207,6 +207,23 @@ def test_wrong_choices_are_refused_before_anything_is_written(runs, tmp_path, ar
     assert not out.exists()
 
 
+def test_a_finished_run_is_told_apart_by_a_column_without_new_answers(runs, tmp_path, monkeypatch):
+    given = (runs / "model", "--out", tmp_path / "out", *SMALL, "--requests", "builtin:safety_eval")
+    before = evaluate(*given)
+    assert "by_category" not in before["result"]
+
+    def answers(*arguments, **options):
+        raise AssertionError("it answers again")
+
+    monkeypatch.setattr("ssah.evaluation.attacks.answering.answers_of_arms", answers)
+    after = evaluate(*given, "--by", "category")
+    assert len(after["result"]["by_category"]) == 1
+    assert after["result"]["choosing"]["by"] == ["category"]
+    assert after["result"]["per_request"] == before["result"]["per_request"]
+    other = refused(*given, "--by", "category", "--per-category", 1)
+    assert "requests" in other  # another draw is another run
+
+
 def test_what_was_seen_is_left_out(runs, tmp_path):
     found = evaluate(
         runs / "model", "--out", tmp_path / "out", *SMALL, "--requests", "builtin:safety_eval[0:5]",

@@ -8,16 +8,17 @@ With the system prompts none and "Be kind.", requests and policies, three lists 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
+from ssah.studies.choosing import ALL, Choosing
 from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coherent_success
 
 if TYPE_CHECKING:
     from ssah.data import Asked
     from ssah.evaluation import Judge, Request
-    from ssah.studies.choosing import Choosing
     from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.record import Judged
     from ssah.studies.evaluate.settings import EvaluateSettings
@@ -100,9 +101,9 @@ def by_row(
     judges: Sequence[str],
     judged: Judged,
     asked: Mapping[str, Sequence[Any]],
-    columns: Sequence[str],
+    choosing: Choosing,
     settings: EvaluateSettings,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """What is told of requests by what is known of each; nothing where nothing is.
 
     Args:
@@ -110,14 +111,15 @@ def by_row(
         judges: names of those of refusals.
         judged: of each model, number of a system prompt, and role of the requests.
         asked: role -> requests.
-        columns: those whose categories the harmful requests were read with.
+        choosing: which of the harmful requests were asked, and by which columns.
 
     Returns:
-        ``by_category`` and ``policies``, records as the functions below yield them.
+        ``by_category`` and ``policies``, records as the functions below yield them, and
+        ``choosing``, where it chose anything.
     """
-    found = {}
-    if columns:
-        own = _by_category(models, judged, asked[REQUESTS], columns, settings)
+    found: dict[str, Any] = {} if choosing == ALL else {"choosing": asdict(choosing)}
+    if choosing.by:
+        own = _by_category(models, judged, asked[REQUESTS], choosing.by, settings)
         found["by_category"] = list(own)
     if POLICIES in asked:
         told = _by_policy(models, judges, judged, asked[POLICIES], settings)

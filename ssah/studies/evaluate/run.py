@@ -29,7 +29,7 @@ from ssah.studies.evaluate.asking import (
     split_judges,
     with_room,
 )
-from ssah.studies.evaluate.choosing_letters import multiple_choices
+from ssah.studies.evaluate.choice_questions import multiple_choices
 from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
@@ -127,7 +127,7 @@ def run_evaluation(
         "template": template_record(study.tokenizer),
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         **found,
-        **by_row(models, names, judged, asked, choosing.by, settings),
+        **by_row(models, names, judged, asked, choosing, settings),
     }
     return steps.run.finish(result)
 
