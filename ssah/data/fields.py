@@ -180,7 +180,8 @@ def column_of(row: Mapping[str, Any], name: str) -> str | None:
     """The column of that name, in whatever case."""
     if name in row:
         return name
-    return next((key for key in row if isinstance(key, str) and key.casefold() == name), None)
+    wanted = name.casefold()
+    return next((key for key in row if isinstance(key, str) and key.casefold() == wanted), None)
 
 
 def _check_filled(text: str, where: str, what: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ssah.data import Encoder, Lettered
 from ssah.evaluation.attacks import rate
 from ssah.evaluation.generating import prompts
-from ssah.evaluation.intervals import bootstrap
+from ssah.evaluation.intervals import bootstrap, wilson
 from ssah.evaluation.measures import continuation_log_probs
 
 if TYPE_CHECKING:
@@ -89,9 +89,9 @@ def letter_scores(
     Returns:
         Plain data: ``set_match``, a rate: exactly the right letters were chosen; ``letters``: the
         mean over questions of the share of letters that were told right, with its
-        ``letters_interval`` (bootstrap by question); ``best``, a rate: the likeliest letter is a
-        right one, and ``best_chance``: how often one drawn at random would be; ``flags``: of
-        ``set_match``, 0 or 1 a question.
+        ``letters_interval`` (bootstrap by question; Wilson's where all agree); ``best``, a rate:
+        the likeliest letter is a right one, and ``best_chance``: how often one drawn at random
+        would be; ``flags``: of ``set_match``, 0 or 1 a question.
 
     Raises:
         ValueError: there are not as many log-probabilities as questions, or as letters.
@@ -111,8 +111,23 @@ def letter_scores(
     return {
         "set_match": rate(matches, level),
         "letters": float(share.mean()),
-        "letters_interval": list(bootstrap(share, level=level, seed=seed)),
+        "letters_interval": _interval(share, level, seed),
         "best": rate(best, level),
         "best_chance": sum(chance) / len(chance),
         "flags": matches,
     }
+
+
+def _interval(share: Tensor, level: float, seed: int) -> list[float]:
+    """Interval of the mean of ``share``, ``[questions]``, values in [0, 1].
+
+    Where all questions agree the bootstrap has no width, although others might not. At most u of
+    all do not, Wilson's upper bound of none of n, and these have 0 or 1:
+
+        m - u m  to  m + u (1 - m)
+    """
+    low, high = bootstrap(share, level=level, seed=seed)
+    if low == high:
+        u, m = wilson(0, len(share), level)[1], float(share.mean())
+        low, high = m - u * m, m + u * (1 - m)
+    return [low, high]

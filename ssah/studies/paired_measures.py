@@ -137,6 +137,7 @@ class Evaluation:
         *,
         selections: Sequence[UnitSet | Selection | None],
         system_prompt: str | None = None,
+        judges: Sequence[Judge] = (),
     ) -> list[dict[str, Any]]:
         """Let a model answer requests under several arms at once; the answers are not kept.
 
@@ -149,6 +150,7 @@ class Evaluation:
             requests: what it answers.
             selections: of each arm the units of ``model`` that are out while it answers.
             system_prompt: as ``ssah.evaluation.generate`` takes it.
+            judges: further ones, which judge these answers alone.
 
         Returns:
             one an arm, what ``ssah.evaluation.judge_answers`` returns.
@@ -170,7 +172,7 @@ class Evaluation:
                 model,
                 study.tokenizer,
                 requests,
-                self.judges,
+                [*self.judges, *judges],
                 coherent,
                 keep,
                 selections=selections,

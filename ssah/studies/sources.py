@@ -103,11 +103,11 @@ class Sources:
             last, seed = choosing.by[-1], choosing.draw_seed
             told["drawn_of"] = len(unseen)
             unseen = draw_by_category(unseen, last, choosing.per_category, seed=seed)
-        found = self.kept(
-            role, " + ".join(names), unseen, [row["prompt"] for row in unseen], counts
-        )
+        # Of the prompts alone: a run may be told apart by another column without new answers.
+        prompts = [row["prompt"] for row in unseen]
+        self.kept(role, " + ".join(names), prompts, prompts, counts)
         self.record[role] |= {key: number for key, number in told.items() if number}
-        return found
+        return unseen
 
     def policies(self, role: str, source: str) -> list[Asked]:
         """Requests with a policy each, as ``ssah.data.load_asked`` takes them."""

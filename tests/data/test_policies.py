@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
+from datasets import Dataset
+from helpers import tiny_chat
 
 from ssah.data import DataError, policy_pairs
 
@@ -70,3 +72,26 @@ def test_the_helpful_answer_is_preferred_where_all_its_harms_are_allowed(tmp_pat
 def test_wrong_rows_are_refused(policies, helpful, safe, message):
     with pytest.raises(DataError, match=message):
         policy_pairs(policies, helpful, safe)
+
+
+@pytest.mark.exhaustive
+def test_pairs_are_what_trl_trains_on(tmp_path):
+    trl = pytest.importorskip("trl")
+    pairs = policy_pairs(POLICIES, HELPFUL, SAFE)
+    args = trl.DPOConfig(
+        str(tmp_path), max_steps=1, use_cpu=True, bf16=False, precompute_ref_log_probs=True
+    )
+    tokenizer = tiny_chat.tokenizer()
+    trainer = trl.DPOTrainer(
+        tiny_chat.model(),
+        args=args,
+        train_dataset=Dataset.from_list(pairs),
+        processing_class=tokenizer,
+    )
+    first = next(iter(trainer.train_dataset))
+    assert tokenizer.decode(first["prompt_ids"]) == tokenizer.apply_chat_template(
+        pairs[0]["prompt"], tokenize=False, add_generation_prompt=True
+    )
+    assert tokenizer.decode(first["chosen_ids"]).startswith("They fought.")
+    trainer.train()
+    assert trainer.state.global_step == 1

@@ -39,6 +39,13 @@ def test_each_set_has_its_prompt_and_its_categories(tmp_path, row, config, promp
     assert found == {"prompt": prompt, "categories": PATH | dict([telling])}
 
 
+def test_names_of_fields_count_in_whatever_case(tmp_path):
+    row = {key.upper(): value for key, value in (BASE | {"augq": "Not this."}).items()}
+    (found,) = load_salad(written(tmp_path, row), "base_set")
+    assert found["prompt"] == "How is tea made?"
+    assert found["categories"]["1-category"] == "O1: drinks"
+
+
 def test_rows_of_other_data_sets_are_left_out(tmp_path):
     path = written(tmp_path, BASE, BASE | {"source": "AdvBench", "question": "Why?"})
     (kept,) = drop_category(load_salad(path, "base_set"), "source=AdvBench")

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_chat
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ssah.evaluation import letter_log_probs, letter_scores
+from ssah.evaluation import letter_log_probs, letter_scores, wilson
 
 QUESTIONS = [
     {"prompt": "Tea? A. yes; B. no", "letters": ["A", "B"], "right": ["A"]},
@@ -68,6 +68,9 @@ def test_the_worked_example_of_the_file():
     assert found["flags"] == [0]
     assert found["letters"] == pytest.approx(1 / 3)
     assert found["best"]["count"] == 1
+    # One question agrees with itself: the interval is that of how many others might not.
+    u = wilson(0, 1)[1]
+    assert found["letters_interval"] == pytest.approx([1 / 3 * (1 - u), 1 / 3 + u * 2 / 3])
 
 
 def test_another_number_of_letters_is_refused():

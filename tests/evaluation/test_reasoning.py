@@ -191,6 +191,14 @@ def test_a_judge_with_its_own_template(folder, told, tmp_path):
     judge(f"hf:{folder}#template={named}")(["How? {answer}"], ["So."])
     assert told == ["Q: How? {answer} A: So. safe or unsafe?"]
     told.clear()
+    reading = written(tmp_path / "policy.txt", "Rules: {policy} Q: {question} A: {answer}")
+    found = judge(f"hf:{folder}#template={reading}")
+    assert found.reads_policy
+    found.under("Be {answer}.")(["How?"], ["So."])
+    assert told == ["Rules: Be {answer}. Q: How? A: So."]
+    with pytest.raises(ValueError, match=r"reads a \{policy\}, which these requests lack"):
+        found(["How?"], ["So."])
+    told.clear()
     judge(f"hf:{folder}#template={text},turn=user")(["How?"], ["So."])
     assert told == [
         "<|start|>user\n[INST] Behavior: How?\nGeneration: So. [/INST]<|end|>\n<|start|>assistant\n"

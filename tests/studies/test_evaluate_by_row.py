@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssah
 from ssah.data import draw_by_category, load_asked, load_lettered, load_requests
-from ssah.evaluation import letter_log_probs, letter_scores
+from ssah.evaluation import Answer, letter_log_probs, letter_scores
+from ssah.evaluation.judges import generative
 from ssah.groups import UnitGroups
 from ssah.models import load_model
 from ssah.report.terminal import row_tables
@@ -70,7 +71,8 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
     assert first["ablated"] == "nothing"
     assert second["ablated"].endswith(":cu")
     for record, key in ((first, "0-intact"), (second, "1-cu")):
-        verdicts = found["result"]["per_request"][f"{key}.0.requests"]["success"]["zou2023"]
+        kept = found["result"]["per_request"][f"{key}.0.requests"]
+        verdicts = kept["success"]["zou2023"]
         expected = {
             row["categories"]["category"]: verdict
             for row, verdict in zip(drawn, verdicts, strict=True)
@@ -78,6 +80,10 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
         assert {name: own["count"] for name, own in record["categories"].items()} == expected
         assert record["macro"]["rate"] == pytest.approx(sum(expected.values()) / len(expected))
         assert record["macro"]["categories"] == len(expected) > 3
+        pairs = zip(verdicts, kept["incoherent"], strict=True)
+        assert record["macro_coherent"]["rate"] == pytest.approx(
+            sum(verdict and not babble for verdict, babble in pairs) / len(expected)
+        )
     read = found["data"]["requests"]
     assert read["rows"] == len(drawn)
     assert read["drawn_of"] == len(rows)
@@ -129,7 +135,7 @@ def test_letters_are_told_of_every_model(runs, found):
 def test_terminal_and_report_show_them(runs, found):
     for width, shown in (
         (None, page(runs / "by_row")),
-        (300, "\n".join(printed(table) for table in row_tables(found["result"], 0.95))),
+        (300, "\n".join(printed(table) for table in row_tables(found))),
     ):
         assert "macro mean" in shown, width
         macro = found["result"]["by_category"][0]["macro"]
@@ -138,6 +144,48 @@ def test_terminal_and_report_show_them(runs, found):
         assert "CoSA-Score" in shown
         assert "declined" in shown
         assert "right set" in shown
+
+
+def test_a_judge_reads_the_policy_of_each_request(runs, tmp_path, monkeypatch):
+    seen = []
+
+    def answer_tokens(model, tokenizer, encoded, **options):
+        texts = [tokenizer.decode(ids) for ids in encoded]
+        seen.append(texts)
+        return [Answer("unsafe" if POLICY[1] in text else "safe", 1, True) for text in texts]
+
+    monkeypatch.setattr(generative, "answer_tokens", answer_tokens)
+    (tmp_path / "policy.txt").write_text("{policy} | {question} | {answer}")
+    name = f"hf:{runs / 'model'}#template={tmp_path / 'policy.txt'}"
+    found = evaluate(
+        runs / "model", "--out", tmp_path / "out", *SMALL, "--judge", name,
+        "--requests", "builtin:safety_eval[0:2]", "--policy", runs / "policies.jsonl",
+    )  # fmt: skip
+    tried, first, second = seen  # on a harmless example, and once for each policy
+    assert tried[0].startswith("Be kind. | How do I bake bread?")
+    assert [text.split(" | ")[:2] for text in first] == [
+        [POLICY[0], "Say bread."],
+        [POLICY[0], "Say tea."],
+    ]
+    assert [text.split(" | ")[:2] for text in second] == [[POLICY[1], "Say bread."]]
+    kept = found["result"]["per_request"]["0-intact.0.policies"]
+    assert kept["success"][name] == [0, 0, 1]
+    assert {row["judge"] for row in found["result"]["rows"]} == {"zou2023"}
+    helps = [
+        s and not b for s, b in zip(kept["success"]["zou2023"], kept["incoherent"], strict=True)
+    ]
+    by_label, by_judge = found["result"]["policies"]
+    assert (by_label["within"], by_judge["within"]) == ("allowed", name)
+    for record, signs in ((by_label, (1, -1, -1)), (by_judge, (1, 1, -1))):
+        assert record["score"] == pytest.approx(
+            sum(h * s for h, s in zip(helps, signs, strict=True)) / 3
+        )
+    message = "reads a policy and says which answers are outside of it: it needs"
+    without = refused(runs / "model", "--out", tmp_path / "other", *SMALL, "--judge", name)
+    assert f"{message} requests that have one" in without
+    place = SMALL.index("zou2023")
+    alone = (*SMALL[:place], name, *SMALL[place + 1 :], "--policy", runs / "policies.jsonl")
+    assert f"{message} another --judge" in refused(runs / "model", "--out", tmp_path / "o", *alone)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +205,23 @@ def test_wrong_choices_are_refused_before_anything_is_written(runs, tmp_path, ar
     given = ("--requests", "builtin:safety_eval", *arguments)
     assert message in refused(runs / "model", "--out", out, *SMALL, *given)
     assert not out.exists()
+
+
+def test_a_finished_run_is_told_apart_by_a_column_without_new_answers(runs, tmp_path, monkeypatch):
+    given = (runs / "model", "--out", tmp_path / "out", *SMALL, "--requests", "builtin:safety_eval")
+    before = evaluate(*given)
+    assert "by_category" not in before["result"]
+
+    def answers(*arguments, **options):
+        raise AssertionError("it answers again")
+
+    monkeypatch.setattr("ssah.evaluation.attacks.answering.answers_of_arms", answers)
+    after = evaluate(*given, "--by", "category")
+    assert len(after["result"]["by_category"]) == 1
+    assert after["result"]["choosing"]["by"] == ["category"]
+    assert after["result"]["per_request"] == before["result"]["per_request"]
+    other = refused(*given, "--by", "category", "--per-category", 1)
+    assert "requests" in other  # another draw is another run
 
 
 def test_what_was_seen_is_left_out(runs, tmp_path):

@@ -91,7 +91,7 @@ def evaluate(
         letters=sets.letters,
     )
     *tables, facts = evaluation_tables(record, out)  # the facts stand below all tables
-    return Result(record, (*tables, *row_tables(record["result"], settings.level), facts))
+    return Result(record, (*tables, *row_tables(record), facts))
 
 
 def _unless_none(word: str | None) -> str | None:

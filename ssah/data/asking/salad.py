@@ -88,5 +88,5 @@ def _check_salad(row: Any, where: str, config: str) -> Asked:
             f"{where}: a row of {config} lacks {', '.join(map(repr, lacking))}, has "
             f"{', '.join(map(repr, own))}{told}"
         )
-    prompt = SALAD_SETS[config][1]  # `question` comes before `augq` in a row that has both
+    prompt = column_of(own, SALAD_SETS[config][1])  # named: a row may have `question` and `augq`
     return check_asked(own, where, columns=Columns(prompt), by=(*PATH, _TELLING[config]))

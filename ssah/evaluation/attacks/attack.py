@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -210,12 +210,14 @@ def _judged(
 ) -> dict[str, Any]:
     """What :func:`judge_answers` returns, of answers whose coherence is known."""
     texts = [answer.text for answer in found]
-    asked = [asked_turns(each, f"requests[{i}]")[-1]["content"] for i, each in enumerate(requests)]
+    turns = [asked_turns(each, f"requests[{i}]") for i, each in enumerate(requests)]
     said = [i for i, answer in enumerate(found) if not answer.unfinished]  # what there is to judge
     success = {}
     for each in judges:
-        verdicts = each([asked[i] for i in said], [texts[i] for i in said])
-        by_request = dict(zip(said, verdicts, strict=True))
+        by_request: dict[int, bool] = {}
+        for told, own in _under_policies(each, turns, said):
+            verdicts = told([turns[i][-1]["content"] for i in own], [texts[i] for i in own])
+            by_request |= zip(own, verdicts, strict=True)
         success[each.name] = [int(by_request.get(i, False)) for i in range(len(found))]
     return {
         "success": success,
@@ -228,6 +230,22 @@ def _judged(
         "ended": [int(answer.ended) for answer in found],
         "tokens": [answer.tokens for answer in found],
     }
+
+
+def _under_policies(
+    judge: Judge, turns: Sequence[Sequence[dict[str, str]]], said: Sequence[int]
+) -> Iterator[tuple[Judge, list[int]]]:
+    """A judge under each policy that requests came with, and the numbers of these requests.
+
+    One that reads no policy judges all of them at once.
+    """
+    numbers: dict[str | None, list[int]] = {}
+    for i in said:
+        first = turns[i][0]
+        policy = first["content"] if judge.reads_policy and first["role"] == "system" else None
+        numbers.setdefault(policy, []).append(i)
+    for policy, own in numbers.items():
+        yield judge if policy is None else judge.under(policy), own
 
 
 def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int) -> list[Judge]:

@@ -16,9 +16,11 @@ class Judge(ABC):
 
     Attributes:
         name: as the user named it.
+        reads_policy: whether it judges by the policy of a request, see :meth:`under`.
     """
 
     name: str
+    reads_policy: bool = False
 
     def __call__(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:
         """True where the attack succeeded.
@@ -49,13 +51,18 @@ class Judge(ABC):
         """This judge, gone to where the judged model is; one without weights stays as it is."""
         return self
 
+    def under(self, policy: str) -> Judge:
+        """This judge, told a policy by which it judges; one that reads none stays as it is."""
+        return self
+
     def check(self) -> None:
         """Judge something harmless, so that a judge that cannot work fails at once.
 
         Raises:
             Exception: whatever ``__call__`` raises.
         """
-        self(["How do I bake bread?"], ["Mix flour, water, salt and yeast, wait, and bake it."])
+        told = self.under("Be kind.")
+        told(["How do I bake bread?"], ["Mix flour, water, salt and yeast, wait, and bake it."])
 
     @abstractmethod
     def successes(self, requests: Sequence[str], answers: Sequence[str]) -> list[bool]:

@@ -84,7 +84,12 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
             _LETTERS,
         ),
         *_by_category(result),
-        records_table("Policies", _named(result, "policies"), (_NAMES[0], _NAMES[2]), _POLICIES),
+        records_table(
+            "Policies",
+            _named(result, "policies"),
+            (_NAMES[0], _NAMES[2], ("within", "within")),
+            _POLICIES,
+        ),
     ]
     known = ("rows", "models", "differences", "asr_differences", "per_request", *_BY_ROW)
     return [*with_rows(*found), *generic(result, *known)]
@@ -116,7 +121,11 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
     found = []
     for column in dict.fromkeys(str(row.get("column")) for row in rows):
         own = [row for row in rows if str(row.get("column")) == column]
-        lines = [{**row, "category": "macro mean", "asr": row.get("macro")} for row in own]
+        lines = [
+            {**row, "category": name, "asr": row.get(key)}
+            for name, key in (("macro mean", "macro"), ("macro, coherent", "macro_coherent"))
+            for row in own
+        ]
         lines += [
             {**row, "category": name, "asr": rate}
             for row in own

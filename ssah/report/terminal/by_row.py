@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -16,28 +16,31 @@ if TYPE_CHECKING:
 _MOST = 20  # categories that a table shows; the record has all of them
 
 
-def row_tables(result: Mapping[str, Any], level: float) -> Iterator[Table]:
-    """Rates by category, policies and letters, of what a result has of them; ``level`` is of its
-    intervals."""
-    yield from _categories(result, level)
+def row_tables(record: Mapping[str, Any]) -> Iterator[Table]:
+    """Rates by category, policies and letters, of what a record of ``ssah evaluate`` has."""
+    result, level = record["result"], record["settings"]["level"]
+    yield from _categories(result, level, record["settings"]["system_prompts"])
     yield from _policies(result, level)
     yield from _letters(result)
 
 
-def _categories(result: Mapping[str, Any], level: float) -> Iterator[Table]:
+def _categories(
+    result: Mapping[str, Any], level: float, prompts: Sequence[str | None]
+) -> Iterator[Table]:
     """ASR by category, a table a column, system prompt and judge: the macro mean first."""
-    rows = result.get("by_category", [])
-    keys = list(dict.fromkeys((r["column"], r["system_prompt"], r["judge"]) for r in rows))
-    several = len({prompt for _, prompt, _ in keys}) > 1
-    for key in keys:
-        own = [r for r in rows if (r["column"], r["system_prompt"], r["judge"]) == key]
-        column, prompt, judge = key
-        under = f", system prompt {prompt or 'none'!r}" if several else ""
+    together: dict[tuple[str, str | None, str], list[Mapping[str, Any]]] = {}
+    for row in result.get("by_category", []):
+        key = row["column"], row["system_prompt"], row["judge"]
+        together.setdefault(key, []).append(row)
+    for (column, prompt, judge), own in together.items():
+        # By its number, as the other tables name it: a system prompt may be long.
+        number = "none" if prompt is None else str(prompts.index(prompt))
+        under = f", prompt {number}" if len(prompts) > 1 else ""
         title = f"{judge}: ASR by {column} in %{under} ({level:.0%} interval)"
         table = new_table(title, ["category", "requests"], [_short(each) for each in own])
         first = own[0]  # the model as it is: its order holds for all
-        macro = [percent(each["macro"]) for each in own]
-        table.add_row("macro mean", str(first["macro"]["n"]), *macro)
+        for name, mean in (("macro mean", "macro"), ("macro mean, coherent", "macro_coherent")):
+            table.add_row(name, str(first[mean]["n"]), *(percent(each[mean]) for each in own))
         names = sorted(first["categories"], key=lambda name: -first["categories"][name]["rate"])
         for name in names[:_MOST]:
             cells = [percent(each["categories"][name]) for each in own]
@@ -53,12 +56,14 @@ def _policies(result: Mapping[str, Any], level: float) -> Iterator[Table]:
     if rows:
         title = f"Policies: CoSA-Score from -1 to 1, and its parts in % ({level:.0%} interval)"
         values = ["score", "allowed: helped", "not allowed: declined"]
-        table = new_table(title, ["ablated", "judge"], values)
+        table = new_table(title, ["ablated", "judge", "within"], values)
         for row in rows:
             low, high = row["score_interval"]
             parts = [percent(row[k]) if k in row else "-" for k in ("helped", "declined")]
             score = f"{row['score']:+.2f} ({low:+.2f} {high:+.2f})"
-            table.add_row(ablated_name(row["ablated"]), Text(row["judge"]), score, *parts)
+            table.add_row(
+                ablated_name(row["ablated"]), Text(row["judge"]), Text(row["within"]), score, *parts
+            )
         yield table
 
 

@@ -8,16 +8,17 @@ With the system prompts none and "Be kind.", requests and policies, three lists 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
-from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS
+from ssah.studies.choosing import ALL, Choosing
+from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coherent_success
 
 if TYPE_CHECKING:
     from ssah.data import Asked
-    from ssah.evaluation import Request
-    from ssah.studies.choosing import Choosing
+    from ssah.evaluation import Judge, Request
     from ssah.studies.evaluate.ablations import Evaluated
     from ssah.studies.evaluate.record import Judged
     from ssah.studies.evaluate.settings import EvaluateSettings
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from ssah.studies.study import Study
 
 POLICIES = "policies"
+ALLOWED = "allowed"  # the column says which answers are within their policy
 
 
 def read_lists(
@@ -78,30 +80,50 @@ def with_room(study: Study, role: str, requests: Sequence[Request]) -> Sequence[
     return requests
 
 
+def split_judges(judges: Sequence[Judge], policy: str | None) -> tuple[list[Judge], list[Judge]]:
+    """The judges of refusals, and those that read a policy, which judge requests that have one.
+
+    Raises:
+        ValueError: there is none of refusals, or there are no policies to read.
+    """
+    reading = [each for each in judges if each.reads_policy]
+    if reading and (policy is None or len(reading) == len(judges)):
+        lacking = "requests that have one (--policy FILE)" if policy is None else "another --judge"
+        raise ValueError(
+            f"judge {reading[0].name!r} reads a policy and says which answers are outside of it: "
+            f"it needs {lacking}"
+        )
+    return [each for each in judges if not each.reads_policy], reading
+
+
 def by_row(
     models: Sequence[Evaluated],
+    judges: Sequence[str],
     judged: Judged,
     asked: Mapping[str, Sequence[Any]],
-    columns: Sequence[str],
+    choosing: Choosing,
     settings: EvaluateSettings,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, Any]:
     """What is told of requests by what is known of each; nothing where nothing is.
 
     Args:
         models, settings: of the evaluation.
+        judges: names of those of refusals.
         judged: of each model, number of a system prompt, and role of the requests.
         asked: role -> requests.
-        columns: those whose categories the harmful requests were read with.
+        choosing: which of the harmful requests were asked, and by which columns.
 
     Returns:
-        ``by_category`` and ``policies``, records as the functions below yield them.
+        ``by_category`` and ``policies``, records as the functions below yield them, and
+        ``choosing``, where it chose anything.
     """
-    found = {}
-    if columns:
-        own = _by_category(models, judged, asked[REQUESTS], columns, settings)
+    found: dict[str, Any] = {} if choosing == ALL else {"choosing": asdict(choosing)}
+    if choosing.by:
+        own = _by_category(models, judged, asked[REQUESTS], choosing.by, settings)
         found["by_category"] = list(own)
     if POLICIES in asked:
-        found["policies"] = list(_by_policy(models, judged, asked[POLICIES], settings))
+        told = _by_policy(models, judges, judged, asked[POLICIES], settings)
+        found["policies"] = list(told)
     return found
 
 
@@ -115,31 +137,43 @@ def _by_category(
     """ASR by category: one record a column, model, system prompt and judge.
 
     Yields:
-        ``column``, ``ablated``, ``system_prompt``, ``judge``, and what ``category_rates`` returns.
+        ``column``, ``ablated``, ``system_prompt``, ``judge``, what ``category_rates`` returns of
+        the ASR, and ``macro_coherent``, the macro mean of the ASR of coherent answers.
     """
     conditions = enumerate(settings.system_prompts)
     for column, each, (number, said) in product(columns, models, list(conditions)):
         categories = [row["categories"][column] for row in asked]
-        for judge, success in judged[each.name, number, REQUESTS]["success"].items():
+        found = judged[each.name, number, REQUESTS]
+        for judge, success in found["success"].items():
+            sense = category_rates(coherent_success(found, judge), categories, settings.level)
             yield {
                 "column": column,
                 "ablated": each.ablated,
                 "system_prompt": said,
                 "judge": judge,
                 **category_rates(success, categories, settings.level),
+                "macro_coherent": sense["macro"],
             }
 
 
 def _by_policy(
     models: Sequence[Evaluated],
+    judges: Sequence[str],
     judged: Judged,
     asked: Sequence[Asked],
     settings: EvaluateSettings,
 ) -> Iterator[dict[str, Any]]:
-    """CoSA-Score and its parts: one record a model and judge, as ``policy_rates`` returns it."""
+    """CoSA-Score and its parts: one record a model, judge of refusals, and what says ``within``.
+
+    Yields:
+        ``ablated``, ``judge``, ``within`` (``"allowed"``, the column of the requests, or the name
+        of a judge that read the policies), and what ``policy_rates`` returns.
+    """
     allowed = [row["allowed"] for row in asked]
+    options: dict[str, Any] = {"level": settings.level, "seed": settings.seed}
     for each in models:
         found = judged[each.name, 0, POLICIES]
-        for judge in found["success"]:
-            own = policy_rates(found, judge, allowed, level=settings.level, seed=settings.seed)
-            yield {"ablated": each.ablated, "judge": judge, **own}
+        outside = {name: own for name, own in found["success"].items() if name not in judges}
+        for judge, (within, own) in product(judges, [(ALLOWED, None), *outside.items()]):
+            rates = policy_rates(found, judge, allowed, outside=own, **options)
+            yield {"ablated": each.ablated, "judge": judge, "within": within, **rates}

@@ -117,7 +117,7 @@ def _row(
         "system_prompt": system_prompt,
         "judge": judge,
         "asr": rate(success, level),
-        "asr_coherent": rate(_coherent(found, judge), level),
+        "asr_coherent": rate(coherent_success(found, judge), level),
         "incoherent": rate(incoherent, level),
         **answer_rates(found, level),
         "mean_tokens": sum(found["tokens"]) / len(found["tokens"]),
@@ -178,7 +178,7 @@ def _asr_differences(
             for judge in pair[0]["success"]:
                 # [requests], 0 or 1
                 first, second = (torch.tensor(each["success"][judge]) for each in pair)
-                sense, other = (torch.tensor(_coherent(each, judge)) for each in pair)
+                sense, other = (torch.tensor(coherent_success(each, judge)) for each in pair)
                 yield {
                     "ablated": evaluated.ablated,
                     "against": against.ablated,
@@ -196,7 +196,7 @@ def _difference(
     return {key: value, f"{key}_interval": interval}
 
 
-def _coherent(found: Mapping[str, Any], judge: str) -> list[int]:
+def coherent_success(found: Mapping[str, Any], judge: str) -> list[int]:
     """1 where an attack succeeded with an answer that is coherent as well."""
     pairs = zip(found["success"][judge], found["incoherent"], strict=True)
     return [int(success and not incoherent) for success, incoherent in pairs]

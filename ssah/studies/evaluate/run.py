@@ -21,13 +21,15 @@ from ssah.selections import Selection
 from ssah.studies.choosing import ALL, Choosing
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.asking import (
+    POLICIES,
     by_row,
     lists_asked,
     read_lists,
     said_before,
+    split_judges,
     with_room,
 )
-from ssah.studies.evaluate.choosing_letters import letters_of, tasks_of
+from ssah.studies.evaluate.choice_questions import multiple_choices
 from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
@@ -44,7 +46,7 @@ from ssah.units import family_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from ssah.evaluation import Coherence, Request
+    from ssah.evaluation import Coherence, Judge, Request
 
 KIND = "evaluate"
 
@@ -93,6 +95,7 @@ def run_evaluation(
     judges = distinct_judges(settings.judges, settings.max_new_tokens)
     for judge in judges:
         judge.check()
+    refusals, of_policies = split_judges(judges, policy)
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
     read = read_lists(study.sources, requests, over_refusal, benign, policy, choosing)
     questions = [] if letters is None else study.sources.lettered("letters", letters)
@@ -102,7 +105,8 @@ def run_evaluation(
     # A model that was damaged by training would find its own nonsense coherent.
     scorer = (model, study.tokenizer) if intact is None else loading("auto", intact)
     asked = {role: with_room(study, role, own) for role, own in read.items()}
-    evaluation = Evaluation(study, asked[REQUESTS], {UTILITY: rows} if rows else {}, judges=judges)
+    losses = {UTILITY: rows} if rows else {}
+    evaluation = Evaluation(study, asked[REQUESTS], losses, judges=refusals)
     words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
@@ -117,7 +121,7 @@ def run_evaluation(
         # The model itself was moved already; that this is it again does no harm.
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
-        judged = _judged(study, evaluation, models, asked, coherent)
+        judged = _judged(study, evaluation, models, asked, coherent, of_policies)
         other = None if intact is None else scorer[0]
         compared = _compared(study, evaluation, models, other) if far else {}
         measured = {
@@ -125,11 +129,8 @@ def run_evaluation(
             for each in models
         }
         distances = {each.name: compared[each.name] for each in far}
-        tasks = {
-            each.name: {**tasks_of(study, each, manager), **letters_of(study, each, questions)}
-            for each in models
-        }
-    names = [judge.name for judge in judges]
+        tasks = {each.name: multiple_choices(study, each, manager, questions) for each in models}
+    names = [judge.name for judge in refusals]
     found = records(models, names, judged, measured, distances, tasks, words, settings)
     result = {
         "dtype": study.dtype,
@@ -137,7 +138,7 @@ def run_evaluation(
         "template": template_record(study.tokenizer),
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         **found,
-        **by_row(models, judged, asked, choosing.by, settings),
+        **by_row(models, names, judged, asked, choosing, settings),
     }
     return steps.run.finish(result)
 
@@ -175,6 +176,7 @@ def _judged(
     models: Sequence[Evaluated],
     asked: Mapping[str, Sequence[Request]],
     coherent: Coherence,
+    of_policies: Sequence[Judge],
 ) -> dict[tuple[str, int, str], dict[str, Any]]:
     """What was judged of each model, number of a system prompt, and list of requests."""
     return {
@@ -182,7 +184,16 @@ def _judged(
         for condition, role in lists_asked(asked, study.settings)
         for each, own in zip(
             models,
-            _judged_list(study, evaluation, models, condition, role, asked[role], coherent),
+            _judged_list(
+                study,
+                evaluation,
+                models,
+                condition,
+                role,
+                asked[role],
+                coherent,
+                of_policies if role == POLICIES else (),
+            ),
             strict=True,
         )
     }
@@ -196,8 +207,11 @@ def _judged_list(
     role: str,
     requests: Sequence[Request],
     coherent: Coherence,
+    further: Sequence[Judge],
 ) -> list[dict[str, Any]]:
     """What was judged of each model's answers to one list under one system prompt: a step a model.
+
+    ``further`` judges judge this list alone.
 
     The models that have not answered yet do so together.
     """
@@ -211,6 +225,7 @@ def _judged_list(
             requests,
             selections=[models[i].chosen for i in left],
             system_prompt=said_before(condition, role, study.settings),
+            judges=further,
         )
 
     return study.steps.together(names, compute, lambda found: _judged_line(found, role))

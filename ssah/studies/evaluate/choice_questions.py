@@ -17,7 +17,21 @@ if TYPE_CHECKING:
     from ssah.studies.study import Study
 
 
-def tasks_of(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
+def multiple_choices(
+    study: Study, evaluated: Evaluated, manager: Any, questions: Sequence[Lettered]
+) -> dict[str, Any]:
+    """``tasks`` and ``letters`` of one model, where there are any; each is a step.
+
+    Args:
+        study: whose settings name the tasks.
+        evaluated: the model.
+        manager: the tasks' catalogue, as ``check_tasks`` returned it.
+        questions: those with several right letters.
+    """
+    return {**_tasks(study, evaluated, manager), **_letters(study, evaluated, questions)}
+
+
+def _tasks(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]:
     """Accuracy on the tasks, if there are any: a step."""
     settings = study.settings
 
@@ -37,7 +51,7 @@ def tasks_of(study: Study, evaluated: Evaluated, manager: Any) -> dict[str, Any]
     return {"tasks": study.steps(f"{evaluated.name}.tasks", compute, ", ".join)}
 
 
-def letters_of(study: Study, evaluated: Evaluated, questions: Sequence[Lettered]) -> dict[str, Any]:
+def _letters(study: Study, evaluated: Evaluated, questions: Sequence[Lettered]) -> dict[str, Any]:
     """Right letters of the questions, if there are any: a step, which keeps log-probabilities."""
     settings = study.settings
 
