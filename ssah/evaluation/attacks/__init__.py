@@ -8,6 +8,7 @@ from ssah.evaluation.attacks.attack import (
     judge_answers,
     judged_answers,
 )
+from ssah.evaluation.attacks.batching import identical_tokens
 from ssah.evaluation.attacks.rates import answer_rates, rate, summary
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
 
@@ -16,6 +17,7 @@ __all__ = [
     "answer_rates",
     "attack_success",
     "distinct_judges",
+    "identical_tokens",
     "judge_answers",
     "judged_answers",
     "rate",

@@ -19,6 +19,7 @@ from ssah.evaluation import (
     distinct_judges,
     divergences,
     fitting,
+    identical_tokens,
     multiple_choice,
     prompts,
     room_of,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from ssah.evaluation import Coherence
 
 KIND = "evaluate"
+_TRIED = 4  # requests that are answered once more, one by one
 
 
 def run_evaluation(
@@ -73,8 +75,9 @@ def run_evaluation(
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, KL, tasks), ``differences`` (of the utility loss)
-        and ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
+        ``models`` (one a model: margin, utility, KL, tasks), ``identical_tokens`` (of shared
+        batches and of each model alone; None in float32), ``differences`` (of the utility loss) and
+        ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``.
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -121,12 +124,14 @@ def run_evaluation(
         }
         distances = {each.name: compared[each.name] for each in far}
         tasks = {each.name: _tasks(study, each, manager) for each in models}
+        identical = _identical(study, models, asked[REQUESTS])
     names = [judge.name for judge in judges]
     found = records(models, names, judged, measured, distances, tasks, words, settings)
     result = {
         "dtype": study.dtype,
         "coherence": coherent.describe(),
         "template": template_record(study.tokenizer),
+        "identical_tokens": identical,
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         **found,
     }
@@ -289,6 +294,28 @@ def _compared(
         }
 
     found: dict[str, dict[str, Any]] = study.steps("compared", compute)
+    return found
+
+
+def _identical(
+    study: Study, models: Sequence[Evaluated], requests: Sequence[str]
+) -> dict[str, Any] | None:
+    """How many tokens of a few answers are those of each model alone; None: all, in float32."""
+    if study.dtype == "float32":
+        return None
+
+    def compute() -> dict[str, Any]:
+        return identical_tokens(
+            study.model,
+            study.tokenizer,
+            requests[:_TRIED],
+            [each.chosen for each in models],
+            max_new_tokens=study.settings.max_new_tokens,
+            system_prompt=study.settings.system_prompts[0],
+        )
+
+    # Not counted in the bar, whose length is set before the precision is chosen.
+    found: dict[str, Any] = study.steps.run.step("identical", compute)
     return found
 
 
