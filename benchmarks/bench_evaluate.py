@@ -28,15 +28,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-
-import tiny_chat
 
 import ssah
 from benchmarks import common
+from benchmarks.chat import BATCH, random_model
 from ssah.data import load_requests
 from ssah.evaluation import Coherence, judge, judged_answers, prompts
 from ssah.evaluation.attacks.attack import counting
@@ -49,29 +46,6 @@ from ssah.units import UnitSet, find_modules
 
 LIMIT = 1 / 3  # of the time one by one, for four arms
 SHARE = 0.01  # of all units, in each arm
-_BATCH = 16
-# As long as SmolLM2's own system message, which stands before every request.
-_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-def random_model(width: int, layers: int) -> tuple[PreTrainedModel, Any]:
-    """A Llama of that shape, and the tokenizer of the tests with a system message."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=800,  # those of the tokenizer: other tokens would be no text to score
-        hidden_size=width,
-        intermediate_size=8 * width // 3 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 192,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    tokenizer = tiny_chat.tokenizer()
-    said = f"<|start|>system\n{_SYSTEM}<|end|>\n"
-    tokenizer.chat_template = said + tokenizer.chat_template
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
 
 
 def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any, new: int) -> Any:
@@ -82,8 +56,8 @@ def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any,
     every = []
     for units in selections:
         found: dict[int, list[int]] = {}
-        for start in range(0, len(order), _BATCH):
-            own = order[start : start + _BATCH]
+        for start in range(0, len(order), BATCH):
+            own = order[start : start + BATCH]
             width = max(len(encoded[i]) for i in own)
             gaps = [width - len(encoded[i]) for i in own]
             pairs = list(zip(own, gaps, strict=True))
@@ -104,7 +78,7 @@ def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any,
             {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
             for prompt, ids in zip(encoded, said, strict=True)
         ]
-        for _ in log_probs_by_length(model, tokenizer, examples, _BATCH):
+        for _ in log_probs_by_length(model, tokenizer, examples, BATCH):
             pass
         every.append([ids[: _end(ids, stops)] for ids in rows])
     return every
@@ -143,7 +117,7 @@ def together(model: Any, tokenizer: Any, requests: list[str], selections: Any, n
         counting(lambda _: None),
         selections=selections,
         max_new_tokens=new,
-        batch_size=_BATCH,
+        batch_size=BATCH,
     )
 
 

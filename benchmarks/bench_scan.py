@@ -2,7 +2,7 @@
 
 Two ratios, each within one process, in seconds of the processor:
 
-* ``shares``: ``ssah scan`` with twelve shares of SCU and UCU, less what a scan of one takes. A scan
+* ``shares``: ``ssah scan`` with twelve shares of SCU and UCU, beside one of one share. A scan
   scores units once, so that the ratio is smaller than that of the points, 40 to 7.
 * ``point``: margins and losses of one model as they are measured, where a request is run once for
   both openings and what rows begin with alike once, beside a pass over whole rows for each.
@@ -22,18 +22,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
 
 from benchmarks import common
-from benchmarks.bench_evaluate import random_model
-from ssah.data import Collator, load_requests, make_loader
-from ssah.evaluation import COMPLIANCE, REFUSAL, refusal_margins, utility_loss
-from ssah.evaluation.measures import opened
+from benchmarks.chat import BATCH, random_model, whole_rows
+from ssah.data import load_requests, make_loader
+from ssah.evaluation import refusal_margins, utility_loss
 from ssah.models import load_model
 from ssah.studies import Loading
 from ssah.studies.scan import ScanSettings, run_scan
@@ -42,12 +39,11 @@ LIMIT = 3  # of twelve shares beside one
 ONE = (0.008,)
 TWELVE = tuple(round(0.0027 * k, 4) for k in range(1, 13))
 _RU = (0.15,)
-_BATCH = 16
 
 
 def scan(folder: str, shares: tuple[float, ...], out: Path) -> dict[str, Any]:
     """The record of a scan of the built-in sets."""
-    settings = ScanSettings(shares=shares, ru_shares=_RU, batch_size=_BATCH)
+    settings = ScanSettings(shares=shares, ru_shares=_RU, batch_size=BATCH)
     return run_scan(
         Loading(folder, dtype="float32"),
         out,
@@ -78,46 +74,10 @@ def of_shares(model: Any, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def whole_rows(model: Any, tokenizer: Any, requests: list[str]) -> list[float]:
-    """Margins and the utility loss, every row run as a whole: the margins, then the loss."""
-    examples = [row for text in (REFUSAL, COMPLIANCE) for row in opened(requests, text, tokenizer)]
-    collator, order = (
-        Collator(tokenizer),
-        sorted(range(len(examples)), key=lambda i: -len(examples[i]["input_ids"])),
-    )
-    means = [0.0] * len(examples)
-    for start in range(0, len(order), _BATCH):
-        own = order[start : start + _BATCH]
-        nats, tokens = _nats(model, collator([examples[i] for i in own]))
-        for i, value, n in zip(own, nats, tokens, strict=True):
-            means[i] = -value / n
-    n = len(requests)
-    pairs = [
-        _nats(model, batch)
-        for batch in make_loader("builtin:utility_eval", tokenizer, batch_size=_BATCH)
-    ]
-    loss = sum(sum(nats) for nats, _ in pairs) / sum(sum(tokens) for _, tokens in pairs)
-    return [*(a - b for a, b in zip(means[:n], means[n:], strict=True)), loss]
-
-
-def _nats(model: Any, batch: Any) -> tuple[list[float], list[int]]:
-    """Nats and tokens of the response of each row, with the columns that some row predicts in."""
-    ids, labels = batch["input_ids"], batch["labels"]
-    columns = (labels[:, 1:] != -100).any(0).nonzero()[:, 0]
-    with torch.inference_mode():
-        # Rows are padded on the right, so that no mask is needed.
-        logits = model(input_ids=ids, use_cache=False, logits_to_keep=columns).logits
-        targets = labels[:, 1:][:, columns]
-        nats = torch.nn.functional.cross_entropy(
-            logits.transpose(1, 2), targets, ignore_index=-100, reduction="none"
-        )
-    return nats.double().sum(1).tolist(), (targets != -100).sum(1).tolist()
-
-
 def as_measured(model: Any, tokenizer: Any, requests: list[str]) -> list[float]:
     """The same as the library measures it."""
-    loader = make_loader("builtin:utility_eval", tokenizer, batch_size=_BATCH)
-    margins = refusal_margins(model, tokenizer, requests, batch_size=_BATCH)
+    loader = make_loader("builtin:utility_eval", tokenizer, batch_size=BATCH)
+    margins = refusal_margins(model, tokenizer, requests, batch_size=BATCH)
     return [*margins.tolist(), utility_loss(model, loader)]
 
 
@@ -147,17 +107,19 @@ def of_point(model: Any, tokenizer: Any, repeats: int) -> dict[str, Any]:
 def show(record: dict[str, Any]) -> None:
     """Print the table."""
     table = Table(title=f"A scan of {record['model']}, in seconds of the processor")
-    for column in ("what", "before or one", "now or twelve", "ratio", "limit"):
+    for column in ("what", "seconds", "beside", "seconds", "ratio", "limit"):
         table.add_column(column, justify="right")
     if "shares" in record:
         own = record["shares"]
-        seconds, points = own["seconds"], own["points"]
-        cells = [f"{seconds[name]:.1f} ({points[name]} points)" for name in ("one", "twelve")]
-        table.add_row("shares: one, twelve", *cells, f"{own['ratio']:.2f}", f"{LIMIT}")
+        twelve, one = (f"{own['points'][name]} points" for name in ("twelve", "one"))
+        seconds = [f"{own['seconds'][name]:.1f}" for name in ("twelve", "one")]
+        ratio = f"{own['ratio']:.2f}"
+        table.add_row(f"twelve shares, {twelve}", seconds[0], f"one, {one}", seconds[1], ratio, "3")
     if "point" in record:
         own = record["point"]
-        cells = [f"{own['seconds'][name]:.2f}" for name in ("whole rows", "shared")]
-        table.add_row("point: whole rows, shared", *cells, f"{own['ratio']:.2f}", "")
+        seconds = [f"{own['seconds'][name]:.2f}" for name in ("shared", "whole rows")]
+        ratio = f"{own['ratio']:.2f}"
+        table.add_row("margins and loss", seconds[0], "whole rows", seconds[1], ratio, "")
     Console().print(table)
 
 

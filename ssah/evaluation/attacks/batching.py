@@ -51,15 +51,22 @@ def identical_tokens(
     """
     encoded = prompts(tokenizer, requests, system_prompt=system_prompt)
     jobs = [(arm, i) for arm in range(len(selections)) for i in range(len(encoded))]
-    options = {"max_new_tokens": max_new_tokens}
     together = answers_of_arms(
-        model, tokenizer, encoded, jobs, selections, at_once=len(jobs), **options
+        model,
+        tokenizer,
+        encoded,
+        jobs,
+        selections,
+        max_new_tokens=max_new_tokens,
+        at_once=len(jobs),
     )
     same = tokens = 0
     for (arm, i), answer in zip(jobs, together, strict=True):
         what = selections[arm]
         with nullcontext() if what is None else ablate(model, what):
-            (alone,) = answer_tokens(model, tokenizer, [encoded[i]], batch_size=1, **options)
+            (alone,) = answer_tokens(
+                model, tokenizer, [encoded[i]], max_new_tokens=max_new_tokens, batch_size=1
+            )
         same += sum(a == b for a, b in zip(answer.said[0], alone.said[0], strict=False))
         tokens += alone.tokens
     return {"share": same / max(1, tokens), "tokens": tokens, "requests": len(encoded)}
