@@ -1,13 +1,16 @@
-"""Judged answers of several ablated models: together, beside one after the other as before.
+"""An evaluation of several ablated models: together, beside one after the other as before.
 
 Two things are compared, each in turn within one process, on the same requests and selections:
 
 * ``together``: what ``ssah evaluate`` does: all arms in shared batches, the common beginning of
-  prompts once, one pass of the intact model over all answers.
+  prompts once, one pass of the intact model over the answers of the others; margins with a request
+  run once for both openings, and one pass for loss and KL.
 * ``one by one``: each arm by itself inside ``ssah.ablate``, with ``generate`` of transformers in
-  batches of 16, and a pass of the intact model over prompts and answers of each arm.
+  batches of 16, and a pass of the intact model over prompts and answers of each arm; margins and
+  losses of whole rows, and no KL, as before these were shared.
 
-Weights are random, so that no answer ends early, and no two arms answer alike: the worst case. With
+The ratio is of all of it; the table has answers (with their coherence) and measures apart. Weights
+are random, so that no answer ends early, and no two arms answer alike: the worst case. With
 ``--ends`` answers end, as those of a model that refuses do. An answer that repeats itself would be
 called incoherent without a pass of the model, which is switched off here on both sides. With
 ``--model`` a real model answers as it does.
@@ -22,56 +25,30 @@ import json
 import statistics
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "helpers"))
-
-import tiny_chat
 
 import ssah
 from benchmarks import common
-from ssah.data import load_requests
-from ssah.evaluation import Coherence, judge, judged_answers, prompts
+from benchmarks.chat import BATCH, UTILITY, random_model, row_nats, whole_rows
+from ssah.data import load_requests, make_loader
+from ssah.evaluation import Coherence, divergences, judge, judged_answers, prompts, refusal_margins
 from ssah.evaluation.attacks.attack import counting
 from ssah.evaluation.generating import decoding
 from ssah.evaluation.generating.generation import stop_tokens
-from ssah.evaluation.measures.loss import log_probs_by_length
 from ssah.interventions import Zero
 from ssah.models import load_model
 from ssah.units import UnitSet, find_modules
 
 LIMIT = 1 / 3  # of the time one by one, for four arms
 SHARE = 0.01  # of all units, in each arm
-_BATCH = 16
-# As long as SmolLM2's own system message, which stands before every request.
-_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-
-
-def random_model(width: int, layers: int) -> tuple[PreTrainedModel, Any]:
-    """A Llama of that shape, and the tokenizer of the tests with a system message."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=800,  # those of the tokenizer: other tokens would be no text to score
-        hidden_size=width,
-        intermediate_size=8 * width // 3 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 64,
-        num_key_value_heads=width // 192,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    tokenizer = tiny_chat.tokenizer()
-    said = f"<|start|>system\n{_SYSTEM}<|end|>\n"
-    tokenizer.chat_template = said + tokenizer.chat_template
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), tokenizer
 
 
 def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any, new: int) -> Any:
@@ -82,8 +59,8 @@ def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any,
     every = []
     for units in selections:
         found: dict[int, list[int]] = {}
-        for start in range(0, len(order), _BATCH):
-            own = order[start : start + _BATCH]
+        for start in range(0, len(order), BATCH):
+            own = order[start : start + BATCH]
             width = max(len(encoded[i]) for i in own)
             gaps = [width - len(encoded[i]) for i in own]
             pairs = list(zip(own, gaps, strict=True))
@@ -104,8 +81,7 @@ def one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any,
             {"input_ids": prompt + ids, "labels": [-100] * len(prompt) + ids}
             for prompt, ids in zip(encoded, said, strict=True)
         ]
-        for _ in log_probs_by_length(model, tokenizer, examples, _BATCH):
-            pass
+        row_nats(model, tokenizer, examples)
         every.append([ids[: _end(ids, stops)] for ids in rows])
     return every
 
@@ -143,8 +119,23 @@ def together(model: Any, tokenizer: Any, requests: list[str], selections: Any, n
         counting(lambda _: None),
         selections=selections,
         max_new_tokens=new,
-        batch_size=_BATCH,
+        batch_size=BATCH,
     )
+
+
+def measured_together(model: Any, tokenizer: Any, requests: list[str], selections: Any) -> None:
+    """Margins, losses and KL of every arm, as ``ssah evaluate`` measures them."""
+    for units in selections:
+        with nullcontext() if units is None else ssah.ablate(model, units):
+            refusal_margins(model, tokenizer, requests, batch_size=BATCH)
+    divergences(model, make_loader(UTILITY, tokenizer, batch_size=BATCH), selections)
+
+
+def measured_one_by_one(model: Any, tokenizer: Any, requests: list[str], selections: Any) -> None:
+    """Margins and losses of every arm, of whole rows."""
+    for zeroed in selections:
+        with ssah.intervene(model, *zeroed):
+            whole_rows(model, tokenizer, requests)
 
 
 def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -163,21 +154,24 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
     zeroed = [(), *[(Zero(units),) for units in drawn]]
     held = common.kibibytes("VmRSS")
     calls = {
-        "together": lambda: together(*given, [None, *drawn], options.new),
-        "one by one": lambda: one_by_one(*given, zeroed, options.new),
+        ("measures", "together"): lambda: measured_together(*given, [None, *drawn]),
+        ("measures", "one_by_one"): lambda: measured_one_by_one(*given, zeroed),
+        ("answers", "together"): lambda: together(*given, [None, *drawn], options.new),
+        ("answers", "one_by_one"): lambda: one_by_one(*given, zeroed, options.new),
     }
     # In turn, in seconds of the processor as well: other work on the machine counts in the others.
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    times: dict[tuple[str, str], list[tuple[float, float]]] = {name: [] for name in calls}
     exact: Any = None
     for _ in range(options.repeats):
         for name, call in calls.items():
             begun = time.perf_counter(), time.process_time()
             exact = call()  # of the last one, one by one
             times[name].append((time.perf_counter() - begun[0], time.process_time() - begun[1]))
-    seconds = {
-        name: [statistics.median(own) for own in zip(*each, strict=True)]
-        for name, each in times.items()
-    }
+    seconds: dict[str, dict[str, dict[str, float]]] = {"together": {}, "one_by_one": {}}
+    for (part, way), each in times.items():
+        wall, processor = (statistics.median(own) for own in zip(*each, strict=True))
+        seconds[way][part] = {"wall": wall, "processor": processor}
+    whole = {way: sum(own["processor"] for own in parts.values()) for way, parts in seconds.items()}
     encoded = prompts(tokenizer, requests)
     return {
         "arms": arms,
@@ -188,9 +182,8 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
         "identical_tokens": identical(*given, drawn, exact),
         "prompt_tokens": sum(map(len, encoded)) / len(encoded),
         "new_tokens": options.new,
-        "together": dict(zip(("wall", "processor"), seconds["together"], strict=True)),
-        "one_by_one": dict(zip(("wall", "processor"), seconds["one by one"], strict=True)),
-        "ratio": seconds["together"][1] / seconds["one by one"][1],
+        **seconds,
+        "ratio": whole["together"] / whole["one_by_one"],
         "limit": LIMIT if arms == 4 else None,
         "added_bytes": 1024 * (common.kibibytes("VmHWM") - held),
     }
@@ -198,13 +191,20 @@ def measure(arms: int, options: argparse.Namespace) -> dict[str, Any]:
 
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
-    table = Table(title="Judged answers of several arms, in seconds of the processor")
-    for column in ("arms", "together, s", "one by one, s", "ratio", "limit", "identical", "added"):
+    table = Table(
+        title="An evaluation of several arms, beside one by one before, in seconds of the processor"
+    )
+    table.add_column("arms", justify="right")
+    for column in ("answers", "before", "measures", "before", "ratio", "limit", "same", "added"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             str(row["arms"]),
-            *(f"{row[way]['processor']:.1f}" for way in ("together", "one_by_one")),
+            *(
+                f"{row[way][part]['processor']:.1f}"
+                for part in ("answers", "measures")
+                for way in ("together", "one_by_one")
+            ),
             f"{row['ratio']:.2f}",
             "" if row["limit"] is None else f"{row['limit']:.2f}",
             f"{row['identical_tokens']:.2%}",
@@ -224,7 +224,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--ends", type=int, help="One token in so many ends a random answer.")
     parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--each", type=int, nargs="+", default=[1, 4, 12], help="Numbers of arms.")
+    parser.add_argument(
+        "--each", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="Numbers of arms."
+    )
     parser.add_argument("--arms", type=int, help="Measure this number in this process alone.")
     options = parser.parse_args()
     if options.arms is not None:

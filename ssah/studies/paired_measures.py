@@ -291,7 +291,7 @@ def kl_summary(found: Mapping[str, Any], *, level: float = 0.95, seed: int = 0) 
         level, seed: of the intervals.
     """
     own = Divergence(
-        *(torch.tensor(found[key], dtype=torch.float64) for key in ("total", "tokens", "first"))
+        **{key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
     )
     shown: dict[str, Any] = {}
     for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]

@@ -9,7 +9,7 @@ import tiny_chat
 import torch
 from tiny_models import build
 
-from ssah.evaluation import Coherence, judged_answers
+from ssah.evaluation import Coherence, identical_tokens, judged_answers
 from ssah.evaluation.attacks.attack import counting
 from ssah.evaluation.generating import decoding
 from ssah.evaluation.generating.generation import answers_of_arms, stop_tokens
@@ -222,16 +222,17 @@ def test_what_the_intact_model_said_is_scored_as_it_says_it(monkeypatch):
     assert len({each.tokens for each in found}) > 1
     for (arm, row), answer in zip(jobs, found, strict=True):
         ids, log_probs = answer.said
-        assert len(ids) == len(log_probs) == (0 if arm else answer.tokens)
+        assert len(ids) == answer.tokens
+        assert len(log_probs) == (0 if arm else answer.tokens)
         with torch.no_grad():
             rows = model(input_ids=torch.tensor([encoded[row] + ids])).logits[0].log_softmax(-1)
         exact = [float(rows[len(encoded[row]) - 1 + k, token]) for k, token in enumerate(ids)]
-        assert log_probs == pytest.approx(exact, abs=1e-5)
+        assert log_probs == pytest.approx([] if arm else exact, abs=1e-5)
     plain = answers_of_arms(
         model, tokenizer, encoded, jobs, selections, **options | {"scored": False}
     )
     assert plain == found
-    assert all(each.said == ([], []) for each in plain)
+    assert all(each.said[1] == [] for each in plain)
 
 
 def test_coherence_runs_what_the_intact_model_said_itself_no_second_time():
@@ -259,3 +260,32 @@ def test_coherence_runs_what_the_intact_model_said_itself_no_second_time():
     assert scorer([text] * 2, [request] * 2, [None, (context, ids, given)]) == [mean <= 9.0] * 2
     assert passes == []
     hook.remove()
+
+
+def test_how_many_tokens_of_a_batch_are_those_of_each_model_alone(monkeypatch):
+    from dataclasses import replace
+
+    from ssah.evaluation.attacks import batching
+
+    model, tokenizer = tiny_chat.model(), tiny_chat.tokenizer()
+    selections, requests = [None, half(model, 0), select(model, "layers:1")], REQUESTS[:2]
+    stops, total = stop_tokens(model, tokenizer), 0
+    for what in selections:
+        with ablate(model, what) if what is not None else nullcontext():
+            said = [alone(model, ids, stops, 6) for ids in prompts(tokenizer, requests)]
+        total += sum(len(ids) - (ids[-1] in stops) for ids in said)
+    found = identical_tokens(model, tokenizer, requests, selections, max_new_tokens=6)
+    assert found == {"share": 1.0, "tokens": total, "requests": 2}
+
+    def other(*args, **options):
+        answers = answers_of_arms(*args, **options)
+        ids = answers[3].said[0]  # one answer goes another way after two tokens
+        answers[3] = replace(answers[3], said=([*ids[:2], *(token + 1 for token in ids[2:])], []))
+        assert len(ids) > 2
+        lost.append(len(ids) - 2)
+        return answers
+
+    lost = []
+    monkeypatch.setattr(batching, "answers_of_arms", other)
+    found = identical_tokens(model, tokenizer, requests, selections, max_new_tokens=6)
+    assert found["share"] == pytest.approx((total - lost[0]) / total)

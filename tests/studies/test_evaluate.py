@@ -390,3 +390,15 @@ def test_the_utility_rows_are_run_once_for_loss_and_kl(runs, tmp_path, monkeypat
                 nats += float(own.logsumexp(0) - own[labels[row, at + 1]])
                 n += 1
         assert found["utility_loss"] == pytest.approx(nats / n, rel=1e-6)
+
+
+def test_the_record_of_bfloat16_says_how_many_tokens_are_those_of_each_model_alone(
+    runs, found, tmp_path
+):
+    assert found["result"]["identical_tokens"] is None  # in float32 all of them
+    options = ["--out", tmp_path / "out", *SMALL, "--dtype", "bfloat16"]
+    record = evaluate(runs / "model", *options, "--ablate", f"{runs / 'groups'}:cu")
+    said = record["result"]["identical_tokens"]
+    assert said["requests"] == 4
+    assert 0 < said["share"] <= 1
+    assert 0 < said["tokens"] <= 2 * 4 * 8  # two models, at most eight tokens an answer

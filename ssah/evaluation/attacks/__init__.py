@@ -8,6 +8,7 @@ from ssah.evaluation.attacks.attack import (
     judge_answers,
     judged_answers,
 )
+from ssah.evaluation.attacks.batching import identical_tokens
 from ssah.evaluation.attacks.policies import cosa_score, policy_rates
 from ssah.evaluation.attacks.rates import answer_rates, category_rates, rate, summary
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
@@ -19,6 +20,7 @@ __all__ = [
     "category_rates",
     "cosa_score",
     "distinct_judges",
+    "identical_tokens",
     "judge_answers",
     "judged_answers",
     "policy_rates",

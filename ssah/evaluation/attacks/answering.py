@@ -96,7 +96,7 @@ class Answering:
             [each.text for each in found],
             [self.requests[i] for _, i in jobs],
             [
-                (self.encoded[i], *each.said) if each.said[0] else None
+                (self.encoded[i], *each.said) if each.said[1] else None
                 for each, (_, i) in zip(found, jobs, strict=True)
             ],
         )

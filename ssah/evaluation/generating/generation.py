@@ -38,8 +38,8 @@ class Answer:
         tokens: how many were generated, the one that ends the turn not counted.
         ended: whether the model ended its turn; otherwise it was cut off.
         unfinished: whether it ended inside its reasoning and says nothing: ``text`` is empty.
-        said: its tokens, and the log-probability of each by the model that answered, in nats; empty
-            where nobody asked.
+        said: its tokens, the one that ends the turn not among them, and the log-probability of each
+            by the model that answered, in nats; the latter are empty where nobody asked.
     """
 
     text: str
@@ -246,19 +246,19 @@ def _answer(
 ) -> Answer:
     end = next((i for i, token in enumerate(ids) if token in stops), None)
     kept = ids if end is None else ids[:end]
+    scored = (kept, (log_probs or [])[: len(kept)])
     # With special tokens, since those around reasoning may be special.
     text = str(tokenizer.decode(kept, clean_up_tokenization_spaces=False))
     opened = opens_reasoning(str(tokenizer.decode(list(prompt[-_OPENING_TOKENS:]))))
     said = spoken(text, opened=opened)
     if said is None:
-        return Answer("", len(kept), end is not None, unfinished=True)
+        return Answer("", len(kept), end is not None, unfinished=True, said=scored)
     if said == text:  # no reasoning: tokens are left out before they are joined to a text
         said = str(
             tokenizer.decode(kept, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         )
     for token in tokenizer.all_special_tokens:  # what the decoding above has kept of them
         said = said.replace(token, "")
-    scored = ([], []) if log_probs is None else (kept, log_probs[: len(kept)])
     return Answer(said.strip(), len(kept), end is not None, said=scored)
 
 

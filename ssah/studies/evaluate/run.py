@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +13,6 @@ from ssah.evaluation import (
     check_tasks,
     count_words,
     distinct_judges,
-    divergences,
 )
 from ssah.models import digest, move, weights_hash
 from ssah.selections import Selection
@@ -29,6 +27,7 @@ from ssah.studies.evaluate.asking import (
     split_judges,
     with_room,
 )
+from ssah.studies.evaluate.beside_answers import comparable, compared, identical, measured
 from ssah.studies.evaluate.choice_questions import multiple_choices
 from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
@@ -37,15 +36,11 @@ from ssah.studies.paired_measures import (
     UTILITY,
     Evaluation,
     intact_coherence,
-    losses_of,
-    measured_line,
 )
 from ssah.studies.study import Study
 from ssah.units import family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ssah.evaluation import Coherence, Judge, Request
 
 KIND = "evaluate"
@@ -82,10 +77,11 @@ def run_evaluation(
 
     Returns:
         the record of the run; its ``result`` has ``rows`` (one a model, system prompt and judge),
-        ``models`` (one a model: margin, utility, KL, tasks, letters), ``differences`` (of the
-        utility loss) and ``asr_differences`` (one a pair of models), ``per_request`` and
-        ``coherence``; with categories ``by_category`` (one a row of ``rows`` and column), with
-        policies ``policies`` (one a model and judge).
+        ``models`` (one a model: margin, utility, KL, tasks, letters), ``identical_tokens`` (of
+        shared batches and of each model alone; None in float32), ``differences`` (of the utility
+        loss) and ``asr_differences`` (one a pair of models), ``per_request`` and ``coherence``;
+        with categories ``by_category`` (one a row of ``rows`` and column), with policies
+        ``policies`` (one a model and judge).
 
     Raises:
         ValueError, OSError: wrong input; all of it is checked before anything is generated.
@@ -111,7 +107,7 @@ def run_evaluation(
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
     per_model = len(lists_asked(asked, settings)) + 1 + bool(settings.tasks) + bool(questions)
-    far = _comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
+    far = comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
     with study.under_way(
         2 + len(models) * per_model + bool(far),
         intact=intact,
@@ -123,19 +119,20 @@ def run_evaluation(
         coherent = intact_coherence(study, *scorer)
         judged = _judged(study, evaluation, models, asked, coherent, of_policies)
         other = None if intact is None else scorer[0]
-        compared = _compared(study, evaluation, models, other) if far else {}
-        measured = {
-            each.name: _measured(study, evaluation, each, compared.get(each.name))
-            for each in models
+        beside = compared(study, evaluation, models, other) if far else {}
+        margins = {
+            each.name: measured(study, evaluation, each, beside.get(each.name)) for each in models
         }
-        distances = {each.name: compared[each.name] for each in far}
+        distances = {each.name: beside[each.name] for each in far}
         tasks = {each.name: multiple_choices(study, each, manager, questions) for each in models}
+        alike = identical(study, models, asked[REQUESTS])
     names = [judge.name for judge in refusals]
-    found = records(models, names, judged, measured, distances, tasks, words, settings)
+    found = records(models, names, judged, margins, distances, tasks, words, settings)
     result = {
         "dtype": study.dtype,
         "coherence": coherent.describe(),
         "template": template_record(study.tokenizer),
+        "identical_tokens": alike,
         "rows_read": {name: each.counts.to_dict() for name, each in evaluation.loaders.items()},
         **found,
         **by_row(models, names, judged, asked, choosing, settings),
@@ -238,61 +235,3 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
         asr = role == REQUESTS  # of harmless requests, to fulfil them is no attack
         shown.append(f"{name} ASR {share:.0%}" if asr else f"{name} refused {1 - share:.0%}")
     return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
-
-
-def _measured(
-    study: Study,
-    evaluation: Evaluation,
-    evaluated: Evaluated,
-    compared: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Refusal margin and losses of one model: a step.
-
-    ``compared``: what :func:`_compared` found of it, whose pass gives the loss as well.
-    """
-    known = None
-    if compared is not None:
-        log_probs = torch.tensor(compared["log_prob"], dtype=torch.float64)
-        known = {UTILITY: losses_of(log_probs, torch.tensor(compared["tokens"]))}
-    compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
-    found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
-    return found
-
-
-def _comparable(
-    models: Sequence[Evaluated],
-    tokenizer: PreTrainedTokenizerBase,
-    of_intact: PreTrainedTokenizerBase,
-    *,
-    same: bool,
-) -> list[Evaluated]:
-    """The models that have a distance to the intact one: it has none to itself.
-
-    None of them where the two count tokens differently.
-    """
-    if same:
-        return [each for each in models if each.chosen is not None]
-    return list(models) if tokenizer.get_vocab() == of_intact.get_vocab() else []
-
-
-def _compared(
-    study: Study,
-    evaluation: Evaluation,
-    models: Sequence[Evaluated],
-    intact: PreTrainedModel | None,
-) -> dict[str, dict[str, Any]]:
-    """KL to the intact model on the utility rows, and their losses, of all models at once: a step.
-
-    Name -> ``total``, ``tokens``, ``first`` and ``log_prob``, one value a row.
-    """
-
-    def compute() -> dict[str, Any]:
-        loader, selections = evaluation.loaders[UTILITY], [each.chosen for each in models]
-        found = divergences(study.model, loader, selections, intact=intact)
-        return {
-            each.name: {key: value.tolist() for key, value in vars(own).items()}
-            for each, own in zip(models, found, strict=True)
-        }
-
-    found: dict[str, dict[str, Any]] = study.steps("compared", compute)
-    return found
