@@ -158,7 +158,7 @@ def test_who_tries_many_methods_must_show_more(found: dict[str, Any]) -> None:
 def test_where_fine_tuning_does_no_harm_there_is_nothing_to_keep(found: dict[str, Any]) -> None:
     after = found["tuned"]["mean"] | {"asr": found["intact"]["asr"] + 0.04}
     harmless = only(found, "random-freezing") | {"tuned": {"mean": after}}
-    assert recommend(harmless)["sentence"].endswith("there is hardly anything to keep.")
+    assert recommend(harmless)["sentence"].endswith("fine-tuning takes hardly any refusal away.")
 
 
 def test_a_control_that_does_harm_is_not_enough_to_beat(found: dict[str, Any]) -> None:

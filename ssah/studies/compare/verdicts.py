@@ -197,7 +197,7 @@ def _none(
         f"refusal is {_without(result)}"
     )
     if result["tuned"]["mean"]["asr"] < result["intact"]["asr"] + USEFUL:
-        return f"{shown}: there is hardly anything to keep."
+        return f"{shown}: fine-tuning takes hardly any refusal away."
     if not rows:
         return f"{shown}, and no method that keeps refusals was run."
     if dear:
