@@ -50,7 +50,7 @@ def claim(
     Returns:
         Plain data: ``claim``, ``holds``, ``verdict`` (``"reproduces"``, ``"contradicted"`` or
         ``"undecided"``), ``value`` and ``interval`` of first - second, ``half_width``, ``unit``,
-        ``n``, ``sentence``.
+        ``sentence``.
     """
     measured = measured_difference(first, second, unit)
     value, (low, high) = measured["value"], measured["interval"]
@@ -63,7 +63,7 @@ def claim(
     factor, digits = _UNITS[unit]
     shown = [f"{factor * x:+.{digits}f}" for x in (value, low, high)]
     seeds = first.shape[1] if first.dim() == 2 else 1  # [requests, seeds], or [requests]
-    n = f"{len(first)} {among}" + (f" x {seeds} seeds" if seeds > 1 else "")
+    n = f"{measured.pop('n')} {among}" + (f" x {seeds} seeds" if seeds > 1 else "")
     sentence = (
         f"{text}: {shown[0]} {unit} (95 % interval {shown[1]} to {shown[2]}, {n}). "
         + _verdict(verdict, expected, f"{factor * slack:g} {unit}")

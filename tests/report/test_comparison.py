@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +116,7 @@ def test_without_controls_and_with_one_seed(tmp_path: Path) -> None:
     assert not shown.justified
     assert "No method is justified" in Page(written(tmp_path, found).read_text()).text
     plot_pareto(found, tmp_path / "pareto.png", "t")
+    assert (tmp_path / "pareto.png").stat().st_size > 20_000
     assert "  its control" not in terminal(found)
 
 
@@ -143,7 +146,7 @@ def test_a_click_sorts(found: dict[str, Any], tmp_path: Path, width: int) -> Non
     by_loss = sorted(KEEP, key=lambda name: row_of(found, name)["mean"]["task_loss"])
     assert seen["done"] == {
         "before": KEEP, "up": by_loss, "down": by_loss[::-1], "name": sorted(KEEP),
-        "rows": [2] * 8,
+        "rows": [2, *[3] * 7],
     }  # fmt: skip
 
 
@@ -168,6 +171,36 @@ def test_the_terminal_shows_it_in_100_columns(found: dict[str, Any]) -> None:
     (undecided,) = [each for each in table if each.startswith(" ssah-freezing")]
     assert undecided.rstrip().endswith("undecided (46)")  # Wilson's of none of 8, times 1.43
     assert HOSTILE in "\n".join(lines)
+
+
+def test_the_picture_has_every_method_and_curve(
+    found: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+
+    @contextmanager
+    def kept(path: Path, title: str, size: tuple[float, float]) -> Iterator[Figure]:
+        drawn.append(Figure(figsize=size, layout="constrained"))
+        yield drawn[0]
+
+    monkeypatch.setattr("ssah.report.pictures.pareto.picture", kept)
+    plot_pareto(found, "pareto.png", "t")
+    main, *curves = drawn[0].axes
+    texts = [text for text in main.texts if text.get_text()]
+    names = [text.get_text() for text in texts]
+    assert names == ["fine-tuned, nothing kept", *KEEP]  # attacks have no task
+    for text, name in zip(texts[1:], KEEP, strict=True):
+        mean = row_of(found, name)["mean"]
+        assert text.xy == (mean["task_loss"], mean["asr"])
+    assert [axes.get_title() for axes in curves] == ["interpolation", "safe-lora", "resta"]
+    control, own, chosen, *_ = curves[0].lines
+    points = row_of(found, "interpolation")["curve"]
+    assert own.get_xydata().tolist() == [[each["task_loss"], each["asr"]] for each in points]
+    assert control.get_xydata().tolist() == [
+        [each["control"]["task_loss"], each["control"]["asr"]] for each in points
+    ]
+    assert control.is_dashed()
+    assert chosen.get_xydata().tolist() == [[points[2]["task_loss"], points[2]["asr"]]]
 
 
 def test_names_cover_neither_each_other_nor_points() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -172,6 +174,9 @@ def test_the_page_says_it_all_and_escapes_it(page: Path) -> None:
     images = found.all("img")
     assert len(images) == 6
     assert all(image["alt"] and len(str(image["alt"])) > 15 for image in images)
+    for image in images:  # as large as on paper, where an inch has 96 CSS pixels
+        content = base64.b64decode(str(image["src"]).partition(",")[2])
+        assert int(str(image["width"])) == imread(io.BytesIO(content)).shape[1] * 96 // 150
     assert "url(" not in html
     assert "@import" not in html
     text = " ".join(found.text.split())

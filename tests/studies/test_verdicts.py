@@ -136,10 +136,29 @@ def test_none_is_justified(found: dict[str, Any]) -> None:
     assert "no method that keeps refusals was run" in nothing["sentence"]
 
 
+def test_who_tries_many_methods_must_show_more(found: dict[str, Any]) -> None:
+    alone = only(found, "sppft")
+    row = alone["rows"][0]
+    # 2.18 standard errors below its control: chance for one of 20 methods, and not for one alone.
+    close = row["differences"]["control"]["asr"] | {
+        "value": -0.1, "interval": [-0.19, -0.01], "half_width": 0.09,
+    }  # fmt: skip
+    row["differences"] = row["differences"] | {"control": {"asr": close}}
+    assert recommend(alone)["method"] == "sppft"
+    others = only(found, "random-freezing")["rows"] * 19
+    told = recommend({**alone, "rows": [row, *others]})
+    assert told["method"] is None
+    assert "sppft may have beaten" in told["sentence"]
+    assert "one of 20 methods" in told["sentence"]
+    # By chance one alone lies so far out in 1.5 % of comparisons, and one of 20 in a quarter.
+    chance = 1 - NormalDist().cdf(0.1 / (0.09 / 1.96))
+    assert chance < 0.025 < 1 - (1 - chance) ** 20
+
+
 def test_where_fine_tuning_does_no_harm_there_is_nothing_to_keep(found: dict[str, Any]) -> None:
     after = found["tuned"]["mean"] | {"asr": found["intact"]["asr"] + 0.04}
     harmless = only(found, "random-freezing") | {"tuned": {"mean": after}}
-    assert recommend(harmless)["sentence"].endswith("there is hardly anything to keep.")
+    assert recommend(harmless)["sentence"].endswith("fine-tuning takes hardly any refusal away.")
 
 
 def test_a_control_that_does_harm_is_not_enough_to_beat(found: dict[str, Any]) -> None:

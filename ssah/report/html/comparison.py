@@ -1,6 +1,6 @@
 """The section of ``ssah compare``: the recommendation, and a sortable table for each purpose.
 
-A method is a group of two rows, so that its control stays with it however the table is sorted:
+A method is a group of rows, so that its control stays with it however the table is sorted:
 
     method            beats its control?   less its control   ASR
     sppft             yes                  -20.0 [-28, -12]   20.0 % [14, 27]

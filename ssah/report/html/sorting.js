@@ -1,5 +1,5 @@
 // Sorts the tables of a comparison by the heading that is clicked: a second click turns the order.
-// A method is a tbody of one or two rows, so that its control moves with it.
+// A method is a tbody, so that its control and what is folded away move with it.
 for (const table of document.querySelectorAll("table.sortable")) {
   const heads = [...table.tHead.rows[0].cells];
   heads.forEach((head, column) => {
