@@ -73,7 +73,8 @@ def mixed(
     """The batches that `schedule` makes of ``rows``, with a share of others in random places.
 
     What is left of ``rows`` stands where it would stand alone, so that two runs that mix other
-    things in can be compared. At the end of a batch, ceil(share * n) of the n rows so far are others.
+    things in can be compared. At the end of each batch, ceil(share * n) of the n rows so far are
+    others.
 
     Args:
         rows, others: encoded rows; others are shuffled anew in every epoch of their own.
