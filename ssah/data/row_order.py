@@ -4,7 +4,7 @@ For example, two pools of 6 and 9 rows in batches of 4: a batch has 2 rows of ea
 over the first pool is 3 batches; the second one then has 3 rows left, and goes on with these.
 
 Of a pool alone, some rows may be others. A share of 0.1 in batches of 4 is 0.4 rows a batch, so
-that batches 1, 3, 6 and 8 have one of them. Or whole batches take turns: of turns of 1 and 3
+that batches 0, 2, 5 and 7 have one of them. Or whole batches take turns: of turns of 1 and 3
 updates, batches 0, 4 and 8 are of the first pool.
 """
 
@@ -73,7 +73,8 @@ def mixed(
     """The batches that `schedule` makes of ``rows``, with a share of others in random places.
 
     What is left of ``rows`` stands where it would stand alone, so that two runs that mix other
-    things in can be compared. The first i batches have floor(share * i * batch_size + 0.5) others.
+    things in can be compared. At the end of each batch, ceil(share * n) of the n rows so far are
+    others.
 
     Args:
         rows, others: encoded rows; others are shuffled anew in every epoch of their own.
@@ -81,15 +82,11 @@ def mixed(
         batch_size, steps, seed: as of `schedule`.
 
     Raises:
-        ValueError: there is no row, or no other; or none of the few rows trained on is another.
+        ValueError: there is no row, or no other.
     """
     order = schedule([rows], batch_size, steps, seed)
-    until = [math.floor(share * batch_size * i + 0.5) for i in range(steps + 1)]
-    if not until[-1]:
-        raise ValueError(
-            f"share is {share}, which is no row of the {len(order)} that are trained on; it must "
-            f"be at least {0.5 / max(len(order), 1):.2g}, or the run longer"
-        )
+    # Rounded up: in the shortest run there is one. Less a little: 0.07 * 100 is above 7 in binary.
+    until = [math.ceil(share * batch_size * i - 1e-9) for i in range(steps + 1)]
     stream = iter(_stream(others, until[-1], f"{seed}/others"))
     for i in range(steps):
         count = until[i + 1] - until[i]

@@ -73,8 +73,9 @@ def lora(model: PreTrainedModel, rank: int, seed: int) -> TrainingSetup:
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # peft draws A on the CPU. The generators of GPUs, of which there may be many, stay as they are.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         adapted = get_peft_model(model, config)
 
     def finish() -> PreTrainedModel:

@@ -1,8 +1,8 @@
 """Refusals are mixed into the batches of a fine-tune: the trivial method that others have to beat.
 
 Bianchi et al., ICLR 2024, arXiv 2309.07875, mix harmful requests with refusals into instructions.
-Of n rows trained on, floor(share n + 0.5) are refusals, spread evenly over the batches: in batches
-of 8, a share of 0.1 makes it 1, 1, 0, 1, 1, 1, ... rows of a batch.
+Of n rows trained on, ceil(share n) are refusals, spread evenly over the batches: in batches of 8, a
+share of 0.1 makes it 1, 1, 1, 1, 0, 1, ... rows of a batch.
 
 **The control** has ordinary answers in the places of the refusals: as many rows, and as little of
 the task.
@@ -28,7 +28,7 @@ class MixedRefusals(Method):
 
     name: ClassVar[str] = "mixed-refusals"
     paper: ClassVar[str] = "Bianchi et al., Safety-Tuned LLaMAs, ICLR 2024, arXiv 2309.07875"
-    equation: ClassVar[str] = "of n rows trained on, floor(share n + 0.5) are refusals"
+    equation: ClassVar[str] = "of n rows trained on, ceil(share n) are refusals"
     stage: ClassVar[Stage] = "during"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
