@@ -49,7 +49,8 @@ class Inputs:
         aligned: the aligned model, as it is before fine-tuning. Methods that run it need it in
             memory; those that only compute with its weights take a folder too.
         base: the model before alignment: folder, hub id, model or state dict.
-        tuned: the aligned model after fine-tuning, likewise.
+        tuned: the aligned model after fine-tuning, likewise. Methods that run it take no state
+            dict, and load a folder or a hub id.
         safety: batches of harmful requests with refusals, of ``ssah.data.make_loader`` for one;
             the same ones in every iteration.
         utility: batches of ordinary instructions with answers, likewise.

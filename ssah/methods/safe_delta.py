@@ -6,7 +6,7 @@ projection, d = t - a, and H = sum x x^T of its inputs x on refusals, as of Opti
     cost of d_ij      d_ij^2 / [H^-1]_jj        what it changes of H's form, the rest compensating
     its utility       d_ij^2                    so that the cost per utility is c_j = 1 / [H^-1]_jj
     kept              whole columns j with the lowest c_j, while the sum of their costs is at most
-                      s mean(c) out in / 4096^2
+                      s mean(c) out in / 4096^2, or a share of what all of d costs
     compensation      the change of the other columns that makes  e H e^T  least for each row e of
                       the whole change: with K the kept ones, e = d_K ([H^-1]_KK)^-1 [H^-1]_K
 
@@ -54,6 +54,7 @@ class SafeDelta(Method):
         "and lets only later columns give way.",
         "A budget is for the whole matrix and in proportion to its size; the published code has "
         "blocks of 2048 columns with s / 2 each, and counts rows by 4096.",
+        "A budget may be a share of what the whole change costs too: s fits changes of one size.",
         "The share of columns that is never kept is a setting; the published code has it as a "
         "constant, which the paper does not mention.",
         "Whatever is no matrix of a layer is that of the aligned model, as in the published code; "
@@ -61,12 +62,15 @@ class SafeDelta(Method):
     )
     against: ClassVar[str] = "As many random columns of each matrix are kept, and none compensates."
     published: ClassVar[str] = "Refusals stay as before, whatever the data, at no loss of the task."
-    strength: ClassVar[str | None] = "budget"
-    # The paper's s is for changes of LoRA. Those of a full fine-tune are of another size, and a
-    # change ten times as large costs a hundred times as much: so decades.
-    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 1.0)
+    # A change ten times as large costs a hundred times as much, and s would keep nothing of it.
+    strength: ClassVar[str | None] = "share"
+    # Inputs differ in size by orders of magnitude, so that a little of the cost buys many columns.
+    strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 0.5)
 
     budget: float = setting(0.1, "s: what the kept changes may cost, see the paper.", min=0)
+    share: float | None = setting(
+        None, "In its place: a share of what the whole change of a matrix costs.", min=0, max=1
+    )
     never: float = setting(0.15, "Share of the columns, the costliest, never kept.", min=0, max=1)
     damping: float = setting(0.01, "Of the mean of H's diagonal, added to it.", above=0)
 
@@ -121,7 +125,10 @@ class SafeDelta(Method):
         n = d.shape[1] - share_count(self.never, d.shape[1])
         order = per_utility.argsort(stable=True)[:n]
         costs = d.square().sum(0) * per_utility  # [in]
-        most = self.budget * float(per_utility.mean()) * d.numel() / _SIDE**2
+        if self.share is None:
+            most = self.budget * float(per_utility.mean()) * d.numel() / _SIDE**2
+        else:
+            most = self.share * float(costs.sum())
         return order[costs[order].cumsum(0) <= most]
 
 

@@ -93,7 +93,9 @@ class SOMF(Method):
 
             return make
 
-        return edited(self, inputs.aligned, [inputs.tuned], plan, losses=losses)
+        return edited(
+            self, inputs.aligned, [inputs.tuned], plan, first_loss=losses[0], last_loss=losses[-1]
+        )
 
     def _fitted(
         self,

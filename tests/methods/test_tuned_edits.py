@@ -104,13 +104,22 @@ def test_antidote_loads_a_folder_to_run_it(tmp_path: Path) -> None:
         method("antidote").find(Inputs(aligned=aligned, tuned=made, harmful=HARMFUL))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str, tmp_path: Path) -> None:
+# Of some 3,000 entries with squares of 0.01: budgets for about half of the columns.
+@pytest.mark.parametrize(
+    ("name", "spent"),
+    [
+        ("llama", {"budget": 0.005 * 4096**2}),
+        ("gpt2", {"budget": 0.005 * 4096**2}),
+        ("llama", {"share": 0.3}),
+    ],
+)
+def test_safe_delta_keeps_the_cheapest_columns_and_compensates(
+    name: str, spent: dict[str, float], tmp_path: Path
+) -> None:
     aligned, tuned = build(name, dtype=torch.float64), moved(name, 1, 0.1)
     before = bits(aligned), bits(tuned)
     given = Inputs(aligned=aligned, tuned=tuned, safety=SAFETY)
-    # Of some 3,000 entries with squares of 0.01: a budget for about half of the columns.
-    found = method("safe-delta", budget=0.005 * 4096**2, never=0.2, damping=0.05).find(given)
+    found = method("safe-delta", **spent, never=0.2, damping=0.05).find(given)
     made, drawn = state(found), state(found.control(1))
     seen = inputs_of(aligned, SAFETY, answers=False)
     numbers = set()
@@ -126,10 +135,13 @@ def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str, tmp_pa
         h = x.T @ x
         h += 0.05 * np.mean(np.diag(h)) * np.eye(len(h))
         c = 1 / np.diag(np.linalg.inv(h))
-        kept, spent, columns = [], 0.0, d.shape[1]
+        kept, cost, columns = [], 0.0, d.shape[1]
+        most = 0.005 * c.mean() * d.size
+        if "share" in spent:
+            most = 0.3 * sum(d[i, j] ** 2 * c[j] for i in range(len(d)) for j in range(columns))
         for j in np.argsort(c)[: columns - int(0.2 * columns + 0.5)]:
-            spent += sum(value**2 * c[j] for value in d[:, j])
-            if spent > 0.005 * c.mean() * d.size:
+            cost += sum(value**2 * c[j] for value in d[:, j])
+            if cost > most:
                 break
             kept.append(int(j))
         numbers.add(len(kept) / columns)
@@ -148,7 +160,7 @@ def test_safe_delta_keeps_the_cheapest_columns_and_compensates(name: str, tmp_pa
     # The same of a tuned model in a folder, which is read tensor by tensor.
     tuned.save_pretrained(tmp_path / "tuned")
     folder = Inputs(aligned=aligned, tuned=str(tmp_path / "tuned"), safety=SAFETY)
-    again: Any = method("safe-delta", budget=0.005 * 4096**2, never=0.2, damping=0.05).find(folder)
+    again: Any = method("safe-delta", **spent, never=0.2, damping=0.05).find(folder)
     again.write(tmp_path / "out")
     written = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").state_dict()
     assert all(torch.equal(written[key], value) for key, value in made.items())

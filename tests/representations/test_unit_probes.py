@@ -87,3 +87,8 @@ def test_what_cannot_be_told_apart_is_refused() -> None:
         logistic_regression(some, torch.ones(0, 3))
     with pytest.raises(ValueError, match="penalty is 0; it must be above 0"):
         logistic_regression(some, some, penalty=0)
+    generator = torch.Generator().manual_seed(1)
+    rows_of = [torch.randn(20, 4, generator=generator) for _ in range(2)]
+    # The gradient is a sum over rows, whose rounding is more than such a penalty can tell.
+    with pytest.raises(RuntimeError, match=r"must be within 1e-05.*raise the penalty, which is 1e"):
+        logistic_regression(*rows_of, penalty=1e-14)
