@@ -50,7 +50,7 @@ def claim(
     Returns:
         Plain data: ``claim``, ``holds``, ``verdict`` (``"reproduces"``, ``"contradicted"`` or
         ``"undecided"``), ``value`` and ``interval`` of first - second, ``half_width``, ``unit``,
-        ``sentence``.
+        ``n``, ``sentence``.
     """
     measured = measured_difference(first, second, unit)
     value, (low, high) = measured["value"], measured["interval"]
@@ -85,11 +85,13 @@ def measured_difference(first: Tensor, second: Tensor, unit: Unit) -> dict[str, 
         unit: as of `claim`.
 
     Returns:
-        ``value`` and 95 % ``interval`` of first - second, ``half_width``, ``unit``.
+        ``value`` and 95 % ``interval`` of first - second, ``half_width``, ``unit``, and ``n``: how
+        many requests.
     """
     value, (low, high) = difference(first, second, unit)
     half_width = (high - low) / 2
-    return {"value": value, "interval": [low, high], "half_width": half_width, "unit": unit}
+    found = {"value": value, "interval": [low, high], "half_width": half_width, "unit": unit}
+    return {**found, "n": len(first)}
 
 
 def _verdict(verdict: str, expected: str, slack: str) -> str:

@@ -16,6 +16,7 @@ from ssah.methods import Inputs, Method, Trained
 from ssah.methods.frame import Stage
 from ssah.methods.inputs import NEEDS, Need
 from ssah.methods.registry import _METHODS
+from ssah.report.comparison import WHEN
 from ssah.settings import setting
 from ssah.units import UnitSet
 
@@ -93,11 +94,18 @@ def test_a_method_is_a_class_and_a_line(monkeypatch: pytest.MonkeyPatch) -> None
         assert not plan.closed
 
 
-def test_the_command_lists_and_explains() -> None:
+def test_the_command_lists_and_explains(monkeypatch: pytest.MonkeyPatch) -> None:
     listed = as_json("methods")["methods"]
-    lines = call("methods").output.splitlines()
-    assert all(any(name in line for line in lines) for name in methods.names())
-    assert len(lines) <= len(listed) + 5
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = [line.strip() for line in call("methods").output.splitlines()]
+    headings = [lines.index(WHEN[stage]) for stage in get_args(Stage)]
+    assert headings == sorted(headings)
+    for each in listed:  # on one line, below the heading of its stage
+        (place,) = [i for i, line in enumerate(lines) if line.startswith(f"{each['name']} ")]
+        above = max(heading for heading in headings if heading < place)
+        assert lines[above] == WHEN[each["stage"]]
+        assert each["does"] in lines[place]
+        assert ("tuned" in lines[place].split("  ")[-1]) == ("tuned" in each["needs"])
     assert [each["name"] for each in listed] == list(methods.names())
     shown = " ".join(call("methods", "sppft").output.split())
     assert "2408.17003" in shown

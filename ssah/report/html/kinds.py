@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ssah.report.html.comparison import comparison_tables
 from ssah.report.html.evaluation import evaluate
 from ssah.report.html.experiments import probe, scan, stability, study, transfer
 from ssah.report.html.plain import Table
@@ -96,6 +97,17 @@ KINDS: dict[str, Kind] = {
         {
             "budget": "ASR before and after both alignments, beside what they cost in utility. The "
             "tables below have the same numbers."
+        },
+    ),
+    "compare": Kind(
+        "Methods compared",
+        "Which published methods keep a model's refusals through fine-tuning, each beside a "
+        "control of its size that has nothing of the method's choice.",
+        comparison_tables,
+        {
+            "pareto": "ASR against task loss of every method, with a line to its control; below, "
+            "for each method with a strength, the curve of its strengths beside that of its "
+            "control (dashed). Down and left is better. The tables below have the same numbers."
         },
     ),
     "transfer": Kind(

@@ -1,12 +1,13 @@
 """``ssah report``: one HTML file with the tables and pictures of every run in a folder.
 
-Nothing is fetched and nothing runs in it: no script, no font, no style sheet from elsewhere, and
-pictures are part of the file.
+Nothing is fetched: no font, no style sheet from elsewhere, and pictures are part of the file. The
+only script sorts the tables of a comparison; the page names its hash, so that no other one runs.
 """
 
 from __future__ import annotations
 
 import base64
+import hashlib
 import importlib.util
 import json
 import os
@@ -17,8 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ssah.report.html.comparison import Comparison, comparison
 from ssah.report.html.kinds import KINDS, Kind, claims_table, kind_of
-from ssah.report.html.plain import MISSING, Table, number, tables
+from ssah.report.html.plain import MISSING, Table, duration, number, tables
 from ssah.storage import RECORD, write_whole
 from ssah.version import __version__
 
@@ -34,6 +36,7 @@ class Picture:
     url: str | None  # with all of its bytes in it; None: the file is missing
     alt: str  # what it shows, in words
     name: str  # of the file
+    width: int = 0  # at which its letters have the size of a page's, CSS pixels
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Section:
     model: str  # what the run is about, or ""
     state: str  # "finished" or "unfinished"
     claims: Sequence[Sequence[str]]  # claim, "yes", "no" or "undecided", measured, sentence
+    comparison: Comparison | None  # of methods, before the tables
     tables: Sequence[Table]  # of the result
     pictures: Sequence[Picture]
     command: str  # that was given, or ""
@@ -84,7 +88,7 @@ def write_report(
         raise FileNotFoundError(f"directory {str(root)!r} does not exist")
     if importlib.util.find_spec("jinja2") is None:
         raise ImportError("jinja2 is not installed, which writes it: pip install 'ssah[report]'")
-    from jinja2 import Environment, StrictUndefined
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
     order = list(KINDS)
     found = sorted(_runs(root), key=lambda run: (order.index(run[0]), str(run[1])))
@@ -98,16 +102,21 @@ def write_report(
     ]
     # StrictUndefined: a field that the template names and nothing has is an error, not a gap.
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader(__package__, "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
-    template = environment.from_string(
-        files(__package__).joinpath("report.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    sortable = any(section.comparison is not None for section in sections)
+    script = files(__package__).joinpath("sorting.js").read_text(encoding="utf-8")
+    page = environment.get_template("report.html.j2").render(
         title=title,
         sections=sections,
         version=__version__,
         written=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        script=script if sortable else "",
+        script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
     target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -155,6 +164,7 @@ def _section(
         model=_model(record),
         state="finished" if finished else "unfinished",
         claims=claims_table(shown.get("claims")),
+        comparison=comparison(shown) if name == "compare" and shown else None,
         tables=kind.tables(shown) if shown else [],
         pictures=[_picture(path, folder, kind) for path in _pictures(record)],
         command=str(record.get("command") or ""),
@@ -189,7 +199,10 @@ def _picture(path: str, folder: Path, kind: Kind) -> Picture:
     content = inside.read_bytes()
     if not content.startswith(_PNG):  # an SVG could hold a script, whatever its name says
         return Picture(None, alt, name)
-    return Picture(f"data:image/png;base64,{base64.b64encode(content).decode()}", alt, name)
+    # PNG, section 11.2.2: after the signature and the head of the first chunk. In pixels.
+    width = int.from_bytes(content[16:20], "big")
+    url = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    return Picture(url, alt, name, width * 96 // 150)  # of 150 dots an inch, 96 of CSS
 
 
 def _facts(record: Mapping[str, Any], folder: Path) -> Iterator[tuple[str, str]]:
@@ -242,15 +255,3 @@ def _data(data: Any) -> list[Table]:
         rows.append((str(role), source, number(row.get("rows")), digest))
     columns = ("role", "source", "rows or units", "fingerprint (SHA-256)")
     return [Table("", columns, tuple(rows), names=4)]
-
-
-def duration(seconds: Any) -> str:
-    """Seconds as text, such as ``3 min 20 s``."""
-    if not isinstance(seconds, int | float):
-        return MISSING
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60} s"
-    return f"{whole // 3600} h {whole % 3600 // 60} min"

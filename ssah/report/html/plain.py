@@ -55,6 +55,18 @@ def share(value: Any) -> str:
     return number(value, ".1%")
 
 
+def duration(seconds: Any) -> str:
+    """Seconds as text, such as ``3 min 20 s``."""
+    if not isinstance(seconds, int | float):
+        return MISSING
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
 def is_interval(value: Any) -> bool:
     """Whether ``value`` is a pair of numbers, the first not above the second."""
     return (
@@ -69,10 +81,13 @@ def is_interval(value: Any) -> bool:
 def with_interval(value: Any, interval: Any, format_: str = "") -> str:
     """A value followed by its interval, where there is one: ``3.1% [1.0, 9.2]``."""
     text = number(value, format_)
-    return f"{text} {_bounds(interval, format_)}" if is_interval(interval) else text
+    return f"{text} {interval_text(interval, format_)}".rstrip()
 
 
-def _bounds(interval: Sequence[float], format_: str) -> str:
+def interval_text(interval: Any, format_: str = "") -> str:
+    """An interval in brackets, without the % of its format; empty where there is none."""
+    if not is_interval(interval):
+        return ""
     low, high = (number(end, format_).removesuffix("%") for end in interval)
     return f"[{low}, {high}]"
 
@@ -163,7 +178,7 @@ def _cell(key: str, value: Any) -> str:
     # a whole number under the name of a share is a count, of requests for one
     format_ = "" if isinstance(value, int) else _format(key)
     if is_interval(value) and _INTERVAL in key:
-        return _bounds(value, format_) + (" %" if format_ else "")
+        return interval_text(value, format_) + (" %" if format_ else "")
     if isinstance(value, Mapping):
         name = next((name for name in _VALUES if name in value), None)
         if name is None:

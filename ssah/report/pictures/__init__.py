@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from ssah.lazy import submodules_of
 from ssah.report.pictures.ablations import plot_ablations
+from ssah.report.pictures.pareto import plot_pareto
 from ssah.report.pictures.probe import plot_probe
 from ssah.report.pictures.scan import plot_compare, plot_scan
 from ssah.report.pictures.scores import plot_scores
@@ -21,6 +22,7 @@ __all__ = [
     "plot_budget",
     "plot_compare",
     "plot_freeze",
+    "plot_pareto",
     "plot_probe",
     "plot_scan",
     "plot_scores",

@@ -6,16 +6,31 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from ssah.report.comparison import WHEN
 from ssah.report.terminal.tables import as_data, facts_table, new_table
+
+# Everybody has these: the model that the method is for, with its tokenizer, and the built-in sets.
+_AT_HAND = ("aligned", "tokenizer", "safety", "utility")
 
 
 def methods_table(every: Sequence[Mapping[str, Any]]) -> Table:
-    """One line a method."""
-    table = new_table("Methods", ("method", "when"), ())
+    """One line a method, by when it acts: what a user must have beside the aligned model."""
+    table = new_table("Methods", ("method",), ())
     table.add_column("what it does")
-    for each in every:
-        table.add_row(*(as_data(each[key]) for key in ("name", "stage", "does")))
+    table.add_column("also needs")
+    for stage, when in WHEN.items():
+        table.add_section()
+        table.add_row(Text(when, style="bold"))
+        for each in (each for each in every if each["stage"] == stage):
+            needs = ", ".join(need for need in each["needs"] if need not in _AT_HAND)
+            table.add_row(*map(as_data, (each["name"], each["does"], needs)))
+    table.caption = (
+        "All need the aligned model, and most the built-in sets. tuned: the model fine-tuned; "
+        "base: before it was aligned. `ssah methods NAME` says what else a word means."
+    )
+    table.caption_justify = "left"
     return table
 
 

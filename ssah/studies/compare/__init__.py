@@ -9,11 +9,13 @@ from ssah.lazy import names_of
 if TYPE_CHECKING:
     from ssah.studies.compare.run import dry_run, run_compare
     from ssah.studies.compare.settings import CompareSets, CompareSettings
+    from ssah.studies.compare.verdicts import recommend, verdict
 
-__all__ = ["CompareSets", "CompareSettings", "dry_run", "run_compare"]
+__all__ = ["CompareSets", "CompareSettings", "dry_run", "recommend", "run_compare", "verdict"]
 
 __getattr__ = names_of(
     __name__,
     run="dry_run run_compare",
     settings="CompareSets CompareSettings",
+    verdicts="recommend verdict",
 )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssah.report.pictures import plot_pareto
 from ssah.studies.compare.comparing import INTACT, NONE, Comparing, nothing_kept
 from ssah.studies.compare.estimate import Estimate
 from ssah.studies.compare.lineup import Entrant, lineup
@@ -60,7 +61,9 @@ def run_compare(
             result = _compared(study, entrants)
         except OutOfTime as error:
             raise OutOfTime(_missing(left(steps, taken.run), budget_minutes)) from error
-    return taken.run.finish({"dtype": study.dtype, "units": _units(study), **result})
+    found = {"dtype": study.dtype, "units": _units(study), **result}
+    picture = plot_pareto(found, out / "pareto.png", f"{loading.name}: methods compared")
+    return taken.run.finish(found, [picture])
 
 
 def dry_run(
