@@ -27,6 +27,7 @@ from ssah.studies.compare.rows import choose
 from ssah.studies.compare.sets import split
 from ssah.studies.loading import Loading
 from ssah.studies.run_folder import OutOfTime
+from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("compare")  # its fixture is made once
 
@@ -65,11 +66,11 @@ def compared(loading: Loading, tmp_path_factory: pytest.TempPathFactory) -> dict
 
     measure = comparing.measure
 
-    def killed(key: str, *args: Any) -> dict[str, Any]:
-        if key == "interpolation-control-0":
+    def killed(keys: list[str], *args: Any, **more: Any) -> list[dict[str, Any]]:
+        if keys == ["interpolation-control-0"]:
             shutil.copytree(out / "models" / "none-0", copy)
             raise KeyboardInterrupt
-        return measure(key, *args)
+        return measure(keys, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing, "measure", killed)
@@ -156,6 +157,9 @@ def test_what_runs_changed_is_the_aligned_model(compared: dict[str, Any], loadin
     assert intact["utility_loss"] == pytest.approx(loss)
     assert intact["over_refusal"] == over_refusal
     assert intact["kl"] == 0
+    control = row["control"]["seeds"]["0"]
+    with ssah.ablate(model, UnitSet.random(units, seed=0)):
+        assert control["utility_loss"] == pytest.approx(measured()[0])
     with ssah.ablate(model, units):
         loss, over_refusal, after = measured()
     assert row["seeds"]["0"]["utility_loss"] == pytest.approx(loss)

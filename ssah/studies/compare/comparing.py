@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ssah.selections import Selection
     from ssah.studies.compare.lineup import Entrant
     from ssah.studies.compare.sets import Sets
     from ssah.studies.compare.settings import CompareSettings
@@ -138,12 +139,35 @@ class Comparing(Comparison):
 
     def measure(self, key: str, made: Made) -> dict[str, Any]:
         """Measure a model: a step, and its answers are steps too."""
-        found: dict[str, Any] = self.steps(
-            f"measure-{key}",
-            lambda: measure(key, made, self.measured, self.sets.over_refusal, self.coherent),
-            measured_in_short,
-        )
-        return found
+        return self.measure_without([key], lambda: [None], made)[0]
+
+    def measure_without(
+        self,
+        keys: Sequence[str],
+        selections: Callable[[], Sequence[UnitSet | Selection | None]],
+        made: Made,
+    ) -> list[dict[str, Any]]:
+        """Measure a model without each of several parts, in the same batches: a step each.
+
+        Args:
+            keys: of the parts.
+            selections: gives the parts, where a step is still to be done.
+            made: makes the model.
+        """
+
+        def compute(left: list[int]) -> list[dict[str, Any]]:
+            every = selections()
+            return measure(
+                [keys[i] for i in left],
+                made,
+                self.measured,
+                self.sets.over_refusal,
+                self.coherent,
+                selections=[every[i] for i in left],
+            )
+
+        names = [f"measure-{key}" for key in keys]
+        return self.steps.together(names, compute, measured_in_short)
 
     def calibrate(self, key: str, made: Made) -> dict[str, float]:
         """Measure a model on what strengths are chosen by: a step."""

@@ -17,9 +17,11 @@ from typing import Any, cast
 from transformers import PreTrainedModel
 
 from ssah.methods import Changed, Edited, Outcome, Procedure, Trained, TrainingSetup
+from ssah.selections import Selection
 from ssah.studies.compare.comparing import NONE, Comparing, apply, nothing_kept
-from ssah.studies.compare.finding import Finding
+from ssah.studies.compare.finding import Finding, taken_out
 from ssah.studies.compare.lineup import Entrant
+from ssah.units import UnitSet
 
 # Seed -> what was measured of a model, and how it was trained.
 BySeed = dict[int, dict[str, Any]]
@@ -54,7 +56,7 @@ def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
         tuned: the models that were fine-tuned with nothing kept.
     """
     seeds = study.settings.seeds
-    finding = Finding(entrant, study.inputs)
+    finding = Finding(entrant, study.inputs, lambda: study.aligned)
     # A model that was fine-tuned has a seed. Of the aligned one there is one, whatever is trained.
     first = seeds[0] if "tuned" in entrant.method.needs else None
     looked = study.steps(
@@ -65,6 +67,8 @@ def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
     ran = Ran(entrant, asdict(entrant.method), looked)
     if looked["refused"]:
         return ran
+    if looked["taken_out"] and entrant.subject == "aligned":
+        return _taken_out(study, ran, finding)
     if entrant.swept:
         chosen = _sweep(study, ran, finding)
         ran.settings[entrant.method.strength or ""] = chosen
@@ -83,6 +87,24 @@ def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
         ran.seeds[seed] = do(study, entrant, entrant.name, seed, own, tuned)
         if not looked["no_control"]:
             ran.control[seed] = do(study, entrant, f"{entrant.name}-control", seed, drawn, tuned)
+    return ran
+
+
+def _taken_out(study: Comparing, ran: Ran, finding: Finding) -> Ran:
+    """The aligned model without a part, and without each control: they answer together."""
+    name, seeds = ran.entrant.name, study.settings.seeds
+    drawn = [] if ran.looked["no_control"] else seeds
+
+    def parts() -> list[UnitSet | Selection | None]:
+        found = finding.outcome(None)
+        every = [taken_out(found), *(taken_out(found.control(seed)) for seed in drawn)]
+        assert None not in every  # a control that takes nothing out would be the model as it is
+        return every
+
+    keys = [name, *(f"{name}-control-{seed}" for seed in drawn)]
+    own, *controls = study.measure_without(keys, parts, study.as_it_is())
+    ran.seeds = dict.fromkeys(seeds, own)
+    ran.control = dict(zip(drawn, controls, strict=True))
     return ran
 
 
