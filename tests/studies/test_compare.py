@@ -15,7 +15,7 @@ from commands import as_json, call
 from tiny_studies import tree
 
 import ssah
-from ssah.data import load_requests, load_rows, make_loader
+from ssah.data import DataError, Reading, load_requests, load_rows, make_loader
 from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
 from ssah.methods import names
@@ -24,9 +24,10 @@ from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_comp
 from ssah.studies.compare.lineup import lineup
 from ssah.studies.compare.planned import plan
 from ssah.studies.compare.rows import choose
-from ssah.studies.compare.sets import split
+from ssah.studies.compare.sets import read_sets, split
 from ssah.studies.loading import Loading
 from ssah.studies.run_folder import OutOfTime
+from ssah.studies.sources import Sources
 from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("compare")  # its fixture is made once
@@ -237,6 +238,24 @@ def test_equal_prompts_stay_together() -> None:
     assert (first, second) == (["a", "a", "c"], ["b", "d"])
     with pytest.raises(ValueError, match="data has 1 different prompts"):
         split("data", ["a", "a"], 0.5, str)
+
+
+def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no", "more": 1} for i in range(2)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = replace(SETS, preferences=str(file), borderline="builtin:overrefusal[8:10]")
+    sources = Sources(Reading())
+    found = read_sets(sources, sets, SETTINGS)
+    assert found.preferences == [{k: v for k, v in row.items() if k != "more"} for row in rows]
+    assert found.borderline == list(load_requests("builtin:overrefusal[8:10]"))
+    assert sources.record["preferences"]["rows"] == 2
+    assert [len(part) for part in found.task] == [16, 2, 2]
+    file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
+    with pytest.raises(DataError, match=r"pairs.jsonl.*chosen is ''; it must be a text"):
+        read_sets(sources, sets, SETTINGS)
+    lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
+    assert lacking == {"resta": "needs the model before alignment: --base MODEL", "sppft": None}
 
 
 @pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here

@@ -94,16 +94,18 @@ def _prepared(
 def _compared(study: Comparing, entrants: Sequence[Entrant]) -> dict[str, Any]:
     settings = study.settings
     intact = study.measure(INTACT, study.as_it_is())
-    # Once a seed, for everything that edits afterwards; they stay until the last row is done.
+    edits = [each for each in entrants if each.lacking is None and "tuned" in each.method.needs]
+    # Once a seed, for everything that edits afterwards; they stay until the last of these is done.
     tuned: BySeed = {
-        seed: study.fine_tune(NONE, seed, nothing_kept, settings.target_loss, keep=True)
+        seed: study.fine_tune(NONE, seed, nothing_kept, settings.target_loss, keep=bool(edits))
         for seed in settings.seeds
     }
-    ran: list[Ran | Entrant] = [
-        each if each.lacking is not None else run_row(study, each, tuned) for each in entrants
-    ]
-    for seed in settings.seeds:
-        shutil.rmtree(study.tuned(seed), ignore_errors=True)
+    ran: list[Ran | Entrant] = []
+    for each in entrants:
+        ran.append(each if each.lacking is not None else run_row(study, each, tuned))
+        if edits and each is edits[-1]:
+            for seed in settings.seeds:
+                shutil.rmtree(study.tuned(seed), ignore_errors=True)
     return result_of(intact, tuned, ran)
 
 
