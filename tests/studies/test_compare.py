@@ -287,7 +287,16 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
-def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Loading) -> None:
+def test_the_command_has_the_same_record(
+    compared: dict[str, Any], loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = Loading.__call__, []
+
+    def counted(self: Loading, *args: Any) -> Any:
+        loaded.append(args)
+        return load(self, *args)
+
+    monkeypatch.setattr(Loading, "__call__", counted)
     data = {field: value for field, value in vars(SETS).items() if isinstance(value, str)}
     own = {"--" + name.replace("_", "-"): [value] for name, value in data.items()}
     own |= {
@@ -301,6 +310,7 @@ def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Load
     words = [word for name, values in own.items() for value in values for word in (name, value)]
     command = ("compare", loading.name, *words, "--out")
     assert as_json(*command, compared["out"])["result"] == compared["result"]
+    assert loaded == [("auto",)]  # what is done needs no copy, which a finished run has not
     # What was measured is reached first: a folder that lacks its last step is not complete.
     part = compared["out"].with_name("part")
     shutil.copytree(compared["out"] / "steps", part / "steps")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.methods import Changed, Edited, Inputs, TrainingSetup, planned
+from ssah.methods import Changed, Edited, Inputs, Outcome, TrainingSetup, planned
 from ssah.studies.compare.measuring import (
     TASK,
     Made,
@@ -45,15 +45,20 @@ _FINDING_DTYPE = "float32"  # of gradients and of differences of weights
 class Comparing(Comparison):
     """A study that compares methods.
 
+    Attributes:
+        sets: what was read.
+        units: how many the model has.
+        choosing: what is measured to choose a strength.
+
     Args:
         loading, out: as of `Comparison`.
         settings: of the comparison.
-        sets: what was read.
         base_name: the model before alignment, as ``Loading`` takes it; None: there is none.
     """
 
     settings: CompareSettings
     sets: Sets
+    units: int
 
     def __init__(
         self, loading: Loading, out: Path, settings: CompareSettings, base_name: str | None
@@ -67,6 +72,8 @@ class Comparing(Comparison):
         trained, choosing, reported = sets.task
         held_out = {UTILITY: sets.utility_eval, TASK: reported}
         self.read({"finetune": trained}, sets.requests, held_out)
+        # Now: a run of which every step is done loads no model again.
+        self.units = sum(module.n_units for module in find_modules(self.model).values())
         self.choosing = Evaluation(
             self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
         )
@@ -109,12 +116,13 @@ class Comparing(Comparison):
 
         return made
 
-    def running(self, found: Callable[[], Changed], folder: Path | None) -> Made:
+    def running(self, found: Callable[[], Outcome], folder: Path | None) -> Made:
         """Makes the same with what was found changed as it runs."""
 
         @contextmanager
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             change = found()
+            assert isinstance(change, Changed)
             model = self.base(self.dtype, None if folder is None else str(folder))[0]
             ids = next(iter(self.measured.loaders[TASK]))["input_ids"]
             before, _ = pass_seconds(model, ids)
@@ -124,12 +132,13 @@ class Comparing(Comparison):
 
         return made
 
-    def edited(self, found: Callable[[], Edited], folder: Path) -> Made:
+    def edited(self, found: Callable[[], Outcome], folder: Path) -> Made:
         """Makes the model of a folder with the weights that were found."""
 
         @contextmanager
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             edit = found()
+            assert isinstance(edit, Edited)
             model = self.base(self.dtype, str(folder))[0]
             yield model, apply(edit, model)
 
