@@ -15,7 +15,7 @@ from commands import as_json, call
 from tiny_studies import tree
 
 import ssah
-from ssah.data import load_requests, load_rows, make_loader
+from ssah.data import DataError, Reading, load_requests, load_rows, make_loader
 from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
 from ssah.methods import names
@@ -24,9 +24,11 @@ from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_comp
 from ssah.studies.compare.lineup import lineup
 from ssah.studies.compare.planned import plan
 from ssah.studies.compare.rows import choose
-from ssah.studies.compare.sets import split
+from ssah.studies.compare.sets import read_sets, split
 from ssah.studies.loading import Loading
 from ssah.studies.run_folder import OutOfTime
+from ssah.studies.sources import Sources
+from ssah.units import UnitSet
 
 pytestmark = pytest.mark.xdist_group("compare")  # its fixture is made once
 
@@ -65,11 +67,11 @@ def compared(loading: Loading, tmp_path_factory: pytest.TempPathFactory) -> dict
 
     measure = comparing.measure
 
-    def killed(key: str, *args: Any) -> dict[str, Any]:
-        if key == "interpolation-control-0":
+    def killed(keys: list[str], *args: Any, **more: Any) -> list[dict[str, Any]]:
+        if keys == ["interpolation-control-0"]:
             shutil.copytree(out / "models" / "none-0", copy)
             raise KeyboardInterrupt
-        return measure(key, *args)
+        return measure(keys, *args, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(comparing, "measure", killed)
@@ -156,6 +158,9 @@ def test_what_runs_changed_is_the_aligned_model(compared: dict[str, Any], loadin
     assert intact["utility_loss"] == pytest.approx(loss)
     assert intact["over_refusal"] == over_refusal
     assert intact["kl"] == 0
+    control = row["control"]["seeds"]["0"]
+    with ssah.ablate(model, UnitSet.random(units, seed=0)):
+        assert control["utility_loss"] == pytest.approx(measured()[0])
     with ssah.ablate(model, units):
         loss, over_refusal, after = measured()
     assert row["seeds"]["0"]["utility_loss"] == pytest.approx(loss)
@@ -235,6 +240,24 @@ def test_equal_prompts_stay_together() -> None:
         split("data", ["a", "a"], 0.5, str)
 
 
+def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{i}", "chosen": "yes", "rejected": "no", "more": 1} for i in range(2)]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = replace(SETS, preferences=str(file), borderline="builtin:overrefusal[8:10]")
+    sources = Sources(Reading())
+    found = read_sets(sources, sets, SETTINGS)
+    assert found.preferences == [{k: v for k, v in row.items() if k != "more"} for row in rows]
+    assert found.borderline == list(load_requests("builtin:overrefusal[8:10]"))
+    assert sources.record["preferences"]["rows"] == 2
+    assert [len(part) for part in found.task] == [16, 2, 2]
+    file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
+    with pytest.raises(DataError, match=r"pairs.jsonl.*chosen is ''; it must be a text"):
+        read_sets(sources, sets, SETTINGS)
+    lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
+    assert lacking == {"resta": "needs the model before alignment: --base MODEL", "sppft": None}
+
+
 @pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here
 @pytest.mark.parametrize(
     ("settings", "sets", "message"),
@@ -264,7 +287,16 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
-def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Loading) -> None:
+def test_the_command_has_the_same_record(
+    compared: dict[str, Any], loading: Loading, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load, loaded = Loading.__call__, []
+
+    def counted(self: Loading, *args: Any) -> Any:
+        loaded.append(args)
+        return load(self, *args)
+
+    monkeypatch.setattr(Loading, "__call__", counted)
     data = {field: value for field, value in vars(SETS).items() if isinstance(value, str)}
     own = {"--" + name.replace("_", "-"): [value] for name, value in data.items()}
     own |= {
@@ -278,6 +310,7 @@ def test_the_command_has_the_same_record(compared: dict[str, Any], loading: Load
     words = [word for name, values in own.items() for value in values for word in (name, value)]
     command = ("compare", loading.name, *words, "--out")
     assert as_json(*command, compared["out"])["result"] == compared["result"]
+    assert loaded == [("auto",)]  # what is done needs no copy, which a finished run has not
     # What was measured is reached first: a folder that lacks its last step is not complete.
     part = compared["out"].with_name("part")
     shutil.copytree(compared["out"] / "steps", part / "steps")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -29,9 +30,14 @@ def compare(
     out: RunFolder,
     *,
     budget_minutes: Annotated[
-        float | None,
-        typer.Option("--budget-minutes", help="Begin no step after so many minutes.", min=0),
-    ] = None,
+        float,
+        typer.Option(
+            "--budget-minutes",
+            help="Begin no step after so many minutes; default: no limit.",
+            min=0,
+            show_default=False,
+        ),
+    ] = math.inf,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
     ] = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.methods import Changed, Edited, Inputs, TrainingSetup, planned
+from ssah.methods import Changed, Edited, Inputs, Outcome, TrainingSetup, planned
 from ssah.studies.compare.measuring import (
     TASK,
     Made,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ssah.selections import Selection
     from ssah.studies.compare.lineup import Entrant
     from ssah.studies.compare.sets import Sets
     from ssah.studies.compare.settings import CompareSettings
@@ -44,15 +45,20 @@ _FINDING_DTYPE = "float32"  # of gradients and of differences of weights
 class Comparing(Comparison):
     """A study that compares methods.
 
+    Attributes:
+        sets: what was read.
+        units: how many the model has.
+        choosing: what is measured to choose a strength.
+
     Args:
         loading, out: as of `Comparison`.
         settings: of the comparison.
-        sets: what was read.
         base_name: the model before alignment, as ``Loading`` takes it; None: there is none.
     """
 
     settings: CompareSettings
     sets: Sets
+    units: int
 
     def __init__(
         self, loading: Loading, out: Path, settings: CompareSettings, base_name: str | None
@@ -66,6 +72,8 @@ class Comparing(Comparison):
         trained, choosing, reported = sets.task
         held_out = {UTILITY: sets.utility_eval, TASK: reported}
         self.read({"finetune": trained}, sets.requests, held_out)
+        # Now: a run of which every step is done loads no model again.
+        self.units = sum(module.n_units for module in find_modules(self.model).values())
         self.choosing = Evaluation(
             self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
         )
@@ -108,12 +116,13 @@ class Comparing(Comparison):
 
         return made
 
-    def running(self, found: Callable[[], Changed], folder: Path | None) -> Made:
+    def running(self, found: Callable[[], Outcome], folder: Path | None) -> Made:
         """Makes the same with what was found changed as it runs."""
 
         @contextmanager
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             change = found()
+            assert isinstance(change, Changed)
             model = self.base(self.dtype, None if folder is None else str(folder))[0]
             ids = next(iter(self.measured.loaders[TASK]))["input_ids"]
             before, _ = pass_seconds(model, ids)
@@ -123,12 +132,13 @@ class Comparing(Comparison):
 
         return made
 
-    def edited(self, found: Callable[[], Edited], folder: Path) -> Made:
+    def edited(self, found: Callable[[], Outcome], folder: Path) -> Made:
         """Makes the model of a folder with the weights that were found."""
 
         @contextmanager
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             edit = found()
+            assert isinstance(edit, Edited)
             model = self.base(self.dtype, str(folder))[0]
             yield model, apply(edit, model)
 
@@ -138,12 +148,35 @@ class Comparing(Comparison):
 
     def measure(self, key: str, made: Made) -> dict[str, Any]:
         """Measure a model: a step, and its answers are steps too."""
-        found: dict[str, Any] = self.steps(
-            f"measure-{key}",
-            lambda: measure(key, made, self.measured, self.sets.over_refusal, self.coherent),
-            measured_in_short,
-        )
-        return found
+        return self.measure_without([key], lambda: [None], made)[0]
+
+    def measure_without(
+        self,
+        keys: Sequence[str],
+        selections: Callable[[], Sequence[UnitSet | Selection | None]],
+        made: Made,
+    ) -> list[dict[str, Any]]:
+        """Measure a model without each of several parts, in the same batches: a step each.
+
+        Args:
+            keys: of the parts.
+            selections: gives the parts, where a step is still to be done.
+            made: makes the model.
+        """
+
+        def compute(left: list[int]) -> list[dict[str, Any]]:
+            every = selections()
+            return measure(
+                [keys[i] for i in left],
+                made,
+                self.measured,
+                self.sets.over_refusal,
+                self.coherent,
+                selections=[every[i] for i in left],
+            )
+
+        names = [f"measure-{key}" for key in keys]
+        return self.steps.together(names, compute, measured_in_short)
 
     def calibrate(self, key: str, made: Made) -> dict[str, float]:
         """Measure a model on what strengths are chosen by: a step."""

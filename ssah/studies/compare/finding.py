@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import TYPE_CHECKING, Any, Literal
 
+from ssah.interventions import Zero
 from ssah.methods import Changed, Inputs, Outcome, Trained
 from ssah.selections import Selection, units
 from ssah.studies.compare.measuring import peak_memory
@@ -31,10 +32,12 @@ class Finding:
     Attributes:
         entrant: the method.
         inputs: gives what it needs, with the model fine-tuned by a seed where it needs one.
+        aligned: gives the aligned model.
     """
 
     entrant: Entrant
     inputs: Callable[[Entrant, int | None], Inputs]
+    aligned: Callable[[], PreTrainedModel]
     _kept: dict[tuple[int | None, float | None], Outcome] = field(default_factory=dict)
 
     def outcome(self, seed: int | None, strength: float | None = None) -> Outcome:
@@ -58,7 +61,8 @@ class Finding:
         Returns:
             ``seconds``, ``peak_memory_bytes``, ``facts``, ``share`` of all parameters (None where
             it is no part of them), ``refused``: why the method can do nothing with this model and
-            data, and ``no_control``: why there is no other part of the size; None where there is.
+            data, ``taken_out``: whether it zeroes a part and changes nothing else, and
+            ``no_control``: why there is no other part of the size; None where there is.
         """
         with peak_memory() as peak:
             start = time.perf_counter()
@@ -69,13 +73,13 @@ class Finding:
                 "refused": refused,
             }
         if found is None:
-            return {**told, "facts": {}, "share": None, "no_control": None}
+            return {**told, "facts": {}, "share": None, "taken_out": False, "no_control": None}
         _, no_control = attempt(lambda: found.control(control))
-        model = self.inputs(self.entrant, seed).model
         return {
             **told,
             "facts": dict(found.facts),
-            "share": share_of(found, model),
+            "share": share_of(found, self.aligned()),
+            "taken_out": taken_out(found) is not None,
             "no_control": no_control,
         }
 
@@ -90,6 +94,15 @@ def attempt(find: Callable[[], Outcome]) -> tuple[Outcome | None, str | None]:
         return find(), None
     except ValueError as error:
         return None, str(error)
+
+
+def taken_out(found: Outcome) -> UnitSet | Selection | None:
+    """The part that is zero while the model runs, where nothing else changes."""
+    changes = found.changes if isinstance(found, Changed) else ()
+    if len(changes) == 1 and isinstance(changes[0], Zero):
+        part = changes[0].selection
+        return part if isinstance(part, UnitSet | Selection) else None
+    return None
 
 
 def share_of(found: Outcome, model: PreTrainedModel) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ssah.evaluation import Coherence
+    from ssah.selections import Selection
+    from ssah.units import UnitSet
 
 TASK = "task"
 # proc(5): 5 written to clear_refs sets the peak of the process back, which status has.
@@ -28,40 +30,47 @@ Made: TypeAlias = "Callable[[], AbstractContextManager[tuple[PreTrainedModel, di
 
 
 def measure(
-    key: str,
+    keys: Sequence[str],
     made: Made,
     evaluation: Evaluation,
-    over_refusal: list[str],
+    over_refusal: Sequence[str],
     coherent: Coherence,
-) -> dict[str, Any]:
-    """Measure one model; what it answers are steps of the study, named after ``key``.
+    *,
+    selections: Sequence[UnitSet | Selection | None] = (None,),
+) -> list[dict[str, Any]]:
+    """Measure one model, or one without each of several parts: these answer in the same batches.
 
     Args:
-        key: of the model.
-        made: makes it.
+        keys: of each selection; what is answered are steps of the study, named after it.
+        made: makes the model.
         evaluation: harmful requests, and rows for the losses.
         over_refusal: harmless requests.
         coherent: says what is incoherent; its model is the intact one.
+        selections: what is out of the model; None: nothing.
 
     Returns:
-        ``measured``, ``attack`` (as of `Evaluation`), ``refused`` (0 or 1 a harmless request, by
-        the first judge), ``kl`` (nats, mean over positions of the utility rows), and ``made``.
+        of each selection ``measured``, ``attack`` (as of `Evaluation`), ``refused`` (0 or 1 a
+        harmless request, by the first judge), ``kl`` (nats, mean over positions of the utility
+        rows), and ``made``: what there is to say of how the model was made.
     """
     with made() as (model, told):
-        measured = evaluation.measure(model)
-        (attack,) = evaluation.attacks([f"attack-{key}"], model, coherent)
-        (harmless,) = evaluation.judged(
-            [f"harmless-{key}"], model, coherent, over_refusal, selections=[None]
-        )
+        measured = [evaluation.measure(model, out) for out in selections]
+        names = [f"attack-{key}" for key in keys]
+        attacks = evaluation.attacks(names, model, coherent, selections)
+        names = [f"harmless-{key}" for key in keys]
+        harmless = evaluation.judged(names, model, coherent, over_refusal, selections=selections)
         loader = evaluation.loaders[UTILITY]
-        (kl,) = divergences(model, loader, [None], intact=coherent.model)
-    return {
-        "measured": measured,
-        "attack": attack,
-        "refused": refused(harmless),
-        "kl": float(kl.per_row.mean()),
-        "made": told,
-    }
+        distances = divergences(model, loader, selections, intact=coherent.model)
+    return [
+        {
+            "measured": own,
+            "attack": attack,
+            "refused": refused(answers),
+            "kl": float(kl.per_row.mean()),
+            "made": told,
+        }
+        for own, attack, answers, kl in zip(measured, attacks, harmless, distances, strict=True)
+    ]
 
 
 def calibrate(

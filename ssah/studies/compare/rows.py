@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from ssah.methods import Changed, Edited, Outcome, Procedure, Trained, TrainingSetup
+from ssah.methods import Edited, Outcome, Procedure, Trained, TrainingSetup
+from ssah.selections import Selection
 from ssah.studies.compare.comparing import NONE, Comparing, apply, nothing_kept
-from ssah.studies.compare.finding import Finding
+from ssah.studies.compare.finding import Finding, taken_out
 from ssah.studies.compare.lineup import Entrant
+from ssah.units import UnitSet
 
 # Seed -> what was measured of a model, and how it was trained.
 BySeed = dict[int, dict[str, Any]]
@@ -45,16 +47,16 @@ class Ran:
     curve: list[dict[str, Any]] = field(default_factory=list)
 
 
-def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
+def run_row(study: Comparing, entrant: Entrant, targets: Mapping[int, float]) -> Ran:
     """Do everything for one method; each part is a step of the study.
 
     Args:
         study: inside its block.
         entrant: a method that lacks nothing.
-        tuned: the models that were fine-tuned with nothing kept.
+        targets: seed -> the common training loss.
     """
     seeds = study.settings.seeds
-    finding = Finding(entrant, study.inputs)
+    finding = Finding(entrant, study.inputs, lambda: study.aligned)
     # A model that was fine-tuned has a seed. Of the aligned one there is one, whatever is trained.
     first = seeds[0] if "tuned" in entrant.method.needs else None
     looked = study.steps(
@@ -65,12 +67,13 @@ def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
     ran = Ran(entrant, asdict(entrant.method), looked)
     if looked["refused"]:
         return ran
+    if looked["taken_out"] and entrant.subject == "aligned":
+        return _taken_out(study, ran, finding)
     if entrant.swept:
         chosen = _sweep(study, ran, finding)
         ran.settings[entrant.method.strength or ""] = chosen
     else:
         chosen = None
-    do = {"run": _run, "train": _train, "edit": _edit}[entrant.way]
     for seed in seeds:
         of = seed if first is not None else None
 
@@ -80,49 +83,53 @@ def run_row(study: Comparing, entrant: Entrant, tuned: BySeed) -> Ran:
         def drawn(of: int | None = of, seed: int = seed) -> Outcome:
             return finding.outcome(of, chosen).control(seed)
 
-        ran.seeds[seed] = do(study, entrant, entrant.name, seed, own, tuned)
+        name, target = entrant.name, targets[seed]
+        ran.seeds[seed] = _one(study, entrant, name, seed, own, target)
         if not looked["no_control"]:
-            ran.control[seed] = do(study, entrant, f"{entrant.name}-control", seed, drawn, tuned)
+            ran.control[seed] = _one(study, entrant, f"{name}-control", seed, drawn, target)
     return ran
 
 
-def _run(
+def _taken_out(study: Comparing, ran: Ran, finding: Finding) -> Ran:
+    """The aligned model without a part, and without each control: they answer together."""
+    name, seeds = ran.entrant.name, study.settings.seeds
+    drawn = [] if ran.looked["no_control"] else seeds
+
+    def parts() -> list[UnitSet | Selection | None]:
+        found = finding.outcome(None)
+        every = [taken_out(found), *(taken_out(found.control(seed)) for seed in drawn)]
+        assert None not in every  # a control that takes nothing out would be the model as it is
+        return every
+
+    keys = [name, *(f"{name}-control-{seed}" for seed in drawn)]
+    own, *controls = study.measure_without(keys, parts, study.as_it_is())
+    ran.seeds = dict.fromkeys(seeds, own)
+    ran.control = dict(zip(drawn, controls, strict=True))
+    return ran
+
+
+def _one(
     study: Comparing,
     entrant: Entrant,
     name: str,
     seed: int,
     found: Callable[[], Outcome],
-    tuned: BySeed,
+    target: float,
 ) -> dict[str, Any]:
-    """A model that runs with something changed."""
-    changed = cast("Callable[[], Changed]", found)
+    """Make one model, of the method or of its control, and measure it."""
+    if entrant.way == "train":
+        return _train(study, name, seed, found, target)
+    key = f"{name}-{seed}"
+    if entrant.way == "edit":
+        return study.measure(key, study.edited(found, study.tuned(seed)))
     if entrant.subject == "tuned":
-        return study.measure(f"{name}-{seed}", study.running(changed, study.tuned(seed)))
+        return study.measure(key, study.running(found, study.tuned(seed)))
     # The aligned model has no seed: it is measured once, and stands beside every control.
-    key = name if name == entrant.name else f"{name}-{seed}"
-    return study.measure(key, study.running(changed, None))
-
-
-def _edit(
-    study: Comparing,
-    entrant: Entrant,
-    name: str,
-    seed: int,
-    found: Callable[[], Outcome],
-    tuned: BySeed,
-) -> dict[str, Any]:
-    """A fine-tuned model that is edited."""
-    edit = cast("Callable[[], Edited]", found)
-    return study.measure(f"{name}-{seed}", study.edited(edit, study.tuned(seed)))
+    return study.measure(name if name == entrant.name else key, study.running(found, None))
 
 
 def _train(
-    study: Comparing,
-    entrant: Entrant,
-    name: str,
-    seed: int,
-    found: Callable[[], Outcome],
-    tuned: BySeed,
+    study: Comparing, name: str, seed: int, found: Callable[[], Outcome], target: float
 ) -> dict[str, Any]:
     """A model that is fine-tuned in the method's way, or edited before it is."""
     told: dict[str, Any] = {}
@@ -135,9 +142,6 @@ def _train(
         assert isinstance(outcome, Trained | Procedure)
         return outcome.prepare(model, seed)
 
-    target = study.settings.target_loss
-    if target is None:
-        target = tuned[seed]["training"]["loss"]
     return study.fine_tune(name, seed, prepare, target, told)
 
 
@@ -149,11 +153,11 @@ def _sweep(study: Comparing, ran: Ran, finding: Finding) -> float:
     for strength in method.strengths:
         key = f"{method.name}-at-{strength:g}"
 
-        def own(strength: float = strength) -> Edited:
-            return cast("Edited", finding.outcome(seed, strength))
+        def own(strength: float = strength) -> Outcome:
+            return finding.outcome(seed, strength)
 
-        def drawn(strength: float = strength) -> Edited:
-            return cast("Edited", finding.outcome(seed, strength).control(seed))
+        def drawn(strength: float = strength) -> Outcome:
+            return finding.outcome(seed, strength).control(seed)
 
         point: dict[str, Any] = {"strength": strength}
         point |= study.calibrate(key, study.edited(own, folder))

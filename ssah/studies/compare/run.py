@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssah.report.pictures import plot_pareto
 from ssah.studies.compare.comparing import INTACT, NONE, Comparing, nothing_kept
 from ssah.studies.compare.estimate import Estimate
 from ssah.studies.compare.lineup import Entrant, lineup
@@ -31,7 +33,7 @@ def run_compare(
     settings: CompareSettings,
     sets: CompareSets,
     *,
-    budget_minutes: float | None = None,
+    budget_minutes: float = math.inf,
 ) -> dict[str, Any]:
     """Compare methods on one aligned model, each beside a control of its size; resumable.
 
@@ -40,7 +42,7 @@ def run_compare(
         out: folder of the run.
         settings: of the comparison.
         sets: what it reads.
-        budget_minutes: no step begins after so many, counted from the call; None: no limit.
+        budget_minutes: no step begins after so many, counted from the call.
 
     Returns:
         the record of the run; ``result`` has ``intact``, ``tuned``, ``rows`` and
@@ -54,13 +56,14 @@ def run_compare(
     study, entrants, steps = _prepared(loading, out, settings, sets)
     # Beside the steps of the plan: precision, coherence, and a copy that is quick to load.
     with study.copies(len(steps) + 3, {}, base_model=sets.base) as taken:
-        if budget_minutes is not None:
-            taken.run.deadline = start + 60 * budget_minutes
+        taken.run.deadline = start + 60 * budget_minutes
         try:
             result = _compared(study, entrants)
         except OutOfTime as error:
             raise OutOfTime(_missing(left(steps, taken.run), budget_minutes)) from error
-    return taken.run.finish({"dtype": study.dtype, "units": _units(study), **result})
+    found = {"dtype": study.dtype, "units": study.units, **result}
+    picture = plot_pareto(found, out / "pareto.png", f"{loading.name}: methods compared")
+    return taken.run.finish(found, [picture])
 
 
 def dry_run(
@@ -91,26 +94,23 @@ def _prepared(
 def _compared(study: Comparing, entrants: Sequence[Entrant]) -> dict[str, Any]:
     settings = study.settings
     intact = study.measure(INTACT, study.as_it_is())
-    # Once a seed, for everything that edits afterwards; they stay until the last row is done.
+    edits = [each for each in entrants if each.lacking is None and "tuned" in each.method.needs]
+    # Once a seed, for everything that edits afterwards; they stay until the last of these is done.
     tuned: BySeed = {
-        seed: study.fine_tune(NONE, seed, nothing_kept, settings.target_loss, keep=True)
+        seed: study.fine_tune(NONE, seed, nothing_kept, settings.target_loss, keep=bool(edits))
         for seed in settings.seeds
     }
-    ran: list[Ran | Entrant] = [
-        each if each.lacking is not None else run_row(study, each, tuned) for each in entrants
-    ]
-    for seed in settings.seeds:
-        shutil.rmtree(study.tuned(seed), ignore_errors=True)
+    targets = {seed: settings.target_loss or own["training"]["loss"] for seed, own in tuned.items()}
+    ran: list[Ran | Entrant] = []
+    for each in entrants:
+        ran.append(each if each.lacking is not None else run_row(study, each, targets))
+        if edits and each is edits[-1]:
+            for seed in settings.seeds:
+                shutil.rmtree(study.tuned(seed), ignore_errors=True)
     return result_of(intact, tuned, ran)
 
 
-def _units(study: Comparing) -> int:
-    from ssah.units import find_modules
-
-    return sum(module.n_units for module in find_modules(study.aligned).values())
-
-
-def _missing(steps: Sequence[Planned], minutes: float | None) -> str:
+def _missing(steps: Sequence[Planned], minutes: float) -> str:
     methods = list(dict.fromkeys(step.method for step in steps))
     return (
         f"the {minutes:g} minutes are up, and {len(steps)} steps are left, for "
