@@ -74,6 +74,11 @@ def test_what_is_measured_is_what_the_library_computes(
     answers = [each.text for each in generate(model, tokenizer, harmless, max_new_tokens=6)]
     refused = [not success for success in judge("zou2023")(harmless, answers)]
     assert own["over_refusal"] == sum(refused) / len(refused)
+    asked = generate(model, tokenizer, load_requests(REQUESTS), max_new_tokens=6)
+    kept = "".join(path.read_text() for path in (folder / "half.run").rglob("*.json"))
+    said = [text for text in (*answers, *(each.text for each in asked)) if text]
+    assert len(said) > 8
+    assert not [text for text in said if json.dumps(text)[1:-1] in kept]  # no answer is stored
     # Every tenth row of the task is held out.
     rows = [*load_rows("builtin:utility[20:50]")]
     for name, each in (("intact", intact), ("protected", model)):
