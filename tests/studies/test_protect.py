@@ -16,9 +16,11 @@ from tuned import loaded, saved, tuned_from
 
 from ssah.data import encode, load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, judge
-from ssah.methods import Inputs, method, typed_method
+from ssah.methods import Inputs, Procedure, TrainingSetup, method, typed_method
+from ssah.methods.random_units import RandomFreezing
 from ssah.models import load_model
 from ssah.studies.paired_models import PairedModels
+from ssah.studies.protect import run
 from ssah.studies.protect.making import Making
 
 pytestmark = pytest.mark.xdist_group("protect")  # its fixtures are made once
@@ -145,6 +147,31 @@ def test_what_a_method_freezes_does_not_move(
     )
     assert name in line
     assert not (tmp_path / "other").exists()
+
+
+class FirstRow(RandomFreezing):
+    """Trains in another way: on the first row of the task alone."""
+
+    def _find(self, inputs: Inputs) -> Procedure:  # type: ignore[override]
+        def order(rows: Any, size: int, steps: int, seed: int) -> Any:
+            return [rows[0]] * size * steps
+
+        def setup(model: Any, seed: int) -> TrainingSetup:
+            return TrainingSetup(model, None, lambda: model, order)
+
+        return Procedure(setup, lambda seed: setup)
+
+
+def test_a_method_may_train_in_another_way(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_protecting", lambda settings: FirstRow())
+    found = protect(model_folder, tmp_path / "out")
+    _, tokenizer = load_model(str(model_folder))
+    rows = [*load_rows("builtin:utility[20:50]")]
+    (first,) = encode([rows[1]], tokenizer, max_length=512)  # the one before is held out
+    assert found["training"]["protected"]["tokens"] == 2 * 8 * len(first["input_ids"])
+    assert found["exact"] is None
 
 
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:
