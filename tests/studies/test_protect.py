@@ -21,7 +21,7 @@ from ssah.methods.random_units import RandomFreezing
 from ssah.models import load_model
 from ssah.studies.paired_models import PairedModels
 from ssah.studies.protect import run
-from ssah.studies.protect.making import Making
+from ssah.studies.protect.making import PLAIN, Making
 
 pytestmark = pytest.mark.xdist_group("protect")  # its fixtures are made once
 
@@ -58,6 +58,28 @@ def test_half_way_back_is_the_default(both: tuple[Path, dict], model_folder: Pat
         "half.run",
     ]
     assert not (folder / "half.run" / "models").exists()
+
+
+def test_a_bfloat16_model_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_chat.model().bfloat16()
+    tiny_chat.tokenizer().save_pretrained(saved(model, tmp_path / "model"))
+    write, trained = Making._write, {}
+
+    def kept(self: Any, name: str, tuned: Any, dtype: torch.dtype) -> None:
+        if name == PLAIN:
+            trained.update({key: value.double() for key, value in tuned.state_dict().items()})
+        write(self, name, tuned, dtype)
+
+    monkeypatch.setattr(Making, "_write", kept)
+    # Small enough to be lost in bfloat16.
+    protect(tmp_path / "model", tmp_path / "out", "--lr", 1e-4)
+    before, after = loaded(tmp_path / "model"), loaded(tmp_path / "out")
+    for name, value in trained.items():
+        expected = (before[name].double() + value) / 2
+        assert after[name].equal(expected.float().bfloat16()), name
+    some = "model.layers.0.mlp.up_proj.weight"
+    rounded = (before[some].double() + trained[some].bfloat16().double()) / 2
+    assert not after[some].equal(rounded.float().bfloat16())
 
 
 def test_what_is_measured_is_what_the_library_computes(
