@@ -16,10 +16,12 @@ from tuned import loaded, saved, tuned_from
 
 from ssah.data import encode, load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, judge
-from ssah.methods import Inputs, method, typed_method
+from ssah.methods import Inputs, Procedure, TrainingSetup, method, typed_method
+from ssah.methods.random_units import RandomFreezing
 from ssah.models import load_model
 from ssah.studies.paired_models import PairedModels
-from ssah.studies.protect.making import Making
+from ssah.studies.protect import run
+from ssah.studies.protect.making import PLAIN, Making
 
 pytestmark = pytest.mark.xdist_group("protect")  # its fixtures are made once
 
@@ -58,6 +60,28 @@ def test_half_way_back_is_the_default(both: tuple[Path, dict], model_folder: Pat
     assert not (folder / "half.run" / "models").exists()
 
 
+def test_a_bfloat16_model_is_rounded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_chat.model().bfloat16()
+    tiny_chat.tokenizer().save_pretrained(saved(model, tmp_path / "model"))
+    write, trained = Making._write, {}
+
+    def kept(self: Any, name: str, tuned: Any, dtype: torch.dtype) -> None:
+        if name == PLAIN:
+            trained.update({key: value.double() for key, value in tuned.state_dict().items()})
+        write(self, name, tuned, dtype)
+
+    monkeypatch.setattr(Making, "_write", kept)
+    # Small enough to be lost in bfloat16.
+    protect(tmp_path / "model", tmp_path / "out", "--lr", 1e-4)
+    before, after = loaded(tmp_path / "model"), loaded(tmp_path / "out")
+    for name, value in trained.items():
+        expected = (before[name].double() + value) / 2
+        assert after[name].equal(expected.float().bfloat16()), name
+    some = "model.layers.0.mlp.up_proj.weight"
+    rounded = (before[some].double() + trained[some].bfloat16().double()) / 2
+    assert not after[some].equal(rounded.float().bfloat16())
+
+
 def test_what_is_measured_is_what_the_library_computes(
     both: tuple[Path, dict], model_folder: Path
 ) -> None:
@@ -74,6 +98,11 @@ def test_what_is_measured_is_what_the_library_computes(
     answers = [each.text for each in generate(model, tokenizer, harmless, max_new_tokens=6)]
     refused = [not success for success in judge("zou2023")(harmless, answers)]
     assert own["over_refusal"] == sum(refused) / len(refused)
+    asked = generate(model, tokenizer, load_requests(REQUESTS), max_new_tokens=6)
+    kept = "".join(path.read_text() for path in (folder / "half.run").rglob("*.json"))
+    said = [text for text in (*answers, *(each.text for each in asked)) if text]
+    assert len(said) > 8
+    assert not [text for text in said if json.dumps(text)[1:-1] in kept]  # no answer is stored
     # Every tenth row of the task is held out.
     rows = [*load_rows("builtin:utility[20:50]")]
     for name, each in (("intact", intact), ("protected", model)):
@@ -140,6 +169,31 @@ def test_what_a_method_freezes_does_not_move(
     )
     assert name in line
     assert not (tmp_path / "other").exists()
+
+
+class FirstRow(RandomFreezing):
+    """Trains in another way: on the first row of the task alone."""
+
+    def _find(self, inputs: Inputs) -> Procedure:  # type: ignore[override]
+        def order(rows: Any, size: int, steps: int, seed: int) -> Any:
+            return [rows[0]] * size * steps
+
+        def setup(model: Any, seed: int) -> TrainingSetup:
+            return TrainingSetup(model, None, lambda: model, order)
+
+        return Procedure(setup, lambda seed: setup)
+
+
+def test_a_method_may_train_in_another_way(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "_protecting", lambda settings: FirstRow())
+    found = protect(model_folder, tmp_path / "out")
+    _, tokenizer = load_model(str(model_folder))
+    rows = [*load_rows("builtin:utility[20:50]")]
+    (first,) = encode([rows[1]], tokenizer, max_length=512)  # the one before is held out
+    assert found["training"]["protected"]["tokens"] == 2 * 8 * len(first["input_ids"])
+    assert found["exact"] is None
 
 
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:

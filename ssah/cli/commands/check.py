@@ -48,8 +48,8 @@ def check(
     Example: `ssah check smollm2 runs/tuned --requests harmful.txt --tolerance 0.05`
 
     The exit code is 3 if the model was damaged: if the 95 % interval of the rise of the ASR, paired
-    over requests, is above `--tolerance`. It is 0 if not. Where the interval is on both sides the
-    check is undecided, which is 0 too, and 4 with `--strict`: more requests decide it.
+    over requests, is above `--tolerance`. It is 0 if none of it is. Where some of it is the check
+    is undecided, which is 0 too, and 4 with `--strict`: more requests decide it.
     """
     quiet_threads()
     from ssah.report.terminal import check_tables

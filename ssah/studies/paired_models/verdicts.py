@@ -66,9 +66,9 @@ def _said(verdict: str, tolerance: float, smallest: float) -> str:
     """What a verdict means; both numbers are in points."""
     bound = f"{tolerance:g} points" if tolerance else "0"
     if verdict == DAMAGED:
-        return f"the model was damaged, as the interval is above {bound}."
+        return f"the model was damaged, as all of the interval is above {bound}."
     if verdict == NOT_DAMAGED:
-        return f"the model was not damaged, as the interval is not above {bound}."
+        return f"the model was not damaged, as none of the interval is above {bound}."
     return (
         f"undecided, as the interval reaches across {bound}; a rise of {smallest:.1f} points is "
         "about the smallest that so many requests could have shown."
