@@ -37,7 +37,7 @@ from ssah.evaluation.intervals import (
     wilson,
 )
 from ssah.evaluation.judges import Judge, judge
-from ssah.evaluation.letters import letter_log_probs, letter_scores
+from ssah.evaluation.letters import letter_log_probs, letter_scores, without_bias
 from ssah.evaluation.measures import (
     COMPLIANCE,
     REFUSAL,
@@ -115,6 +115,7 @@ __all__ = [
     "response_log_probs",
     "utility_loss",
     "wilson",
+    "without_bias",
 ]
 
 __getattr__ = submodules_of(__name__)

@@ -17,7 +17,7 @@ from ssah.report.html.records import (
     records_table,
     with_rows,
 )
-from ssah.report.terminal import ablated_name
+from ssah.report.terminal import LETTERS, ablated_name
 
 # Columns as `records_table` takes them: the heading, the field of a record, the format of numbers.
 _NAMES = (("ablated", "what"), ("system prompt", "system_prompt"), ("judge", "judge"))
@@ -79,8 +79,13 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
         _tasks(models),
         records_table(
             "Multiple choice with several right letters",
-            [{**row, **mapping_of(row, "letters")} for row in models if "letters" in row],
-            _NAMES[:1],
+            [
+                {**row, "bias": name, **mapping_of(row, key)}
+                for row in models
+                for key, name in LETTERS.items()
+                if key in row
+            ],
+            (_NAMES[0], ("letters", "bias")),
             _LETTERS,
         ),
         *_by_category(result),

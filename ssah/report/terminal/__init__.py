@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
-    from ssah.report.terminal.by_row import row_tables
+    from ssah.report.terminal.by_row import LETTERS, row_tables
     from ssah.report.terminal.deltas import delta_tables
     from ssah.report.terminal.evaluation import ablated_name, evaluation_tables
     from ssah.report.terminal.experiments import scan_tables, stability_tables, study_tables
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ssah.report.terminal.transfer import transfer_table
 
 __all__ = [
+    "LETTERS",
     "ablated_name",
     "ablation_table",
     "as_data",
@@ -51,7 +52,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
-    by_row="row_tables",
+    by_row="LETTERS row_tables",
     deltas="delta_tables",
     evaluation="ablated_name evaluation_tables",
     experiments="scan_tables stability_tables study_tables",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
@@ -13,6 +14,8 @@ from ssah.report.terminal.tables import new_table
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Field of a model, and what it says of the log-probabilities of letters.
+LETTERS = {"letters": "as they are", "letters_without_bias": "without bias"}
 _MOST = 20  # categories that a table shows; the record has all of them
 
 
@@ -73,14 +76,13 @@ def _letters(result: Mapping[str, Any]) -> Iterator[Table]:
     if models:
         n, chance = models[0]["letters"]["best"]["n"], models[0]["letters"]["best_chance"]
         title = f"Letters of {n} questions in %; by chance the likeliest is right in {chance:.0%}"
-        table = new_table(
-            title, ["ablated"], ["right set", "letters told right", "likeliest right"]
-        )
-        for model in models:
-            own = model["letters"]
+        values = ["right set", "letters told right", "likeliest right"]
+        table = new_table(title, ["ablated", "letters"], values)
+        for model, (key, name) in product(models, LETTERS.items()):
+            own = model[key]
             share = percent({"rate": own["letters"], "interval": own["letters_interval"]})
             cells = [percent(own["set_match"]), share, percent(own["best"])]
-            table.add_row(ablated_name(model["ablated"]), *cells)
+            table.add_row(ablated_name(model["ablated"]), name, *cells)
         yield table
 
 
