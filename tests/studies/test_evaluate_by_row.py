@@ -91,6 +91,11 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
         assert record["macro_coherent"]["rate"] == pytest.approx(
             sum(verdict and not babble for verdict, babble in pairs) / len(expected)
         )
+    rise = second["macro"]["rate"] - first["macro"]["rate"]
+    assert second["macro_rise"] == pytest.approx(rise)
+    low, high = second["macro_rise_interval"]
+    assert low <= rise <= high
+    assert "macro_rise" not in first
     read = found["data"]["requests"]
     assert read["rows"] == len(drawn)
     assert read["drawn_of"] == len(rows)
@@ -147,6 +152,7 @@ def test_terminal_and_report_show_them(runs, found):
         (300, "\n".join(printed(table) for table in row_tables(found))),
     ):
         assert "macro mean" in shown, width
+        assert "rise" in shown
         macro = found["result"]["by_category"][0]["macro"]
         assert all(name in shown for name in found["result"]["by_category"][0]["categories"])
         assert macro["n"] == macro["categories"]

@@ -9,7 +9,13 @@ from ssah.evaluation.attacks.attack import (
     judged_answers,
 )
 from ssah.evaluation.attacks.policies import cosa_score, policy_rates
-from ssah.evaluation.attacks.rates import answer_rates, category_rates, rate, summary
+from ssah.evaluation.attacks.rates import (
+    answer_rates,
+    category_rates,
+    macro_difference,
+    rate,
+    summary,
+)
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
 
 __all__ = [
@@ -21,6 +27,7 @@ __all__ = [
     "distinct_judges",
     "judge_answers",
     "judged_answers",
+    "macro_difference",
     "policy_rates",
     "rate",
     "refusals_change",

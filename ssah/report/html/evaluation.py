@@ -127,7 +127,7 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
     for column in dict.fromkeys(str(row.get("column")) for row in rows):
         own = [row for row in rows if str(row.get("column")) == column]
         lines = [
-            {**row, "category": name, "asr": row.get(key)}
+            {**row, "category": name, "asr": row.get(key), **_rise(row, key)}
             for name, key in (("macro mean", "macro"), ("macro, coherent", "macro_coherent"))
             for row in own
         ]
@@ -137,8 +137,16 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
             for name, rate in mapping_of(row, "categories").items()
         ]
         names = (("category", "category"), *_NAMES)
-        found.append(records_table(f"ASR by {column}", lines, names, _HARMFUL[:1], _MACRO))
+        found.append(records_table(f"ASR by {column}", lines, names, _HARMFUL[:2], _MACRO))
     return found
+
+
+def _rise(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The rise of the macro mean under the names of that of an ASR; of nothing else."""
+    if key != "macro":
+        return {}
+    names = {"macro_rise": "asr_rise", "macro_rise_interval": "asr_rise_interval"}
+    return {name: row[own] for own, name in names.items() if own in row}
 
 
 def _tasks(models: list[dict[str, Any]]) -> Table:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ssah.report.terminal.evaluation import ablated_name, percent
+from ssah.report.terminal.evaluation import ablated_name, percent, points
 from ssah.report.terminal.tables import new_table
 
 if TYPE_CHECKING:
@@ -44,6 +44,9 @@ def _categories(
         first = own[0]  # the model as it is: its order holds for all
         for name, mean in (("macro mean", "macro"), ("macro mean, coherent", "macro_coherent")):
             table.add_row(name, str(first[mean]["n"]), *(percent(each[mean]) for each in own))
+        if len(own) > 1:  # nothing rises in the model as it is
+            rises = [points(each, "macro_rise") for each in own]
+            table.add_row("its rise, points", str(first["macro"]["n"]), *rises)
         names = sorted(first["categories"], key=lambda name: -first["categories"][name]["rate"])
         for name in names[:_MOST]:
             cells = [percent(each["categories"][name]) for each in own]

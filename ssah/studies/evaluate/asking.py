@@ -12,9 +12,23 @@ from dataclasses import asdict
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
+from ssah.evaluation import (
+    category_rates,
+    check_room,
+    fitting,
+    macro_difference,
+    policy_rates,
+    prompts,
+    room_of,
+)
 from ssah.studies.choosing import ALL, Choosing
-from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coherent_success
+from ssah.studies.evaluate.record import (
+    BENIGN,
+    INTACT,
+    OVER_REFUSAL,
+    REQUESTS,
+    coherent_success,
+)
 
 if TYPE_CHECKING:
     from ssah.data import Asked
@@ -138,7 +152,8 @@ def _by_category(
 
     Yields:
         ``column``, ``ablated``, ``system_prompt``, ``judge``, what ``category_rates`` returns of
-        the ASR, and ``macro_coherent``, the macro mean of the ASR of coherent answers.
+        the ASR, and ``macro_coherent``, the macro mean of the ASR of coherent answers; of an
+        ablated model ``macro_rise``, its macro mean less that of the intact one, with its interval.
     """
     conditions = enumerate(settings.system_prompts)
     for column, each, (number, said) in product(columns, models, list(conditions)):
@@ -146,7 +161,7 @@ def _by_category(
         found = judged[each.name, number, REQUESTS]
         for judge, success in found["success"].items():
             sense = category_rates(coherent_success(found, judge), categories, settings.level)
-            yield {
+            row = {
                 "column": column,
                 "ablated": each.ablated,
                 "system_prompt": said,
@@ -154,6 +169,13 @@ def _by_category(
                 **category_rates(success, categories, settings.level),
                 "macro_coherent": sense["macro"],
             }
+            if each.units is not None:
+                before = judged[INTACT, number, REQUESTS]["success"][judge]
+                rise, interval = macro_difference(
+                    success, before, categories, level=settings.level, seed=settings.seed
+                )
+                row |= {"macro_rise": rise, "macro_rise_interval": interval}
+            yield row
 
 
 def _by_policy(
