@@ -66,6 +66,7 @@ def _letters(study: Study, evaluated: Evaluated, questions: Sequence[Lettered]) 
 
     if not questions:
         return {}
+    # Log-probabilities are kept, not scores: those are made of them at every call.
     kept = study.steps(f"{evaluated.name}.letters", compute)
     log_probs = [torch.tensor(each, dtype=torch.float64) for each in kept]  # [letters] each
     options = {"level": settings.level, "seed": settings.seed}
