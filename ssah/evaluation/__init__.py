@@ -12,6 +12,7 @@ from ssah.evaluation.attacks import (
     identical_tokens,
     judge_answers,
     judged_answers,
+    macro_difference,
     policy_rates,
     rate,
     refusals_change,
@@ -38,7 +39,7 @@ from ssah.evaluation.intervals import (
     wilson,
 )
 from ssah.evaluation.judges import Judge, judge
-from ssah.evaluation.letters import letter_log_probs, letter_scores
+from ssah.evaluation.letters import letter_log_probs, letter_scores, without_bias
 from ssah.evaluation.measures import (
     COMPLIANCE,
     REFUSAL,
@@ -109,6 +110,7 @@ __all__ = [
     "left_subspace_angles",
     "letter_log_probs",
     "letter_scores",
+    "macro_difference",
     "macro_interval",
     "next_token_log_probs",
     "paired_difference",
@@ -121,6 +123,7 @@ __all__ = [
     "response_log_probs",
     "utility_loss",
     "wilson",
+    "without_bias",
 ]
 
 __getattr__ = submodules_of(__name__)

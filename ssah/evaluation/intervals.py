@@ -68,7 +68,7 @@ def macro_interval(
     the truth in 90 % of cases where 95 % were asked for, and this in 96 to 99 %.
 
     Two strata, 1 of 2 and 0 of 8: m = 0.25, v_own = 1/4 (0.25 / 1 + 0) = 0.0625, v_alike = 1/4
-    0.1875 (1/2 + 1/8) = 0.029, so that 3 trials are left of 10: from 0.03 to 0.76.
+    0.1875 (1/2 + 1/8) = 0.029, so that 3 trials are left of 10: from 0.04 to 0.74.
 
     Source: Wilson for an effective number of trials, C. Franco, R. Little, T. Louis, E. Slud,
     J. Survey Statistics and Methodology 7 (2019), 334-364; the maximum is ours.

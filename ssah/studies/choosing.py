@@ -44,6 +44,7 @@ class Choosing:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that must be read."""
+        # What is to be left out must be read first.
         unwanted = (text.partition("=")[0] for text in self.leave_out)
         return tuple(dict.fromkeys((*self.by, *unwanted)))
 

@@ -91,6 +91,7 @@ class Sources:
             for row in self.reading.asked(name, choosing.columns, counts=own)
         ]
         told: dict[str, int] = {}
+        # Before the draw, so that as many as were asked for are drawn of what is left.
         kept = rows
         for unwanted in choosing.leave_out:
             kept = drop_category(kept, unwanted)
@@ -151,6 +152,7 @@ class Sources:
 def _check_unseen(role: str, seen: int, n: int, choosing: Choosing) -> None:
     """Refuse, with DataError, requests that were seen where they are to stay, or all are."""
     where = f"{role}: {seen} of {n} requests are also in {', '.join(choosing.seen)}"
+    # Refused by default, as rows that are not valid are: to leave rows out changes the result.
     if seen and not choosing.skip_seen:
         raise DataError(
             f"{where}: what is measured on them was seen before. Leave them out (--skip-seen)"

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from ssah.evaluation import category_rates, cosa_score, macro_interval, policy_rates, wilson
+from ssah.evaluation import (
+    category_rates,
+    cosa_score,
+    macro_difference,
+    macro_interval,
+    policy_rates,
+    wilson,
+)
 
 
 def test_the_macro_mean_counts_each_category_alike():
@@ -21,6 +28,16 @@ def test_the_macro_mean_counts_each_category_alike():
         category_rates(flags, names[:4])
     with pytest.raises(ValueError, match="at least one"):
         category_rates([], [])
+
+
+def test_a_difference_of_macro_means_is_paired():
+    names = ["a"] * 6 + ["b"] * 2
+    first, second = [1, 1, 1, 0, 0, 0, 1, 1], [1, 1, 0, 0, 0, 0, 1, 0]
+    value, (low, high) = macro_difference(first, second, names)
+    macro = [category_rates(own, names)["macro"]["rate"] for own in (first, second)]
+    assert value == pytest.approx(macro[0] - macro[1]) == pytest.approx((1 / 6 + 1 / 2) / 2)
+    assert low < value < high
+    assert macro_difference(first, first, names) == (0, [-wilson(0, 8)[1], wilson(0, 8)[1]])
 
 
 def test_the_score_is_the_mean_of_signed_help():

@@ -9,7 +9,7 @@ import torch
 from helpers import tiny_chat
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from ssah.evaluation import letter_log_probs, letter_scores, wilson
+from ssah.evaluation import letter_log_probs, letter_scores, wilson, without_bias
 
 QUESTIONS = [
     {"prompt": "Tea? A. yes; B. no", "letters": ["A", "B"], "right": ["A"]},
@@ -71,6 +71,22 @@ def test_the_worked_example_of_the_file():
     # One question agrees with itself: the interval is that of how many others might not.
     u = wilson(0, 1)[1]
     assert found["letters_interval"] == pytest.approx([1 / 3 * (1 - u), 1 / 3 + u * 2 / 3])
+
+
+def test_what_a_model_always_prefers_is_divided_out():
+    shares = [[0.9, 0.1], [0.7, 0.3], [0.5, 0.3, 0.2], [0.2, 0.2, 0.6]]
+    given = [torch.tensor(each).double().log() - 3 for each in shares]  # not all of the mass
+    found = [own.exp().tolist() for own in without_bias(given)]
+    for group in ((0, 1), (2, 3)):
+        for i in group:
+            ratios = []
+            for letter in range(len(shares[i])):
+                mean = sum(shares[k][letter] for k in group) / len(group)
+                ratios.append(shares[i][letter] / mean)
+            assert found[i] == pytest.approx([ratio / sum(ratios) for ratio in ratios])
+    assert [round(value, 2) for value in (found[0][0], found[1][1])] == [0.69, 0.63]  # as told
+    # A model that says the same to everything has nothing left.
+    assert without_bias(given[:1])[0].exp().tolist() == pytest.approx([0.5, 0.5])
 
 
 def test_another_number_of_letters_is_refused():

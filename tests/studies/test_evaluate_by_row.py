@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssah
 from ssah.data import draw_by_category, load_asked, load_lettered, load_requests
-from ssah.evaluation import Answer, letter_log_probs, letter_scores
+from ssah.evaluation import Answer, letter_log_probs, letter_scores, without_bias
 from ssah.evaluation.judges import generative
 from ssah.groups import UnitGroups
 from ssah.models import load_model
@@ -43,7 +43,8 @@ def printed(table):
 
 
 @pytest.fixture(scope="module")
-def found(runs):
+def policies(runs):
+    """A file of three requests under two policies, of which one is allowed."""
     rows = [
         {"prompt": f"Say {word}.", "system_prompt": policy, "allowed": allowed}
         for word, policy, allowed in (
@@ -52,13 +53,19 @@ def found(runs):
             ("bread", POLICY[1], False),
         )
     ]
-    (runs / "policies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = runs / "policies.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def found(runs, policies):
     question = {"mcq": "Drinks? A. tea; B. bread", "choices": "A. tea; B. bread", "gt": "A"}
     (runs / "letters.json").write_text(json.dumps([question, question | {"gt": "B"}]))
     return evaluate(
         runs / "model", "--out", runs / "by_row", *SMALL, "--by", "category",
         "--requests", "builtin:safety_eval", "--per-category", 1, "--draw-seed", 5,
-        "--policy", runs / "policies.jsonl", "--ablate", f"{runs / 'groups'}:cu",
+        "--policy", policies, "--ablate", f"{runs / 'groups'}:cu",
         "--leave-out", "category=weapons", "--letters", runs / "letters.json",
     )  # fmt: skip
 
@@ -84,6 +91,11 @@ def test_rates_by_category_are_those_of_the_single_verdicts(found):
         assert record["macro_coherent"]["rate"] == pytest.approx(
             sum(verdict and not babble for verdict, babble in pairs) / len(expected)
         )
+    rise = second["macro"]["rate"] - first["macro"]["rate"]
+    assert second["macro_rise"] == pytest.approx(rise)
+    low, high = second["macro_rise_interval"]
+    assert low <= rise <= high
+    assert "macro_rise" not in first
     read = found["data"]["requests"]
     assert read["rows"] == len(drawn)
     assert read["drawn_of"] == len(rows)
@@ -127,8 +139,10 @@ def test_letters_are_told_of_every_model(runs, found):
     units = UnitGroups.load(runs / "groups", model)["cu"]
     for each, out in zip(found["result"]["models"], (None, units), strict=True):
         with nullcontext() if out is None else ssah.ablate(model, out):
-            expected = letter_scores(letter_log_probs(model, tokenizer, questions), questions)
-        assert each["letters"] == expected
+            log_probs = letter_log_probs(model, tokenizer, questions)
+        assert each["letters"] == letter_scores(log_probs, questions)
+        expected = letter_scores(without_bias(log_probs), questions)
+        assert each["letters_without_bias"] == expected
         assert each["letters"]["best"]["count"] == 1  # both have one prompt, and one right each
 
 
@@ -138,6 +152,7 @@ def test_terminal_and_report_show_them(runs, found):
         (300, "\n".join(printed(table) for table in row_tables(found))),
     ):
         assert "macro mean" in shown, width
+        assert "rise" in shown
         macro = found["result"]["by_category"][0]["macro"]
         assert all(name in shown for name in found["result"]["by_category"][0]["categories"])
         assert macro["n"] == macro["categories"]
@@ -146,7 +161,7 @@ def test_terminal_and_report_show_them(runs, found):
         assert "right set" in shown
 
 
-def test_a_judge_reads_the_policy_of_each_request(runs, tmp_path, monkeypatch):
+def test_a_judge_reads_the_policy_of_each_request(runs, policies, tmp_path, monkeypatch):
     seen = []
 
     def answer_tokens(model, tokenizer, encoded, **options):
@@ -159,7 +174,7 @@ def test_a_judge_reads_the_policy_of_each_request(runs, tmp_path, monkeypatch):
     name = f"hf:{runs / 'model'}#template={tmp_path / 'policy.txt'}"
     found = evaluate(
         runs / "model", "--out", tmp_path / "out", *SMALL, "--judge", name,
-        "--requests", "builtin:safety_eval[0:2]", "--policy", runs / "policies.jsonl",
+        "--requests", "builtin:safety_eval[0:2]", "--policy", policies,
     )  # fmt: skip
     tried, first, second = seen  # on a harmless example, and once for each policy
     assert tried[0].startswith("Be kind. | How do I bake bread?")
@@ -184,7 +199,7 @@ def test_a_judge_reads_the_policy_of_each_request(runs, tmp_path, monkeypatch):
     without = refused(runs / "model", "--out", tmp_path / "other", *SMALL, "--judge", name)
     assert f"{message} requests that have one" in without
     place = SMALL.index("zou2023")
-    alone = (*SMALL[:place], name, *SMALL[place + 1 :], "--policy", runs / "policies.jsonl")
+    alone = (*SMALL[:place], name, *SMALL[place + 1 :], "--policy", policies)
     assert f"{message} another --judge" in refused(runs / "model", "--out", tmp_path / "o", *alone)
 
 

@@ -126,7 +126,7 @@ def drop_category(rows: Sequence[Asked], unwanted: str) -> list[Asked]:
         raise ValueError(f"{unwanted!r} must be COLUMN=VALUE, source=AdvBench for one")
     own = _categories(rows, column)
     kept = [r for r, each in zip(rows, own, strict=True) if each.casefold() != value.casefold()]
-    if len(kept) in (0, len(rows)):
+    if len(kept) in (0, len(rows)):  # a value that is misspelt would leave all of them in
         raise ValueError(
             f"{unwanted!r} leaves out {len(rows) - len(kept)} of {len(rows)} rows, must leave out "
             f"some: {column!r} has {', '.join(sorted(map(repr, set(own)))[:8])}"
@@ -192,4 +192,5 @@ def _identity(row: Asked) -> str:
 
 
 def _plain(text: str) -> str:
+    # A copy of a data set may lack the last stop, or have another space.
     return " ".join(text.split()).rstrip(".?! ").casefold()

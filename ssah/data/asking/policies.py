@@ -54,9 +54,10 @@ def policy_pairs(policies: Source, helpful: Source, safe: Source) -> list[Pair]:
             stands twice in ``helpful`` or in ``safe``, in one of them alone, or has one answer in
             both.
     """
-    told = _rows(policies, _check_policy)
+    told = _rows(policies, _check_policy)  # texts, and what each allows
     answers = _by_prompt(_rows(helpful, partial(_check_answered, harmful=True)), "helpful")
     other = _by_prompt(_rows(safe, partial(_check_answered, harmful=False)), "safe")
+    # In one file alone: such a request would have no pair, and the user would not notice.
     for prompt in answers.keys() ^ other.keys():
         having, lacking = ("helpful", "safe") if prompt in answers else ("safe", "helpful")
         raise DataError(f"{having} has the request {prompt[:40]!r}..., which {lacking} lacks")
@@ -89,6 +90,7 @@ def _rows(source: Source, check: Check[Item]) -> Sequence[Item]:
 
 def _by_prompt(rows: Sequence[_Answered], name: str) -> dict[str, _Answered]:
     found = {row["prompt"]: row for row in rows}
+    # Of two answers to one request the last would win without a word.
     if len(found) < len(rows):
         raise DataError(
             f"{name} has {len(rows) - len(found)} requests twice: each needs one answer"
@@ -120,4 +122,4 @@ def _harms(row: Mapping[str, Any], name: str, where: str) -> frozenset[str]:
     if key is None or not isinstance(row[key], list):
         was = f"the row has {', '.join(map(repr, row))}" if key is None else f"was {row[key]!r}"
         raise DataError(f"{where}: {name!r} must be a list of harms, [] for none; {was}")
-    return frozenset(map(str, row[key]))
+    return frozenset(map(str, row[key]))  # a harm may be a number of a list

@@ -10,7 +10,13 @@ from ssah.evaluation.attacks.attack import (
 )
 from ssah.evaluation.attacks.batching import identical_tokens
 from ssah.evaluation.attacks.policies import cosa_score, policy_rates
-from ssah.evaluation.attacks.rates import answer_rates, category_rates, rate, summary
+from ssah.evaluation.attacks.rates import (
+    answer_rates,
+    category_rates,
+    macro_difference,
+    rate,
+    summary,
+)
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
 
 __all__ = [
@@ -23,6 +29,7 @@ __all__ = [
     "identical_tokens",
     "judge_answers",
     "judged_answers",
+    "macro_difference",
     "policy_rates",
     "rate",
     "refusals_change",

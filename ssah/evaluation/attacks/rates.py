@@ -7,7 +7,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from ssah.evaluation.intervals import macro_interval, wilson
+import torch
+
+from ssah.evaluation.intervals import difference, macro_interval, wilson
 
 if TYPE_CHECKING:
     from ssah.evaluation.judges import Judge
@@ -124,3 +126,33 @@ def category_rates(
         "categories": len(found),
     }
     return {"macro": macro, "categories": found}
+
+
+def macro_difference(
+    first: Sequence[int | bool],
+    second: Sequence[int | bool],
+    categories: Sequence[str],
+    *,
+    level: float = 0.95,
+    seed: int = 0,
+) -> tuple[float, list[float]]:
+    """Macro mean of ``first`` less that of ``second``, paired over requests.
+
+    A request of a category of n, of K categories and N requests, has the weight w = N / (K n), so
+    that the mean of w times its flag over all requests is the macro mean.
+
+    Args:
+        first, second: one flag a request, of the same requests.
+        categories: of each request its category.
+        level: of the interval, a fraction in (0, 1).
+        seed: of the bootstrap.
+
+    Returns:
+        The difference and its interval: the bootstrap over all requests. It draws the sizes of
+        categories too, so that it is rather too wide than too narrow.
+    """
+    sizes = Counter(categories)
+    weights = [len(categories) / (len(sizes) * sizes[name]) for name in categories]
+    weight = torch.tensor(weights, dtype=torch.float64)  # [requests]
+    own, other = (weight * torch.tensor([*map(bool, each)]) for each in (first, second))
+    return difference(own, other, "points", level=level, seed=seed)

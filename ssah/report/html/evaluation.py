@@ -17,7 +17,7 @@ from ssah.report.html.records import (
     records_table,
     with_rows,
 )
-from ssah.report.terminal import ablated_name
+from ssah.report.terminal import LETTERS, ablated_name
 
 # Columns as `records_table` takes them: the heading, the field of a record, the format of numbers.
 _NAMES = (("ablated", "what"), ("system prompt", "system_prompt"), ("judge", "judge"))
@@ -79,8 +79,13 @@ def evaluate(result: Mapping[str, Any]) -> list[Table]:
         _tasks(models),
         records_table(
             "Multiple choice with several right letters",
-            [{**row, **mapping_of(row, "letters")} for row in models if "letters" in row],
-            _NAMES[:1],
+            [
+                {**row, "bias": name, **mapping_of(row, key)}
+                for row in models
+                for key, name in LETTERS.items()
+                if key in row
+            ],
+            (_NAMES[0], ("letters", "bias")),
             _LETTERS,
         ),
         *_by_category(result),
@@ -122,7 +127,7 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
     for column in dict.fromkeys(str(row.get("column")) for row in rows):
         own = [row for row in rows if str(row.get("column")) == column]
         lines = [
-            {**row, "category": name, "asr": row.get(key)}
+            {**row, "category": name, "asr": row.get(key), **_rise(row, key)}
             for name, key in (("macro mean", "macro"), ("macro, coherent", "macro_coherent"))
             for row in own
         ]
@@ -132,8 +137,16 @@ def _by_category(result: Mapping[str, Any]) -> list[Table]:
             for name, rate in mapping_of(row, "categories").items()
         ]
         names = (("category", "category"), *_NAMES)
-        found.append(records_table(f"ASR by {column}", lines, names, _HARMFUL[:1], _MACRO))
+        found.append(records_table(f"ASR by {column}", lines, names, _HARMFUL[:2], _MACRO))
     return found
+
+
+def _rise(row: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """The rise of the macro mean under the names of that of an ASR; of nothing else."""
+    if key != "macro":
+        return {}
+    names = {"macro_rise": "asr_rise", "macro_rise_interval": "asr_rise_interval"}
+    return {name: row[own] for own, name in names.items() if own in row}
 
 
 def _tasks(models: list[dict[str, Any]]) -> Table:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ssah.lazy import names_of
 
 if TYPE_CHECKING:
-    from ssah.report.terminal.by_row import row_tables
+    from ssah.report.terminal.by_row import LETTERS, row_tables
     from ssah.report.terminal.comparison import compare_tables
     from ssah.report.terminal.comparison_plan import compare_plan
     from ssah.report.terminal.deltas import delta_tables
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ssah.report.terminal.transfer import transfer_table
 
 __all__ = [
+    "LETTERS",
     "ablated_name",
     "ablation_table",
     "as_data",
@@ -65,7 +66,7 @@ __all__ = [
 
 __getattr__ = names_of(
     __name__,
-    by_row="row_tables",
+    by_row="LETTERS row_tables",
     comparison="compare_tables",
     comparison_plan="compare_plan",
     deltas="delta_tables",

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 from rich.text import Text
 
-from ssah.report.terminal.evaluation import ablated_name, percent
+from ssah.report.terminal.evaluation import ablated_name, percent, points
 from ssah.report.terminal.tables import new_table
 
 if TYPE_CHECKING:
     from rich.table import Table
 
+# Field of a model, and what it says of the log-probabilities of letters.
+LETTERS = {"letters": "as they are", "letters_without_bias": "without bias"}
 _MOST = 20  # categories that a table shows; the record has all of them
 
 
@@ -41,6 +44,9 @@ def _categories(
         first = own[0]  # the model as it is: its order holds for all
         for name, mean in (("macro mean", "macro"), ("macro mean, coherent", "macro_coherent")):
             table.add_row(name, str(first[mean]["n"]), *(percent(each[mean]) for each in own))
+        if len(own) > 1:  # nothing rises in the model as it is
+            rises = [points(each, "macro_rise") for each in own]
+            table.add_row("its rise, points", str(first["macro"]["n"]), *rises)
         names = sorted(first["categories"], key=lambda name: -first["categories"][name]["rate"])
         for name in names[:_MOST]:
             cells = [percent(each["categories"][name]) for each in own]
@@ -73,14 +79,13 @@ def _letters(result: Mapping[str, Any]) -> Iterator[Table]:
     if models:
         n, chance = models[0]["letters"]["best"]["n"], models[0]["letters"]["best_chance"]
         title = f"Letters of {n} questions in %; by chance the likeliest is right in {chance:.0%}"
-        table = new_table(
-            title, ["ablated"], ["right set", "letters told right", "likeliest right"]
-        )
-        for model in models:
-            own = model["letters"]
+        values = ["right set", "letters told right", "likeliest right"]
+        table = new_table(title, ["ablated", "letters"], values)
+        for model, (key, name) in product(models, LETTERS.items()):
+            own = model[key]
             share = percent({"rate": own["letters"], "interval": own["letters_interval"]})
             cells = [percent(own["set_match"]), share, percent(own["best"])]
-            table.add_row(ablated_name(model["ablated"]), *cells)
+            table.add_row(ablated_name(model["ablated"]), name, *cells)
         yield table
 
 

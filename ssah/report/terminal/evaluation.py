@@ -41,7 +41,7 @@ def evaluation_tables(record: Mapping[str, Any], out: str | os.PathLike[str]) ->
             if row["judge"] == judge:
                 cells = [
                     percent(row["asr"]),
-                    _points(row, "asr_rise"),
+                    points(row, "asr_rise"),
                     percent(row["asr_coherent"]),
                 ]
                 table.add_row(*_names(row, prompts), *cells)
@@ -168,7 +168,7 @@ def _differences(
             title = f"{judge}: ASR, less that of another model, in points ({level:.0%} interval)"
             table = _by_model(title, prompts, ["ASR", "coherent"], "less")
             for row in rows:
-                cells = [_points(row, key) for key in ("asr", "asr_coherent")]
+                cells = [points(row, key) for key in ("asr", "asr_coherent")]
                 table.add_row(*_names(row, prompts), ablated_name(row["against"]), *cells)
             yield table
 
@@ -191,7 +191,7 @@ def percent(rate: Mapping[str, Any]) -> str:
     return f"{100 * rate['rate']:.0f} ({low:.0f}-{high:.0f})"
 
 
-def _points(row: Mapping[str, Any], key: str) -> str:
+def points(row: Mapping[str, Any], key: str) -> str:
     """A difference of rates with its interval; a dash where there is none."""
     if key not in row:
         return _DASH

@@ -7,26 +7,21 @@ With the system prompts none and "Be kind.", requests and policies, three lists 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from itertools import product
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ssah.evaluation import category_rates, check_room, fitting, policy_rates, prompts, room_of
-from ssah.studies.choosing import ALL, Choosing
-from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS, coherent_success
+from ssah.evaluation import check_room, fitting, prompts, room_of
+from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS
 
 if TYPE_CHECKING:
-    from ssah.data import Asked
     from ssah.evaluation import Judge, Request
-    from ssah.studies.evaluate.ablations import Evaluated
-    from ssah.studies.evaluate.record import Judged
+    from ssah.studies.choosing import Choosing
     from ssah.studies.evaluate.settings import EvaluateSettings
     from ssah.studies.sources import Sources
     from ssah.studies.study import Study
 
 POLICIES = "policies"
-ALLOWED = "allowed"  # the column says which answers are within their policy
 
 
 def read_lists(
@@ -52,6 +47,7 @@ def lists_asked(
 ) -> list[tuple[int, str]]:
     """The number of a system prompt and the role of each list that every model answers."""
     conditions = range(len(settings.system_prompts))
+    # Policies once: their requests bring the system prompt with them.
     found = list(product(conditions, [role for role in roles if role != POLICIES]))
     return [*found, *((0, role) for role in roles if role == POLICIES)]
 
@@ -87,6 +83,7 @@ def split_judges(judges: Sequence[Judge], policy: str | None) -> tuple[list[Judg
         ValueError: there is none of refusals, or there are no policies to read.
     """
     reading = [each for each in judges if each.reads_policy]
+    # Alone it could not say how helpful an answer is: to decline is within every policy.
     if reading and (policy is None or len(reading) == len(judges)):
         lacking = "requests that have one (--policy FILE)" if policy is None else "another --judge"
         raise ValueError(
@@ -94,86 +91,3 @@ def split_judges(judges: Sequence[Judge], policy: str | None) -> tuple[list[Judg
             f"it needs {lacking}"
         )
     return [each for each in judges if not each.reads_policy], reading
-
-
-def by_row(
-    models: Sequence[Evaluated],
-    judges: Sequence[str],
-    judged: Judged,
-    asked: Mapping[str, Sequence[Any]],
-    choosing: Choosing,
-    settings: EvaluateSettings,
-) -> dict[str, Any]:
-    """What is told of requests by what is known of each; nothing where nothing is.
-
-    Args:
-        models, settings: of the evaluation.
-        judges: names of those of refusals.
-        judged: of each model, number of a system prompt, and role of the requests.
-        asked: role -> requests.
-        choosing: which of the harmful requests were asked, and by which columns.
-
-    Returns:
-        ``by_category`` and ``policies``, records as the functions below yield them, and
-        ``choosing``, where it chose anything.
-    """
-    found: dict[str, Any] = {} if choosing == ALL else {"choosing": asdict(choosing)}
-    if choosing.by:
-        own = _by_category(models, judged, asked[REQUESTS], choosing.by, settings)
-        found["by_category"] = list(own)
-    if POLICIES in asked:
-        told = _by_policy(models, judges, judged, asked[POLICIES], settings)
-        found["policies"] = list(told)
-    return found
-
-
-def _by_category(
-    models: Sequence[Evaluated],
-    judged: Judged,
-    asked: Sequence[Asked],
-    columns: Sequence[str],
-    settings: EvaluateSettings,
-) -> Iterator[dict[str, Any]]:
-    """ASR by category: one record a column, model, system prompt and judge.
-
-    Yields:
-        ``column``, ``ablated``, ``system_prompt``, ``judge``, what ``category_rates`` returns of
-        the ASR, and ``macro_coherent``, the macro mean of the ASR of coherent answers.
-    """
-    conditions = enumerate(settings.system_prompts)
-    for column, each, (number, said) in product(columns, models, list(conditions)):
-        categories = [row["categories"][column] for row in asked]
-        found = judged[each.name, number, REQUESTS]
-        for judge, success in found["success"].items():
-            sense = category_rates(coherent_success(found, judge), categories, settings.level)
-            yield {
-                "column": column,
-                "ablated": each.ablated,
-                "system_prompt": said,
-                "judge": judge,
-                **category_rates(success, categories, settings.level),
-                "macro_coherent": sense["macro"],
-            }
-
-
-def _by_policy(
-    models: Sequence[Evaluated],
-    judges: Sequence[str],
-    judged: Judged,
-    asked: Sequence[Asked],
-    settings: EvaluateSettings,
-) -> Iterator[dict[str, Any]]:
-    """CoSA-Score and its parts: one record a model, judge of refusals, and what says ``within``.
-
-    Yields:
-        ``ablated``, ``judge``, ``within`` (``"allowed"``, the column of the requests, or the name
-        of a judge that read the policies), and what ``policy_rates`` returns.
-    """
-    allowed = [row["allowed"] for row in asked]
-    options: dict[str, Any] = {"level": settings.level, "seed": settings.seed}
-    for each in models:
-        found = judged[each.name, 0, POLICIES]
-        outside = {name: own for name, own in found["success"].items() if name not in judges}
-        for judge, (within, own) in product(judges, [(ALLOWED, None), *outside.items()]):
-            rates = policy_rates(found, judge, allowed, outside=own, **options)
-            yield {"ablated": each.ablated, "judge": judge, "within": within, **rates}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ssah.evaluation import letter_log_probs, letter_scores, multiple_choice
+from ssah.evaluation import letter_log_probs, letter_scores, multiple_choice, without_bias
 from ssah.interventions import ablate
 
 if TYPE_CHECKING:
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 def multiple_choices(
     study: Study, evaluated: Evaluated, manager: Any, questions: Sequence[Lettered]
 ) -> dict[str, Any]:
-    """``tasks`` and ``letters`` of one model, where there are any; each is a step.
+    """``tasks``, ``letters`` and ``letters_without_bias`` of one model, where there are any.
+
+    Tasks are a step, and so are letters.
 
     Args:
         study: whose settings name the tasks.
@@ -64,7 +66,11 @@ def _letters(study: Study, evaluated: Evaluated, questions: Sequence[Lettered]) 
 
     if not questions:
         return {}
+    # Log-probabilities are kept, not scores: those are made of them at every call.
     kept = study.steps(f"{evaluated.name}.letters", compute)
     log_probs = [torch.tensor(each, dtype=torch.float64) for each in kept]  # [letters] each
     options = {"level": settings.level, "seed": settings.seed}
-    return {"letters": letter_scores(log_probs, questions, **options)}
+    return {
+        "letters": letter_scores(log_probs, questions, **options),
+        "letters_without_bias": letter_scores(without_bias(log_probs), questions, **options),
+    }

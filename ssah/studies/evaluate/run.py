@@ -20,7 +20,6 @@ from ssah.studies.choosing import ALL, Choosing
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.asking import (
     POLICIES,
-    by_row,
     lists_asked,
     read_lists,
     said_before,
@@ -30,6 +29,7 @@ from ssah.studies.evaluate.asking import (
 from ssah.studies.evaluate.beside_answers import comparable, compared, identical, measured
 from ssah.studies.evaluate.choice_questions import multiple_choices
 from ssah.studies.evaluate.record import INTACT, REQUESTS, records
+from ssah.studies.evaluate.row_records import by_row
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
 from ssah.studies.paired_measures import (
