@@ -45,7 +45,7 @@ class SingleNeuron(Method):
     )
     against: ClassVar[str] = "A random unit of all modules."
     published: ClassVar[str] = (
-        "Without any one of its refusal neurons, seven models (1.7B to 70B) answer harmful requests."
+        "Without one of their refusal neurons, seven models (1.7B to 70B) answer what they refused."
     )
 
     screened: int = setting(32, "How many units are measured.", min=1)

@@ -175,9 +175,11 @@ def prefilled(
     """Attention mask, int64 ``[rows, width]``, and the cache of prompts, a row each, by its name.
 
     None where a cache is no plain list of keys and values: with a window or a running state, more
-    tokens at once than one are not what the model computes without a cache. To be called inside
-    :func:`greedy` of the model.
+    tokens at once than one are not what the model computes without a cache; nor where positions
+    are changed. To be called inside :func:`greedy` of the model.
     """
+    if changes_some_positions(model):
+        return None
     with torch.inference_mode():
         given, past = _begun(model, rows, None, torch.zeros(len(rows), dtype=torch.int64))
         past = _cache_of(_stretch(model, given, past, 1, Finite()))
