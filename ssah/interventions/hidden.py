@@ -149,7 +149,7 @@ class AtLayer:
             return given
         h = given
         if h.dim() == 2 and len(h) == passes.shape[0] * passes.shape[1]:
-            h = h.view(*passes.shape, -1)  # some modules are given the rows one after the other
+            h = h.reshape(*passes.shape, -1)  # some modules are given the rows one after the other
         if h.dim() != 3:
             raise ValueError(
                 f"a {type(self.module).__name__} puts out {list(h.shape)}; must be [rows, tokens, "
@@ -170,7 +170,7 @@ class AtLayer:
                 new = work + strength.to(work.dtype)[..., None] * (new - work)
         new = new.to(h.dtype)
         new = new if at is True else torch.where(at.to(h.device)[..., None], new, h)
-        return new.view(given.shape)
+        return new.reshape(given.shape)
 
 
 def plan_hidden(model: nn.Module, change: HiddenChange) -> list[AtLayer]:

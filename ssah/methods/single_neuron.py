@@ -45,8 +45,7 @@ class SingleNeuron(Method):
     )
     against: ClassVar[str] = "A random unit of all modules."
     published: ClassVar[str] = (
-        "Without one of its refusal neurons each of seven models (1.7B to 70B) answers harmful "
-        "requests."
+        "Without one of their refusal neurons, seven models (1.7B to 70B) answer what they refused."
     )
 
     screened: int = setting(32, "How many units are measured.", min=1)

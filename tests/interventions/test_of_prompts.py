@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from ssah import intervene
 from ssah.evaluation.generating.decoding import decode, greedy
+from ssah.evaluation.measures.continuations import continuation_log_probs
 from ssah.interventions import Add, ProjectOut, PromptEnds, Prompts, ScaleHidden, Zero
 from ssah.units import find_modules
 
@@ -130,7 +131,29 @@ def test_generation_goes_on_as_the_prompts_decided() -> None:
 
 class _NoTokens:
     pad_token_id = 0
+    eos_token_id = None
     bos_token_id = None
+
+
+def test_answers_to_one_prompt_are_each_steered_as_by_themselves() -> None:
+    model, ends = build("llama", dtype=torch.float64), PromptEnds((5, 6))
+    prompts, said = [[3, 9, 5, 6]] * 2 + [[4, 4, 9, 5, 6]], [[7, 8], [9], [7, 8]]
+
+    def log_probs(own: list[int]) -> Tensor:
+        return continuation_log_probs(
+            model,
+            _NoTokens(),  # type: ignore[arg-type]
+            [prompts[i] for i in own],
+            [said[i] for i in own],
+            8,
+        )
+
+    with intervene(model, Add(1, 5 * V, at=ends)):
+        # Together, equal prompts would go on from one cache, which begins before the change.
+        together = log_probs([0, 1, 2])
+        apart = torch.cat([log_probs([number]) for number in range(3)])
+    torch.testing.assert_close(together, apart, rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(together, log_probs([0, 1, 2]))
 
 
 def test_prompts_end_where_the_template_says() -> None:
