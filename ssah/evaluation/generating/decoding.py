@@ -81,12 +81,14 @@ class Finite:
         self.said: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
-        # -inf is how transformers forbids a token. The flag stays on the device until the end.
-        bad = (logits.isnan() | (logits == torch.inf)).any()
+        # The largest is NaN if any is. -inf is how transformers forbids a token.
+        largest = logits.amax(-1)  # [rows]
+        bad = (largest.isnan() | (largest == torch.inf)).any()
         self.bad = bad if self.bad is None else self.bad | bad
         if self.rows is not None:
-            own = logits[self.rows.to(logits.device)].float()  # [n, vocab_size]
-            self.said.append(own.amax(-1) - own.logsumexp(-1))  # greedy: it takes the largest
+            rows = self.rows.to(logits.device)
+            # Greedy decoding takes the largest.
+            self.said.append(largest[rows].float() - logits[rows].float().logsumexp(-1))  # [n]
         return logits
 
     def check(self) -> None:
