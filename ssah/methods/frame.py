@@ -27,6 +27,9 @@ from ssah.settings import check_settings
 # When it acts: it finds a part (and takes it out to show it), or changes the weights before, during
 # or after fine-tuning, or how the model runs.
 Stage: TypeAlias = Literal["locate", "before", "during", "after", "inference"]
+# What it is for: refusals are kept through fine-tuning, or put back; they are found and taken out;
+# or fewer harmless requests are refused.
+Aim: TypeAlias = Literal["keep", "remove", "relax"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Method(ABC):
         departures: in what it is not as published, each a sentence; none where it is.
         against: what its control is, in a sentence.
         published: what the paper found, as a direction to compare one's own results with.
+        aim: what it is for.
         strength: the setting that says how much is done, where a comparison should try several.
         strengths: the values of it that are tried.
 
@@ -57,6 +61,7 @@ class Method(ABC):
     departures: ClassVar[tuple[str, ...]] = ()
     against: ClassVar[str]
     published: ClassVar[str]
+    aim: ClassVar[Aim] = "keep"
     strength: ClassVar[str | None] = None
     strengths: ClassVar[tuple[float, ...]] = ()
 

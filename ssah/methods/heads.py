@@ -32,7 +32,7 @@ from ssah.deltas.subspaces import Subspace, principal_angles
 from ssah.evaluation import greedily, kl_divergence, left_subspace, next_token_log_probs
 from ssah.interventions import WeightChange, Zero, intervene
 from ssah.methods.drawing import random_numbers
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.selections import Selection, heads, units
@@ -51,6 +51,7 @@ class _Heads(Method):
 
     paper: ClassVar[str] = "Zhou et al., Safety Attention Heads, ICLR 2025, arXiv 2410.13708"
     stage: ClassVar[Stage] = "locate"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety")
     against: ClassVar[str] = "As many random heads of all layers, taken out in the same way."
 

@@ -17,7 +17,7 @@ from typing import ClassVar
 
 from ssah.interventions import Zero
 from ssah.methods.drawing import random_like
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.methods.ranking import highest
@@ -34,6 +34,7 @@ class NeuroStrike(Method):
     paper: ClassVar[str] = "Wu et al., NeuroStrike, NDSS 2026, arXiv 2509.11864"
     equation: ClassVar[str] = "B_j = 0 for the highest w_j of p(harmful) = sigmoid(w . z + b)"
     stage: ClassVar[Stage] = "locate"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "We know the paper's abstract: how its probe is trained, and at which token, may differ.",

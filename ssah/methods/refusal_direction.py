@@ -38,7 +38,7 @@ from ssah.evaluation import kl_divergence, next_token_log_probs
 from ssah.interventions import Add, ProjectOut, intervene
 from ssah.methods.batch_rows import first_tokens, split_batches
 from ssah.methods.drawing import random_direction
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed, Edited
 from ssah.representations import layers_of, mean_difference, represent
@@ -51,6 +51,7 @@ class _Directed(Method):
     """What both methods share: how the direction is found."""
 
     paper: ClassVar[str] = "Arditi et al., Refusal Is Mediated by a Single Direction, 2406.11717"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "A refusal begins with a token with which one of the safety set begins; the paper names "

@@ -82,6 +82,7 @@ def describe(name: str) -> dict[str, Any]:
         "paper": of.paper,
         "equation": of.equation,
         "stage": of.stage,
+        "aim": of.aim,
         "gives": get_type_hints(of._find)["return"].__name__,
         "needs": {need: NEEDS[need] for need in of.needs},
         "departures": list(of.departures),

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from ssah.deltas.subspaces import Subspace, gram, output_subspace
 from ssah.interventions import Replace
 from ssah.methods.drawing import random_subspace
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.settings import setting
@@ -37,6 +37,7 @@ class RankRemoval(Method):
     paper: ClassVar[str] = "Wei et al., Assessing the Brittleness of Safety, arXiv 2402.05162"
     equation: ClassVar[str] = "W <- W - (I - Pi_u) Pi_s W, Pi of leading directions of W X (ActSVD)"
     stage: ClassVar[Stage] = "locate"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "A rank says how many leading directions count; the paper's r says how many do not.",

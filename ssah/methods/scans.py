@@ -37,7 +37,7 @@ from ssah.evaluation import prompts
 from ssah.interventions import Add, PromptEnds, Prompts
 from ssah.methods.batch_rows import first_tokens, prompt_tokens, split_batches, split_texts
 from ssah.methods.drawing import random_subspace
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.representations import mean_difference, opening_shifts, represent, token_contrast
@@ -55,6 +55,7 @@ class SCANS(Method):
     paper: ClassVar[str] = "Cao et al., SCANS, AAAI 2025, arXiv 2408.11491"
     equation: ClassVar[str] = "h_l <- h_l + alpha v_l if mean cos(t_l(q), r_l) >= T, else h_l - ..."
     stage: ClassVar[Stage] = "inference"
+    aim: ClassVar[Aim] = "relax"
     needs: ClassVar[tuple[Need, ...]] = (
         "aligned",
         "safety",

@@ -26,7 +26,7 @@ from ssah.choices import Per
 from ssah.deltas import rewind
 from ssah.interventions import Zero
 from ssah.methods.drawing import Chosen, random_like
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed, Edited, Trained
 from ssah.methods.ranking import highest
@@ -43,6 +43,7 @@ class _SetDifference(Method):
 
     paper: ClassVar[str] = "Wei et al., Assessing the Brittleness of Safety, arXiv 2402.05162"
     stage: ClassVar[Stage] = "locate"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = _SCORED
     departures: ClassVar[tuple[str, ...]] = (
         "The loss of an example is a sum over its response, as in the paper; the published code "

@@ -21,7 +21,7 @@ import torch
 from ssah.attribution import attribute
 from ssah.evaluation import effects
 from ssah.interventions import Zero
-from ssah.methods.frame import Method, Stage
+from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.settings import setting
@@ -36,6 +36,7 @@ class SingleNeuron(Method):
     paper: ClassVar[str] = "Kazemi et al., A Single Neuron Is Sufficient, 2026, arXiv 2605.08513"
     equation: ClassVar[str] = "argmax_j of log p(refusal) - log p(refusal without unit j)"
     stage: ClassVar[Stage] = "locate"
+    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety")
     departures: ClassVar[tuple[str, ...]] = (
         "We know the paper's abstract alone: how it finds its neurons, and how far it suppresses "

@@ -106,12 +106,11 @@ def comparison(
     rows = []
     for name, (subject, values, others) in LINES.items():
         found, control = models(values), models(others)
-        # Among these methods one stands for those against over-refusal.
-        against_over_refusal = name == "refusal-direction"
         none = tuned if subject == "tuned" else intact
         against = {"control": control, "none": none} if controls else {"none": none}
         row = _described(name) | {
-            "needs": [*describe(name)["needs"], *(["borderline"] if against_over_refusal else [])],
+            # Among these methods one stands for those against over-refusal.
+            "aim": "relax" if name == "refusal-direction" else describe(name)["aim"],
             "subject": subject,
             "settings": {"alpha": 0.5},
             "chosen_on": "calibration" if describe(name)["strength"] else "defaults",
@@ -152,6 +151,7 @@ def _described(name: str) -> dict[str, Any]:
         "method": name,
         "paper": about["paper"],
         "stage": about["stage"],
+        "aim": about["aim"],
         "departures": about["departures"],
         "needs": list(about["needs"]),
     }

@@ -13,7 +13,7 @@ from tiny_models import build
 
 from ssah import methods
 from ssah.methods import Inputs, Method, Trained
-from ssah.methods.frame import Stage
+from ssah.methods.frame import Aim, Stage
 from ssah.methods.inputs import NEEDS, Need
 from ssah.methods.registry import _METHODS
 from ssah.report.comparison import WHEN
@@ -26,6 +26,9 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     about = methods.describe(name)
     assert methods.method(name).name == name
     assert about["stage"] in get_args(Stage)
+    assert about["aim"] in get_args(Aim)
+    # Nothing that is only found, and taken out to show it, keeps refusals.
+    assert about["stage"] != "locate" or about["aim"] == "remove"
     assert len(about["does"]) <= 39  # a line of `ssah methods`
     assert about["gives"] in ("Trained", "Procedure", "Changed", "Edited")
     for key in ("does", "paper", "equation", "control", "published"):

@@ -17,7 +17,7 @@ def row(interval: tuple[float, float], n: int = 160, **more: Any) -> dict[str, A
     low, high = interval
     found = {"value": (low + high) / 2, "interval": [low, high], "half_width": (high - low) / 2}
     differences = {"control": {key: {**found, "n": n} for key in ("asr", "over_refusal")}}
-    return {"stage": "during", "subject": "tuned", "differences": differences, **more}
+    return {"aim": "keep", "subject": "tuned", "differences": differences, **more}
 
 
 @pytest.mark.parametrize(
@@ -34,20 +34,20 @@ def row(interval: tuple[float, float], n: int = 160, **more: Any) -> dict[str, A
 def test_a_verdict_is_read_off_the_interval(interval: tuple[float, float], expected: str) -> None:
     assert verdict(row(interval))["beats_control"] == expected
     # What finds refusals should raise the ASR: the same interval, mirrored, says the same.
-    mirrored = row((-interval[1], -interval[0]), stage="locate", subject="aligned")
+    mirrored = row((-interval[1], -interval[0]), aim="remove", subject="aligned")
     assert verdict(mirrored)["beats_control"] == expected
 
 
 def test_a_verdict_is_about_what_the_method_is_for() -> None:
-    running = row((-0.2, -0.1), stage="inference", subject="aligned", needs=["borderline"])
+    running = row((-0.2, -0.1), aim="relax", subject="aligned")
     running["differences"]["control"]["asr"] = None
     found = verdict(running)
     assert (found["of"], found["wanted"], found["beats_control"]) == (
         "over_refusal", "lower", "yes",
     )  # fmt: skip
-    attack = verdict(row((0.1, 0.2), stage="inference", subject="aligned", needs=["safety"]))
+    attack = verdict(row((0.1, 0.2), aim="remove", subject="aligned"))
     assert (attack["of"], attack["wanted"], attack["beats_control"]) == ("asr", "higher", "yes")
-    restoring = row((-0.2, -0.1), stage="inference", subject="tuned")
+    restoring = row((-0.2, -0.1), subject="tuned")
     assert verdict(restoring)["of"] == "asr"
 
 

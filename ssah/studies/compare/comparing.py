@@ -132,14 +132,14 @@ class Comparing(Comparison):
 
         return made
 
-    def edited(self, found: Callable[[], Outcome], folder: Path) -> Made:
-        """Makes the model of a folder with the weights that were found."""
+    def edited(self, found: Callable[[], Outcome], folder: Path | None) -> Made:
+        """Makes the same with the weights that were found."""
 
         @contextmanager
         def made() -> Iterator[tuple[PreTrainedModel, dict[str, Any]]]:
             edit = found()
             assert isinstance(edit, Edited)
-            model = self.base(self.dtype, str(folder))[0]
+            model = self.base(self.dtype, None if folder is None else str(folder))[0]
             yield model, apply(edit, model)
 
         return made

@@ -7,7 +7,8 @@ What is done with a method follows from what it gives and what it needs:
     Changed    yes             the one fine-tuned with nothing kept, changed as it runs
     Trained    -               fine-tuned with a part frozen
     Procedure  -               fine-tuned in another way
-    Edited     no              edited, then fine-tuned
+    Edited     no              edited, then fine-tuned; the aligned one, edited, where refusals are
+                               to be removed
     Edited     yes             fine-tuned with nothing kept, then edited
 """
 
@@ -40,7 +41,7 @@ class Entrant:
     Attributes:
         about: what ``ssah.methods.describe`` says of it.
         method: with its settings.
-        way: the model runs changed, is trained, or is edited once it was trained.
+        way: the model runs changed, is trained, or is edited and measured.
         subject: the model that it acts on.
         lacking: what it needs and does not have, as a row says it; None: it has everything.
         given: the names of its settings that are the user's.
@@ -61,13 +62,13 @@ class Entrant:
     @property
     def swept(self) -> bool:
         """Whether several strengths are tried: where none was given, and none costs a fine-tune."""
-        tried = self.way == "edit" and bool(self.method.strengths)
+        tried = self.way == "edit" and self.subject == "tuned" and bool(self.method.strengths)
         return tried and self.method.strength not in self.given
 
     @property
     def identity(self) -> dict[str, Any]:
         """What a row says of every method, whether it ran or not."""
-        keys = ("paper", "stage", "departures")
+        keys = ("paper", "stage", "aim", "departures")
         return {
             "method": self.name,
             **{key: self.about[key] for key in keys},
@@ -132,14 +133,14 @@ def _entrant(name: str, given: Collection[str], settings: dict[str, Any]) -> Ent
     way: Way = "train"
     if about["gives"] == "Changed":
         way = "run"
-    elif about["gives"] == "Edited" and after:
+    elif about["gives"] == "Edited" and (after or own.aim == "remove"):
         way = "edit"
     missing = [_OPTIONS[need] for need in own.needs if need in _OPTIONS and need not in given]
     return Entrant(
         about,
         own,
         way,
-        "aligned" if way == "run" and not after else "tuned",
+        "tuned" if after or way == "train" else "aligned",
         f"needs {'; '.join(missing)}" if missing else None,
         frozenset(settings),
     )

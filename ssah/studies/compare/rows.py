@@ -120,12 +120,11 @@ def _one(
     if entrant.way == "train":
         return _train(study, name, seed, found, target)
     key = f"{name}-{seed}"
-    if entrant.way == "edit":
-        return study.measure(key, study.edited(found, study.tuned(seed)))
+    make = study.edited if entrant.way == "edit" else study.running
     if entrant.subject == "tuned":
-        return study.measure(key, study.running(found, study.tuned(seed)))
+        return study.measure(key, make(found, study.tuned(seed)))
     # The aligned model has no seed: it is measured once, and stands beside every control.
-    return study.measure(name if name == entrant.name else key, study.running(found, None))
+    return study.measure(name if name == entrant.name else key, make(found, None))
 
 
 def _train(
