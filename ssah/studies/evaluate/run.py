@@ -116,12 +116,10 @@ def run_evaluation(
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
         judged = _judged(study, evaluation, models, asked, coherent)
+        # With KL comes the loss, so that this is the only pass over the utility rows.
         other = None if intact is None else scorer[0]
         compared = _compared(study, evaluation, models, other) if far else {}
-        measured = {
-            each.name: _measured(study, evaluation, each, compared.get(each.name))
-            for each in models
-        }
+        measured = _measured(study, evaluation, models, compared)
         distances = {each.name: compared[each.name] for each in far}
         tasks = {each.name: _tasks(study, each, manager) for each in models}
         identical = _identical(study, models, asked[REQUESTS])
@@ -242,19 +240,22 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
 def _measured(
     study: Study,
     evaluation: Evaluation,
-    evaluated: Evaluated,
-    compared: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Refusal margin and losses of one model: a step.
+    models: Sequence[Evaluated],
+    compared: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Refusal margin and losses, by name of the model: a step each.
 
-    ``compared``: what :func:`_compared` found of it, whose pass gives the loss as well.
+    ``compared``: what :func:`_compared` found, whose pass gives the loss as well.
     """
-    known = None
-    if compared is not None:
-        log_probs = torch.tensor(compared["log_prob"], dtype=torch.float64)
-        known = {UTILITY: losses_of(log_probs, torch.tensor(compared["tokens"]))}
-    compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
-    found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
+    found: dict[str, dict[str, Any]] = {}
+    for each in models:
+        known = None
+        if each.name in compared:
+            own = compared[each.name]
+            log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)
+            known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
+        compute = partial(evaluation.measure, study.model, each.chosen, known=known)
+        found[each.name] = study.steps(f"{each.name}.measured", compute, measured_line)
     return found
 
 
