@@ -8,8 +8,9 @@ Three rows that begin with the system message b, and predict their responses at 
                                                        p p p x .
     the vocabulary projection is computed for the 6 positions x, of 15 in the columns that have one
 
-For SmolLM2, whose chat template begins with 25 tokens of system message, that is a quarter of the
-multiplications of the layers in its losses, and half of those of the vocabulary projection.
+SmolLM2's chat template begins with 24 tokens of system message. On the 40 rows of
+`builtin:utility_eval` the layers then compute 2,912 positions in the place of 3,848, padding
+included, and the vocabulary projection 1,874 in the place of 2,408.
 """
 
 from __future__ import annotations
