@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssah.evaluation.generating import SHARED, cache_of, is_plain
@@ -46,6 +47,15 @@ def logits_at(model: PreTrainedModel, inputs: Mapping[str, Any], where: Tensor) 
         logits: Tensor = model(**{"use_cache": False, **inputs}).logits
     # An architecture that projects in another way gives all logits: [rows, length, vocabulary].
     return logits[0] if done else logits[where.to(logits.device)]
+
+
+def summed_log_prob(logits: Tensor, targets: Tensor) -> float:
+    """Log-probability in nats of the tokens ``targets``, int64 ``[n]``.
+
+    ``logits`` is ``[n, vocabulary]``. To be called row by row: in float32 the logits of a whole batch would take their memory again.
+    """
+    loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    return -float(loss.double().sum())
 
 
 class Predictions:
