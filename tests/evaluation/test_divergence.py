@@ -54,7 +54,7 @@ def test_kl_is_what_a_loop_over_positions_gives(chat):
                 assert int(own.tokens[i]) == len(kl)
                 said = [int(token) for token in row["labels"][0] if token != -100]
                 nats = sum(float(b[token]) for b, token in zip(q, said, strict=True))
-                assert float(own.log_prob[i]) == pytest.approx(nats, abs=1e-9)
+                assert float(own.log_prob[i]) == pytest.approx(nats, abs=1e-4)
             mean = float(own.total.sum() / own.tokens.sum())
             assert float(own.per_row.mean()) == pytest.approx(mean)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

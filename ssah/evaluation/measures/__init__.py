@@ -5,7 +5,7 @@ from __future__ import annotations
 from ssah.evaluation.measures.coherent_answers import Coherence, coherence
 from ssah.evaluation.measures.continuations import continuation_log_probs
 from ssah.evaluation.measures.input_gradients import input_gradient_norms
-from ssah.evaluation.measures.logits import Predictions, logits_at
+from ssah.evaluation.measures.logits import Predictions, logits_at, summed_log_prob
 from ssah.evaluation.measures.loss import (
     log_probs_by_length,
     response_log_probs,
@@ -37,5 +37,6 @@ __all__ = [
     "refusal_margin",
     "refusal_margins",
     "response_log_probs",
+    "summed_log_prob",
     "utility_loss",
 ]

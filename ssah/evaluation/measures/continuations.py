@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.data import IGNORE_INDEX, Encoded
 from ssah.evaluation.generating import greedy, longest_first, prefilled
-from ssah.evaluation.measures.logits import logits_at
+from ssah.evaluation.measures.logits import logits_at, summed_log_prob
 from ssah.evaluation.measures.loss import log_probs_by_length
 from ssah.models import as_it_was, check_whole
 
@@ -115,11 +114,7 @@ def _from_cache(
         for row, (own, (_, ids)) in enumerate(
             zip(logits.split(lengths.tolist()), pairs, strict=True)
         ):
-            # Row by row: in float32 the logits of a whole batch would take twice their memory.
-            loss = F.cross_entropy(
-                own.float(), torch.tensor(ids, device=own.device), reduction="none"
-            )
-            found[row] = -float(loss.double().sum())
+            found[row] = summed_log_prob(own, torch.tensor(ids))
         if not bool(found.isfinite().all()):
             raise FloatingPointError("log-probabilities of continuations are NaN or infinite")
     return found

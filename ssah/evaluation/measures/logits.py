@@ -8,8 +8,9 @@ Three rows that begin with the system message b, and predict their responses at 
                                                        p p p x .
     the vocabulary projection is computed for the 6 positions x, of 15 in the columns that have one
 
-For SmolLM2, whose chat template begins with 25 tokens of system message, that is a quarter of the
-multiplications of the layers in its losses, and half of those of the vocabulary projection.
+SmolLM2's chat template begins with 24 tokens of system message. On the 40 rows of
+`builtin:utility_eval` the layers then compute 2,912 positions in the place of 3,848, padding
+included, and the vocabulary projection 1,874 in the place of 2,408.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssah.evaluation.generating import SHARED, cache_of, is_plain
@@ -45,6 +47,15 @@ def logits_at(model: PreTrainedModel, inputs: Mapping[str, Any], where: Tensor) 
         logits: Tensor = model(**{"use_cache": False, **inputs}).logits
     # An architecture that projects in another way gives all logits: [rows, length, vocabulary].
     return logits[0] if done else logits[where.to(logits.device)]
+
+
+def summed_log_prob(logits: Tensor, targets: Tensor) -> float:
+    """Log-probability in nats of the tokens ``targets``, int64 ``[n]``.
+
+    ``logits`` is ``[n, vocabulary]``. To be called row by row: in float32 the logits of a whole batch would take their memory again.
+    """
+    loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
+    return -float(loss.double().sum())
 
 
 class Predictions:

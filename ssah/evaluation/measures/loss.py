@@ -12,13 +12,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssah.attribution import Batch, BatchReader
 from ssah.data import IGNORE_INDEX, Collator, Encoded
 from ssah.evaluation.generating import longest_first
-from ssah.evaluation.measures.logits import Predictions
+from ssah.evaluation.measures.logits import Predictions, summed_log_prob
 from ssah.models import as_it_was, check_whole
 
 if TYPE_CHECKING:
@@ -107,9 +106,7 @@ def _batch_log_probs(predictions: Predictions, batch: Batch) -> tuple[Tensor, Te
     if not int(count.sum()):
         return log_probs, count.cpu()
     logits = predictions(batch.inputs, predicts)  # [n, vocabulary], row after row
-    wanted = targets[predicts].to(logits.device).split(count.tolist())
-    for row, (own, target) in enumerate(zip(logits.split(count.tolist()), wanted, strict=True)):
-        # Row by row: in float32 the logits of a whole batch would take twice their memory again.
-        loss = F.cross_entropy(own.float(), target, reduction="none")
-        log_probs[row] = -float(loss.double().sum())
+    pairs = zip(logits.split(count.tolist()), targets[predicts].split(count.tolist()), strict=True)
+    for row, (own, wanted) in enumerate(pairs):
+        log_probs[row] = summed_log_prob(own, wanted)
     return log_probs, count.cpu()

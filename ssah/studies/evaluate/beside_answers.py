@@ -27,19 +27,22 @@ _TRIED = 4  # requests that are answered once more, one by one
 def measured(
     study: Study,
     evaluation: Evaluation,
-    evaluated: Evaluated,
-    beside: Mapping[str, Any] | None,
-) -> dict[str, Any]:
-    """Refusal margin and losses of one model: a step.
+    models: Sequence[Evaluated],
+    beside: Mapping[str, Mapping[str, Any]],
+) -> dict[str, dict[str, Any]]:
+    """Refusal margin and losses, by name of the model: a step each.
 
-    ``beside``: what :func:`compared` found of it, whose pass gives the loss as well.
+    ``beside``: what :func:`compared` found, whose pass gives the loss as well.
     """
-    known = None
-    if beside is not None:
-        log_probs = torch.tensor(beside["log_prob"], dtype=torch.float64)
-        known = {UTILITY: losses_of(log_probs, torch.tensor(beside["tokens"]))}
-    compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
-    found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
+    found: dict[str, dict[str, Any]] = {}
+    for each in models:
+        known = None
+        if each.name in beside:
+            own = beside[each.name]
+            log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)
+            known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
+        compute = partial(evaluation.measure, study.model, each.chosen, known=known)
+        found[each.name] = study.steps(f"{each.name}.measured", compute, measured_line)
     return found
 
 

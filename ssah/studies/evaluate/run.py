@@ -118,11 +118,10 @@ def run_evaluation(
         move(scorer[0], getattr(torch, study.dtype))
         coherent = intact_coherence(study, *scorer)
         judged = _judged(study, evaluation, models, asked, coherent, of_policies)
+        # With KL comes the loss, so that this is the only pass over the utility rows.
         other = None if intact is None else scorer[0]
         beside = compared(study, evaluation, models, other) if far else {}
-        margins = {
-            each.name: measured(study, evaluation, each, beside.get(each.name)) for each in models
-        }
+        margins = measured(study, evaluation, models, beside)
         distances = {each.name: beside[each.name] for each in far}
         tasks = {each.name: multiple_choices(study, each, manager, questions) for each in models}
         alike = identical(study, models, asked[REQUESTS])
