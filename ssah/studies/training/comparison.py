@@ -24,7 +24,7 @@ from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.paired_measures import Evaluation, attack_line, intact_coherence, measured_line
 from ssah.studies.study import Study, grouped
-from ssah.studies.training.arms import Arm
+from ssah.studies.training.arms import Arm, freezes
 from ssah.studies.training.results import BEFORE
 from ssah.studies.training.row_order import spread
 from ssah.studies.training.settings import StudySettings, TrainingSettings
@@ -238,6 +238,7 @@ class Comparison(Study):
         model, _ = self.base("float32")
         torch.manual_seed(seed)  # of adapters
         setup = arm.prepare(model, seed)
+        verified = freezes(setup.plan)  # `finish` raises where a frozen weight moved
         with self.steps.part(key, steps) as advance:
             result = train(
                 setup,
@@ -255,8 +256,6 @@ class Comparison(Study):
         with quiet():
             setup.finish().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        # Had a frozen weight moved, `finish` would have raised.
-        verified = setup.plan is not None
         return {**result, "lr": arm.lr, "target": target, "verified": verified, **arm.told}
 
     def _measured(self, key: str, name: str) -> dict[str, Any]:
