@@ -102,7 +102,9 @@ def test_every_method_has_a_row_of_its_stage(compared: dict[str, Any]) -> None:
     assert exact == dict.fromkeys(rows) | {"ssah-freezing": "verified"}
     chosen_on = [row.get("chosen_on") for row in rows.values()]
     assert chosen_on == ["defaults", "given", "calibration", "given", None]
-    target = compared["result"]["tuned"]["seeds"]["0"]["training"]["loss"]
+    none = compared["result"]["tuned"]["seeds"]["0"]["training"]
+    target = none["loss"]
+    assert not none["verified"]  # its plan freezes nothing
     freezing = rows["ssah-freezing"]
     for own in (freezing, freezing["control"]):
         training = own["seeds"]["0"]["training"]

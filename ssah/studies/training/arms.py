@@ -11,6 +11,8 @@ from ssah.methods import TrainingSetup
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ssah.training import UpdatePlan
+
 
 @dataclass(frozen=True)
 class Arm:
@@ -25,3 +27,12 @@ class Arm:
     lr: float
     prepare: Callable[[PreTrainedModel, int], TrainingSetup]
     told: dict[str, Any] = field(default_factory=dict)
+
+
+def freezes(plan: UpdatePlan | None) -> bool:
+    """Whether there is a plan that freezes anything: one that freezes nothing trains all."""
+    if plan is None:
+        return False
+    trained = sum(parameter.numel() for parameter in plan.parameters())
+    # Of a parameter with single frozen weights all entries are there, under a mask.
+    return bool(plan.masked) or trained < plan.n_parameters

@@ -22,7 +22,7 @@ from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.paired_measures import Evaluation, attack_line, intact_coherence, measured_line
 from ssah.studies.study import Study, grouped
-from ssah.studies.training.arms import Arm
+from ssah.studies.training.arms import Arm, freezes
 from ssah.studies.training.results import BEFORE
 from ssah.studies.training.settings import StudySettings, TrainingSettings
 from ssah.studies.training.to_loss import Recipe, train, training_loss
@@ -234,6 +234,7 @@ class Comparison(Study):
         # Small updates of bfloat16 weights round to nothing, so that all arms train in float32.
         model, _ = self.base("float32")
         setup = arm.prepare(model, seed)
+        verified = freezes(setup.plan)  # `finish` raises where a frozen weight moved
         with self.steps.part(key, steps) as advance:
             result = train(
                 setup,
@@ -251,8 +252,6 @@ class Comparison(Study):
         with quiet():
             setup.finish().save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
-        # Had a frozen weight moved, `finish` would have raised.
-        verified = setup.plan is not None
         return {**result, "lr": arm.lr, "target": target, "verified": verified, **arm.told}
 
     def _measured(self, key: str, name: str) -> dict[str, Any]:
