@@ -57,6 +57,8 @@ class _Directed(Method):
         "A refusal begins with a token with which one of the safety set begins; the paper names "
         "these tokens for each model.",
         "A share of the rows is for validation; the paper has 128 rows and 32 more.",
+        "The last token of a prompt is tried; the paper tries all that the template puts there, as "
+        "`positions` does.",
     )
     against: ClassVar[str] = "A random direction in its place."
 

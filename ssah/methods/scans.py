@@ -29,7 +29,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssah.data import Encoder
 from ssah.deltas.subspaces import Subspace
@@ -44,7 +44,8 @@ from ssah.representations import mean_difference, opening_shifts, represent, tok
 from ssah.settings import setting
 from ssah.units import share_count
 
-Look = Callable[[Sequence[Sequence[int]]], Tensor]  # how harmful prompts look: tokens -> [prompts]
+# How harmful prompts, as tokens, look to a model: [prompts].
+Look = Callable[[nn.Module, Sequence[Sequence[int]]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,16 +98,16 @@ class SCANS(Method):
         scores = token_contrast(model, directions, first_tokens(anchors), first_tokens(utility))
         run = best_run(scores, max(1, share_count(self.share, len(scores))))
 
-        def shifts(requests: Sequence[Sequence[int]]) -> Tensor:  # [prompts, layers, hidden]
-            return opening_shifts(model, tokenizer, requests, opening)[:, run.start :]
+        anchored = opening_shifts(model, tokenizer, prompt_tokens(anchors), opening)
+        reference = anchored[:, run.start :].mean(0)  # [layers, hidden]
 
-        reference = shifts(prompt_tokens(anchors)).mean(0)  # [layers, hidden]
-
-        def look(requests: Sequence[Sequence[int]]) -> Tensor:
-            return F.cosine_similarity(shifts(requests), reference, dim=-1).mean(1)
+        # Of the model that runs: it may be another one than this.
+        def look(own: nn.Module, requests: Sequence[Sequence[int]]) -> Tensor:
+            shifts = opening_shifts(own, tokenizer, requests, opening)[:, run.start :]
+            return F.cosine_similarity(shifts, reference, dim=-1).mean(1)
 
         looks = [
-            (look(prompt_tokens(rows)), look(prompts(tokenizer, texts)))
+            (look(model, prompt_tokens(rows)), look(model, prompts(tokenizer, texts)))
             for rows, texts in zip(harmful, harmless, strict=True)
         ]
         threshold = best_threshold(*looks[0])
@@ -141,7 +142,7 @@ class Signs:
         asked = [row for row, ids in enumerate(requests) if ids]
         signs = torch.zeros(len(requests))
         if asked:
-            looks = self.look([requests[row] for row in asked])
+            looks = self.look(given.model, [requests[row] for row in asked])
             signs[asked] = torch.where(looks >= self.threshold, 1.0, -1.0)
         return signs
 

@@ -187,6 +187,19 @@ def test_each_request_is_steered_as_it_looks(name: str) -> None:
     with found.on(own):
         assert answers(own, TOKENIZER, asked, max_new_tokens=3) == expected
     assert_same_bits(own, before)
+    # Another model is steered as a request looks to that one.
+    encoded = prompts(TOKENIZER, [*BORDERLINE[:4], *(row["prompt"] for row in SAFETY[:4])])
+    signs = [oracle.look(ids) >= threshold for ids in encoded]
+    oracle.model = other = model(name)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    assert [oracle.look(ids) >= threshold for ids in encoded] != signs
+    for ids in encoded:
+        with found.on(other), torch.no_grad():
+            steered = other(torch.tensor([ids])).logits[0]
+        expected_logits = oracle.logits(ids, len(ids) - 1, threshold, 6.0)
+        torch.testing.assert_close(steered, expected_logits, rtol=1e-5, atol=1e-6)
     # The control has the same signs, lengths and angles.
     (change,), (drawn,) = found.changes, found.control(1).changes
     assert change.rows is drawn.rows  # type: ignore[union-attr]
