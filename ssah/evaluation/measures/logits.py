@@ -52,8 +52,8 @@ def logits_at(model: PreTrainedModel, inputs: Mapping[str, Any], where: Tensor) 
 def summed_log_prob(logits: Tensor, targets: Tensor) -> float:
     """Log-probability in nats of the tokens ``targets``, int64 ``[n]``.
 
-    ``logits`` is ``[n, vocabulary]``. To be called row by row: in float32 the logits of a whole
-    batch would take their memory again.
+    ``logits`` is ``[n, vocabulary]``, of one row: those of a whole batch would take their memory
+    again in float32.
     """
     loss = F.cross_entropy(logits.float(), targets.to(logits.device), reduction="none")
     return -float(loss.double().sum())
