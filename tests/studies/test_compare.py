@@ -43,7 +43,7 @@ SETS = CompareSets(
 # One of each stage that there is, and one that lacks something.
 SETTINGS = CompareSettings(
     methods=("ssah-freezing", "ssah-ablation", "interpolation", "refusal-orthogonalisation", "lox"),
-    set=("ssah-ablation.scu=0.1", "refusal-orthogonalisation.max_kl=10"),
+    set=("ssah-ablation.scu=0.1", "refusal-orthogonalisation.min_induced=-20"),
     judges=("zou2023", "qi2023"),
     max_steps=2,
     lr=1e-3,
@@ -332,6 +332,9 @@ SETTABLE = (
     "sppft.first=0",
     "sppft.last=0",
     "refusal-direction.max_kl=10",
+    "refusal-direction.min_induced=-20",
+    "refusal-orthogonalisation.min_induced=-20",
+    "neurostrike.share=0.1",
 )
 
 
