@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from ssah.evaluation import (
     check_tasks,
     count_words,
     distinct_judges,
-    divergences,
     fitting,
     identical_tokens,
     multiple_choice,
@@ -28,22 +26,15 @@ from ssah.interventions import ablate
 from ssah.models import digest, move, weights_hash
 from ssah.selections import Selection
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
+from ssah.studies.evaluate.measuring import comparable, compared, measured
 from ssah.studies.evaluate.record import BENIGN, INTACT, OVER_REFUSAL, REQUESTS, records
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
-from ssah.studies.paired_measures import (
-    UTILITY,
-    Evaluation,
-    intact_coherence,
-    losses_of,
-    measured_line,
-)
+from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence
 from ssah.studies.study import Study
 from ssah.units import family_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from ssah.evaluation import Coherence
 
 KIND = "evaluate"
@@ -105,7 +96,7 @@ def run_evaluation(
     models = [Evaluated(INTACT), *_ablated(study, ablations)]
     # Steps: one for each list of requests under each system prompt, losses and margin, and tasks.
     per_model = len(settings.system_prompts) * len(asked) + 1 + bool(settings.tasks)
-    far = _comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
+    far = comparable(models, study.tokenizer, scorer[1], same=intact is None) if rows else []
     with study.under_way(
         2 + len(models) * per_model + bool(far),
         intact=intact,
@@ -118,13 +109,13 @@ def run_evaluation(
         judged = _judged(study, evaluation, models, asked, coherent)
         # With KL comes the loss, so that this is the only pass over the utility rows.
         other = None if intact is None else scorer[0]
-        compared = _compared(study, evaluation, models, other) if far else {}
-        measured = _measured(study, evaluation, models, compared)
-        distances = {each.name: compared[each.name] for each in far}
+        pairs = compared(study, evaluation, models, other) if far else {}
+        own = measured(study, evaluation, models, pairs)
+        distances = {each.name: pairs[each.name] for each in far}
         tasks = {each.name: _tasks(study, each, manager) for each in models}
         identical = _identical(study, models, asked[REQUESTS])
     names = [judge.name for judge in judges]
-    found = records(models, names, judged, measured, distances, tasks, words, settings)
+    found = records(models, names, judged, own, distances, tasks, words, settings)
     result = {
         "dtype": study.dtype,
         "coherence": coherent.describe(),
@@ -235,67 +226,6 @@ def _judged_line(found: Mapping[str, Any], role: str) -> str:
         asr = role == REQUESTS  # of harmless requests, to fulfil them is no attack
         shown.append(f"{name} ASR {share:.0%}" if asr else f"{name} refused {1 - share:.0%}")
     return ", ".join([*shown, f"incoherent {sum(found['incoherent']) / n:.0%}"])
-
-
-def _measured(
-    study: Study,
-    evaluation: Evaluation,
-    models: Sequence[Evaluated],
-    compared: Mapping[str, Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Refusal margin and losses, by name of the model: a step each.
-
-    ``compared``: what :func:`_compared` found, whose pass gives the loss as well.
-    """
-    found: dict[str, dict[str, Any]] = {}
-    for each in models:
-        known = None
-        if each.name in compared:
-            own = compared[each.name]
-            log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)
-            known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
-        compute = partial(evaluation.measure, study.model, each.chosen, known=known)
-        found[each.name] = study.steps(f"{each.name}.measured", compute, measured_line)
-    return found
-
-
-def _comparable(
-    models: Sequence[Evaluated],
-    tokenizer: PreTrainedTokenizerBase,
-    of_intact: PreTrainedTokenizerBase,
-    *,
-    same: bool,
-) -> list[Evaluated]:
-    """The models that have a distance to the intact one: it has none to itself.
-
-    None of them where the two count tokens differently.
-    """
-    if same:
-        return [each for each in models if each.chosen is not None]
-    return list(models) if tokenizer.get_vocab() == of_intact.get_vocab() else []
-
-
-def _compared(
-    study: Study,
-    evaluation: Evaluation,
-    models: Sequence[Evaluated],
-    intact: PreTrainedModel | None,
-) -> dict[str, dict[str, Any]]:
-    """KL to the intact model on the utility rows, and their losses, of all models at once: a step.
-
-    Name -> ``total``, ``tokens``, ``first`` and ``log_prob``, one value a row.
-    """
-
-    def compute() -> dict[str, Any]:
-        loader, selections = evaluation.loaders[UTILITY], [each.chosen for each in models]
-        found = divergences(study.model, loader, selections, intact=intact)
-        return {
-            each.name: {key: value.tolist() for key, value in vars(own).items()}
-            for each, own in zip(models, found, strict=True)
-        }
-
-    found: dict[str, dict[str, Any]] = study.steps("compared", compute)
-    return found
 
 
 def _identical(
