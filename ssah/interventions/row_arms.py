@@ -36,10 +36,8 @@ from ssah_kernels import backends, ops
 # Elements of a product from which on one operator is quicker than torch's three. A call costs about
 # 40 microseconds of Python, and decoding a few tokens would be 1 to 2 % slower with it.
 _WORTH_FUSING = 2**17
-
 # The blocks of each decoder that are under way.
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Arms]] = weakref.WeakKeyDictionary()
-
 # What one arm takes out: units or heads, these times a number, or nothing.
 Arm = UnitSet | Selection | Zero | Scale | None
 
@@ -117,7 +115,7 @@ class Arms:
     def assign(self, arm: int | Sequence[int] | Tensor) -> None:
         """Row i of each batch from now on runs under arm ``arm[i]``: integers ``[rows]``.
 
-        One number is the arm of all rows, however many a batch has.
+        One number is the arm of all rows, however many.
 
         Raises:
             ValueError: there is no such arm, or no row.
@@ -223,9 +221,8 @@ def _running(model: nn.Module, modules: Mapping[str, DepthTwoModule], run: Arms)
 
         hook = passes.decoder.register_forward_pre_hook(begin, with_kwargs=True)
         stack.callback(hook.remove)
-        running = _RUNNING.setdefault(passes.decoder, [])
-        running.append(run)
-        stack.callback(running.remove, run)
+        _RUNNING.setdefault(passes.decoder, []).append(run)
+        stack.callback(_RUNNING[passes.decoder].remove, run)
         for name, module in modules.items():
             gated = module.gated
             if module.routed is not None:
