@@ -43,7 +43,11 @@ SETS = CompareSets(
 # One of each stage that there is, and one that lacks something.
 SETTINGS = CompareSettings(
     methods=("ssah-freezing", "ssah-ablation", "interpolation", "refusal-orthogonalisation", "lox"),
-    set=("ssah-ablation.scu=0.1", "refusal-orthogonalisation.min_induced=-20"),
+    set=(
+        "ssah-ablation.scu=0.1",
+        "refusal-orthogonalisation.max_kl=10",
+        "refusal-orthogonalisation.min_induced=-20",
+    ),
     judges=("zou2023", "qi2023"),
     max_steps=2,
     lr=1e-3,
@@ -123,7 +127,7 @@ def test_it_went_on_and_left_no_model(compared: dict[str, Any]) -> None:
     left = compared["left"]["left"]
     assert left[0] == "measure-interpolation-control-0"
     assert left == compared["planned"]["left"][-len(left) :]
-    assert compared["left"]["measured"] == ["find", "measure", "train"]
+    assert compared["left"]["measured"] == ["find", "measure"]
     done = {Path(path).stem for path in tree(compared["out"] / "steps")}
     answers = {name for name in done if "attack-" in name or "harmless-" in name}
     assert done - answers - {"precision", "coherence"} == set(compared["planned"]["left"])
@@ -333,6 +337,7 @@ SETTABLE = (
     "sppft.last=0",
     "refusal-direction.max_kl=10",
     "refusal-direction.min_induced=-20",
+    "refusal-orthogonalisation.max_kl=10",
     "refusal-orthogonalisation.min_induced=-20",
     "neurostrike.share=0.1",
 )
