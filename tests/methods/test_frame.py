@@ -29,6 +29,8 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     assert about["aim"] in get_args(Aim)
     # Nothing that is only found, and taken out to show it, keeps refusals.
     assert about["stage"] != "locate" or about["aim"] == "remove"
+    # What acts while or after a model is fine-tuned has nothing else to be for.
+    assert about["stage"] not in ("during", "after") or about["aim"] == "keep"
     assert len(about["does"]) <= 39  # a line of `ssah methods`
     assert about["gives"] in ("Trained", "Procedure", "Changed", "Edited")
     for key in ("does", "paper", "equation", "control", "published"):

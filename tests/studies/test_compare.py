@@ -43,7 +43,12 @@ SETS = CompareSets(
 # One of each stage that there is, and one that lacks something.
 SETTINGS = CompareSettings(
     methods=("ssah-freezing", "ssah-ablation", "interpolation", "refusal-orthogonalisation", "lox"),
-    set=("ssah-ablation.scu=0.1", "refusal-orthogonalisation.max_kl=10"),
+    set=(
+        "ssah-ablation.scu=0.1",
+        # Of a random model any direction will do.
+        "refusal-orthogonalisation.max_kl=10",
+        "refusal-orthogonalisation.min_induced=-20",
+    ),
     judges=("zou2023", "qi2023"),
     max_steps=2,
     lr=1e-3,
@@ -121,7 +126,7 @@ def test_it_went_on_and_left_no_model(compared: dict[str, Any]) -> None:
     left = compared["left"]["left"]
     assert left[0] == "measure-interpolation-control-0"
     assert left == compared["planned"]["left"][-len(left) :]
-    assert compared["left"]["measured"] == ["find", "measure", "train"]
+    assert compared["left"]["measured"] == ["find", "measure"]
     done = {Path(path).stem for path in tree(compared["out"] / "steps")}
     answers = {name for name in done if "attack-" in name or "harmless-" in name}
     assert done - answers - {"precision", "coherence"} == set(compared["planned"]["left"])
@@ -247,12 +252,19 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     sets = replace(SETS, preferences=str(file), borderline="builtin:overrefusal[8:10]")
     sources = Sources(Reading())
     found = read_sets(sources, sets, SETTINGS)
-    assert found.preferences == [{k: v for k, v in row.items() if k != "more"} for row in rows]
+    assert found.preferences == [
+        {
+            "prompt": [{"role": "user", "content": f"p{i}"}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for i in range(2)
+    ]
     assert found.borderline == list(load_requests("builtin:overrefusal[8:10]"))
     assert sources.record["preferences"]["rows"] == 2
     assert [len(part) for part in found.task] == [16, 2, 2]
     file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
-    with pytest.raises(DataError, match=r"pairs.jsonl.*chosen is ''; it must be a text"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen is empty"):
         read_sets(sources, sets, SETTINGS)
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {"resta": "needs the model before alignment: --base MODEL", "sppft": None}

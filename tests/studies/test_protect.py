@@ -248,7 +248,11 @@ def test_it_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "ships"), "acts at the stage 'locate'"),
+        (("--method", "ships"), "acts at the stage 'locate' with the aim 'remove'"),
+        # It edits before the fine-tune, as lox does, and takes refusals out.
+        (("--method", "refusal-orthogonalisation"), "the stage 'before' with the aim 'remove'"),
+        (("--method", "scans"), "to keep refusals: ssah-freezing, ssah-budget, random-freezing"),
+        (("--method", "somf"), "needs --preferences"),
         (("--set", "alpha=2"), "alpha is 2.0; it must be greater than 0 and at most 1"),
         (("--set", "alpha"), "set is 'alpha'; it must be NAME=VALUE"),
         (("--set", "beta=1"), "setting of 'interpolation' is 'beta'"),

@@ -13,7 +13,8 @@ import torch
 
 from ssah.evaluation import divergences, identical_tokens
 from ssah.studies.evaluate.ablations import Evaluated
-from ssah.studies.paired_measures import UTILITY, Evaluation, losses_of, measured_line
+from ssah.studies.measured_values import losses_of, measured_line
+from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.study import Study
 
 if TYPE_CHECKING:
@@ -28,16 +29,17 @@ def measured(
     study: Study,
     evaluation: Evaluation,
     evaluated: Evaluated,
-    beside: Mapping[str, Any] | None,
+    beside: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """Refusal margin and losses of one model: a step.
 
-    ``beside``: what :func:`compared` found of it, whose pass gives the loss as well.
+    ``beside``: what :func:`compared` found, whose pass gives the loss as well.
     """
     known = None
-    if beside is not None:
-        log_probs = torch.tensor(beside["log_prob"], dtype=torch.float64)
-        known = {UTILITY: losses_of(log_probs, torch.tensor(beside["tokens"]))}
+    if beside:
+        own = beside[evaluated.name]
+        log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)  # [rows]
+        known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
     compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found
