@@ -18,6 +18,7 @@ from ssah.data import encode, load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, judge
 from ssah.methods import Inputs, Procedure, TrainingSetup, method, typed_method
 from ssah.methods.random_units import RandomFreezing
+from ssah.methods.somf import SOMF
 from ssah.models import load_model
 from ssah.studies.paired_models import PairedModels
 from ssah.studies.protect import run
@@ -194,6 +195,31 @@ def test_a_method_may_train_in_another_way(
     (first,) = encode([rows[1]], tokenizer, max_length=512)  # the one before is held out
     assert found["training"]["protected"]["tokens"] == 2 * 8 * len(first["input_ids"])
     assert found["exact"] is None
+
+
+def test_preferences_reach_the_method_that_needs_them(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def kept(self: Any, inputs: Inputs) -> Any:
+        given.extend(inputs.pairs)
+        return method("interpolation").find(inputs)
+
+    monkeypatch.setattr(SOMF, "_find", kept)
+    row = {"prompt": "How are you?", "chosen": "Well.", "rejected": "Go away."}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row))
+    protect(model_folder, tmp_path / "out", "--method", "somf", "--preferences", file)
+    assert given == [
+        {
+            "prompt": [{"role": "user", "content": "How are you?"}],
+            "chosen": [{"role": "assistant", "content": "Well."}],
+            "rejected": [{"role": "assistant", "content": "Go away."}],
+        }
+    ]
+    record = json.loads((tmp_path / "out.run" / "experiment.json").read_text())
+    assert record["data"]["preferences"]["rows"] == 1
 
 
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:
