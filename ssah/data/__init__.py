@@ -23,7 +23,6 @@ from ssah.data.asking import (
 from ssah.data.counts import Counts, warn_of_shared
 from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, encode
 from ssah.data.fields import DataError, Row, check_count, kind_of, turns_of
-from ssah.data.files import read_objects
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
 from ssah.data.preferences import (
     Pair,
