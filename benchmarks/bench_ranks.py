@@ -25,11 +25,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from ssah.attribution.joining import join
-
 from benchmarks import common
 from benchmarks.models import build_batches, build_model
 from ssah.attribution import Sums, attribute
+from ssah.attribution.sums import join
 from ssah.distributed import Ranks, deal
 from ssah.models import move
 

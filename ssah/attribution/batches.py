@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ssah.attribution.documents import attended_positions, document_starts
 from ssah.data import IGNORE_INDEX as IGNORED
 from ssah.models import device_of, text_config
 from ssah.units import FAMILIES
@@ -139,13 +140,13 @@ class BatchReader:
         if mask is None:
             attended = torch.ones_like(input_ids, dtype=torch.bool)
         else:
-            attended = _attended(mask, input_ids, number)
+            attended = attended_positions(mask, input_ids, number)
         known = self._known(input_ids)
         self._check_range("input_ids", input_ids, known | ~attended, number)
         if labels is not None:
             fine = (labels == IGNORED) | self._known(labels)
             self._check_range("labels", labels, fine | ~attended, number)
-        starts = _starts(batch, attended, number)
+        starts = document_starts(batch, attended, number)
         counted = attended & ~starts if self.tokens == "after_first" else attended
         if self.tokens == "labels":
             assert labels is not None
@@ -263,52 +264,3 @@ def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:
     if value.dtype == torch.bool:
         raise TypeError(f"batch {number}: {key} is a bool tensor, must be integers [rows, length]")
     return value if value.dtype == torch.int32 else value.to(torch.int64)
-
-
-def _attended(mask: object, input_ids: Tensor, number: int) -> Tensor:
-    """Bool ``[rows, length]`` of a 2-d mask, or of a 4-d one by whether a position sees itself."""
-    rows, length = input_ids.shape
-    if isinstance(mask, Tensor) and mask.shape == input_ids.shape:
-        mask = mask.to(input_ids.device)
-        fine = (mask == 0) | (mask == 1)
-        if not bool(fine.all()):
-            row, position = (~fine).nonzero()[0].tolist()
-            raise ValueError(
-                f"batch {number}: attention_mask[{row}, {position}] is "
-                f"{mask[row, position].item()}, must be 0 (padding) or 1. A mask that is added to "
-                "scores, or that numbers documents, must be of shape "
-                f"[{rows}, heads, {length}, {length}]"
-            )
-        return mask != 0
-    if isinstance(mask, Tensor) and mask.dim() == 4 and mask.shape[-2:] == (length, length):
-        own = mask[:, 0].diagonal(dim1=-2, dim2=-1).expand(rows, length).to(input_ids.device)
-        return own if own.dtype == torch.bool else own == 0
-    what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
-    raise ValueError(
-        f"batch {number}: attention_mask is {what}, must be [{rows}, {length}] or "
-        f"[{rows}, heads, {length}, {length}], so that padding can be told from tokens"
-    )
-
-
-def _starts(batch: Mapping[str, Any], attended: Tensor, number: int) -> Tensor:
-    """Bool ``[rows, length]``: where a document begins.
-
-    At the first attended position, and in a packed row where ``position_ids`` start again or a
-    4-d mask hides the position before.
-    """
-    starts = attended.clone()
-    starts[:, 1:] &= ~attended[:, :-1]
-    positions, mask = batch.get("position_ids"), batch.get("attention_mask")
-    if isinstance(positions, Tensor) and positions.dim() == 2:
-        if positions.shape[0] not in (1, len(attended)) or positions.shape[1] != attended.shape[1]:
-            raise ValueError(
-                f"batch {number}: position_ids have shape {tuple(positions.shape)}, must have that "
-                f"of input_ids, {tuple(attended.shape)}"
-            )
-        again = (positions[:, 1:] <= positions[:, :-1]).to(attended.device)  # [rows or 1, length-1]
-        starts[:, 1:] |= again & attended[:, 1:]
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        before = mask[:, 0].diagonal(offset=-1, dim1=-2, dim2=-1).to(attended.device)
-        seen = before if before.dtype == torch.bool else before == 0  # [rows or 1, length - 1]
-        starts[:, 1:] |= ~seen & attended[:, 1:]
-    return starts

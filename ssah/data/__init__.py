@@ -12,7 +12,6 @@ from ssah.data.asking import (
     SALAD_SETS,
     Asked,
     Lettered,
-    Pair,
     draw_by_category,
     drop_category,
     drop_seen,
@@ -24,8 +23,14 @@ from ssah.data.asking import (
 from ssah.data.counts import Counts, warn_of_shared
 from ssah.data.encoding import IGNORE_INDEX, Encoded, Encoder, encode
 from ssah.data.fields import DataError, Row, check_count, kind_of, turns_of
-from ssah.data.files import read_objects
 from ssah.data.loader import Collator, Loader, fingerprint, make_loader
+from ssah.data.preferences import (
+    Pair,
+    answered,
+    check_preferences,
+    load_preferences,
+    request_of,
+)
 from ssah.data.requests import load_requests
 from ssah.data.row_options import Reading, rows_read, template_options
 from ssah.data.row_order import in_turns, mixed, schedule, spread
@@ -48,6 +53,8 @@ __all__ = [
     "Pair",
     "Row",
     "RowStream",
+    "answered",
+    "check_preferences",
     "draw_by_category",
     "drop_category",
     "drop_seen",
@@ -56,11 +63,13 @@ __all__ = [
     "fingerprint",
     "load_asked",
     "load_lettered",
+    "load_preferences",
     "load_requests",
     "load_rows",
     "load_salad",
     "make_loader",
     "policy_pairs",
+    "request_of",
     "template_record",
     "use_template",
     "warn_of_shared",

@@ -194,18 +194,21 @@ def _is_answer(turn: Any) -> bool:
     return isinstance(turn, Mapping) and turn.get("role") == "assistant"
 
 
-def turns_of(messages: Any, where: str) -> list[Message]:
-    """The turns of a conversation; DataError, beginning with ``where``, if it has another form."""
+def turns_of(messages: Any, where: str, name: str = "messages") -> list[Message]:
+    """The turns of a conversation; DataError, beginning with ``where``, if it has another form.
+
+    ``name``: of the field that has them, for messages.
+    """
     if not isinstance(messages, list):
-        raise DataError(f"{where}: 'messages' must be a list of turns, was {kind_of(messages)}")
+        raise DataError(f"{where}: {name!r} must be a list of turns, was {kind_of(messages)}")
     turns: list[Message] = []
     for number, turn in enumerate(messages):
         if not isinstance(turn, Mapping):
-            raise DataError(f"{where}: messages[{number}] must be an object, was {kind_of(turn)}")
+            raise DataError(f"{where}: {name}[{number}] must be an object, was {kind_of(turn)}")
         for key in ("role", "content"):
             if not isinstance(turn.get(key), str):
                 raise DataError(
-                    f"{where}: messages[{number}] must have a string {key!r}, "
+                    f"{where}: {name}[{number}] must have a string {key!r}, "
                     f"was {kind_of(turn.get(key))}"
                 )
         turns.append({"role": turn["role"], "content": turn["content"]})

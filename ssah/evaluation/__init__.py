@@ -16,6 +16,7 @@ from ssah.evaluation.attacks import (
     policy_rates,
     rate,
     refusals_change,
+    refused_requests,
     summary,
 )
 from ssah.evaluation.generating import (
@@ -120,6 +121,7 @@ __all__ = [
     "refusal_margin",
     "refusal_margins",
     "refusals_change",
+    "refused_requests",
     "response_log_probs",
     "utility_loss",
     "wilson",

@@ -22,20 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssah.compat.modules import has_hooks, is_transformed
 from ssah.interventions.arm_units import arm_units
 from ssah.interventions.columns import checked_modules
+from ssah.interventions.fusing import fuses
 from ssah.interventions.intervention import marked
 from ssah.interventions.positions import Passes
 from ssah.interventions.weights import Scale, Zero
-from ssah.models import check_bare, check_idle, replaced_forward, runs_own_forward
+from ssah.models import check_bare, check_idle, replaced_forward
 from ssah.selections import Selection
 from ssah.units import DepthTwoModule, GatedFFN, RoutedExperts, UnitSet, run_routed
-from ssah_kernels import backends, ops
+from ssah_kernels import ops
 
-# Elements of a product from which on one operator is quicker than torch's three. A call costs about
-# 40 microseconds of Python, and decoding a few tokens would be 1 to 2 % slower with it.
-_WORTH_FUSING = 2**17
 # The blocks of each decoder that are under way.
 _RUNNING: weakref.WeakKeyDictionary[nn.Module, list[Arms]] = weakref.WeakKeyDictionary()
 # What one arm takes out: units or heads, these times a number, or nothing.
@@ -253,7 +250,7 @@ def _gated_forward(
 
     def forward(x: Tensor) -> Tensor:  # [rows, tokens, hidden], or the rows after each other
         gate, up = gated.project(x)  # [..., units] each
-        if not _fuses(gated.activation, gate):
+        if not fuses(gated.activation, gate):
             return down(run._multiplied(name, gated.activation(gate) * up))
         factors, arm = run._table(name, gate)
         shape = gate.shape
@@ -262,20 +259,6 @@ def _gated_forward(
         return down(product.view(shape))
 
     return forward
-
-
-def _fuses(activation: nn.Module, gate: Tensor) -> bool:
-    """Whether the operator may stand for ``activation`` in this pass over ``gate`` [..., units]."""
-    # In 16 bits a model rounds three times and the operator once, which is nearer to the truth and
-    # not what the model does: SmolLM2 in bfloat16 then went other ways than under `ablate`.
-    if gate.element_size() < 4 or gate.numel() < _WORTH_FUSING:
-        return False
-    # The compiler fuses the plain product itself, and torch.func takes none written by hand.
-    if torch.compiler.is_compiling() or is_transformed():
-        return False
-    # What was hung on the activation inside the block is to be called.
-    untouched = runs_own_forward(activation) and not has_hooks(activation)
-    return untouched and backends.missing(backends.choose(gate.device), gate.device) is None
 
 
 def _routed_forward(

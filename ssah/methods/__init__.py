@@ -12,7 +12,7 @@ from __future__ import annotations
 from ssah.lazy import submodules_of
 from ssah.methods.drawing import shuffled
 from ssah.methods.frame import Method
-from ssah.methods.inputs import NEEDS, Inputs
+from ssah.methods.inputs import Inputs
 from ssah.methods.low_rank_adapters import lora
 from ssah.methods.outcomes import (
     Changed,
@@ -27,7 +27,6 @@ from ssah.methods.registry import describe, method, names
 from ssah.methods.typed import typed_method
 
 __all__ = [
-    "NEEDS",
     "Changed",
     "Edited",
     "Inputs",

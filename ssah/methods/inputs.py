@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ssah.data import Pair, check_preferences
 from ssah.deltas import WeightsOf
 from ssah.models import load_weights
 
@@ -57,7 +58,8 @@ class Inputs:
         tokenizer: of the aligned model.
         borderline: requests that are harmless and look dangerous, ``builtin:overrefusal`` for one.
         harmful: batches of harmful requests with harmful answers, likewise.
-        preferences: rows with ``prompt``, ``chosen`` and ``rejected``.
+        preferences: rows with ``prompt``, ``chosen`` and ``rejected``, of
+            ``ssah.data.load_preferences`` for one.
     """
 
     aligned: WeightsOf | None = None
@@ -68,20 +70,24 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase | None = None
     borderline: Sequence[str] | None = None
     harmful: Loader | None = None
-    preferences: Sequence[Mapping[str, Any]] | None = None
+    preferences: Sequence[Pair | Mapping[str, Any]] | None = None
 
     def check(self, name: str, needs: Iterable[Need]) -> None:
         """Refuse what lacks something.
 
         Raises:
-            ValueError: what the method ``name`` needs is missing; all of it is named.
+            ValueError: what the method ``name`` needs is missing; all of it is named. Or a row of
+                the preferences that it needs is none.
         """
+        needs = tuple(needs)
         # All at once, so that nobody is told of one after the other.
         missing = [f"{need} ({NEEDS[need]})" for need in needs if getattr(self, need) is None]
         if missing:
             raise ValueError(
                 f"inputs of {name!r} lack {' and '.join(missing)}; Inputs must have them"
             )
+        if "preferences" in needs:
+            check_preferences(self.preferences or ())  # now, before anything is computed
 
     @property
     def loaders(self) -> tuple[Loader, Loader]:
@@ -89,6 +95,12 @@ class Inputs:
         assert self.safety is not None
         assert self.utility is not None
         return self.safety, self.utility
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The preferences as turns, once `check` has passed."""
+        assert self.preferences is not None
+        return check_preferences(self.preferences)
 
     @property
     def before_and_after(self) -> tuple[WeightsOf, WeightsOf]:

@@ -90,7 +90,6 @@ class SafeNeuron(Method):
     def _trained(self, inputs: Inputs, units: Chosen, out: Out) -> dict[str, Tensor]:
         """The weights after training, with ``units`` as they were."""
         assert inputs.tokenizer is not None
-        assert inputs.preferences is not None
         if out is not None:
             raise ValueError(
                 f"out is {os.fspath(out)!r}, must be None where a model in memory is trained: give "
@@ -104,7 +103,7 @@ class SafeNeuron(Method):
             train_on_preferences(
                 plan,
                 inputs.tokenizer,
-                inputs.preferences,
+                inputs.pairs,
                 steps=self.steps,
                 lr=self.lr,
                 batch_size=self.batch_size,

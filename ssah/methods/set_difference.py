@@ -43,7 +43,6 @@ class _SetDifference(Method):
 
     paper: ClassVar[str] = "Wei et al., Assessing the Brittleness of Safety, arXiv 2402.05162"
     stage: ClassVar[Stage] = "locate"
-    aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = _SCORED
     departures: ClassVar[tuple[str, ...]] = (
         "The loss of an example is a sum over its response, as in the paper; the published code "
@@ -98,6 +97,7 @@ class Removal(_SetDifference):
     """Remove weights that safety alone needs."""
 
     name: ClassVar[str] = "set-difference-removal"
+    aim: ClassVar[Aim] = "remove"
     equation: ClassVar[str] = "W_ij = 0 for S(p, q) = top q by I_safety less top p by I_utility"
     published: ClassVar[str] = "ASR -> 0.91 with 0.78 % removed, accuracy .58 -> .56 (Llama-2-7B)."
 

@@ -15,16 +15,16 @@ about ten times the memory of the matrices: logits and their moments, weights an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ssah.attribution import Batch, BatchReader, find_matrices
-from ssah.data import Collator, encode
+from ssah.data import Collator, Pair, answered, encode
 from ssah.deltas import Deltas, Maker
 from ssah.evaluation import response_log_probs
 from ssah.methods.drawing import generator_of, relaxed_bernoulli, shuffled
@@ -69,10 +69,8 @@ class SOMF(Method):
     seed: int = setting(0, "Of all that is drawn.", min=0)
 
     def _find(self, inputs: Inputs) -> Edited:
-        rows, tokenizer = inputs.preferences, inputs.tokenizer
-        assert rows is not None
+        rows, tokenizer = inputs.pairs, inputs.tokenizer
         assert tokenizer is not None
-        _check(rows)
         aligned, _ = inputs.before_and_after
         model = inputs.tuned_model
         logits, losses = self._fitted(model, Deltas(aligned, [model]), rows, tokenizer)
@@ -101,7 +99,7 @@ class SOMF(Method):
         self,
         model: PreTrainedModel,
         deltas: Deltas,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Pair],
         tokenizer: PreTrainedTokenizerBase,
     ) -> tuple[dict[str, Tensor], list[float]]:
         """The logits of each matrix after training, of its shape, and the loss of each batch.
@@ -142,24 +140,21 @@ class SOMF(Method):
     def _batches(
         self,
         model: PreTrainedModel,
-        rows: Sequence[Mapping[str, Any]],
+        rows: Sequence[Pair],
         tokenizer: PreTrainedTokenizerBase,
     ) -> list[tuple[Batch, Tensor]]:
         """Pairs as one batch, the chosen answers first, with what the tuned model gives them."""
         collator, reader = Collator(tokenizer), BatchReader(model, tokens="labels")
-        sides = [
+        sides: tuple[Literal["chosen"], Literal["rejected"]] = ("chosen", "rejected")
+        encoded = [
             list(
-                encode(
-                    ({"prompt": row["prompt"], "completion": row[side]} for row in rows),
-                    tokenizer,
-                    max_length=self.max_length,
-                )
+                encode((answered(row, side) for row in rows), tokenizer, max_length=self.max_length)
             )
-            for side in ("chosen", "rejected")
+            for side in sides
         ]
         found: list[tuple[Batch, Tensor]] = []
         for start in range(0, len(rows), self.batch_size):
-            raw = collator([row for own in sides for row in own[start : start + self.batch_size]])
+            raw = collator([row for own in encoded for row in own[start : start + self.batch_size]])
             ((reference, _),) = response_log_probs(model, [raw])  # [2 pairs]
             found.append((reader.read(raw, len(found)), reference))
         return found
@@ -172,16 +167,3 @@ class SOMF(Method):
         mask = (mask > 0.5).to(mask.dtype) if self.export == "binary" else mask
         # A mask that keeps nothing leaves the aligned weights: 0, and not 0 / 0.
         return mask / mask.mean().clamp(min=torch.finfo(mask.dtype).tiny)
-
-
-def _check(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse rows that are no preferences, before a model runs."""
-    if not rows:
-        raise ValueError("preferences is empty; it must have at least one row")
-    for number, row in enumerate(rows):
-        missing = [key for key in ("prompt", "chosen", "rejected") if key not in row]
-        if missing:
-            raise ValueError(
-                f"preferences[{number}] lacks {' and '.join(missing)}; each row must have prompt, "
-                "chosen and rejected"
-            )

@@ -22,6 +22,11 @@ WHEN = {
     "after": "after fine-tuning",
     "inference": "while it runs",
 }
+AIMS = {
+    "keep": "refusals stay through fine-tuning, or come back",
+    "remove": "refusals are taken out, which shows what carries them",
+    "relax": "fewer harmless requests are refused",
+}
 ALIGNED, TUNED = "aligned, before fine-tuning", "fine-tuned, nothing kept"
 BY = {"asr": "ASR", "over_refusal": "over-refusal"}
 

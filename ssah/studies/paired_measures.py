@@ -14,13 +14,10 @@ from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from ssah.evaluation import (
     OPENING,
     Coherence,
-    Divergence,
-    bootstrap,
     distinct_judges,
     fitting,
     judged_answers,
@@ -31,6 +28,7 @@ from ssah.evaluation import (
 )
 from ssah.evaluation import summary as attack_summary
 from ssah.interventions import ablate
+from ssah.studies.measured_values import losses_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -188,6 +186,17 @@ def _batch(name: str, number: int) -> str:
     return f"{name}.{number:04d}"
 
 
+def checked_judges(settings: Any) -> list[Judge]:
+    """The judges that a study's settings name, asked whether they can work.
+
+    Errors as of `ssah.evaluation.Judge.check`; so they come before a model is loaded.
+    """
+    judges = distinct_judges(settings.judges, settings.max_new_tokens)
+    for judge in judges:
+        judge.check()
+    return judges
+
+
 def intact_coherence(
     study: Study, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> Coherence:
@@ -204,109 +213,3 @@ def _losses(model: PreTrainedModel, loader: Loader) -> dict[str, Any]:
     pairs = list(response_log_probs(model, loader))
     log_probs, tokens = (torch.cat(each) for each in zip(*pairs, strict=True))  # [rows] both
     return losses_of(log_probs, tokens)
-
-
-def losses_of(log_probs: Tensor, tokens: Tensor) -> dict[str, Any]:
-    """Losses as plain data: ``loss`` (nats per token), ``nats`` and ``tokens`` of each row.
-
-    Args:
-        log_probs: float64 ``[rows]``, summed over the response of each, in nats.
-        tokens: int64 ``[rows]``, of each response.
-
-    Raises:
-        ValueError: no response has a token.
-    """
-    nats = -log_probs
-    if not int(tokens.sum()):
-        raise ValueError("the rows have no response token to predict, must have at least one")
-    return {
-        "loss": float(nats.sum() / tokens.sum()),
-        "nats": nats.tolist(),
-        "tokens": tokens.tolist(),
-    }
-
-
-def summary(measured: Mapping[str, Any], attack: Mapping[str, Any] | None) -> dict[str, Any]:
-    """What :meth:`Evaluation.measure` and ``attack`` found, without what is one per request.
-
-    Returns:
-        ``<name>_loss`` of each set of rows, ``refusal_margin``, ``refuses`` and its interval; with
-        an attack ``asr``, ``asr_coherent`` (under the first judge) and ``incoherent``, rates with
-        their intervals, ``mean_tokens`` of an answer, and ``judges``: the rates under each.
-    """
-    found: dict[str, Any] = {
-        f"{name}_loss": losses["loss"] for name, losses in measured["losses"].items()
-    }
-    found |= {key: measured[key] for key in ("refusal_margin", "refuses", "refuses_interval")}
-    if attack is None:  # no request was answered: what needs answers is left out, not 0
-        return found
-    judges = {
-        name: {key: each[key] for key in ("asr", "asr_coherent", "judge")}
-        for name, each in attack["judges"].items()
-    }
-    first = next(iter(judges.values()))  # the judge that decides
-    incoherent = attack["incoherent"]
-    return found | {
-        "requests": attack["requests"],
-        "asr": first["asr"]["rate"],
-        "asr_interval": first["asr"]["interval"],
-        "asr_coherent": first["asr_coherent"]["rate"],
-        "asr_coherent_interval": first["asr_coherent"]["interval"],
-        "incoherent": incoherent["rate"],
-        "incoherent_interval": incoherent["interval"],
-        "mean_tokens": attack["mean_tokens"],
-        "judges": judges,
-    }
-
-
-def losses(measured: Mapping[str, Any], name: str) -> Tensor:
-    """Float64 ``[rows]`` whose mean is the loss per token: a row's nats / mean tokens of a row.
-
-    Differences of two models on the same rows therefore average to the difference of their losses.
-    """
-    own = measured["losses"][name]
-    # Not nats / tokens of the row: a mean of these would weigh short answers as much as long ones.
-    nats = torch.tensor(own["nats"], dtype=torch.float64)
-    return nats / (sum(own["tokens"]) / len(own["tokens"]))
-
-
-def succeeded(attack: Mapping[str, Any]) -> Tensor:
-    """Float64 ``[requests]``: 1 where the attack succeeded under the first judge."""
-    first = next(iter(attack["judges"].values()))
-    return torch.tensor(first["success"], dtype=torch.float64)
-
-
-def over_refused(judged: Mapping[str, Any], judge: str) -> list[int]:
-    """1 for each harmless request that was refused under a judge; ``judged``: of its answers."""
-    # An answer that ended inside its reasoning is no refusal.
-    pairs = zip(judged["success"][judge], judged["unfinished"], strict=True)
-    return [int(not success and not cut) for success, cut in pairs]
-
-
-def kl_summary(found: Mapping[str, Any], *, level: float = 0.95, seed: int = 0) -> dict[str, Any]:
-    """``kl`` and ``kl_first``, nats, with their intervals: over positions, and at the first one.
-
-    Args:
-        found: the fields of a `Divergence` as lists, one value a row.
-        level, seed: of the intervals.
-    """
-    own = Divergence(
-        **{key: torch.tensor(values, dtype=torch.float64) for key, values in found.items()}
-    )
-    shown: dict[str, Any] = {}
-    for key, values in (("kl", own.per_row), ("kl_first", own.first)):  # [rows]
-        interval = bootstrap(values, level=level, seed=seed)
-        shown |= {key: float(values.mean()), f"{key}_interval": list(interval)}
-    return shown
-
-
-def measured_line(measured: Mapping[str, Any]) -> str:
-    """Margin and losses, in a line."""
-    parts = [f"{name} loss {each['loss']:.3f}" for name, each in measured["losses"].items()]
-    return f"margin {measured['refusal_margin']:+.2f}, {', '.join(parts)}"
-
-
-def attack_line(attack: Mapping[str, Any]) -> str:
-    """Rates under each judge, in a line."""
-    rates = [f"ASR {each['asr']['rate']:.1%} ({name})" for name, each in attack["judges"].items()]
-    return f"{', '.join(rates)}, incoherent {attack['incoherent']['rate']:.1%}"

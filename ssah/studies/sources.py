@@ -12,12 +12,15 @@ from ssah.data import (
     Counts,
     DataError,
     Lettered,
+    Pair,
     Reading,
     Row,
     draw_by_category,
     drop_category,
     drop_seen,
     load_lettered,
+    load_preferences,
+    request_of,
     warn_of_shared,
 )
 from ssah.studies.choosing import ALL, Choosing
@@ -121,6 +124,12 @@ class Sources:
         counts = Counts()
         rows = load_lettered(source, invalid=self.reading.invalid, counts=counts)
         return self.kept(role, source, rows, [row["prompt"] for row in rows], [counts])
+
+    def preferences(self, source: str) -> list[Pair]:
+        """Two answers to each request, as ``ssah.data.load_preferences`` takes them."""
+        counts = Counts()
+        pairs = load_preferences(source, invalid=self.reading.invalid, counts=counts)
+        return self.kept("preferences", source, pairs, list(map(request_of, pairs)), [counts])
 
     def kept(
         self,

@@ -21,14 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.compat.trainer import PrinterCallback
 from ssah.compat.trl import preference_trainer
-from ssah.data import DataError
+from ssah.data import check_preferences
 from ssah.models import quiet
 from ssah.training.plan import UpdatePlan
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-_TEXTS = ("prompt", "chosen", "rejected")
 
 
 def train_on_preferences(
@@ -50,7 +48,8 @@ def train_on_preferences(
             trainer changes how the model's ``forward`` is called: train a copy, or take only the
             weights.
         tokenizer: the model's; a chat template makes a conversation of each row.
-        rows: with ``prompt``, ``chosen`` and ``rejected``, a text each.
+        rows: with ``prompt``, ``chosen`` and ``rejected``, as `ssah.data.load_preferences` reads
+            them: texts or turns.
         steps: updates.
         lr: learning rate.
         batch_size: pairs of an update.
@@ -60,7 +59,7 @@ def train_on_preferences(
 
     Raises:
         ImportError: trl is not installed.
-        DataError: a row lacks one of the texts; the row is named.
+        DataError: a row is no preference; it is named.
         RuntimeError: as of `UpdatePlan.verify`.
     """
     trainer_class, arguments = preference_trainer()
@@ -102,20 +101,14 @@ def train_on_preferences(
 
 def _examples(rows: Sequence[Mapping[str, Any]], *, conversation: bool) -> list[dict[str, Any]]:
     """Rows as TRL takes them: turns, or texts of which the first one ends in a blank line."""
-    if not rows:
-        raise DataError("preferences have no row; there must be at least one to train on")
-    examples = []
-    for i, row in enumerate(rows):
-        for key in _TEXTS:
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise DataError(
-                    f"preferences[{i}] has {row.get(key)!r:.40} as {key!r}; it must have a text as "
-                    f"each of {', '.join(_TEXTS)}"
-                )
-        prompt, chosen, rejected = (row[key] for key in _TEXTS)
-        if not conversation:
-            examples.append({"prompt": f"{prompt}\n\n", "chosen": chosen, "rejected": rejected})
-            continue
-        turns = zip(_TEXTS, ("user", "assistant", "assistant"), strict=True)
-        examples.append({key: [{"role": role, "content": row[key]}] for key, role in turns})
-    return examples
+    pairs = check_preferences(rows)
+    if conversation:
+        return [dict(pair) for pair in pairs]
+    return [
+        {
+            "prompt": "".join(f"{turn['content']}\n\n" for turn in pair["prompt"]),
+            "chosen": pair["chosen"][0]["content"],
+            "rejected": pair["rejected"][0]["content"],
+        }
+        for pair in pairs
+    ]

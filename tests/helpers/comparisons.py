@@ -11,7 +11,7 @@ from ssah.evaluation import bootstrap, rate
 from ssah.methods import describe
 from ssah.studies.claims import measured_difference
 from ssah.studies.compare import recommend, verdict
-from ssah.studies.paired_measures import losses, summary
+from ssah.studies.measured_values import losses, summary
 
 HOSTILE = "<script>alert('x')</script> & \"quoted\""
 NEEDS_HARMFUL = "needs harmful answers: --harmful FILE"

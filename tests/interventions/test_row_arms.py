@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import ssah
-from ssah.interventions import Scale, Zero, intervene, row_arms
+from ssah.interventions import Scale, Zero, fusing, intervene
 from ssah.training import freeze
 from ssah.units import UnitSet
 from ssah_kernels import backends, ops
@@ -25,7 +25,7 @@ REST = sorted({*FAMILIES, *EXPERTS} - {*CHOSEN})
 
 @pytest.fixture(autouse=True)
 def small_products_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(row_arms, "_WORTH_FUSING", 0)
+    monkeypatch.setattr(fusing, "_WORTH_FUSING", 0)
 
 
 def batch(side: str = "left") -> dict[str, Tensor]:
@@ -109,7 +109,7 @@ def test_a_gated_ffn_takes_its_factors_in_its_product(monkeypatch: pytest.Monkey
     elements = 3 * 9 * model.config.intermediate_size  # of a product: rows, tokens, units
     for fewest, calls in ((elements, model.config.num_hidden_layers), (elements + 1, 0)):
         seen.clear()
-        monkeypatch.setattr(row_arms, "_WORTH_FUSING", fewest)
+        monkeypatch.setattr(fusing, "_WORTH_FUSING", fewest)
         logits_in_arms(model, some_units(model), data)
         assert len(seen) == calls
 

@@ -29,6 +29,8 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     assert about["aim"] in get_args(Aim)
     # Nothing that is only found, and taken out to show it, keeps refusals.
     assert about["stage"] != "locate" or about["aim"] == "remove"
+    # What acts while or after a model is fine-tuned has nothing else to be for.
+    assert about["stage"] not in ("during", "after") or about["aim"] == "keep"
     assert len(about["does"]) <= 39  # a line of `ssah methods`
     assert about["gives"] in ("Trained", "Procedure", "Changed", "Edited")
     for key in ("does", "paper", "equation", "control", "published"):
@@ -108,11 +110,13 @@ def test_the_command_lists_and_explains(monkeypatch: pytest.MonkeyPatch) -> None
         above = max(heading for heading in headings if heading < place)
         assert lines[above] == WHEN[each["stage"]]
         assert each["does"] in lines[place]
+        assert lines[place].split()[1] == each["aim"]
         assert ("tuned" in lines[place].split("  ")[-1]) == ("tuned" in each["needs"])
     assert [each["name"] for each in listed] == list(methods.names())
     shown = " ".join(call("methods", "sppft").output.split())
     assert "2408.17003" in shown
     assert "opens 0.1" in shown
+    assert "keep: refusals stay through fine-tuning" in shown
     assert "Another run of as many layers" in shown
     assert as_json("methods", "sppft") == methods.describe("sppft")
     assert "method is 'none'; it must be one of" in fails("methods", "none")
@@ -123,5 +127,8 @@ def test_the_page_has_every_method() -> None:
     rows = re.findall(r"^\| `([a-z-]+)` \|", page, flags=re.MULTILINE)
     assert rows == list(methods.names())
     text = " ".join(page.split())
+    (relaxing,) = re.findall(r"^\| relax \|.*\| (.*) \|$", page, flags=re.MULTILINE)
+    aims = {name: methods.describe(name)["aim"] for name in methods.names()}
+    assert relaxing == ", ".join(f"`{name}`" for name, aim in aims.items() if aim == "relax")
     for name in methods.names():
         assert all(each in text for each in methods.describe(name)["departures"]), name

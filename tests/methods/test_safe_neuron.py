@@ -233,12 +233,12 @@ def test_rows_without_a_text_and_a_missing_library_are_refused(
     with ssah.train_only(model, draw(model)) as plan:
         pytest.importorskip("trl")
         for pairs, match in (
-            ([], "preferences have no row"),
+            ([], "preferences is empty"),
             (
                 [*PAIRS, {"prompt": "w3", "chosen": "w4"}],
-                r"preferences\[3\] has None as 'rej",
+                r"preferences\[3\] lacks rejected",
             ),
-            ([{**PAIRS[0], "chosen": " "}], r"preferences\[0\] has ' ' as 'chosen'; it must have"),
+            ([{**PAIRS[0], "chosen": " "}], r"preferences\[0\]: chosen is empty"),
         ):
             with pytest.raises(DataError, match=match):
                 train_on_preferences(plan, tokenizer, pairs, steps=1, lr=1e-3)

@@ -14,6 +14,7 @@ from pages import ROOT
 from surface import PUBLIC
 
 LONGEST = 60  # lines of code of a function
+FILE = 300  # lines of a file
 NO_CODE = {
     tokenize.COMMENT,
     tokenize.NL,
@@ -83,6 +84,15 @@ def test_a_function_fits_a_screen() -> None:
         for name, _ in lengths(path.read_text(encoding="utf-8"), over=LONGEST)
     }
     assert not long, f"over {LONGEST} lines of code: cut into plan, run and finish"
+
+
+def test_a_file_has_one_idea() -> None:
+    long = {
+        str(path.relative_to(ROOT)): lines
+        for path in FILES
+        if (lines := path.read_text(encoding="utf-8").count("\n")) > FILE
+    }
+    assert not long, f"over {FILE} lines: split by idea"
 
 
 def exported(path: Path) -> list[str]:

@@ -13,12 +13,13 @@ import tiny_chat
 import torch
 from commands import as_json, call
 from tiny_studies import tree
+from tuned import saved, tuned_from
 
 import ssah
 from ssah.data import DataError, Reading, load_requests, load_rows, make_loader
 from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
-from ssah.methods import names
+from ssah.methods import Inputs, method, names
 from ssah.models import load_model
 from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
 from ssah.studies.compare.lineup import lineup
@@ -45,6 +46,7 @@ SETTINGS = CompareSettings(
     methods=("ssah-freezing", "ssah-ablation", "interpolation", "refusal-orthogonalisation", "lox"),
     set=(
         "ssah-ablation.scu=0.1",
+        # Of a random model any direction will do.
         "refusal-orthogonalisation.max_kl=10",
         "refusal-orthogonalisation.min_induced=-20",
     ),
@@ -207,6 +209,22 @@ def test_an_edit_is_of_the_shared_fine_tune_at_the_strength_chosen(
     assert row["seeds"]["0"]["task_loss"] == pytest.approx(own["reported"], abs=1e-5)
 
 
+def test_what_is_edited_before_is_fine_tuned_after(loading: Loading, tmp_path: Path) -> None:
+    base = saved(tuned_from(tiny_chat.model(), seed=4), tmp_path / "base")
+    tiny_chat.tokenizer().save_pretrained(base)
+    # At this rate hardly anything moves, so that the model is the edited one.
+    settings = replace(SETTINGS, methods=("lox",), set=("lox.rank=2",), max_steps=1, lr=1e-9)
+    record = run_compare(loading, tmp_path / "run", settings, replace(SETS, base=base))
+    row, (model, tokenizer) = rows_of(record)["lox"], load_model(loading.name)
+    edit = method("lox", rank=2).find(Inputs(aligned=model, base=load_model(base)[0]))
+    model.load_state_dict(edit.write())
+    expected = utility_loss(model, make_loader(SETS.utility_eval, tokenizer))
+    assert row["seeds"]["0"]["utility_loss"] == pytest.approx(expected, abs=1e-5)
+    assert abs(expected - record["result"]["intact"]["utility_loss"]) > 1e-3
+    assert row["subject"] == "tuned"
+    assert row["cost"]["updates"] >= 1
+
+
 def test_differences_are_paired(compared: dict[str, Any]) -> None:
     row = rows_of(compared)["ssah-freezing"]
     found = {
@@ -253,12 +271,19 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     sets = replace(SETS, preferences=str(file), borderline="builtin:overrefusal[8:10]")
     sources = Sources(Reading())
     found = read_sets(sources, sets, SETTINGS)
-    assert found.preferences == [{k: v for k, v in row.items() if k != "more"} for row in rows]
+    assert found.preferences == [
+        {
+            "prompt": [{"role": "user", "content": f"p{i}"}],
+            "chosen": [{"role": "assistant", "content": "yes"}],
+            "rejected": [{"role": "assistant", "content": "no"}],
+        }
+        for i in range(2)
+    ]
     assert found.borderline == list(load_requests("builtin:overrefusal[8:10]"))
     assert sources.record["preferences"]["rows"] == 2
     assert [len(part) for part in found.task] == [16, 2, 2]
     file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
-    with pytest.raises(DataError, match=r"pairs.jsonl.*chosen is ''; it must be a text"):
+    with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen is empty"):
         read_sets(sources, sets, SETTINGS)
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {"resta": "needs the model before alignment: --base MODEL", "sppft": None}

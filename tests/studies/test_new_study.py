@@ -12,7 +12,8 @@ from tiny_studies import MEASURED, SOURCES, tree
 from ssah.settings import check_settings, setting
 from ssah.studies.claims import claim
 from ssah.studies.loading import Loading
-from ssah.studies.paired_measures import UTILITY, Evaluation, losses
+from ssah.studies.measured_values import losses
+from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.run_folder import read_run
 from ssah.studies.study import Study, grouped
 

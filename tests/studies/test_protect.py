@@ -18,6 +18,7 @@ from ssah.data import encode, load_requests, load_rows
 from ssah.evaluation import Coherence, attack_success, generate, judge
 from ssah.methods import Inputs, Procedure, TrainingSetup, method, typed_method
 from ssah.methods.random_units import RandomFreezing
+from ssah.methods.somf import SOMF
 from ssah.models import load_model
 from ssah.studies.paired_models import PairedModels
 from ssah.studies.protect import run
@@ -196,6 +197,31 @@ def test_a_method_may_train_in_another_way(
     assert found["exact"] is None
 
 
+def test_preferences_reach_the_method_that_needs_them(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+
+    def kept(self: Any, inputs: Inputs) -> Any:
+        given.extend(inputs.pairs)
+        return method("interpolation").find(inputs)
+
+    monkeypatch.setattr(SOMF, "_find", kept)
+    row = {"prompt": "How are you?", "chosen": "Well.", "rejected": "Go away."}
+    file = tmp_path / "pairs.jsonl"
+    file.write_text(json.dumps(row))
+    protect(model_folder, tmp_path / "out", "--method", "somf", "--preferences", file)
+    assert given == [
+        {
+            "prompt": [{"role": "user", "content": "How are you?"}],
+            "chosen": [{"role": "assistant", "content": "Well."}],
+            "rejected": [{"role": "assistant", "content": "Go away."}],
+        }
+    ]
+    record = json.loads((tmp_path / "out.run" / "experiment.json").read_text())
+    assert record["data"]["preferences"]["rows"] == 1
+
+
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:
     base = saved(tuned_from(tiny_chat.model(), seed=4), tmp_path / "base")
     tiny_chat.tokenizer().save_pretrained(base)
@@ -248,7 +274,11 @@ def test_it_goes_on_where_it_was(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--method", "ships"), "acts at the stage 'locate'"),
+        (("--method", "ships"), "acts at the stage 'locate' with the aim 'remove'"),
+        # It edits before the fine-tune, as lox does, and takes refusals out.
+        (("--method", "refusal-orthogonalisation"), "the stage 'before' with the aim 'remove'"),
+        (("--method", "scans"), "to keep refusals: ssah-freezing, ssah-budget, random-freezing"),
+        (("--method", "somf"), "needs --preferences"),
         (("--set", "alpha=2"), "alpha is 2.0; it must be greater than 0 and at most 1"),
         (("--set", "alpha"), "set is 'alpha'; it must be NAME=VALUE"),
         (("--set", "beta=1"), "setting of 'interpolation' is 'beta'"),

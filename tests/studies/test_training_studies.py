@@ -16,7 +16,7 @@ from ssah.data import encode, load_rows, make_loader
 from ssah.groups import UnitGroups, classify
 from ssah.methods import TrainingSetup
 from ssah.models import load_model
-from ssah.studies.paired_measures import losses
+from ssah.studies.measured_values import losses
 from ssah.studies.training import comparison as comparison_module
 from ssah.studies.training import freeze as freeze_module
 from ssah.studies.training import run_budget, run_freeze

@@ -18,16 +18,9 @@ from functools import partial
 from typing import Any, TypedDict
 
 from ssah.data.counts import Counts
-from ssah.data.fields import DataError, Message, check_row, column_of, has_fields
+from ssah.data.fields import DataError, check_row, column_of, has_fields
+from ssah.data.preferences import Pair
 from ssah.data.rows import Check, Item, Source, read
-
-
-class Pair(TypedDict):
-    """Two answers to one request, of which one is preferred; turns, as TRL takes them."""
-
-    prompt: list[Message]  # the policy, and the request
-    chosen: list[Message]
-    rejected: list[Message]
 
 
 class _Answered(TypedDict):
@@ -47,7 +40,8 @@ def policy_pairs(policies: Source, helpful: Source, safe: Source) -> list[Pair]:
             same requests, in any order; their harms are not read.
 
     Returns:
-        Policy by policy, in the order of ``helpful``. Nothing is written.
+        Policy by policy, in the order of ``helpful``, as `load_preferences` reads them: the prompt
+        is the policy, as a system prompt, and the request. Nothing is written.
 
     Raises:
         DataError: a row lacks a field, or is not valid as `ssah.data.load_rows` says; a request

@@ -15,6 +15,7 @@ from ssah.evaluation.attacks.rates import (
     category_rates,
     macro_difference,
     rate,
+    refused_requests,
     summary,
 )
 from ssah.evaluation.attacks.refusals import Refusals, refusals_change
@@ -33,5 +34,6 @@ __all__ = [
     "policy_rates",
     "rate",
     "refusals_change",
+    "refused_requests",
     "summary",
 ]

@@ -90,6 +90,20 @@ def rate(flags: Sequence[int | bool], level: float = 0.95) -> dict[str, Any]:
     return {"rate": count / len(flags), "interval": [low, high], "count": count, "n": len(flags)}
 
 
+def refused_requests(judged: Mapping[str, Any], judge: str | None = None) -> list[int]:
+    """0 or 1 a request: whether it was refused, where to answer it would have been right or wrong.
+
+    Args:
+        judged: what ``judge_answers`` returns of the answers.
+        judge: its name; None: the first one, which decides.
+    """
+    success = judged["success"]
+    own = success[next(iter(success)) if judge is None else judge]
+    # An answer that ended inside its reasoning says nothing: it is no refusal.
+    pairs = zip(own, judged["unfinished"], strict=True)
+    return [int(not fulfilled and not cut) for fulfilled, cut in pairs]
+
+
 def category_rates(
     flags: Sequence[int | bool], categories: Sequence[str], level: float = 0.95
 ) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ssah.choices import Overlong
 from ssah.evaluation.attacks.attack import counting, distinct_judges, judged_answers
-from ssah.evaluation.attacks.rates import rate
+from ssah.evaluation.attacks.rates import rate, refused_requests
 from ssah.evaluation.generating import OPENING, bar, check_room, fitting, prompts, room_of
 from ssah.evaluation.intervals import difference
 from ssah.evaluation.judges import Judge, Judged
@@ -107,8 +107,8 @@ class Refusals:
             ``refused``, ``over_refused`` (0 or 1) and ``margins``.
         """
         harmful = self._judged(self.requests)
-        refused = self._refused(harmful)
-        harmless = self._refused(self._judged(self.over_refusal)) if self.over_refusal else []
+        refused = refused_requests(harmful)
+        harmless = refused_requests(self._judged(self.over_refusal)) if self.over_refusal else []
         margins = refusal_margins(  # [requests]
             self.model,
             self.tokenizer,
@@ -159,14 +159,6 @@ class Refusals:
                 batch_size=self.batch_size,
             )
         return found
-
-    def _refused(self, judged: Mapping[str, Any]) -> list[int]:
-        """0 or 1 a request: an answer that ended inside its reasoning is no refusal."""
-        success = judged["success"][self.judge.name]
-        return [
-            int(not fulfilled and not cut)
-            for fulfilled, cut in zip(success, judged["unfinished"], strict=True)
-        ]
 
 
 def refusals_change(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from ssah.evaluation.generating.caches import SHARED, cache_of, is_plain
-from ssah.evaluation.generating.decoding import Finite, greedy, left_padded, prefilled
+from ssah.evaluation.generating.decoding import greedy, left_padded, prefilled
+from ssah.evaluation.generating.finite_logits import Finite
 from ssah.evaluation.generating.generation import (
     Answer,
     answer_tokens,

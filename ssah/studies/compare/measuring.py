@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from ssah.evaluation import divergences
-from ssah.studies.paired_measures import UTILITY, Evaluation, attack_line
+from ssah.evaluation import divergences, refused_requests
+from ssah.studies.measured_values import attack_line
+from ssah.studies.paired_measures import UTILITY, Evaluation
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,7 +66,7 @@ def measure(
         {
             "measured": own,
             "attack": attack,
-            "refused": refused(answers),
+            "refused": refused_requests(answers),
             "kl": float(kl.per_row.mean()),
             "made": told,
         }
@@ -86,13 +87,6 @@ def calibrate(
         "task_loss": losses[TASK]["loss"],
         "utility_loss": losses[UTILITY]["loss"],
     }
-
-
-def refused(judged: Mapping[str, Any]) -> list[int]:
-    """Which requests were refused, by the first judge: 0 or 1 each."""
-    success = next(iter(judged["success"].values()))
-    # An answer that ended inside its reasoning is no refusal.
-    return [int(not s and not u) for s, u in zip(success, judged["unfinished"], strict=True)]
 
 
 def measured_in_short(found: Mapping[str, Any]) -> str:

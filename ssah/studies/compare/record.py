@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah.evaluation import Unit, wilson
+from ssah.evaluation import Unit
 from ssah.studies.claims import measured_difference
 from ssah.studies.compare.lineup import Entrant
 from ssah.studies.compare.measuring import TASK
 from ssah.studies.compare.rows import BySeed, Ran
 from ssah.studies.compare.verdicts import recommend, verdict
-from ssah.studies.paired_measures import UTILITY, summary
+from ssah.studies.measured_values import summary
+from ssah.studies.paired_measures import UTILITY
 from ssah.studies.training.results import over_seeds, rates, row_losses
 
 
@@ -35,14 +36,8 @@ def result_of(
 
 def summary_of(found: Mapping[str, Any]) -> dict[str, Any]:
     """One model: rates with their intervals, losses and KL in nats."""
-    refused = found["refused"]
-    n = sum(refused)
-    return {
-        **summary(found["measured"], found["attack"]),
-        "over_refusal": n / len(refused),
-        "over_refusal_interval": list(wilson(n, len(refused))),
-        "kl": found["kl"],
-    }
+    own = summary(found["measured"], found["attack"], found["refused"])
+    return own | {"kl": found["kl"]}
 
 
 def _all_seeds(found: BySeed) -> dict[str, Any]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ssah.data import DataError, read_objects
-
 if TYPE_CHECKING:
-    from ssah.data import Row
+    from ssah.data import Pair, Row
     from ssah.studies.compare.settings import CompareSets, CompareSettings
     from ssah.studies.sources import Sources
 
@@ -24,7 +21,6 @@ Item = TypeVar("Item")
 # Of the sets that methods find something by, and of those that choose or report.
 _FOUND_BY = ("safety", "utility", "borderline", "harmful", "preferences")
 _MEASURED = ("calibration", "requests", "over_refusal")
-_PREFERENCE = ("prompt", "chosen", "rejected")
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ class Sets:
     utility_eval: list[Row]
     borderline: list[str] | None
     harmful: list[Row] | None
-    preferences: list[dict[str, Any]] | None
+    preferences: list[Pair] | None
 
 
 def read_sets(sources: Sources, sets: CompareSets, settings: CompareSettings) -> Sets:
@@ -78,7 +74,7 @@ def read_sets(sources: Sources, sets: CompareSets, settings: CompareSettings) ->
         utility_eval=sources.rows("utility_eval", sets.utility_eval),
         borderline=_if_given(sets.borderline, lambda own: sources.requests("borderline", own)),
         harmful=_if_given(sets.harmful, lambda own: sources.rows("harmful", own)),
-        preferences=_if_given(sets.preferences, lambda own: _preferences(sources, own)),
+        preferences=_if_given(sets.preferences, sources.preferences),
     )
     _check_apart(found)
     return found
@@ -122,19 +118,8 @@ def _check_apart(sets: Sets) -> None:
 
 
 def _prompt(row: Mapping[str, Any]) -> str:
-    return str(row["prompt"])
-
-
-def _preferences(sources: Sources, source: str) -> list[dict[str, Any]]:
-    rows = []
-    for where, row in read_objects(Path(source)):
-        if isinstance(row, DataError):
-            raise row
-        for key in _PREFERENCE:
-            if not isinstance(row.get(key), str) or not row[key].strip():
-                raise DataError(f"{where}: {key} is {row.get(key)!r}; it must be a text")
-        rows.append({key: row[key] for key in _PREFERENCE})
-    return sources.kept("preferences", source, rows, [row["prompt"] for row in rows])
+    own = row["prompt"]
+    return str(own if isinstance(own, str) else own[-1]["content"])  # turns, of preferences
 
 
 def _if_given(source: str | None, read: Callable[[str], Item]) -> Item | None:

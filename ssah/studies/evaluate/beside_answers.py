@@ -13,7 +13,8 @@ import torch
 
 from ssah.evaluation import divergences, identical_tokens
 from ssah.studies.evaluate.ablations import Evaluated
-from ssah.studies.paired_measures import UTILITY, Evaluation, losses_of, measured_line
+from ssah.studies.measured_values import losses_of, measured_line
+from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.study import Study
 
 if TYPE_CHECKING:
@@ -27,22 +28,20 @@ _TRIED = 4  # requests that are answered once more, one by one
 def measured(
     study: Study,
     evaluation: Evaluation,
-    models: Sequence[Evaluated],
+    evaluated: Evaluated,
     beside: Mapping[str, Mapping[str, Any]],
-) -> dict[str, dict[str, Any]]:
-    """Refusal margin and losses, by name of the model: a step each.
+) -> dict[str, Any]:
+    """Refusal margin and losses of one model: a step.
 
     ``beside``: what :func:`compared` found, whose pass gives the loss as well.
     """
-    found: dict[str, dict[str, Any]] = {}
-    for each in models:
-        known = None
-        if each.name in beside:
-            own = beside[each.name]
-            log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)
-            known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
-        compute = partial(evaluation.measure, study.model, each.chosen, known=known)
-        found[each.name] = study.steps(f"{each.name}.measured", compute, measured_line)
+    known = None
+    if beside:
+        own = beside[evaluated.name]
+        log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)  # [rows]
+        known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
+    compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
+    found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found
 
 

@@ -18,9 +18,11 @@ from ssah.evaluation import (
     difference,
     paired_difference,
     rate,
+    refused_requests,
 )
 from ssah.selections import Selection
-from ssah.studies.paired_measures import UTILITY, kl_summary, losses, over_refused
+from ssah.studies.measured_values import kl_summary, losses
+from ssah.studies.paired_measures import UTILITY
 
 if TYPE_CHECKING:
     from ssah.studies.evaluate.ablations import Evaluated
@@ -132,7 +134,7 @@ def _row(
         own = judged.get((evaluated.name, condition, role))
         if own is not None:
             row |= {
-                f"{role}_refused": rate(over_refused(own, judge), level),
+                f"{role}_refused": rate(refused_requests(own, judge), level),
                 f"{role}_unfinished": rate(own["unfinished"], level),
                 f"{role}_incoherent": rate(own["incoherent"], level),
                 f"{role}_tokens": sum(own["tokens"]) / len(own["tokens"]),

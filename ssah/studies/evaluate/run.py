@@ -12,7 +12,6 @@ from ssah.data import template_record
 from ssah.evaluation import (
     check_tasks,
     count_words,
-    distinct_judges,
 )
 from ssah.models import digest, move, weights_hash
 from ssah.selections import Selection
@@ -32,11 +31,7 @@ from ssah.studies.evaluate.record import INTACT, REQUESTS, records
 from ssah.studies.evaluate.row_records import by_row
 from ssah.studies.evaluate.settings import EvaluateSettings
 from ssah.studies.loading import Loading
-from ssah.studies.paired_measures import (
-    UTILITY,
-    Evaluation,
-    intact_coherence,
-)
+from ssah.studies.paired_measures import UTILITY, Evaluation, checked_judges, intact_coherence
 from ssah.studies.study import Study
 from ssah.units import family_of
 
@@ -88,9 +83,7 @@ def run_evaluation(
     """
     study = Study(loading, out, KIND, settings, batch_size=settings.batch_size)
     ablations = [Ablation.parse(text) for text in settings.ablations]
-    judges = distinct_judges(settings.judges, settings.max_new_tokens)
-    for judge in judges:
-        judge.check()
+    judges = checked_judges(settings)
     refusals, of_policies = split_judges(judges, policy)
     manager = check_tasks(settings.tasks, settings.task_folder) if settings.tasks else None
     read = read_lists(study.sources, requests, over_refusal, benign, policy, choosing)
@@ -121,7 +114,7 @@ def run_evaluation(
         # With KL comes the loss, so that this is the only pass over the utility rows.
         other = None if intact is None else scorer[0]
         beside = compared(study, evaluation, models, other) if far else {}
-        margins = measured(study, evaluation, models, beside)
+        margins = {each.name: measured(study, evaluation, each, beside) for each in models}
         distances = {each.name: beside[each.name] for each in far}
         tasks = {each.name: multiple_choices(study, each, manager, questions) for each in models}
         alike = identical(study, models, asked[REQUESTS])

@@ -15,20 +15,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.evaluation import check_room, distinct_judges, divergences, fitting, prompts, rate
+from ssah.evaluation import (
+    check_room,
+    divergences,
+    fitting,
+    prompts,
+    refused_requests,
+)
 from ssah.studies.claims import measured_difference
-from ssah.studies.paired_measures import (
-    UTILITY,
-    Evaluation,
+from ssah.studies.measured_values import (
     attack_line,
-    intact_coherence,
     kl_summary,
     losses,
     measured_line,
-    over_refused,
     succeeded,
     summary,
 )
+from ssah.studies.paired_measures import UTILITY, Evaluation, checked_judges, intact_coherence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -56,10 +59,7 @@ class PairedRows:
 
         Errors as of `ssah.data.load_rows` and `ssah.evaluation.Judge.check`.
         """
-        settings = study.settings
-        judges = distinct_judges(settings.judges, settings.max_new_tokens)
-        for each in judges:
-            each.check()
+        judges = checked_judges(study.settings)
         return cls(
             study.sources.requests("requests", sets.requests),
             study.sources.requests("over_refusal", sets.over_refusal),
@@ -148,12 +148,11 @@ def model_summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """What `PairedModels` found of a model, without what is one per request.
 
     Returns:
-        what :func:`ssah.studies.paired_measures.summary` does, with ``over_refusal`` (a rate) and
-        ``kl`` (nats; None for the intact model), and their intervals.
+        what :func:`ssah.studies.measured_values.summary` does, over-refusal included, with ``kl``
+        (nats; None for the intact model) and its interval.
     """
-    refused = rate(_over_refused(found).int().tolist())
-    own = summary(found["measured"], found["attack"])
-    own |= {"over_refusal": refused["rate"], "over_refusal_interval": refused["interval"]}
+    refused = refused_requests(found["over_refusal"])
+    own = summary(found["measured"], found["attack"], refused)
     return own | (kl_summary(found["kl"]) if "kl" in found else {"kl": None, "kl_first": None})
 
 
@@ -183,5 +182,4 @@ def _losses(name: str, found: Mapping[str, Any]) -> Tensor:
 
 def _over_refused(found: Mapping[str, Any]) -> Tensor:
     """Float64 ``[requests]``: 1 where a harmless request was refused, under the first judge."""
-    judged = found["over_refusal"]
-    return torch.tensor(over_refused(judged, next(iter(judged["success"]))), dtype=torch.float64)
+    return torch.tensor(refused_requests(found["over_refusal"]), dtype=torch.float64)

@@ -24,7 +24,7 @@ from typing import Any
 
 from ssah.evaluation import wilson
 from ssah.studies.claims import measured_difference
-from ssah.studies.paired_measures import succeeded
+from ssah.studies.measured_values import succeeded
 
 DAMAGED, NOT_DAMAGED, UNDECIDED = "damaged", "not damaged", "undecided"
 

@@ -21,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import ssah
+from ssah.data import spread
 from ssah.deltas import measure
 from ssah.methods import Edited, Inputs, Method, Procedure, Trained, TrainingSetup
 from ssah.models import move, quiet
 from ssah.storage import whole_folder
-from ssah.studies.training.row_order import spread
 from ssah.studies.training.to_loss import Recipe, train
 
 if TYPE_CHECKING:

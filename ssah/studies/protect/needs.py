@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ssah.methods import NEEDS, Inputs, Method
+from ssah.methods import Inputs, Method
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ssah.data import Row
+    from ssah.data import Pair, Row
     from ssah.studies.protect.settings import ProtectSets
     from ssah.studies.study import Study
 
@@ -21,6 +21,7 @@ _OPTIONS = {
     "base": "unaligned",
     "borderline": "borderline",
     "harmful": "harmful",
+    "preferences": "preferences",
 }
 
 
@@ -31,11 +32,13 @@ class Needed:
     Attributes:
         rows: ``"safety"`` or the like -> rows with answers.
         borderline: requests.
+        preferences: pairs of answers.
         unaligned: name of the model before alignment.
     """
 
     rows: Mapping[str, list[Row]] = field(default_factory=dict)
     borderline: list[str] | None = None
+    preferences: list[Pair] | None = None
     unaligned: str | None = None
 
     @classmethod
@@ -43,13 +46,8 @@ class Needed:
         """Read what ``method`` needs, and nothing else.
 
         Raises:
-            ValueError: it needs what was not given, or what no option gives; all of it is named.
+            ValueError: it needs what was not given; all of it is named.
         """
-        if "preferences" in method.needs:
-            raise ValueError(
-                f"method {method.name!r} needs {NEEDS['preferences']}, for which there is no "
-                "option; it must be called from Python, with ssah.methods.Inputs(preferences=...)"
-            )
         options = {need: _OPTIONS[need] for need in method.needs if need in _OPTIONS}
         missing = [f"--{option}" for option in options.values() if getattr(sets, option) is None]
         if missing:
@@ -59,9 +57,11 @@ class Needed:
             )
         sources, needs = study.sources, method.needs
         borderline = sets.borderline if "borderline" in needs else None
+        preferences = sets.preferences if "preferences" in needs else None
         return cls(
             {role: sources.rows(role, getattr(sets, role)) for role in _LOADERS if role in needs},
             None if borderline is None else sources.requests("borderline", borderline),
+            None if preferences is None else sources.preferences(preferences),
             sets.unaligned if "base" in needs else None,
         )
 
@@ -80,4 +80,5 @@ class Needed:
             tokenizer=study.tokenizer,
             borderline=self.borderline,
             harmful=loaders.get("harmful"),
+            preferences=self.preferences,
         )

@@ -191,14 +191,18 @@ def _protecting(settings: ProtectSettings) -> Method:
     """The method of the settings.
 
     Raises:
-        ValueError: it neither trains nor edits, or as of `typed_method`.
+        ValueError: it neither trains nor edits, or is not for keeping refusals; or as of
+            `typed_method`.
     """
     method = typed_method(settings.method, settings.set)
-    if method.stage not in _STAGES:
-        able = [name for name in names() if describe(name)["stage"] in _STAGES]
+    every = [describe(name) for name in names()]
+    # Who asks for protection must not get a model without refusals: some attacks edit weights too.
+    able = [each["name"] for each in every if each["stage"] in _STAGES and each["aim"] == "keep"]
+    if method.name not in able:
         raise ValueError(
-            f"method is {method.name!r}, which acts at the stage {method.stage!r}; it must be one "
-            f"that trains or edits: {', '.join(able)}"
+            f"method is {method.name!r}, which acts at the stage {method.stage!r} with the aim "
+            f"{method.aim!r}; it must be one that trains or edits, to keep refusals: "
+            f"{', '.join(able)}"
         )
     return method
 

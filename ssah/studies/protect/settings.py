@@ -20,7 +20,9 @@ class ProtectSettings(PairedSettings):
 
     # What measured best of what needs no choice of units, and no method has beaten its control yet:
     # docs/training/index.md.
-    method: str = _method("interpolation", "One that trains or edits: `ssah methods`.")
+    method: str = _method(
+        "interpolation", "One that keeps refusals by training or editing: `ssah methods`."
+    )
     set: tuple[str, ...] = _method(
         (), "Of the method, `alpha=0.25`; may be repeated.", metavar="NAME=VALUE"
     )
@@ -53,3 +55,6 @@ class ProtectSets(PairedSets):
     unaligned: str | None = _needed(None, "The model before alignment.", metavar="MODEL")
     borderline: str | None = _needed(None, "Harmless requests that look dangerous.")
     harmful: str | None = _needed(None, "Your own harmful requests with harmful answers.")
+    preferences: str | None = _needed(
+        None, "Rows with `prompt`, `chosen` and `rejected`.", metavar="FILE"
+    )

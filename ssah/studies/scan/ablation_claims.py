@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ssah.studies.claims import claim
-from ssah.studies.paired_measures import UTILITY, losses, succeeded
+from ssah.studies.measured_values import losses, succeeded
+from ssah.studies.paired_measures import UTILITY
 from ssah.studies.scan.curves import Curves, Point
 
 

@@ -8,15 +8,8 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from ssah.groups import UnitGroups
-from ssah.studies.paired_measures import (
-    UTILITY,
-    Evaluation,
-    attack_line,
-    intact_coherence,
-    measured_line,
-    succeeded,
-    summary,
-)
+from ssah.studies.measured_values import attack_line, measured_line, succeeded, summary
+from ssah.studies.paired_measures import UTILITY, Evaluation, intact_coherence
 from ssah.studies.study import Study, grouped
 from ssah.units import UnitSet
 

@@ -20,7 +20,8 @@ from ssah.data import Row, spread
 from ssah.evaluation import distinct_judges
 from ssah.models import SMOLLM2, ModelError, quiet
 from ssah.studies.loading import READING, Loading
-from ssah.studies.paired_measures import Evaluation, attack_line, intact_coherence, measured_line
+from ssah.studies.measured_values import attack_line, measured_line
+from ssah.studies.paired_measures import Evaluation, intact_coherence
 from ssah.studies.study import Study, grouped
 from ssah.studies.training.arms import Arm, freezes
 from ssah.studies.training.results import BEFORE

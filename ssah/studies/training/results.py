@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ssah.evaluation import bootstrap, wilson
 from ssah.studies.claims import Expected, claim
-from ssah.studies.paired_measures import UTILITY, losses, succeeded, summary
+from ssah.studies.measured_values import losses, succeeded, summary
+from ssah.studies.paired_measures import UTILITY
 
 # Arm -> seed -> what `Comparison.compare` returns.
 Arms: TypeAlias = "Mapping[str, Mapping[int, Mapping[str, Any]]]"
@@ -25,7 +26,7 @@ def rates(arms: Arms, name: str) -> Tensor:
 
 
 def row_losses(arms: Arms, name: str, rows: str = UTILITY) -> Tensor:
-    """Float64 ``[rows, seeds]`` of an arm, see :func:`ssah.studies.paired_measures.losses`."""
+    """Float64 ``[rows, seeds]`` of an arm, see :func:`ssah.studies.measured_values.losses`."""
     by_seed = [losses(found["measured"], rows) for found in arms[name].values()]  # each [rows]
     return torch.stack(by_seed, 1)
 
