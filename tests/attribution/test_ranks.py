@@ -62,7 +62,7 @@ def score(rank: int, n: int, folder: Path) -> None:
     assert_close(alone, result, 1e-12)
 
 
-@pytest.mark.parametrize("n", [2, 4])
+@pytest.mark.parametrize("n", [2, pytest.param(4, marks=pytest.mark.exhaustive)])
 def test_ranks_together_score_what_one_process_scores(tmp_path: Path, n: int) -> None:
     start(score, n, tmp_path)
     model = tiny_models.build("llama")
@@ -330,7 +330,10 @@ def resume(rank: int, n: int, folder: Path) -> None:
             torch.save(result, folder / f"{mode}.pt")
 
 
-def test_sharded_by_fully_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "others", [{1: "one"}, pytest.param({4: "four"}, marks=pytest.mark.exhaustive)]
+)
+def test_sharded_by_fully_shard(others: dict[int, str], tmp_path: Path) -> None:
     start(score_and_train, 2, tmp_path / "two")
     model = tiny_models.build("llama_bias")
     # The loss of a sharded model is taken of all positions at once: another order in float32.
@@ -338,9 +341,9 @@ def test_sharded_by_fully_shard(tmp_path: Path) -> None:
         one = attribute(model, batches(3), metric=metric)
         for rank in range(2):
             assert_close(Attribution.load(tmp_path / "two" / f"{metric}-{rank}"), one, tolerance)
-    for n, name in ((4, "four"), (1, "one")):
+    for n, name in others.items():
         start(resume, n, tmp_path / name)
-    for name in ("two", "four", "one"):
+    for name in ("two", *others.values()):
         for mode in MODES:
             assert_trained_alike(tmp_path / name, mode)
 

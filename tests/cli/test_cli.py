@@ -258,7 +258,7 @@ def test_another_dtype_leaves_rotary_frequencies_exact():
 
 def test_demo_from_end_to_end(runs, tmp_path):
     arguments = ("demo", "--model", runs / "model", "--out", tmp_path)
-    first = as_json(*arguments, "--seconds", 3, "--scu", 0.05, "--ucu", 0.05)
+    first = as_json(*arguments, "--seconds", 1, "--scu", 0.05, "--ucu", 0.05)
     assert first == json.loads((tmp_path / "demo.json").read_text())
     alignment = first["alignment"]
     assert alignment["steps"] >= 1
@@ -274,7 +274,7 @@ def test_demo_from_end_to_end(runs, tmp_path):
         assert Path(picture).read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("**/checkpoint*")) + list(tmp_path.glob("**/*.tmp"))
 
-    again = call(*arguments, "--seconds", 3, "--scu", 0.05, "--ucu", 0.05)
+    again = call(*arguments, "--seconds", 1, "--scu", 0.05, "--ucu", 0.05)
     assert "of an earlier call is used" in " ".join(again.stdout.split())
     second = json.loads((tmp_path / "demo.json").read_text())
     assert second["alignment"] == {**alignment, "reused": True}

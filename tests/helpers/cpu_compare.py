@@ -1,10 +1,14 @@
 """Compare the CPU kernels with the reference; `cpu_compare.py` prints how many calls it compared.
 
+`cpu_compare.py all` compares calls of every type and at the ends of the range; `cpu_compare.py
+some` those of bfloat16.
+
 A process of its own, because the instruction set is chosen once.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -29,4 +33,7 @@ def compare(op: str, which: str = "samples", **options: Any) -> int:
 
 
 if __name__ == "__main__":
-    print(sum(compare(op) + compare(op, "extreme") for op in CASES))
+    if sys.argv[1] == "all":
+        print(sum(compare(op) + compare(op, "extreme") for op in CASES))
+    else:
+        print(sum(compare(op, dtypes=(torch.bfloat16,)) for op in CASES))

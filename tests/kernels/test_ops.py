@@ -30,7 +30,7 @@ def test_catalogue_is_complete(op):
 @pytest.mark.parametrize("op", CASES)
 def test_opcheck(op):
     samples = [s for s in CASES[op].samples(torch.float32) if "expanded" not in s.name]
-    for sample in samples[1:2] if op.startswith("masked") else samples[:6:2]:
+    for sample in samples[1:2] if "masked" in op else samples[:6:2]:
         args = tuple(copied(a) for a in sample.args)
         torch.library.opcheck(getattr(torch.ops.ssah, op).default, args, sample.kwargs)
 

@@ -62,9 +62,10 @@ def outcomes(process: subprocess.Popen[str]) -> dict[str, int | str]:
     return outcome | {r["op"]: r["compared"] for r in map(json.loads, stdout.splitlines())}
 
 
-# The interpreter takes 25 s for one of these, and its kernel has much in common with another's:
-# that of the moments in the gate's backward pass, that of the rules of an update in AdamW.
-SLOW = ("gated_moments", "masked_sgd_")
+# The interpreter takes 10 to 25 s for one of these, and its kernel has much in common with
+# another's: that of the moments in the gate's backward pass, that of the rules of an update in
+# AdamW, and the same rules where bits say what trains.
+SLOW = ("gated_moments", "masked_sgd_", "bit_masked_adamw_")
 
 
 @pytest.fixture(scope="module")

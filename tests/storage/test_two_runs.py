@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,11 @@ import tiny_chat
 from commands import call, fails, prepare
 from streamed import assert_same
 from tiny_models import build, collate, rows
+from typer.testing import CliRunner
 
 from ssah.attribution import Attribution, attribute
 from ssah.attribution import run as attribution
+from ssah.cli import app
 from ssah.storage import LOCK, one_run
 from ssah.studies.run_folder import Run
 
@@ -78,16 +78,18 @@ def test_two_equal_commands_at_once(runs: Path, tmp_path: Path) -> None:
     whole, out = tmp_path / "whole", tmp_path / "out"
     command = ("attribute", runs / "model", "--data", "builtin:safety", "--limit", 24)
     call(*command, "--out", whole)
-    words = [sys.executable, "-m", "ssah.cli", *map(str, command), "--out", str(out)]
-    both = [
-        subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for _ in "ab"
-    ]
-    ended = [(process.communicate(timeout=300), process.returncode) for process in both]
-    codes = sorted(code for _, code in ended)
+    children = []
+    for name in "ab":
+        child = os.fork()
+        if child == 0:
+            os._exit(_note(tmp_path / name, *command, "--out", out))
+        children.append(child)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    ended = [((tmp_path / name).read_text(), code) for name, code in zip("ab", codes, strict=True)]
+    codes.sort()
     # On a busy machine the second may begin when the first has ended: then it is just a second run.
     assert codes in ([0, 2], [0, 0]), ended
-    for (_, stderr), code in ended:
+    for stderr, code in ended:
         assert "Traceback" not in stderr
         if code == 2:
             line = stderr.splitlines()[-1]
@@ -95,6 +97,13 @@ def test_two_equal_commands_at_once(runs: Path, tmp_path: Path) -> None:
             assert f"is running in '{out}'" in line
     assert_same(Attribution.load(out), Attribution.load(whole))
     assert {path.suffix for path in out.iterdir()} == {".json", ".safetensors"}
+
+
+def _note(file: Path, *words: object) -> int:
+    """Run a command; its exit code, and in ``file`` what it wrote to standard error."""
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    file.write_text(result.stderr)
+    return result.exit_code
 
 
 def test_a_lock_is_one_for_all_who_ask_at_once(tmp_path: Path) -> None:

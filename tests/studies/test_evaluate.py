@@ -333,6 +333,7 @@ def test_tasks_without_lm_eval_say_what_to_install(runs, tmp_path, monkeypatch):
         check_tasks(["birds"])
 
 
+@pytest.mark.exhaustive  # importing lm-eval takes long
 @pytest.mark.skipif(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: ssah[eval]"
 )

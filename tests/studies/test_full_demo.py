@@ -16,6 +16,7 @@ from ssah.cli import app
 from ssah.groups import UnitGroups
 
 
+@pytest.mark.exhaustive  # `test_demo_from_end_to_end` runs what it begins with
 def test_full_demo_from_end_to_end(
     tiny_chat_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

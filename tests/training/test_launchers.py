@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from ranks import assert_close
 
 import ssah
@@ -41,6 +42,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.exhaustive  # `test_command_under_a_launcher` forks what is launched here
 def test_launched_processes_score_what_one_process_scores(
     tiny_chat_folder: Path, tmp_path: Path
 ) -> None:

@@ -294,6 +294,7 @@ def test_real_model_ends_where_dense_masked_training_ends(smollm2: Path, tmp_pat
     plan.verify()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.real
 def test_real_model_under_sft_trainer(smollm2: Path, tmp_path: Path) -> None:
     """The first loss is that of the model as it was, and training lowers it."""

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 from commands import as_json, call, fails
-from family_checks import CHECKS, CHOSEN, TABLE, TINY, check, model_type, table
+from family_checks import CHECKS, CHOSEN, SHARDED, TABLE, TINY, check, model_type, table
 from plans import masks
 
 from ssah.units import UnitSet, families, find_modules
@@ -22,7 +22,7 @@ def cases() -> Iterator[Any]:
     for column in CHECKS:
         pair = [pytest.mark.xdist_group("sharded families")] if column == "FSDP2" else []
         for family in TINY:
-            always = column == "score" or family in CHOSEN
+            always = family in (SHARDED if column == "FSDP2" else CHOSEN)
             marks = pair if always else [*pair, pytest.mark.exhaustive]
             yield pytest.param(family, column, marks=marks)
 
