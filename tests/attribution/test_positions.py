@@ -6,7 +6,7 @@ import pytest
 import tiny_chat
 import torch
 from scores import ragged
-from tiny_models import EXPERTS, FAMILIES, build, collate, rows
+from tiny_models import EXPERTS, FAMILIES, build, cases, collate, rows
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ def assert_close(found: dict[str, Tensor], expected: dict[str, Tensor], limit: f
 
 
 @pytest.mark.filterwarnings("ignore:.*experts that fewer than two:UserWarning")
-@pytest.mark.parametrize("name", [*FAMILIES, *EXPERTS])
+@pytest.mark.parametrize("name", cases(*FAMILIES, *EXPERTS))
 def test_scores_are_the_same_with_padding_on_either_side(name: str) -> None:
     model = build(name, dtype=torch.float32 if name in SINGLE else torch.float64)
     right, left = (ssah.attribute(model, ragged(side)) for side in ("right", "left"))

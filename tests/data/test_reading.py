@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 import warnings
 
@@ -94,11 +93,15 @@ def test_what_is_left_out_and_cut_is_said_and_kept(model, tmp_path):
     )
 
 
-def test_a_warning_is_one_line(model, tmp_path):
+def test_a_warning_is_one_line(model, tmp_path, monkeypatch):
+    def show(*args, **kwargs):  # as Python does where pytest does not collect warnings
+        sys.stderr.write(warnings.formatwarning(*args[:4]))
+
+    monkeypatch.setattr(warnings, "showwarning", show)
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "requests.txt").write_text("Why?\nWhy?\n")
     requests, groups = ("--requests", "requests.txt"), ("--groups", ".", "--group", "scu")
-    command = [sys.executable, "-m", "ssah.cli", "ablate", str(model), *requests, *groups]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    found = call("ablate", model, *requests, *groups, code=2)
     warning, error = found.stderr.splitlines()[-2:]
     assert warning.startswith("warning: requests.txt: 1 of 2 rows repeat a prompt")
     assert error.startswith("error: ")

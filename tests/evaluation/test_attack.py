@@ -7,7 +7,7 @@ import json
 import pytest
 import tiny_chat
 import torch
-from tiny_models import FAMILIES, build
+from tiny_models import FAMILIES, build, cases
 
 from ssah.attribution import attribute
 from ssah.data import DataError, load_requests, load_rows, make_loader
@@ -67,7 +67,7 @@ def direct(model, ids, stops, max_new_tokens):
 # --------------------------------------------------------------------------------------- generation
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", cases(*FAMILIES))
 def test_answers_are_those_of_every_row_by_itself(chat, name):
     _, tokenizer = chat
     model = build(name)

@@ -85,6 +85,7 @@ def test_importing_the_package_is_cheap() -> None:
     python("import sys, ssah; assert not {'torch', 'transformers', 'datasets'} & set(sys.modules)")
 
 
+@pytest.mark.exhaustive  # the module has another name than the function since it was not
 def test_transfer_is_the_function_whatever_is_imported_first() -> None:
     python(
         "import ssah.groups.transfers; from ssah.groups.transfers import transfer; import ssah;"

@@ -163,17 +163,8 @@ def reached(trains: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return {n: torch.zeros_like(mask) if n in idle else mask for n, mask in trains.items()}
 
 
-# Tiny models that are checked whenever tests run. Every distinct entry of
-# `ssah.units.families.FAMILIES` has one here at least.
-CHOSEN = (
-    *("llama_bias", "gemma2"),  # of 22 tiny models that share an entry
-    *("gemma3n", "gemma4_experts", "glm", "nemotron", "starcoder2", "falcon_new", "bloom"),
-    *("qwen3_next_experts", "qwen3_5", "olmo_hybrid", "phi", "phi3", "gpt2", "gpt_bigcode"),
-    *("gpt_bigcode_heads", "gptj", "gpt_neox", "opt", "mixtral", "gpt_oss", "qwen2_moe"),
-    *("deepseek_v3", "granitemoe", "hunyuan_v1_moe", "glm4_moe"),
-)
-# Of them, one of each kind that two processes divide differently: biases, shared keys and values,
-# experts in a list and in one tensor, transposed and fused weights, linear attention.
+# Of the chosen tiny models, one of each kind that two processes divide differently: biases, shared
+# keys and values, experts, transposed and fused weights, linear attention.
 SHARDED = ("llama_bias", "gemma4_experts", "mixtral", "gpt_oss", "gpt2", "phi3", "olmo_hybrid")
 OTHERS = tuple(family for family in TINY if family not in SHARDED)
 # Column of the table -> what must hold for a family's tiny model.

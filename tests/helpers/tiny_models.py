@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import (
@@ -245,6 +246,23 @@ EXPERTS: dict[str, Callable[[], PreTrainedConfig]] = {
         moe_layer_start_index=1,
     ),
 }
+
+# Tiny models that are checked whenever tests run. Every distinct entry of
+# `ssah.units.families.FAMILIES` has one here at least.
+CHOSEN = (
+    *("llama_bias", "gemma2"),  # of 22 tiny models that share an entry
+    *("gemma3n", "gemma4_experts", "glm", "nemotron", "starcoder2", "falcon_new", "bloom"),
+    *("qwen3_next_experts", "qwen3_5", "olmo_hybrid", "phi", "phi3", "gpt2", "gpt_bigcode"),
+    *("gpt_bigcode_heads", "gptj", "gpt_neox", "opt", "mixtral", "gpt_oss", "qwen2_moe"),
+    *("deepseek_v3", "granitemoe", "hunyuan_v1_moe", "glm4_moe"),
+)
+
+
+def cases(*names: str) -> list[Any]:
+    """Tiny models as cases of a test: whenever tests run those chosen, the others exhaustively."""
+    return [
+        pytest.param(name, marks=[] if name in CHOSEN else pytest.mark.exhaustive) for name in names
+    ]
 
 
 def build(name: str, *, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:

@@ -351,6 +351,7 @@ def test_importing_says_nothing(code: str) -> None:
     assert (found.stdout.strip(), found.stderr) == ("", "")
 
 
+@pytest.mark.exhaustive  # importing says nothing, above; a command imports no more
 def test_a_command_says_nothing_of_other_libraries(tmp_path: Path) -> None:
     import tiny_chat
 
@@ -365,6 +366,7 @@ def test_a_command_says_nothing_of_other_libraries(tmp_path: Path) -> None:
     assert [line for line in said if "loading" not in line and "scoring units" not in line] == []
 
 
+@pytest.mark.exhaustive  # that nothing is said when Trainer is imported is tested above
 def test_the_note_on_4_bit_weights_is_left_out_alone() -> None:
     """Of what bitsandbytes says while Trainer is imported: nothing that is trained is packed."""
     # In the place of Trainer's module, which imports all of peft: one that has the name alone.

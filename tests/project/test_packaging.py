@@ -132,8 +132,14 @@ def build(command: str, source: Path, **environment: str) -> set[str]:
 @needs_git
 @pytest.mark.parametrize(
     "environment",
-    [{"SSAH_NO_EXTENSION": "1"}, {"SSAH_CUDA": "0", "CXX": "no-compiler"}],
-    ids=["no extension", "no compiler"],
+    [
+        pytest.param({"SSAH_NO_EXTENSION": "1"}, id="no extension"),
+        pytest.param(
+            {"SSAH_CUDA": "0", "CXX": "no-compiler"},
+            id="no compiler",
+            marks=pytest.mark.exhaustive,
+        ),
+    ],
 )
 def test_a_source_distribution_holds_everything(
     environment: dict[str, str], tmp_path: Path

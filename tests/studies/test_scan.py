@@ -70,6 +70,7 @@ def test_a_scan_measures_and_chooses(scanned, loading):
     assert curves["scu"][1]["utility_loss"] == pytest.approx(loss)
 
 
+@pytest.mark.exhaustive  # `test_a_study_goes_on_where_it_was` is of the same run folder
 def test_a_scan_goes_on_where_it_was(scanned, loading, tmp_path, monkeypatch):
     _, record = scanned
     out = tmp_path / "run"

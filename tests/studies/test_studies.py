@@ -96,6 +96,7 @@ def test_options_take_several_values(model_folder, tmp_path):
     assert found["settings"]["sizes"] == [2, 4]
 
 
+@pytest.mark.exhaustive  # `test_options_take_several_values` calls two of them
 def test_studies_as_commands(model_folder, tmp_path):
     quick = ["--max-steps", 2, "--sample", 4, "--max-new-tokens", 24, "--asr", 2, "--no-bf16"]
     found = call(

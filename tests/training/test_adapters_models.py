@@ -129,7 +129,9 @@ def compare(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["mixtral", "smollm2_shape"])
+@pytest.mark.parametrize(
+    "name", ["mixtral", pytest.param("smollm2_shape", marks=pytest.mark.exhaustive)]
+)
 def test_protected_entries_stay_and_the_loss_is_that_of_lora(
     name: str, kind: str, tmp_path: Path
 ) -> None:

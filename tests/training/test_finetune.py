@@ -261,7 +261,10 @@ class Interrupted(BaseException):
 
 @pytest.mark.parametrize(
     ("command", "selection"),
-    [("finetune", ("--freeze", "scu")), ("align", ("--train", "ru"))],
+    [
+        ("finetune", ("--freeze", "scu")),
+        pytest.param("align", ("--train", "ru"), marks=pytest.mark.exhaustive),
+    ],
 )
 def test_resumed_run_ends_with_the_weights_of_the_uninterrupted_one(
     command: str,

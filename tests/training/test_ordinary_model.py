@@ -203,7 +203,9 @@ def test_autocast_as_torch_does(family: str) -> None:
         assert error < 0.1, name
 
 
-@pytest.mark.parametrize("family", ["llama_bias", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama_bias", pytest.param("gpt2", marks=pytest.mark.exhaustive)]
+)
 def test_compiles_whole(family: str) -> None:
     model = tiny_models.build(family)
     plan = train_only(model, draw(model))

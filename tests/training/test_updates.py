@@ -44,7 +44,7 @@ def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
         pytest.param("train_only", torch.bfloat16, marks=pytest.mark.exhaustive),
     ],
 )
-@pytest.mark.parametrize("family", list(tiny_models.FAMILIES))
+@pytest.mark.parametrize("family", tiny_models.cases(*tiny_models.FAMILIES))
 def test_merges_exactly(family: str, mode: str, dtype: torch.dtype, tmp_path: Path) -> None:
     model, base = (tiny_models.build(family, dtype=dtype) for _ in range(2))
     plan = trained(model, mode)

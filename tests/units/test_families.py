@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_models
 from commands import as_json, call, fails
-from family_checks import CHECKS, CHOSEN, SHARDED, TABLE, TINY, check, model_type, table
+from family_checks import CHECKS, SHARDED, TABLE, TINY, check, model_type, table
 from plans import masks
 
 from ssah.units import UnitSet, families, find_modules
@@ -22,7 +22,7 @@ def cases() -> Iterator[Any]:
     for column in CHECKS:
         pair = [pytest.mark.xdist_group("sharded families")] if column == "FSDP2" else []
         for family in TINY:
-            always = family in (SHARDED if column == "FSDP2" else CHOSEN)
+            always = family in (SHARDED if column == "FSDP2" else tiny_models.CHOSEN)
             marks = pair if always else [*pair, pytest.mark.exhaustive]
             yield pytest.param(family, column, marks=marks)
 
@@ -35,9 +35,9 @@ def test_every_family(family: str, column: str) -> None:
 
 def test_every_entry_has_a_tiny_model() -> None:
     assert {model_type(family) for family in TINY} == set(families.FAMILIES)
-    always = [families.FAMILIES[model_type(family)] for family in CHOSEN]
+    always = [families.FAMILIES[model_type(family)] for family in tiny_models.CHOSEN]
     rare = [name for name, entry in families.FAMILIES.items() if entry not in always]
-    assert not rare, "add a tiny model of each to CHOSEN in tests/helpers/family_checks.py"
+    assert not rare, "add a tiny model of each to CHOSEN in tests/helpers/tiny_models.py"
 
 
 def test_the_table_in_the_docs_is_what_the_checks_say() -> None:
