@@ -66,14 +66,16 @@ class MeasuredSets(ScoredSets):
 
 
 @dataclass(frozen=True)
-class WholeWeights:
-    """How the weights of a model are loaded, which may be an update that knows its base."""
+class Weights:
+    """How the weights of a model are loaded."""
 
     dtype: Dtype = setting("auto", "Weights; `auto`: as stored.")
     device: str = setting("auto", "`auto`: a GPU if there is one.")
     trust_remote_code: bool = setting(False, "Run code that comes with the model.")
-    # No options here. Packed or dealt weights are scored and run, and not trained.
-    base: str | None = None
+    base: str | None = setting(
+        None, "Of an update: what it was trained from; default: as it says.", metavar="MODEL"
+    )
+    # No options here: such weights are scored and run, and not trained.
     packed: bool = False
     device_map: DeviceMap | None = None
     offload_folder: str | None = None
@@ -114,15 +116,6 @@ class WholeWeights:
             self.device_map,
             self.offload_folder,
         )
-
-
-@dataclass(frozen=True)
-class Weights(WholeWeights):
-    """The same, of an update whose base lies elsewhere by now."""
-
-    base: str | None = setting(
-        None, "Of an update: what it was trained from; default: as it says.", metavar="MODEL"
-    )
 
 
 @dataclass(frozen=True)

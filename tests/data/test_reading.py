@@ -59,7 +59,7 @@ def test_every_command_that_reads_rows_has_the_same_options():
             assert own >= OPTIONS, path
         else:
             assert not own & OPTIONS, path
-    assert len(reading) == 12
+    assert len(reading) == 16
 
 
 def test_what_is_left_out_and_cut_is_said_and_kept(model, tmp_path):

@@ -103,7 +103,7 @@ def test_every_method_has_a_row_of_its_stage(compared: dict[str, Any]) -> None:
         "refusal-orthogonalisation": ("aligned", "before"),
         "lox": (None, "before"),
     }
-    assert rows["lox"]["not_run"] == "needs the model before alignment: --base MODEL"
+    assert rows["lox"]["not_run"] == "needs the model before alignment: --unaligned MODEL"
     exact = {name: row.get("exact") for name, row in rows.items()}
     assert exact == dict.fromkeys(rows) | {"ssah-freezing": "verified"}
     chosen_on = [row.get("chosen_on") for row in rows.values()]
@@ -286,7 +286,10 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen is empty"):
         read_sets(sources, sets, SETTINGS)
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
-    assert lacking == {"resta": "needs the model before alignment: --base MODEL", "sppft": None}
+    assert lacking == {
+        "resta": "needs the model before alignment: --unaligned MODEL",
+        "sppft": None,
+    }
 
 
 @pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here

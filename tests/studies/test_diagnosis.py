@@ -76,7 +76,7 @@ def test_overlaps_are_of_singular_vectors(name: str) -> None:
 
 def test_a_diagnosis_is_its_four_views(folders: tuple[Path, Path], tmp_path: Path) -> None:
     before, aligned = folders
-    command = ("diagnose", aligned, "--before", before, *SMALL, "--alpha", "1", "--alpha", "1.5")
+    command = ("diagnose", aligned, "--unaligned", before, *SMALL, "--alpha", "1", "--alpha", "1.5")
     found = as_json(*command, "--out", tmp_path / "run")
     models = {
         name: load_model(str(folder), dtype="float32") for name, folder in
@@ -141,9 +141,9 @@ def test_the_random_change_is_as_large_and_elsewhere() -> None:
 
 def test_one_model_twice_is_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
     before, _ = folders
-    told = fails("diagnose", before, "--before", before, "--out", tmp_path / "run")
+    told = fails("diagnose", before, "--unaligned", before, "--out", tmp_path / "run")
     assert "the aligned model itself" in told
     (tmp_path / "copy").symlink_to(before)
-    told = fails("diagnose", before, "--before", tmp_path / "copy", "--out", tmp_path / "run")
+    told = fails("diagnose", before, "--unaligned", tmp_path / "copy", "--out", tmp_path / "run")
     assert "has the weights of the aligned model" in told
     assert not (tmp_path / "run").exists()

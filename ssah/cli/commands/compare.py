@@ -3,25 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 
-from ssah.choices import Dtype
 from ssah.cli.running import INTERRUPTED, Result, quiet_threads
-from ssah.cli.shared import Model, Rows, RunFolder, WholeWeights
-from ssah.settings import setting
+from ssah.cli.shared import FastWeights, Model, Rows, RunFolder
 from ssah.studies.compare import CompareSets, CompareSettings
 
 ORDER = 127
-
-
-@dataclass(frozen=True)
-class ComparedWeights(WholeWeights):
-    """Weights of a model that is measured and trained; `--base` is the model before alignment."""
-
-    dtype: Dtype = setting("auto", "`auto`: what is faster here.")
 
 
 def compare(
@@ -42,7 +32,7 @@ def compare(
         bool, typer.Option("--dry-run", help="Say what would be done, and how long it takes.")
     ] = False,
     settings: CompareSettings,
-    weights: ComparedWeights,
+    weights: FastWeights,
     rows: Rows,
 ) -> Result:
     """Compare published methods on your model and task, each beside a control of its size.

@@ -15,7 +15,9 @@ ORDER = 85
 class DiagnoseSettings:
     """What is compared, and on which rows."""
 
-    before: str = setting(MISSING, "The model before alignment.", metavar="MODEL")
+    before: str = setting(
+        MISSING, "The model before alignment.", metavar="MODEL", option="--unaligned"
+    )
     safety: str = setting("builtin:safety", "Harmful requests with refusals.", panel="Data")
     utility: str = setting("builtin:utility", "Ordinary instructions with answers.", panel="Data")
     requests: tuple[str, ...] = setting(
@@ -36,7 +38,7 @@ def diagnose(
 ) -> Result:
     """Show what alignment changed: where requests part, and how far it can be turned up.
 
-    Example: `ssah diagnose runs/aligned --before smollm2 --out runs/diagnosis`
+    Example: `ssah diagnose runs/aligned --unaligned smollm2 --out runs/diagnosis`
     """
     quiet_threads()
     from ssah.report.terminal import diagnosis_tables

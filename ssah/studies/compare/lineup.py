@@ -27,7 +27,7 @@ Way: TypeAlias = Literal["run", "train", "edit"]
 
 # Need -> what it is and the option that gives it. What is not here, every comparison has.
 _OPTIONS = {
-    "base": "the model before alignment: --base MODEL",
+    "base": "the model before alignment: --unaligned MODEL",
     "borderline": "harmless requests that look dangerous: --borderline FILE",
     "harmful": "harmful answers: --harmful FILE",
     "preferences": "preferences: --preferences FILE",

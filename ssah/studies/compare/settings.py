@@ -30,7 +30,9 @@ class CompareSets:
     )
     utility_eval: str = _data("builtin:utility_eval", "Rows for utility loss and KL.")
     over_refusal: str = _data("builtin:overrefusal", "Harmless requests that look dangerous.")
-    base: str | None = _data(None, "The model before alignment.", metavar="MODEL")
+    base: str | None = _data(
+        None, "The model before alignment.", metavar="MODEL", option="--unaligned"
+    )
     borderline: str | None = _data(
         None, "Harmless requests that look dangerous, for methods that need them to find something."
     )
