@@ -213,6 +213,7 @@ def test_a_gguf_file_is_parsed_once(
     assert own == (gguf.GGUFReader, gguf.get_tensor_name_map)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.real
 def test_real_blocks(smollm2: Path) -> None:
     """SmolLM2 with its FFNs and the outputs of attention as the blocks of its file.
