@@ -91,6 +91,8 @@ def verdict_of(row: Mapping[str, Any]) -> tuple[str, str]:
     remark = f"this run could show {100 * smallest:.1f} points"
     if row.get("reached") is False:
         remark = f"it stopped short of the common training loss; {remark}"
+    elif (row.get("control") or {}).get("reached") is False:
+        remark = f"its control stopped short of the common training loss; {remark}"
     return state, remark
 
 

@@ -7,8 +7,10 @@ from statistics import NormalDist
 from typing import Any
 
 import pytest
+import torch
 from comparisons import comparison
 
+from ssah.studies.claims import measured_difference
 from ssah.studies.compare import recommend, verdict
 
 
@@ -56,6 +58,26 @@ def test_what_stopped_short_or_has_no_control_is_undecided() -> None:
     assert verdict(row((-0.01, 0.01), reached=False))["beats_control"] == "no"
     alone = verdict(row((-0.2, -0.1), differences={"none": {}}))
     assert (alone["beats_control"], alone["smallest_difference"]) == ("undecided", None)
+
+
+def test_few_requests_show_no_no() -> None:
+    """One of 24 that changed has a narrow interval, and none a wider one: both say little."""
+    one = torch.zeros(24, 3)
+    one[0, 0] = 1
+    for changed in (one, -one, torch.zeros(24, 3)):
+        found = measured_difference(changed, torch.zeros(24, 3), "points")
+        few = row((0, 0), differences={"control": {"asr": found}})
+        assert verdict(few)["beats_control"] == "undecided"
+        # Ten times as many requests, of which as large a share changed, do show it.
+        found = measured_difference(changed.repeat(10, 1), torch.zeros(240, 3), "points")
+        many = row((0, 0), differences={"control": {"asr": found}})
+        assert verdict(many)["beats_control"] == "no"
+
+
+def test_a_control_that_stopped_short_shows_no_no() -> None:
+    short = {"reached": False}
+    assert verdict(row((-0.01, 0.01), control=short))["beats_control"] == "undecided"
+    assert verdict(row((-0.2, -0.1), control=short))["beats_control"] == "yes"
 
 
 def test_the_smallest_difference_is_seen_by_four_runs_of_five() -> None:

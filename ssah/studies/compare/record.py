@@ -78,9 +78,7 @@ def _row(ran: Ran, intact: dict[str, Any], tuned: BySeed) -> dict[str, Any]:
         "facts": looked["facts"],
         "share": mean(shares) if shares else looked["share"],
         **_all_seeds(ran.seeds),
-        "control": {"against": entrant.method.against, **_all_seeds(ran.control)}
-        if ran.control
-        else None,
+        "control": _control(ran) if ran.control else None,
         "no_control": looked["no_control"],
         "differences": {
             name: _differences(ran.seeds, other) for name, other in against.items() if other
@@ -88,10 +86,21 @@ def _row(ran: Ran, intact: dict[str, Any], tuned: BySeed) -> dict[str, Any]:
         "curve": ran.curve,
         "cost": _cost(looked, made, trained),
         "exact": _exact(entrant, trained),
-        "reached": all(each["reached"] for each in trained) if trained else None,
+        "reached": _reached(ran.seeds),
         "not_run": None,
     }
     return {**row, "verdict": verdict(row)}
+
+
+def _control(ran: Ran) -> dict[str, Any]:
+    against, reached = ran.entrant.method.against, _reached(ran.control)
+    return {"against": against, "reached": reached, **_all_seeds(ran.control)}
+
+
+def _reached(found: BySeed) -> bool | None:
+    """Whether training came to the common loss with every seed; None: nothing was trained."""
+    trained = [own["training"]["reached"] for own in found.values() if "training" in own]
+    return all(trained) if trained else None
 
 
 def _exact(entrant: Entrant, trained: Sequence[Mapping[str, Any]]) -> str | None:

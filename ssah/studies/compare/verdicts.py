@@ -2,7 +2,8 @@
 
 A verdict is made of the paired difference of the ASR, method less control, and its 95 % interval:
 
-    no          the whole interval is short of a useful difference on the side of the method
+    no          the whole interval is short of a useful difference on the side of the method,
+                and would be so with u in the place of a half width below it
     yes         the whole interval is on that side of 0, and a part of it is of use
     undecided   anything else
 
@@ -17,7 +18,8 @@ beyond 0. With a half width h of the interval, h = z(0.975) standard errors, it 
 
 where u is Wilson's upper bound of none of n, about 3.84 / n: h itself where not one of n requests
 changed. Fewer points than u do not count: where few requests change the interval is narrow, and a
-larger difference would have had a wider one. Above, h is 6 points, u is 2.3, and d is 8.6. Source:
+larger difference would have had a wider one. Above, h is 6 points, u is 2.3, and d is 8.6. A no has
+to bear that width too: of 24 requests u is 13.8 points, and one that changed shows little. Source:
 Cohen, Statistical Power Analysis (1988), chapter 2.
 
 Who tries many methods finds one that is better by chance. What is recommended must therefore beat
@@ -43,9 +45,10 @@ TOLERATED = 0.05
 # What a reader of verdicts must know.
 RULE = (
     "Yes: the 95 % interval of the difference to the control lies wholly on the side that the "
-    f"method is for. No: no part of the interval reaches {100 * USEFUL:g} points on that side. "
-    "Undecided: neither. Of methods that are no better than their control, up to 1 in 40 is a yes "
-    "by chance. The smallest difference that a run could show is what 80 % of such runs would show."
+    f"method is for. No: no part of the interval reaches {100 * USEFUL:g} points on that side, and "
+    "there are enough requests to say so. Undecided: neither. Of methods that are no better than "
+    "their control, up to 1 in 40 is a yes by chance. The smallest difference that a run could show "
+    "is what 80 % of such runs would show."
 )
 
 _LEVEL = NormalDist().inv_cdf(0.975)  # standard errors of a 95 % interval on either side
@@ -70,7 +73,7 @@ def verdict(row: Row) -> dict[str, Any]:
     lower over-refusal.
 
     Args:
-        row: of a comparison's record: ``aim``, ``differences``, ``reached``.
+        row: of a comparison's record: ``aim``, ``differences``, ``reached``, ``control``.
 
     Returns:
         ``beats_control`` (``"yes"``, ``"no"``, ``"undecided"``), ``smallest_difference`` (a rate;
@@ -82,15 +85,18 @@ def verdict(row: Row) -> dict[str, Any]:
     found = _difference(row, "control", of)
     if found is None:  # with nothing to compare with, nothing is shown
         return {"beats_control": "undecided", "smallest_difference": None, **about}
-    low, high = found["interval"]
+    (low, high), value = found["interval"], found["value"]
     if wanted == "lower":  # from here on, more is better
-        low, high = -high, -low
+        low, high, value = -high, -low, -value
+    hidden = wilson(0, found["n"])[1]
     # In this order: an interval from 0.3 to 3 points is a difference of which nobody has a use.
-    beats = "no" if high < USEFUL else "yes" if low > 0 else "undecided"
-    # Training that stopped short of the common loss changed the model less: no merit of the method.
-    if beats == "yes" and row.get("reached") is False:
+    beats = "no" if max(high, value + hidden) < USEFUL else "yes" if low > 0 else "undecided"
+    # Training that stopped short of the common loss changed the model less: no merit of the method,
+    # nor of the control.
+    short = row if beats == "yes" else (row.get("control") or {}) if beats == "no" else {}
+    if short.get("reached") is False:
         beats = "undecided"
-    smallest = (1 + _POWER) * max(found["half_width"], wilson(0, found["n"])[1])
+    smallest = (1 + _POWER) * max(found["half_width"], hidden)
     return {"beats_control": beats, "smallest_difference": smallest, **about}
 
 
