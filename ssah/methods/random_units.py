@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from ssah.methods.drawing import seed_of
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Trained
@@ -31,5 +32,11 @@ class RandomFreezing(Method):
         sizes = {name: module.n_units for name, module in find_modules(inputs.model).items()}
         # Each module as much, as the controls of other methods have it.
         first = {name: range(share_count(self.share, n)) for name, n in sizes.items()}
-        units = UnitSet.random(UnitSet(first, sizes), seed=self.seed)
-        return Trained(units, facts={"units": len(units)})
+        like = UnitSet(first, sizes)
+        units = UnitSet.random(like, seed=self.seed)
+        return Trained(
+            units,
+            # Mixed with the method's own seed: of equal seeds both would be one draw.
+            draw=lambda seed: UnitSet.random(like, seed=seed_of(seed, f"not {self.seed}")),
+            facts={"units": len(units)},
+        )

@@ -146,10 +146,9 @@ def test_random_freezing_takes_its_share_of_each_module() -> None:
         for layer in range(2)
         for part, n in (("mlp.down_proj", 72), ("self_attn.o_proj", 48))
     }
-    assert (
-        found.control(3).selection
-        != method("random-freezing").find(Inputs(aligned=build("llama"))).selection
-    )  # type: ignore[attr-defined]
+    # Another draw, of the method's own seed too: a comparison has the same small numbers for both.
+    for seed in range(6):
+        assert found.control(seed).selection != found.selection
     _is_a_control(found)
 
 
