@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,9 +21,10 @@ import ssah
 from ssah.data import DataError, Reading, load_requests, load_rows, make_loader
 from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
-from ssah.methods import Inputs, method, names
+from ssah.methods import Changed, Inputs, method, names
 from ssah.models import load_model
 from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
+from ssah.studies.compare.finding import Finding
 from ssah.studies.compare.lineup import lineup
 from ssah.studies.compare.planned import plan
 from ssah.studies.compare.rows import choose
@@ -391,3 +394,20 @@ def test_all_methods(loading: Loading, tmp_path: Path) -> None:
             assert row["control"] is not None, name
             assert set(row["differences"]) == {"control", "none"}
             assert row["verdict"]["beats_control"] in ("yes", "no", "undecided")
+
+
+def test_what_was_found_goes_before_the_next_is_found() -> None:
+    """Each may hold a model, and two of them may be more than the memory."""
+    made: list[weakref.ref[Any]] = []
+
+    def find(_: Any) -> Any:
+        assert all(each() is None for each in made)
+        found = Changed((), lambda seed: ())
+        made.append(weakref.ref(found))
+        return found
+
+    entrant: Any = SimpleNamespace(method=SimpleNamespace(find=find))
+    finding = Finding(entrant, lambda entrant, seed: Inputs(), lambda: None)  # type: ignore[arg-type, return-value]
+    for seed in (0, 0, 1, 2):
+        finding.outcome(seed)
+    assert len(made) == 3

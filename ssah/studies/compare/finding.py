@@ -51,8 +51,9 @@ class Finding:
             if strength is not None:
                 assert own.strength is not None
                 own = replace(own, **{own.strength: strength})
-            # One at a time: each may hold a model.
-            self._kept = {key: own.find(self.inputs(self.entrant, seed))}
+            # One at a time, and the last one goes first: each may hold a model.
+            self._kept.clear()
+            self._kept[key] = own.find(self.inputs(self.entrant, seed))
         return self._kept[key]
 
     def look(self, seed: int | None, control: int) -> dict[str, Any]:
