@@ -44,6 +44,9 @@ class SNTune(Method):
     stage: ClassVar[Stage] = "during"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety")
     departures: ClassVar[tuple[str, ...]] = (
+        "The units train on whatever the fine-tune has; the paper trains them on refusals, before "
+        "any task, and its figures are of that.",
+        "Tokens of refusals count beside those of requests, where the rows have them.",
         "Units are channels of FFNs and of values; rows of queries and keys do not count.",
         "The paper does not say how many units a request has; the default share is ours.",
         "Nothing else moves, bit for bit; in ports of the method decay and momentum move more.",
