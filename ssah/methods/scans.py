@@ -79,7 +79,9 @@ class SCANS(Method):
     strength: ClassVar[str | None] = "alpha"
     strengths: ClassVar[tuple[float, ...]] = (3.5, 10.0, 30.0)
 
-    alpha: float = setting(3.5, "How far hidden states are moved; directions have length 1.", above=0)
+    alpha: float = setting(
+        3.5, "How far hidden states are moved; directions have length 1.", above=0
+    )
     share: float = setting(0.3, "Share of the layers that are steered.", above=0, max=1)
     opening: str = setting("Sure", "What a request is followed by, to see what it does to it.")
 

@@ -72,6 +72,8 @@ def test_few_requests_show_no_no() -> None:
         found = measured_difference(changed.repeat(10, 1), torch.zeros(240, 3), "points")
         many = row((0, 0), differences={"control": {"asr": found}})
         assert verdict(many)["beats_control"] == "no"
+    # Nor is a difference shown that is of no use.
+    assert verdict(row((-0.03, -0.003), n=24))["beats_control"] == "undecided"
 
 
 def test_a_control_that_stopped_short_shows_no_no() -> None:

@@ -45,10 +45,10 @@ TOLERATED = 0.05
 # What a reader of verdicts must know.
 RULE = (
     "Yes: the 95 % interval of the difference to the control lies wholly on the side that the "
-    f"method is for. No: no part of the interval reaches {100 * USEFUL:g} points on that side, and "
-    "there are enough requests to say so. Undecided: neither. Of methods that are no better than "
-    "their control, up to 1 in 40 is a yes by chance. The smallest difference that a run could show "
-    "is what 80 % of such runs would show."
+    f"method is for, and reaches {100 * USEFUL:g} points. No: no part of the interval reaches "
+    f"{100 * USEFUL:g} points on that side, and there are enough requests to say so. Undecided: "
+    "anything else. Of methods that are no better than their control, up to 1 in 40 is a yes by "
+    "chance. The smallest difference that a run could show is what 80 % of such runs would show."
 )
 
 _LEVEL = NormalDist().inv_cdf(0.975)  # standard errors of a 95 % interval on either side
@@ -89,8 +89,10 @@ def verdict(row: Row) -> dict[str, Any]:
     if wanted == "lower":  # from here on, more is better
         low, high, value = -high, -low, -value
     hidden = wilson(0, found["n"])[1]
-    # In this order: an interval from 0.3 to 3 points is a difference of which nobody has a use.
-    beats = "no" if max(high, value + hidden) < USEFUL else "yes" if low > 0 else "undecided"
+    # An interval from 0.3 to 3 points is a difference of which nobody has a use, and no yes.
+    beats = "yes" if low > 0 and high >= USEFUL else "undecided"
+    if max(high, value + hidden) < USEFUL:
+        beats = "no"
     # Training that stopped short of the common loss changed the model less: no merit of the method,
     # nor of the control.
     short = row if beats == "yes" else (row.get("control") or {}) if beats == "no" else {}
