@@ -119,6 +119,7 @@ def test_every_method_has_a_row_of_its_stage(compared: dict[str, Any]) -> None:
         training = own["seeds"]["0"]["training"]
         assert training["target"] == target
         assert training["reached"] == (training["loss"] <= target)
+        assert own["reached"] == all(each["training"]["reached"] for each in own["seeds"].values())
     assert freezing["cost"]["updates"] == freezing["seeds"]["0"]["training"]["steps"]
     assert compared["result"]["recommendation"]["method"] in {None, *rows}
 
