@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny_chat
 import torch
-from commands import as_json, call
+from commands import as_json, call, printed
 from tiny_studies import tree
 from tuned import saved, tuned_from
 
@@ -21,6 +21,7 @@ from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
 from ssah.methods import Inputs, method, names
 from ssah.models import load_model
+from ssah.report.terminal import compare_plan
 from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
 from ssah.studies.compare.lineup import lineup
 from ssah.studies.compare.planned import plan
@@ -310,6 +311,7 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
             "requests shares 1 of its 8 prompts with calib",
         ),
         ({}, {"borderline": "builtin:overrefusal[3:5]"}, "over_refusal shares 1 .* borderline"),
+        ({}, {"base": "no/such/model"}, "model is 'no/such/model': there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_written(
@@ -353,6 +355,13 @@ def test_the_command_has_the_same_record(
     stopped = call(*command, part, "--budget-minutes", 0, code=130)
     assert "1 steps are left, for interpolation" in " ".join(stopped.stderr.split())
     assert "do not run" in call(*command, part, "--dry-run").stdout
+
+
+def test_what_does_not_run_is_told_line_by_line(compared: dict[str, Any]) -> None:
+    lacking = {"scans": "needs this", "lox": "needs that"}
+    shown = printed(compare_plan({**compared["planned"], "methods": lacking}))
+    lines = {line.strip() for line in shown.splitlines()}
+    assert {"do not run      scans needs this", "lox needs that"} <= lines
 
 
 # The model is tiny: 32 hidden units, two layers, no unit that writes most at every request.

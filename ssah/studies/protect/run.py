@@ -72,10 +72,11 @@ def run_protect(
     dtype = study.load().dtype
     family_of(study.model)  # an unknown architecture is refused before anything is written
     pool = study.encoded("finetune", asked.task, settings.train_max_length)
+    before = asked.needed.unaligned_settings(study)
     models = PairedModels(study, asked.measured)
     making = Making(study, method, asked.needed, pool, dtype)
     with study.under_way(
-        2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16
+        2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16, **before
     ) as steps:
         found = {INTACT: models.intact()}
         training = {PLAIN: making.plain()} if asked.trains_plain else {}
