@@ -94,19 +94,10 @@ def diagnose(
             folder has another run, or one with other weights.
     """
     check_free(out)
-    if before == aligned.name:
-        raise ValueError(
-            f"the model before alignment (--unaligned) is {before!r}, the aligned model itself; it "
-            "must be another one"
-        )
-    _check_numbers(alphas, energy)
+    _check_arguments(aligned.name, before, alphas, energy)
     sources = Sources(aligned.reading)
     harmful, ordinary = sources.rows("safety", safety), sources.rows("utility", utility)
-    if len(ordinary) < 2:
-        raise ValueError(
-            f"utility is {utility!r} with {len(ordinary)} row; it must have at least two, whose "
-            "halves are the control"
-        )
+    _check_halves(utility, len(ordinary))
     asked = sources.requests("requests", requests)
     answered = sources.rows("utility_eval", utility_eval)
     dtype = "float32" if aligned.dtype == "auto" else aligned.dtype
@@ -150,8 +141,21 @@ def diagnose(
     return steps.run.finish(result, [picture])
 
 
-def _check_numbers(alphas: Sequence[float], energy: float) -> None:
-    # Here, because the steps that use them come after minutes of others.
+def _check_halves(source: str, rows: int) -> None:
+    if rows < 2:
+        raise ValueError(
+            f"utility is {source!r} with {rows} row; it must have at least two, whose halves are "
+            "the control"
+        )
+
+
+def _check_arguments(aligned: str, before: str, alphas: Sequence[float], energy: float) -> None:
+    # At once, because the steps that use them come after minutes of others.
+    if before == aligned:
+        raise ValueError(
+            f"the model before alignment (--unaligned) is {before!r}, the aligned model itself; it "
+            "must be another one"
+        )
     for alpha in alphas:
         if not math.isfinite(alpha):
             raise ValueError(f"alpha is {alpha}; it must be a finite number")

@@ -286,6 +286,10 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
     with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen is empty"):
         read_sets(sources, sets, SETTINGS)
+    # A number where there is none by default, and none where there is one.
+    (sppft,) = lineup(["sppft"], [], ["sppft.alpha=1.1", "sppft.first=none"])
+    assert (sppft.method.alpha, sppft.method.first) == (1.1, None)
+    assert sppft.given == {"alpha", "first"}
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {
         "resta": "needs the model before alignment: --unaligned MODEL",
@@ -302,7 +306,8 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
         ({"set": ("lox",)}, {}, "METHOD.NAME=VALUE"),
         ({"set": ("sppft.first=2",)}, {}, "the method is 'sppft'"),
         ({"set": ("interpolation.beta=2",)}, {}, "it must be .*alpha"),
-        ({"set": ("interpolation.alpha=half",)}, {}, "must be like the default, 0.5"),
+        ({"set": ("interpolation.alpha=half",)}, {}, "alpha is 'half'; it must be a number"),
+        ({"set": ("interpolation.alpha=0.1",) * 2}, {}, "set has 'alpha' twice"),
         ({"set": ("interpolation.alpha=2",)}, {}, "at most 1"),
         ({}, {"requests": ("builtin:safety[4:12]",)}, "shares . of its . prompts with safety"),
         (
