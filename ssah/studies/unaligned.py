@@ -10,6 +10,27 @@ from ssah.models import weights_hash
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from ssah.studies.study import Study
+
+
+def unaligned_settings(study: Study, name: str | None) -> dict[str, str]:
+    """What the record of a study says of the model before alignment; nothing where there is none.
+
+    The model is loaded and let go, so that a wrong one is refused before anything is computed.
+
+    Args:
+        study: whose model is the aligned one, as it was loaded.
+        name: as ``Loading`` takes it; None: not given.
+
+    Raises:
+        ValueError, OSError: there is none of this name, or as of `unaligned_hash`.
+    """
+    if name is None:
+        return {}
+    found = unaligned_hash(name, study.loading("auto", name)[0], study.model, study.weights)
+    # With the weights: a folder of the same name may hold another model by now.
+    return {"unaligned": name, "unaligned_weights": found}
+
 
 def unaligned_hash(
     name: str, before: PreTrainedModel, aligned: PreTrainedModel, aligned_hash: str

@@ -25,7 +25,7 @@ from ssah.studies.compare.measuring import (
 from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.training.arms import Arm
 from ssah.studies.training.comparison import MODELS, Comparison
-from ssah.studies.unaligned import unaligned_hash
+from ssah.studies.unaligned import unaligned_settings
 from ssah.training import freeze
 from ssah.units import UnitSet, find_modules
 
@@ -82,14 +82,7 @@ class Comparing(Comparison):
         )
 
         # Now: else a wrong one would be a row that says so, after the fine-tunes.
-        self.unaligned_settings = self._unaligned_settings()
-
-    def _unaligned_settings(self) -> dict[str, str]:
-        name = self.base_name
-        if name is None:
-            return {}
-        found = unaligned_hash(name, self.loading("auto", name)[0], self.model, self.weights)
-        return {"unaligned": name, "unaligned_weights": found}
+        self.unaligned_settings = unaligned_settings(self, self.base_name)
 
     # ------------------------------------------------------------------------- models
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ssah.methods import Inputs, Method
-from ssah.studies.unaligned import unaligned_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,20 +64,6 @@ class Needed:
             None if preferences is None else sources.preferences(preferences),
             sets.unaligned if "base" in needs else None,
         )
-
-    def unaligned_settings(self, study: Study) -> dict[str, str]:
-        """For the record of a run: the model before alignment, and a hash of its weights.
-
-        It is loaded and let go, so that a wrong one is refused before anything is computed.
-
-        Raises:
-            ValueError, OSError: there is none of this name, or none that fits the aligned model.
-        """
-        name = self.unaligned
-        if name is None:
-            return {}
-        found = unaligned_hash(name, study.loading("auto", name)[0], study.model, study.weights)
-        return {"unaligned": name, "unaligned_weights": found}
 
     def inputs(
         self, study: Study, aligned: PreTrainedModel, tuned: PreTrainedModel | None
