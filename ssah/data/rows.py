@@ -221,7 +221,7 @@ def _local_file(source: str | os.PathLike[str]) -> Path | None:
     if isinstance(source, str) and _HUB_ID.fullmatch(source) and path.suffix not in SUFFIXES:
         return None
     raise FileNotFoundError(
-        "source must be an existing file (JSONL, JSON, CSV), 'builtin:...' or a hub id "
+        "source must be an existing file (JSONL, JSON, CSV, parquet), 'builtin:...' or a hub id "
         f"'owner/name', was {str(source)!r}"
     )
 

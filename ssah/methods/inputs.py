@@ -27,7 +27,7 @@ Need: TypeAlias = Literal[
 # What each of them is, for people.
 NEEDS: dict[Need, str] = {
     "aligned": "the aligned model",
-    "base": "the model before alignment",
+    "base": "the model before alignment, which commands take as --unaligned",
     "tuned": "the aligned model after fine-tuning",
     "safety": "harmful requests with refusals",
     "utility": "ordinary instructions with answers",

@@ -87,7 +87,11 @@ def _locked(folder: Path, path: Path) -> int:
             # A run that left nothing may just have removed the folder, or one that holds it. A
             # file of that name stays.
             tries += 1
-            if tries == _TRIES or folder.is_file():
+            if folder.is_file():
+                raise FileExistsError(
+                    f"folder is {str(folder)!r}, which is a file; it must be a folder, or new"
+                ) from None
+            if tries == _TRIES:
                 raise
             continue
         try:

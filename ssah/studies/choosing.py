@@ -27,8 +27,8 @@ class Choosing:
     )
     seen: tuple[str, ...] = _choosing(
         (),
-        "Rows that the model or its units were made with: a request that is among them is refused; "
-        "may be repeated.",
+        "Rows that the model was trained or its units scored on: a request that is among them is "
+        "refused; may be repeated.",
         metavar="FILE",
     )
     skip_seen: bool = _choosing(False, "Leave such requests out, and count them.")
@@ -36,6 +36,8 @@ class Choosing:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        if len(set(self.by)) < len(self.by):
+            raise ValueError(f"by is {' '.join(self.by)!r}; it must have each column once")
         if self.per_category is not None and not self.by:
             raise ValueError("per_category needs by: the column of the categories (--by COLUMN)")
         if self.skip_seen and not self.seen:

@@ -14,6 +14,7 @@ of 1 before alignment and of 3 after it has 2 at alpha = 0.5, and 4 at 1.5.
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -43,6 +44,7 @@ from ssah.studies.loading import Loading
 from ssah.studies.run_folder import Run
 from ssah.studies.sources import Sources
 from ssah.studies.step_bars import Steps
+from ssah.studies.unaligned import unaligned_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -92,18 +94,17 @@ def diagnose(
             folder has another run, or one with other weights.
     """
     check_free(out)
-    if before == aligned.name:
-        raise ValueError(f"before is {before!r}, the aligned model itself; it must be another one")
+    _check_arguments(aligned.name, before, alphas, energy)
     sources = Sources(aligned.reading)
     harmful, ordinary = sources.rows("safety", safety), sources.rows("utility", utility)
+    _check_halves(utility, len(ordinary))
     asked = sources.requests("requests", requests)
     answered = sources.rows("utility_eval", utility_eval)
     dtype = "float32" if aligned.dtype == "auto" else aligned.dtype
     model, tokenizer = aligned(dtype)
     base, _ = aligned(dtype, before)
-    weights = [weights_hash(each) for each in (base, model)]
-    if len(set(weights)) == 1:
-        raise ValueError(f"before is {before!r}, which has the weights of the aligned model")
+    own = weights_hash(model)
+    weights = [unaligned_hash(before, base, model, own), own]
     asked = fitting(
         asked, prompts(tokenizer, asked), max_length - OPENING, overlong=aligned.reading.overlong
     )
@@ -138,6 +139,30 @@ def diagnose(
         title = f"What alignment changed: {aligned.name}"
         picture = plot_diagnosis(result, steps.run.out / "diagnosis.png", title)
     return steps.run.finish(result, [picture])
+
+
+def _check_halves(source: str, rows: int) -> None:
+    if rows < 2:
+        raise ValueError(
+            f"utility is {source!r} with {rows} row; it must have at least two, whose halves are "
+            "the control"
+        )
+
+
+def _check_arguments(aligned: str, before: str, alphas: Sequence[float], energy: float) -> None:
+    # At once, because the steps that use them come after minutes of others.
+    if before == aligned:
+        raise ValueError(
+            f"the model before alignment (--unaligned) is {before!r}, the aligned model itself; it "
+            "must be another one"
+        )
+    for alpha in alphas:
+        if not math.isfinite(alpha):
+            raise ValueError(f"alpha is {alpha}; it must be a finite number")
+    if not alphas or len(set(alphas)) < len(alphas):
+        raise ValueError(f"alphas are {list(alphas)}; there must be some, and each once")
+    if not 0 < energy <= 1:
+        raise ValueError(f"energy is {energy}; it must be greater than 0 and at most 1")
 
 
 class _Sets:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import tiny_chat
+from rich.console import Console, RenderableType
 from typer.testing import CliRunner
 
 from ssah.cli import app
@@ -39,6 +41,13 @@ def fails(*arguments: object, code: int = 2) -> str:
     assert line.startswith("error: ")
     assert "Traceback" not in result.output
     return line
+
+
+def printed(shown: RenderableType, width: int = 300) -> str:
+    """What a terminal of so many characters shows of a table."""
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(shown)
+    return console.export_text()
 
 
 def prepare(folder: Path, limit: int) -> Path:

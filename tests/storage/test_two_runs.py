@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from ssah.attribution import Attribution, attribute
 from ssah.attribution import run as attribution
 from ssah.cli import app
-from ssah.storage import LOCK, one_run
+from ssah.storage import LOCK, check_free, one_run
 from ssah.studies.run_folder import Run
 
 pytestmark = pytest.mark.xdist_group("two runs")  # its fixtures are made once
@@ -237,3 +237,10 @@ def test_what_a_command_needs_of_its_folder_is_found_before_a_model_is_loaded(
     (tmp_path / "file").write_text("")
     assert f"'{tmp_path}/file'" in fails(*model, tmp_path / "file")
     assert "holds 'ssah unit groups', which" in fails(*model, runs / "groups")
+
+
+def test_a_file_is_no_folder_of_a_run(tmp_path: Path) -> None:
+    (tmp_path / "note").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"note', which is a file; it must be a folder"):
+        check_free(tmp_path / "note")
+    assert (tmp_path / "note").read_text() == "mine"

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import tiny_chat
 import torch
-from commands import as_json, call
+from commands import as_json, call, printed
 from tiny_studies import tree
 from tuned import saved, tuned_from
 
@@ -23,6 +23,7 @@ from ssah.evaluation import generate, judge, utility_loss
 from ssah.groups import classify
 from ssah.methods import Changed, Inputs, method, names
 from ssah.models import load_model
+from ssah.report.terminal import compare_plan
 from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
 from ssah.studies.compare.finding import Finding
 from ssah.studies.compare.lineup import lineup
@@ -289,6 +290,10 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     file.write_text(json.dumps({"prompt": "p", "chosen": "", "rejected": "no"}))
     with pytest.raises(DataError, match=r"pairs.jsonl:1: chosen is empty"):
         read_sets(sources, sets, SETTINGS)
+    # A number where there is none by default, and none where there is one.
+    (sppft,) = lineup(["sppft"], [], ["sppft.alpha=1.1", "sppft.first=none"])
+    assert (sppft.method.alpha, sppft.method.first) == (1.1, None)
+    assert sppft.given == {"alpha", "first"}
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {
         "resta": "needs the model before alignment: --unaligned MODEL",
@@ -305,7 +310,8 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
         ({"set": ("lox",)}, {}, "METHOD.NAME=VALUE"),
         ({"set": ("sppft.first=2",)}, {}, "the method is 'sppft'"),
         ({"set": ("interpolation.beta=2",)}, {}, "it must be .*alpha"),
-        ({"set": ("interpolation.alpha=half",)}, {}, "must be like the default, 0.5"),
+        ({"set": ("interpolation.alpha=half",)}, {}, "alpha is 'half'; it must be a number"),
+        ({"set": ("interpolation.alpha=0.1",) * 2}, {}, "set has 'alpha' twice"),
         ({"set": ("interpolation.alpha=2",)}, {}, "at most 1"),
         ({}, {"requests": ("builtin:safety[4:12]",)}, "shares . of its . prompts with safety"),
         (
@@ -314,6 +320,7 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
             "requests shares 1 of its 8 prompts with calib",
         ),
         ({}, {"borderline": "builtin:overrefusal[3:5]"}, "over_refusal shares 1 .* borderline"),
+        ({}, {"base": "no/such/model"}, "model is 'no/such/model': there is no such folder"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_written(
@@ -357,6 +364,13 @@ def test_the_command_has_the_same_record(
     stopped = call(*command, part, "--budget-minutes", 0, code=130)
     assert "1 steps are left, for interpolation" in " ".join(stopped.stderr.split())
     assert "do not run" in call(*command, part, "--dry-run").stdout
+
+
+def test_what_does_not_run_is_told_line_by_line(compared: dict[str, Any]) -> None:
+    lacking = {"scans": "needs this", "lox": "needs that"}
+    shown = printed(compare_plan({**compared["planned"], "methods": lacking}))
+    lines = {line.strip() for line in shown.splitlines()}
+    assert {"do not run      scans needs this", "lox needs that"} <= lines
 
 
 # The model is tiny: 32 hidden units, two layers, no unit that writes most at every request.

@@ -147,3 +147,21 @@ def test_one_model_twice_is_refused(folders: tuple[Path, Path], tmp_path: Path) 
     told = fails("diagnose", before, "--unaligned", tmp_path / "copy", "--out", tmp_path / "run")
     assert "has the weights of the aligned model" in told
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--energy", 0), "energy is 0.0; it must be greater than 0"),
+        (("--alpha", "nan"), "alpha is nan"),
+        (("--alpha", 1, "--alpha", 1), "each once"),
+        (("--utility", "builtin:utility[0:1]"), "it must have at least two"),
+    ],
+)
+def test_what_later_steps_cannot_use_is_refused_first(
+    folders: tuple[Path, Path], tmp_path: Path, words: tuple[object, ...], said: str
+) -> None:
+    before, aligned = folders
+    out = ("--out", tmp_path / "run")
+    assert said in fails("diagnose", aligned, "--unaligned", before, *words, *out)
+    assert not (tmp_path / "run").exists()

@@ -5,12 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from contextlib import nullcontext
-from io import StringIO
 
 import pytest
-from commands import call
+from commands import call, printed
 from evaluations import evaluate, refused
-from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import ssah
@@ -34,12 +32,6 @@ def page(folder):
     """The report of a run, as text."""
     call("report", folder, "--out", folder / "report.html")
     return (folder / "report.html").read_text()
-
-
-def printed(table):
-    console = Console(width=300, record=True, file=StringIO())
-    console.print(table)
-    return console.export_text()
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +151,15 @@ def test_terminal_and_report_show_them(runs, found):
         assert "CoSA-Score" in shown
         assert "declined" in shown
         assert "right set" in shown
+
+
+def test_the_table_of_policies_fits_a_terminal(found):
+    row = {**found["result"]["policies"][0], "score": -0.25, "score_interval": [-0.75, 0.25]}
+    record = {**found, "result": {"models": [], "policies": [row]}}
+    (table,) = row_tables(record)
+    shown = printed(table, 80)
+    assert "zou2023  allowed  -0.25 (-0.75 +0.25)" in shown
+    assert "\N{HORIZONTAL ELLIPSIS}" not in shown
 
 
 def test_a_judge_reads_the_policy_of_each_request(runs, policies, tmp_path, monkeypatch):

@@ -41,6 +41,7 @@ pytestmark = pytest.mark.xdist_group("evaluate")  # its fixture is made once
         (("--system-prompt", "prompt.txt"), "system prompt is 'prompt.txt', which is no file"),
         (("--intact", "{tmp}/no_model"), "no_model"),
         (("--level", "95"), "level is 95"),
+        (("--by", "a", "--by", "a"), "by is 'a a'; it must have each column once"),
         (("--task-folder", "{tmp}"), "without tasks"),
         (("--judge", "python:textwrap.indent"), "returned a str, must return a bool"),
     ],

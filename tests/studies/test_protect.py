@@ -12,6 +12,7 @@ import tiny_chat
 import torch
 from commands import as_json, call, fails
 from paired import HARMLESS, REQUESTS, SMALL, UTILITY
+from tiny_models import build
 from tuned import loaded, saved, tuned_from
 
 from ssah.data import encode, load_requests, load_rows
@@ -220,6 +221,30 @@ def test_preferences_reach_the_method_that_needs_them(
     ]
     record = json.loads((tmp_path / "out.run" / "experiment.json").read_text())
     assert record["data"]["preferences"]["rows"] == 1
+
+
+def test_the_model_before_alignment_is_looked_at_first(model_folder: Path, tmp_path: Path) -> None:
+    given = ("protect", model_folder, *TRAINING, *SMALL, "--method", "lox", "--set", "rank=2")
+    out = ("--out", tmp_path / "out")
+    smaller = saved(build("llama_tied"), tmp_path / "smaller")
+    tiny_chat.tokenizer().save_pretrained(smaller)
+    for name, said in (
+        (tmp_path / "none", "there is no such folder"),
+        (model_folder, "has the weights of the aligned model"),
+        (smaller, "does not fit the aligned model"),
+    ):
+        line = fails(*given, "--unaligned", name, *out)
+        assert said in line
+        assert str(name) in line
+    assert not (tmp_path / "out.run").exists()
+    bases = [saved(tuned_from(tiny_chat.model(), seed=i), tmp_path / f"base{i}") for i in (4, 5)]
+    for base in bases:
+        tiny_chat.tokenizer().save_pretrained(base)
+    call(*given, "--unaligned", bases[0], *out)
+    assert "base5" in fails(*given, "--unaligned", bases[1], *out)  # no result of the other one
+    # A folder of the same name may hold another model by now.
+    shutil.copy(Path(bases[1]) / "model.safetensors", bases[0])
+    assert "unaligned_weights" in fails(*given, "--unaligned", bases[0], *out)
 
 
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import MISSING, asdict, dataclass
 
+from ssah.choices import Dtype
 from ssah.cli.running import Result, quiet_threads
 from ssah.cli.shared import Model, Out, Rows, Weights
 from ssah.settings import setting
@@ -33,8 +34,15 @@ class DiagnoseSettings:
     max_length: int = setting(512, "Tokens kept of a row.", min=2)
 
 
+@dataclass(frozen=True)
+class WholeWeights(Weights):
+    """Weights of models whose difference is looked at: 16 bits would round it away."""
+
+    dtype: Dtype = setting("auto", "`auto`: float32.")
+
+
 def diagnose(
-    model: Model, out: Out, settings: DiagnoseSettings, weights: Weights, rows: Rows
+    model: Model, out: Out, settings: DiagnoseSettings, weights: WholeWeights, rows: Rows
 ) -> Result:
     """Show what alignment changed: where requests part, and how far it can be turned up.
 

@@ -123,7 +123,9 @@ def drop_category(rows: Sequence[Asked], unwanted: str) -> list[Asked]:
     """
     column, equals, value = unwanted.partition("=")
     if not (column and equals and value):
-        raise ValueError(f"{unwanted!r} must be COLUMN=VALUE, source=AdvBench for one")
+        raise ValueError(
+            f"what is left out is {unwanted!r}; it must be COLUMN=VALUE, source=AdvBench for one"
+        )
     own = _categories(rows, column)
     kept = [r for r, each in zip(rows, own, strict=True) if each.casefold() != value.casefold()]
     if len(kept) in (0, len(rows)):  # a value that is misspelt would leave all of them in

@@ -61,8 +61,10 @@ def _policies(result: Mapping[str, Any], level: float) -> Iterator[Table]:
     rows = result.get("policies", [])
     if rows:
         title = f"Policies: CoSA-Score from -1 to 1, and its parts in % ({level:.0%} interval)"
-        values = ["score", "allowed: helped", "not allowed: declined"]
-        table = new_table(title, ["ablated", "judge", "within"], values)
+        table = new_table(title, ["ablated", "judge", "within"], ["score", "helped", "declined"])
+        # Below, because headings that say it would leave no room for the numbers.
+        table.caption = "helped: of requests that the policy allows; declined: of the others"
+        table.caption_justify = "left"
         for row in rows:
             low, high = row["score_interval"]
             parts = [percent(row[k]) if k in row else "-" for k in ("helped", "declined")]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from rich.text import Text
+
 from ssah.report.terminal.tables import facts_table
 
 if TYPE_CHECKING:
@@ -18,10 +20,10 @@ def compare_plan(planned: Mapping[str, Any]) -> RenderableType:
     others = [f"{name} {lacking}" for name, lacking in methods.items() if lacking is not None]
     by = ", ".join(planned["measured"])
     return facts_table(
-        "Nothing was run",
+        "Dry run: nothing was trained or written",
         {
             "methods": ", ".join(runs),
-            "do not run": "\n".join(others) or "none",
+            "do not run": Text("\n".join(others) or "none"),  # a line each
             "steps left": f"{len(planned['left'])} of {planned['steps']}",
             "fine-tunes": planned["fine_tunes"],
             "answers": planned["answers"],

@@ -29,9 +29,8 @@ def methods_table(every: Sequence[Mapping[str, Any]]) -> Table:
             table.add_row(*map(as_data, (each["name"], each["aim"], each["does"], needs)))
     table.caption = (
         "All need the aligned model, and most the built-in sets. tuned: the model fine-tuned; "
-        "base: before it was aligned. `ssah methods NAME` says what else a word means.\n"
-        + "; ".join(f"{aim}: {what}" for aim, what in AIMS.items())
-        + "."
+        "base: before it was aligned (--unaligned). `ssah methods NAME` says what else a word "
+        "means.\n" + "; ".join(f"{aim}: {what}" for aim, what in AIMS.items()) + "."
     )
     table.caption_justify = "left"
     return table

@@ -25,6 +25,7 @@ from ssah.studies.compare.measuring import (
 from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.training.arms import Arm
 from ssah.studies.training.comparison import MODELS, Comparison
+from ssah.studies.unaligned import unaligned_settings
 from ssah.training import freeze
 from ssah.units import UnitSet, find_modules
 
@@ -49,6 +50,7 @@ class Comparing(Comparison):
         sets: what was read.
         units: how many the model has.
         choosing: what is measured to choose a strength.
+        unaligned_settings: the model before alignment and a hash of its weights, for the record.
 
     Args:
         loading, out: as of `Comparison`.
@@ -59,6 +61,7 @@ class Comparing(Comparison):
     settings: CompareSettings
     sets: Sets
     units: int
+    unaligned_settings: dict[str, str]
 
     def __init__(
         self, loading: Loading, out: Path, settings: CompareSettings, base_name: str | None
@@ -77,6 +80,9 @@ class Comparing(Comparison):
         self.choosing = Evaluation(
             self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
         )
+
+        # Now: else a wrong one would be a row that says so, after the fine-tunes.
+        self.unaligned_settings = unaligned_settings(self, self.base_name)
 
     # ------------------------------------------------------------------------- models
 

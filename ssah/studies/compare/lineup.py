@@ -14,13 +14,12 @@ What is done with a method follows from what it gives and what it needs:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from ssah.choices import check_choice
-from ssah.methods import Method, describe, method, names
+from ssah.methods import Method, describe, names, typed_method
 from ssah.studies.compare.settings import ALL
 
 Way: TypeAlias = Literal["run", "train", "edit"]
@@ -95,40 +94,27 @@ def lineup(
     if ALL in chosen and len(chosen) > 1:
         raise ValueError(f"methods is {' '.join(chosen)!r}; it must be {ALL}, or names alone")
     wanted = names() if ALL in chosen else [name for name in names() if name in chosen]
-    own: dict[str, dict[str, Any]] = {}
+    own: dict[str, list[str]] = {}
     for text in settings:
-        name, key, value = _setting(text, wanted)
-        own.setdefault(name, {})[key] = value
-    return [_entrant(name, given, own.get(name, {})) for name in wanted]
+        name, rest = _setting(text, wanted)
+        own.setdefault(name, []).append(rest)
+    return [_entrant(name, given, own.get(name, [])) for name in wanted]
 
 
-def _setting(text: str, wanted: Sequence[str]) -> tuple[str, str, Any]:
-    """Method, name and value of ``METHOD.NAME=VALUE``; the value has the type of the default."""
-    left, equals, value = text.partition("=")
-    name, dot, key = left.partition(".")
+def _setting(text: str, wanted: Sequence[str]) -> tuple[str, str]:
+    """The method of ``METHOD.NAME=VALUE``, and ``NAME=VALUE``."""
+    left, equals, _ = text.partition("=")
+    name, dot, _ = left.partition(".")
     if not equals or not dot:
         raise ValueError(
             f"set is {text!r}; it must be METHOD.NAME=VALUE, sn-tune.share=0.1 for one"
         )
     check_choice("set: the method", name, wanted)
-    defaults = {each["name"]: each["default"] for each in describe(name)["settings"]}
-    check_choice(f"set: the setting of {name!r}", key, list(defaults))
-    default = defaults[key]
-    if isinstance(default, str):
-        return name, key, value
-    try:
-        read = json.loads(value)
-    except ValueError:
-        read = value
-    # A whole number is a value of a setting that is none by default.
-    fits = isinstance(read, int if isinstance(default, int | None) else int | float)
-    if not fits or isinstance(read, bool) != isinstance(default, bool):
-        raise ValueError(f"set is {text!r}; the value must be like the default, {default!r}")
-    return name, key, read
+    return name, text.removeprefix(f"{name}.")
 
 
-def _entrant(name: str, given: Collection[str], settings: dict[str, Any]) -> Entrant:
-    about, own = describe(name), method(name, **settings)
+def _entrant(name: str, given: Collection[str], settings: Sequence[str]) -> Entrant:
+    about, own = describe(name), typed_method(name, settings)
     after = "tuned" in own.needs
     way: Way = "train"
     if about["gives"] == "Changed":
@@ -142,5 +128,5 @@ def _entrant(name: str, given: Collection[str], settings: dict[str, Any]) -> Ent
         way,
         "tuned" if after or way == "train" else "aligned",
         f"needs {'; '.join(missing)}" if missing else None,
-        frozenset(settings),
+        frozenset(text.partition("=")[0] for text in settings),
     )

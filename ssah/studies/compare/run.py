@@ -55,7 +55,7 @@ def run_compare(
     start = time.perf_counter()
     study, entrants, steps = _prepared(loading, out, settings, sets)
     # Beside the steps of the plan: precision, coherence, and a copy that is quick to load.
-    with study.copies(len(steps) + 3, {}, base_model=sets.base) as taken:
+    with study.copies(len(steps) + 3, {}, **study.unaligned_settings) as taken:
         taken.run.deadline = start + 60 * budget_minutes
         try:
             result = _compared(study, entrants)
@@ -76,7 +76,7 @@ def dry_run(
         Errors as of `run_compare`.
     """
     study, entrants, steps = _prepared(loading, out, settings, sets)
-    found = Estimate(study, study.run(base_model=sets.base), steps).summary()
+    found = Estimate(study, study.run(**study.unaligned_settings), steps).summary()
     return {"methods": {each.name: each.lacking for each in entrants}, **found}
 
 

@@ -52,8 +52,8 @@ class Needed:
         missing = [f"--{option}" for option in options.values() if getattr(sets, option) is None]
         if missing:
             raise ValueError(
-                f"method {method.name!r} needs {' and '.join(missing)}, must be given: `ssah "
-                f"methods {method.name}` says what it is"
+                f"method {method.name!r} needs {' and '.join(missing)}; it must be given: "
+                f"`ssah methods {method.name}` says what it is"
             )
         sources, needs = study.sources, method.needs
         borderline = sets.borderline if "borderline" in needs else None

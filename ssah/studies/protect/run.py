@@ -25,6 +25,7 @@ from ssah.studies.protect.making import PLAIN, PROTECTED, Making
 from ssah.studies.protect.needs import Needed
 from ssah.studies.run_folder import read_run
 from ssah.studies.study import Study
+from ssah.studies.unaligned import unaligned_settings
 from ssah.units import family_of
 
 if TYPE_CHECKING:
@@ -72,10 +73,11 @@ def run_protect(
     dtype = study.load().dtype
     family_of(study.model)  # an unknown architecture is refused before anything is written
     pool = study.encoded("finetune", asked.task, settings.train_max_length)
+    before = unaligned_settings(study, asked.needed.unaligned)
     models = PairedModels(study, asked.measured)
     making = Making(study, method, asked.needed, pool, dtype)
     with study.under_way(
-        2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16
+        2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16, **before
     ) as steps:
         found = {INTACT: models.intact()}
         training = {PLAIN: making.plain()} if asked.trains_plain else {}
