@@ -64,8 +64,9 @@ def load_model(
 
     Raises:
         ModelError: nothing of that name, a package is missing, the files cannot be read,
-            ``packed`` weights are wanted where there are none, ``device_map`` is none of the
-            above or given beside ``device``, or ``offload_folder`` is given without it.
+            ``packed`` weights are wanted where there are none, the model has no layer,
+            ``device_map`` is none of the above or given beside ``device``, or ``offload_folder`` is
+            given without it.
     """
     source, _ = check_options(name, dtype, device, packed, device_map, offload_folder)
     with _read_once(source):
@@ -109,6 +110,12 @@ def load_weights(
             architectures = gguf.keep_blocks()
             options["attn_implementation"] = "sdpa"  # else a kernel would be fetched from the Hub
         model = whole(AutoModelForCausalLM, source.place, **options)
+    n_layers = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 1)
+    if n_layers < 1:  # it would run, and what fails then has another name
+        raise ModelError(
+            f"num_hidden_layers of model {name!r} is {n_layers}, must be at least 1: without a "
+            "layer there is no depth-2 module"
+        )
     if source.gguf_file:  # the name inside the file is of no use for finding it again
         model.config.name_or_path = name
     if packed and not packed_modules(model):

@@ -83,9 +83,10 @@ def test_a_wrong_command_line_is_refused_in_one_line(
 
 # Two commands, since most of what one takes is to import what it needs.
 TWICE = """
-import json, runpy, sys
+import json, os, runpy, sys
 for words in json.loads(sys.argv[1]):
-    sys.argv[1:] = words
+    # As the interpreter would have read them, whatever the encoding of this locale.
+    sys.argv[1:] = [os.fsdecode(word.encode()) for word in words]
     try:
         runpy.run_module("ssah.cli", run_name="__main__")
     except SystemExit as end:
