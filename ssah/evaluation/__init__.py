@@ -24,11 +24,10 @@ from ssah.evaluation.generating import (
     Answer,
     Request,
     answers,
-    check_room,
     fitting,
     generate,
     prompts,
-    room_of,
+    with_room,
 )
 from ssah.evaluation.intervals import (
     Unit,

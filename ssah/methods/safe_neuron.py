@@ -1,7 +1,7 @@
 """SafeNeuron: preferences are trained while safety neurons are frozen, so that others learn them.
 
 Wang et al. 2026, arXiv 2602.12158. With m and s^2 of what enters B at unit j on harmful requests
-and on ordinary ones (`ssah.attribution.mean_differences`):
+and on ordinary ones (`ssah.attribution.effect_sizes`, `mean_shifts`):
 
     effect size       d_j = (m_harmful - m_ordinary) / pooled s
     activation shift  m_harmful - m_ordinary

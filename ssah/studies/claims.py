@@ -8,11 +8,12 @@ that freezing lowers the ASR reproduces. Had it reached from -16 to +2, it would
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
 
-from ssah.evaluation import Unit, difference
+from ssah.evaluation import Unit, difference, wilson
 
 Expected = Literal["lower", "higher", "not higher"]
 
@@ -92,6 +93,23 @@ def measured_difference(first: Tensor, second: Tensor, unit: Unit) -> dict[str, 
     half_width = (high - low) / 2
     found = {"value": value, "interval": [low, high], "half_width": half_width, "unit": unit}
     return {**found, "n": len(first)}
+
+
+def least_shown(found: Mapping[str, Any]) -> float:
+    """Half the width that the interval of a difference of rates counts for, a fraction.
+
+    At least Wilson's upper bound of none of n: where few requests changed the interval is narrow,
+    and a larger difference would have had a wider one.
+
+    Args:
+        found: of `measured_difference`, in points.
+    """
+    return max(found["half_width"], none_of(found))
+
+
+def none_of(found: Mapping[str, Any]) -> float:
+    """Wilson's upper bound of none of the n requests of a difference, a fraction."""
+    return wilson(0, found["n"])[1]
 
 
 def _verdict(verdict: str, expected: str, slack: str) -> str:

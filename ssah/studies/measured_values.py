@@ -35,6 +35,16 @@ def losses_of(log_probs: Tensor, tokens: Tensor) -> dict[str, Any]:
     }
 
 
+def losses_beside(kl: Mapping[str, Any]) -> dict[str, Any]:
+    """As `losses_of`, of rows whose KL was measured: the same pass has found both.
+
+    Args:
+        kl: the fields of a `Divergence` as lists, one value a row.
+    """
+    log_probs = torch.tensor(kl["log_prob"], dtype=torch.float64)  # [rows]
+    return losses_of(log_probs, torch.tensor(kl["tokens"]))
+
+
 def summary(
     measured: Mapping[str, Any], attack: Mapping[str, Any] | None, refused: Sequence[int] = ()
 ) -> dict[str, Any]:

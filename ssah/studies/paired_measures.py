@@ -102,10 +102,7 @@ class Evaluation:
                 batch_size=self.study.batch_size,
                 max_length=self.room,
             )
-            found = {
-                name: known[name] if known is not None and name in known else _losses(model, loader)
-                for name, loader in self.loaders.items()
-            }
+            found = self.losses(model, known)
         refusing = int((margins > 0).sum())
         return {
             "refusal_margin": float(margins.mean()),
@@ -114,6 +111,16 @@ class Evaluation:
             "margins": margins.tolist(),
             "losses": found,
         }
+
+    def losses(
+        self, model: PreTrainedModel, known: Mapping[str, dict[str, Any]] | None = None
+    ) -> dict[str, dict[str, Any]]:
+        """The losses alone, of a model as it is; arguments and result as of `measure`."""
+        found = dict(known or {})
+        for name, loader in self.loaders.items():
+            if name not in found:
+                found[name] = _losses(model, loader)
+        return {name: found[name] for name in self.loaders}
 
     def attacks(
         self,

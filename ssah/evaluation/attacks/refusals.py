@@ -21,7 +21,7 @@ from torch import Tensor
 from ssah.choices import Overlong
 from ssah.evaluation.attacks.attack import counting, distinct_judges, judged_answers
 from ssah.evaluation.attacks.rates import rate, refused_requests
-from ssah.evaluation.generating import OPENING, bar, check_room, fitting, prompts, room_of
+from ssah.evaluation.generating import OPENING, bar, prompts, with_room
 from ssah.evaluation.intervals import difference
 from ssah.evaluation.judges import Judge, Judged
 from ssah.evaluation.measures import Coherence, refusal_margins
@@ -77,13 +77,8 @@ class Refusals:
 
     def _fitting(self, requests: Sequence[str], name: str, overlong: Overlong) -> list[str]:
         """The requests that can be answered and opened; the others are refused or left out."""
-        encoded = prompts(self.tokenizer, requests, name=name)
-        room = room_of(self.model)  # None: the model has no such limit
-        most = None if room is None else room - self.max_new_tokens
-        kept = fitting(requests, encoded, most, overlong=overlong, name=name)
-        if len(kept) == len(requests):
-            check_room(self.model, encoded, self.max_new_tokens, name)
-        return kept
+        new = self.max_new_tokens
+        return with_room(self.model, self.tokenizer, requests, new, overlong=overlong, name=name)
 
     def describe(self) -> dict[str, Any]:
         """Plain data, equal where the same is asked and judged in the same way."""

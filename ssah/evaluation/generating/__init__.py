@@ -25,6 +25,7 @@ from ssah.evaluation.generating.prompting import (
     longest_first,
     prompts,
     room_of,
+    with_room,
 )
 from ssah.evaluation.generating.reasoning import spoken
 
@@ -54,4 +55,5 @@ __all__ = [
     "room_of",
     "spoken",
     "stop_tokens",
+    "with_room",
 ]

@@ -140,6 +140,37 @@ def room_of(model: PreTrainedModel) -> int | None:
     return room
 
 
+def with_room(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    requests: Sequence[Asking],
+    max_new_tokens: int,
+    *,
+    overlong: Overlong,
+    name: str = "requests",
+    system_prompt: str | None = None,
+) -> list[Asking]:
+    """The requests that leave a model room for an answer; the others are refused or left out.
+
+    Args:
+        model, tokenizer: what answers.
+        requests, overlong, name: as of `fitting`.
+        max_new_tokens: of an answer.
+        system_prompt: as `prompts` takes it.
+
+    Raises:
+        DataError: none is left.
+        ValueError: one leaves too little room, and is not to be left out.
+    """
+    encoded = prompts(tokenizer, requests, system_prompt=system_prompt, name=name)
+    room = room_of(model)
+    most = None if room is None else room - max_new_tokens  # None: the model has no such limit
+    kept = fitting(requests, encoded, most, overlong=overlong, name=name)
+    if len(kept) == len(requests):
+        check_room(model, encoded, max_new_tokens, name)
+    return kept
+
+
 def check_room(
     model: PreTrainedModel,
     encoded: Sequence[Sequence[int]],

@@ -80,7 +80,6 @@ class Comparing(Comparison):
         self.choosing = Evaluation(
             self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
         )
-
         # Now: else a wrong one would be a row that says so, after the fine-tunes.
         self.unaligned_settings = unaligned_settings(self, self.base_name)
 

@@ -38,6 +38,7 @@ class Finding:
     entrant: Entrant
     inputs: Callable[[Entrant, int | None], Inputs]
     aligned: Callable[[], PreTrainedModel]
+    _given: dict[int | None, Inputs] = field(default_factory=dict)
     _kept: dict[tuple[int | None, float | None], Outcome] = field(default_factory=dict)
 
     def outcome(self, seed: int | None, strength: float | None = None) -> Outcome:
@@ -53,7 +54,10 @@ class Finding:
                 own = replace(own, **{own.strength: strength})
             # One at a time, and the last one goes first: each may hold a model.
             self._kept.clear()
-            self._kept[key] = own.find(self.inputs(self.entrant, seed))
+            if seed not in self._given:  # its models are read from disk
+                self._given.clear()
+                self._given[seed] = self.inputs(self.entrant, seed)
+            self._kept[key] = own.find(self._given[seed])
         return self._kept[key]
 
     def look(self, seed: int | None, control: int) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from ssah.studies.compare.settings import ALL
 Way: TypeAlias = Literal["run", "train", "edit"]
 
 # Need -> what it is and the option that gives it. What is not here, every comparison has.
-_OPTIONS = {
+OPTIONS = {
     "base": "the model before alignment: --unaligned MODEL",
     "borderline": "harmless requests that look dangerous: --borderline FILE",
     "harmful": "harmful answers: --harmful FILE",
@@ -121,7 +121,7 @@ def _entrant(name: str, given: Collection[str], settings: Sequence[str]) -> Entr
         way = "run"
     elif about["gives"] == "Edited" and (after or own.aim == "remove"):
         way = "edit"
-    missing = [_OPTIONS[need] for need in own.needs if need in _OPTIONS and need not in given]
+    missing = [OPTIONS[need] for need in own.needs if need in OPTIONS and need not in given]
     return Entrant(
         about,
         own,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from ssah.evaluation import divergences, refused_requests
-from ssah.studies.measured_values import attack_line
+from ssah.studies.measured_values import attack_line, losses_of
 from ssah.studies.paired_measures import UTILITY, Evaluation
 
 if TYPE_CHECKING:
@@ -55,13 +55,17 @@ def measure(
         rows), and ``made``: what there is to say of how the model was made.
     """
     with made() as (model, told):
-        measured = [evaluation.measure(model, out) for out in selections]
+        loader = evaluation.loaders[UTILITY]
+        distances = divergences(model, loader, selections, intact=coherent.model)
+        # The same pass has found the losses of these rows.
+        measured = [
+            evaluation.measure(model, out, known={UTILITY: losses_of(own.log_prob, own.tokens)})
+            for out, own in zip(selections, distances, strict=True)
+        ]
         names = [f"attack-{key}" for key in keys]
         attacks = evaluation.attacks(names, model, coherent, selections)
         names = [f"harmless-{key}" for key in keys]
         harmless = evaluation.judged(names, model, coherent, over_refusal, selections=selections)
-        loader = evaluation.loaders[UTILITY]
-        distances = divergences(model, loader, selections, intact=coherent.model)
     return [
         {
             "measured": own,
@@ -79,7 +83,7 @@ def calibrate(
 ) -> dict[str, float]:
     """ASR (a fraction), task loss and utility loss (nats) by which a strength is chosen."""
     with made() as (model, _):
-        losses = evaluation.measure(model)["losses"]
+        losses = evaluation.losses(model)
         (attack,) = evaluation.attacks([f"calibrate-attack-{key}"], model, coherent)
     first = next(iter(attack["judges"].values()))
     return {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from ssah.report.pictures import plot_pareto
 from ssah.studies.compare.comparing import INTACT, NONE, Comparing, nothing_kept
 from ssah.studies.compare.estimate import Estimate
-from ssah.studies.compare.lineup import Entrant, lineup
+from ssah.studies.compare.lineup import OPTIONS, Entrant, lineup
 from ssah.studies.compare.planned import Planned, left, plan
 from ssah.studies.compare.record import result_of
 from ssah.studies.compare.rows import BySeed, Ran, run_row
@@ -22,9 +22,6 @@ from ssah.studies.run_folder import OutOfTime
 if TYPE_CHECKING:
     from ssah.studies.compare.settings import CompareSets, CompareSettings
     from ssah.studies.loading import Loading
-
-# Needs that a user may leave out; what is there is read or loaded.
-_OPTIONAL = ("base", "borderline", "harmful", "preferences")
 
 
 def run_compare(
@@ -84,7 +81,7 @@ def _prepared(
     loading: Loading, out: Path, settings: CompareSettings, sets: CompareSets
 ) -> tuple[Comparing, list[Entrant], list[Planned]]:
     """Check, read and load everything; nothing is written."""
-    given = [need for need in _OPTIONAL if getattr(sets, need) is not None]
+    given = [need for need in OPTIONS if getattr(sets, need) is not None]
     entrants = lineup(settings.methods, given, settings.set)
     study = Comparing(loading, out, settings, sets.base)
     study.prepare(read_sets(study.sources, sets, settings))

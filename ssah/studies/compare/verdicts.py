@@ -33,7 +33,7 @@ from collections.abc import Mapping, Sequence
 from statistics import NormalDist
 from typing import Any, Literal, TypeAlias
 
-from ssah.evaluation import wilson
+from ssah.studies.claims import least_shown, none_of
 
 Row: TypeAlias = "Mapping[str, Any]"
 
@@ -88,7 +88,7 @@ def verdict(row: Row) -> dict[str, Any]:
     (low, high), value = found["interval"], found["value"]
     if wanted == "lower":  # from here on, more is better
         low, high, value = -high, -low, -value
-    hidden = wilson(0, found["n"])[1]
+    hidden = none_of(found)
     # An interval from 0.3 to 3 points is a difference of which nobody has a use, and no yes.
     beats = "yes" if low > 0 and high >= USEFUL else "undecided"
     if max(high, value + hidden) < USEFUL:
@@ -98,7 +98,7 @@ def verdict(row: Row) -> dict[str, Any]:
     short = row if beats == "yes" else (row.get("control") or {}) if beats == "no" else {}
     if short.get("reached") is False:
         beats = "undecided"
-    smallest = (1 + _POWER) * max(found["half_width"], hidden)
+    smallest = (1 + _POWER) * least_shown(found)
     return {"beats_control": beats, "smallest_difference": smallest, **about}
 
 

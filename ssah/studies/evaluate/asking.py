@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
 
-from ssah.evaluation import check_room, fitting, prompts, room_of
+from ssah.evaluation import with_room
 from ssah.studies.evaluate.record import BENIGN, OVER_REFUSAL, REQUESTS
 
 if TYPE_CHECKING:
@@ -57,21 +57,23 @@ def said_before(condition: int, role: str, settings: EvaluateSettings) -> str | 
     return None if role == POLICIES else settings.system_prompts[condition]
 
 
-def with_room(study: Study, role: str, requests: Sequence[Request]) -> Sequence[Request]:
+def answerable(study: Study, role: str, requests: Sequence[Request]) -> Sequence[Request]:
     """Requests that leave room for an answer under every system prompt; the record says how many
     do not."""
-    settings, room = study.settings, room_of(study.model)  # None: the model has no such limit
-    most = None if room is None else room - settings.max_new_tokens
+    settings = study.settings
     for condition, _ in lists_asked({role: requests}, settings):
-        system_prompt = said_before(condition, role, settings)
-        encoded = prompts(study.tokenizer, requests, system_prompt=system_prompt, name=role)
-        overlong = study.loading.reading.overlong
-        kept = fitting(requests, encoded, most, overlong=overlong, name=role)
-        if len(kept) == len(requests):
-            check_room(study.model, encoded, settings.max_new_tokens, role)
-            continue
-        record = study.sources.record[role]
-        record["overlong"] = record.get("overlong", 0) + len(requests) - len(kept)
+        kept = with_room(
+            study.model,
+            study.tokenizer,
+            requests,
+            settings.max_new_tokens,
+            overlong=study.loading.reading.overlong,
+            name=role,
+            system_prompt=said_before(condition, role, settings),
+        )
+        if len(kept) < len(requests):
+            record = study.sources.record[role]
+            record["overlong"] = record.get("overlong", 0) + len(requests) - len(kept)
         requests = kept
     return requests
 

@@ -9,11 +9,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ssah.evaluation import divergences, identical_tokens
 from ssah.studies.evaluate.ablations import Evaluated
-from ssah.studies.measured_values import losses_of, measured_line
+from ssah.studies.measured_values import losses_beside, measured_line
 from ssah.studies.paired_measures import UTILITY, Evaluation
 from ssah.studies.study import Study
 
@@ -35,11 +33,7 @@ def measured(
 
     ``beside``: what :func:`compared` found, whose pass gives the loss as well.
     """
-    known = None
-    if beside:
-        own = beside[evaluated.name]
-        log_probs = torch.tensor(own["log_prob"], dtype=torch.float64)  # [rows]
-        known = {UTILITY: losses_of(log_probs, torch.tensor(own["tokens"]))}
+    known = {UTILITY: losses_beside(beside[evaluated.name])} if beside else None
     compute = partial(evaluation.measure, study.model, evaluated.chosen, known=known)
     found: dict[str, Any] = study.steps(f"{evaluated.name}.measured", compute, measured_line)
     return found

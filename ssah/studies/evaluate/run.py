@@ -19,11 +19,11 @@ from ssah.studies.choosing import ALL, Choosing
 from ssah.studies.evaluate.ablations import Ablation, Evaluated
 from ssah.studies.evaluate.asking import (
     POLICIES,
+    answerable,
     lists_asked,
     read_lists,
     said_before,
     split_judges,
-    with_room,
 )
 from ssah.studies.evaluate.beside_answers import comparable, compared, identical, measured
 from ssah.studies.evaluate.choice_questions import multiple_choices
@@ -93,7 +93,7 @@ def run_evaluation(
     family_of(model)  # an unknown architecture is refused before anything is written
     # A model that was damaged by training would find its own nonsense coherent.
     scorer = (model, study.tokenizer) if intact is None else loading("auto", intact)
-    asked = {role: with_room(study, role, own) for role, own in read.items()}
+    asked = {role: answerable(study, role, own) for role, own in read.items()}
     losses = {UTILITY: rows} if rows else {}
     evaluation = Evaluation(study, asked[REQUESTS], losses, judges=refusals)
     words = _words(evaluation)  # reads all rows: a bad one is refused before anything is written

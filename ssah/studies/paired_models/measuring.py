@@ -16,17 +16,18 @@ import torch
 from torch import Tensor
 
 from ssah.evaluation import (
-    check_room,
     divergences,
     fitting,
     prompts,
     refused_requests,
+    with_room,
 )
 from ssah.studies.claims import measured_difference
 from ssah.studies.measured_values import (
     attack_line,
     kl_summary,
     losses,
+    losses_beside,
     measured_line,
     succeeded,
     summary,
@@ -92,8 +93,8 @@ class PairedModels:
         )
         self.harmless = kept[:asked]
         for name, own in (("requests", self.evaluation.asked), ("over_refusal", self.harmless)):
-            encoded = prompts(study.tokenizer, own, name=name)
-            check_room(study.model, encoded, study.settings.max_new_tokens, name)
+            new = study.settings.max_new_tokens
+            with_room(study.model, study.tokenizer, own, new, overlong="error", name=name)
 
     def intact(self) -> dict[str, Any]:
         """What the intact model does, which decides what is coherent; inside `Study.under_way`."""
@@ -114,16 +115,22 @@ class PairedModels:
             ``tokens`` and ``first``, one value a row.
         """
         model = cache(load)
-        found = self._measured(name, model)
 
         def distance() -> dict[str, Any]:
             loader = self.evaluation.loaders[UTILITY]
             (own,) = divergences(model(), loader, [None], intact=self.study.model)
             return {key: value.tolist() for key, value in vars(own).items()}
 
-        return found | {"kl": self.study.steps(f"{name}.kl", distance)}
+        # First, since the same pass finds the losses of these rows.
+        kl = self.study.steps(f"{name}.kl", distance)
+        return self._measured(name, model, {UTILITY: losses_beside(kl)}) | {"kl": kl}
 
-    def _measured(self, name: str, load: Callable[[], PreTrainedModel]) -> dict[str, Any]:
+    def _measured(
+        self,
+        name: str,
+        load: Callable[[], PreTrainedModel],
+        known: Mapping[str, dict[str, Any]] | None = None,
+    ) -> dict[str, Any]:
         steps, evaluation = self.study.steps, self.evaluation
 
         def attack() -> dict[str, Any]:
@@ -137,7 +144,7 @@ class PairedModels:
 
         return {
             "measured": steps(
-                f"{name}.measured", lambda: evaluation.measure(load()), measured_line
+                f"{name}.measured", lambda: evaluation.measure(load(), known=known), measured_line
             ),
             "attack": steps(f"{name}.requests", attack, attack_line),
             "over_refusal": steps(f"{name}.over_refusal", refusals),

@@ -22,8 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ssah.evaluation import wilson
-from ssah.studies.claims import measured_difference
+from ssah.studies.claims import least_shown, measured_difference
 from ssah.studies.measured_values import succeeded
 
 DAMAGED, NOT_DAMAGED, UNDECIDED = "damaged", "not damaged", "undecided"
@@ -46,7 +45,7 @@ def damage(
     first, second = (succeeded(each["attack"]) for each in (after, before))  # [requests]
     rise = measured_difference(first, second, "points")
     low, high = rise["interval"]
-    smallest = tolerance + max(rise["half_width"], wilson(0, len(first))[1])
+    smallest = tolerance + least_shown(rise)
     verdict = DAMAGED if low > tolerance else NOT_DAMAGED if high <= tolerance else UNDECIDED
     shown = [f"{100 * value:+.1f}" for value in (rise["value"], low, high)]
     sentence = (

@@ -102,11 +102,10 @@ class Making:
         return self._finished(tuned, dict(edited.facts), training)
 
     def _during(self) -> dict[str, Any]:
-        model, seed = self._aligned(), self.study.settings.seed
+        model = self._aligned()
         found = self.method.find(self.needed.inputs(self.study, model, None))
         assert isinstance(found, Trained | Procedure)
-        torch.manual_seed(seed)  # of adapters
-        setup = found.prepare(model, seed)
+        setup = found.prepare(model, self.study.settings.seed)
         frozen = setup.plan is not None
         training, tuned = self._trained(setup, model)
         made = self._finished(tuned, dict(found.facts), training)

@@ -22,13 +22,11 @@ from typing import TYPE_CHECKING, Any
 from ssah.evaluation import (
     OPENING,
     Answer,
-    check_room,
     distinct_judges,
-    fitting,
     generate,
     prompts,
     refusal_margins,
-    room_of,
+    with_room,
 )
 from ssah.storage import write_whole
 from ssah.studies.loading import Loading
@@ -76,7 +74,7 @@ def run_refusals(
     # The same request twice would count twice in every score.
     asked = list(dict.fromkeys(study.sources.requests("requests", requests)))
     study.load()
-    asked = _with_room(study, asked)
+    asked = _answerable(study, asked)
     batches = [
         range(start, min(start + study.batch_size, len(asked)))
         for start in range(0, len(asked), study.batch_size)
@@ -123,16 +121,12 @@ def _judges(settings: RefusalSettings) -> list[Judge]:
     return judges
 
 
-def _with_room(study: Study, requests: list[str]) -> list[str]:
+def _answerable(study: Study, requests: list[str]) -> list[str]:
     """The requests that leave room for an answer and for an opening; others are refused or left
     out."""
-    encoded, room = prompts(study.tokenizer, requests), room_of(study.model)
     new = max(study.settings.max_new_tokens, OPENING)
-    most = None if room is None else room - new
-    kept = fitting(requests, encoded, most, overlong=study.loading.reading.overlong)
-    if len(kept) == len(requests):
-        check_room(study.model, encoded, new)
-    return kept
+    overlong = study.loading.reading.overlong
+    return with_room(study.model, study.tokenizer, requests, new, overlong=overlong)
 
 
 def _batch(
