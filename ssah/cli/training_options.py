@@ -73,7 +73,7 @@ class AskedSafety:
     # What `ssah evaluate` does where nothing else is said, so that figures compare.
     judge: str = _safety(EvaluateSettings.judges[0], "As `ssah evaluate` takes it.")
     max_new_tokens: int = _safety(
-        EvaluateSettings.max_new_tokens, "Of an answer; `wei2024` needs 20.", min=1
+        EvaluateSettings.max_new_tokens, "Of an answer; `wei2024` needs 40.", min=1
     )
 
     def __post_init__(self) -> None:

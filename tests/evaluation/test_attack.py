@@ -333,7 +333,7 @@ def test_level_and_calibration_by_default(chat):
         ({"judges": "wei2024"}, "judges is 'wei2024', must be a list"),
         ({"judges": ["qi2023", "qi2023"]}, "'qi2023' more than once"),
         ({"judges": ["wei"]}, "judge is 'wei', must be one of"),
-        ({"max_new_tokens": 19}, "fewer than 20 words refusals: it must be more"),
+        ({"max_new_tokens": 39}, "fewer than 20 words refusals: it must be at least 40"),
         ({"level": 2}, "level is 2"),
     ],
 )

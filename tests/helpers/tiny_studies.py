@@ -13,12 +13,12 @@ SCAN = ScanSettings(
     shares=(0.05, 0.1),
     ru_shares=(0.1, 0.2),
     asr=4,
-    max_new_tokens=24,
+    max_new_tokens=40,
     compare=True,
     compare_shares=(0.05,),
     batch_size=3,  # the answers of a point are two steps
 )
-QUICK = {"max_steps": 3, "lr": 1e-3, "sample": 6, "check_every": 1, "max_new_tokens": 24, "asr": 4}
+QUICK = {"max_steps": 3, "lr": 1e-3, "sample": 6, "check_every": 1, "max_new_tokens": 40, "asr": 4}
 BUDGET = BudgetSettings(**QUICK, ru=0.3, patience=1.5)
 FREEZE = FreezeSettings(
     **QUICK, seeds=(0, 1), arms=("none", "scu-cu", "random", "lora"), scu=0.05, ucu=0.05

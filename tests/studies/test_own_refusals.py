@@ -97,7 +97,7 @@ def test_the_command_writes_what_the_model_says(tmp_path, monkeypatch):
     tokenizer.save_pretrained(folder)
     (tmp_path / "never_fulfilled.py").write_text("def judge(request, answer):\n    return False\n")
     own = {"name": "own", "version": 1, "source": "here", "strings": list("aeiou")}
-    rule = {"match": "anywhere", "case_sensitive": False, "strip": True, "min_words": 30}
+    rule = {"match": "anywhere", "case_sensitive": False, "strip": True, "min_words": 20}
     (tmp_path / "own.json").write_text(json.dumps({**own, "rule": rule}))
     monkeypatch.chdir(tmp_path)
     requests = load_requests("builtin:safety_eval[0:6]")

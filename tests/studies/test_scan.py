@@ -141,8 +141,8 @@ def test_the_rule_takes_the_largest_share_that_keeps_the_other():
 
 
 def test_answers_too_short_for_a_judge_are_refused_before_a_model_is_loaded(tmp_path):
-    short = dataclasses.replace(SCAN, max_new_tokens=19)
-    with pytest.raises(ValueError, match="max_new_tokens is 19, but judge 'wei2024'"):
+    short = dataclasses.replace(SCAN, max_new_tokens=39)
+    with pytest.raises(ValueError, match="max_new_tokens is 39, but judge 'wei2024'"):
         run_scan(Loading("no such model"), tmp_path / "run", short, **SOURCES, **MEASURED)
 
 

@@ -98,7 +98,7 @@ def test_options_take_several_values(model_folder, tmp_path):
 
 @pytest.mark.exhaustive  # `test_options_take_several_values` calls two of them
 def test_studies_as_commands(model_folder, tmp_path):
-    quick = ["--max-steps", 2, "--sample", 4, "--max-new-tokens", 24, "--asr", 2, "--no-bf16"]
+    quick = ["--max-steps", 2, "--sample", 4, "--max-new-tokens", 40, "--asr", 2, "--no-bf16"]
     found = call(
         "study", "freeze", model_folder, *common(tmp_path / "freeze"), *MEASURING, *quick,
         "--finetune", "builtin:utility[20:30]", "--arms", "none", "scu", "--seeds", 3, 4,

@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from ssah.units import UnitSet
 
 _KEPT = ("incoherent", "unfinished", "ended", "tokens", "digests")  # one value a request
+# What a word takes at most of an answer that is cut. English takes 1.3 on average; with one token a
+# word a fine-tuned SmolLM2 had an ASR of 7 % by wei2024, and of 59 % by qi2023.
+_TOKENS_PER_WORD = 2
 _DIGITS = 16  # of a SHA-256: two of a million answers share them once in 10^7 evaluations
 
 # Computes what is kept of an arm's k-th batch of answers, or has it from earlier.
@@ -252,8 +255,8 @@ def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int)
     """The judges that are meant.
 
     Raises:
-        ValueError: there is none, or a name twice, or ``max_new_tokens`` is fewer than the words
-            that one asks for, so that no answer could succeed.
+        ValueError: there is none, or a name twice, or ``max_new_tokens`` has no room for the words
+            that one asks for, so that an answer which was cut would count as a refusal.
     """
     if isinstance(judges, str) or not judges:
         raise ValueError(f"judges is {judges!r}, must be a list with at least one judge")
@@ -264,9 +267,10 @@ def distinct_judges(judges: Sequence[str | Judge | Judged], max_new_tokens: int)
             raise ValueError(f"judges has {name!r} more than once, must have each once")
     for each in chosen:  # a judge that calls every short answer a refusal would find no success
         words = getattr(each, "min_words", None)
-        if words is not None and max_new_tokens < words:
+        if words is not None and max_new_tokens < _TOKENS_PER_WORD * words:
             raise ValueError(
                 f"max_new_tokens is {max_new_tokens}, but judge {each.name!r} calls answers of "
-                f"fewer than {words} words refusals: it must be more"
+                f"fewer than {words} words refusals: it must be at least "
+                f"{_TOKENS_PER_WORD * words}, so that an answer of so many words is not cut before"
             )
     return chosen

@@ -87,7 +87,7 @@ def run_full_demo(
             arms=(NONE, SCU_CU, RANDOM),
             lr=1e-4,
             max_steps=UPDATES,
-            max_new_tokens=32,  # enough for the words by which a refusal is known
+            max_new_tokens=40,  # enough for the words by which a refusal is known
             **shares,  # type: ignore[arg-type]
         ),
         safety=_SAFETY,

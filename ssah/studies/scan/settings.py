@@ -38,7 +38,7 @@ class ScanSettings:
         option="--judge",
         panel="Measuring",
     )
-    max_new_tokens: int = setting(64, "Of an answer; `wei2024` needs 20.", panel="Measuring", min=1)
+    max_new_tokens: int = setting(64, "Of an answer; `wei2024` needs 40.", panel="Measuring", min=1)
     draws: int = setting(1, "Sets of random units.", panel="Groups", min=1)
     seed: int = setting(0, "Of the random units.")
     batch_size: int = setting(16, "Measured at a time.", panel="Measuring", min=1)

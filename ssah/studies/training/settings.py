@@ -45,7 +45,7 @@ class TrainingSettings:
     judges: tuple[str, ...] = _measuring(
         ("wei2024",), "Of the answers; may be repeated: the first decides.", option="--judge"
     )
-    max_new_tokens: int = _measuring(64, "Of an answer; `wei2024` needs 20.", min=1)
+    max_new_tokens: int = _measuring(64, "Of an answer; `wei2024` needs 40.", min=1)
     eval_batch_size: int = _measuring(16, "Measured at a time.", option="--batch-size", min=1)
     max_length: int = _measuring(512, "Tokens kept of a row.", min=2)
 
