@@ -41,6 +41,8 @@ class RankRemoval(Method):
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "A rank says how many leading directions count; the paper's r says how many do not.",
+        "All directions are of the model as it is. The published code takes those of a layer from "
+        "a model whose earlier layers are changed already, and by a random SVD.",
     )
     against: ClassVar[str] = "Random directions in the place of Pi_s, Pi_u as it is."
     published: ClassVar[str] = "ASR .71 at rank 6, accuracy as before (Llama-2-7B-Chat)."
