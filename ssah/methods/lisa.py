@@ -41,6 +41,8 @@ class Lisa(Method):
         "says how long they are.",
         "The first tenth, which has no pull, is of the most updates that a run may take; one that "
         "stops at a training loss takes fewer.",
+        "After a turn of refusals the task goes on where it was; the published code leaves out as "
+        "many of its rows as the turn had.",
         "The whole model trains; the published scripts train LoRA adapters.",
     )
     against: ClassVar[str] = "The same turns and pull, with ordinary answers for refusals."

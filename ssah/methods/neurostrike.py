@@ -37,8 +37,10 @@ class NeuroStrike(Method):
     aim: ClassVar[Aim] = "remove"
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
-        "We know the paper's abstract: how its probe is trained, and at which token, may differ.",
-        "As many units of each FFN are removed; the paper chooses layers, and under 1 % of units.",
+        "There is one probe for each FFN, of what enters down at the last token; the published "
+        "code has one for gate and one for up, of the largest output over the prompt.",
+        "As many units of each FFN are removed; the published code removes rows of gate and up "
+        "whose weights are more than three standard deviations above the mean.",
         "Harmless prompts are those of the utility set, and routed experts are left alone.",
     )
     against: ClassVar[str] = "As many random units of each FFN."

@@ -18,6 +18,11 @@ log-odds on harmful requests, among those that
     induce refusals                                log-odds on harmless prompts above 0 when added
     are not of the last layers                     the last 20 % say which token comes next
 
+The paper numbers a state by the layer that it enters, and takes those of the first 80 % of layers.
+Ours has the number of the layer that puts it out, from 0: of 10 layers it may be 0 to 6, whose
+states enter the second to the eighth. What enters the first is not tried: the tokens of a template
+have the same embedding whatever is asked.
+
 All of this is measured on rows that no direction was made of. It costs three passes over these rows
 for each position and layer, of prompts alone.
 """
@@ -59,6 +64,7 @@ class _Directed(Method):
         "A share of the rows is for validation; the paper has 128 rows and 32 more.",
         "The last token of a prompt is tried; the paper tries all that the template puts there, as "
         "`positions` does.",
+        "What enters the first layer is not tried: a template's tokens enter it as they are.",
     )
     against: ClassVar[str] = "A random direction in its place."
 
@@ -67,7 +73,9 @@ class _Directed(Method):
     min_induced: float = setting(
         0.0, "Least log-odds of refusing harmless prompts, if it is added."
     )
-    latest: float = setting(0.8, "Layers up to this share of all are tried.", above=0, max=1)
+    latest: float = setting(
+        0.8, "States that enter layers up to this share of all are tried.", above=0, max=1
+    )
     validation: float = setting(0.2, "Share of the rows to choose by.", above=0, below=1)
 
     def direction(self, inputs: Inputs) -> tuple[Tensor, dict[str, Any]]:
@@ -89,7 +97,8 @@ class _Directed(Method):
         )
         tokens = sorted(set(first_tokens(harmful)))
         intact = next_token_log_probs(model, ordinary)  # [rows, vocabulary]
-        last = max(1, int(self.latest * every.shape[1]))
+        # What layer l puts out, from 0, enters the layer that is number l + 2, from 1.
+        last = max(1, int(self.latest * every.shape[1]) - 1)
         tried = list(product(range(len(places)), range(last)))
         found: list[tuple[float, int, int, float, float]] = []
         least, most = float("inf"), -float("inf")
@@ -145,6 +154,7 @@ class RefusalOrthogonalisation(_Directed):
     departures: ClassVar[tuple[str, ...]] = (
         *_Directed.departures,
         "A tied head loses the direction with the embedding.",
+        "Biases of O and down lose it too; the published code leaves them.",
         "Position embeddings, and norms after O and down (Gemma 2), are left as they are.",
     )
     published: ClassVar[str] = "As ablation, which it equals."

@@ -17,7 +17,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ssah.deltas.subspaces import Subspace, gram, output_subspace
@@ -27,6 +28,7 @@ from ssah.methods.frame import Aim, Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Changed
 from ssah.settings import setting
+from ssah.units import features, layers_path
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class RankRemoval(Method):
     needs: ClassVar[tuple[Need, ...]] = ("aligned", "safety", "utility")
     departures: ClassVar[tuple[str, ...]] = (
         "A rank says how many leading directions count; the paper's r says how many do not.",
+        "All directions are of the model as it is. The published code takes those of a layer from "
+        "a model whose earlier layers are changed already, and by a random SVD.",
     )
     against: ClassVar[str] = "Random directions in the place of Pi_s, Pi_u as it is."
     published: ClassVar[str] = "ASR .71 at rank 6, accuracy as before (Llama-2-7B-Chat)."
@@ -50,6 +54,7 @@ class RankRemoval(Method):
 
     def _find(self, inputs: Inputs) -> Changed:
         model = inputs.model
+        self._check_ranks(model)
         safety, utility = (gram(model, loader) for loader in inputs.loaders)
         # Bases are kept, and not Gram matrices: the control needs the same ones.
         spaces: dict[str, tuple[Subspace, Subspace]] = {}
@@ -74,6 +79,22 @@ class RankRemoval(Method):
             return (Replace(list(values), values),)
 
         return Changed(changes(None), changes, facts={"matrices": len(spaces)})
+
+    def _check_ranks(self, model: PreTrainedModel) -> None:
+        """Refuse, before any row is read, more directions than a projection has outputs."""
+        start = f"{layers_path(model)}."
+        outputs, name = min(
+            (features(module)[1], name)
+            for name, module in model.named_modules()
+            if name.startswith(start) and isinstance(module, nn.Linear | Conv1D)
+        )
+        for which in ("safety_rank", "utility_rank"):
+            rank = getattr(self, which)
+            if rank > outputs:
+                raise ValueError(
+                    f"{which} is {rank}; it must be at most {outputs}, the outputs of {name!r}, "
+                    "which has the fewest: give a lower one"
+                )
 
 
 def _weight(inputs: Inputs, name: str) -> tuple[Tensor, bool]:
