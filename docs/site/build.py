@@ -35,7 +35,7 @@ _LOADED = re.compile(
     r"|url\(['\"]?(?:https?:)?//[^)]+"
 )
 # "query, key: paths" of a docstring: mkdocstrings takes the second name for the type of the first.
-_TWO_NAMES = re.compile(r"<b><code><span[^>]*>(\w+),</span></code></b>\s*\(<code>(.*?)</code>\)")
+_TWO_NAMES = re.compile(r"<code>(?:<[^>]*>)?(\w+),(?:<[^>]*>)?</code></b>\s*\(<code>(.*?)</code>\)")
 _SHAPE = re.compile(r"<(li|pre|table|blockquote|h[1-6])\b")
 
 
@@ -97,7 +97,7 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
 
 
 def _both(found: re.Match[str]) -> str:
-    return f"<b><code>{found[1]}, {re.sub('<[^>]*>', '', found[2])}</code></b>"
+    return f"<code>{found[1]}, {re.sub('<[^>]*>', '', found[2])}</code></b>"
 
 
 def _shapes(html: str) -> Counter[str]:
