@@ -36,6 +36,8 @@ _LOADED = re.compile(
 )
 # "query, key: paths" of a docstring: mkdocstrings takes the second name for the type of the first.
 _TWO_NAMES = re.compile(r"<code>(?:<[^>]*>)?(\w+),(?:<[^>]*>)?</code></b>\s*\(<code>(.*?)</code>\)")
+# ":func:`ssah.attribute`" of a docstring: a link to that name, where the site shows it.
+_ROLE = re.compile(r":(?:class|func|meth|mod):<code>~?([\w.]+)</code>")
 _SHAPE = re.compile(r"<(li|pre|table|blockquote|h[1-6])\b")
 
 
@@ -85,7 +87,8 @@ def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
     for four. With fewer, a table or a block of code would end the list.
     """
     if "::: " in page.markdown:  # mkdocstrings has filled it in
-        return _TWO_NAMES.sub(_both, html)
+        link = r'<autoref identifier="\1" optional><code>\1</code></autoref>'
+        return _ROLE.sub(link, _TWO_NAMES.sub(_both, html))
     here = _shapes(html)
     there = _shapes(MarkdownIt("commonmark").enable("table").render(page.markdown))
     if here != there:
