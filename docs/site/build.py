@@ -44,13 +44,9 @@ _SHAPE = re.compile(r"<(li|pre|table|blockquote|h[1-6])\b")
 def on_config(config: Any) -> Any:
     """Put a page for each public module where the nav says so."""
     [reference] = [each["Reference"] for each in config.nav if "Reference" in each]
-    [at] = [n for n, each in enumerate(reference) if FROM_CODE in (each, *_values(each))]
+    at = reference.index({"Python": FROM_CODE})
     reference[at] = {"Python": [{module: page} for module, page in api_pages().items()]}
     return config
-
-
-def _values(item: Any) -> list[Any]:
-    return list(item.values()) if isinstance(item, dict) else []
 
 
 def on_files(files: Any, config: Any) -> Any:
