@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from ssah.attribution.documents import attended_positions, document_starts
 from ssah.data import IGNORE_INDEX as IGNORED
-from ssah.models import device_of, text_config
+from ssah.models import device_of, text_config, to_device
 from ssah.units import FAMILIES
 
 # A batch with other keys may mean positions or masks that we do not know: it is left as it is.
@@ -224,7 +224,7 @@ class BatchReader:
             every = torch.arange(attended.shape[1], device=first.device)  # [length]
             inputs["position_ids"] = (every - first).clamp(min=0)  # [rows, length]
         return {
-            key: value.to(self.device) if isinstance(value, Tensor) else value
+            key: to_device(value, self.device) if isinstance(value, Tensor) else value
             for key, value in inputs.items()
         }
 
