@@ -148,9 +148,10 @@ class MaskedOptimizer(Optimizer):
     def _calls(self, entries: Iterable[Entry]) -> list[tuple[dict[str, Any], Call]]:
         """The work of one update: those of ``entries`` with a gradient, in few calls."""
         calls: dict[tuple[Any, ...], tuple[dict[str, Any], Call]] = {}
-        names = {id(group): self._names(group) for group in self.param_groups}
+        # All state of one call has one dtype. Of SGD without momentum there is none.
+        names = {id(group): (*self._names(group), "step")[0] for group in self.param_groups}
         counts: dict[int, float] = {}  # of each tensor of steps, which parameters share
-        sharding = may_be_sharded()
+        sharding, states = may_be_sharded(), self.state
         for number, group, p, index, dim in entries:
             grad = p.grad
             if grad is None:
@@ -158,33 +159,37 @@ class MaskedOptimizer(Optimizer):
             if grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
             cut = None
-            if not isinstance(dim, int) or (sharding and is_sharded(p)):
+            if sharding or not isinstance(dim, int):
                 cut = self._cut(p, index, dim)
-                # Noise depends on the position within a call, which starts anew on every rank.
-                number += first_row(p) << 32
-            state = self.state[p]
+            state = states[p]
             if not state:
                 state.update(self._first_state(group, p, index, dim, cut))
-            step = state["step"]
+            step, of_group = state["step"], id(group)
             count = counts.get(id(step))
             if count is None:
                 count = counts[id(step)] = count_of(step)
-            kinds = [state[name].dtype for name in names[id(group)] if name in state]
-            # A rank may hold nothing of a sharded parameter, whose steps count all the same.
+            # A parameter that joined late, or had no gradient in a step, has a count of its own. A
+            # rank may hold nothing of a sharded one, whose steps count all the same.
             here = cut is None or cut.here
-            # A parameter that joined late, or had no gradient in a step, has a count of its own.
-            key = (id(group), p.dtype, grad.dtype, p.device, count, here, *kinds)
+            kind = state.get(names[of_group], step).dtype
+            key = (of_group, p.dtype, grad.dtype, p.device, count, kind, here)
             found = calls.get(key)
             if found is None:
-                found = calls[key] = group, Call(number)
+                # Noise depends on the position within a call, which starts anew on every rank.
+                found = calls[key] = group, Call(number + (first_row(p) << 32))
             if cut is None:
                 found[1].add(p, grad, index, dim, state)
             else:
                 found[1].add_cut(p, grad, cut, state)
         return list(calls.values())
 
-    def _cut(self, p: Tensor, index: Tensor | None, dim: Dim) -> Cut:
-        """What of ``p`` this rank updates: found once, as finding it waits for a GPU."""
+    def _cut(self, p: Tensor, index: Tensor | None, dim: Dim) -> Cut | None:
+        """What of ``p`` this rank updates; None: all, in one piece.
+
+        It is found once, as finding it waits for a GPU.
+        """
+        if isinstance(dim, int) and not is_sharded(p):
+            return None
         known = self._cuts.get(p)
         if known is None or not known.is_of(p, index):
             known = self._cuts[p] = Cut(p, index, dim)

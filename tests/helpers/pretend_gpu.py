@@ -167,7 +167,7 @@ class PretendGPU(TorchDispatchMode):
         self._entered.pop().close()
 
     def take(self, model: nn.Module) -> None:
-        """Move ``model`` here. (Its own ``to`` would keep the parameters, and change their data.)"""
+        """Move ``model`` here. (Its own ``to`` would keep parameters, and change their data.)"""
         moved: dict[int, Tensor] = {}  # weights that are tied stay one
 
         def there(x: Tensor) -> Tensor:
