@@ -83,7 +83,7 @@ def _forward(model: PreTrainedModel, batch: Batch, sharded: bool) -> None:
     elif "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         # The vocabulary projection runs on the last position alone. A number in place of this
         # tensor would let Gemma 4 leave positions out of some layers too.
-        last = torch.tensor([-1], device=batch.input_ids.device)
+        last = torch.full((1,), -1, device=batch.inputs["input_ids"].device)
         model(**batch.inputs, use_cache=False, logits_to_keep=last)
     else:
         model(**batch.inputs, use_cache=False)
@@ -201,6 +201,7 @@ def check_sharded(
 
 def nothing(device: torch.device) -> Batch:
     """A batch of one position that does not count, for a rank that has no more."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    none = torch.zeros(1, 1, dtype=torch.bool, device=device)
-    return Batch({"input_ids": ids}, ids, None, none, none, none, False)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    none = torch.zeros(1, 1, dtype=torch.bool)
+    there = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return Batch({"input_ids": there}, ids, None, none, none, none, False)

@@ -18,6 +18,7 @@ from tiny_models import build
 from transformers.masking_utils import create_causal_mask
 
 import ssah
+from ssah.attribution import BatchReader
 from ssah.compat.transformers import unpacked_rows
 from ssah.models import to_host
 from ssah.models.transfer import _QUEUES_COPIES
@@ -69,6 +70,23 @@ def test_no_batch_waits_for_a_gpu(metric: str, side: str) -> None:
         assert torch.equal(found.scores[name], scores), name
         assert torch.equal(found.variance[name], expected.variance[name]), name
     assert found.count == expected.count
+
+
+def test_a_batch_that_a_loader_put_on_the_gpu_is_brought_back_once() -> None:
+    model = build("llama")
+    expected = BatchReader(model, tokens="labels").read(ragged("left")[0], 0)
+    with PretendGPU() as gpu:
+        gpu.take(model)
+        there = {key: value.to("cuda:0") for key, value in ragged("left")[0].items()}
+        reader = BatchReader(model, tokens="labels")
+        gpu.waits.clear()
+        batch = reader.read(there, 0)
+        assert len(gpu.waits) == 1, gpu.said()
+        assert {x.device.type for x in batch.inputs.values()} == {"cuda"}
+        for key, value in expected.inputs.items():
+            assert torch.equal(batch.inputs[key].cpu(), value), key
+    assert torch.equal(batch.targets, expected.targets)
+    assert torch.equal(batch.token_mask, expected.token_mask)
 
 
 def test_what_is_brought_back_together_is_what_each_was() -> None:

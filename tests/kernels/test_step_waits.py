@@ -126,6 +126,18 @@ def test_an_update_of_single_elements_waits_in_its_first_call_alone() -> None:
         assert torch.equal(found.cpu(), expected)
 
 
+def test_a_table_of_tritons_kernels_is_queued(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    from ssah_kernels.backends.triton.masked_list import device_table
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with PretendGPU() as gpu:
+        table = device_table([3, 5], gpu.device)
+        assert not gpu.waits
+        assert table.device == gpu.device
+        assert table.tolist() == [3, 5]
+
+
 def test_a_norm_waits_for_nothing_once_its_index_was_read() -> None:
     with PretendGPU() as gpu:
         grads = [torch.full((4, 6), 2.0, device="cuda:0"), torch.ones(5, device="cuda:0")]
