@@ -9,9 +9,11 @@ that what raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssah_kernels import autograd, backends, bit_masks, checks, fake, indices, memory
@@ -33,13 +35,9 @@ def _dispatch(op: str) -> Callable[..., Any]:
     of_lists = at is not None or bool(masked)
     repeated = Repeated(op, tensors_of) if {"params", "indices"} <= set(names) else None
 
-    def checked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    def check_all(args: Any, kwargs: Any, written: list[Tensor], read: list[Tensor]) -> Any:
         """The arguments as a kernel takes them. Raises where they must not be taken."""
-        known = None if repeated is None else repeated.ready(args, kwargs)
-        if known is not None:
-            return known
         ready = check(*args, **kwargs)
-        written, read = tensors_of(args)
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
@@ -52,14 +50,17 @@ def _dispatch(op: str) -> Callable[..., Any]:
         return ready
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        ready = checked(args, kwargs)
+        written, read = tensors_of(args)
+        ready = None if repeated is None else repeated.ready(args, kwargs, written, read)
+        if ready is None:
+            ready = check_all(args, kwargs, written, read)
         first = args[0][0] if of_lists else args[0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         # The reference is made of torch's operators, which would record what they do.
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             result = matrices.run(op, kernel, ready, kwargs)
-        increment_version(tensors_of(args)[0])  # what autograd kept of these tensors is gone
+        increment_version(written)  # what autograd kept of these tensors is gone
         return result
 
     return run

@@ -75,8 +75,20 @@ class Repeated:
         self._known: dict[Key, _Known] = {}
         self._seen: dict[Key, list[int]] = {}
 
-    def ready(self, args: Sequence[Any], options: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """The arguments as a kernel takes them, if the call is known; else None."""
+    def ready(
+        self,
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        written: Sequence[Tensor],
+        grads: Sequence[Tensor],
+    ) -> tuple[Any, ...] | None:
+        """The arguments as a kernel takes them, if the call is known; else None.
+
+        Args:
+            args: tensors, lists of them, and dims.
+            options: all other arguments.
+            written, grads: those of ``args`` that are written, and that are read beside.
+        """
         if not args[0]:
             return None
         known = self._known.get((id(args[0][0]), len(args[0])))
@@ -84,7 +96,6 @@ class Repeated:
             return None
         if self._ids(args) != known.ids:
             return None
-        written, grads = self._tensors_of(args)
         if torch.is_grad_enabled() and any(x.requires_grad for x in written):
             return None
         # What was assigned to ``data`` is in another place, or of another size.

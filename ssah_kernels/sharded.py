@@ -128,6 +128,7 @@ class Cut:
     Attributes:
         parts: entries of this rank's rows; some may be empty.
         shapes: of each of these, [trained, other].
+        whole: of state of all of them: pieces lie flat, one behind the other.
         here: whether this rank has anything that trains.
     """
 
@@ -136,6 +137,8 @@ class Cut:
         self._of = index, rows.shape
         self.parts = parts(tensor, index, dim)
         self.shapes = [part.shape(rows) for part in self.parts]
+        flat = torch.Size([sum(map(math.prod, self.shapes))])
+        self.whole = self.shapes[0] if len(self.shapes) == 1 else flat
         self.here = not is_sharded(tensor) or any(map(math.prod, self.shapes))
 
     def is_of(self, tensor: Tensor, index: Tensor | None) -> bool:

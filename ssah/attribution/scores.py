@@ -115,6 +115,9 @@ def all_column_sq_norms(modules: Mapping[str, DepthTwoModule]) -> dict[str, Tens
     """:func:`column_sq_norms` of every module, B's name -> ``[n_units]``, on the host.
 
     They are brought there, and looked at, when all are computed: a GPU is waited for once.
+
+    Raises:
+        FloatingPointError, ValueError: as there.
     """
     norms = dict(zip(modules, to_host([*map(_norms, modules.values())]), strict=True))
     for name, each in norms.items():

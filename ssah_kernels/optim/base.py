@@ -15,7 +15,6 @@ skipped, because ``torch.amp.GradScaler`` found a gradient that overflowed, only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -165,29 +164,25 @@ class MaskedOptimizer(Optimizer):
             if not state:
                 state.update(self._first_state(group, p, index, dim, cut))
             step, of_group = state["step"], id(group)
-            count = counts.get(id(step))
-            if count is None:
+            if (count := counts.get(id(step))) is None:
                 count = counts[id(step)] = count_of(step)
             # A parameter that joined late, or had no gradient in a step, has a count of its own. A
             # rank may hold nothing of a sharded one, whose steps count all the same.
             here = cut is None or cut.here
             kind = state.get(names[of_group], step).dtype
             key = (of_group, p.dtype, grad.dtype, p.device, count, kind, here)
-            found = calls.get(key)
-            if found is None:
+            if (found := calls.get(key)) is None:
                 # Noise depends on the position within a call, which starts anew on every rank.
                 found = calls[key] = group, Call(number + (first_row(p) << 32))
             if cut is None:
+                assert isinstance(dim, int)  # a pair makes a cut
                 found[1].add(p, grad, index, dim, state)
             else:
                 found[1].add_cut(p, grad, cut, state)
         return list(calls.values())
 
     def _cut(self, p: Tensor, index: Tensor | None, dim: Dim) -> Cut | None:
-        """What of ``p`` this rank updates; None: all, in one piece.
-
-        It is found once, as finding it waits for a GPU.
-        """
+        """What of ``p`` this rank updates, found once, as that waits; None: all, in one piece."""
         if isinstance(dim, int) and not is_sharded(p):
             return None
         known = self._cuts.get(p)
@@ -198,13 +193,10 @@ class MaskedOptimizer(Optimizer):
     def _first_state(
         self, group: dict[str, Any], p: Tensor, index: Tensor | None, dim: Dim, cut: Cut | None
     ) -> dict[str, Any]:
-        if cut is None:
-            assert isinstance(dim, int)
-            return self._new_state(group, Part(index, dim).shape(p), dim, p)
-        # Pieces lie flat, one behind the other.
-        flat = (sum(map(math.prod, cut.shapes)),)
-        whole = cut.shapes[0] if len(cut.shapes) == 1 else flat
-        return self._new_state(group, whole, cut.parts[0].dim, local(p))
+        if cut is not None:
+            return self._new_state(group, cut.whole, cut.parts[0].dim, local(p))
+        assert isinstance(dim, int)
+        return self._new_state(group, Part(index, dim).shape(p), dim, p)
 
     def _clip_coefs(self, calls: list[tuple[dict[str, Any], Call]]) -> list[Tensor | None]:
         """Per call, the factor that brings the norm of all gradients to at most max_norm."""

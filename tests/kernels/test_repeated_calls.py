@@ -160,11 +160,11 @@ def test_a_call_is_forgotten_with_any_of_its_tensors() -> None:
     for _ in range(2):
         repeated.learn(args, {}, checks.masked_adamw_(*args))
     with torch.no_grad():
-        assert repeated.ready(args, {}) is not None
+        assert repeated.ready(args, {}, *memory.reader("masked_adamw_")(args)) is not None
         step.states[1][2] = torch.zeros(1, 3, 4)
         gc.collect()
         assert not repeated._known
-        assert repeated.ready(args, {}) is None
+        assert repeated.ready(args, {}, *memory.reader("masked_adamw_")(args)) is None
 
 
 def test_stretches_join_where_they_overlap() -> None:
