@@ -98,6 +98,23 @@ def between(a: Tensor, b: Tensor) -> bool:
     return bool(_marked(marks, b, unit, start_b - start).any())
 
 
+def stretches(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    """Where the memory of ``tensors``, each [...], begins and ends, in order of address.
+
+    Those that overlap, such as columns of one matrix, are one stretch: [0, 8), [4, 12) and [20, 24)
+    begin at 0 and 20, and end at 12 and 24.
+    """
+    begins: list[int] = []
+    ends: list[int] = []
+    for start, end in sorted((x.data_ptr(), x.data_ptr() + _span(x)) for x in tensors):
+        if ends and start < ends[-1]:
+            ends[-1] = max(ends[-1], end)
+        else:
+            begins.append(start)
+            ends.append(end)
+    return begins, ends
+
+
 def first(written: Sequence[Tensor], read: Sequence[Tensor]) -> tuple[int, int] | None:
     """Positions among ``[*written, *read]`` of a written tensor and one that shares memory with it.
 

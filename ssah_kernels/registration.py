@@ -9,13 +9,16 @@ that what raises has changed nothing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from ssah_kernels import autograd, backends, bit_masks, checks, fake, indices, memory
 from ssah_kernels.checks import matrices
+from ssah_kernels.repeated import Repeated
 from ssah_kernels.schema import SCHEMAS, arguments
 
 _lib = torch.library.Library("ssah", "DEF")
@@ -30,10 +33,11 @@ def _dispatch(op: str) -> Callable[..., Any]:
     masked = ("params", "masks", "offsets", "exp_avgs") if "masks" in names else ()
     masked_at = [names.index(name) for name in masked]
     of_lists = at is not None or bool(masked)
+    repeated = Repeated(op, tensors_of) if {"params", "indices"} <= set(names) else None
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    def check_all(args: Any, kwargs: Any, written: list[Tensor], read: list[Tensor]) -> Any:
+        """The arguments as a kernel takes them. Raises where they must not be taken."""
         ready = check(*args, **kwargs)
-        written, read = tensors_of(args)
         memory.check(op, args, written, read)
         if at is not None:
             indices.check(args[at], args[0], args[at + 1])
@@ -41,11 +45,20 @@ def _dispatch(op: str) -> Callable[..., Any]:
             bit_masks.check(*(args[i] for i in masked_at))
         if arm_at is not None:
             indices.check_arms(args[arm_at], len(args[arm_at - 1]))
+        if repeated is not None:
+            repeated.learn(args, kwargs, ready)
+        return ready
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        written, read = tensors_of(args)
+        ready = None if repeated is None else repeated.ready(args, kwargs, written, read)
+        if ready is None:
+            ready = check_all(args, kwargs, written, read)
         first = args[0][0] if of_lists else args[0]  # of a list, all are on one device
         backend = backends.choose(first.device)
         kernel = backends.kernel(backend, op, first.device)
         # The reference is made of torch's operators, which would record what they do.
-        with torch.no_grad():
+        with torch.no_grad() if torch.is_grad_enabled() else nullcontext():
             result = matrices.run(op, kernel, ready, kwargs)
         increment_version(written)  # what autograd kept of these tensors is gone
         return result

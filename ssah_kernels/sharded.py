@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 Dim: TypeAlias = int | tuple[int, int]
 
 
+def may_be_sharded() -> bool:
+    """Whether there can be a DTensor: without a process group there is none."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def is_sharded(tensor: Any) -> TypeGuard[DTensor]:
     """Whether ``tensor`` [...] is a DTensor."""
-    # Without a process group there is none, and the import below is slow.
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not may_be_sharded():  # the import below is slow
         return False
     from torch.distributed.tensor import DTensor
 
@@ -116,6 +120,30 @@ def parts(tensor: Tensor, index: Tensor | None, dim: Dim) -> list[Part]:
     # Sorted by expert already: a piece [units] for each, which may be empty.
     each = (own % size).split(torch.bincount(own // size, minlength=n_rows).tolist())
     return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
+
+
+class Cut:
+    """What of one parameter this rank updates, where it does not have all of it, or has experts.
+
+    Attributes:
+        parts: entries of this rank's rows; some may be empty.
+        shapes: of each of these, [trained, other].
+        whole: of state of all of them: pieces lie flat, one behind the other.
+        here: whether this rank has anything that trains.
+    """
+
+    def __init__(self, tensor: Tensor, index: Tensor | None, dim: Dim) -> None:
+        rows = local(tensor)
+        self._of = index, rows.shape
+        self.parts = parts(tensor, index, dim)
+        self.shapes = [part.shape(rows) for part in self.parts]
+        flat = torch.Size([sum(map(math.prod, self.shapes))])
+        self.whole = self.shapes[0] if len(self.shapes) == 1 else flat
+        self.here = not is_sharded(tensor) or any(map(math.prod, self.shapes))
+
+    def is_of(self, tensor: Tensor, index: Tensor | None) -> bool:
+        """Whether ``tensor`` [rows, ...] and ``index`` [trained] are what this was made of."""
+        return self._of[0] is index and self._of[1] == local(tensor).shape
 
 
 def cut(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -14,6 +14,7 @@
 #include "adamw_rule.cuh"
 #include "launch.cuh"
 #include "masked_host.h"
+#include "staging.h"
 
 namespace ssah {
 
@@ -191,11 +192,7 @@ void bit_masked_adamw_cuda(const TensorList& params, const TensorList& grads,
   const cudaStream_t stream = current_stream(like);
   const size_t table_bytes = targets.size() * sizeof(BitTarget);
   const Tensor memory = new_bytes(like, static_cast<int64_t>(table_bytes));
-  refuse_capture(stream);
-  // Pageable memory is staged before the call returns: the vector may go.
-  check_launch(cudaMemcpyAsync(memory.data_ptr(), targets.data(), table_bytes,
-                               cudaMemcpyHostToDevice, stream),
-               "copy of the table");
+  copy_table(memory.data_ptr(), targets.data(), table_bytes, like, stream);
   const BitTargets table{pointer<const BitTarget>(memory), static_cast<int>(targets.size())};
   const AdamwSettings settings{beta1, beta2, eps, weight_decay};
   dispatch_update(dtype, state, dtype, [&](auto p, auto s, auto) {

@@ -2,6 +2,7 @@
 // matrix [1000, 100] is 100,000 elements and makes two: 390 rows of 256, which a warp reads by
 // vectors of 8, and a row of the 160 that are left. As it is, its rows would be read one by one.
 #include "masked_host.h"
+#include "staging.h"
 
 namespace ssah {
 
@@ -238,11 +239,7 @@ Table finish_table(std::vector<Target>& targets, Widths widths, size_t part_byte
   const size_t bytes = targets.size() * sizeof(Target);
   table.memory = new_bytes(like, bytes);
   table.targets.table = pointer<const Target>(table.memory);
-  refuse_capture(stream);
-  // Pageable memory is staged before the call returns: the vector may go.
-  check_launch(cudaMemcpyAsync(table.memory.data_ptr(), targets.data(), bytes,
-                               cudaMemcpyHostToDevice, stream),
-               "copy of the table");
+  copy_table(table.memory.data_ptr(), targets.data(), bytes, like, stream);
   return table;
 }
 

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from ssah.attribution.documents import attended_positions, document_starts
 from ssah.data import IGNORE_INDEX as IGNORED
-from ssah.models import device_of, text_config
+from ssah.models import device_of, text_config, to_device, to_host
 from ssah.units import FAMILIES
 
 # A batch with other keys may mean positions or masks that we do not know: it is left as it is.
@@ -41,7 +41,7 @@ class Batch:
 
     Attributes:
         inputs: keyword arguments of the backbone; no labels.
-        input_ids: int64 ``[rows, length]``.
+        input_ids: int64 ``[rows, length]``; this and all below are on the host.
         labels: int64 ``[rows, length]``, or None.
         attended: bool ``[rows, length]``, False on padding.
         starts: bool ``[rows, length]``, True on the first token of every document.
@@ -135,6 +135,7 @@ class BatchReader:
                 f"loader yielded a {type(batch).__name__} as batch {number}, must yield mappings "
                 "with 'input_ids' (and optionally 'attention_mask' and 'labels')"
             )
+        batch = _on_host(batch)
         input_ids, labels = self._ids_and_labels(batch, number)
         mask = batch.get("attention_mask")
         if mask is None:
@@ -224,7 +225,7 @@ class BatchReader:
             every = torch.arange(attended.shape[1], device=first.device)  # [length]
             inputs["position_ids"] = (every - first).clamp(min=0)  # [rows, length]
         return {
-            key: value.to(self.device) if isinstance(value, Tensor) else value
+            key: to_device(value, self.device) if isinstance(value, Tensor) else value
             for key, value in inputs.items()
         }
 
@@ -247,6 +248,12 @@ def may_drop_mask(model: PreTrainedModel) -> bool:
     causal = getattr(config, "is_causal", True)
     both_ways = getattr(config, "use_bidirectional_attention", False)
     return family is not None and family.maskless and causal and not both_ways
+
+
+def _on_host(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch that a loader has put on a GPU is brought back at once: every look would wait."""
+    tensors = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    return {**batch, **dict(zip(tensors, to_host([*tensors.values()]), strict=True))}
 
 
 def _ids(batch: Mapping[str, Any], key: str, number: int) -> Tensor | None:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from ssah.attribution.batches import IGNORED, Batch
 from ssah.attribution.causal_attention import FastCausalBackward
 from ssah.attribution.watch import Watch
 from ssah.compat.modules import without_hooks
+from ssah.compat.transformers import unpacked_rows
 from ssah.distributed import Ranks
-from ssah.models import swapped, text_config
+from ssah.models import swapped, text_config, to_device
 from ssah.units import DepthTwoModule
 
 _LOGITS_AT_ONCE = 2**23  # elements: 32 MiB in float32
@@ -49,13 +50,28 @@ def run_batch(
         packed: whether there are packed weights.
     """
     watch.read(batch)
+    with unpacked_rows() if _is_unpacked(batch) else nullcontext():
+        _run_watched(model, batch, watch, sharded=sharded, packed=packed)
+
+
+def _is_unpacked(batch: Batch) -> bool:
+    """Whether the model will find positions that it made itself, and no mask: a document a row."""
+    return batch.inputs.keys().isdisjoint({"position_ids", "attention_mask"})
+
+
+def _run_watched(
+    model: PreTrainedModel, batch: Batch, watch: Watch, *, sharded: bool, packed: bool
+) -> None:
     if not watch.gradient:
         # Weights that are gathered in inference mode could not be trained later, and what packed
         # modules lay out anew as they first run must not be inference tensors either.
         with torch.no_grad() if sharded or packed else torch.inference_mode():
             _forward(model, batch, sharded)
         return
-    with torch.inference_mode(False), torch.enable_grad(), FastCausalBackward():
+    # What it replaces is the CPU's attention: elsewhere it would look at every call in vain.
+    on_cpu = batch.inputs["input_ids"].device.type == "cpu"
+    faster = FastCausalBackward() if on_cpu else nullcontext()
+    with torch.inference_mode(False), torch.enable_grad(), faster:
         backward = _backward_sharded if sharded else _backward
         backward(model, batch, watch)
 
@@ -67,7 +83,7 @@ def _forward(model: PreTrainedModel, batch: Batch, sharded: bool) -> None:
     elif "logits_to_keep" in inspect.signature(type(model).forward).parameters:
         # The vocabulary projection runs on the last position alone. A number in place of this
         # tensor would let Gemma 4 leave positions out of some layers too.
-        last = torch.tensor([-1], device=batch.input_ids.device)
+        last = torch.full((1,), -1, device=batch.inputs["input_ids"].device)
         model(**batch.inputs, use_cache=False, logits_to_keep=last)
     else:
         model(**batch.inputs, use_cache=False)
@@ -82,7 +98,7 @@ def _gathers_itself(model: nn.Module) -> bool:
 def _backward_sharded(model: PreTrainedModel, batch: Batch, watch: Watch) -> None:
     """Through the loss and back; the vocabulary projection runs on all positions at once."""
     logits: Tensor = model(**batch.inputs, use_cache=False, return_dict=True).logits
-    targets = batch.targets.to(logits.device)  # [rows, length]
+    targets = to_device(batch.targets, logits.device)  # [rows, length]
     # Backward on every rank, whether it has a token to predict or not: it gathers weights too.
     loss = nn.functional.cross_entropy(
         logits.flatten(0, 1).float(),  # [tokens, vocabulary]
@@ -97,30 +113,32 @@ def _backward_sharded(model: PreTrainedModel, batch: Batch, watch: Watch) -> Non
 def _backward(model: PreTrainedModel, batch: Batch, watch: Watch) -> None:
     """Through backbone and back, from the loss's gradient at the last hidden state."""
     output = model.base_model(**batch.inputs, use_cache=False, return_dict=True)
-    hidden = output.last_hidden_state  # [rows, length, hidden]
-    targets = batch.targets.to(hidden.device)
-    if bool((targets != IGNORED).any()):
-        slope = _loss_gradient(model, output, targets)
+    targets = batch.targets.flatten()  # [tokens], where the batch lies: usually the host
+    positions = (targets != IGNORED).nonzero()[:, 0]
+    if len(positions):
+        slope = _loss_gradient(model, output, positions, targets[positions])
         with watch.backward():
-            torch.autograd.backward(hidden, slope)
+            torch.autograd.backward(output.last_hidden_state, slope)
 
 
-def _loss_gradient(model: PreTrainedModel, output: ModelOutput, targets: Tensor) -> Tensor:
+def _loss_gradient(
+    model: PreTrainedModel, output: ModelOutput, positions: Tensor, targets: Tensor
+) -> Tensor:
     """d(summed next-token loss) / d(last hidden state), ``[rows, length, hidden]``.
 
-    Only the positions that predict something pass through the vocabulary projection.
+    Only the positions that predict something, ``[predicting]`` among rows * length, pass through
+    the vocabulary projection; ``targets``: what they are to predict, ``[predicting]``.
     """
     states = output["last_hidden_state"].detach().flatten(0, 1)  # [tokens, hidden]
     gradient = torch.zeros_like(states)
-    targets = targets.flatten()  # [tokens]
-    positions = (targets != IGNORED).nonzero()[:, 0]
-    vocabulary = text_config(model).vocab_size
+    size = max(1, _LOGITS_AT_ONCE // text_config(model).vocab_size)
+    chunks, wanted = (to_device(each, states.device).split(size) for each in (positions, targets))
     with _head(model, output) as head:
-        for chunk in positions.split(max(1, _LOGITS_AT_ONCE // vocabulary)):
+        for chunk, target in zip(chunks, wanted, strict=True):
             state = states[chunk][None].requires_grad_()  # [1, tokens, hidden]
             logits = head(state)  # [1, tokens, vocabulary]
             slope = torch.softmax(logits.detach(), dim=-1, dtype=torch.float32)
-            slope[0, torch.arange(len(chunk), device=slope.device), targets[chunk]] -= 1
+            slope[0, torch.arange(len(chunk), device=slope.device), target] -= 1
             (state_gradient,) = torch.autograd.grad(logits, state, slope.to(logits.dtype))
             gradient[chunk] = state_gradient[0]
     return gradient.view_as(output["last_hidden_state"])
@@ -183,6 +201,7 @@ def check_sharded(
 
 def nothing(device: torch.device) -> Batch:
     """A batch of one position that does not count, for a rank that has no more."""
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=device)
-    none = torch.zeros(1, 1, dtype=torch.bool, device=device)
-    return Batch({"input_ids": ids}, ids, None, none, none, none, False)
+    ids = torch.zeros(1, 1, dtype=torch.int64)
+    none = torch.zeros(1, 1, dtype=torch.bool)
+    there = torch.zeros(1, 1, dtype=torch.int64, device=device)
+    return Batch({"input_ids": there}, ids, None, none, none, none, False)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ssah.attribution import partial_runs
-from ssah.attribution.sums import Sums, check_finite
+from ssah.attribution.sums import Sums, check_finite, on_host
 from ssah.attribution.tally import BatchHash
 from ssah.compat.transformers import attention_implementation
 from ssah.distributed import Ranks
@@ -139,8 +139,8 @@ class BatchState:
         self.done += 1
         if time.monotonic() - self._written < self.every:
             return
-        check_finite(self.sums, self.gradient)
-        sums = {name: own.to("cpu") for name, own in self.sums.items()}
+        sums = on_host(self.sums)
+        check_finite(sums, self.gradient)
         partial_runs.keep(
             self.part, self.identity, sums, batches=self.done, trail=self._hash.hexdigest()
         )

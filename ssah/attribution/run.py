@@ -18,8 +18,8 @@ from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.forward_backward import check_sharded, nothing, run_batch
 from ssah.attribution.result import GRADIENT_METRICS, METRICS, TOKENS
 from ssah.attribution.resuming import BatchState, run_identity
-from ssah.attribution.scores import column_sq_norms
-from ssah.attribution.sums import Sums, check_finite, check_ran, join
+from ssah.attribution.scores import all_column_sq_norms
+from ssah.attribution.sums import Sums, check_finite, check_ran, join, on_host
 from ssah.attribution.tally import Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
@@ -41,7 +41,7 @@ class Run:
     Attributes:
         model: the model.
         modules: B's name -> module.
-        sums: B's name -> its sums over the batches so far.
+        sums: B's name -> its sums over the batches so far; on the host once all have run.
         tokens: which positions count, ``"auto"`` resolved.
         weights_hash: of the model's weights; None where it would have to be computed.
         tally: what the batches so far held.
@@ -174,6 +174,7 @@ class Run:
                 run_batch(model, batch, watch, sharded=self._sharded, packed=self._packed)
                 if advance is not None:
                     advance(int(batch.attended.sum()))
+            self.sums = on_host(self.sums)
             check_finite(self.sums, gradient)
 
     def _read(self) -> Iterator[Batch]:
@@ -206,5 +207,4 @@ class Run:
         join(self.ranks, self.sums, gradient=self.gradient)
         check_ran(self.modules, self.sums)
         with self.ranks.agreeing():
-            scaled = {} if self.gradient else self.modules
-            return {name: column_sq_norms(module) for name, module in scaled.items()}
+            return all_column_sq_norms({} if self.gradient else self.modules)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ssah.attribution.result import GRADIENT_METRICS, Attribution
 from ssah.attribution.sums import Sums
-from ssah.models import at_hand, dequantised
+from ssah.models import at_hand, dequantised, to_host
 from ssah.units import DepthTwoModule, model_name, units_hash
 from ssah_kernels import ops
 from ssah_kernels.sharded import is_sharded
@@ -102,23 +102,39 @@ def _score(metric: str, sums: Sums, norms: Tensor | None) -> Tensor:
 
 
 def column_sq_norms(module: DepthTwoModule) -> Tensor:
-    """Squared norm of every column of B, float64 ``[n_units]``.
+    """Squared norm of every column of B, float64 ``[n_units]``, on the host.
 
     Raises:
         FloatingPointError: the weight is NaN or infinite.
         ValueError: it is packed in a layout that cannot be dequantised.
     """
+    return all_column_sq_norms({module.name: module})[module.name]
+
+
+def all_column_sq_norms(modules: Mapping[str, DepthTwoModule]) -> dict[str, Tensor]:
+    """:func:`column_sq_norms` of every module, B's name -> ``[n_units]``, on the host.
+
+    They are brought there, and looked at, when all are computed: a GPU is waited for once.
+
+    Raises:
+        FloatingPointError, ValueError: as there.
+    """
+    norms = dict(zip(modules, to_host([*map(_norms, modules.values())]), strict=True))
+    for name, each in norms.items():
+        if not bool(each.isfinite().all()):
+            raise FloatingPointError(f"the weight of {name!r} is NaN or infinite")
+    return norms
+
+
+def _norms(module: DepthTwoModule) -> Tensor:
+    """The squared norms ``[n_units]``, where the weight lies."""
     with at_hand(module.down):
         plain = dequantised(module.down)
         weight = module.weight.detach() if plain is None else plain
         if is_sharded(weight):
             weight = weight.full_tensor()
         if module.output.dim == 1:  # [hidden, n_units]
-            norms = ops.column_sq_norms(weight)
-        else:
-            # Conv1D holds the columns of B as rows, [n_units, hidden]. Chunked: no float64 copy of
-            # the whole weight.
-            norms = torch.cat([rows.double().square().sum(1) for rows in weight.split(256)])
-    if not bool(norms.isfinite().all()):
-        raise FloatingPointError(f"the weight of {module.name!r} is NaN or infinite")
-    return norms
+            return ops.column_sq_norms(weight)
+        # Conv1D holds the columns of B as rows, [n_units, hidden]. Chunked: no float64 copy of the
+        # whole weight.
+        return torch.cat([rows.double().square().sum(1) for rows in weight.split(256)])

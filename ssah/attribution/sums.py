@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ssah.distributed import Ranks
-from ssah.models import device_of
+from ssah.models import device_of, to_host
 from ssah.units import DepthTwoModule
 from ssah_kernels.reference.channel_moments import merge_moments_
 
@@ -55,9 +55,12 @@ class Sums:
         channels = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(4))
         return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
 
-    def to(self, device: str) -> Sums:
-        """The same on another device."""
-        return Sums(*(getattr(self, field.name).to(device) for field in fields(self)))
+
+def on_host(sums: Mapping[str, Sums]) -> dict[str, Sums]:
+    """The sums of every module on the host, brought there together: each copy waits for a GPU."""
+    names = [field.name for field in fields(Sums)]
+    every = iter(to_host([getattr(state, name) for state in sums.values() for name in names]))
+    return {module: Sums(*(next(every) for _ in names)) for module in sums}
 
 
 def join(ranks: Ranks, sums: Mapping[str, Sums], *, gradient: bool) -> None:

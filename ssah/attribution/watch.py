@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ssah.attribution.batches import Batch
 from ssah.attribution.sums import Sums
 from ssah.compat.modules import has_hooks
-from ssah.models import at_hand, replaced_forward, runs_own_forward
+from ssah.models import at_hand, replaced_forward, runs_own_forward, to_device
 from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
 from ssah_kernels import ops
 
@@ -67,10 +67,11 @@ class Watch:
         """Set the masks for ``batch``, which runs next."""
         device = batch.inputs["input_ids"].device
         whole = bool(batch.token_mask.all())
-        self.token_mask = None if whole else batch.token_mask.to(device)
+        self.token_mask = None if whole else to_device(batch.token_mask, device)
         self.needed = None
         if batch.padding_unseen:
-            self.needed = batch.attended.to(device).flatten().nonzero()[:, 0]
+            # Where the batch lies, usually the host: how many there are must be known there.
+            self.needed = to_device(batch.attended.flatten().nonzero()[:, 0], device)
 
     def mask(self, x: Tensor) -> Tensor | None:
         """The token mask, with the leading shape of ``x``: ``[rows, length]`` or ``[tokens]``, as

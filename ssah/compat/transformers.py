@@ -1,4 +1,4 @@
-"""transformers: how it lays experts out, and how it reads the weights of a checkpoint.
+"""transformers: how it lays experts out, looks for packed rows, and reads a checkpoint's weights.
 
 Its GGUF files are in :mod:`ssah.compat.gguf`, its Trainer in :mod:`ssah.compat.trainer`.
 """
@@ -6,7 +6,11 @@ Its GGUF files are in :mod:`ssah.compat.gguf`, its Trainer in :mod:`ssah.compat.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache, wraps
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -77,6 +81,44 @@ def has_usual_gate(module: Any) -> bool:
 def attention_implementation(model: Any) -> str:
     """``"sdpa"``, ``"eager"`` and the like: what computes the attention of ``model``."""
     return str(_own(model.config, "_attn_implementation", "to tell which attention runs"))
+
+
+_UNPACKED: ContextVar[bool] = ContextVar("unpacked", default=False)
+
+
+@contextmanager
+def unpacked_rows() -> Iterator[None]:
+    """In the block no row that a model is given holds several documents.
+
+    transformers looks for them in the positions of every batch without a mask, which it makes
+    itself, and waits for the GPU to say that there are none. Other threads go on looking.
+
+    Raises:
+        LibraryError: transformers looks in another way.
+    """
+    _look_unless_unpacked()
+    before = _UNPACKED.set(True)
+    try:
+        yield
+    finally:
+        _UNPACKED.reset(before)
+
+
+@cache
+def _look_unless_unpacked() -> None:
+    """Put a function that knows of :func:`unpacked_rows` in place of transformers' own, for good.
+
+    It cannot be there for a block alone: another thread may be in a block of its own.
+    """
+    name = "find_packed_sequence_indices"
+    look = LIBRARY.find(f"transformers.masking_utils:{name}", "to run a batch without waiting")
+
+    @wraps(look)
+    def unless_unpacked(position_ids: Tensor) -> Tensor | None:
+        found: Tensor | None = None if _UNPACKED.get() else look(position_ids)
+        return found
+
+    setattr(import_module("transformers.masking_utils"), name, unless_unpacked)
 
 
 class WeightReader:

@@ -39,6 +39,7 @@ from ssah.models.packed import (
 )
 from ssah.models.running import as_it_was, check_backbone, check_idle
 from ssah.models.source import SMOLLM2, locate
+from ssah.models.transfer import to_device, to_host
 from ssah.models.weights import (
     cheap_weights_hash,
     check_same_weights,

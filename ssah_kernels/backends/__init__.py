@@ -17,6 +17,7 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,6 +49,12 @@ class MissingBackendError(RuntimeError):
     """The backend is not there for this operator; the message says how to get it."""
 
 
+@cache
+def _module(name: str) -> Any:
+    """A module of this package. A call of an operator asks for several, each time."""
+    return importlib.import_module(f"ssah_kernels.{name}")
+
+
 def _checked(name: str) -> str:
     if name not in BACKENDS:
         raise ValueError(f"backend is {shown(name)}; it must be one of {', '.join(BACKENDS)}")
@@ -67,7 +74,7 @@ def missing(backend: str, device: torch.device | None = None) -> str | None:
     if _checked(backend) == "reference":
         return None
     # Imported when it is asked for: Triton takes half a second, and may not be installed.
-    module = importlib.import_module(f"ssah_kernels.backends.{backend}")
+    module = _module(f"backends.{backend}")
     return module.missing(device) if backend == "cuda" else module.missing()
 
 
@@ -81,8 +88,8 @@ def kernel(backend: str, op: str, device: torch.device | None = None) -> Callabl
     if why is not None:
         raise MissingBackendError(f"ssah::{op}: backend {backend!r} is not available: {why}")
     if backend == "reference":
-        return getattr(importlib.import_module(f"ssah_kernels.reference.{stem(op)}"), op)
-    return importlib.import_module(f"ssah_kernels.backends.{backend}").kernel(op)
+        return getattr(_module(f"reference.{stem(op)}"), op)
+    return _module(f"backends.{backend}").kernel(op)
 
 
 def choose(device: torch.device) -> str:

@@ -33,9 +33,10 @@ def _all_or_none(lists: dict[str, Sequence[Tensor] | None]) -> list[tuple[str, S
     return given
 
 
-def _scalar(
+def scalar_like(
     name: str, x: Tensor | None, like: Tensor, dtype: torch.dtype = torch.float64
 ) -> Tensor | None:
+    """A number of a call, [] or [1], as kernels take it: of ``dtype``, beside ``like`` [...]."""
     if x is None:
         return None
     dense(name, x)
@@ -48,6 +49,10 @@ def _scalar(
     # The usual case is tested first: to() costs a microsecond even where it does nothing.
     if x.device == like.device and x.dtype == dtype:
         return x
+    if x.device.type == "cpu" and like.device != x.device and type(x) is Tensor:
+        # By value, with the kernel that fills it in: a copy from the host would be awaited. What is
+        # traced, a tensor of another type, has no value.
+        return torch.full((), x.item(), dtype=dtype, device=like.device)
     return x.to(like.device, dtype)
 
 
@@ -150,7 +155,7 @@ def masked_adamw_(
         scales,
     )
     scalars = scalars_of(params[0], lr, step, grad_scale, clip_coef, seed)
-    skips = _scalar("found_inf", found_inf, params[0])
+    skips = scalar_like("found_inf", found_inf, params[0])
     rest = (c[0] if c else None, signed, squared, *scales.values(), skips)
     return p, g, m, v, indices, axes, *scalars, *rest
 
@@ -159,8 +164,8 @@ def scalars_of(like: Tensor, *values: Tensor | None) -> tuple[Tensor | None, ...
     """lr, step, grad_scale, clip_coef and seed, [] each, as kernels take them beside ``like``."""
     *floats, seed = values
     names = ("lr", "step", "grad_scale", "clip_coef")
-    ready = (_scalar(name, x, like) for name, x in zip(names, floats, strict=True))
-    return *ready, _scalar("seed", seed, like, torch.int64)
+    ready = (scalar_like(name, x, like) for name, x in zip(names, floats, strict=True))
+    return *ready, scalar_like("seed", seed, like, torch.int64)
 
 
 def masked_sgd_(
@@ -205,7 +210,7 @@ def masked_sgd_(
     buffers = None if momentum_buffers is None else rest.pop(0)
     scalars = scalars_of(params[0], lr, step, grad_scale, clip_coef, seed)
     c = rest[0] if rest else None
-    skips = _scalar("found_inf", found_inf, params[0])
+    skips = scalar_like("found_inf", found_inf, params[0])
     return p, g, buffers, indices, axes, *scalars, c, signed, squared, momentum_scales, skips
 
 
@@ -231,4 +236,4 @@ def masked_grad_norm(
         # Gradients are dense here: they are read through the index, and never written.
         matrices.append(as_matrix(grad if can_be_matrix(grad, dim) else grad.contiguous(), dim))
         axes.append(axis_of(grad, dim))
-    return matrices, indices, axes, _scalar("grad_scale", grad_scale, grads[0])
+    return matrices, indices, axes, scalar_like("grad_scale", grad_scale, grads[0])

@@ -15,7 +15,6 @@ skipped, because ``torch.amp.GradScaler`` found a gradient that overflowed, only
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
@@ -27,8 +26,8 @@ from ssah_kernels import ops
 from ssah_kernels.checks.compact import COMPENSATIONS
 from ssah_kernels.dynamic_map import scales_shape
 from ssah_kernels.optim import checkpoint, options
-from ssah_kernels.optim.calls import Call, Scalars, count_of, cut_state, scales_of
-from ssah_kernels.sharded import Dim, first_row, is_sharded, local, parts
+from ssah_kernels.optim.calls import Call, Scalars, count_of, scales_of
+from ssah_kernels.sharded import Cut, Dim, Part, first_row, is_sharded, local, may_be_sharded
 
 # Number in the optimiser, group, parameter, index [trained] and dimension.
 Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"
@@ -50,6 +49,7 @@ class MaskedOptimizer(Optimizer):
         return getattr(self, name, None)
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._cuts: dict[Tensor, Cut] = {}
         super().__init__(params, {**defaults, "indices": None, "dims": None})
 
     # ------------------------------------------------------------------------------------- groups
@@ -147,38 +147,56 @@ class MaskedOptimizer(Optimizer):
     def _calls(self, entries: Iterable[Entry]) -> list[tuple[dict[str, Any], Call]]:
         """The work of one update: those of ``entries`` with a gradient, in few calls."""
         calls: dict[tuple[Any, ...], tuple[dict[str, Any], Call]] = {}
+        # All state of one call has one dtype. Of SGD without momentum there is none.
+        names = {id(group): (*self._names(group), "step")[0] for group in self.param_groups}
+        counts: dict[int, float] = {}  # of each tensor of steps, which parameters share
+        sharding, states = may_be_sharded(), self.state
         for number, group, p, index, dim in entries:
-            if p.grad is None:
+            grad = p.grad
+            if grad is None:
                 continue
-            if p.grad.is_sparse:
+            if grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
-            pieces = parts(p, index, dim)
-            if is_sharded(p):
-                # Noise depends on the position within a call, which starts anew on every rank.
-                number += first_row(p) << 32
-            rows, grad = local(p), local(p.grad)  # [rows, ...]
-            shapes = [part.shape(rows) for part in pieces]  # each [trained, other]
-            state = self.state[p]
+            cut = None
+            if sharding or not isinstance(dim, int):
+                cut = self._cut(p, index, dim)
+            state = states[p]
             if not state:
-                # Pieces lie flat, one behind the other.
-                whole = shapes[0] if len(shapes) == 1 else (sum(map(math.prod, shapes)),)
-                state.update(self._new_state(group, whole, pieces[0].dim, rows))
-            # A rank may hold nothing of a sharded parameter, whose steps count all the same.
-            here = not is_sharded(p) or any(map(math.prod, shapes))
-            # A parameter that joined late, or had no gradient in a step, has a count of its own.
-            kinds = tuple(state[n].dtype for n in self._names(group) if n in state)
-            key = (id(group), p.dtype, grad.dtype, p.device, count_of(state["step"]), kinds, here)
-            call = calls.setdefault(key, (group, Call(number)))[1]
-            call.counted.append(state)
-            for part, shape, own in zip(pieces, shapes, cut_state(state, shapes), strict=True):
-                if (is_sharded(p) or len(pieces) > 1) and not math.prod(shape):
-                    continue  # other ranks have what trains, or other experts
-                call.params.append(part.rows(rows))
-                call.grads.append(part.rows(grad))
-                call.indices.append(part.index)
-                call.dims.append(part.dim)
-                call.states.append(own)
+                state.update(self._first_state(group, p, index, dim, cut))
+            step, of_group = state["step"], id(group)
+            if (count := counts.get(id(step))) is None:
+                count = counts[id(step)] = count_of(step)
+            # A parameter that joined late, or had no gradient in a step, has a count of its own. A
+            # rank may hold nothing of a sharded one, whose steps count all the same.
+            here = cut is None or cut.here
+            kind = state.get(names[of_group], step).dtype
+            key = (of_group, p.dtype, grad.dtype, p.device, count, kind, here)
+            if (found := calls.get(key)) is None:
+                # Noise depends on the position within a call, which starts anew on every rank.
+                found = calls[key] = group, Call(number + (first_row(p) << 32))
+            if cut is None:
+                assert isinstance(dim, int)  # a pair makes a cut
+                found[1].add(p, grad, index, dim, state)
+            else:
+                found[1].add_cut(p, grad, cut, state)
         return list(calls.values())
+
+    def _cut(self, p: Tensor, index: Tensor | None, dim: Dim) -> Cut | None:
+        """What of ``p`` this rank updates, found once, as that waits; None: all, in one piece."""
+        if isinstance(dim, int) and not is_sharded(p):
+            return None
+        known = self._cuts.get(p)
+        if known is None or not known.is_of(p, index):
+            known = self._cuts[p] = Cut(p, index, dim)
+        return known
+
+    def _first_state(
+        self, group: dict[str, Any], p: Tensor, index: Tensor | None, dim: Dim, cut: Cut | None
+    ) -> dict[str, Any]:
+        if cut is not None:
+            return self._new_state(group, cut.whole, cut.parts[0].dim, local(p))
+        assert isinstance(dim, int)
+        return self._new_state(group, Part(index, dim).shape(p), dim, p)
 
     def _clip_coefs(self, calls: list[tuple[dict[str, Any], Call]]) -> list[Tensor | None]:
         """Per call, the factor that brings the norm of all gradients to at most max_norm."""
@@ -253,6 +271,7 @@ class MaskedOptimizer(Optimizer):
         """Options that a checkpoint's groups lack (another optimiser's, an earlier release's) are
         those that this one was made with."""
         super().__setstate__(state)
+        self._cuts = {}
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 if name != "differentiable":  # torch's own, which no group of ours has

@@ -11,6 +11,7 @@ one entry for each expert of this rank: its rows [experts, units, other] become 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -18,7 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssah_kernels.sharded import cut
+from ssah_kernels.sharded import Cut, is_sharded, local
+from ssah_kernels.sharded import cut as cut_into
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
@@ -29,7 +31,10 @@ def scales_of(name: str) -> str:
 
 
 class Scalars(NamedTuple):
-    """The numbers of one call, on its device and in the order that the operators take them."""
+    """The numbers of one call, in the order that the operators take them.
+
+    Those of the host stay there: an operator passes their values on, and no GPU waits for a copy.
+    """
 
     lr: Tensor  # float64 []
     step: Tensor  # float64 [], counted from 1
@@ -50,6 +55,31 @@ class Call:
     states: list[dict[str, Any]] = field(default_factory=list)  # compact: [trained, other]
     counted: list[dict[str, Any]] = field(default_factory=list)  # whose "step" goes up with it
 
+    def add(
+        self, p: Tensor, grad: Tensor, index: Tensor | None, dim: int, state: dict[str, Any]
+    ) -> None:
+        """Add a parameter [units, other] that this rank has all of."""
+        self.params.append(p)
+        self.grads.append(grad)
+        self.indices.append(index)
+        self.dims.append(dim)
+        self.states.append(state)
+        self.counted.append(state)
+
+    def add_cut(self, p: Tensor, grad: Tensor, cut: Cut, state: dict[str, Any]) -> None:
+        """Add what this rank has of a parameter: its rows [rows, ...], or pieces of them."""
+        self.counted.append(state)
+        rows, own_grad = local(p), local(grad)
+        own_states = cut_state(state, cut.shapes)
+        for part, shape, own in zip(cut.parts, cut.shapes, own_states, strict=True):
+            if (is_sharded(p) or len(cut.parts) > 1) and not math.prod(shape):
+                continue  # other ranks have what trains, or other experts
+            self.params.append(part.rows(rows))
+            self.grads.append(part.rows(own_grad))
+            self.indices.append(part.index)
+            self.dims.append(part.dim)
+            self.states.append(own)
+
     def state(self, name: str) -> list[Tensor] | None:
         """The state of that name of every entry, [trained, other] each; None: it has none."""
         return [s[name] for s in self.states] if name in self.states[0] else None
@@ -58,31 +88,30 @@ class Call:
         self, group: dict[str, Any], clip_coef: Tensor | None, grad_scale: Tensor | None
     ) -> Scalars:
         """The numbers that this step's update takes; ``clip_coef`` is float64 []."""
-        device = self.params[0].device
-        lr = torch.as_tensor(group["lr"], dtype=torch.float64).to(device)
-        step = (self.counted[0]["step"] + 1).to(device)
+        lr = torch.as_tensor(group["lr"], dtype=torch.float64)
+        step = self.counted[0]["step"] + 1
         seed = None
         if group["rounding"] != "nearest":
             # A seed is any whole number; what an operator takes is a signed word of 64 bits.
             word = (group["seed"] + _SEED_STRIDE * self.number + (1 << 63)) % (1 << 64)
-            seed = torch.tensor(word - (1 << 63), dtype=torch.int64, device=device)
+            seed = torch.tensor(word - (1 << 63), dtype=torch.int64)
         return Scalars(lr, step, grad_scale, clip_coef, seed)
 
     def count(self, found_inf: Tensor | None) -> None:
         """One step more, unless ``found_inf`` [] is not zero.
 
-        Whether a GPU has found one, the host does not know. The count moves to the GPU then, as one
-        tensor for the whole call. It is never changed in place: a parameter that shares it may have
-        no gradient in the next step, and keeps the old one.
+        Whether a GPU has found one, the host does not know: the count lives on the GPU then. It is
+        one tensor for the whole call, and never changed in place: a parameter that shares it may
+        have no gradient in the next step, and keeps the old one.
         """
-        step = self.counted[0]["step"]
-        away = [x.device for x in (step, found_inf) if x is not None and not on_host(x)]
-        more = 1 if found_inf is None else found_inf == 0
-        if not away:
-            for state in self.counted:
-                state["step"] += more
-            return
-        step = step.to(away[0]) + (more.to(away[0]) if isinstance(more, Tensor) else more)
+        step: Tensor = self.counted[0]["step"]
+        if found_inf is None:
+            step = step + 1
+        else:
+            if on_host(step) and not on_host(found_inf):
+                # By value, as a copy from the host would be awaited.
+                step = torch.full((), float(step), dtype=step.dtype, device=found_inf.device)
+            step = step + (found_inf == 0).reshape(()).to(step.device)
         for state in self.counted:
             state["step"] = step
 
@@ -104,5 +133,5 @@ def cut_state(state: dict[str, Any], shapes: Sequence[torch.Size]) -> list[dict[
     """The state of every piece of a parameter, of ``shapes`` [trained, other]: views."""
     if len(shapes) == 1:
         return [state]
-    pieces = {name: cut(value, shapes) for name, value in state.items() if name != "step"}
+    pieces = {name: cut_into(value, shapes) for name, value in state.items() if name != "step"}
     return [{name: each[i] for name, each in pieces.items()} for i in range(len(shapes))]

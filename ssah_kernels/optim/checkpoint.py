@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ssah_kernels.dynamic_map import scales_shape
-from ssah_kernels.optim.calls import on_host, scales_of
+from ssah_kernels.optim.calls import scales_of
 from ssah_kernels.sharded import compact, expand, is_sharded, join, local, parts
 
 
@@ -90,10 +90,10 @@ def expand_state_(optimizer: Masked, state_dict: dict[str, Any]) -> None:
 def part_steps_(state_dict: dict[str, Any]) -> None:
     """In ``state_dict``, give every parameter a count of its own.
 
-    Those on a device are shared, and torch.distributed.checkpoint loads into what it finds.
+    Those of a call are shared, and torch.distributed.checkpoint loads into what it finds.
     """
     for n, state in state_dict["state"].items():
-        if "step" in state and not on_host(state["step"]):
+        if "step" in state:
             state_dict["state"][n] = {**state, "step": state["step"].clone()}
 
 

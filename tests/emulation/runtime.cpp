@@ -4,8 +4,10 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <ucontext.h>
 
+#include <cstdlib>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,6 +24,7 @@ std::mt19937_64 random_bits(0);
 std::string failure;
 uint64_t bytes_read = 0;
 bool capturing = false;
+std::set<const void*> pinned;  // where memory of the host begins that copies need not wait for
 
 // Tensors are on the CPU, whose index is -1. Without a guard another device is current, and a stream
 // that was not asked for is null.
@@ -201,8 +204,41 @@ cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cuda
                             cudaStream_t stream) {
   failure.clear();
   if (astray(stream)) return cudaErrorLaunchFailure;
+  if (pinned.count(source) == 0) {
+    failure = "copied from memory that is not pinned: the host may wait for the GPU";
+    return cudaErrorLaunchFailure;
+  }
   std::memcpy(target, source, bytes);
   return cudaSuccess;
+}
+
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = std::malloc(bytes);
+  pinned.insert(*memory);
+  return cudaSuccess;
+}
+
+cudaError_t cudaFreeHost(void* memory) {
+  pinned.erase(memory);
+  std::free(memory);
+  return cudaSuccess;
+}
+
+// Copies do not queue: an event is a number that is counted up.
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
+  *event = new int(0);
+  return cudaSuccess;
+}
+
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  failure.clear();
+  ++*event;
+  return astray(stream) ? cudaErrorLaunchFailure : cudaSuccess;
+}
+
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  failure = "the copy was not recorded";
+  return *event > 0 ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
 cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {

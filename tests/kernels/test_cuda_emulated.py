@@ -250,6 +250,19 @@ def test_capture_into_a_graph_is_refused(op: str, emulated: Emulation) -> None:
     checked(emulated[op])(*args, **sample.kwargs)
 
 
+@pytest.mark.parametrize("op", ["masked_grad_norm", "bit_masked_adamw_"])
+def test_more_calls_than_the_ring_of_tables_has_pieces(op: str, emulated: Emulation) -> None:
+    """Each copies its table from pinned memory, else the emulation refuses; larger ones grow it."""
+    call, sample = checked(emulated[op]), next(CASES[op].samples(torch.float32))
+    expected = results(CASES[op], call, sample)
+    for number in range(70):
+        if op == "masked_grad_norm" and number % 3 == 0:
+            n = 1 + number
+            assert call([torch.ones(4, 4)] * n, [None] * n, [0] * n).item() == 4 * n**0.5
+    for found, must in zip(results(CASES[op], call, sample), expected, strict=True):
+        assert torch.equal(found, must)
+
+
 def test_large_gradients_do_not_overflow(emulated: Emulation) -> None:
     norm = checked(emulated["masked_grad_norm"])([torch.full((3, 50), 1e38)], [None], [0])
     assert norm.item() == pytest.approx(150**0.5 * 1e38, rel=1e-6)

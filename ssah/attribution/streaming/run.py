@@ -27,10 +27,10 @@ from torch import Tensor
 
 from ssah.attribution.batches import Batch, BatchReader, counted_tokens
 from ssah.attribution.result import METRICS, TOKENS, Attribution
-from ssah.attribution.scores import column_sq_norms, score_all
+from ssah.attribution.scores import all_column_sq_norms, score_all
 from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
 from ssah.attribution.streaming.resuming import FileState, MemoryState
-from ssah.attribution.sums import Sums, check_finite, check_ran
+from ssah.attribution.sums import Sums, check_finite, check_ran, on_host
 from ssah.attribution.tally import BatchHash, Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
@@ -191,12 +191,13 @@ def _run(
             # Checked layer by layer: a NaN would reach all that follow, and be found hours later.
             with naming_weights(layered.model):
                 _run_layer(layered, index, own, sums, batches, done)
+                sums = on_host(sums)
                 check_ran(own, sums)
                 check_finite(sums, gradient=False)
             # Now, as the weights are about to go.
-            norms = {name: column_sq_norms(module).cpu() for name, module in own.items()}
+            norms = all_column_sq_norms(own)
             layered.unload(index)
-            done.finish_layer({name: each.to("cpu") for name, each in sums.items()}, norms)
+            done.finish_layer(sums, norms)
             if show is not None:
                 show(layered.checkpoint.bytes_read / 1e9)
     return waited

@@ -113,7 +113,7 @@ def row_moments(
         {name: torch.zeros(len(examples), dtype=torch.float64) for name in modules},
         {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
         {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
-        {name: column_sq_norms(module).cpu() for name, module in modules.items()},
+        {name: column_sq_norms(module) for name, module in modules.items()},
     )
     sums = {name: Sums.zeros(module) for name, module in modules.items()}
     collator = Collator(tokenizer)

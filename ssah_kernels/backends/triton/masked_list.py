@@ -99,7 +99,9 @@ def device_table(values: Sequence[int], device: torch.device) -> Tensor:
             "masked updates and masked_grad_norm copy a table from the host, which a "
             "CUDA graph cannot: call them outside torch.cuda.graph"
         )
-    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+    # Pinned, which torch keeps until the copy is done: from other memory it might be awaited.
+    table = torch.tensor(values, dtype=torch.int64)
+    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
 def bits(value: float) -> int:

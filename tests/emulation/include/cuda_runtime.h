@@ -59,6 +59,14 @@ enum cudaMemcpyKind { cudaMemcpyHostToDevice = 1 };
 cudaError_t cudaMemcpyAsync(void* target, const void* source, size_t bytes, cudaMemcpyKind kind,
                             cudaStream_t stream);
 
+constexpr unsigned cudaHostAllocDefault = 0, cudaEventDisableTiming = 2;
+using cudaEvent_t = int*;
+cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags);
+cudaError_t cudaFreeHost(void* memory);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventSynchronize(cudaEvent_t event);
+
 // Of the fiber that runs.
 extern uint3 threadIdx, blockIdx;
 extern dim3 blockDim, gridDim;

@@ -1,0 +1,197 @@
+"""Calls that are as an earlier one was, whose checks need not be made again.
+
+A step of an optimiser calls an operator with the lists of the step before: the same parameters,
+states and indices, and new gradients of the same shapes. To check 450 parameters one by one takes
+longer than to update them. So what the checks found is kept, with what they found it of:
+
+    lists     the same tensors, by identity, each where it was in memory; indices as they were
+    grads     shapes, one dtype, device and layout, contiguous, and apart from what is written
+    numbers   looked at in every call: lr, step and the like
+
+Whatever differs is checked from the beginning, by ``checks``, ``memory`` and ``indices``: a call
+that they would refuse is never one that is known here. What is kept is gone with any of its
+tensors; it holds none of them.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from operator import add, le
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from ssah_kernels import overlap
+from ssah_kernels.checks.matrices import as_matrix
+from ssah_kernels.checks.updates import scalar_like
+from ssah_kernels.schema import arguments
+
+_MOST = 256  # calls that may come again; a model has a few
+Key: TypeAlias = tuple[int, int]  # id of the first parameter, and how many there are
+
+
+@dataclass(frozen=True)
+class _Known:
+    """One call that was checked, see the top of this file."""
+
+    options: Mapping[str, Any]  # all that is no tensor and no list: momentum, for one
+    ids: list[int]  # of all tensors in lists but gradients
+    starts: list[int]  # where each begins that is written
+    sizes: list[int]  # how many elements each parameter has
+    versions: list[int]  # of the indices
+    dims: list[int]
+    shapes: list[torch.Size]  # of the gradients
+    nbytes: list[int]  # of each
+    kind: tuple[torch.dtype, torch.layout, torch.device]  # of all of them
+    stretches: tuple[list[int], list[int]]  # where memory that is written begins and ends, sorted
+    axes: list[int]
+    views: dict[int, list[int]]  # argument -> its tensors that are no matrices as they are
+    alive: list[weakref.ref[Tensor]]  # each forgets the call when its tensor goes
+
+
+class Repeated:
+    """The calls of one update operator that are known.
+
+    Args:
+        op: the operator.
+        tensors_of: from its arguments to the tensors that it writes and those it reads beside.
+    """
+
+    def __init__(
+        self, op: str, tensors_of: Callable[[Sequence[Any]], tuple[list[Tensor], list[Tensor]]]
+    ) -> None:
+        listed = [(i, kind, name) for i, (kind, name) in enumerate(arguments(op))]
+        at = {name: i for i, _, name in listed}
+        self._tensors_of = tensors_of
+        self._grads, self._indices, self._dims = at["grads"], at["indices"], at["dims"]
+        tensors = [(i, kind, name) for i, kind, name in listed if kind.startswith("Tensor")]
+        self._lists = [i for i, kind, _ in tensors if "[]" in kind]
+        self._numbers = [(i, name) for i, kind, name in tensors if "[]" not in kind]
+        self._arity = 1 + max(i for i, _, _ in tensors)
+        self._known: dict[Key, _Known] = {}
+        self._seen: dict[Key, list[int]] = {}
+
+    def ready(
+        self,
+        args: Sequence[Any],
+        options: Mapping[str, Any],
+        written: Sequence[Tensor],
+        grads: Sequence[Tensor],
+    ) -> tuple[Any, ...] | None:
+        """The arguments as a kernel takes them, if the call is known; else None.
+
+        Args:
+            args: tensors, lists of them, and dims.
+            options: all other arguments.
+            written, grads: those of ``args`` that are written, and that are read beside.
+        """
+        if not args[0]:
+            return None
+        known = self._known.get((id(args[0][0]), len(args[0])))
+        if known is None or options != known.options or args[self._dims] != known.dims:
+            return None
+        if self._ids(args) != known.ids:
+            return None
+        if torch.is_grad_enabled() and any(x.requires_grad for x in written):
+            return None
+        # What was assigned to ``data`` is in another place, or of another size.
+        if [x.data_ptr() for x in written] != known.starts:
+            return None
+        if [x.numel() for x in args[0]] != known.sizes:
+            return None
+        if [x._version for x in args[self._indices] if x is not None] != known.versions:
+            return None
+        if not self._fits(grads, known):
+            return None
+        ready = [*args, *[None] * (self._arity - len(args))]
+        for i, odd in known.views.items():
+            ready[i] = list(args[i])
+            for k in odd:
+                ready[i][k] = as_matrix(args[i][k], known.dims[k])
+        ready[self._dims] = known.axes
+        for i, name in self._numbers:
+            dtype = torch.int64 if name == "seed" else torch.float64
+            ready[i] = scalar_like(name, ready[i], args[0][0], dtype)
+        return tuple(ready)
+
+    def learn(self, args: Sequence[Any], options: Mapping[str, Any], ready: Sequence[Any]) -> None:
+        """Remember a call that was checked, and of which ``ready`` was made, once it came twice."""
+        key = id(args[0][0]), len(args[0])
+        ids = self._ids(args)
+        if self._seen.get(key) != ids:
+            if len(self._seen) >= _MOST:
+                self._seen.clear()
+            self._seen[key] = ids
+            return
+        written, grads = self._tensors_of(args)
+        fixed = [x for i in self._lists if i != self._grads for x in self._list(args, i)]
+        views = self._views(args, ready)
+        kinds = {(g.dtype, g.layout, g.device) for g in grads}
+        # Tensors of inference mode have no version, and other gradients are copied in every call.
+        odd = any(x.is_inference() for x in fixed if x is not None) or len(kinds) > 1
+        if views is None or odd or not all(g.is_contiguous() for g in grads):
+            return
+
+        def forget(_: object) -> None:
+            self._known.pop(key, None)
+
+        self._known[key] = _Known(
+            options,
+            ids,
+            [x.data_ptr() for x in written],
+            [x.numel() for x in args[0]],
+            [x._version for x in args[self._indices] if x is not None],
+            list(args[self._dims]),
+            [g.shape for g in grads],
+            [g.nbytes for g in grads],
+            kinds.pop(),
+            overlap.stretches(written),
+            ready[self._dims],
+            views,
+            [weakref.ref(x, forget) for x in fixed if x is not None],
+        )
+
+    def _list(self, args: Sequence[Any], i: int) -> Sequence[Any]:
+        return args[i] if i < len(args) and args[i] is not None else ()
+
+    def _ids(self, args: Sequence[Any]) -> list[int]:
+        """Of all tensors in lists but gradients, which are new in every step."""
+        ids: list[int] = []
+        for i in self._lists:
+            if i != self._grads:
+                ids += map(id, self._list(args, i))
+                ids.append(i)  # where a list ends: one may be left out
+        return ids
+
+    def _fits(self, grads: Sequence[Tensor], known: _Known) -> bool:
+        """Whether gradients are as they were, and lie apart from all that is written."""
+        dtype, layout, device = known.kind
+        if (
+            {g.dtype for g in grads} != {dtype}
+            or {g.layout for g in grads} != {layout}
+            or {g.device for g in grads} != {device}
+            or [g.shape for g in grads] != known.shapes
+            or not all(g.is_contiguous() for g in grads)
+        ):
+            return False
+        begin = [g.data_ptr() for g in grads]
+        begins, ends = known.stretches
+        # Stretches lie apart if and only if each has ended where the next one begins.
+        last = sorted([*ends, *map(add, begin, known.nbytes)])
+        return all(map(le, last, islice(sorted(begins + begin), 1, None)))
+
+    def _views(self, args: Sequence[Any], ready: Sequence[Any]) -> dict[int, list[int]] | None:
+        """Which tensors a kernel takes as views; None if it takes a copy of one."""
+        views: dict[int, list[int]] = {}
+        for i in self._lists:
+            for k, (x, taken) in enumerate(zip(self._list(args, i), ready[i] or (), strict=True)):
+                if taken is x:
+                    continue
+                if taken.data_ptr() != x.data_ptr() or taken.numel() != x.numel():
+                    return None
+                views.setdefault(i, []).append(k)
+        return views
