@@ -175,6 +175,8 @@ def test_the_control_freezes_as_many_random_units(monkeypatch: pytest.MonkeyPatc
 
     def kept(plan: Any, *args: Any, **settings: Any) -> None:
         frozen.append(plan.units)
+        with torch.no_grad():
+            plan.model.model.norm.weight.add_(1)
 
     monkeypatch.setattr("ssah.methods.safe_neuron.train_on_preferences", kept)
     model = build("llama", dtype=torch.bfloat16)
@@ -183,7 +185,9 @@ def test_the_control_freezes_as_many_random_units(monkeypatch: pytest.MonkeyPatc
     assert isinstance(found, Edited)
     made = found.write()
     assert isinstance(made, dict)
-    assert all(torch.equal(made[key], value) for key, value in model.state_dict().items())
+    moved = {key: made[key] - value for key, value in model.state_dict().items()}
+    assert {value.dtype for value in made.values()} == {torch.bfloat16}
+    assert {key for key, value in moved.items() if value.any()} == {"model.norm.weight"}
     for seed in (1, 1, 2):
         found.control(seed).write()
     counts = [{name: len(index) for name, index in units.items()} for units in frozen]
