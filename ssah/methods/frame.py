@@ -48,6 +48,8 @@ class Method(ABC):
         aim: what it is for.
         strength: the setting that says how much is done, where a comparison should try several.
         strengths: the values of it that are tried.
+        instead: settings in whose place the strength stands: they say how much is done where it is
+            None. Who gives one of them gives no strength, and none is tried.
 
     Raises:
         ValueError: a setting is out of its bounds.
@@ -64,6 +66,7 @@ class Method(ABC):
     aim: ClassVar[Aim] = "keep"
     strength: ClassVar[str | None] = None
     strengths: ClassVar[tuple[float, ...]] = ()
+    instead: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)  # as it is made, long before a model is loaded

@@ -294,6 +294,12 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     (sppft,) = lineup(["sppft"], [], ["sppft.alpha=1.1", "sppft.first=none"])
     assert (sppft.method.alpha, sppft.method.first) == (1.1, None)
     assert sppft.given == {"alpha", "first"}
+    # A strength is tried unless it was given, or what stands in its place was.
+    tried = {
+        text: lineup(["safe-delta"], [], [text])[0].swept
+        for text in ("safe-delta.never=0.2", "safe-delta.budget=0.2", "safe-delta.share=none")
+    }
+    assert tried == dict(zip(tried, (True, False, False), strict=True))
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {
         "resta": "needs the model before alignment: --unaligned MODEL",
@@ -313,6 +319,11 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
         ({"set": ("interpolation.alpha=half",)}, {}, "alpha is 'half'; it must be a number"),
         ({"set": ("interpolation.alpha=0.1",) * 2}, {}, "set has 'alpha' twice"),
         ({"set": ("interpolation.alpha=2",)}, {}, "at most 1"),
+        (
+            {"methods": ("safe-delta",), "set": ("safe-delta.budget=1", "safe-delta.share=1")},
+            {},
+            "stands in the place of budget",
+        ),
         ({}, {"requests": ("builtin:safety[4:12]",)}, "shares . of its . prompts with safety"),
         (
             {},

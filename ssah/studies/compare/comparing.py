@@ -10,8 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ssah.deltas import put_weights
 from ssah.methods import Changed, Edited, Inputs, Outcome, TrainingSetup, planned
 from ssah.studies.compare.measuring import (
     TASK,
@@ -30,7 +29,6 @@ from ssah.training import freeze
 from ssah.units import UnitSet, find_modules
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
     from ssah.selections import Selection
@@ -244,18 +242,5 @@ def apply(edit: Edited, model: PreTrainedModel) -> dict[str, Any]:
     """
     start = time.perf_counter()
     state = edit.write()
-    assert isinstance(state, dict)  # all models are in memory
-    told: dict[str, Any] = {"apply_seconds": time.perf_counter() - start}
-    told["share"] = _changed(model, state)
-    model.load_state_dict(state)
-    return told
-
-
-@torch.no_grad()
-def _changed(model: PreTrainedModel, state: dict[str, Tensor]) -> float:
-    changed = total = 0
-    # Of tied weights there is one here, under one of the names that the state has.
-    for name, own in model.named_parameters():
-        changed += int((state[name].to(own) != own).sum())
-        total += own.numel()
-    return changed / total
+    seconds = time.perf_counter() - start
+    return {"apply_seconds": seconds, "share": put_weights(model, state)}

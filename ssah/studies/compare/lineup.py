@@ -60,9 +60,13 @@ class Entrant:
 
     @property
     def swept(self) -> bool:
-        """Whether several strengths are tried: where none was given, and none costs a fine-tune."""
+        """Whether several strengths are tried: where none was given, and each costs an edit alone.
+
+        What a strength of other methods would cost is said in docs/compare.md.
+        """
         tried = self.way == "edit" and self.subject == "tuned" and bool(self.method.strengths)
-        return tried and self.method.strength not in self.given
+        # A strength that is tried would overrule what the user has said of it in another way.
+        return tried and self.given.isdisjoint({self.method.strength, *self.method.instead})
 
     @property
     def identity(self) -> dict[str, Any]:
