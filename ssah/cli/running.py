@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssah.cli.options import with_options
+from ssah.cli.out_folders import check_out
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,6 +53,7 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
         usual, warnings.formatwarning = warnings.formatwarning, _warning
         try:
             check_launcher()
+            check_out(parameters, given)
             # Other libraries print while they load: a program that reads the JSON must not see it.
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = inner(**given)
