@@ -75,7 +75,8 @@ def run_protect(
     pool = study.encoded("finetune", asked.task, settings.train_max_length)
     before = unaligned_settings(study, asked.needed.unaligned)
     models = PairedModels(study, asked.measured)
-    making = Making(study, method, asked.needed, pool, dtype)
+    needed = asked.needed.ready(study, models.evaluation)
+    making = Making(study, method, needed, pool, dtype)
     with study.under_way(
         2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16, **before
     ) as steps:
