@@ -93,6 +93,7 @@ def describe(name: str) -> dict[str, Any]:
         "aim": of.aim,
         "gives": get_type_hints(of._find)["return"].__name__,
         "needs": {need: NEEDS[need] for need in of.needs},
+        "packages": list(of.packages),
         "departures": list(of.departures),
         "control": of.against,
         "published": of.published,

@@ -41,6 +41,7 @@ class SafeNeuron(Method):
     needs: ClassVar[tuple[Need, ...]] = (
         "aligned", "safety", "utility", "tokenizer", "preferences",
     )  # fmt: skip
+    packages: ClassVar[tuple[str, ...]] = ("trl",)
     departures: ClassVar[tuple[str, ...]] = (
         "We know the paper from summaries: how it joins both measures may differ.",
         "Means and deviations are over tokens; the paper has them over requests.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -396,7 +397,9 @@ def test_ends_move_to_the_highest_score_within_reach() -> None:
 
 def test_the_second_step_of_sppft_needs_what_it_asks() -> None:
     given = inputs(build("llama"))
-    with pytest.raises(ValueError, match=r"'sppft with alpha' lack tokenizer .* and bord"):
+    with pytest.raises(ValueError, match=r"'sppft' lack tokenizer .* and bord"):
         method("sppft", alpha=1.2).find(given)
     with pytest.raises(ValueError, match="alpha is 1, which changes nothing"):
-        method("sppft", alpha=1.0).find(given)
+        method("sppft", alpha=1.0).find(
+            replace(given, tokenizer=tiny_chat.tokenizer(), borderline=["w3"])
+        )

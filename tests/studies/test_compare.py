@@ -306,6 +306,8 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
         "resta": "needs the model before alignment: --unaligned MODEL",
         "sppft": None,
     }
+    (moved,) = lineup(["sppft"], [], ["sppft.alpha=1.1"])
+    assert moved.lacking == "needs harmless requests that look dangerous: --borderline FILE"
 
 
 @pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here

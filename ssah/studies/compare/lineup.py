@@ -125,7 +125,9 @@ def _entrant(name: str, given: Collection[str], settings: Sequence[str]) -> Entr
         way = "run"
     elif about["gives"] == "Edited" and (after or own.aim == "remove"):
         way = "edit"
-    missing = [OPTIONS[need] for need in own.needs if need in OPTIONS and need not in given]
+    missing = [OPTIONS[need] for need in own.needed if need in OPTIONS and need not in given]
+    package = own.lacking_package()
+    missing += [] if package is None else [package]
     return Entrant(
         about,
         own,

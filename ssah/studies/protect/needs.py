@@ -51,14 +51,14 @@ class Needed:
         Raises:
             ValueError: it needs what was not given; all of it is named.
         """
-        options = {need: _OPTIONS[need] for need in method.needs if need in _OPTIONS}
+        options = {need: _OPTIONS[need] for need in method.needed if need in _OPTIONS}
         missing = [f"--{option}" for option in options.values() if getattr(sets, option) is None]
         if missing:
             raise ValueError(
                 f"method {method.name!r} needs {' and '.join(missing)}; it must be given: "
                 f"`ssah methods {method.name}` says what it is"
             )
-        sources, needs = study.sources, method.needs
+        sources, needs = study.sources, method.needed
         borderline = sets.borderline if "borderline" in needs else None
         preferences = sets.preferences if "preferences" in needs else None
         return cls(

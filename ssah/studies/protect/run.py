@@ -196,6 +196,7 @@ def _protecting(settings: ProtectSettings) -> Method:
     Raises:
         ValueError: it neither trains nor edits, or is not for keeping refusals; or as of
             `typed_method`.
+        ImportError: it needs a package that is not installed.
     """
     method = typed_method(settings.method, settings.set)
     every = [describe(name) for name in names()]
@@ -207,6 +208,9 @@ def _protecting(settings: ProtectSettings) -> Method:
             f"{method.aim!r}; it must be one that trains or edits, to keep refusals: "
             f"{', '.join(able)}"
         )
+    package = method.lacking_package()
+    if package is not None:
+        raise ImportError(f"method {method.name!r} needs {package}")
     return method
 
 
