@@ -44,7 +44,7 @@ def _is_out(parameter: inspect.Parameter) -> bool:
     """Whether it is ``--out DIR``. Where it is a file, a report for one, it may be anywhere."""
     # typer keeps the first spelling of an option that is annotated where its default would be.
     return any(
-        "--out" in (option.default, *option.param_decls) and option.metavar == "DIR"
+        "--out" in (option.default, *(option.param_decls or ())) and option.metavar == "DIR"
         for option in get_args(parameter.annotation)[1:]
         if isinstance(option, OptionInfo)
     )

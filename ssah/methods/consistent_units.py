@@ -16,8 +16,6 @@ Example of one module with a share of one half: request 1 has I = (4, 3, 1, 0), 
 
 from __future__ import annotations
 
-import math
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -27,15 +25,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ssah.attribution import attribute
-from ssah.data import Encoded, encoded_rows, schedule, spread
+from ssah.data import Encoded, encoded_rows, spread
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Loader, Need
 from ssah.methods.outcomes import Edited
 from ssah.methods.ranking import highest
 from ssah.methods.trained_edits import trained_edit
 from ssah.settings import setting
-from ssah.training import UpdatePlan, train_only
-from ssah.training.finetune import make_trainer
+from ssah.training import UpdatePlan, train_on_rows, train_only
 from ssah.units import UnitSet
 
 _PAPER = "Zhao et al., Safety Mechanisms of LLMs via Safety-Specific Neurons, ICLR 2025"
@@ -88,23 +85,15 @@ class SNTune(Method):
 
     def _train(self, plan: UpdatePlan, inputs: Inputs, rows: Sequence[Encoded]) -> None:
         assert inputs.tokenizer is not None
-        steps = self.epochs * math.ceil(len(rows) / self.batch_size)
-        with tempfile.TemporaryDirectory() as scratch:
-            trainer = make_trainer(
-                plan.model,
-                schedule([rows], self.batch_size, steps, self.seed),
-                inputs.tokenizer,
-                scratch,
-                plan=plan,
-                in_order=True,
-                learning_rate=self.lr,
-                lr_scheduler_type="constant",
-                max_steps=steps,
-                per_device_train_batch_size=self.batch_size,
-                seed=self.seed,
-            )
-            trainer.train()
-        plan.verify()
+        train_on_rows(
+            plan,
+            inputs.tokenizer,
+            rows,
+            epochs=self.epochs,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            seed=self.seed,
+        )
 
 
 @dataclass(frozen=True)

@@ -399,7 +399,6 @@ def test_the_second_step_of_sppft_needs_what_it_asks() -> None:
     given = inputs(build("llama"))
     with pytest.raises(ValueError, match=r"'sppft' lack tokenizer .* and bord"):
         method("sppft", alpha=1.2).find(given)
+    given = replace(given, tokenizer=tiny_chat.tokenizer(), borderline=["w3"])
     with pytest.raises(ValueError, match="alpha is 1, which changes nothing"):
-        method("sppft", alpha=1.0).find(
-            replace(given, tokenizer=tiny_chat.tokenizer(), borderline=["w3"])
-        )
+        method("sppft", alpha=1.0).find(given)

@@ -255,7 +255,7 @@ def test_what_a_method_needs_is_encoded_at_the_start(model_folder: Path, tmp_pat
     assert "needs --borderline" in fails(*given)  # for the step that alpha asks for
     file = tmp_path / "long.txt"
     file.write_text("why " * 3000)
-    assert "borderline[0] has 3" in fails(*given, "--borderline", file)
+    assert "borderline[0] has 6" in fails(*given, "--borderline", file)
     strict = ("--borderline", "builtin:overrefusal", "--safety", rows, "--overlong", "error")
     assert "tokens, must have at most max_length" in fails(*given, *strict)
     assert not (tmp_path / "out.run").exists()

@@ -89,7 +89,7 @@ class Comparing(Comparison):
             name="calibration",
         )
         # All of it now: what is too long would be refused hours later, or be the row of a method.
-        asked = {
+        asked: dict[str, Any] = {
             role: self.measured.answerable(own, role)
             for role in ("over_refusal", "borderline")
             if (own := getattr(sets, role)) is not None
