@@ -16,21 +16,23 @@ from typing import Any, get_args
 from typer.models import OptionInfo
 
 
-def check_out(parameters: Iterable[inspect.Parameter], given: Mapping[str, Any]) -> None:
+def check_out(signature: inspect.Signature, given: Mapping[str, Any]) -> None:
     """Refuse a result in the folder of a model, before a command does anything.
 
     Args:
-        parameters: of the command, as typer reads them.
-        given: their values by name.
+        signature: of the command, as typer reads it.
+        given: the values of its parameters by name.
 
     Raises:
         ValueError: the folder for the result is that of a model among the values, or lies in it.
     """
-    for parameter in parameters:
+    for parameter in signature.parameters.values():
         out = given.get(parameter.name)
         if out is None or not _is_out(parameter):
             continue
-        for name in _texts(given.values()):
+        # The result itself may be a model, and a finished run be asked for again.
+        others = (value for key, value in given.items() if key != parameter.name)
+        for name in _texts(others):
             folder = Path(name).resolve()
             if folder in (own := Path(out).resolve(), *own.parents) and _holds_model(folder):
                 where = "is" if own == folder else "lies in"

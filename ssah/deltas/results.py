@@ -68,6 +68,10 @@ def finished(
 def put_weights(model: PreTrainedModel, made: Path | dict[str, Tensor]) -> float:
     """Give a model in memory, in place, the weights that were computed of models in memory.
 
+    Args:
+        model: gets them.
+        made: what an edit returned: name -> ``[...]``.
+
     Returns:
         The fraction of all parameters that are others now.
 
