@@ -105,6 +105,8 @@ class Evaluation:
         return self._with_room(self._fitting(requests, self.room, name)[:asked], name)
 
     def _with_room(self, requests: Sequence[Asking], name: str) -> list[Asking]:
+        if not requests:  # a study may ask nothing, and measure margins alone
+            return []
         study, new = self.study, self.study.settings.max_new_tokens
         return with_room(study.model, study.tokenizer, requests, new, overlong="error", name=name)
 
