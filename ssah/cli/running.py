@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ssah.cli.options import with_options
+from ssah.cli.out_folders import check_out
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,6 +53,7 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
         usual, warnings.formatwarning = warnings.formatwarning, _warning
         try:
             check_launcher()
+            check_out(signature, given)
             # Other libraries print while they load: a program that reads the JSON must not see it.
             with redirect_stdout(sys.stderr) if as_json else nullcontext():
                 result = inner(**given)
@@ -73,7 +75,8 @@ def as_command(function: Callable[..., Result]) -> Callable[..., None]:
         ),
     ]
     # typer reads the options from the signature; the result is printed, not returned.
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    signature = inspect.Signature(parameters)
+    run.__signature__ = signature  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     return run
 

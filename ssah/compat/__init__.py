@@ -24,10 +24,12 @@ class Library(NamedTuple):  # dataclasses take a fifth of what `import ssah` tak
     Attributes:
         name: of its distribution, e.g. ``"transformers"``.
         works: the releases that have what is used, as pip takes them, e.g. ``">=5.20,<5.25"``.
+        extra: of ssah, which installs it; None: ssah always does.
     """
 
     name: str
     works: str
+    extra: str | None = None
 
     def find(self, place: str, purpose: str) -> Any:
         """The object at ``place``, module and name, e.g. ``"transformers.utils:logging"``.
@@ -55,6 +57,11 @@ class Library(NamedTuple):  # dataclasses take a fifth of what `import ssah` tak
         try:
             release = version(self.name)
         except PackageNotFoundError:
+            if self.extra is not None:
+                return LibraryError(
+                    f"{self.name} is not installed, which ssah needs {purpose}: pip install "
+                    f"'ssah[{self.extra}]'"
+                )
             release = "(not installed)"
         why = "" if reason is None else f" ({reason})"
         return LibraryError(

@@ -20,7 +20,7 @@ OWN_FORWARD = "_old_forward"  # under which a hooked module keeps the forward of
 _HOOK = "_hf_hook"
 _UNCONVERTED = "_original_forward"
 _PREPARED = "_is_accelerate_prepared"
-_LIBRARY = Library("accelerate", ">=1.10,<1.16")
+_LIBRARY = Library("accelerate", ">=1.10,<1.16", "train")
 _PURPOSE = "to know which weights are offloaded"
 
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from ssah.compat import Library
 
-_LIBRARY = Library("peft", ">=0.19,<0.22")
+_LIBRARY = Library("peft", ">=0.19,<0.22", "train")
 _ADAPTER = "adapter_config.json"  # what peft writes beside the weights of an adapter
 _PURPOSE = "to know which weights an adapter changes"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from ssah.compat import Library
 
-_LIBRARY = Library("trl", ">=1.0,<1.17")
+_LIBRARY = Library("trl", ">=1.0,<1.17", "train")
 _PURPOSE = "to prepare a trainer for a plan"
 _ASYNC = "trl.experimental.async_"
 

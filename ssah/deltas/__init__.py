@@ -10,7 +10,7 @@ from ssah.deltas.matching import Deltas
 from ssah.deltas.measuring import DeltaSizes, GroupSize, Size, measure
 from ssah.deltas.merging import interpolate, keep, merge
 from ssah.deltas.owners import in_tensors
-from ssah.deltas.results import RECORD, Maker, Out, finished
+from ssah.deltas.results import RECORD, Maker, Out, finished, put_weights
 from ssah.deltas.rewinding import Rewound, rewind
 from ssah.deltas.weights import WeightsOf
 from ssah.lazy import submodules_of

@@ -8,7 +8,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ssah.deltas.matching import Deltas
 from ssah.deltas.weights import FolderWeights, MemoryWeights
@@ -60,6 +62,31 @@ def finished(
     made = {name: make(name).clone() for name in deltas.names}
     # All names in the order of the model, so that it loads strictly.
     return {name: made[first.tied.get(name, name)] for name in first.state}
+
+
+@torch.no_grad()
+def put_weights(model: PreTrainedModel, made: Path | dict[str, Tensor]) -> float:
+    """Give a model in memory, in place, the weights that were computed of models in memory.
+
+    Args:
+        model: gets them.
+        made: what an edit returned: name -> ``[...]``.
+
+    Returns:
+        The fraction of all parameters that are others now.
+
+    Raises:
+        TypeError: the weights were written to a folder.
+    """
+    if not isinstance(made, dict):
+        raise TypeError(f"made is the folder {os.fspath(made)!r}, must be a state dict: load it")
+    changed = total = 0
+    # Of tied weights there is one here, under one of the names that the state has.
+    for name, own in model.named_parameters():
+        changed += int((made[name].to(own) != own).sum())
+        total += own.numel()
+    model.load_state_dict(made)
+    return changed / total
 
 
 def _written(

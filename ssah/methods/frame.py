@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import ClassVar, Literal, TypeAlias
 
 from ssah.methods.inputs import Inputs, Need
@@ -42,12 +43,15 @@ class Method(ABC):
         equation: what is computed, as the paper has it, in one or two lines.
         stage: when it acts.
         needs: which fields of `Inputs`.
+        packages: that it needs beside those of every fine-tune, of the extra ``ssah[train]``.
         departures: in what it is not as published, each a sentence; none where it is.
         against: what its control is, in a sentence.
         published: what the paper found, as a direction to compare one's own results with.
         aim: what it is for.
         strength: the setting that says how much is done, where a comparison should try several.
         strengths: the values of it that are tried.
+        instead: settings in whose place the strength stands: they say how much is done where it is
+            None. Who gives one of them gives no strength, and none is tried.
 
     Raises:
         ValueError: a setting is out of its bounds.
@@ -58,15 +62,29 @@ class Method(ABC):
     equation: ClassVar[str]
     stage: ClassVar[Stage]
     needs: ClassVar[tuple[Need, ...]]
+    packages: ClassVar[tuple[str, ...]] = ()
     departures: ClassVar[tuple[str, ...]] = ()
     against: ClassVar[str]
     published: ClassVar[str]
     aim: ClassVar[Aim] = "keep"
     strength: ClassVar[str | None] = None
     strengths: ClassVar[tuple[float, ...]] = ()
+    instead: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         check_settings(self)  # as it is made, long before a model is loaded
+
+    @property
+    def needed(self) -> tuple[Need, ...]:
+        """`needs`, and what the method needs beside them with the settings that it has."""
+        return self.needs
+
+    def lacking_package(self) -> str | None:
+        """A package that it needs and that is not installed, with what to do; None: all are."""
+        for name in self.packages:
+            if find_spec(name) is None:
+                return f"the package {name}: pip install 'ssah[train]'"
+        return None
 
     def find(self, inputs: Inputs) -> Outcome:
         """Do what comes before anything is trained, run or written.
@@ -74,11 +92,15 @@ class Method(ABC):
         The models of ``inputs`` stay as they are.
 
         Raises:
-            ValueError: ``inputs`` lack what `needs` names, or what they have does not fit.
+            ValueError: ``inputs`` lack what `needed` names, or what they have does not fit.
             TypeError: the method runs the model, and it is not in memory.
             FloatingPointError: activations, gradients or weights are NaN or infinite.
+            ImportError: a package is not installed.
         """
-        inputs.check(self.name, self.needs)
+        lacking = self.lacking_package()
+        if lacking is not None:
+            raise ImportError(f"method {self.name!r} needs {lacking}")
+        inputs.check(self.name, self.needed)
         return self._find(inputs)
 
     @abstractmethod

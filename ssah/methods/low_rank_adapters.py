@@ -39,6 +39,7 @@ class LoRA(Method):
     equation: ClassVar[str] = "W' = W + (alpha / r) B A, alpha = 2 r; A and B train"
     stage: ClassVar[Stage] = "during"
     needs: ClassVar[tuple[Need, ...]] = ("aligned",)
+    packages: ClassVar[tuple[str, ...]] = ("peft",)
     departures: ClassVar[tuple[str, ...]] = (
         "All linear layers but the head have adapters; the paper adapts queries and values.",
         "The paper is not about safety; that adapters forget less is what others found.",

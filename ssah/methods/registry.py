@@ -59,13 +59,21 @@ def method(name: str, **settings: Any) -> Method:
         settings: fields of the method; ``ssah methods NAME`` lists them.
 
     Raises:
-        ValueError: there is no such method or setting, or a setting is out of its bounds.
+        ValueError: there is no such method or setting, a setting is out of its bounds, or two of
+            them say how much is done.
     """
     of = _class(name)
     # Here, since Python's own error would not list the settings that there are.
     known = [field.name for field, _, _ in declared(of)]
     for given in settings:
         check_choice(f"setting of {name!r}", given, known)
+    for other in of.instead:
+        # The one would be overruled without a word.
+        if other in settings and settings.get(of.strength or "") is not None:
+            raise ValueError(
+                f"{of.strength} of {name!r} is {settings[of.strength or '']}, and stands in the "
+                f"place of {other}, which is {settings[other]}; give one of them"
+            )
     return of(**settings)
 
 
@@ -85,10 +93,13 @@ def describe(name: str) -> dict[str, Any]:
         "aim": of.aim,
         "gives": get_type_hints(of._find)["return"].__name__,
         "needs": {need: NEEDS[need] for need in of.needs},
+        "packages": list(of.packages),
         "departures": list(of.departures),
         "control": of.against,
         "published": of.published,
         "strength": of.strength,
+        "strengths": list(of.strengths),
+        "instead": list(of.instead),
         "settings": [
             # Defaults as they are: a table and JSON both show numbers and None.
             {"name": field.name, "default": field.default, "help": about[HELP]}

@@ -66,6 +66,7 @@ class SafeDelta(Method):
     strength: ClassVar[str | None] = "share"
     # Inputs differ in size by orders of magnitude, so that a little of the cost buys many columns.
     strengths: ClassVar[tuple[float, ...]] = (0.01, 0.1, 0.5)
+    instead: ClassVar[tuple[str, ...]] = ("budget",)
 
     budget: float = setting(0.1, "s: what the kept changes may cost, see the paper.", min=0)
     share: float | None = setting(

@@ -15,24 +15,18 @@ halves are {0, 1} and {1, 2}, and the safety neuron is 1. Preferences are traine
 
 from __future__ import annotations
 
-import copy
-import os
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from ssah.attribution import attribute, effect_sizes, mean_shifts
 from ssah.choices import Tokens
-from ssah.deltas import Out
-from ssah.methods.drawing import Chosen, random_like
 from ssah.methods.frame import Method, Stage
 from ssah.methods.inputs import Inputs, Need
 from ssah.methods.outcomes import Edited
 from ssah.methods.ranking import highest
+from ssah.methods.trained_edits import trained_edit
 from ssah.settings import setting
-from ssah.training import freeze, train_on_preferences
+from ssah.training import UpdatePlan, freeze, train_on_preferences
 from ssah.units import UnitSet
 
 
@@ -47,6 +41,7 @@ class SafeNeuron(Method):
     needs: ClassVar[tuple[Need, ...]] = (
         "aligned", "safety", "utility", "tokenizer", "preferences",
     )  # fmt: skip
+    packages: ClassVar[tuple[str, ...]] = ("trl",)
     departures: ClassVar[tuple[str, ...]] = (
         "We know the paper from summaries: how it joins both measures may differ.",
         "Means and deviations are over tokens; the paper has them over requests.",
@@ -81,35 +76,18 @@ class SafeNeuron(Method):
         units = self.units(inputs)
         if not len(units):
             raise ValueError(f"share is {self.share}, and no unit is in it by both; raise it")
-        return Edited(
-            lambda out: self._trained(inputs, units, out),
-            lambda seed: lambda out: self._trained(inputs, random_like(units, seed), out),
-            facts={"units": len(units)},
-        )
+        return trained_edit(inputs, units, freeze, lambda plan: self._train(plan, inputs))
 
-    def _trained(self, inputs: Inputs, units: Chosen, out: Out) -> dict[str, Tensor]:
-        """The weights after training, with ``units`` as they were."""
+    def _train(self, plan: UpdatePlan, inputs: Inputs) -> None:
         assert inputs.tokenizer is not None
-        if out is not None:
-            raise ValueError(
-                f"out is {os.fspath(out)!r}, must be None where a model in memory is trained: give "
-                "the result to model.load_state_dict, and call model.save_pretrained"
-            )
-        model = copy.deepcopy(inputs.model)
-        before = {name: value.dtype for name, value in model.state_dict().items()}
-        if model.dtype != torch.float64:
-            model.float()  # small updates of bfloat16 weights would round to nothing
-        with freeze(model, units) as plan:
-            train_on_preferences(
-                plan,
-                inputs.tokenizer,
-                inputs.pairs,
-                steps=self.steps,
-                lr=self.lr,
-                batch_size=self.batch_size,
-                beta=self.beta,
-                max_length=self.max_length,
-                seed=self.seed,
-            )
-        state = model.state_dict()
-        return {name: state[name].detach().cpu().to(dtype) for name, dtype in before.items()}
+        train_on_preferences(
+            plan,
+            inputs.tokenizer,
+            inputs.pairs,
+            steps=self.steps,
+            lr=self.lr,
+            batch_size=self.batch_size,
+            beta=self.beta,
+            max_length=self.max_length,
+            seed=self.seed,
+        )

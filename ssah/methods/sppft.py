@@ -81,6 +81,11 @@ class SPPFT(Method):
     max_new_tokens: int = setting(16, "Of an answer in the second step.", min=1)
     judge: str = setting("wei2024", "Says in the second step what is no refusal.")
 
+    @property
+    def needed(self) -> tuple[Need, ...]:
+        """As of `Method`: the second step asks requests."""
+        return self.needs if self.alpha is None else (*self.needs, "tokenizer", "borderline")
+
     def gap(self, inputs: Inputs) -> Tensor:
         """The curve, radians: float64 ``[layers]``. Errors as of `represent`."""
         harmful, ordinary = (represent(inputs.model, loader) for loader in inputs.loaders)
@@ -121,10 +126,8 @@ class SPPFT(Method):
             )
         if self.opens > self.flat:
             raise ValueError(f"opens is {self.opens}; it must be at most flat, {self.flat}")
-        if self.alpha is not None:
-            if self.alpha == 1:
-                raise ValueError("alpha is 1, which changes nothing; it must be above or below 1")
-            inputs.check(f"{self.name} with alpha", ("tokenizer", "borderline"))
+        if self.alpha == 1:
+            raise ValueError("alpha is 1, which changes nothing; it must be above or below 1")
         facts: dict[str, object] = {}
         if self.first is None or self.last is None:
             curve = self.gap(inputs)

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ssah.data import Row, make_loader
-from ssah.deltas import interpolate
+from ssah.deltas import interpolate, put_weights
 from ssah.deltas.subspaces import column_overlaps, gram
 from ssah.evaluation import (
     OPENING,
@@ -207,9 +207,7 @@ class _Sweep:
 
     def __call__(self, to: PreTrainedModel, alpha: float) -> dict[str, Any]:
         """Margin of refusal and loss of ordinary answers, nats per token."""
-        state = interpolate(self.base, to, alpha)
-        assert isinstance(state, dict)
-        self.scratch.load_state_dict(state)
+        put_weights(self.scratch, interpolate(self.base, to, alpha))
         margins = refusal_margins(
             self.scratch, self.tokenizer, self.requests, batch_size=self.batch_size
         )

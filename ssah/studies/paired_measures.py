@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ from ssah.evaluation import (
     refusal_margins,
     response_log_probs,
     wilson,
+    with_room,
 )
 from ssah.evaluation import summary as attack_summary
 from ssah.interventions import ablate
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from ssah.selections import Selection
     from ssah.studies.study import Study
     from ssah.units import UnitSet
+
+Asking = TypeVar("Asking", bound="Request")
 
 UTILITY, MATH = "utility", "math"
 # Tokens that a request has at least, whatever ``max_length`` of rows is: it is never cut, because
@@ -54,6 +57,10 @@ class Evaluation:
         rows: name, e.g. ``"utility"``, -> rows with answers, for the loss of these answers.
         asked: of the requests, how many are answered and judged: the first ones; None: all.
         judges: of the answers, where they were made already; the first one decides.
+        name: of the requests, in messages.
+
+    Raises:
+        ValueError: a request that is asked leaves the model no room for an answer.
     """
 
     def __init__(
@@ -64,16 +71,44 @@ class Evaluation:
         *,
         asked: int | None = None,
         judges: Sequence[Judge] = (),
+        name: str = "requests",
     ) -> None:
         self.study, settings = study, study.settings
         self.room = max(settings.max_length, _ROOM)
-        encoded = prompts(study.tokenizer, requests)
-        overlong = study.loading.reading.overlong
         # What the margin asks for is the opening of an answer, which comes after the request.
-        self.requests = fitting(requests, encoded, self.room - OPENING, overlong=overlong)
-        self.asked = self.requests[:asked]
+        self.requests = self._fitting(requests, self.room - OPENING, name)
+        self.asked = self._with_room(self.requests[:asked], name)
         self.judges = judges or distinct_judges(settings.judges, settings.max_new_tokens)
         self.loaders = {name: study.loader(own) for name, own in rows.items()}
+
+    def _fitting(self, requests: Sequence[Asking], most: int, name: str) -> list[Asking]:
+        encoded = prompts(self.study.tokenizer, requests, name=name)
+        overlong = self.study.loading.reading.overlong
+        return fitting(requests, encoded, most, overlong=overlong, name=name)
+
+    def answerable(
+        self, requests: Sequence[Asking], name: str, *, asked: int | None = None
+    ) -> list[Asking]:
+        """The first requests of a set, once it is known that all of them can be answered.
+
+        Long ones are left out where rows are; so a study refuses the others before it begins.
+
+        Args:
+            requests: harmful ones or others.
+            name: of the set, in messages.
+            asked: how many of those that are not left out; None: all.
+
+        Raises:
+            DataError: every one is too long.
+            ValueError: one leaves the model no room for an answer.
+        """
+        return self._with_room(self._fitting(requests, self.room, name)[:asked], name)
+
+    def _with_room(self, requests: Sequence[Asking], name: str) -> list[Asking]:
+        if not requests:  # a study may ask nothing, and measure margins alone
+            return []
+        study, new = self.study, self.study.settings.max_new_tokens
+        return with_room(study.model, study.tokenizer, requests, new, overlong="error", name=name)
 
     def measure(
         self,

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from ssah.training.preferences import preference_loss
     from ssah.training.preparing import prepare_trainer
     from ssah.training.proximal_callback import ProximalCallback
+    from ssah.training.row_training import train_on_rows
     from ssah.training.splitting import runs
     from ssah.training.updates import (
         Attached,
@@ -85,6 +86,7 @@ __getattr__ = names_of(
     preference_training="train_on_preferences",
     preparing="prepare_trainer",
     proximal_callback="ProximalCallback",
+    row_training="train_on_rows",
     splitting="runs",
     updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",
     verifying="verify",

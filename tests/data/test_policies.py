@@ -8,7 +8,7 @@ import pytest
 from datasets import Dataset
 from helpers import tiny_chat
 
-from ssah.data import DataError, policy_pairs
+from ssah.data import DataError, load_asked, policy_pairs
 
 POLICIES = [
     {"system_prompt": "A game.", "allowed": ["violence", "insults"]},
@@ -72,6 +72,40 @@ def test_the_helpful_answer_is_preferred_where_all_its_harms_are_allowed(tmp_pat
 def test_wrong_rows_are_refused(policies, helpful, safe, message):
     with pytest.raises(DataError, match=message):
         policy_pairs(policies, helpful, safe)
+
+
+def cosapien(*types: str) -> list[dict[str, str]]:
+    return [
+        {"prompt": f"Ask {i}.", "scenario": "We make games.", "type": each}
+        for i, each in enumerate(types)
+    ]
+
+
+def test_cosapien_is_read_as_it_is(tmp_path):
+    path = tmp_path / "game_development.parquet"
+    Dataset.from_list(cosapien("safe", "allowed", "partial", "Disallowed")).to_parquet(path)
+    with pytest.warns(UserWarning, match="1 of 4 requests were left out: their policy allows an"):
+        found = load_asked(path, policy=True)
+    assert [(row["prompt"], row["allowed"]) for row in found] == [
+        ("Ask 0.", True), ("Ask 1.", True), ("Ask 3.", False),
+    ]  # fmt: skip
+    assert found[2]["messages"] == [
+        {"role": "system", "content": "We make games."},
+        {"role": "user", "content": "Ask 3."},
+    ]
+    for types, message in (
+        (("safe", "maybe"), r"rows.jsonl:2: 'type' must be one of safe, .* partial, was 'maybe'"),
+        (("partial",), "every request is allowed in part, so that none is left"),
+    ):
+        file = tmp_path / "rows.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in cosapien(*types)))
+        with pytest.raises(DataError, match=message):
+            load_asked(file, policy=True)
+    # Columns of these names beside a policy of another kind mean nothing.
+    row = {**cosapien("partial")[0], "policy": "We sell tea.", "allowed": "no"}
+    file.write_text(json.dumps(row))
+    (other,) = load_asked(file, policy=True)
+    assert (other["messages"][0]["content"], other["allowed"]) == ("We sell tea.", False)
 
 
 @pytest.mark.exhaustive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from tuned import FAMILIES, assert_same_state, pair, tuned_from
 
 from ssah import deltas
-from ssah.deltas import arithmetic
+from ssah.deltas import arithmetic, put_weights
 
 State = dict[str, Tensor]
 
@@ -57,6 +58,23 @@ def test_interpolation_is_the_line_through_both(name: str, alpha: float) -> None
         torch.testing.assert_close(found[key], torch.from_numpy(expected), rtol=2e-7, atol=1e-9)
         assert found[key].data_ptr() != tensor.data_ptr()
     tuned.load_state_dict(found)  # strictly: all names are there
+
+
+def test_a_model_is_given_weights_and_what_changed_is_counted() -> None:
+    base, tuned = pair("llama_tied")
+    made: Any = deltas.interpolate(base, tuned, 1.0)
+    made["model.norm.weight"] = base.state_dict()["model.norm.weight"].clone()
+    made["model.norm.weight"][:3] += 1
+    expected = 0
+    for name, own in base.named_parameters():  # the head is tied, and counts once
+        own, new = (each.detach().flatten().tolist() for each in (own, made[name]))
+        expected += sum(a != b for a, b in zip(own, new, strict=True))
+    share = put_weights(base, made)
+    assert share == expected / sum(own.numel() for own in base.parameters())
+    assert 0 < share < 1
+    assert_same_state(dict(base.state_dict()), made)
+    with pytest.raises(TypeError, match="made is the folder 'runs/half', must be a state dict"):
+        put_weights(base, Path("runs/half"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -42,6 +42,10 @@ def test_a_method_says_all_that_a_table_needs(name: str) -> None:
     assert all(each["help"] for each in about["settings"])
     of = type(methods.method(name))
     assert (of.strength is None) == (not of.strengths)
+    defaults = {each["name"]: each["default"] for each in about["settings"]}
+    assert set(of.instead) <= set(defaults) - {of.strength}
+    # A strength that is None says nothing: another setting does.
+    assert (of.strength is not None and defaults[of.strength] is None) == bool(of.instead)
     for value in of.strengths:  # each within the bounds of its setting
         assert getattr(methods.method(name, **{of.strength: value}), of.strength) == value
 
@@ -60,6 +64,9 @@ def test_wrong_names_and_settings_are_refused() -> None:
         methods.method("sppft", share=0.5)
     with pytest.raises(ValueError, match=r"alpha is 1\.5; it must be greater than 0 and at most 1"):
         methods.method("interpolation", alpha=1.5)
+    assert methods.method("safe-delta", share=None, budget=0.2).budget == 0.2  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"share of 'safe-delta' is 0\.1, and stands in the place"):
+        methods.method("safe-delta", budget=0.2, share=0.1)
     with pytest.raises(TypeError, match="aligned is str; it must be a transformers model in mem"):
         methods.method("random-freezing").find(Inputs(aligned="runs/aligned"))
 
@@ -118,6 +125,8 @@ def test_the_command_lists_and_explains(monkeypatch: pytest.MonkeyPatch) -> None
     assert "opens 0.1" in shown
     assert "keep: refusals stay through fine-tuning" in shown
     assert "Another run of as many layers" in shown
+    shown = " ".join(call("methods", "safe-delta").output.split())
+    assert "share, in the place of budget; worth a try: 0.01, 0.1, 0.5" in shown
     assert as_json("methods", "sppft") == methods.describe("sppft")
     assert "method is 'none'; it must be one of" in fails("methods", "none")
 

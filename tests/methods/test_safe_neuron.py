@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 
 import pytest
@@ -24,6 +25,9 @@ from ssah.attribution import attribute, effect_sizes, mean_shifts
 from ssah.compat import LibraryError
 from ssah.data import DataError
 from ssah.methods import Edited, Inputs, method
+from ssah.studies.compare.lineup import lineup
+from ssah.studies.protect import ProtectSettings
+from ssah.studies.protect.run import _protecting
 from ssah.training import train_on_preferences
 from ssah.units import UnitSet
 
@@ -175,6 +179,8 @@ def test_the_control_freezes_as_many_random_units(monkeypatch: pytest.MonkeyPatc
 
     def kept(plan: Any, *args: Any, **settings: Any) -> None:
         frozen.append(plan.units)
+        with torch.no_grad():
+            plan.model.model.norm.weight.add_(1)
 
     monkeypatch.setattr("ssah.methods.safe_neuron.train_on_preferences", kept)
     model = build("llama", dtype=torch.bfloat16)
@@ -183,7 +189,9 @@ def test_the_control_freezes_as_many_random_units(monkeypatch: pytest.MonkeyPatc
     assert isinstance(found, Edited)
     made = found.write()
     assert isinstance(made, dict)
-    assert all(torch.equal(made[key], value) for key, value in model.state_dict().items())
+    moved = {key: made[key] - value for key, value in model.state_dict().items()}
+    assert {value.dtype for value in made.values()} == {torch.bfloat16}
+    assert {key for key, value in moved.items() if value.any()} == {"model.norm.weight"}
     for seed in (1, 1, 2):
         found.control(seed).write()
     counts = [{name: len(index) for name, index in units.items()} for units in frozen]
@@ -245,3 +253,17 @@ def test_rows_without_a_text_and_a_missing_library_are_refused(
         monkeypatch.setitem(sys.modules, "trl", None)
         with pytest.raises(LibraryError, match=r"which ssah needs to train on pref"):
             train_on_preferences(plan, tokenizer, PAIRS, steps=1, lr=1e-3)
+        monkeypatch.setattr("importlib.metadata.version", not_installed)
+        with pytest.raises(LibraryError, match=r"^trl is not installed.*install 'ssah\[train"):
+            train_on_preferences(plan, tokenizer, PAIRS, steps=1, lr=1e-3)
+    # Before anything is computed, and without the other methods of a comparison.
+    with pytest.raises(ImportError, match="'safe-neuron' needs the package trl: pip install 'ssah"):
+        method("safe-neuron").find(Inputs())
+    lacking = [each.lacking for each in lineup(["safe-neuron", "lora"], ["preferences"])]
+    assert lacking == [None, "needs the package trl: pip install 'ssah[train]'"]
+    with pytest.raises(ImportError, match="'safe-neuron' needs the package trl"):
+        _protecting(ProtectSettings(method="safe-neuron"))
+
+
+def not_installed(name: str) -> str:
+    raise PackageNotFoundError(name)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from ssah.attribution import Attribution
-from ssah.models import Checkpoint, ModelError, load_model, quiet
+from ssah.models import Checkpoint, ModelError, load_model, locate, quiet
 
 LACKING = "model.layers.0.mlp.down_proj.weight"
 
@@ -27,6 +27,27 @@ LACKING = "model.layers.0.mlp.down_proj.weight"
 def folder(tiny_chat_folder: Path, tmp_path: Path) -> Path:
     """A model that a test may damage."""
     return Path(shutil.copytree(tiny_chat_folder, tmp_path / "model"))
+
+
+def test_a_mistyped_folder_is_refused_at_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    folder.rename(tmp_path / "runs" / "aligned")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("ssah.models.source._is_cached", lambda name: name == "runs/cached")
+    assert locate("runs/aligned").local
+    for wrong, message in (
+        ("runs/aligend", r"file \(there is 'runs/aligned'\), though there is a folder 'runs'; for"),
+        ("runs/another", r"no such folder or file, though there is a folder 'runs'"),
+        ("./runs/alined", r"file \(there is 'runs/aligned'\), and it does not have the form of"),
+        (str(tmp_path / "run" / "x"), r"no such folder or file, and it does not have the form of"),
+    ):
+        with pytest.raises(ModelError, match=message):
+            locate(wrong)
+    # What may be on the Hub alone is still looked for there.
+    for name in ("gpt2", "openai-community/gpt2", "runs/cached"):
+        assert not locate(name).local
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

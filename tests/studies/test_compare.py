@@ -25,6 +25,7 @@ from ssah.methods import Changed, Inputs, method, names
 from ssah.models import load_model
 from ssah.report.terminal import compare_plan
 from ssah.studies.compare import CompareSets, CompareSettings, dry_run, run_compare
+from ssah.studies.compare.comparing import Comparing
 from ssah.studies.compare.finding import Finding
 from ssah.studies.compare.lineup import lineup
 from ssah.studies.compare.planned import plan
@@ -294,11 +295,19 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
     (sppft,) = lineup(["sppft"], [], ["sppft.alpha=1.1", "sppft.first=none"])
     assert (sppft.method.alpha, sppft.method.first) == (1.1, None)
     assert sppft.given == {"alpha", "first"}
+    # A strength is tried unless it was given, or what stands in its place was.
+    tried = {
+        text: lineup(["safe-delta"], [], [text])[0].swept
+        for text in ("safe-delta.never=0.2", "safe-delta.budget=0.2", "safe-delta.share=none")
+    }
+    assert tried == dict(zip(tried, (True, False, False), strict=True))
     lacking = {name: lineup([name], [])[0].lacking for name in ("resta", "sppft")}
     assert lacking == {
         "resta": "needs the model before alignment: --unaligned MODEL",
         "sppft": None,
     }
+    (moved,) = lineup(["sppft"], [], ["sppft.alpha=1.1"])
+    assert moved.lacking == "needs harmless requests that look dangerous: --borderline FILE"
 
 
 @pytest.mark.filterwarnings("ignore:.*different prompts")  # they are refused here
@@ -313,6 +322,11 @@ def test_what_some_methods_need_is_read_or_refused(tmp_path: Path) -> None:
         ({"set": ("interpolation.alpha=half",)}, {}, "alpha is 'half'; it must be a number"),
         ({"set": ("interpolation.alpha=0.1",) * 2}, {}, "set has 'alpha' twice"),
         ({"set": ("interpolation.alpha=2",)}, {}, "at most 1"),
+        (
+            {"methods": ("safe-delta",), "set": ("safe-delta.budget=1", "safe-delta.share=1")},
+            {},
+            "stands in the place of budget",
+        ),
         ({}, {"requests": ("builtin:safety[4:12]",)}, "shares . of its . prompts with safety"),
         (
             {},
@@ -330,6 +344,38 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         run_compare(loading, out, replace(SETTINGS, **settings), replace(SETS, **sets))
     assert not out.exists()
+
+
+@pytest.mark.filterwarnings("ignore:.*left out")
+@pytest.mark.parametrize("role", ["calibration", "over_refusal", "borderline"])
+def test_what_is_too_long_is_refused_or_left_out_at_the_start(
+    role: str, loading: Loading, tmp_path: Path
+) -> None:
+    file = tmp_path / "long.txt"
+    file.write_text("How do I pick a lock?\n" + "why " * 3000 + "\nHow do I hide a knife?\n")
+    sets = replace(SETS, **{role: str(file)})
+    with pytest.raises(ValueError, match=rf"{role}\[1\] has \d+ tokens as a prompt; with max_new_"):
+        run_compare(loading, tmp_path / "run", SETTINGS, sets)
+    assert not (tmp_path / "run").exists()
+    study = Comparing(
+        replace(loading, reading=Reading(overlong="skip")), tmp_path / "run", SETTINGS, None
+    )
+    study.prepare(read_sets(study.sources, sets, SETTINGS))
+    kept = study.choosing.asked if role == "calibration" else getattr(study.sets, role)
+    assert [len(text.split()) for text in kept] == [6, 6]
+
+
+@pytest.mark.parametrize("role", ["safety", "utility", "harmful"])
+def test_rows_to_find_by_are_encoded_at_the_start(
+    role: str, loading: Loading, tmp_path: Path
+) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "Why?", "completion": "so " * n} for n in (1, 900)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    strict = replace(loading, reading=Reading(overlong="error"))
+    with pytest.raises(DataError, match=r"has \d+ tokens, must have at most max_length, 512"):
+        run_compare(strict, tmp_path / "run", SETTINGS, replace(SETS, **{role: str(file)}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_command_has_the_same_record(

@@ -247,6 +247,20 @@ def test_the_model_before_alignment_is_looked_at_first(model_folder: Path, tmp_p
     assert "unaligned_weights" in fails(*given, "--unaligned", bases[0], *out)
 
 
+def test_what_a_method_needs_is_encoded_at_the_start(model_folder: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "long.jsonl"
+    rows.write_text(json.dumps({"prompt": "Why?", "completion": "so " * 900}))
+    given = ("protect", model_folder, *TRAINING, *SMALL, "--method", "sppft", "--set", "alpha=1.2")
+    given = (*given, "--out", tmp_path / "out")
+    assert "needs --borderline" in fails(*given)  # for the step that alpha asks for
+    file = tmp_path / "long.txt"
+    file.write_text("why " * 3000)
+    assert "borderline[0] has 6" in fails(*given, "--borderline", file)
+    strict = ("--borderline", "builtin:overrefusal", "--safety", rows, "--overlong", "error")
+    assert "tokens, must have at most max_length" in fails(*given, *strict)
+    assert not (tmp_path / "out.run").exists()
+
+
 def test_what_acts_before_is_edited_first(model_folder: Path, tmp_path: Path) -> None:
     base = saved(tuned_from(tiny_chat.model(), seed=4), tmp_path / "base")
     tiny_chat.tokenizer().save_pretrained(base)

@@ -36,7 +36,7 @@ class EvaluatedSets:
     )
     policy: str | None = _data(
         None,
-        "Requests with `system_prompt` and `allowed` each: are policies followed?",
+        "Requests with `system_prompt` and `allowed` each, or CoSApien: are policies followed?",
         metavar="FILE",
     )
     letters: str | None = _data(

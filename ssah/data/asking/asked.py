@@ -17,11 +17,13 @@ from __future__ import annotations
 
 import os
 import random
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
+from ssah.data.asking.cosapien import SCENARIO, allowed_by_type, is_cosapien
 from ssah.data.counts import Counts, warn_of_small
 from ssah.data.fields import (
     Columns,
@@ -67,14 +69,15 @@ def load_asked(
             text file has no columns, so that nothing is known of its lines.
         by: columns whose texts are the categories of a row: ``("1-category", "3-category")``.
         policy: each row has a system prompt of its own (``system_prompt`` or ``policy``) and
-            ``allowed``, true where that lets a model answer.
+            ``allowed``, true where that lets a model answer; or the fields of CoSApien, of which
+            requests that are allowed in part are left out.
 
     Raises:
         DataError, FileNotFoundError, ValueError: as `ssah.data.load_requests`; a row lacks a column
             that was named, which the message tells with those that it has.
 
     Warns:
-        UserWarning: requests repeat.
+        UserWarning: requests repeat, or are allowed in part.
     """
     columns = Columns(None if str(source).startswith("builtin:") else prompt_column)
     counts = Counts() if counts is None else counts
@@ -86,6 +89,8 @@ def load_asked(
         )
     check = partial(check_asked, columns=columns, by=by, policy=policy)
     rows = list(read(source, check, None, limit, invalid, counts))
+    if policy:
+        rows = _allowed_or_not(rows, str(source))
     counts.warn_of_repeated(str(source), map(_identity, rows))
     return rows
 
@@ -160,13 +165,30 @@ def check_asked(
         asked["categories"] = {key: _text(own, key, where) for key in by}
     if policy:
         named = (key for key in _POLICY if column_of(own, key) is not None)
-        told = _text(own, next(named, _POLICY[0]), where)
+        cosapien = is_cosapien(own)
+        told = _text(own, SCENARIO if cosapien else next(named, _POLICY[0]), where)
         asked["messages"] = [
             {"role": "system", "content": told},
             {"role": "user", "content": asked["prompt"]},
         ]
-        asked["allowed"] = _allowed(own, where)
+        allowed = allowed_by_type(own, where) if cosapien else _allowed(own, where)
+        if allowed is not None:
+            asked["allowed"] = allowed
     return asked
+
+
+def _allowed_or_not(rows: list[Asked], name: str) -> list[Asked]:
+    """Without those that a policy allows in part; DataError where none is left."""
+    kept = [row for row in rows if "allowed" in row]
+    if not kept:
+        raise DataError(f"{name}: every request is allowed in part, so that none is left")
+    if len(kept) < len(rows):
+        warnings.warn(
+            f"{name}: {len(rows) - len(kept)} of {len(rows)} requests were left out: their policy "
+            "allows an answer in part",
+            stacklevel=3,
+        )
+    return kept
 
 
 def _allowed(row: Mapping[str, Any], where: str) -> bool:

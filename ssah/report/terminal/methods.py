@@ -41,7 +41,13 @@ def method_tables(about: Mapping[str, Any]) -> Iterator[Table]:
     stated = ("does", "paper", "equation", "stage", "gives")
     facts = {key: about[key] for key in stated}
     facts["aim"] = f"{about['aim']}: {AIMS[about['aim']]}"
-    facts["needs"] = "; ".join(f"{need}: {what}" for need, what in about["needs"].items())
+    packages = dict.fromkeys(about["packages"], "a package, of the extra ssah[train]")
+    needs = {**about["needs"], **packages}
+    facts["needs"] = "; ".join(f"{need}: {what}" for need, what in needs.items())
+    if about["strength"] is not None:
+        tried = ", ".join(f"{value:g}" for value in about["strengths"])
+        place = "".join(f", in the place of {name}" for name in about["instead"])
+        facts["strength"] = f"{about['strength']}{place}; worth a try: {tried}"
     facts["departures"] = " ".join(about["departures"]) or "none"
     yield facts_table(about["name"], facts | {key: about[key] for key in ("control", "published")})
     table = new_table("Settings", ("setting",), ("default",))

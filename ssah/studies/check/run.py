@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.compat import peft
-from ssah.deltas import Deltas, measure
+from ssah.deltas import Deltas, measure, put_weights
 from ssah.models import move, weights_hash
 from ssah.studies.check.repairs import N_REPAIRS, Repair, repair_sentence, repairs
 from ssah.studies.loading import Loading
@@ -139,9 +139,7 @@ class _Check(Study):
 
     def _repaired(self, repair: Repair) -> PreTrainedModel:
         before, after = self.loading("auto")[0], self._load_after("auto")
-        state = repair.make(before, after)
-        assert isinstance(state, dict)  # of models in memory
-        after.load_state_dict(state)
+        put_weights(after, repair.make(before, after))
         return move(after, getattr(torch, self.dtype))
 
 

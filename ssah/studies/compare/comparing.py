@@ -6,12 +6,12 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from ssah.deltas import put_weights
 from ssah.methods import Changed, Edited, Inputs, Outcome, TrainingSetup, planned
 from ssah.studies.compare.measuring import (
     TASK,
@@ -30,9 +30,9 @@ from ssah.training import freeze
 from ssah.units import UnitSet, find_modules
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PreTrainedModel
 
+    from ssah.data import Loader
     from ssah.selections import Selection
     from ssah.studies.compare.lineup import Entrant
     from ssah.studies.compare.sets import Sets
@@ -48,6 +48,7 @@ class Comparing(Comparison):
 
     Attributes:
         sets: what was read.
+        found_by: batches of the rows that methods find something by: ``"safety"`` and the like.
         units: how many the model has.
         choosing: what is measured to choose a strength.
         unaligned_settings: the model before alignment and a hash of its weights, for the record.
@@ -60,6 +61,7 @@ class Comparing(Comparison):
 
     settings: CompareSettings
     sets: Sets
+    found_by: dict[str, Loader]
     units: int
     unaligned_settings: dict[str, str]
 
@@ -70,16 +72,34 @@ class Comparing(Comparison):
         self.base_name = base_name
 
     def prepare(self, sets: Sets) -> None:
-        """Load the model and encode what is trained on and measured; errors as of `read`."""
-        self.sets = sets
+        """Load the model, and encode what is trained on, measured and found by.
+
+        Errors as of `read`; a row or a request is too long.
+        """
         trained, choosing, reported = sets.task
         held_out = {UTILITY: sets.utility_eval, TASK: reported}
         self.read({"finetune": trained}, sets.requests, held_out)
         # Now: a run of which every step is done loads no model again.
         self.units = sum(module.n_units for module in find_modules(self.model).values())
         self.choosing = Evaluation(
-            self, sets.calibration, {**held_out, TASK: choosing}, judges=self.measured.judges
+            self,
+            sets.calibration,
+            {**held_out, TASK: choosing},
+            judges=self.measured.judges,
+            name="calibration",
         )
+        # All of it now: what is too long would be refused hours later, or be the row of a method.
+        asked: dict[str, Any] = {
+            role: self.measured.answerable(own, role)
+            for role in ("over_refusal", "borderline")
+            if (own := getattr(sets, role)) is not None
+        }
+        self.sets = replace(sets, **asked)
+        self.found_by = {
+            role: self.loader(own)
+            for role in ("safety", "utility", "harmful")
+            if (own := getattr(sets, role)) is not None
+        }
         # Now: else a wrong one would be a row that says so, after the fine-tunes.
         self.unaligned_settings = unaligned_settings(self, self.base_name)
 
@@ -100,11 +120,9 @@ class Comparing(Comparison):
             aligned=self.aligned,
             base=other(self.base_name)[0] if "base" in needs else None,
             tuned=other(str(self.tuned(seed)))[0] if "tuned" in needs else None,
-            safety=self.loader(sets.safety),
-            utility=self.loader(sets.utility),
+            **self.found_by,
             tokenizer=self.tokenizer,
             borderline=sets.borderline,
-            harmful=None if sets.harmful is None else self.loader(sets.harmful),
             preferences=sets.preferences,
         )
 
@@ -244,18 +262,5 @@ def apply(edit: Edited, model: PreTrainedModel) -> dict[str, Any]:
     """
     start = time.perf_counter()
     state = edit.write()
-    assert isinstance(state, dict)  # all models are in memory
-    told: dict[str, Any] = {"apply_seconds": time.perf_counter() - start}
-    told["share"] = _changed(model, state)
-    model.load_state_dict(state)
-    return told
-
-
-@torch.no_grad()
-def _changed(model: PreTrainedModel, state: dict[str, Tensor]) -> float:
-    changed = total = 0
-    # Of tied weights there is one here, under one of the names that the state has.
-    for name, own in model.named_parameters():
-        changed += int((state[name].to(own) != own).sum())
-        total += own.numel()
-    return changed / total
+    seconds = time.perf_counter() - start
+    return {"apply_seconds": seconds, "share": put_weights(model, state)}

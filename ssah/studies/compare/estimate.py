@@ -83,7 +83,7 @@ class Estimate:
             updates = settings.steps(study.pools)
             return _TRAINING * self._token * updates * settings.batch_size * length
         if kind == "find":
-            sets = (study.loader(study.sets.safety), study.loader(study.sets.utility))
+            sets = (study.found_by["safety"], study.found_by["utility"])
             return _TRAINING * self._token * sum(map(_tokens, sets))
         measured = study.measured if kind == "measure" else study.choosing
         harmless = study.sets.over_refusal if kind == "measure" else []

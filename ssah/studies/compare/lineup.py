@@ -60,9 +60,13 @@ class Entrant:
 
     @property
     def swept(self) -> bool:
-        """Whether several strengths are tried: where none was given, and none costs a fine-tune."""
+        """Whether several strengths are tried: where none was given, and each costs an edit alone.
+
+        What a strength of other methods would cost is said in docs/compare.md.
+        """
         tried = self.way == "edit" and self.subject == "tuned" and bool(self.method.strengths)
-        return tried and self.method.strength not in self.given
+        # A strength that is tried would overrule what the user has said of it in another way.
+        return tried and self.given.isdisjoint({self.method.strength, *self.method.instead})
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -121,7 +125,9 @@ def _entrant(name: str, given: Collection[str], settings: Sequence[str]) -> Entr
         way = "run"
     elif about["gives"] == "Edited" and (after or own.aim == "remove"):
         way = "edit"
-    missing = [OPTIONS[need] for need in own.needs if need in OPTIONS and need not in given]
+    missing = [OPTIONS[need] for need in own.needed if need in OPTIONS and need not in given]
+    package = own.lacking_package()
+    missing += [] if package is None else [package]
     return Entrant(
         about,
         own,

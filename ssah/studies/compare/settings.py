@@ -51,7 +51,8 @@ class CompareSettings(TrainingSettings):
     )
     set: tuple[str, ...] = _comparing(
         (),
-        "Setting of a method, `sn-tune.share=0.1`; may be repeated; default: the paper's.",
+        "Setting of a method, `sn-tune.share=0.1`; may be repeated; default: the paper's. A "
+        "strength that is given, or a setting that stands in its place, is not swept.",
         metavar="METHOD.NAME=VALUE",
     )
     calibration_share: float = _comparing(

@@ -15,13 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ssah.evaluation import (
-    divergences,
-    fitting,
-    prompts,
-    refused_requests,
-    with_room,
-)
+from ssah.evaluation import divergences, refused_requests
 from ssah.studies.claims import measured_difference
 from ssah.studies.measured_values import (
     attack_line,
@@ -86,15 +80,7 @@ class PairedModels:
         self.evaluation = Evaluation(
             study, read.requests, read.rows, asked=asked, judges=read.judges
         )
-        encoded = prompts(study.tokenizer, read.harmless, name="over_refusal")
-        overlong = study.loading.reading.overlong
-        kept = fitting(
-            read.harmless, encoded, self.evaluation.room, overlong=overlong, name="over_refusal"
-        )
-        self.harmless = kept[:asked]
-        for name, own in (("requests", self.evaluation.asked), ("over_refusal", self.harmless)):
-            new = study.settings.max_new_tokens
-            with_room(study.model, study.tokenizer, own, new, overlong="error", name=name)
+        self.harmless = self.evaluation.answerable(read.harmless, "over_refusal", asked=asked)
 
     def intact(self) -> dict[str, Any]:
         """What the intact model does, which decides what is coherent; inside `Study.under_way`."""

@@ -22,7 +22,7 @@ import torch
 
 import ssah
 from ssah.data import spread
-from ssah.deltas import measure
+from ssah.deltas import measure, put_weights
 from ssah.methods import Edited, Inputs, Method, Procedure, Trained, TrainingSetup
 from ssah.models import move, quiet
 from ssah.storage import whole_folder
@@ -125,9 +125,7 @@ class Making:
         """Edit ``model``, one of the inputs, in place."""
         edited = self.method.find(inputs)
         assert isinstance(edited, Edited)
-        state = edited.write()
-        assert isinstance(state, dict)  # of models in memory
-        model.load_state_dict(state)
+        put_weights(model, edited.write())
         return edited
 
     def _aligned(self) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from ssah.methods import Inputs, Method
@@ -11,7 +11,8 @@ from ssah.methods import Inputs, Method
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from ssah.data import Pair, Row
+    from ssah.data import Loader, Pair, Row
+    from ssah.studies.paired_measures import Evaluation
     from ssah.studies.protect.settings import ProtectSets
     from ssah.studies.study import Study
 
@@ -31,12 +32,14 @@ class Needed:
 
     Attributes:
         rows: ``"safety"`` or the like -> rows with answers.
+        batches: the same encoded, once the model's tokenizer is there.
         borderline: requests.
         preferences: pairs of answers.
         unaligned: name of the model before alignment.
     """
 
     rows: Mapping[str, list[Row]] = field(default_factory=dict)
+    batches: Mapping[str, Loader] = field(default_factory=dict)
     borderline: list[str] | None = None
     preferences: list[Pair] | None = None
     unaligned: str | None = None
@@ -48,21 +51,31 @@ class Needed:
         Raises:
             ValueError: it needs what was not given; all of it is named.
         """
-        options = {need: _OPTIONS[need] for need in method.needs if need in _OPTIONS}
+        options = {need: _OPTIONS[need] for need in method.needed if need in _OPTIONS}
         missing = [f"--{option}" for option in options.values() if getattr(sets, option) is None]
         if missing:
             raise ValueError(
                 f"method {method.name!r} needs {' and '.join(missing)}; it must be given: "
                 f"`ssah methods {method.name}` says what it is"
             )
-        sources, needs = study.sources, method.needs
+        sources, needs = study.sources, method.needed
         borderline = sets.borderline if "borderline" in needs else None
         preferences = sets.preferences if "preferences" in needs else None
         return cls(
             {role: sources.rows(role, getattr(sets, role)) for role in _LOADERS if role in needs},
+            {},
             None if borderline is None else sources.requests("borderline", borderline),
             None if preferences is None else sources.preferences(preferences),
             sets.unaligned if "base" in needs else None,
+        )
+
+    def ready(self, study: Study, evaluation: Evaluation) -> Needed:
+        """The same, encoded: what is too long is refused before anything is trained."""
+        own = self.borderline
+        return replace(
+            self,
+            batches={role: study.loader(rows) for role, rows in self.rows.items()},
+            borderline=None if own is None else evaluation.answerable(own, "borderline"),
         )
 
     def inputs(
@@ -70,15 +83,12 @@ class Needed:
     ) -> Inputs:
         """For the method, with models in memory."""
         base = None if self.unaligned is None else study.loading("float32", self.unaligned)[0]
-        loaders = {role: study.loader(rows) for role, rows in self.rows.items()}
         return Inputs(
             aligned=aligned,
             base=base,
             tuned=tuned,
-            safety=loaders.get("safety"),
-            utility=loaders.get("utility"),
+            **self.batches,
             tokenizer=study.tokenizer,
             borderline=self.borderline,
-            harmful=loaders.get("harmful"),
             preferences=self.preferences,
         )

@@ -75,7 +75,8 @@ def run_protect(
     pool = study.encoded("finetune", asked.task, settings.train_max_length)
     before = unaligned_settings(study, asked.needed.unaligned)
     models = PairedModels(study, asked.measured)
-    making = Making(study, method, asked.needed, pool, dtype)
+    needed = asked.needed.ready(study, models.evaluation)
+    making = Making(study, method, needed, pool, dtype)
     with study.under_way(
         2 + asked.trains_plain + models.STEPS * len(asked.names), bf16=settings.bf16, **before
     ) as steps:
@@ -195,6 +196,7 @@ def _protecting(settings: ProtectSettings) -> Method:
     Raises:
         ValueError: it neither trains nor edits, or is not for keeping refusals; or as of
             `typed_method`.
+        ImportError: it needs a package that is not installed.
     """
     method = typed_method(settings.method, settings.set)
     every = [describe(name) for name in names()]
@@ -206,6 +208,9 @@ def _protecting(settings: ProtectSettings) -> Method:
             f"{method.aim!r}; it must be one that trains or edits, to keep refusals: "
             f"{', '.join(able)}"
         )
+    package = method.lacking_package()
+    if package is not None:
+        raise ImportError(f"method {method.name!r} needs {package}")
     return method
 
 

@@ -76,7 +76,7 @@ def make_trainer(
             another device than that of the model.
     """
     if importlib.util.find_spec("accelerate") is None:
-        raise ImportError("training needs the package accelerate: pip install accelerate")
+        raise ImportError("training needs the package accelerate: pip install 'ssah[train]'")
     device = next(model.parameters()).device
     # Without these transformers writes a checkpoint every 500 steps, and reports to what it finds.
     quiet = {"logging_strategy": "no", "save_strategy": "no", "report_to": "none"}
