@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -32,13 +31,18 @@ from ssah.units import (
     blocks,
     check_same_model,
     check_units,
+    layer_of,
     lowest,
     normalized,
     order_key,
     share_count,
     split,
+    unit_frame,
 )
 from ssah.version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
 _OWN: dict[str, tuple[str, int]] = {
@@ -187,8 +191,8 @@ class UnitGroups(Mapping[str, UnitSet]):
         for name, labels in self._labels.items():
             members = torch.bincount(labels, minlength=len(GROUPS)).tolist()  # [4]
             counts = {"units": len(labels), **dict(zip(GROUPS, members, strict=True))}
-            modules.append({"module": name, "layer": _layer(name), **counts})
-            layer = layers.setdefault(_layer(name), dict.fromkeys(counts, 0))
+            modules.append({"module": name, "layer": layer_of(name), **counts})
+            layer = layers.setdefault(layer_of(name), dict.fromkeys(counts, 0))
             for column, n in counts.items():
                 layer[column] += n
         total = sum(self.sizes.values())
@@ -201,6 +205,14 @@ class UnitGroups(Mapping[str, UnitSet]):
             "modules": modules,
             "layers": [{"layer": number, **counts} for number, counts in layers.items()],
         }
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table, a row a unit: module, layer, kind, unit, group, safety, utility."""
+        every = {name: torch.arange(n) for name, n in self.sizes.items()}
+        values = {"group": self._labels, "safety": self.safety, "utility": self.utility}
+        frame = unit_frame(every, values)
+        frame["group"] = frame["group"].map(dict(enumerate(GROUPS)))
+        return frame
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write groups, scores and metadata to a directory: safetensors and JSON, no pickle.
@@ -286,8 +298,3 @@ class UnitGroups(Mapping[str, UnitSet]):
             f"scope={self.scope!r}, normalize={self.normalize!r}, "
             f"model={self.metadata['model_name']!r})"
         )
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None
