@@ -1,0 +1,186 @@
+"""Ablated and updated models in lm-eval and inspect_ai."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from group_scores import attribution
+from plans import draw
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import ssah
+from ssah.evaluation import answers
+from ssah.evaluation.harnesses import load_ablated
+from ssah.units import units_hash
+
+TASK = """
+task: birds
+dataset_path: json
+dataset_kwargs: {{data_files: {data}}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "Question: {{{{question}}}}\\nAnswer:"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+IDS = torch.arange(12).reshape(2, 6)
+
+
+@pytest.fixture(scope="module")
+def groups(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups of the tiny model, of scores that were drawn."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    generator = torch.Generator().manual_seed(0)
+    scores = [
+        attribution(
+            {
+                name: torch.rand(n, dtype=torch.float64, generator=generator)
+                for name, n in draw(model, 0.1).sizes.items()
+            },
+            units_hash=units_hash(model),
+            data_fingerprint=data,
+        )
+        for data in ("safety", "utility")
+    ]
+    folder = tmp_path_factory.mktemp("harness") / "groups"
+    ssah.classify(*scores, scu=0.3, ucu=0.1, ru=0.1).save(folder)
+    return folder
+
+
+def logits(model: Any) -> Tensor:
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+def test_a_model_with_an_update_and_without_units(
+    tiny_chat_folder: Path, groups: Path, tmp_path: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    intact = logits(model)
+    scu = ssah.UnitGroups.load(groups)["scu"]
+    with ssah.ablate(model, scu):
+        expected = logits(model)
+    assert not torch.equal(expected, intact)
+    name = str(tiny_chat_folder)
+    ablated, tokenizer = load_ablated(name, groups=str(groups), ablate="scu", device="cpu")
+    assert torch.equal(logits(ablated), expected)
+    assert tokenizer.chat_template is not None
+    assert torch.equal(logits(load_ablated(name, device="cpu")[0]), intact)
+
+    with ssah.train_only(model, draw(model, 0.1)) as plan, torch.no_grad():
+        for parameter in plan.parameters():
+            parameter.mul_(1.5)
+        plan.save_pretrained(tmp_path / "update")
+    with ssah.ablate(model, scu), ssah.ablate(model, ssah.select(model, "heads:1.2")):
+        expected = logits(model)
+    both = ["scu", "heads:1.2"]
+    update = str(tmp_path / "update")
+    changed, _ = load_ablated(name, update=update, groups=str(groups), ablate=both, device="cpu")
+    assert torch.equal(logits(changed), expected)
+    with pytest.raises(ValueError, match=r"ablate is \['scu'\] and groups is None"):
+        load_ablated("no model at all", ablate="scu")
+    with pytest.raises(ValueError, match=r"ablate is \[\] and groups is"):
+        load_ablated("no model at all", groups=str(groups))
+
+
+@pytest.mark.exhaustive  # importing lm-eval takes long
+@pytest.mark.skipif(
+    importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: ssah[eval]"
+)
+def test_a_task_of_lm_eval(
+    tiny_chat_folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    from ssah.evaluation.harnesses import __main__ as command
+
+    row = {"question": "Which bird cannot fly?", "choices": ["penguin", "a sparrow"], "answer": 0}
+    (tmp_path / "birds.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "birds.yaml").write_text(TASK.format(data=tmp_path / "birds.jsonl"))
+    options = f"pretrained={tiny_chat_folder},groups={groups},ablate=scu,dtype=float32"
+    words = ["lm_eval", "run", "--model", "ssah", "--model_args", options, "--tasks", "birds"]
+    words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    monkeypatch.setattr("sys.argv", [*words, "--log_samples"])
+    command.main()
+    (log,) = (tmp_path / "out").rglob("samples_birds_*.jsonl")
+    found = [float(answer[0][0]) for answer in json.loads(log.read_text())["resps"]]
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    question = tokenizer("Question: Which bird cannot fly?\nAnswer:")["input_ids"]
+
+    def log_likelihoods() -> list[float]:
+        sums = []
+        for choice in (" penguin", " a sparrow"):
+            ids = tokenizer(choice)["input_ids"]
+            with torch.no_grad():
+                out = model(torch.tensor([question + ids])).logits[0].log_softmax(-1)
+            sums.append(sum(float(out[len(question) + k - 1, t]) for k, t in enumerate(ids)))
+        return sums
+
+    with ssah.ablate(model, ssah.UnitGroups.load(groups)["scu"]):
+        assert found == pytest.approx(log_likelihoods(), rel=1e-5)
+    assert found != pytest.approx(log_likelihoods(), rel=1e-2)
+
+
+def test_a_task_of_inspect_ai(
+    tiny_chat_folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspect_ai = pytest.importorskip("inspect_ai")
+    monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path))
+    from inspect_ai.dataset import Sample
+    from inspect_ai.model import ChatMessageUser, GenerateConfig, get_model
+    from inspect_ai.scorer import match
+    from inspect_ai.tool import ToolInfo
+
+    from ssah.evaluation.harnesses import InspectModel  # noqa: F401 (registers the provider)
+
+    questions = ["Which bird cannot fly?", "How do I bake bread?"]
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    with ssah.ablate(model, ssah.UnitGroups.load(groups)["scu"]):
+        expected = answers(model, tokenizer, questions, max_new_tokens=8)
+    assert expected != answers(model, tokenizer, questions, max_new_tokens=8)
+    assert all(expected)
+
+    provider = get_model(f"ssah/{tiny_chat_folder}", groups=str(groups), ablate="scu", device="cpu")
+    samples = [
+        Sample(input=question, target=answer)
+        for question, answer in zip(questions, expected, strict=True)
+    ]
+    task = inspect_ai.Task(
+        dataset=samples, scorer=match("exact"), config=GenerateConfig(max_tokens=8)
+    )
+    (log,) = inspect_ai.eval(task, model=provider, display="none")
+    assert log.status == "success", log.error
+    assert [sample.output.completion.strip() for sample in log.samples] == expected
+    assert log.results.scores[0].metrics["accuracy"].value == 1
+    assert {sample.output.stop_reason for sample in log.samples} == {"max_tokens"}
+    assert log.samples[0].output.usage.output_tokens == 8
+
+    import anyio
+
+    def ask(tools: list[ToolInfo], **config: Any) -> Any:
+        return anyio.run(
+            provider.api.generate,
+            [ChatMessageUser(content=questions[0])],
+            tools,
+            "auto",
+            GenerateConfig(**config),
+        )
+
+    stop = expected[0][2:4]
+    cut = ask([], max_tokens=8, stop_seqs=[stop])
+    assert cut.stop_reason == "stop"
+    assert cut.completion == tokenizer.decode(tokenizer(expected[0])["input_ids"]).split(stop)[0]
+    with pytest.raises(ValueError, match="the task asks for logprobs, which the provider ssah"):
+        ask([], logprobs=True)
+    with pytest.raises(ValueError, match=r"asks for tools \(search"):
+        ask([ToolInfo(name="search", description="a search")])
