@@ -58,7 +58,7 @@ NOT_RUN = {
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
     "docs/scaling.md": 2,
-    "docs/tools.md": 2,
+    "docs/tools.md": 6,
     "docs/training/fsdp2.md": 3,
     "docs/training/lora.md": 1,
     "docs/training/trl.md": 1,
