@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import ssah
 from ssah.evaluation import answers
 from ssah.evaluation.harnesses import load_ablated
+from ssah.models import empty_model
 from ssah.units import units_hash
 
 TASK = """
@@ -33,25 +34,38 @@ metric_list: [{{metric: acc}}]
 IDS = torch.arange(12).reshape(2, 6)
 
 
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tiny_chat_folder",
+        pytest.param("smollm2", marks=[pytest.mark.real, pytest.mark.exhaustive]),
+    ],
+)
+def folder(request: pytest.FixtureRequest) -> Path:
+    """A model and its tokenizer."""
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
 @pytest.fixture(scope="module")
-def groups(tiny_chat_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Groups of the tiny model, of scores that were drawn."""
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+def groups(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Groups of the model, of scores that were drawn."""
+    model = empty_model(str(folder))
     generator = torch.Generator().manual_seed(0)
     scores = [
         attribution(
             {
-                name: torch.rand(n, dtype=torch.float64, generator=generator)
-                for name, n in draw(model, 0.1).sizes.items()
+                name: torch.rand(module.n_units, dtype=torch.float64, generator=generator)
+                for name, module in ssah.find_modules(model).items()
             },
             units_hash=units_hash(model),
             data_fingerprint=data,
         )
         for data in ("safety", "utility")
     ]
-    folder = tmp_path_factory.mktemp("harness") / "groups"
-    ssah.classify(*scores, scu=0.3, ucu=0.1, ru=0.1).save(folder)
-    return folder
+    made = tmp_path_factory.mktemp("harness") / "groups"
+    ssah.classify(*scores, scu=0.3, ucu=0.1, ru=0.1).save(made)
+    return made
 
 
 def logits(model: Any) -> Tensor:
@@ -60,15 +74,15 @@ def logits(model: Any) -> Tensor:
 
 
 def test_a_model_with_an_update_and_without_units(
-    tiny_chat_folder: Path, groups: Path, tmp_path: Path
+    folder: Path, groups: Path, tmp_path: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
     intact = logits(model)
     scu = ssah.UnitGroups.load(groups)["scu"]
     with ssah.ablate(model, scu):
         expected = logits(model)
     assert not torch.equal(expected, intact)
-    name = str(tiny_chat_folder)
+    name = str(folder)
     ablated, tokenizer = load_ablated(name, groups=str(groups), ablate="scu", device="cpu")
     assert torch.equal(logits(ablated), expected)
     assert tokenizer.chat_template is not None
@@ -95,7 +109,7 @@ def test_a_model_with_an_update_and_without_units(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: ssah[eval]"
 )
 def test_a_task_of_lm_eval(
-    tiny_chat_folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -104,7 +118,7 @@ def test_a_task_of_lm_eval(
     row = {"question": "Which bird cannot fly?", "choices": ["penguin", "a sparrow"], "answer": 0}
     (tmp_path / "birds.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "birds.yaml").write_text(TASK.format(data=tmp_path / "birds.jsonl"))
-    options = f"pretrained={tiny_chat_folder},groups={groups},ablate=scu,dtype=float32"
+    options = f"pretrained={folder},groups={groups},ablate=scu,dtype=float32"
     words = ["lm_eval", "run", "--model", "ssah", "--model_args", options, "--tasks", "birds"]
     words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
     monkeypatch.setattr("sys.argv", [*words, "--log_samples"])
@@ -112,8 +126,8 @@ def test_a_task_of_lm_eval(
     (log,) = (tmp_path / "out").rglob("samples_birds_*.jsonl")
     found = [float(answer[0][0]) for answer in json.loads(log.read_text())["resps"]]
 
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     question = tokenizer("Question: Which bird cannot fly?\nAnswer:")["input_ids"]
 
     def log_likelihoods() -> list[float]:
@@ -131,26 +145,32 @@ def test_a_task_of_lm_eval(
 
 
 def test_a_task_of_inspect_ai(
-    tiny_chat_folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     inspect_ai = pytest.importorskip("inspect_ai")
     monkeypatch.setenv("INSPECT_LOG_DIR", str(tmp_path))
     from inspect_ai.dataset import Sample
-    from inspect_ai.model import ChatMessageUser, GenerateConfig, get_model
+    from inspect_ai.model import (
+        ChatMessageAssistant,
+        ChatMessageUser,
+        ContentImage,
+        GenerateConfig,
+        get_model,
+    )
     from inspect_ai.scorer import match
     from inspect_ai.tool import ToolInfo
 
     from ssah.evaluation.harnesses import InspectModel  # noqa: F401 (registers the provider)
 
     questions = ["Which bird cannot fly?", "How do I bake bread?"]
-    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
-    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     with ssah.ablate(model, ssah.UnitGroups.load(groups)["scu"]):
         expected = answers(model, tokenizer, questions, max_new_tokens=8)
     assert expected != answers(model, tokenizer, questions, max_new_tokens=8)
     assert all(expected)
 
-    provider = get_model(f"ssah/{tiny_chat_folder}", groups=str(groups), ablate="scu", device="cpu")
+    provider = get_model(f"ssah/{folder}", groups=str(groups), ablate="scu", device="cpu")
     samples = [
         Sample(input=question, target=answer)
         for question, answer in zip(questions, expected, strict=True)
@@ -167,20 +187,26 @@ def test_a_task_of_inspect_ai(
 
     import anyio
 
-    def ask(tools: list[ToolInfo], **config: Any) -> Any:
-        return anyio.run(
-            provider.api.generate,
-            [ChatMessageUser(content=questions[0])],
-            tools,
-            "auto",
-            GenerateConfig(**config),
-        )
+    asked = [ChatMessageUser(content=questions[0])]
 
-    stop = expected[0][2:4]
-    cut = ask([], max_tokens=8, stop_seqs=[stop])
+    def ask(messages: list[Any], tools: Any = (), **config: Any) -> Any:
+        options = GenerateConfig(**config)
+        return anyio.run(provider.api.generate, messages, list(tools), "auto", options)
+
+    stop = expected[0][4:6]
+    cut = ask(asked, max_tokens=8, stop_seqs=[stop])
     assert cut.stop_reason == "stop"
-    assert cut.completion == tokenizer.decode(tokenizer(expected[0])["input_ids"]).split(stop)[0]
+    assert cut.completion.strip() == expected[0].split(stop)[0].strip()
     with pytest.raises(ValueError, match="the task asks for logprobs, which the provider ssah"):
-        ask([], logprobs=True)
+        ask(asked, logprobs=True)
     with pytest.raises(ValueError, match=r"asks for tools \(search"):
-        ask([ToolInfo(name="search", description="a search")])
+        ask(asked, [ToolInfo(name="search", description="a search")])
+    with pytest.raises(ValueError, match="role of the last message is assistant, must be user"):
+        ask([*asked, ChatMessageAssistant(content="Sure")])
+    with pytest.raises(ValueError, match="a message has image, must have text alone"):
+        ask([ChatMessageUser(content=[ContentImage(image="data:image/png;base64,")])])
+    sampled = [
+        ask(asked, max_tokens=8, temperature=2.0, seed=seed).completion for seed in (1, 1, 2)
+    ]
+    assert sampled[0] == sampled[1]
+    assert sampled[0] not in (sampled[2], cut.completion)

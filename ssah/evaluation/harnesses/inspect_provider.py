@@ -22,8 +22,9 @@ from inspect_ai.model import (
     modelapi,
 )
 from inspect_ai.tool import ToolChoice, ToolInfo
+from transformers import GenerationConfig
 
-from ssah.evaluation.generating import prompts, stop_tokens
+from ssah.evaluation.generating import prompts, room_of, stop_tokens
 from ssah.evaluation.harnesses.loading import load_ablated
 
 # What a task may ask for that would change its result, and is not computed here.
@@ -69,6 +70,10 @@ class InspectModel(ModelAPI):
             model_name, update=update, groups=groups, ablate=ablate, **weights
         )
         self._stops = stop_tokens(self.model, self.tokenizer)
+        # The model's own settings (penalties, sampling) would change what a task asks for.
+        self.model.generation_config = GenerationConfig(
+            eos_token_id=self._stops, pad_token_id=self._stops[0] if self._stops else None
+        )
 
     async def generate(
         self,
@@ -80,7 +85,8 @@ class InspectModel(ModelAPI):
         """Answer a chat.
 
         Raises:
-            ValueError: the task has tools, or asks for what this provider does not compute.
+            ValueError: the task has tools, or asks for what this provider does not compute; a
+                message has more than text, or the last one is not the user's.
         """
         wanted = [name for name in _NOT_HERE if getattr(config, name) is not None]
         if tools or wanted:
@@ -89,33 +95,31 @@ class InspectModel(ModelAPI):
                 f"the task asks for {what}, which the provider ssah does not have: run it on a "
                 "server of the exported model, for example by vLLM (docs/export.md)"
             )
-        turns = [{"role": message.role, "content": message.text} for message in input]
-        prompt = prompts(self.tokenizer, [{"messages": turns}], name="input")[0]
+        prompt = prompts(self.tokenizer, [{"messages": _turns(input)}], name="input")[0]
         # In a thread of its own: inspect_ai runs scorers and its display meanwhile.
         return await to_thread.run_sync(self._answer, prompt, config)
 
     def _answer(self, prompt: list[int], config: GenerateConfig) -> ModelOutput:
         """The answer to one prompt, as token ids."""
-        options: dict[str, Any] = {"do_sample": bool(config.temperature)}
-        # None where it is not sampled: generation settings of the model would be warned of.
-        for name in ("temperature", "top_p", "top_k"):
-            options[name] = getattr(config, name) if config.temperature else None
+        options: dict[str, Any] = {"do_sample": False}
+        if config.temperature:  # all tokens may come, unless the task says how many
+            sampled = {"temperature": config.temperature, "top_p": config.top_p or 1.0}
+            options = {"do_sample": True, **sampled, "top_k": config.top_k or 0}
         if config.stop_seqs:
             options |= {"stop_strings": config.stop_seqs, "tokenizer": self.tokenizer}
         if config.seed is not None:
             torch.manual_seed(config.seed)
         ids = torch.tensor([prompt], device=self.model.device)  # [1, tokens]
+        generate: Any = self.model.generate
         with torch.no_grad():
-            made = self.model.generate(
+            made = generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
-                max_new_tokens=config.max_tokens or _MOST_TOKENS,
-                eos_token_id=self._stops,
-                pad_token_id=self._stops[0] if self._stops else None,
+                max_new_tokens=config.max_tokens or self._room(len(prompt)),
                 **options,
             )
         answer = made[0, len(prompt) :].tolist()
-        text = self.tokenizer.decode(answer, skip_special_tokens=True)
+        text = str(self.tokenizer.decode(answer, skip_special_tokens=True))
         before = min([text.find(stop) for stop in config.stop_seqs or [] if stop in text] or [-1])
         ended = answer[-1] in self._stops or before >= 0
         output = ModelOutput.from_content(
@@ -130,6 +134,31 @@ class InspectModel(ModelAPI):
         )
         return output
 
+    def _room(self, n_prompt: int) -> int:
+        """Tokens of an answer where nobody says how many: as many as the model has room for."""
+        room = room_of(self.model)
+        return _MOST_TOKENS if room is None else max(1, min(_MOST_TOKENS, room - n_prompt))
+
     def max_connections(self) -> int:
         """One question at a time: the model has the device to itself."""
         return 1
+
+
+def _turns(messages: list[ChatMessage]) -> list[dict[str, str]]:
+    """The turns of a chat, as text.
+
+    Raises:
+        ValueError: one has more than text, or the last one is not the user's.
+    """
+    for message in messages:
+        parts = [] if isinstance(message.content, str) else message.content
+        other = {part.type for part in parts} - {"text", "reasoning"}
+        if other:
+            raise ValueError(f"a message has {min(other)}, must have text alone for the model ssah")
+    if not messages or messages[-1].role != "user":
+        role = messages[-1].role if messages else "missing"
+        raise ValueError(
+            f"the role of the last message is {role}, must be user: the model ssah begins an "
+            "answer, and continues none"
+        )
+    return [{"role": message.role, "content": message.text} for message in messages]
