@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def group_counts(labels_of: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `UnitGroups.summary` returns; ``labels_of``: module -> the group of each unit, uint8."""
+    """What `UnitGroups.summary` returns, of labels: module -> uint8 ``[n_units]``."""
     modules: list[dict[str, Any]] = []
     layers: dict[int | None, dict[str, int]] = {}
     for name, labels in labels_of.items():
