@@ -9,6 +9,7 @@ from ssah.attribution.batches import (
     counted_tokens,
     may_drop_mask,
 )
+from ssah.attribution.imatrix import save_imatrix
 from ssah.attribution.mean_differences import effect_sizes, mean_shifts
 from ssah.attribution.partial_runs import discard, refuse_other
 from ssah.attribution.result import CONTENT, METRICS, TOKENS, Attribution
@@ -37,6 +38,7 @@ __all__ = [
     "consistent",
     "effect_sizes",
     "mean_shifts",
+    "save_imatrix",
     "set_difference",
     "stream",
 ]

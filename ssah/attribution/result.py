@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
+import torch
 from torch import Tensor, nn
 
 from ssah.choices import Metric, Tokens
 from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
-from ssah.units import check_same_model, find_modules
+from ssah.units import check_same_model, find_modules, unit_frame
 from ssah.version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 METRICS: tuple[str, ...] = get_args(Metric)
 GRADIENT_METRICS = ("taylor", "fisher")
@@ -89,6 +93,22 @@ class Attribution:
         one token there is no variance: the score is 0 then.
         """
         return {name: count for name, count in self.count.items() if count < least}
+
+    def to_frame(self) -> DataFrame:
+        """A table of pandas with a row for each unit.
+
+        Its columns are ``module``, ``layer``, ``kind``, ``unit``, ``score``, ``mean``,
+        ``variance``, ``tokens`` (how many were counted), and ``signed`` where the scores have it.
+        """
+        every = {name: torch.arange(len(score)) for name, score in self.scores.items()}
+        tokens = {name: torch.full_like(every[name], n) for name, n in self.count.items()}
+        values = {
+            "score": self.scores,
+            "mean": self.mean,
+            "variance": self.variance,
+            "tokens": tokens,
+        }
+        return unit_frame(every, values | ({} if self.signed is None else {"signed": self.signed}))
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write to ``directory`` as safetensors and JSON: whole, or not at all."""

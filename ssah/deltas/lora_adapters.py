@@ -22,8 +22,8 @@ from ssah.deltas.arithmetic import blocks, delta_of
 from ssah.deltas.low_ranks import BLOCK, leading_vectors
 from ssah.deltas.matching import Deltas
 from ssah.deltas.weights import WeightsOf
-from ssah.storage import whole_folder
-from ssah.training import LoraFactors, adapter_card, public_name, write_adapter
+from ssah.storage import public_name, whole_folder
+from ssah.training import LoraFactors, adapter_card, write_adapter
 from ssah.units import model_name
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,8 @@ from ssah.groups.checks import (
     labels_of,
     sizes_of,
 )
-from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, save_tensors
+from ssah.groups.tables import group_counts, group_frame, upload_groups
+from ssah.storage import FORMAT, TEXT, Fields, Stored, check_fields, hub_folder, save_tensors
 from ssah.units import (
     UnitSet,
     blocks,
@@ -39,6 +39,9 @@ from ssah.units import (
     split,
 )
 from ssah.version import __version__
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 # By what a group is taken, and whether its units are the highest (1) or the lowest (-1).
 _OWN: dict[str, tuple[str, int]] = {
@@ -182,25 +185,11 @@ class UnitGroups(Mapping[str, UnitSet]):
         `units`, and one count per group) and `layers` (the same, summed over each layer). A
         layer is the first number in a module's name, or None where there is none.
         """
-        modules: list[dict[str, Any]] = []
-        layers: dict[int | None, dict[str, int]] = {}
-        for name, labels in self._labels.items():
-            members = torch.bincount(labels, minlength=len(GROUPS)).tolist()  # [4]
-            counts = {"units": len(labels), **dict(zip(GROUPS, members, strict=True))}
-            modules.append({"module": name, "layer": _layer(name), **counts})
-            layer = layers.setdefault(_layer(name), dict.fromkeys(counts, 0))
-            for column, n in counts.items():
-                layer[column] += n
-        total = sum(self.sizes.values())
-        return {
-            "units": total,
-            "groups": {
-                group: {"units": len(units), "fraction": len(units) / total}
-                for group, units in self.items()
-            },
-            "modules": modules,
-            "layers": [{"layer": number, **counts} for number, counts in layers.items()],
-        }
+        return group_counts(self._labels)
+
+    def to_frame(self) -> DataFrame:
+        """A pandas table, a row a unit: module, layer, kind, unit, group, safety, utility."""
+        return group_frame(self._labels, self.safety, self.utility)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write groups, scores and metadata to a directory: safetensors and JSON, no pickle.
@@ -208,9 +197,29 @@ class UnitGroups(Mapping[str, UnitSet]):
         Tensors are `group/<module>` (uint8 [n_units], see `labels`), `safety/<module>` and
         `utility/<module>` (float64 [n_units]); the rest is in the JSON.
         """
+        save_tensors(directory, self._tensors(), self._meta())
+
+    def push_to_hub(
+        self, repo_id: str, *, figures: Mapping[str, Any] | None = None, **options: Any
+    ) -> str:
+        """Upload what :meth:`save` writes, with a card and without a local path, for :meth:`load`.
+
+        Args:
+            repo_id, options: as of `ssah.storage.upload`, which returns the commit's address.
+            figures: for the card, what was measured: name -> what `ssah.evaluation.rate` gives.
+
+        Raises:
+            ValueError: a figure has no interval; it is named.
+        """
+        about = (self._tensors(), self._meta(), self.summary(), figures)
+        return upload_groups(repo_id, *about, **options)
+
+    def _tensors(self) -> dict[str, Tensor]:
         kinds = {"group": self._labels, "safety": self.safety, "utility": self.utility}
-        tensors = {f"{kind}/{name}": x for kind, of in kinds.items() for name, x in of.items()}
-        meta = {
+        return {f"{kind}/{name}": x for kind, of in kinds.items() for name, x in of.items()}
+
+    def _meta(self) -> dict[str, Any]:
+        return {
             "content": _CONTENT,
             "format": FORMAT,
             "version": __version__,
@@ -219,15 +228,15 @@ class UnitGroups(Mapping[str, UnitSet]):
             "shares": self.shares,
             "scope": self.scope,
             "normalize": self.normalize,
+            **self.metadata,
         }
-        save_tensors(directory, tensors, meta | self.metadata)
 
     @classmethod
     def load(cls, directory: str | os.PathLike[str], model: nn.Module | None = None) -> UnitGroups:
         """Read what `save` wrote.
 
         Args:
-            directory: where `save` wrote to.
+            directory: where `save` wrote to, or ``"hf:user/name"``.
             model: the model that the groups are meant for.
 
         Raises:
@@ -236,7 +245,7 @@ class UnitGroups(Mapping[str, UnitSet]):
                 named), or `model` has other units (where scores came from plain mappings: other
                 modules or numbers of units).
         """
-        stored = Stored(directory, _CONTENT, _FIELDS, _NO_METADATA)
+        stored = Stored(hub_folder(directory), _CONTENT, _FIELDS, _NO_METADATA)
         stored.choice("scope", SCOPES)
         stored.choice("normalize", NORMALIZATIONS)
         meta, names = stored.meta, stored.names("modules")  # a file of tensors keeps no order
@@ -286,8 +295,3 @@ class UnitGroups(Mapping[str, UnitSet]):
             f"scope={self.scope!r}, normalize={self.normalize!r}, "
             f"model={self.metadata['model_name']!r})"
         )
-
-
-def _layer(name: str) -> int | None:
-    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
-    return int(found.group(1)) if found else None

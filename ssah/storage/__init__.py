@@ -17,6 +17,7 @@ from ssah.storage.files import (
     write_whole,
 )
 from ssah.storage.folder_lock import LOCK, check_free, one_run
+from ssah.storage.hub import HUB, hub_folder, public_name, result_card, upload
 from ssah.storage.lazy_tensors import LazyTensors
 from ssah.storage.results import (
     FORMAT,
@@ -32,6 +33,7 @@ from ssah.storage.whole_folders import check_new, whole_folder
 
 __all__ = [
     "FORMAT",
+    "HUB",
     "LOCK",
     "META",
     "RECORD",
@@ -44,16 +46,20 @@ __all__ = [
     "check_kind",
     "check_new",
     "file_hash",
+    "hub_folder",
     "kind_in",
     "load_tensors",
     "naming",
     "one_run",
+    "public_name",
     "read_meta",
     "read_record",
     "read_sealed",
+    "result_card",
     "save_tensors",
     "sealed",
     "sync",
+    "upload",
     "whole_folder",
     "write_whole",
 ]

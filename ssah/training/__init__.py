@@ -36,7 +36,6 @@ if TYPE_CHECKING:
         load_trained,
         load_trained_tokenizer,
         load_update,
-        public_name,
     )
     from ssah.training.verifying import verify
     from ssah.training.weight_changes import ChangedWeight, WeightChanges, apply_changes
@@ -88,7 +87,7 @@ __getattr__ = names_of(
     proximal_callback="ProximalCallback",
     row_training="train_on_rows",
     splitting="runs",
-    updates="Attached attach is_update load_trained load_trained_tokenizer load_update public_name",
+    updates="Attached attach is_update load_trained load_trained_tokenizer load_update",
     verifying="verify",
     weight_changes="ChangedWeight WeightChanges apply_changes",
 )

@@ -184,10 +184,16 @@ class UpdatePlan(Optimised, Reversible):
         save_update(self._installed.slices(), about, directory, ranks)
 
     def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload what :meth:`save_pretrained` writes; see `ssah.training.updates.push_update`.
+        """Upload what :meth:`save_pretrained` writes, with a card.
+
+        Args:
+            repo_id: ``"user/name"``; created if it does not exist.
+            options: ``figures``, ``data``, ``private``, ``token`` and ``commit_message``; see
+                `ssah.training.updates.push_update`.
 
         Raises:
-            ValueError: the model is sharded: save the update, and upload that.
+            ValueError: the model is sharded: save the update, and upload that; a figure has no
+                interval.
         """
         self._check_open()
         if self.ranks is not None:

@@ -19,7 +19,9 @@ from ssah.units.find import (
     layer_names,
     layers_path,
 )
+from ssah.units.frames import unit_frame
 from ssah.units.identity import check_same_model, config_hash, model_name, units_hash
+from ssah.units.places import layer_of
 from ssah.units.projections import (
     check_parameters,
     check_unsplit,

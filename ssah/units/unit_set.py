@@ -8,14 +8,24 @@ of all units. What belongs to each module is cut out where somebody asks for it.
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, ItemsView, Iterator, KeysView, Mapping, Sequence
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, Mapping, Sequence
 from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from ssah.choices import Kind, check_choice
+from ssah.units.frames import unit_frame
+from ssah.units.pairs import indices_of
+from ssah.units.positions import checked_size, flattened
 from ssah.units.ranking import split
+from ssah.units.tool_hooks import LensHook, nnterp_hook, transformer_lens_hooks
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+_TOOLS = ("transformer_lens", "nnterp")
 
 
 class UnitSet:
@@ -39,8 +49,8 @@ class UnitSet:
         outside = [name for name in indices if name not in sizes]
         if outside:
             raise ValueError(f"indices has modules that sizes lacks: {', '.join(outside)}")
-        self._sizes = {name: _checked_size(name, size) for name, size in sizes.items()}
-        self._flat = _flattened(indices, self._sizes)
+        self._sizes = {name: checked_size(name, size) for name, size in sizes.items()}
+        self._flat = flattened(indices, self._sizes)
 
     @classmethod
     def of_mask(cls, mask: Tensor, sizes: Mapping[str, int]) -> UnitSet:
@@ -57,6 +67,30 @@ class UnitSet:
             )
         units._flat = mask.nonzero()[:, 0]  # sorted, each once
         return units
+
+    @classmethod
+    def from_pairs(
+        cls,
+        pairs: Iterable[tuple[str | int, int]],
+        sizes: Mapping[str, int],
+        *,
+        kind: Kind = "mlp",
+    ) -> UnitSet:
+        """Units that are given one by one, as in a CSV file or a paper.
+
+        Example: ``from_pairs([(3, 17), ("model.layers.5.mlp.down_proj", 4)], groups.sizes)``.
+
+        Args:
+            pairs: of a module's name, or the number of a layer, and the index of a unit there.
+                What is given twice is there once.
+            sizes: B's name -> ``n_units``, for every module of the scope.
+            kind: which module of a layer its number means: ``"mlp"`` or ``"attention"``.
+
+        Raises:
+            ValueError: a pair is none, or names what ``sizes`` lacks; its position is named.
+        """
+        check_choice("kind", kind, ("mlp", "attention"))
+        return cls(indices_of(pairs, sizes, kind), sizes)
 
     @cached_property
     def _indices(self) -> dict[str, Tensor]:
@@ -142,6 +176,36 @@ class UnitSet:
         """Names of B with the indices of their units, int64 ``[n]``, sorted."""
         return self._indices.items()
 
+    def to_frame(self) -> DataFrame:
+        """A table of pandas with a row for each unit: ``module``, ``layer``, ``kind``, ``unit``.
+
+        `from_pairs` takes it back: ``zip(frame["module"], frame["unit"])``.
+        """
+        return unit_frame(self._indices)
+
+    @overload
+    def to_hooks(self, tool: Literal["transformer_lens"]) -> list[LensHook]: ...
+
+    @overload
+    def to_hooks(self, tool: Literal["nnterp"]) -> Callable[[Any], None]: ...
+
+    def to_hooks(self, tool: str) -> list[LensHook] | Callable[[Any], None]:
+        """What ablates these units in another tool, as `ssah.ablate` does here.
+
+        Args:
+            tool: ``"transformer_lens"``, whose ``run_with_hooks(fwd_hooks=...)`` takes the list
+                that comes back; or ``"nnterp"``, for a function of the model that is called inside
+                ``with model.trace(...)``.
+
+        Raises:
+            ValueError: another tool, or units that it has no place for, such as those of routed
+                experts; the module is named.
+        """
+        check_choice("tool", tool, _TOOLS)
+        if tool == "nnterp":
+            return nnterp_hook(self._indices)
+        return transformer_lens_hooks(self._indices, self._sizes)
+
     def __len__(self) -> int:
         return len(self._flat)
 
@@ -197,51 +261,3 @@ class UnitSet:
             f"UnitSet({len(self)} of {sum(self._sizes.values())} units ({self.fraction:.2%}) "
             f"in {len(self._sizes)} modules)"
         )
-
-
-def _checked_size(name: str, size: int) -> int:
-    number = operator.index(size)  # TypeError: it is no integer
-    if number < 0:
-        raise ValueError(f"sizes has {number} units for {name!r}, must have 0 or more")
-    return number
-
-
-def _flattened(indices: Mapping[str, Tensor | Sequence[int]], sizes: Mapping[str, int]) -> Tensor:
-    """Indices in modules as sorted positions among all units: int64, each once.
-
-    Raises:
-        ValueError: an index is out of range, or no integer; its module is named.
-    """
-    given = [_integers(name, indices[name]) for name in sizes if name in indices]
-    if not given:
-        return torch.zeros(0, dtype=torch.int64)
-    names = [name for name in sizes if name in indices]
-    starts = torch.tensor([0, *sizes.values()]).cumsum(0)[:-1]
-    start_of = dict(zip(sizes, starts.tolist(), strict=True))
-    counts = torch.tensor([len(each) for each in given])
-    index = torch.cat(given)  # [indices of all modules]
-    # One pass over all of them: a mixture has thousands of modules, and a check for each is slow.
-    bounds = torch.tensor([sizes[name] for name in names]).repeat_interleave(counts)
-    wrong = ((index < 0) | (index >= bounds)).nonzero()[:, 0]
-    if len(wrong):
-        # The module that the first wrong index came from, for the message.
-        at = int(torch.searchsorted(counts.cumsum(0), wrong[0], right=True))
-        own, name = given[at], names[at]
-        raise ValueError(
-            f"indices of {name!r} run from {int(own.min())} to {int(own.max())}, "
-            f"must be in [0, {sizes[name]})"
-        )
-    flat = index + torch.tensor([start_of[name] for name in names]).repeat_interleave(counts)
-    ascending = bool((flat.diff() > 0).all())  # as of most callers: no sort is needed
-    return flat if ascending else torch.unique(flat, sorted=True)
-
-
-def _integers(name: str, index: Tensor | Sequence[int]) -> Tensor:
-    # An empty list would become float32.
-    tensor = torch.as_tensor(index, dtype=None if len(index) else torch.int64, device="cpu")
-    if tensor.dim() != 1 or tensor.dtype == torch.bool or tensor.is_floating_point():
-        raise ValueError(
-            f"indices of {name!r} have dtype {tensor.dtype} and {tensor.dim()} dimensions, must be "
-            "one dimension of integers (for a mask: mask.nonzero()[:, 0])"
-        )
-    return tensor.to(torch.int64)

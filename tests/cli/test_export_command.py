@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from group_scores import attribution
 from plans import draw
@@ -75,3 +76,21 @@ def test_an_update_a_model_and_an_ablation(tiny_chat_folder: Path, tmp_path: Pat
         assert code == 2, error
         assert message in error
     assert not (tmp_path / "none").exists()
+
+
+def test_an_importance_matrix(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_folder)
+    ids = torch.arange(12).reshape(2, 6)
+    scores = ssah.attribute(model, [{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+    scores.save(tmp_path / "scores")
+    words = ("--imatrix", tmp_path / "scores", "--out", tmp_path / "imatrix.gguf")
+    code, out, error = run(tiny_chat_folder, *words, "--json")
+    assert code == 0, error
+    found = json.loads(out)
+    assert found["tokens"] == 12
+    tensors = {each.name for each in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
+    assert tensors == {f"{w}.{part}" for w in found["weights"] for part in ("in_sum2", "counts")}
+    code, _, error = run(tiny_chat_folder, *words, "--change", "runs/update")
+    assert code == 2
+    assert "no two of them" in error

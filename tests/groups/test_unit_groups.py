@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from group_scores import attribution
@@ -129,3 +132,52 @@ def test_what_is_no_group_is_refused(tmp_path: Any) -> None:
     save_tensors(tmp_path, {"scores/a": torch.zeros(3)}, {"metric": "variance"})
     with pytest.raises(ValueError, match="must hold 'ssah unit groups'"):
         UnitGroups.load(tmp_path)
+
+
+def test_groups_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Api:
+        def __init__(self, token: str | None) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
+            return SimpleNamespace(repo_id=repo_id)
+
+        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
+            for file in Path(folder_path).iterdir():
+                (tmp_path / file.name).write_bytes(file.read_bytes())
+            return f"https://example.test/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path))
+    about = {"model_name": "/home/someone/secret-project", "units_hash": None}
+    scores = {"model.layers.0.mlp.down_proj": torch.arange(10.0, dtype=torch.float64)}
+    groups = classify(
+        attribution(scores, data_fingerprint="5afe", **about),
+        attribution({n: x.flip(0) for n, x in scores.items()}, data_fingerprint="a11", **about),
+        scu=0.2,
+        ucu=0.2,
+        ru=0.1,
+    )
+    with pytest.raises(ValueError, match=r"figures\['refused'\] is 0.5, must have a rate"):
+        groups.push_to_hub("me/groups", figures={"refused": 0.5})
+    assert not list(tmp_path.iterdir())
+    figure = {"value": 0.5, "interval": (0.4, 0.6)}
+    address = groups.push_to_hub("me/groups", figures={"refused": figure}, private=True)
+    assert address == "https://example.test/me/groups"
+    card = (tmp_path / "README.md").read_text()
+    for line in (
+        'base_model: "secret-project"',
+        "| units in scu | `2 (20.00%)` |",
+        "| fingerprint of the safety data | `5afe` |",
+        "| fingerprint of the utility data | `a11` |",
+        "| hash of the units | not known |",
+        "| refused | 0.5 | 0.4 to 0.6 |  |",
+    ):
+        assert line in card.splitlines()
+    for file in tmp_path.iterdir():
+        assert b"/home" not in file.read_bytes()
+    found = UnitGroups.load("hf:me/groups")
+    assert dict(found) == dict(groups)
+    assert found.metadata["model_name"] == "secret-project"
+    with pytest.raises(FileNotFoundError, match="write 'hf:me/groups'"):
+        UnitGroups.load("me/groups")

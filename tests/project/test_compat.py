@@ -37,6 +37,8 @@ PUBLIC = {
     "transformers.pytorch_utils",
     "transformers.utils",
     *("lm_eval", "lm_eval.models.huggingface", "lm_eval.tasks", "peft"),
+    # Its guide to models registers by the first; its command is the second.
+    *("lm_eval.api.registry", "lm_eval.__main__"),
 }
 LIBRARIES = ("transformers", "accelerate", "bitsandbytes", "peft", "torchao", "trl", "lm_eval")
 # Private, of torch.nn.Module and hashlib, and the same for years.

@@ -58,6 +58,7 @@ NOT_RUN = {
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,
     "docs/scaling.md": 2,
+    "docs/tools.md": 6,
     "docs/training/fsdp2.md": 3,
     "docs/training/lora.md": 1,
     "docs/training/trl.md": 1,
@@ -73,6 +74,8 @@ MODELS = (
 )
 # They train with TRL, which a user may lack, and so may a machine that runs the tests.
 WITH_TRL = {f"docs/training/{name}.md" for name in ("sft", "dpo", "grpo")}
+# Files for llama.cpp, written with a package that a user may lack.
+WITH_GGUF = {"docs/tools.md"}
 # They need neither model nor groups: all that they use is in their own blocks.
 WHOLE = {
     "README.md",
@@ -192,6 +195,8 @@ def names_of(page: str) -> dict[str, Any]:
 def test_blocks_run_as_pasted(page: str, here: Path) -> None:
     if page in WITH_TRL:
         pytest.importorskip("trl")
+    if page in WITH_GGUF:
+        pytest.importorskip("gguf")
     names = _run(page, left_out=TIMED | STUDIES)
     if page == "README.md":
         assert len(names["groups"]["scu"]) > 0

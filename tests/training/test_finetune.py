@@ -407,7 +407,7 @@ def test_dry_run_shows_what_it_takes_and_writes_nothing(place: Path, tmp_path: P
         (("--freeze", "scu:0.5", "--out", "OUT"), "fraction is 0.5; the group scu is 0.1"),
         (("--freeze", "cu:0", "--out", "OUT"), "has no units"),
         (("--freeze", "none", "--freeze", "scu", "--out", "OUT"), "must stand alone"),
-        (("--freeze", "scu", "--out", "OUT", "--groups", "nowhere"), "nothing was saved there"),
+        (("--freeze", "scu", "--out", "OUT", "--groups", "nowhere"), "there is no folder"),
         (("--freeze", "scu", "--out", "OUT", "--data", "nowhere.jsonl"), "existing file"),
         (("--freeze", "scu", "--out", "OUT", "--data", "BAD"), "bad.jsonl:1: no response"),
         (("--freeze", "scu", "--out", "OUT", "--max-length", "3"), "leaves no room"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub
 import pytest
 import tiny_models
 import torch
@@ -17,11 +18,12 @@ from plans import assert_equal, draw, loss_of, make, snapshot
 from safetensors.torch import load, load_file
 from transformers import PreTrainedModel
 
+from ssah.evaluation import rate
 from ssah.models import digest
 from ssah.storage import results
 from ssah.training import UpdatePlan, freeze, load_update, train_only
 from ssah.training.splitting import complement_rows
-from ssah.training.updates import merging, saving
+from ssah.training.updates import saving
 
 
 def trained(model: PreTrainedModel, mode: str = "train_only") -> UpdatePlan:
@@ -193,14 +195,21 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
                 (tmp_path / file.name).write_bytes(file.read_bytes())
             return f"https://example.test/{repo_id}"
 
-    monkeypatch.setattr(saving, "HfApi", Api)
-    monkeypatch.setattr(merging, "snapshot_download", lambda repo_id: str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path))
     model, base = (tiny_models.build("llama") for _ in range(2))
     model.config.name_or_path = "/home/someone/secret-project"
     plan = trained(model)
-    assert (
-        plan.push_to_hub("me/update", private=True, token="t") == "https://example.test/me/update"
-    )
+    figures = {"attack success": rate([1, 0, 0, 0])}
+    options = {"figures": figures, "data": {"answers": "c0ffee"}, "private": True, "token": "t"}
+    assert plan.push_to_hub("me/update", **options) == "https://example.test/me/update"
+    card = (tmp_path / "README.md").read_text()
+    assert "/home" not in card
+    assert 'base_model: "secret-project"\n' in card
+    assert "| attack success | 0.25 | 0.04559 to 0.6994 | 4 |" in card
+    assert "| fingerprint of answers | `c0ffee` |" in card
+    n = sum(parameter.numel() for parameter in plan.parameters())
+    assert f"| trained | `{n:,} weights of " in card
     assert calls == {"token": "t", "create": ("me/update", {"private": True, "exist_ok": True})}
     assert "/home" not in (tmp_path / "meta.json").read_text()
     assert json.loads((tmp_path / "meta.json").read_text())["base_model"] == "secret-project"
@@ -244,7 +253,7 @@ def test_a_folder_that_is_not_there_is_not_fetched_from_the_hub(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whoever owns a repository of that name could put any weights there."""
-    monkeypatch.setattr(merging, "snapshot_download", None)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     for name in ("runs/typo", "/nowhere/at/all", "typo", Path("runs/typo")):
         with pytest.raises(FileNotFoundError, match=f"there is no folder '{name}'"):
             load_update(tiny_models.build("llama"), name)

@@ -38,23 +38,34 @@ def export(
             help="What to ablate: `scu`, `cu:0.06` (its top), `heads:2.26`, ...; may be repeated."
         ),
     ] = None,
+    imatrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--imatrix",
+            metavar="DIR",
+            help="What `ssah attribute` saved: write it as llama.cpp's importance matrix.",
+        ),
+    ] = None,
     max_rank: Annotated[
         int, typer.Option("--max-rank", min=1, help="Refuse a larger rank; vLLM serves 512.")
     ] = 512,
     weights: Weights,
 ) -> Result:
-    """Write an update or an ablation as an exact LoRA adapter, for PEFT, vLLM and the Hub.
+    """Write an update or an ablation as an exact LoRA adapter, or scores for llama.cpp.
 
     Example: `ssah export smollm2 --change runs/update --out runs/adapter`
 
     MODEL is the base model. The change must be on rows or columns of projections, as that of units
-    is. With --units the adapter switches these units or heads off.
+    is. With --units the adapter switches these units or heads off. With --imatrix the file --out is
+    what `llama-quantize --imatrix` reads.
     """
     import ssah
     from ssah.models import quiet
     from ssah.report.terminal import facts_table
 
-    _check_one(change, groups, units)
+    _check_one(change, groups, units, imatrix)
+    if imatrix is not None:
+        return _importance_matrix(model, imatrix, out, weights)
     # Groups are read before the model is loaded, which may take minutes.
     what: Any = check_selected(units, groups, "units") if units else change
     base, _ = weights.load(model)
@@ -75,10 +86,33 @@ def export(
     return Result(data, (facts_table("Exported", facts),))
 
 
-def _check_one(change: str | None, groups: Path | None, units: list[str] | None) -> None:
-    """One of the two: what was trained, or what is ablated."""
-    if (change is None) == (not units) or (change is not None and groups is not None):
+def _importance_matrix(model: str, scores: Path, out: Path, weights: Weights) -> Result:
+    """Mean squares of what enters B, for llama-quantize; no weight is read."""
+    from ssah.attribution import Attribution, save_imatrix
+    from ssah.models import empty_model, quiet
+    from ssah.report.terminal import facts_table
+
+    attribution = Attribution.load(scores)
+    with quiet():
+        empty = empty_model(model, trust_remote_code=weights.trust_remote_code)
+    squares = save_imatrix(attribution, out, empty)
+    tokens = max(attribution.count.values())
+    facts = {
+        "weights": f"{len(squares):,}: mean square of each input channel",
+        "tokens": f"{tokens:,} ({attribution.tokens})",
+        "written to": str(out),
+    }
+    data = {"model": model, "out": str(out), "weights": list(squares), "tokens": tokens}
+    return Result(data, (facts_table("Importance matrix", facts),))
+
+
+def _check_one(
+    change: str | None, groups: Path | None, units: list[str] | None, imatrix: Path | None
+) -> None:
+    """One of the three: what was trained, what is ablated, or scores."""
+    given = [bool(units), change is not None, imatrix is not None]
+    if sum(given) != 1 or (groups is not None and not units):
         raise ValueError(
-            "either --change (what was trained) or --units (what is ablated) must be given, and "
-            "not both; --groups is for --units"
+            "either --change (what was trained), --units (what is ablated) or --imatrix (scores) "
+            "must be given, and no two of them; --groups is for --units"
         )

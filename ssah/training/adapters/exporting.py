@@ -18,13 +18,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ssah.models import nonfinite
-from ssah.storage import check_new, whole_folder
+from ssah.storage import check_new, public_name, whole_folder
 from ssah.training.adapters.card import SERVED, LoraExport, exported_card
 from ssah.training.adapters.changed import Change, changed_weights, checked_base
 from ssah.training.adapters.factors import Factors, factors
 from ssah.training.adapters.writing import LoraFactors, write_adapter
 from ssah.training.installing import listed
-from ssah.training.updates import public_name
 from ssah.units import features, model_name
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ssah.training.updates.attaching import Attached, attach
 from ssah.training.updates.merging import load_update, placed_update, read_update
-from ssah.training.updates.saving import public_name, push_update, save_update
+from ssah.training.updates.saving import push_update, save_update
 from ssah.training.updates.updated_models import is_update, load_trained, load_trained_tokenizer
 
 __all__ = [
@@ -15,7 +15,6 @@ __all__ = [
     "load_trained_tokenizer",
     "load_update",
     "placed_update",
-    "public_name",
     "push_update",
     "read_update",
     "save_update",

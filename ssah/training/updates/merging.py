@@ -11,16 +11,14 @@ import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 
 from ssah.interventions import check_not_ablated
 from ssah.models import check_idle, check_plain, digests
-from ssah.storage import TEXT, Fields, Stored, check_fields
+from ssah.storage import TEXT, Fields, Stored, check_fields, hub_folder
 from ssah.training.optimising import check_unplanned
 from ssah.training.splitting import complement_rows
 from ssah.training.updates.placed import Placed
@@ -28,7 +26,6 @@ from ssah.training.updates.saving import UPDATE
 from ssah.units import check_parameters, check_same_model, find_modules
 from ssah_kernels.bit_masks import packed_size, unpack_bits
 
-HUB = "hf:"  # before the id of a repository
 _FIELDS: Fields = {
     "base_model": str,
     "units_hash": TEXT,
@@ -64,7 +61,7 @@ def load_update(model: nn.Module, directory: str | os.PathLike[str]) -> None:
 
 def read_update(directory: str | os.PathLike[str]) -> Stored:
     """What :func:`load_update` merges, read and checked as far as no model is needed."""
-    stored = Stored(update_folder(directory), UPDATE, _FIELDS, _MISSING)
+    stored = Stored(hub_folder(directory), UPDATE, _FIELDS, _MISSING)
     meta = stored.meta
     check_fields(stored.path, meta["dims"], dict.fromkeys(meta["dims"], int))
     check_fields(stored.path, meta["frozen"], dict.fromkeys(meta["frozen"], str))
@@ -113,19 +110,6 @@ def placed_update(model: nn.Module, stored: Stored) -> list[Placed]:
         Placed(name, own[name], dims.get(name), stored.tensors.get(f"index/{name}"), value)
         for name, value in values.items()
     ]
-
-
-def update_folder(directory: str | os.PathLike[str]) -> str:
-    """The folder that is meant, fetched if it is a repository; FileNotFoundError without one."""
-    name = os.fspath(directory)
-    if name.startswith(HUB):
-        return snapshot_download(name.removeprefix(HUB))
-    if not Path(name).is_dir():
-        raise FileNotFoundError(
-            f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "
-            f"'{HUB}{name if name.count('/') == 1 else 'user/name'}'"
-        )
-    return name
 
 
 def _checked_values(

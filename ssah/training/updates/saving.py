@@ -14,18 +14,15 @@ unit-major, and which they are. Example: of a B ``[out, 4]`` the columns 1 and 3
 from __future__ import annotations
 
 import os
-import tempfile
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor
 
 from ssah.distributed import Ranks
-from ssah.storage import FORMAT, save_tensors
+from ssah.storage import FORMAT, public_name, result_card, save_tensors, upload
 from ssah.training.entries import TrainedSlice
 from ssah.training.installing import trained_values
 from ssah.version import __version__
@@ -101,30 +98,59 @@ def push_update(
     about: Mapping[str, Any],
     repo_id: str,
     *,
-    private: bool | None = None,
-    token: str | None = None,
-    commit_message: str = "Upload update",
+    figures: Mapping[str, Any] | None = None,
+    data: Mapping[str, str] | None = None,
+    **options: Any,
 ) -> str:
-    """Upload trained slices to the Hugging Face Hub. No path of this machine goes with them.
+    """Upload trained slices to the Hugging Face Hub, with a card, and without a local path.
 
     Args:
         slices, about: as `save_update` takes them.
         repo_id: ``"user/name"``; created if it does not exist.
-        private, token, commit_message: as in ``huggingface_hub``.
+        figures: for the card, what was measured: name -> what `ssah.evaluation.rate` gives.
+        data: for the card, what it was trained on: name -> its fingerprint.
+        options: ``private``, ``token`` and ``commit_message``, as in ``huggingface_hub``.
 
     Returns:
         the address of the commit.
+
+    Raises:
+        ValueError: a figure has no interval; it is named.
     """
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save_update(slices, {**about, "base_model": public_name(about["base_model"])}, folder)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        return str(
-            api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message)
-        )
+    own = list(slices)
+    public = {**about, "base_model": public_name(about["base_model"])}
+    card = _card(own, public, figures, data or {})
+    return upload(lambda folder: save_update(own, public, folder), card, repo_id, **options)
 
 
-def public_name(name: str) -> str:
-    """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
-    is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
-    return name if is_id and not Path(name).exists() else Path(name).name
+def _card(
+    slices: Sequence[TrainedSlice],
+    about: Mapping[str, Any],
+    figures: Mapping[str, Any] | None,
+    data: Mapping[str, str],
+) -> str:
+    """``README.md`` of an update on the Hub."""
+    trained = sum(_n_trained(each) for each in slices)
+    facts = {
+        "trained": f"{trained:,} weights of {len({each.name for each in slices}):,} parameters",
+        **{f"fingerprint of {name}": fingerprint for name, fingerprint in data.items()},
+        "fingerprint of the plan": about["fingerprint"],
+        "hash of the units": about["units_hash"],
+        "hash of the weights before": about["weights_hash"],
+    }
+    return result_card(
+        "Update",
+        "It has the weights that a plan trained, and no others: all that it kept frozen is, bit "
+        "for bit, as in the base model.",
+        base_model=str(about["base_model"]),
+        tags=("safety", "fine-tuning", "update"),
+        code='model, tokenizer = ssah.training.load_trained("hf:user/name")  # this repository',
+        facts=facts,
+        figures=figures,
+    )
+
+
+def _n_trained(each: TrainedSlice) -> int:
+    """How many weights of a parameter train: all of a part that was split off, else by entries."""
+    trains, size = each.entries.trains, each.parameter.numel()
+    return size if each.split else size // trains.numel() * int(trains.sum())

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ssah.models import ModelError, cheap_weights_hash, load_model, load_tokenizer, move
-from ssah.storage import META, Stored, check_fields, kind_in, read_meta
-from ssah.training.updates.merging import HUB, merge_update, read_update, update_folder
+from ssah.storage import HUB, META, Stored, check_fields, hub_folder, kind_in, read_meta
+from ssah.training.updates.merging import merge_update, read_update
 from ssah.training.updates.saving import UPDATE
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def load_trained_tokenizer(
     if not is_update(name):
         _check_without_base(name, base)
         return load_tokenizer(name, trust_remote_code=trust_remote_code)
-    folder = Path(update_folder(name))
+    folder = Path(hub_folder(name))
     meta = read_meta(folder)
     check_fields(folder / META, meta, {"base_model": str})
     start = _base(name, base, meta)
