@@ -21,12 +21,12 @@ from benchmarks.gpu.staged import Piece, Record, Stage, Stages, in_fork
 STAGES = (
     ("install", 140, "installing", "install"),
     ("info", 10, "about", "info"),
-    ("correctness", 80, "checks", "correctness"),
+    ("correctness", 100, "checks", "correctness"),
     ("operators", 80, "operators", "operators"),
     ("optimisers", 30, "optimisers", "optimisers"),
     ("attribute", 60, "models", "scoring"),
-    ("training", 40, "models", "training"),
-    ("sanitizer", 40, "checks", "sanitizer"),
+    ("training", 30, "models", "training"),
+    ("sanitizer", 30, "checks", "sanitizer"),
 )
 
 

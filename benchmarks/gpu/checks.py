@@ -40,11 +40,13 @@ def serving(scope: Scope) -> list[str]:
 
 
 def correctness(scope: Scope, _: Record) -> Iterator[Piece]:
-    """Every operator in every backend against the reference, then optimisers and scores."""
-    for backend in serving(scope):
-        for op in scope.checked or KERNELS:
-            for which in SAMPLES:
-                yield f"{backend} {op} {which}", partial(compared, scope, backend, op, which)
+    """Operators on streams and in graphs, optimisers and scores; then all cases of the operators.
+
+    In this order, because Triton compiles a kernel for almost every case, which may take too long.
+    """
+    ops, serve = scope.checked or tuple(KERNELS), serving(scope)
+    for backend in serve:
+        for op in ops:
             for name, check in on_streams(scope, op).items():
                 yield f"{backend} {op} {name}", partial(asserted, check, backend)
         for optimizer in (MaskedAdamW, MaskedSGD):
@@ -55,6 +57,10 @@ def correctness(scope: Scope, _: Record) -> Iterator[Piece]:
         for metric in ("variance", "norm", "taylor", "fisher"):
             check = partial(on_device.check_attribution, metric, backend)
             yield f"{backend} attribute {metric}", partial(asserted, check, scope.device)
+    for which in SAMPLES:
+        for backend in serve:
+            for op in ops:
+                yield f"{backend} {op} {which}", partial(compared, scope, backend, op, which)
 
 
 def compared(scope: Scope, backend: str, op: str, which: str) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def about(record: Record) -> Iterator[str]:
-    """What the figures depend on."""
+    """What made the page, and what the figures depend on."""
+    yield "```bash\nruns/gpu.sh\n```"
     if record["facts"]["dry_run"]:
         yield "**A dry run on the CPU, with tiny tensors: no figure here says anything of a GPU.**"
     machine = done(record, "info").get("machine", {})
@@ -135,9 +136,8 @@ def about(record: Record) -> Iterator[str]:
     }
     yield table(("", ""), [(name, str(value)) for name, value in facts.items() if value])
     yield (
-        "`runs/gpu.sh` made this page. Times are medians of interleaved rounds over inputs that "
-        "rotate. A share is of the bandwidth of a device copy in the same rounds, counting what it "
-        "reads and what it writes."
+        "Times are medians of interleaved rounds over inputs that rotate. A share is of the "
+        "bandwidth of a device copy in the same rounds, counting what it reads and what it writes."
     )
 
 

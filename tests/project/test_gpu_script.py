@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -254,6 +255,21 @@ def test_a_share_is_bytes_by_time_over_those_of_the_copy() -> None:
     assert operators.share_of_copy(DRY, seconds, "op", 98_304) == pytest.approx(0.5)
 
 
+def test_calls_are_captured_where_the_graph_was_right() -> None:
+    for piece, captured in ({"compared": 1}, True), ({"skipped": "no graph"}, False), ({}, False):
+        done = {"cpu op graph capture": piece} if piece else {}
+        record = {"stages": {"correctness": {"done": done}}}
+        assert operators.captures(DRY, record, "op") == captured
+    assert not operators.captures(DRY, {"stages": {}}, "op")
+
+
+def test_the_stages_fit_eight_minutes_as_documented() -> None:
+    page = (ROOT / "docs" / "gpu.md").read_text()
+    rows = re.findall(r"^\| (\w+) \| (\d+) \|", page, re.MULTILINE)
+    assert rows == [(name, str(seconds)) for name, seconds, *_ in gpu.STAGES]
+    assert sum(seconds for _, seconds, *_ in gpu.STAGES) <= 8 * 60
+
+
 def full_record() -> Record:
     """As of a GPU on which all targets are met but the first; the last was not measured."""
     stages: dict[str, Any] = {
@@ -306,6 +322,7 @@ def test_the_page_says_what_was_asked_and_reached() -> None:
         "| gated_moments, Llama-3-8B, 16384 tokens | [2, 3] | 12 | yes | 0.89 | 7.00x |",
     ):
         assert line in text.splitlines(), line
+    assert "```bash\nruns/gpu.sh\n```" in text  # a page of results names its command
     assert "dry run" not in text
     empty = page({"facts": {**FACTS, "dry_run": True}, "stages": {}})
     assert empty.count("not measured") == len(TARGETS)
