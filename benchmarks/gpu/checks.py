@@ -19,6 +19,7 @@ from ssah_kernels import backends
 from ssah_kernels.optim import MaskedAdamW, MaskedSGD
 from ssah_kernels.schema import KERNELS
 
+Check = Callable[[str], None]
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "helpers")]
 
@@ -45,18 +46,26 @@ def correctness(scope: Scope, _: Record) -> Iterator[Piece]:
     In this order, because Triton compiles a kernel for almost every case, which may take too long.
     """
     ops, serve = scope.checked or tuple(KERNELS), serving(scope)
+    check: Check
     for backend in serve:
         for op in ops:
-            for name, check in on_streams(scope, op).items():
-                yield f"{backend} {op} {name}", partial(asserted, check, backend)
+            for name, each in on_streams(scope, op).items():
+                yield f"{backend} {op} {name}", partial(asserted, each, backend)
         for optimizer in (MaskedAdamW, MaskedSGD):
+            name = f"{backend} {optimizer.__name__}"
             for rounding in ("nearest", "stochastic", "remainder"):
                 check = partial(on_device.check_optimizer, optimizer, rounding, backend)
-                name = f"{backend} {optimizer.__name__} {rounding}"
-                yield name, partial(asserted, check, scope.device)
+                yield f"{name} {rounding}", partial(asserted, check, scope.device)
+            check = partial(on_device.check_steps_wait_for_nothing, optimizer)
+            yield f"{name} without waiting", partial(asserted, on_gpu(scope, check), backend)
         for metric in ("variance", "norm", "taylor", "fisher"):
             check = partial(on_device.check_attribution, metric, backend)
             yield f"{backend} attribute {metric}", partial(asserted, check, scope.device)
+        check = partial(on_device.check_batches_wait_for_nothing, "variance")
+        yield (
+            f"{backend} attribute without waiting",
+            partial(asserted, on_gpu(scope, check), backend),
+        )
     for which in SAMPLES:
         for backend in serve:
             for op in ops:
@@ -75,21 +84,21 @@ def compared(scope: Scope, backend: str, op: str, which: str) -> dict[str, Any]:
     return {"compared": number}
 
 
-Check = Callable[[str], None]
-
-
 def on_streams(scope: Scope, op: str) -> dict[str, Check | str]:
     """What a GPU can do besides: a check of a backend, or why there is none."""
-    if scope.device == "cpu":
-        return dict.fromkeys((SIDE_STREAM, SECOND_DEVICE, CAPTURED), "no CUDA device")
+    second = partial(on_device.check_second_device, op)
+    graph = partial(on_device.check_captured, op)
     many, captures = torch.cuda.device_count() > 1, on_device.capturable(op)
     return {
-        SIDE_STREAM: partial(on_device.check_side_stream, op),
-        SECOND_DEVICE: partial(on_device.check_second_device, op) if many else "one CUDA device",
-        CAPTURED: partial(on_device.check_captured, op)
-        if captures
-        else "it says that no CUDA graph can hold it",
+        SIDE_STREAM: on_gpu(scope, partial(on_device.check_side_stream, op)),
+        SECOND_DEVICE: on_gpu(scope, second) if many else "one CUDA device, or none",
+        CAPTURED: on_gpu(scope, graph) if captures else "it says that no CUDA graph can hold it",
     }
+
+
+def on_gpu(scope: Scope, check: Check) -> Check | str:
+    """A check that needs a GPU, or why there is none."""
+    return check if scope.device == "cuda" else "no CUDA device"
 
 
 def asserted(check: Check | str, argument: str) -> dict[str, Any]:

@@ -8,7 +8,8 @@ with the CPU as the device too; streams and graphs are a GPU's.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -153,6 +154,51 @@ def check_optimizer(optimizer: type, rounding: str, backend: str, device: str = 
         unequal = (a.view(torch.int16) != b.view(torch.int16)).double().mean()
         assert unequal <= 0.02
         torch.testing.assert_close(a, b, rtol=2 * torch.finfo(torch.bfloat16).eps, atol=1e-2)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """In here whatever waits for the GPU is an error: a copy of a number, a boolean index."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def check_steps_wait_for_nothing(optimizer: type, backend: str) -> None:
+    """From the second step on; in the first, state and tables are made."""
+    params = [torch.nn.Parameter(torch.randn(s, device="cuda")) for s in ((40, 264), (77,))]
+    index = torch.arange(0, 40, 3, device="cuda")
+    o = optimizer([{"params": params[:1], "indices": [index]}, {"params": params[1:]}], lr=1e-2)
+    with backends.use(backend):
+        for step in range(4):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            with no_waiting() if step else nullcontext():
+                o.step()
+
+
+def check_batches_wait_for_nothing(metric: str, backend: str) -> None:
+    """From the third batch on, while a batch is scored: the last results may be waited for."""
+    import tiny_models
+
+    import ssah
+
+    model = tiny_models.build("llama").eval().to("cuda")
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (6, 4, 11), generator=g)
+
+    rows = [{"input_ids": each, "attention_mask": torch.ones_like(each)} for each in ids]
+
+    def batches() -> Iterator[dict[str, Tensor]]:
+        yield from rows[:2]
+        with no_waiting():
+            yield from rows[2:]
+
+    with backends.use(backend):
+        ssah.attribute(model, batches(), metric=metric)
 
 
 def check_attribution(metric: str, backend: str, device: str = "cuda") -> None:

@@ -80,6 +80,16 @@ def test_optimiser_equals_the_cpu(optimizer: type, rounding: str, backend: str) 
     on_device.check_optimizer(optimizer, rounding, backend)
 
 
+@pytest.mark.parametrize("optimizer", [MaskedAdamW, MaskedSGD])
+def test_a_step_waits_for_nothing(optimizer: type, backend: str) -> None:
+    on_device.check_steps_wait_for_nothing(optimizer, backend)
+
+
+@pytest.mark.parametrize("metric", ["variance", "norm"])
+def test_a_batch_waits_for_nothing(metric: str, backend: str) -> None:
+    on_device.check_batches_wait_for_nothing(metric, backend)
+
+
 @pytest.mark.parametrize("metric", ["variance", "norm", "taylor", "fisher"])
 def test_attribution_equals_the_cpu(metric: str, backend: str) -> None:
     on_device.check_attribution(metric, backend)
