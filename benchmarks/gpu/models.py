@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -60,7 +61,7 @@ def scored(scope: Scope, backend: str, shape: Shape) -> dict[str, Any]:
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "tokens": BATCHES * ROWS * scope.length,
-        "seconds": {name: timing.percentiles(times)["p50"] for name, times in seconds.items()},
+        "seconds": {name: median(times) for name, times in seconds.items()},
         "over_backbone": {name: timing.ratio(seconds, name, BACKBONE) for name in METRICS},
     }
 
@@ -104,7 +105,7 @@ def trained(scope: Scope, variant: str, shape: Shape) -> dict[str, Any]:
     step, facts = build_step(variant, model_on(scope, shape), scope.length)
     call = timing.repeated(step, [()], torch.device(scope.device))
     times = timing.interleave({variant: call}, repeats=min(scope.rounds, 5), warmup=2)
-    found = {**facts, "seconds": timing.percentiles(times[variant])["p50"]}
+    found = {**facts, "seconds": median(times[variant])}
     if scope.device == "cuda":
         found["peak_bytes"] = torch.cuda.max_memory_allocated()
     return found

@@ -12,6 +12,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -85,10 +86,7 @@ def measure(
         "shape": list(shape),
         "bytes": n_bytes,
         "captured": captured,
-        "seconds": {
-            name: timing.percentiles([s / times for s in seconds[name]])["p50"]
-            for name in functions
-        },
+        "seconds": {name: median(seconds[name]) / times for name in functions},
         "of_copy": {
             name: share_of_copy(scope, seconds, name, times * n_bytes) for name in functions
         },

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -46,10 +47,8 @@ def on(backend: str, measure: Callable[[Scope], dict[str, Any]], scope: Scope) -
         return measure(scope)
 
 
-def parameters(
-    sizes: Sequence[tuple[int, ...]], device: str
-) -> list[torch.nn.Parameter]:  # of these sizes
-    """Random ones, each with its gradient."""
+def parameters(sizes: Sequence[tuple[int, ...]], device: str) -> list[torch.nn.Parameter]:
+    """Random ones of these sizes, each with its gradient."""
     found = []
     for size in sizes:
         parameter = torch.nn.Parameter(torch.randn(size, dtype=BF16, device=device))
@@ -89,9 +88,7 @@ def step(scope: Scope) -> dict[str, Any]:
     seconds = timing.interleave(calls, repeats=scope.rounds, warmup=2)
     return {
         "elements": total,
-        "seconds": {
-            name: timing.percentiles([s / times for s in seconds[name]])["p50"] for name in made
-        },
+        "seconds": {name: median(seconds[name]) / times for name in made},
         "of_copy": {
             name: share_of_copy(scope, seconds, name, times * n_bytes)
             for name, (_, n_bytes) in made.items()
@@ -103,19 +100,18 @@ def step(scope: Scope) -> dict[str, Any]:
 def many_tensors(scope: Scope) -> dict[str, Any]:
     """Seconds of a step of many small tensors, which is Python's time, and times torch's."""
     params = parameters([SMALL] * scope.small, scope.device)
+    times = 10
     made = {
         FUSED: torch.optim.AdamW(params, lr=1e-5, fused=True),
         MASKED: MaskedAdamW(params, lr=1e-5, **STOCHASTIC),
     }
     calls = {
-        name: timing.repeated(optimizer.step, [()], torch.device(scope.device), times=10)
+        name: timing.repeated(optimizer.step, [()], torch.device(scope.device), times=times)
         for name, optimizer in made.items()
     }
     seconds = timing.interleave(calls, repeats=scope.rounds, warmup=2)
     return {
         "tensors": scope.small,
-        "seconds": {
-            name: timing.percentiles([s / 10 for s in seconds[name]])["p50"] for name in made
-        },
+        "seconds": {name: median(seconds[name]) / times for name in made},
         "over_fused": {name: timing.ratio(seconds, name, FUSED) for name in made},
     }
