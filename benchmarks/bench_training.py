@@ -45,7 +45,7 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import common
-from benchmarks.models import LENGTH, VOCABULARY, build_model
+from benchmarks.models import LENGTH, build_model
 from ssah.selections import select
 from ssah.training import freeze, protect_adapter, train_only
 from ssah.training.entries import select_entries
@@ -98,9 +98,11 @@ def build_masks(model: PreTrainedModel, *, whole_off: bool) -> dict[Tensor, Tens
     return masks
 
 
-def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]:
-    """One training step of a variant, and the sizes of what it trains."""
-    model = build_model("float32", layers).train()
+def build_step(
+    variant: str, model: PreTrainedModel, length: int = LENGTH
+) -> tuple[Step, dict[str, int | float]]:
+    """One training step of a variant on [ROWS, length], and the sizes of what it trains."""
+    model.train()
     model.config.use_cache = False  # training needs no cache, which would count as memory
     masks: dict[Tensor, Tensor] = {}
     frozen: dict[Tensor, Tensor] = {}
@@ -130,9 +132,10 @@ def build_step(variant: str, layers: int) -> tuple[Step, dict[str, int | float]]
     parameters = [p for p in model.parameters() if p.requires_grad]
     facts["trained"] = sum(p.numel() for p in parameters)
     generator = torch.Generator().manual_seed(1)
+    vocabulary, device = model.config.vocab_size, model.device
 
     def step() -> None:
-        ids = torch.randint(0, VOCABULARY, (ROWS, LENGTH), generator=generator)
+        ids = torch.randint(0, vocabulary, (ROWS, length), generator=generator).to(device)
         optimizer.zero_grad(set_to_none=True)
         model(input_ids=ids, labels=ids).loss.backward()
         for parameter, mask in masks.items():
@@ -156,7 +159,7 @@ def serve(options: argparse.Namespace) -> None:
     """Worker: one step per line read, one JSON line back."""
     torch.set_num_threads(options.threads)
     imported = 1024 * common.kibibytes("VmHWM")
-    step, facts = build_step(options.serve, options.layers)
+    step, facts = build_step(options.serve, build_model("float32", options.layers))
     print(json.dumps({}), flush=True)
     for _ in sys.stdin:
         start = time.process_time()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.commit import commit
 from ssah_kernels import timing
 from ssah_kernels.timing import interleave, percentiles, ratio, read_bandwidth, rotating
 
@@ -29,14 +30,7 @@ __all__ = [
 
 def facts() -> dict[str, Any]:
     """What a figure depends on: versions, threads, instruction set, commit."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parent,
-    )
-    return {**timing.facts(), "commit": commit.stdout.strip() or "unknown"}
+    return {**timing.facts(), "commit": commit()}
 
 
 def kibibytes(field: str) -> int:

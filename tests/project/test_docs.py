@@ -53,7 +53,7 @@ NOT_RUN = {
     "docs/categories.md": 1,
     "docs/cuda.md": 1,
     "docs/evaluation.md": 3,
-    "docs/gpu.md": 1,
+    "docs/gpu.md": 2,
     "docs/installing.md": 2,
     "docs/large_models.md": 2,
     "docs/quantised.md": 1,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,29 +16,13 @@ def measure_op(
     case: Case, settings: Settings, dtype: torch.dtype, device: torch.device, compiled: bool
 ) -> dict[str, Any]:
     """One row: gigabytes per second of every implementation, and ratios of time."""
-    torch.manual_seed(0)
-    shape = settings.rows, settings.columns
-    first = case.make(*shape, dtype, device)[0]  # the masked operators' gradient is compact
-    n_bytes = case.tensors * first.numel() * first.element_size()
-    inputs = timing.rotating(
-        lambda: case.make(*shape, dtype, device), n_bytes, settings.cache_bytes
-    )
-
-    def timed(function: Callable[..., Any], backend: str | None = None) -> Callable[[int], None]:
-        def run(i: int) -> None:
-            with ExitStack() as stack:
-                if backend is not None:
-                    stack.enter_context(backends.use(backend))
-                function(*inputs[i % len(inputs)])
-                synchronize(device)  # a GPU has only begun when the call returns
-
-        return run
-
-    calls = {name: timed(case.ours, name) for name in _usable(device)}
-    calls["eager"] = timed(case.plain)
-    if compiled:
-        calls["compile"] = timed(torch.compile(case.plain, dynamic=False))
+    shape = (settings.rows, settings.columns)
     with torch.no_grad():  # derivatives have a case of their own
+        inputs, n_bytes = inputs_of(case, shape, dtype, device, settings.cache_bytes)
+        functions = implementations(case, _usable(device), compiled)
+        calls = {
+            name: timing.repeated(function, inputs, device) for name, function in functions.items()
+        }
         times = timing.interleave(calls, repeats=settings.rounds, warmup=1)
     chosen = backends.choose(device)
     seconds = {name: timing.percentiles(values) for name, values in times.items()}
@@ -56,15 +39,45 @@ def measure_op(
     }
 
 
+def inputs_of(
+    case: Case,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_bytes: int,
+) -> tuple[list[tuple[Any, ...]], int]:
+    """Arguments of both functions, enough of them that no cache answers; bytes that a call moves.
+
+    ``shape`` is [rows, columns] of the case's inputs.
+    """
+    torch.manual_seed(0)
+    first = case.make(*shape, dtype, device)[0]  # the masked operators' gradient is compact
+    n_bytes = case.tensors * first.numel() * first.element_size()
+    return timing.rotating(lambda: case.make(*shape, dtype, device), n_bytes, cache_bytes), n_bytes
+
+
+def implementations(
+    case: Case, names: Sequence[str], compiled: bool
+) -> dict[str, Callable[..., Any]]:
+    """The operator in each backend of ``names``, the same in PyTorch, and that one compiled."""
+
+    def on(name: str) -> Callable[..., Any]:
+        def run(*args: Any) -> None:
+            with backends.use(name):
+                case.ours(*args)
+
+        return run
+
+    found = {name: on(name) for name in names}
+    found["eager"] = case.plain
+    if compiled:
+        found["compile"] = torch.compile(case.plain, dynamic=False)
+    return found
+
+
 def _usable(device: torch.device) -> list[str]:
     """Backends that run on tensors of this device, the one that serves them first."""
     chosen = backends.choose(device)
     served = {"cpu": ["cpu"], "cuda": ["cuda", "triton"]}.get(device.type, ["triton"])
     names = [chosen, *served, "reference"]  # the chosen one may be among those that follow
     return [name for name in dict.fromkeys(names) if backends.missing(name) is None]
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done what it was given."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)

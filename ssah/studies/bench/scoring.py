@@ -15,7 +15,6 @@ from torch import Tensor
 from ssah.attribution import METRICS, attribute
 from ssah.models import move
 from ssah.studies.bench.cases import sums
-from ssah.studies.bench.operators import synchronize
 from ssah.studies.bench.settings import BATCH_SIZE, Settings
 from ssah.units import find_modules
 from ssah_kernels import timing
@@ -69,7 +68,7 @@ def measure_attribute(settings: Settings, device: torch.device, compiled: bool) 
     def timed(function: Callable[[dict[str, Tensor]], Any]) -> Callable[[int], None]:
         def run(i: int) -> None:
             function(batches[i % len(batches)])
-            synchronize(device)
+            timing.wait(device)
 
         return run
 
