@@ -21,14 +21,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   LaneMoments<T, W> moments;
   for (Segment segment(plan); segment.any(); segment.next()) {
     uint32_t kept = segment.kept(mask);
+    const LaneRows<const T> rows_of_x(x, segment, lane);
     while (__popc(kept) >= kBatch) {
       Vector<T, W> rows[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) rows[j] = lane.load(x.row(segment.row(pop(kept))));
+      for (int j = 0; j < kBatch; ++j) rows[j] = lane.load(rows_of_x[pop(kept)]);
       moments.template add<kBatch>(rows);
     }
     while (kept != 0) {
-      const Vector<T, W> row = lane.load(x.row(segment.row(pop(kept))));
+      const Vector<T, W> row = lane.load(rows_of_x[pop(kept)]);
       moments.template add<1>(&row);
     }
     moments.flush(shared);

@@ -15,7 +15,7 @@ __device__ __forceinline__ void add_squares(LaneSums<T, W, 1>& sums, const Vecto
   for (int k = 0; k < W; ++k) {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const Real<T> value = to_real(rows[j].at[k]);
+      const Real<T> value = real_at(rows[j], k);
       sums.at[0][k] += value * value;
     }
   }
@@ -31,14 +31,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (Segment segment(plan); segment.any(); segment.next()) {
     sums.clear();
     uint32_t rows = segment.rows();
+    const LaneRows<const T> rows_of_weight(weight, segment, lane);
     while (__popc(rows) >= kBatch) {
       Vector<T, W> batch[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) batch[j] = lane.load(weight.row(segment.row(pop(rows))));
+      for (int j = 0; j < kBatch; ++j) batch[j] = lane.load(rows_of_weight[pop(rows)]);
       add_squares<T, W, kBatch>(sums, batch);
     }
     while (rows != 0) {
-      const Vector<T, W> row = lane.load(weight.row(segment.row(pop(rows))));
+      const Vector<T, W> row = lane.load(rows_of_weight[pop(rows)]);
       add_squares<T, W, 1>(sums, &row);
     }
     sums.flush(shared);

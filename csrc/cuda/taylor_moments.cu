@@ -17,7 +17,7 @@ __device__ __forceinline__ void add_products(LaneSums<T, W, 2>& sums, const Vect
   for (int k = 0; k < W; ++k) {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const Real<T> product = to_real(x[j].at[k]) * to_real(grad[j].at[k]);
+      const Real<T> product = real_at(x[j], k) * real_at(grad[j], k);
       sums.at[0][k] += product;
       sums.at[1][k] += product * product;
     }
@@ -36,21 +36,23 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (Segment segment(plan); segment.any(); segment.next()) {
     sums.clear();
     uint32_t kept = segment.kept(mask);
+    const LaneRows<const T> rows_of_x(x, segment, lane);
+    const LaneRows<const T> rows_of_grad(grad, segment, lane);
     while (__popc(kept) >= kRows) {
       Vector<T, W> x_rows[kRows];
       Vector<T, W> grad_rows[kRows];
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        const int64_t row = segment.row(pop(kept));
-        x_rows[j] = lane.load(x.row(row));
-        grad_rows[j] = lane.load(grad.row(row));
+        const uint32_t row = pop(kept);
+        x_rows[j] = lane.load(rows_of_x[row]);
+        grad_rows[j] = lane.load(rows_of_grad[row]);
       }
       add_products<T, W, kRows>(sums, x_rows, grad_rows);
     }
     while (kept != 0) {
-      const int64_t row = segment.row(pop(kept));
-      const Vector<T, W> x_row = lane.load(x.row(row));
-      const Vector<T, W> grad_row = lane.load(grad.row(row));
+      const uint32_t row = pop(kept);
+      const Vector<T, W> x_row = lane.load(rows_of_x[row]);
+      const Vector<T, W> grad_row = lane.load(rows_of_grad[row]);
       add_products<T, W, 1>(sums, &x_row, &grad_row);
     }
     sums.flush(shared);

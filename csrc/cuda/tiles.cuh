@@ -88,30 +88,31 @@ struct Lane {
     if (kIsWide && left <= 0) first = plan.channels - W;
   }
 
-  // A wide lane without channels loads what its neighbour does: no traffic, and no branch.
-  __device__ __forceinline__ Vector<T, W> load(const T* row) const {
+  // `source` and `target` are where the lane's first channel of a row lies (LaneRows). A wide lane
+  // without channels loads what its neighbour does: no traffic, and no branch.
+  __device__ __forceinline__ Vector<T, W> load(const T* source) const {
     Vector<T, W> vector;
     if constexpr (kIsWide) {
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + first));
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(source));
       memcpy(&vector, &bits, sizeof(vector));
     } else {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        vector.at[k] = k < valid ? __ldg(row + first + k * kStep) : from_real<T>(0);
+        vector.at[k] = k < valid ? __ldg(source + k * kStep) : from_real<T>(0);
       }
     }
     return vector;
   }
 
-  __device__ __forceinline__ void store(T* row, const Vector<T, W>& vector) const {
+  __device__ __forceinline__ void store(T* target, const Vector<T, W>& vector) const {
     if constexpr (kIsWide) {
       uint4 bits;
       memcpy(&bits, &vector, sizeof(vector));
-      if (valid > 0) *reinterpret_cast<uint4*>(row + first) = bits;
+      if (valid > 0) *reinterpret_cast<uint4*>(target) = bits;
     } else {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        if (k < valid) row[first + k * kStep] = vector.at[k];
+        if (k < valid) target[k * kStep] = vector.at[k];
       }
     }
   }
@@ -143,7 +144,7 @@ struct Segment {
     first += kSegment * kWarps;
     left -= kSegment;
   }
-  __device__ __forceinline__ int64_t row(int bit) const { return first + bit * kWarps; }
+  __device__ __forceinline__ int64_t row(uint32_t bit) const { return first + bit * kWarps; }
   __device__ __forceinline__ uint32_t rows() const {
     return left < kSegment ? (1u << left) - 1u : 0xffffffffu;
   }
@@ -156,9 +157,27 @@ struct Segment {
   }
 };
 
+// The rows of a segment from a lane's first channel on. Row `bit` lies as many steps from the first
+// one: two instructions, where an address from the row's number takes seven.
+template <typename T>
+struct LaneRows {
+  T* first;
+  int64_t step;  // in bytes
+
+  template <typename AnyLane>
+  __device__ __forceinline__ LaneRows(const Matrix<T>& matrix, const Segment& segment,
+                                      const AnyLane& lane)
+      : first(matrix.row(segment.first) + lane.first),
+        step(matrix.stride * kWarps * static_cast<int64_t>(sizeof(T))) {}
+  __device__ __forceinline__ T* operator[](uint32_t bit) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + bit * step);
+  }
+};
+
 // Takes the lowest bit out of a set of rows and returns its number.
-__device__ __forceinline__ int pop(uint32_t& rows) {
-  const int bit = __ffs(static_cast<int>(rows)) - 1;
+__device__ __forceinline__ uint32_t pop(uint32_t& rows) {
+  const uint32_t bit = __ffs(static_cast<int>(rows)) - 1;
   rows &= rows - 1u;
   return bit;
 }
