@@ -130,7 +130,7 @@ def test_massive_first_token(first: int, emulated: Emulation) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "mantissa", "unequal"), [(torch.bfloat16, 8, 2e-3), (torch.float16, 11, 2e-2)]
+    ("dtype", "mantissa", "unequal"), [(torch.bfloat16, 8, 4e-3), (torch.float16, 11, 2e-2)]
 )
 @pytest.mark.parametrize("act", ["silu", "gelu_tanh"])
 def test_approximations_vanish_in_the_rounding_of_16_bits(
@@ -138,7 +138,7 @@ def test_approximations_vanish_in_the_rounding_of_16_bits(
 ) -> None:
     """Of every gate from -20 to 20 the value and the slope, beside those of float64."""
     gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-    gate = gate[gate.double().abs() <= 20].view(-1, 1).expand(-1, 1).contiguous()
+    gate = gate[gate.double().abs() <= 20].view(-1, 1)
     one = torch.ones_like(gate)
     value = checked(emulated["gated_moments"])(gate, one, *new_moments(gate), act=act)
     slope, _ = checked(emulated["gated_moments_backward"])(one, gate, one, act=act)
@@ -160,8 +160,9 @@ def gelu_by_tanh(z: Tensor) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_moments_of_a_large_mean_in_16_bits(dtype: torch.dtype, emulated: Emulation) -> None:
     """Values are not shifted: of two neighbouring numbers in turn the variance is exact."""
-    low = torch.tensor([100.0, 1.0, -300.0], dtype=dtype)
+    low = torch.tensor([100.0, 1.0, -300.0, torch.finfo(dtype).max / 4], dtype=dtype)
     high = torch.nextafter(low, torch.tensor(torch.inf, dtype=dtype))
+    high[3] = low[3]  # of a constant it is 0, however large
     x = torch.stack([low, high, low, low] * 100)
     for actual, expected in zip(moments(emulated, x), reference_moments(x), strict=True):
         torch.testing.assert_close(actual, expected, rtol=2e-6, atol=0)

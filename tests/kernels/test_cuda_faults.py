@@ -14,7 +14,7 @@ from emulation import build
 from emulation.build import Emulation
 from emulation.compare import equals_reference, kept_in
 
-from ssah_kernels.reference.masked_update import noise, noise_keys
+from ssah_kernels.reference.masked_update import noise, noise_keys, round_stochastically
 from ssah_kernels.schema import KERNELS
 
 pytestmark = [
@@ -100,18 +100,22 @@ def test_a_launch_astray_is_seen(
         library["column_sq_norms"](torch.ones(3, 4))
 
 
-def test_noise_of_elements_beyond_32_bits(folder: Path) -> None:
-    """Kernels that reach such an element need 34 GB: their noise is asked for by itself."""
+@pytest.fixture
+def noise_functions(folder: Path) -> ctypes.CDLL:
+    """Noise by itself, of elements and values that no test could bring a kernel to."""
     emulated = Emulation(folder)
     text = """
         #include "masked_rounding.cuh"
+        #define EXPORTED extern "C" __attribute__((visibility("default")))
         uint3 threadIdx, blockIdx;
-        extern "C" __attribute__((visibility("default"))) uint32_t noise_bits(
-            int64_t seed, double step, unsigned number, int64_t element) {
+        EXPORTED uint32_t noise_bits(int64_t seed, double step, unsigned number, int64_t element) {
           ssah::UpdateScalars scalars{};
           scalars.seed = &seed;
           scalars.step = &step;
           return ssah::Noise(scalars, number).bits(element);
+        }
+        EXPORTED uint32_t noisy(uint32_t word, uint32_t r) {
+          return ssah::noisy(__uint_as_float(word), r);
         }
     """
     built = emulated.compiled("noise", text)
@@ -119,11 +123,31 @@ def test_noise_of_elements_beyond_32_bits(folder: Path) -> None:
     def link(target: Path) -> None:
         build.run("g++", "-shared", built, "-o", target)
 
-    bits = ctypes.CDLL(str(build.once(emulated.folder, "noise.so", [built.name], link))).noise_bits
-    bits.restype = ctypes.c_uint32
+    functions = ctypes.CDLL(str(build.once(emulated.folder, "noise.so", [built.name], link)))
+    functions.noise_bits.restype = functions.noisy.restype = ctypes.c_uint32
+    return functions
+
+
+def test_noise_of_elements_beyond_32_bits(noise_functions: ctypes.CDLL) -> None:
+    """Kernels that reach such an element need 34 GB."""
     elements = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 3 * 2**32 + 1]
     seed, step, number = -(7**20), 41, 3
     low, high, _ = noise(noise_keys(seed, step, number), torch.tensor(elements))
     for element, expected in zip(elements, (high << 16 | low).tolist(), strict=True):
         arguments = ctypes.c_int64(seed), ctypes.c_double(step), number, ctypes.c_int64(element)
-        assert bits(*arguments) == expected, element
+        assert noise_functions.noise_bits(*arguments) == expected, element
+
+
+@pytest.mark.parametrize(
+    "word", [0x7FFFFFFF, 0x7FC00000, 0x7F800000, 0xFF800000, 0x3F800001, 0xBF8000FF, 1, 0x80000000]
+)
+def test_noise_keeps_what_is_not_finite(word: int, noise_functions: ctypes.CDLL) -> None:
+    """0x7fffffff, the NaN of a GPU's arithmetic, comes from no processor that runs this."""
+    signed = word - (word >> 31 << 32)
+    value = torch.tensor([signed], dtype=torch.int32).view(torch.float32)
+    for r in (0, 1, 0x1234, 0xFFFF):
+        upper = noise_functions.noisy(word, r) >> 16
+        got = torch.tensor([upper - (upper >> 15 << 16)], dtype=torch.int16).view(torch.bfloat16)
+        torch.testing.assert_close(
+            got, round_stochastically(value, torch.tensor([r])), rtol=0, atol=0, equal_nan=True
+        )
