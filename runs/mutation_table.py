@@ -178,6 +178,12 @@ _CUDA = (
     ),
     Mutation("csrc/cuda/types.cuh", ": word & 0xffff0000u", ": word", near("channel_moments_")),
     Mutation(
+        "csrc/cuda/tiles.cuh",
+        "waves <= kMostWaves",
+        "waves <= 1",
+        Check("kernels/test_cuda_faults.py", "chunks_fill"),
+    ),
+    Mutation(
         "csrc/cuda/activations.cuh",
         "return {value, exp_minus_z * value};",
         "return {value, R(1) - value};",

@@ -21,8 +21,10 @@ __device__ __forceinline__ void add_squares(LaneSums<T, W, 1>& sums, const Vecto
   }
 }
 
+constexpr int kColumnSqNormsBlocks = 4;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kColumnSqNormsBlocks)
     column_sq_norms_kernel(Matrix<const T> weight, Plan plan, double* partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<SumsShared<W, 1>*>(shared_memory);
@@ -69,7 +71,8 @@ Tensor column_sq_norms_cuda(const Tensor& weight) {
     using T = decltype(element);
     const Matrix<const T> rows{pointer<const T>(weight), weight.stride(0)};
     const Plan plan =
-        make_plan<T>(weight.size(0), weight.size(1), aligned(rows, weight.size(0), weight.size(1)));
+        make_plan<T>(weight.size(0), weight.size(1), aligned(rows, weight.size(0), weight.size(1)),
+                     kColumnSqNormsBlocks);
     const Tensor workspace = new_float64(weight, plan.chunks * plan.slots);
     const auto launcher =
         plan.wide ? launch_column_sq_norms<T, kWide<T>> : launch_column_sq_norms<T, kNarrow<T>>;

@@ -22,8 +22,10 @@ __device__ __forceinline__ Vector<T, W> gated(const Vector<T, W>& gate, const Ve
   return vector_of<T>(product);
 }
 
+constexpr int kGatedMomentsBlocks = 2;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kGatedMomentsBlocks)
     gated_moments_kernel(Matrix<const T> gate, Matrix<const T> up, Matrix<T> output, Mask mask,
                          Plan plan, const double* count, MomentsWorkspace partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -107,7 +109,7 @@ Tensor gated_moments_cuda(const Tensor& gate, const Tensor& up, const Tensor& co
         const bool wide = aligned(gate_rows, slice.rows, channels) &&
                           aligned(up_rows, slice.rows, channels) &&
                           aligned(output_rows, slice.rows, channels);
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedMomentsBlocks);
         const Tensor workspace = new_float64(gate, MomentsWorkspace::size(plan));
         constexpr Act kAct = decltype(chosen)::value;
         const auto launcher = plan.wide ? launch_gated_moments<T, kWide<T>, kAct>

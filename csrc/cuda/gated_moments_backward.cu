@@ -11,8 +11,11 @@
 
 namespace ssah {
 
+template <typename T>
+constexpr int kGatedMomentsBackwardBlocks = sizeof(T) == 8 ? 2 : 3;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kGatedMomentsBackwardBlocks<T>)
     gated_moments_backward_kernel(Matrix<const T> grad, Matrix<const T> gate, Matrix<const T> up,
                                   Matrix<T> grad_gate, Matrix<T> grad_up, Plan plan) {
   const Lane<T, W> lane(plan);
@@ -79,7 +82,7 @@ std::tuple<Tensor, Tensor> gated_moments_backward_cuda(const Tensor& grad, const
             aligned(ups, slice.rows, channels) && aligned(to_gate, slice.rows, channels) &&
             aligned(to_up, slice.rows, channels);
         constexpr Act kAct = decltype(chosen)::value;
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedMomentsBackwardBlocks<T>);
         const auto launcher = plan.wide ? launch_gated_moments_backward<T, kWide<T>, kAct>
                                         : launch_gated_moments_backward<T, kNarrow<T>, kAct>;
         check_launch(launcher(grads, gates, ups, to_gate, to_up, plan, stream),

@@ -36,8 +36,11 @@ __device__ __forceinline__ Vector<R, W> load_of(const Lane<T, W>& lane, const R*
   return vector;
 }
 
+template <typename T>
+constexpr int kGatedProductBlocks = sizeof(T) == 8 ? 2 : 4;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kGatedProductBlocks<T>)
     gated_product_kernel(Matrix<const T> gate, Matrix<const T> up, Matrix<T> output,
                          Matrix<const int64_t> arm, Matrix<const Real<T>> factors, int64_t arms,
                          Plan plan) {
@@ -112,7 +115,7 @@ Tensor gated_product_cuda(const Tensor& gate, const Tensor& up, const Tensor& fa
                           aligned(outputs, slice.rows, channels) &&
                           aligned(factor_rows, factors.size(0), channels);
         constexpr Act kAct = decltype(chosen)::value;
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedProductBlocks<T>);
         const auto launcher = plan.wide ? launch_gated_product<T, kWide<T>, kAct>
                                         : launch_gated_product<T, kNarrow<T>, kAct>;
         check_launch(

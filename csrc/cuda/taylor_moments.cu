@@ -24,8 +24,10 @@ __device__ __forceinline__ void add_products(LaneSums<T, W, 2>& sums, const Vect
   }
 }
 
+constexpr int kTaylorMomentsBlocks = 3;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kTaylorMomentsBlocks)
     taylor_moments_kernel(Matrix<const T> x, Matrix<const T> grad, Mask mask, Plan plan,
                           double* partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -94,7 +96,7 @@ void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& sign
       const Mask mask = slice_mask(token_mask, slice, 2);
       const bool wide =
           aligned(x_rows, slice.rows, channels) && aligned(grad_rows, slice.rows, channels);
-      const Plan plan = make_plan<T>(slice.rows, channels, wide);
+      const Plan plan = make_plan<T>(slice.rows, channels, wide, kTaylorMomentsBlocks);
       const Tensor workspace = new_float64(x, plan.chunks * 2 * plan.slots);
       const auto launcher =
           plan.wide ? launch_taylor_moments<T, kWide<T>> : launch_taylor_moments<T, kNarrow<T>>;

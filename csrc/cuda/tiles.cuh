@@ -18,9 +18,11 @@ namespace ssah {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
-constexpr int kBatch = 4;                // rows whose loads are in flight together
-constexpr int kSegment = kLanes;         // rows of a warp whose mask is read at once
-constexpr int64_t kWantedBlocks = 1056;  // 132 multiprocessors x 4 blocks x 2 waves
+constexpr int kBatch = 4;         // rows whose loads are in flight together
+constexpr int kSegment = kLanes;  // rows of a warp whose mask is read at once
+constexpr int kChunkQuantum = kWarps * kBatch;
+constexpr int64_t kMultiprocessors = 132;  // of an H100 or H200
+constexpr int64_t kMostWaves = 4;
 
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
@@ -40,16 +42,34 @@ struct Plan {
   bool wide;
 };
 
+// Rows of a chunk, so that the blocks fill whole waves: `resident` of them run at a time. Example:
+// [4096, 11008] in bfloat16 has 43 tiles. With three blocks on a multiprocessor, 396, chunks of 480
+// rows make 387 blocks, one wave. Chunks of 192 rows would make 946, and the third wave would be
+// half empty. The time of a block is taken to be its rows and a quantum more, for start and end.
+inline int64_t rows_of_chunk(int64_t rows, int64_t tiles, int64_t resident) {
+  int64_t best = 0;
+  int64_t least_time = 0;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t chunks = tiles == 0 || tiles > waves * resident ? 1 : waves * resident / tiles;
+    const int64_t length = ceil_div(ceil_div(rows, chunks), kChunkQuantum) * kChunkQuantum;
+    const int64_t blocks = tiles * ceil_div(rows, length);
+    const int64_t time = ceil_div(blocks, resident) * (length + kChunkQuantum);
+    if (best == 0 || time < least_time) {
+      best = length;
+      least_time = time;
+    }
+  }
+  return best;
+}
+
+// `blocks` of the kernel fit on a multiprocessor, as its launch bounds say.
 template <typename T>
-Plan make_plan(int64_t rows, int64_t channels, bool wide) {
+Plan make_plan(int64_t rows, int64_t channels, bool wide, int blocks) {
   Plan plan{};
   plan.rows = rows;
   plan.channels = channels;
   const int64_t wide_tiles = ceil_div(channels, kLanes * kWide<T>);
-  const int64_t wanted =
-      wide_tiles == 0 || wide_tiles > kWantedBlocks ? 1 : kWantedBlocks / wide_tiles;
-  constexpr int64_t kQuantum = kWarps * kBatch;
-  plan.rows_per_chunk = ceil_div(ceil_div(rows, wanted), kQuantum) * kQuantum;
+  plan.rows_per_chunk = rows_of_chunk(rows, wide_tiles, blocks * kMultiprocessors);
   plan.chunks = ceil_div(rows, plan.rows_per_chunk);
   plan.width = wide ? kWide<T> : kNarrow<T>;
   plan.tiles = channels == 0 ? 1 : ceil_div(channels, kLanes * plan.width);

@@ -101,13 +101,6 @@ def test_same_bits_from_unaligned_memory(dtype: torch.dtype, emulated: Emulation
             assert torch.equal(a, b)
 
 
-def test_more_rows_than_one_chunk_holds_at_once(emulated: Emulation) -> None:
-    """So many channels that one block takes every row, 256 at a time."""
-    x = torch.randn(300, 64 * 530, dtype=torch.float64)
-    for a, b in zip(moments(emulated, x), reference_moments(x), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
 def test_large_mean(emulated: Emulation) -> None:
     g = torch.Generator().manual_seed(0)
     x = (torch.randn(1000, 40, generator=g, dtype=torch.float64) + 1e4).float()

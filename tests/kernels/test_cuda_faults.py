@@ -100,14 +100,52 @@ def test_a_launch_astray_is_seen(
         library["column_sq_norms"](torch.ones(3, 4))
 
 
+def functions_of(folder: Path, name: str, text: str) -> ctypes.CDLL:
+    """Functions of the headers, by themselves."""
+    emulated = Emulation(folder)
+    exported = '#define EXPORTED extern "C" __attribute__((visibility("default")))\n'
+    built = emulated.compiled(name, f"{exported}{text}uint3 threadIdx, blockIdx;\n")
+
+    def link(target: Path) -> None:
+        build.run("g++", "-shared", built, "-o", target)
+
+    return ctypes.CDLL(str(build.once(emulated.folder, f"{name}.so", [built.name], link)))
+
+
+def test_chunks_fill_whole_waves(folder: Path) -> None:
+    """Beside every length of a chunk that makes at most four waves."""
+    text = """
+        #include "tiles.cuh"
+        EXPORTED int64_t rows_of_chunk(int64_t rows, int64_t tiles, int64_t resident) {
+          return ssah::rows_of_chunk(rows, tiles, resident);
+        }
+    """
+    chosen = functions_of(folder, "chunks", text).rows_of_chunk
+    chosen.restype = ctypes.c_int64
+
+    def time(length: int, rows: int, tiles: int, resident: int) -> int:
+        return -(-tiles * -(-rows // length) // resident) * (length + 32)
+
+    for shape in (
+        (4096, 43, 396),
+        (16384, 56, 396),
+        (16384, 56, 264),
+        (100, 2, 528),
+        (7, 900, 396),
+    ):
+        length = chosen(*map(ctypes.c_int64, shape))
+        assert length % 32 == 0
+        rows, tiles, resident = shape
+        lengths = [n for n in range(32, rows + 64, 32) if tiles * -(-rows // n) <= 4 * resident]
+        assert time(length, *shape) <= 1.03 * min(time(n, *shape) for n in lengths)
+    assert chosen(*map(ctypes.c_int64, (4096, 43, 396))) == 480
+
+
 @pytest.fixture
 def noise_functions(folder: Path) -> ctypes.CDLL:
     """Noise by itself, of elements and values that no test could bring a kernel to."""
-    emulated = Emulation(folder)
     text = """
         #include "masked_rounding.cuh"
-        #define EXPORTED extern "C" __attribute__((visibility("default")))
-        uint3 threadIdx, blockIdx;
         EXPORTED uint32_t noise_bits(int64_t seed, double step, unsigned number, int64_t element) {
           ssah::UpdateScalars scalars{};
           scalars.seed = &seed;
@@ -118,12 +156,7 @@ def noise_functions(folder: Path) -> ctypes.CDLL:
           return ssah::noisy(__uint_as_float(word), r);
         }
     """
-    built = emulated.compiled("noise", text)
-
-    def link(target: Path) -> None:
-        build.run("g++", "-shared", built, "-o", target)
-
-    functions = ctypes.CDLL(str(build.once(emulated.folder, "noise.so", [built.name], link)))
+    functions = functions_of(folder, "noise", text)
     functions.noise_bits.restype = functions.noisy.restype = ctypes.c_uint32
     return functions
 
