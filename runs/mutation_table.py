@@ -99,7 +99,10 @@ _ONCE_SURVIVED = (
         cpu_far("masked_sgd_"),
     ),
     Mutation(
-        "csrc/cuda/masked_rounding.cuh", "if (!noise || ", "if (true || ", near("masked_adamw_")
+        "csrc/cuda/masked_rounding.cuh",
+        "if constexpr (kNoise && kIsBfloat16<T>)",
+        "if constexpr (false)",
+        near("masked_adamw_"),
     ),
     Mutation(
         "csrc/cuda/masked_host.cu",
@@ -124,7 +127,7 @@ _CUDA = (
     ),
     Mutation(
         "csrc/cuda/masked_update.cuh",
-        "if (compensates) w = compensated(p.at[k], c.at[k]);",
+        "if (compensates) w[i] = compensated(at.p.at[k + i], at.c.at[k + i]);",
         "",
         near("masked_adamw_"),
     ),
@@ -159,6 +162,56 @@ _CUDA = (
         "mask.data[row(lane) * mask.stride] != 0",
         "mask.data[row(lane) * mask.stride] == 1",
         cuda("every_byte"),
+    ),
+    Mutation(
+        "csrc/cuda/moments.cuh",
+        "(a - b) * (a - b) * (R(1) / kRows)",
+        "(a - b) * (a - b) * (R(1) / 2)",
+        near("channel_moments_"),
+    ),
+    Mutation("csrc/cuda/moments.cuh", "      m2[k] = 0;\n", "", far("channel_moments_")),
+    Mutation(
+        "csrc/cuda/moments.cuh",
+        "delta * (delta * (before * weight));  //",
+        "delta * delta * (before * weight);  //",
+        cuda("large_mean_in_16_bits"),
+    ),
+    Mutation("csrc/cuda/types.cuh", ": word & 0xffff0000u", ": word", near("channel_moments_")),
+    Mutation(
+        "csrc/cuda/tiles.cuh",
+        "waves <= kMostWaves",
+        "waves <= 1",
+        Check("kernels/test_cuda_faults.py", "chunks_fill"),
+    ),
+    Mutation(
+        "csrc/cuda/activations.cuh",
+        "return {value, exp_minus_z * value};",
+        "return {value, R(1) - value};",
+        cuda("ends_of_the_range and gated_moments_backward"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_rounding.cuh",
+        "word < kLargestNaN ? word : kLargestNaN",
+        "word",
+        Check("kernels/test_cuda_faults.py", "noise_keeps"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_update.cuh",
+        "row_noise.bits(k + i)",
+        "row_noise.bits(k)",
+        near("masked_adamw_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_update.cuh",
+        "load(rows[1], row + place.row_step)",
+        "load(rows[1], row)",
+        near("masked_sgd_"),
+    ),
+    Mutation(
+        "csrc/cuda/masked_host.cu",
+        "t.signed_sums == nullptr && t.compensation == nullptr",
+        "t.signed_sums == nullptr",
+        near("masked_adamw_"),
     ),
 )
 

@@ -3,6 +3,7 @@
 // Powers of beta are taken once a block, by one thread: they are slow in float64 on a GPU.
 #pragma once
 
+#include "approximate.cuh"
 #include "masked_rounding.cuh"
 
 namespace ssah {
@@ -14,8 +15,9 @@ struct AdamwSettings {
   double weight_decay;
 };
 
-template <typename R>
+template <typename T>
 struct AdamwRule {
+  using R = Real<T>;
   using Settings = AdamwSettings;
   static constexpr int kStates = 2;
   R decay, beta1, one_minus_beta1, beta2, one_minus_beta2, step_size, inverse_bias, eps;
@@ -33,7 +35,7 @@ struct AdamwRule {
   __device__ __forceinline__ void update(R g, R& w, R& m, R& v) const {
     m = beta1 * m + one_minus_beta1 * g;  // where beta1 is 0, exactly g
     v = beta2 * v + one_minus_beta2 * g * g;
-    w = w * decay - step_size * divide(m, square_root(v) * inverse_bias + eps);
+    w = w * decay - step_size * quotient<T>(m, root<T>(v) * inverse_bias + eps);
   }
 };
 

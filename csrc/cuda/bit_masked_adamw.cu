@@ -54,7 +54,7 @@ __device__ __forceinline__ uint32_t mask_word(const uint8_t* mask, int64_t bytes
 template <typename T, typename S>
 struct BitShared {
   GradientFactors<Real<T>> factors;
-  AdamwRule<Real<T>> rule;
+  AdamwRule<T> rule;
 };
 
 template <typename T, typename S>
@@ -70,10 +70,10 @@ __global__ void __launch_bounds__(kThreads)
   auto& shared = *reinterpret_cast<BitShared<T, S>*>(shared_memory);
   if (threadIdx.x == 0) {
     shared.factors = GradientFactors<R>(scalars);
-    shared.rule = AdamwRule<R>(settings, scalars);
+    shared.rule = AdamwRule<T>(settings, scalars);
   }
   __syncthreads();
-  const AdamwRule<R> rule = shared.rule;
+  const AdamwRule<T> rule = shared.rule;
   const R scale = shared.factors.gradient;
   const Noise noise(scalars, target.number);
   T* const params = global(static_cast<T*>(target.param));

@@ -11,8 +11,10 @@
 
 namespace ssah {
 
+constexpr int kChannelMomentsBlocks = 3;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kChannelMomentsBlocks)
     channel_moments_kernel(Matrix<const T> x, Mask mask, Plan plan, const double* count,
                            MomentsWorkspace partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -21,14 +23,15 @@ __global__ void __launch_bounds__(kThreads, 3)
   LaneMoments<T, W> moments;
   for (Segment segment(plan); segment.any(); segment.next()) {
     uint32_t kept = segment.kept(mask);
+    const LaneRows<const T> rows_of_x(x, segment, lane);
     while (__popc(kept) >= kBatch) {
       Vector<T, W> rows[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) rows[j] = lane.load(x.row(segment.row(pop(kept))));
+      for (int j = 0; j < kBatch; ++j) rows[j] = lane.load(rows_of_x[pop(kept)]);
       moments.template add<kBatch>(rows);
     }
     while (kept != 0) {
-      const Vector<T, W> row = lane.load(x.row(segment.row(pop(kept))));
+      const Vector<T, W> row = lane.load(rows_of_x[pop(kept)]);
       moments.template add<1>(&row);
     }
     moments.flush(shared);
@@ -65,7 +68,8 @@ void channel_moments_cuda(const Tensor& x, const Tensor& count, const Tensor& me
     leading.for_each([&](const Leading::Slice& slice) {
       const auto rows = slice_rows<const T>(x, slice, 0);
       const Mask mask = slice_mask(token_mask, slice, 1);
-      const Plan plan = make_plan<T>(slice.rows, channels, aligned(rows, slice.rows, channels));
+      const Plan plan = make_plan<T>(slice.rows, channels, aligned(rows, slice.rows, channels),
+                                     kChannelMomentsBlocks);
       const Tensor workspace = new_float64(x, MomentsWorkspace::size(plan));
       const auto launcher =
           plan.wide ? launch_channel_moments<T, kWide<T>> : launch_channel_moments<T, kNarrow<T>>;

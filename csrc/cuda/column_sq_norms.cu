@@ -15,14 +15,16 @@ __device__ __forceinline__ void add_squares(LaneSums<T, W, 1>& sums, const Vecto
   for (int k = 0; k < W; ++k) {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const Real<T> value = to_real(rows[j].at[k]);
+      const Real<T> value = real_at(rows[j], k);
       sums.at[0][k] += value * value;
     }
   }
 }
 
+constexpr int kColumnSqNormsBlocks = 4;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, kColumnSqNormsBlocks)
     column_sq_norms_kernel(Matrix<const T> weight, Plan plan, double* partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
   auto& shared = *reinterpret_cast<SumsShared<W, 1>*>(shared_memory);
@@ -31,14 +33,15 @@ __global__ void __launch_bounds__(kThreads, 4)
   for (Segment segment(plan); segment.any(); segment.next()) {
     sums.clear();
     uint32_t rows = segment.rows();
+    const LaneRows<const T> rows_of_weight(weight, segment, lane);
     while (__popc(rows) >= kBatch) {
       Vector<T, W> batch[kBatch];
 #pragma unroll
-      for (int j = 0; j < kBatch; ++j) batch[j] = lane.load(weight.row(segment.row(pop(rows))));
+      for (int j = 0; j < kBatch; ++j) batch[j] = lane.load(rows_of_weight[pop(rows)]);
       add_squares<T, W, kBatch>(sums, batch);
     }
     while (rows != 0) {
-      const Vector<T, W> row = lane.load(weight.row(segment.row(pop(rows))));
+      const Vector<T, W> row = lane.load(rows_of_weight[pop(rows)]);
       add_squares<T, W, 1>(sums, &row);
     }
     sums.flush(shared);
@@ -68,7 +71,8 @@ Tensor column_sq_norms_cuda(const Tensor& weight) {
     using T = decltype(element);
     const Matrix<const T> rows{pointer<const T>(weight), weight.stride(0)};
     const Plan plan =
-        make_plan<T>(weight.size(0), weight.size(1), aligned(rows, weight.size(0), weight.size(1)));
+        make_plan<T>(weight.size(0), weight.size(1), aligned(rows, weight.size(0), weight.size(1)),
+                     kColumnSqNormsBlocks);
     const Tensor workspace = new_float64(weight, plan.chunks * plan.slots);
     const auto launcher =
         plan.wide ? launch_column_sq_norms<T, kWide<T>> : launch_column_sq_norms<T, kNarrow<T>>;

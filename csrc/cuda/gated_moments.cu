@@ -14,16 +14,18 @@ namespace ssah {
 
 template <Act kAct, typename T, int W>
 __device__ __forceinline__ Vector<T, W> gated(const Vector<T, W>& gate, const Vector<T, W>& up) {
-  Vector<T, W> product;
+  Real<T> product[W];
 #pragma unroll
   for (int k = 0; k < W; ++k) {
-    product.at[k] = from_real<T>(activation<kAct>(to_real(gate.at[k])) * to_real(up.at[k]));
+    product[k] = activation<kAct, T>(real_at(gate, k)) * real_at(up, k);
   }
-  return product;
+  return vector_of<T>(product);
 }
 
+constexpr int kGatedMomentsBlocks = 2;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, kGatedMomentsBlocks)
     gated_moments_kernel(Matrix<const T> gate, Matrix<const T> up, Matrix<T> output, Mask mask,
                          Plan plan, const double* count, MomentsWorkspace partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -34,28 +36,32 @@ __global__ void __launch_bounds__(kThreads, 2)
   for (Segment segment(plan); segment.any(); segment.next()) {
     uint32_t kept = segment.kept(mask);
     uint32_t skipped = segment.rows() & ~kept;
+    const LaneRows<const T> rows_of_gate(gate, segment, lane);
+    const LaneRows<const T> rows_of_up(up, segment, lane);
+    const LaneRows<T> rows_of_output(output, segment, lane);
     while (__popc(kept) >= kRows) {
-      int bit[kRows];
+      uint32_t bit[kRows];
       Vector<T, W> gates[kRows];
       Vector<T, W> ups[kRows];
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         bit[j] = pop(kept);
-        gates[j] = lane.load(gate.row(segment.row(bit[j])));
-        ups[j] = lane.load(up.row(segment.row(bit[j])));
+        gates[j] = lane.load(rows_of_gate[bit[j]]);
+        ups[j] = lane.load(rows_of_up[bit[j]]);
       }
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
         gates[j] = gated<kAct>(gates[j], ups[j]);
-        lane.store(output.row(segment.row(bit[j])), gates[j]);
+        lane.store(rows_of_output[bit[j]], gates[j]);
       }
       moments.template add<kRows>(gates);
     }
     while ((kept | skipped) != 0) {
       const bool counts = kept != 0;
-      const int64_t row = segment.row(counts ? pop(kept) : pop(skipped));
-      const Vector<T, W> product = gated<kAct>(lane.load(gate.row(row)), lane.load(up.row(row)));
-      lane.store(output.row(row), product);
+      const uint32_t row = counts ? pop(kept) : pop(skipped);
+      const Vector<T, W> product =
+          gated<kAct>(lane.load(rows_of_gate[row]), lane.load(rows_of_up[row]));
+      lane.store(rows_of_output[row], product);
       if (counts) moments.template add<1>(&product);
     }
     moments.flush(shared);
@@ -103,7 +109,7 @@ Tensor gated_moments_cuda(const Tensor& gate, const Tensor& up, const Tensor& co
         const bool wide = aligned(gate_rows, slice.rows, channels) &&
                           aligned(up_rows, slice.rows, channels) &&
                           aligned(output_rows, slice.rows, channels);
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedMomentsBlocks);
         const Tensor workspace = new_float64(gate, MomentsWorkspace::size(plan));
         constexpr Act kAct = decltype(chosen)::value;
         const auto launcher = plan.wide ? launch_gated_moments<T, kWide<T>, kAct>

@@ -11,28 +11,36 @@
 
 namespace ssah {
 
+template <typename T>
+constexpr int kGatedMomentsBackwardBlocks = sizeof(T) == 8 ? 2 : 3;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 3)
+__global__ void __launch_bounds__(kThreads, kGatedMomentsBackwardBlocks<T>)
     gated_moments_backward_kernel(Matrix<const T> grad, Matrix<const T> gate, Matrix<const T> up,
                                   Matrix<T> grad_gate, Matrix<T> grad_up, Plan plan) {
   const Lane<T, W> lane(plan);
   for (Segment segment(plan); segment.any(); segment.next()) {
+    const LaneRows<const T> rows_of_grad(grad, segment, lane);
+    const LaneRows<const T> rows_of_gate(gate, segment, lane);
+    const LaneRows<const T> rows_of_up(up, segment, lane);
+    const LaneRows<T> rows_of_grad_gate(grad_gate, segment, lane);
+    const LaneRows<T> rows_of_grad_up(grad_up, segment, lane);
     for (uint32_t rows = segment.rows(); rows != 0;) {
-      const int64_t row = segment.row(pop(rows));
-      const Vector<T, W> grads = lane.load(grad.row(row));
-      const Vector<T, W> gates = lane.load(gate.row(row));
-      const Vector<T, W> ups = lane.load(up.row(row));
-      Vector<T, W> to_gate;
-      Vector<T, W> to_up;
+      const uint32_t row = pop(rows);
+      const Vector<T, W> grads = lane.load(rows_of_grad[row]);
+      const Vector<T, W> gates = lane.load(rows_of_gate[row]);
+      const Vector<T, W> ups = lane.load(rows_of_up[row]);
+      Real<T> to_gate[W];
+      Real<T> to_up[W];
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        const Real<T> g = to_real(grads.at[k]);
-        const Real<T> z = to_real(gates.at[k]);
-        to_gate.at[k] = from_real<T>(g * to_real(ups.at[k]) * activation_slope<kAct>(z));
-        to_up.at[k] = from_real<T>(g * activation<kAct>(z));
+        const Real<T> g = real_at(grads, k);
+        const auto act = activation_and_slope<kAct, T>(real_at(gates, k));
+        to_gate[k] = g * real_at(ups, k) * act.slope;
+        to_up[k] = g * act.value;
       }
-      lane.store(grad_gate.row(row), to_gate);
-      lane.store(grad_up.row(row), to_up);
+      lane.store(rows_of_grad_gate[row], vector_of<T>(to_gate));
+      lane.store(rows_of_grad_up[row], vector_of<T>(to_up));
     }
   }
 }
@@ -74,7 +82,7 @@ std::tuple<Tensor, Tensor> gated_moments_backward_cuda(const Tensor& grad, const
             aligned(ups, slice.rows, channels) && aligned(to_gate, slice.rows, channels) &&
             aligned(to_up, slice.rows, channels);
         constexpr Act kAct = decltype(chosen)::value;
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedMomentsBackwardBlocks<T>);
         const auto launcher = plan.wide ? launch_gated_moments_backward<T, kWide<T>, kAct>
                                         : launch_gated_moments_backward<T, kNarrow<T>, kAct>;
         check_launch(launcher(grads, gates, ups, to_gate, to_up, plan, stream),

@@ -36,8 +36,11 @@ __device__ __forceinline__ Vector<R, W> load_of(const Lane<T, W>& lane, const R*
   return vector;
 }
 
+template <typename T>
+constexpr int kGatedProductBlocks = sizeof(T) == 8 ? 2 : 4;
+
 template <typename T, int W, Act kAct>
-__global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kThreads, kGatedProductBlocks<T>)
     gated_product_kernel(Matrix<const T> gate, Matrix<const T> up, Matrix<T> output,
                          Matrix<const int64_t> arm, Matrix<const Real<T>> factors, int64_t arms,
                          Plan plan) {
@@ -45,23 +48,25 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 8 ? 2 : 4)
   Vector<Real<T>, W> factor{};
   int64_t held = -1;  // the arm whose factors they are
   for (Segment segment(plan); segment.any(); segment.next()) {
+    const LaneRows<const T> rows_of_gate(gate, segment, lane);
+    const LaneRows<const T> rows_of_up(up, segment, lane);
+    const LaneRows<T> rows_of_output(output, segment, lane);
     for (uint32_t rows = segment.rows(); rows != 0;) {
-      const int64_t row = segment.row(pop(rows));
-      const Vector<T, W> gates = lane.load(gate.row(row));
-      const Vector<T, W> ups = lane.load(up.row(row));
-      const int64_t wanted = *arm.row(row);
+      const uint32_t row = pop(rows);
+      const Vector<T, W> gates = lane.load(rows_of_gate[row]);
+      const Vector<T, W> ups = lane.load(rows_of_up[row]);
+      const int64_t wanted = *arm.row(segment.row(row));
       if (wanted < 0 || wanted >= arms) __trap();
       if (wanted != held) {
         factor = load_of(lane, factors.row(wanted));
         held = wanted;
       }
-      Vector<T, W> product;
+      Real<T> product[W];
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        const Real<T> h = activation<kAct>(to_real(gates.at[k])) * to_real(ups.at[k]);
-        product.at[k] = from_real<T>(h * factor.at[k]);
+        product[k] = activation<kAct, T>(real_at(gates, k)) * real_at(ups, k) * factor.at[k];
       }
-      lane.store(output.row(row), product);
+      lane.store(rows_of_output[row], vector_of<T>(product));
     }
   }
 }
@@ -110,7 +115,7 @@ Tensor gated_product_cuda(const Tensor& gate, const Tensor& up, const Tensor& fa
                           aligned(outputs, slice.rows, channels) &&
                           aligned(factor_rows, factors.size(0), channels);
         constexpr Act kAct = decltype(chosen)::value;
-        const Plan plan = make_plan<T>(slice.rows, channels, wide);
+        const Plan plan = make_plan<T>(slice.rows, channels, wide, kGatedProductBlocks<T>);
         const auto launcher = plan.wide ? launch_gated_product<T, kWide<T>, kAct>
                                         : launch_gated_product<T, kNarrow<T>, kAct>;
         check_launch(

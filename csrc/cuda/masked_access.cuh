@@ -16,8 +16,7 @@ __device__ __forceinline__ void read_wide(Vector<T, W>& vector, const T* source)
   constexpr int kAccesses = W * sizeof(T) / sizeof(Access<T, W>);
   Access<T, W> bits[kAccesses];
 #pragma unroll
-  for (int i = 0; i < kAccesses; ++i)
-    bits[i] = __ldca(reinterpret_cast<const Access<T, W>*>(source) + i);
+  for (int i = 0; i < kAccesses; ++i) bits[i] = reinterpret_cast<const Access<T, W>*>(source)[i];
   memcpy(&vector, bits, sizeof(vector));
 }
 template <typename T, int W>

@@ -17,13 +17,13 @@ namespace ssah {
 template <typename T, typename S, typename G>
 __global__ void __launch_bounds__(kThreads, kUpdateBlocks<S>)
     masked_adamw_kernel(Targets targets, UpdateScalars scalars, AdamwSettings settings) {
-  masked_update<T, S, G, AdamwRule<Real<T>>>(targets, scalars, settings);
+  masked_update<T, S, G, AdamwRule<T>>(targets, scalars, settings);
 }
 
 template <typename T, typename S, typename G>
 cudaError_t launch_masked_adamw(const Table& table, const UpdateScalars& scalars,
                                 const AdamwSettings& settings, cudaStream_t stream) {
-  using Shared = UpdateShared<Real<T>, AdamwRule<Real<T>>>;
+  using Shared = UpdateShared<Real<T>, AdamwRule<T>>;
   const cudaError_t status = launch(masked_adamw_kernel<T, S, G>, table.blocks, 1, sizeof(Shared),
                                     stream, table.targets, scalars, settings);
   return status != cudaSuccess ? status : launch_add_importance<Real<T>>(table, scalars, stream);

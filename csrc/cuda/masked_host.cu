@@ -183,6 +183,8 @@ std::vector<Target> update_targets(const UpdateLists& lists, int width, size_t p
     t.wide = wide_rows(t, t.param, width) && wide_grad && aligned_pointer(t.grad) &&
              aligned_pointer(t.state0) && aligned_pointer(t.state1) &&
              aligned_pointer(t.compensation);
+    t.plain = t.wide && t.index == nullptr && !t.grad_indexed && t.row_stride == t.columns &&
+              t.signed_sums == nullptr && t.compensation == nullptr;
   }
   return targets;
 }

@@ -59,23 +59,64 @@ struct Noise {
     }
   }
   __device__ __forceinline__ uint32_t bits(int64_t element) const {
-    uint32_t x = key0 + static_cast<uint32_t>(element);
-    x = (x ^ x >> 16) * 0x21f0aaadu;
-    x = (x ^ x >> 15 ^ (key1 + static_cast<uint32_t>(element >> 32))) * 0xd35a2d97u;
-    return x ^ x >> 15;
+    return RowNoise(*this, element).bits(0);
   }
+
+  // Of neighbours, from one on whose number is a multiple of how many they are: the upper half of
+  // their numbers is the same then, and a counter of 32 bits tells them apart.
+  struct RowNoise {
+    uint32_t counter;
+    uint32_t key;
+
+    __device__ __forceinline__ RowNoise(const Noise& noise, int64_t element)
+        : counter(noise.key0 + static_cast<uint32_t>(element)),
+          key(noise.key1 + static_cast<uint32_t>(element >> 32)) {}
+    __device__ __forceinline__ uint32_t bits(uint32_t k) const {
+      uint32_t x = counter + k;
+      x = (x ^ x >> 16) * 0x21f0aaadu;
+      x = (x ^ x >> 15 ^ key) * 0xd35a2d97u;
+      return x ^ x >> 15;
+    }
+  };
 };
 
-// To nearest, or with noise, and for bfloat16 alone, up with the probability that is exact.
+template <typename T>
+constexpr bool kIsBfloat16 = std::is_same_v<T, __nv_bfloat16>;
+
+// The word whose upper half is x in bfloat16, rounded up with the probability that is exact. Noise
+// of 16 bits leaves an infinite value as it is. The NaN of a GPU's arithmetic, 0x7fffffff, it would
+// carry over to -0.
+__device__ __forceinline__ uint32_t noisy(float x, uint32_t r) {
+  constexpr int32_t kLargestNaN = 0x7fff0000;
+  const int32_t word = static_cast<int32_t>(__float_as_uint(x));
+  return static_cast<uint32_t>(word < kLargestNaN ? word : kLargestNaN) + r;
+}
+
+// To nearest, or with noise, which is for bfloat16 alone.
 template <typename T>
 __device__ __forceinline__ T rounded(Real<T> x, bool, uint32_t) {
   return from_real<T>(x);
 }
 template <>
 __device__ __forceinline__ __nv_bfloat16 rounded<__nv_bfloat16>(float x, bool noise, uint32_t r) {
-  const uint32_t word = __float_as_uint(x);
-  if (!noise || (word & 0x7f800000u) == 0x7f800000u) return __float2bfloat16_rn(x);
-  return __ushort_as_bfloat16(static_cast<unsigned short>((word + r) >> 16));
+  if (!noise) return __float2bfloat16_rn(x);
+  return __ushort_as_bfloat16(static_cast<unsigned short>(noisy(x, r) >> 16));
+}
+
+// The same for N elements of a vector from k on. `noise_of` takes the 16 bits of this vector out of
+// an element's random ones.
+template <bool kNoise, typename T, int W, int N, typename NoiseOf>
+__device__ __forceinline__ void round_together(Vector<T, W>& vector, int k, const Real<T> (&x)[N],
+                                               const uint32_t (&bits)[N], NoiseOf noise_of) {
+  if constexpr (kNoise && kIsBfloat16<T>) {
+    static_assert(N == 2);
+    const uint32_t upper_halves =
+        __byte_perm(noisy(x[0], noise_of(bits[0])), noisy(x[1], noise_of(bits[1])), 0x7632);
+    memcpy(&vector.at[k], &upper_halves, sizeof(upper_halves));
+  } else {
+    const Vector<T, N> rounded = vector_of<T>(x);
+    memcpy(&vector.at[k], &rounded, sizeof(rounded));
+  }
 }
 
 // The weight of which p is a part: of bfloat16 float32 bits, of which `rest` has the lower half.

@@ -40,6 +40,7 @@ struct Target {
   int row_warps;       // 8 above one another, or 1
   bool grad_indexed;   // the gradient is not compact, but lies as the parameter does
   bool wide;
+  bool plain;  // wide, compact and contiguous, without importance and compensation
 
   int64_t units() const { return dim == 0 ? rows : columns; }
 };

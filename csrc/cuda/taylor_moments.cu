@@ -17,15 +17,17 @@ __device__ __forceinline__ void add_products(LaneSums<T, W, 2>& sums, const Vect
   for (int k = 0; k < W; ++k) {
 #pragma unroll
     for (int j = 0; j < kRows; ++j) {
-      const Real<T> product = to_real(x[j].at[k]) * to_real(grad[j].at[k]);
+      const Real<T> product = real_at(x[j], k) * real_at(grad[j], k);
       sums.at[0][k] += product;
       sums.at[1][k] += product * product;
     }
   }
 }
 
+constexpr int kTaylorMomentsBlocks = 3;
+
 template <typename T, int W>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kTaylorMomentsBlocks)
     taylor_moments_kernel(Matrix<const T> x, Matrix<const T> grad, Mask mask, Plan plan,
                           double* partial) {
   extern __shared__ __align__(16) unsigned char shared_memory[];
@@ -36,21 +38,23 @@ __global__ void __launch_bounds__(kThreads, 3)
   for (Segment segment(plan); segment.any(); segment.next()) {
     sums.clear();
     uint32_t kept = segment.kept(mask);
+    const LaneRows<const T> rows_of_x(x, segment, lane);
+    const LaneRows<const T> rows_of_grad(grad, segment, lane);
     while (__popc(kept) >= kRows) {
       Vector<T, W> x_rows[kRows];
       Vector<T, W> grad_rows[kRows];
 #pragma unroll
       for (int j = 0; j < kRows; ++j) {
-        const int64_t row = segment.row(pop(kept));
-        x_rows[j] = lane.load(x.row(row));
-        grad_rows[j] = lane.load(grad.row(row));
+        const uint32_t row = pop(kept);
+        x_rows[j] = lane.load(rows_of_x[row]);
+        grad_rows[j] = lane.load(rows_of_grad[row]);
       }
       add_products<T, W, kRows>(sums, x_rows, grad_rows);
     }
     while (kept != 0) {
-      const int64_t row = segment.row(pop(kept));
-      const Vector<T, W> x_row = lane.load(x.row(row));
-      const Vector<T, W> grad_row = lane.load(grad.row(row));
+      const uint32_t row = pop(kept);
+      const Vector<T, W> x_row = lane.load(rows_of_x[row]);
+      const Vector<T, W> grad_row = lane.load(rows_of_grad[row]);
       add_products<T, W, 1>(sums, &x_row, &grad_row);
     }
     sums.flush(shared);
@@ -92,7 +96,7 @@ void taylor_moments_cuda(const Tensor& x, const Tensor& grad, const Tensor& sign
       const Mask mask = slice_mask(token_mask, slice, 2);
       const bool wide =
           aligned(x_rows, slice.rows, channels) && aligned(grad_rows, slice.rows, channels);
-      const Plan plan = make_plan<T>(slice.rows, channels, wide);
+      const Plan plan = make_plan<T>(slice.rows, channels, wide, kTaylorMomentsBlocks);
       const Tensor workspace = new_float64(x, plan.chunks * 2 * plan.slots);
       const auto launcher =
           plan.wide ? launch_taylor_moments<T, kWide<T>> : launch_taylor_moments<T, kNarrow<T>>;

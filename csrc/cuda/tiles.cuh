@@ -18,9 +18,11 @@ namespace ssah {
 constexpr int kLanes = 32;
 constexpr int kWarps = 8;
 constexpr int kThreads = kLanes * kWarps;
-constexpr int kBatch = 4;                // rows whose loads are in flight together
-constexpr int kSegment = kLanes;         // rows of a warp whose mask is read at once
-constexpr int64_t kWantedBlocks = 1056;  // 132 multiprocessors x 4 blocks x 2 waves
+constexpr int kBatch = 4;         // rows whose loads are in flight together
+constexpr int kSegment = kLanes;  // rows of a warp whose mask is read at once
+constexpr int kChunkQuantum = kWarps * kBatch;
+constexpr int64_t kMultiprocessors = 132;  // of an H100 or H200
+constexpr int64_t kMostWaves = 4;
 
 template <typename T>
 constexpr int kWide = 16 / static_cast<int>(sizeof(T));
@@ -40,16 +42,34 @@ struct Plan {
   bool wide;
 };
 
+// Rows of a chunk, so that the blocks fill whole waves: `resident` of them run at a time. Example:
+// [4096, 11008] in bfloat16 has 43 tiles. With three blocks on a multiprocessor, 396, chunks of 480
+// rows make 387 blocks, one wave. Chunks of 192 rows would make 946, and the third wave would be
+// half empty. The time of a block is taken to be its rows and a quantum more, for start and end.
+inline int64_t rows_of_chunk(int64_t rows, int64_t tiles, int64_t resident) {
+  int64_t best = 0;
+  int64_t least_time = 0;
+  for (int64_t waves = 1; waves <= kMostWaves; ++waves) {
+    const int64_t chunks = tiles == 0 || tiles > waves * resident ? 1 : waves * resident / tiles;
+    const int64_t length = ceil_div(ceil_div(rows, chunks), kChunkQuantum) * kChunkQuantum;
+    const int64_t blocks = tiles * ceil_div(rows, length);
+    const int64_t time = ceil_div(blocks, resident) * (length + kChunkQuantum);
+    if (best == 0 || time < least_time) {
+      best = length;
+      least_time = time;
+    }
+  }
+  return best;
+}
+
+// `blocks` of the kernel fit on a multiprocessor, as its launch bounds say.
 template <typename T>
-Plan make_plan(int64_t rows, int64_t channels, bool wide) {
+Plan make_plan(int64_t rows, int64_t channels, bool wide, int blocks) {
   Plan plan{};
   plan.rows = rows;
   plan.channels = channels;
   const int64_t wide_tiles = ceil_div(channels, kLanes * kWide<T>);
-  const int64_t wanted =
-      wide_tiles == 0 || wide_tiles > kWantedBlocks ? 1 : kWantedBlocks / wide_tiles;
-  constexpr int64_t kQuantum = kWarps * kBatch;
-  plan.rows_per_chunk = ceil_div(ceil_div(rows, wanted), kQuantum) * kQuantum;
+  plan.rows_per_chunk = rows_of_chunk(rows, wide_tiles, blocks * kMultiprocessors);
   plan.chunks = ceil_div(rows, plan.rows_per_chunk);
   plan.width = wide ? kWide<T> : kNarrow<T>;
   plan.tiles = channels == 0 ? 1 : ceil_div(channels, kLanes * plan.width);
@@ -88,30 +108,31 @@ struct Lane {
     if (kIsWide && left <= 0) first = plan.channels - W;
   }
 
-  // A wide lane without channels loads what its neighbour does: no traffic, and no branch.
-  __device__ __forceinline__ Vector<T, W> load(const T* row) const {
+  // `source` and `target` are where the lane's first channel of a row lies (LaneRows). A wide lane
+  // without channels loads what its neighbour does: no traffic, and no branch.
+  __device__ __forceinline__ Vector<T, W> load(const T* source) const {
     Vector<T, W> vector;
     if constexpr (kIsWide) {
-      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(row + first));
+      const uint4 bits = __ldg(reinterpret_cast<const uint4*>(source));
       memcpy(&vector, &bits, sizeof(vector));
     } else {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        vector.at[k] = k < valid ? __ldg(row + first + k * kStep) : from_real<T>(0);
+        vector.at[k] = k < valid ? __ldg(source + k * kStep) : from_real<T>(0);
       }
     }
     return vector;
   }
 
-  __device__ __forceinline__ void store(T* row, const Vector<T, W>& vector) const {
+  __device__ __forceinline__ void store(T* target, const Vector<T, W>& vector) const {
     if constexpr (kIsWide) {
       uint4 bits;
       memcpy(&bits, &vector, sizeof(vector));
-      if (valid > 0) *reinterpret_cast<uint4*>(row + first) = bits;
+      if (valid > 0) *reinterpret_cast<uint4*>(target) = bits;
     } else {
 #pragma unroll
       for (int k = 0; k < W; ++k) {
-        if (k < valid) row[first + k * kStep] = vector.at[k];
+        if (k < valid) target[k * kStep] = vector.at[k];
       }
     }
   }
@@ -143,7 +164,7 @@ struct Segment {
     first += kSegment * kWarps;
     left -= kSegment;
   }
-  __device__ __forceinline__ int64_t row(int bit) const { return first + bit * kWarps; }
+  __device__ __forceinline__ int64_t row(uint32_t bit) const { return first + bit * kWarps; }
   __device__ __forceinline__ uint32_t rows() const {
     return left < kSegment ? (1u << left) - 1u : 0xffffffffu;
   }
@@ -156,9 +177,27 @@ struct Segment {
   }
 };
 
+// The rows of a segment from a lane's first channel on. Row `bit` lies as many steps from the first
+// one: two instructions, where an address from the row's number takes seven.
+template <typename T>
+struct LaneRows {
+  T* first;
+  int64_t step;  // in bytes
+
+  template <typename AnyLane>
+  __device__ __forceinline__ LaneRows(const Matrix<T>& matrix, const Segment& segment,
+                                      const AnyLane& lane)
+      : first(matrix.row(segment.first) + lane.first),
+        step(matrix.stride * kWarps * static_cast<int64_t>(sizeof(T))) {}
+  __device__ __forceinline__ T* operator[](uint32_t bit) const {
+    using Byte = std::conditional_t<std::is_const_v<T>, const char, char>;
+    return reinterpret_cast<T*>(reinterpret_cast<Byte*>(first) + bit * step);
+  }
+};
+
 // Takes the lowest bit out of a set of rows and returns its number.
-__device__ __forceinline__ int pop(uint32_t& rows) {
-  const int bit = __ffs(static_cast<int>(rows)) - 1;
+__device__ __forceinline__ uint32_t pop(uint32_t& rows) {
+  const uint32_t bit = __ffs(static_cast<int>(rows)) - 1;
   rows &= rows - 1u;
   return bit;
 }

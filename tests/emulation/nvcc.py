@@ -67,7 +67,7 @@ ENTRY = re.compile(
 )
 
 
-def compiled(source: Path, target: Path, arch: int) -> list[Kernel]:
+def compiled(source: Path, target: Path, arch: int, *includes: Path) -> list[Kernel]:
     """Compile for one architecture; the kernels, from the assembler's report.
 
     A ``target`` that ends in .cubin has the machine code alone, and takes half the time of an
@@ -76,7 +76,8 @@ def compiled(source: Path, target: Path, arch: int) -> list[Kernel]:
     what = "-cubin" if target.suffix == ".cubin" else "-c"
     # As the library is built: the driver of a newer GPU compiles the PTX of 90.
     virtual = min(arch, 90)
-    flags = ["-O3", *STABLE, *TORCH_INCLUDES, f"-gencode=arch=compute_{virtual},code=sm_{arch}"]
+    flags = ["-O3", *STABLE, *TORCH_INCLUDES, *(f"-I{folder}" for folder in includes)]
+    flags.append(f"-gencode=arch=compute_{virtual},code=sm_{arch}")
     report = run(nvcc(), *flags, "-Xcompiler=-fPIC,-O0", "-Xptxas=-v", what, source, "-o", target)
     return [
         Kernel(m[1], int(m[2]), int(m[6]), int(m[3]) + int(m[4]) + int(m[5]))

@@ -27,7 +27,7 @@ SHAPES = (
 
 
 # More rows than any chunk, more channels than any tile; and so many rows that a warp of the CUDA
-# kernels has more than one segment (32 rows) of a chunk: they want 1,056 blocks of 8 warps.
+# kernels has more than one segment (32 rows) of a chunk: one wave is at most 528 blocks of 8 warps.
 FAR_SHAPES = (((300,), 1100), ((1056 * 256 + 100,), 8))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from emulation import nvcc
+from emulation import instructions, nvcc
 from emulation.build import SOURCES, run
 from emulation.nvcc import ARCHS, Kernel
 
@@ -56,11 +57,46 @@ def test_every_kernel_is_there() -> None:
 
 
 @needs_nvcc
-def test_one_file_compiles_without_spills(tmp_path: Path) -> None:
-    """All files take half a minute: they are compiled where every architecture is."""
-    kernels = nvcc.compiled(SOURCES / "column_sq_norms.cu", tmp_path / "one.cubin", 90)
-    assert len([kernel for kernel in kernels if "column_sq_norms_kernelI" in kernel.name]) >= 4
-    assert [kernel for kernel in kernels if kernel.spilled] == []
+@needs_cuobjdump
+@pytest.mark.parametrize(
+    "measured",
+    [
+        pytest.param(
+            measured,
+            id=f"{measured.op}-{measured.size}",
+            marks=pytest.mark.exhaustive if number else [],
+        )
+        for number, measured in enumerate(instructions.MEASURED)
+    ],
+)
+def test_instructions_of_the_main_loop(measured: instructions.Measured, tmp_path: Path) -> None:
+    """One kernel alone compiles in seconds; where every architecture is, all of them do."""
+    kernel, loop = instructions.measure(measured, tmp_path)
+    assert kernel.spilled == 0
+    assert loop.per_element <= measured.limit
+    assert loop.calls == 0 or measured.size == 4  # an exact root has a slow path
+
+
+def test_main_loop_is_the_innermost_with_most_loads() -> None:
+    code = """
+        /*0000*/                   S2R R8, SR_TID.X ;          /* 0x0 */
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ;
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR6][R2.64] ;
+        /*0030*/              @!P1 FADD R4, R4, R5 ;
+        /*0040*/                   F2F.F64.F32 R6, R4 ;
+        /*0050*/                   DFMA R6, R6, R6, RZ ;
+        /*0060*/              @P2  BRA 0x10 ;
+        /*0070*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ;
+        /*0080*/              @P3  BRA 0x70 ;
+        /*0090*/              @P0  BRA 0x0 ;
+        /*00a0*/                   EXIT ;
+        /*00b0*/                   BRA 0xb0 ;
+    """
+    measured = instructions.Measured("channel_moments_", "__nv_bfloat16, 8", 1, 7)
+    loop = instructions.main_loop(code, measured)
+    assert (loop.instructions, loop.elements, loop.float64, loop.calls) == (6, 16, 2, 0)
+    with pytest.raises(ValueError, match="main loop with 2 loads"):
+        instructions.main_loop(code, dataclasses.replace(measured, inputs=3))
 
 
 @needs_nvcc

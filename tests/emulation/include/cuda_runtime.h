@@ -3,8 +3,9 @@
 // This header stands in for CUDA's own, so that a .cu file compiles unchanged as C++. A launch runs
 // at once, block after block in random order; a block's threads are fibers that run one at a time,
 // in random order, from one barrier or warp-wide operation to the next (runtime.cpp). Shared memory
-// is dynamic alone (`extern __shared__`), and is filled with 0xff (NaN) before every block. A launch
-// or copy fails unless it is on the current stream of the tensors' device, with that device current.
+// is dynamic alone (`extern __shared__`), and is filled with 0xff (NaN) before every block. A
+// launch or copy fails unless it is on the current stream of the tensors' device, with that device
+// current.
 #pragma once
 
 #include <algorithm>
@@ -131,11 +132,7 @@ T __ldg(const T* address) {
   return *address;
 }
 
-// Loads and stores with the default caching.
-template <typename T>
-T __ldca(const T* address) {
-  return *address;
-}
+// A store with the default caching.
 template <typename T>
 void __stwb(T* address, T value) {
   *address = value;
@@ -143,6 +140,15 @@ void __stwb(T* address, T value) {
 
 inline int __popc(uint32_t bits) { return __builtin_popcount(bits); }
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
+// Four of the eight bytes of low and high, which the digits of the selector name.
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t bytes = uint64_t(high) << 32 | low;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) {
+    result |= uint32_t(bytes >> 8 * (selector >> 4 * i & 7u) & 0xffu) << 8 * i;
+  }
+  return result;
+}
 inline void __trap() { emulation::trap(); }
 inline uint32_t __float_as_uint(float value) {
   uint32_t bits;
@@ -156,4 +162,24 @@ inline float __uint_as_float(uint32_t bits) {
 }
 inline float __fdividef(float a, float b) {
   return std::fabs(b) > 8.507059e37f && std::isfinite(b) ? 0.0f : a / b;
+}
+
+// csrc/cuda/approximate.cuh: the largest errors that it states, up or down by the argument's bits.
+namespace emulation {
+inline float flushed(float value) {
+  return std::fabs(value) < 1.17549435e-38f ? 0.0f * value : value;
+}
+inline float off(double value, float of, double error) {
+  const bool up = (__float_as_uint(of) * 0x9e3779b1u >> 31) != 0;
+  return flushed(static_cast<float>(value * (up ? 1 + error : 1 - error)));
+}
+}  // namespace emulation
+inline float exp2_approximate(float x) {
+  return emulation::off(std::exp2(static_cast<double>(emulation::flushed(x))), x, 0x1p-22);
+}
+inline float reciprocal_approximate(float x) {
+  return emulation::off(1.0 / static_cast<double>(emulation::flushed(x)), x, 0x1p-23);
+}
+inline float root_approximate(float x) {
+  return emulation::off(std::sqrt(static_cast<double>(x < 0x1p-126f ? 0x1p-126f : x)), x, 0x1p-23);
 }
