@@ -32,13 +32,15 @@ def column_sq_norms_kernel(
     weight_ptr, partial_ptr, n_rows, channels, stride, tiles,
     DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    chunk, cols, first, own = place(n_rows, channels, tiles, DEPTH, WARPS, BLOCK)
     squares = zeros_like_wide(weight_ptr, (WARPS, BLOCK))
+    weight_ptr += first * stride + cols  # [WARPS, BLOCK]: each warp's next row
     for tile in range(0, tiles):
-        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
-        inside = (rows < n_rows) & (cols < channels)
-        w = wide(tl.load(weight_ptr + rows * stride + cols, mask=inside, other=0))
-        squares += tl.sum(w * w, 0)  # [DEPTH, WARPS, BLOCK] -> [WARPS, BLOCK]
+        for i in tl.static_range(DEPTH):
+            inside = (tile * DEPTH + i < own) & (cols < channels)
+            w = wide(tl.load(weight_ptr, mask=inside, other=0))
+            squares += w * w
+            weight_ptr += tl.cast(stride, tl.int64) * WARPS
     store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
 
 
