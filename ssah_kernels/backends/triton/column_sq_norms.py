@@ -36,11 +36,18 @@ def column_sq_norms_kernel(
     squares = zeros_like_wide(weight_ptr, (WARPS, BLOCK))
     weight_ptr += first * stride + cols  # [WARPS, BLOCK]: each warp's next row
     for tile in range(0, tiles):
+        rows = ()  # DEPTH rows of each warp: [WARPS, BLOCK]
         for i in tl.static_range(DEPTH):
             inside = (tile * DEPTH + i < own) & (cols < channels)
-            w = wide(tl.load(weight_ptr, mask=inside, other=0))
-            squares += w * w
+            rows += (tl.load(weight_ptr, mask=inside, other=0),)
             weight_ptr += tl.cast(stride, tl.int64) * WARPS
+        # The last row first: what it waits for is all loads, which so are in flight together.
+        w = wide(rows[DEPTH - 1])
+        of_tile = w * w
+        for i in tl.static_range(2, DEPTH + 1):
+            w = wide(rows[DEPTH - i])
+            of_tile += w * w
+        squares += of_tile
     store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
 
 

@@ -44,17 +44,24 @@ def taylor_moments_kernel(
     if HAS_MASK:
         mask_ptr += first * mask_stride  # [WARPS, 1]
     for tile in range(0, tiles):
+        xs, grads = (), ()  # of DEPTH rows of each warp: [WARPS, BLOCK]
         for i in tl.static_range(DEPTH):
             valid = counted(tile * DEPTH + i < own, mask_ptr, HAS_MASK)
-            x = tl.load(x_ptr, mask=valid & (cols < channels), other=0)
-            grad = tl.load(grad_ptr, mask=valid & (cols < channels), other=0)
-            product = wide(x) * wide(grad)
-            signed += product
-            squared += product * product
+            xs += (tl.load(x_ptr, mask=valid & (cols < channels), other=0),)
+            grads += (tl.load(grad_ptr, mask=valid & (cols < channels), other=0),)
             x_ptr += tl.cast(x_stride, tl.int64) * WARPS
             grad_ptr += tl.cast(grad_stride, tl.int64) * WARPS
             if HAS_MASK:
                 mask_ptr += tl.cast(mask_stride, tl.int64) * WARPS
+        # The last row first: what it waits for is all loads, which so are in flight together.
+        product = wide(xs[DEPTH - 1]) * wide(grads[DEPTH - 1])
+        of_tile, squares_of_tile = product, product * product
+        for i in tl.static_range(2, DEPTH + 1):
+            product = wide(xs[DEPTH - i]) * wide(grads[DEPTH - i])
+            of_tile += product
+            squares_of_tile += product * product
+        signed += of_tile
+        squared += squares_of_tile
     row = partial_ptr + (chunk + first_chunk) * channels
     store_row(row, cols, tl.sum(signed, 0), channels, BLOCK)
     store_row(row + tl.cast(chunks, tl.int64) * channels, cols, tl.sum(squared, 0), channels, BLOCK)
