@@ -38,9 +38,9 @@ _ONCE_SURVIVED = (
         "csrc/cuda/tiles.cuh", "[row(lane) * mask.stride]", "[row(lane)]", near("taylor_moments_")
     ),
     Mutation(
-        "ssah_kernels/backends/triton/device.py",
-        "mask_ptr + rows * mask_stride",
-        "mask_ptr + rows",
+        "ssah_kernels/backends/triton/taylor_moments.py",
+        "mask_ptr += first * mask_stride",
+        "mask_ptr += first",
         triton("taylor_moments_"),
     ),
     Mutation("csrc/cuda/sums.cuh", "flushed ? slot : 0.0", "0.0", far("taylor_moments_")),
@@ -76,8 +76,8 @@ _ONCE_SURVIVED = (
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_rounding.py",
-        "(word(element, 32) + key_1)",
-        "key_1",
+        "key_1 += word(element, 32)",
+        "key_1 += 0",
         triton("masked_adamw_"),
     ),
     Mutation(
@@ -284,8 +284,8 @@ _TRITON = (
     ),
     Mutation(
         "ssah_kernels/backends/triton/masked_rules.py",
-        "tl.where(step == 1, g,",
-        "tl.where(step == 2, g,",
+        "to(X), step == 1",
+        "to(X), step == 2",
         triton("masked_sgd_"),
     ),
     Mutation(

@@ -31,7 +31,7 @@ SHAPES = (
 FAR_SHAPES = (((300,), 1100), ((1056 * 256 + 100,), 8))
 
 
-def _mask(lead: tuple[int, ...], g: torch.Generator) -> Tensor:
+def every_second(lead: tuple[int, ...], g: torch.Generator) -> Tensor:
     """Every second byte of memory; the bytes between say the opposite."""
     mask = torch.rand(lead, generator=g) < 0.6
     return torch.stack([mask, ~mask], -1)[..., 0]
@@ -53,7 +53,7 @@ def _of_shape(dtype: torch.dtype, n: int, tag: str, lead: tuple[int, ...], chann
     g = generator(tag, lead, channels)
     xs = [normal((*lead, channels), dtype, g) for _ in range(n)]
     yield f"{lead}x{channels}", xs, None, g
-    mask = _mask(lead, g)
+    mask = every_second(lead, g)
     poisoned = [x.masked_fill(~mask.unsqueeze(-1), float("nan")) for x in xs]
     yield f"{lead}x{channels}-mask", poisoned, mask, g
 
@@ -64,10 +64,10 @@ def near(dtype: torch.dtype, n: int, tag: str) -> Inputs:
         yield from _of_shape(dtype, n, tag, *shape)
     g = generator(tag, "strided")
     wide = [normal((4, 6, 90), dtype, g) for _ in range(n)]
-    yield "row-stride", [w[..., 11:61] for w in wide], _mask((4, 6), g), g
+    yield "row-stride", [w[..., 11:61] for w in wide], every_second((4, 6), g), g
     yield "transposed-leading", [w.transpose(0, 1)[::2] for w in wide], None, g
     yield "last-dim-strided", [w[..., ::3] for w in wide], None, g
-    yield "expanded", [w[:, :1].expand(4, 6, 90) for w in wide], _mask((4, 6), g), g
+    yield "expanded", [w[:, :1].expand(4, 6, 90) for w in wide], every_second((4, 6), g), g
     yield "all-masked", wide, torch.zeros(4, 6, dtype=torch.bool), g
 
 

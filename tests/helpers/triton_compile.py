@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from sass import Cost, cost, kernels
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -45,6 +46,7 @@ class Compiled:
     registers: int
     spill_bytes: int  # local memory ("STACK" and "LOCAL" of cuobjdump)
     shared_bytes: int
+    cost: Cost
 
     def wide_loads(self) -> int:
         """Global loads of 16 bytes."""
@@ -74,15 +76,22 @@ def compile_launch(launch: Launch, arch: int) -> Compiled:
     with TemporaryDirectory() as folder:
         path = Path(folder, "kernel.cubin")
         path.write_bytes(kernel.asm["cubin"])
-        tool = knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "-res-usage", str(path)], check=True, capture_output=True, text=True
-        ).stdout
+        usage, code = (
+            subprocess.run(
+                [knobs.nvidia.cuobjdump.path, option, str(path)],
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for option in ("-res-usage", "-sass")
+        )
+    name = kernel.metadata.name
     facts = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
     return Compiled(
-        kernel.metadata.name,
+        name,
         kernel.asm["ptx"],
         facts["REG"],
         facts["STACK"] + facts["LOCAL"],
         kernel.metadata.shared,
+        cost(kernels(code)[name]),
     )

@@ -24,6 +24,7 @@ from cases import CASES, DTYPES, check_sample
 from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton_masked import check_norms, check_skipped, check_update, samples
+from triton_wide import EXACT, check_every_bit, check_wide
 
 from ssah_kernels import backends
 from ssah_kernels.backends.triton import launch, masked_grad_norm, masked_rounding
@@ -40,6 +41,26 @@ def round_to_bfloat16(builder: InterpreterBuilder, src: TensorHandle, dtype: Any
 
 
 InterpreterBuilder.create_fp_trunc = round_to_bfloat16
+
+
+def approximate(name: str, error: float) -> None:
+    """Make a function as wrong in float32 as a GPU's may be: every second value too large, and the
+    others too small, by ``error`` of it. The interpreter's own is right to the last bit."""
+    exact = getattr(InterpreterBuilder, name)
+
+    def wrong(builder: InterpreterBuilder, arg: TensorHandle) -> TensorHandle:
+        result = exact(builder, arg)
+        if result.dtype.scalar == tl.float32:
+            signs = np.resize([1, -1], result.data.size).reshape(result.data.shape)
+            result.data = (result.data * (1 + error * signs)).astype(np.float32)
+        return result
+
+    setattr(InterpreterBuilder, name, wrong)
+
+
+# The largest relative errors of ex2, rsqrt and sqrt.approx in NVIDIA's description of PTX.
+for function, power in (("create_exp2", -22), ("create_rsqrt", -22.9), ("create_sqrt", -23)):
+    approximate(function, 2**power)
 
 
 def reference(op: str) -> Callable[..., Any]:
@@ -108,19 +129,21 @@ def check_bytes_of_masks() -> None:
 
 
 @triton.jit
-def noise_kernel(element_ptr, key_ptr, out_ptr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def noise_kernel(start_ptr, key_ptr, out_ptr, FAR: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.arange(0, BLOCK)
     keys = tl.load(key_ptr).to(tl.uint32), tl.load(key_ptr + 1).to(tl.uint32)
-    tl.store(out_ptr + at, masked_rounding.noise(tl.load(element_ptr + at), *keys).to(tl.int64))
+    bits = masked_rounding.noise(tl.load(start_ptr + at), 5 + at, *keys, FAR)
+    tl.store(out_ptr + at, bits.to(tl.int64))
 
 
 def check_noise_of_far_elements() -> None:
     """A kernel that reaches one of those needs 34 GB: the noise is asked for by itself."""
-    element = torch.tensor([0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 5, 3 * 2**32 + 1, 2**40])
-    keys, bits = specification.noise_keys(-(7**20), 41, 3), torch.empty_like(element)
-    noise_kernel[(1,)](element, torch.tensor(keys), bits, BLOCK=len(element))
-    low, high, _ = specification.noise(keys, element)
-    assert torch.equal(bits, high << 16 | low)
+    start = torch.tensor([0, 1, 2**31 - 7, 2**32 - 9, 2**32 - 9, 2**32 + 5, 3 * 2**32 + 1, 2**40])
+    keys, bits = specification.noise_keys(-(7**20), 41, 3), torch.empty_like(start)
+    for far, n in ((True, 8), (False, 4)):  # the fourth is 2^32 - 1, and the fifth 2^32
+        noise_kernel[(1,)](start, torch.tensor(keys), bits, FAR=far, BLOCK=n)
+        low, high, _ = specification.noise(keys, (start + 5 + torch.arange(8))[:n])
+        assert torch.equal(bits[:n], high << 16 | low)
 
 
 def check_many_parts_of_a_norm() -> None:
@@ -207,6 +230,10 @@ def main(*ops: str, exhaustive: bool) -> None:
                 run = compare_bits if op == "bit_masked_adamw_" else run
                 compared = run(op, exhaustive)
             compared += compare_extremes(op, exhaustive)
+            if op in EXACT:
+                compared += check_every_bit(op)
+            elif op != "masked_grad_norm":
+                compared += check_wide(op)
             for check in MORE.get(op, ()):
                 check()
             print(json.dumps({"op": op, "compared": compared}), flush=True)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import counted, place, wide, zeros_like_wide
+from ssah_kernels.backends.triton.device import as_count, counted, place, wide, zeros_like_wide
 from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
 from ssah_kernels.backends.triton.moments import add_tile, merge_launch, store_moments
 
@@ -29,16 +29,25 @@ def channel_moments_kernel(
     n_rows, channels, x_stride, mask_stride, tiles, first_chunk,
     HAS_MASK: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
-    n = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    chunk, cols, first, own = place(n_rows, channels, tiles, DEPTH, WARPS, BLOCK)
+    n = zeros_like_wide(x_ptr, (WARPS, 1))
     hi = zeros_like_wide(x_ptr, (WARPS, BLOCK))
     lo = zeros_like_wide(x_ptr, (WARPS, BLOCK))
     m2 = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    x_ptr += first * x_stride + cols  # [WARPS, BLOCK]: each warp's next row
+    if HAS_MASK:
+        mask_ptr += first * mask_stride  # [WARPS, 1]
     for tile in range(0, tiles):
-        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
-        valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=valid & (cols < channels), other=0)
-        n, hi, lo, m2 = add_tile(wide(x), valid, n, hi, lo, m2)  # each [WARPS, BLOCK]
+        xs, counts = (), ()  # of DEPTH rows of each warp: [WARPS, BLOCK] and [WARPS, 1]
+        for i in tl.static_range(DEPTH):
+            valid = counted(tile * DEPTH + i < own, mask_ptr, HAS_MASK)
+            x = tl.load(x_ptr, mask=valid & (cols < channels), other=0)
+            xs += (wide(x),)
+            counts += (as_count(valid, n.dtype),)
+            x_ptr += tl.cast(x_stride, tl.int64) * WARPS
+            if HAS_MASK:
+                mask_ptr += tl.cast(mask_stride, tl.int64) * WARPS
+        n, hi, lo, m2 = add_tile(xs, counts, n, hi, lo, m2)
     total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
     # One of a chunk's programs writes its count; the state's is kept before stage 2 changes it.
     if tl.program_id(0) % tl.cdiv(channels, BLOCK) == 0:

@@ -32,13 +32,22 @@ def column_sq_norms_kernel(
     weight_ptr, partial_ptr, n_rows, channels, stride, tiles,
     DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    chunk, cols, first, own = place(n_rows, channels, tiles, DEPTH, WARPS, BLOCK)
     squares = zeros_like_wide(weight_ptr, (WARPS, BLOCK))
+    weight_ptr += first * stride + cols  # [WARPS, BLOCK]: each warp's next row
     for tile in range(0, tiles):
-        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
-        inside = (rows < n_rows) & (cols < channels)
-        w = wide(tl.load(weight_ptr + rows * stride + cols, mask=inside, other=0))
-        squares += tl.sum(w * w, 0)  # [DEPTH, WARPS, BLOCK] -> [WARPS, BLOCK]
+        rows = ()  # DEPTH rows of each warp: [WARPS, BLOCK]
+        for i in tl.static_range(DEPTH):
+            inside = (tile * DEPTH + i < own) & (cols < channels)
+            rows += (tl.load(weight_ptr, mask=inside, other=0),)
+            weight_ptr += tl.cast(stride, tl.int64) * WARPS
+        # The last row first: what it waits for is all loads, which so are in flight together.
+        w = wide(rows[DEPTH - 1])
+        of_tile = w * w
+        for i in tl.static_range(2, DEPTH + 1):
+            w = wide(rows[DEPTH - i])
+            of_tile += w * w
+        squares += of_tile
     store_row(partial_ptr + chunk * channels, cols, tl.sum(squares, 0), channels, BLOCK)
 
 

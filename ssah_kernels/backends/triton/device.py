@@ -20,6 +20,9 @@ def wide(x):
     """x in the type that it is computed in: float64 stays, all else becomes float32."""
     if x.dtype == tl.float64:
         return x
+    elif x.dtype == tl.bfloat16:
+        # One instruction: of the conversion every second of two neighbours takes two.
+        return (x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16).to(tl.float32, bitcast=True)
     else:
         return x.to(tl.float32)
 
@@ -33,29 +36,38 @@ def zeros_like_wide(ptr, shape: tl.constexpr):
 
 
 @triton.jit
-def place(channels, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr):
-    """This program's chunk, its channels [1, 1, BLOCK], a tile's row offsets [DEPTH, WARPS, 1]."""
+def place(
+    n_rows, channels, tiles,
+    DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """This program's chunk, its channels [1, BLOCK], and the first row of each of its warps and how
+    many rows that warp has, [WARPS, 1]: of a chunk of 9 rows, warp 0 of 4 has rows 0, 4 and 8."""
     blocks = tl.cdiv(channels, BLOCK)
-    chunk = tl.program_id(0) // blocks
     cols = (tl.program_id(0) % blocks) * BLOCK + tl.arange(0, BLOCK)
-    rows = tl.arange(0, DEPTH)[:, None, None] * WARPS + tl.arange(0, WARPS)[None, :, None]
-    # Rows times strides go beyond 2^31 in large activations.
-    return chunk.to(tl.int64), cols[None, None, :], rows
+    chunk = (tl.program_id(0) // blocks).to(tl.int64)  # rows times strides go beyond 2^31
+    first = chunk * (tiles * (DEPTH * WARPS)) + tl.arange(0, WARPS)[:, None]
+    own = tl.minimum(tl.cdiv(n_rows - first, WARPS), tiles * DEPTH)
+    return chunk, cols[None, :], first, own.to(tl.int32)
 
 
 @triton.jit
-def counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK: tl.constexpr):
-    """Which rows exist and are not masked: bool, shaped as ``rows``."""
-    valid = rows < n_rows
+def counted(valid, mask_ptr, HAS_MASK: tl.constexpr):
+    """Which of the ``valid`` rows [WARPS, 1] the mask does not leave out."""
     if HAS_MASK:
-        valid = valid & (tl.load(mask_ptr + rows * mask_stride, mask=valid, other=0) != 0)
+        valid = valid & (tl.load(mask_ptr, mask=valid, other=0) != 0)
     return valid
+
+
+@triton.jit
+def as_count(valid, DTYPE: tl.constexpr):
+    """1 where ``valid`` and 0 elsewhere: one instruction, where a conversion takes two."""
+    return tl.where(valid, tl.full((), 1, DTYPE), tl.full((), 0, DTYPE))
 
 
 @triton.jit
 def store_row(row_ptr, cols, values, channels, BLOCK: tl.constexpr):
     """Write one row of partial results [BLOCK] in float64; ``cols`` as ``place`` gives them."""
-    cols = tl.reshape(cols, (BLOCK,))  # [1, 1, BLOCK] -> [BLOCK]
+    cols = tl.reshape(cols, (BLOCK,))  # [1, BLOCK] -> [BLOCK]
     tl.store(row_ptr + cols, values.to(tl.float64), mask=cols < channels)
 
 

@@ -20,12 +20,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ssah_kernels.backends.triton.activations import activation, activation_and_slope
-from ssah_kernels.backends.triton.device import counted, place, wide, zeros_like_wide
+from ssah_kernels.backends.triton.device import as_count, counted, place, wide, zeros_like_wide
 from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
 from ssah_kernels.backends.triton.moments import add_tile, merge_launch, store_moments
 
-DEPTH = 2  # rows per warp and tile; with two inputs, 64 bytes in flight per thread
-DEPTH_BACKWARD = 2
+DEPTH = 4  # rows per warp and tile; with two inputs, 128 bytes in flight per thread
+DEPTH_BACKWARD = 4
 
 
 @triton.jit(do_not_specialize=["n_rows", "tiles", "first_chunk"])
@@ -35,22 +35,39 @@ def gated_moments_kernel(
     ACT: tl.constexpr, HAS_MASK: tl.constexpr,
     DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
-    n = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    chunk, cols, first, own = place(n_rows, channels, tiles, DEPTH, WARPS, BLOCK)
+    n = zeros_like_wide(gate_ptr, (WARPS, 1))
     hi = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
     lo = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
     m2 = zeros_like_wide(gate_ptr, (WARPS, BLOCK))
+    gate_ptr += first * gate_stride + cols  # [WARPS, BLOCK]: each warp's next row
+    up_ptr += first * up_stride + cols
+    out_ptr += first * out_stride + cols
+    if HAS_MASK:
+        mask_ptr += first * mask_stride  # [WARPS, 1]
     for tile in range(0, tiles):
-        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
-        inside = (rows < n_rows) & (cols < channels)
-        gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=inside, other=0)
-        up = tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0)
-        h = (activation(wide(gate), ACT) * wide(up)).to(gate.dtype)
-        tl.store(out_ptr + rows * out_stride + cols, h, mask=inside)
-        # A masked row is computed and stored like any other, so that it is read here, unlike in
-        # channel_moments, and must be set to 0 before it is summed.
-        valid = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK)
-        n, hi, lo, m2 = add_tile(tl.where(valid, wide(h), 0), valid, n, hi, lo, m2)
+        gates, ups = (), ()  # of DEPTH rows of each warp: [WARPS, BLOCK]
+        for i in tl.static_range(DEPTH):
+            inside = (tile * DEPTH + i < own) & (cols < channels)
+            gates += (tl.load(gate_ptr, mask=inside, other=0),)
+            ups += (tl.load(up_ptr, mask=inside, other=0),)
+            gate_ptr += tl.cast(gate_stride, tl.int64) * WARPS
+            up_ptr += tl.cast(up_stride, tl.int64) * WARPS
+        hs, counts = (), ()
+        for i in tl.static_range(DEPTH):
+            h = (activation(wide(gates[i]), ACT) * wide(ups[i])).to(gates[i].dtype)
+            exists = tile * DEPTH + i < own
+            tl.store(out_ptr, h, mask=exists & (cols < channels))
+            out_ptr += tl.cast(out_stride, tl.int64) * WARPS
+            valid = counted(exists, mask_ptr, HAS_MASK)
+            if HAS_MASK:
+                mask_ptr += tl.cast(mask_stride, tl.int64) * WARPS
+            # A masked row is computed and stored like any other, so that it is read here, unlike
+            # in channel_moments, and must be set to 0 before it is summed. One that does not exist
+            # is 0: so is every activation of 0.
+            hs += (tl.where(valid, wide(h), 0) if HAS_MASK else wide(h),)
+            counts += (as_count(valid, n.dtype),)
+        n, hi, lo, m2 = add_tile(hs, counts, n, hi, lo, m2)
     total = store_moments(n, hi, lo, m2, first_chunk + chunk, cols, channels, partial_ptr, BLOCK)
     # Of the programs that share a chunk of rows, one leaves how many count; entry 0 is the state's
     # count, which the merge would else read and write at once.
@@ -65,17 +82,24 @@ def gated_moments_backward_kernel(
     grad_stride, gate_stride, up_stride, dgate_stride, dup_stride,
     ACT: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
-    rows = chunk * (DEPTH * WARPS) + offsets
-    inside = (rows < n_rows) & (cols < channels)
-    grad = wide(tl.load(grad_ptr + rows * grad_stride + cols, mask=inside, other=0))
-    gate = wide(tl.load(gate_ptr + rows * gate_stride + cols, mask=inside, other=0))
-    up = wide(tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0))
-    value, slope = activation_and_slope(gate, ACT)
-    dgate = (grad * up * slope).to(dgate_ptr.dtype.element_ty)
-    dup = (grad * value).to(dup_ptr.dtype.element_ty)
-    tl.store(dgate_ptr + rows * dgate_stride + cols, dgate, mask=inside)
-    tl.store(dup_ptr + rows * dup_stride + cols, dup, mask=inside)
+    _, cols, first, own = place(n_rows, channels, 1, DEPTH, WARPS, BLOCK)
+    grads, gates, ups = (), (), ()
+    # All that is read before all that is written: no load moves past a store.
+    for i in tl.static_range(DEPTH):
+        inside = (i < own) & (cols < channels)
+        row = first + i * WARPS
+        grads += (tl.load(grad_ptr + row * grad_stride + cols, mask=inside, other=0),)
+        gates += (tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0),)
+        ups += (tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0),)
+    for i in tl.static_range(DEPTH):
+        inside = (i < own) & (cols < channels)
+        row = first + i * WARPS
+        grad = wide(grads[i])
+        value, slope = activation_and_slope(wide(gates[i]), ACT)
+        dgate = (grad * wide(ups[i]) * slope).to(dgate_ptr.dtype.element_ty)
+        dup = (grad * value).to(dup_ptr.dtype.element_ty)
+        tl.store(dgate_ptr + row * dgate_stride + cols, dgate, mask=inside)
+        tl.store(dup_ptr + row * dup_stride + cols, dup, mask=inside)
 
 
 def launches(

@@ -27,15 +27,21 @@ def gated_product_kernel(
     gate_stride, up_stride, out_stride, arm_stride, factors_stride,
     ACT: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
-    rows = chunk * (DEPTH * WARPS) + offsets
-    inside = (rows < n_rows) & (cols < channels)
-    arm = tl.load(arm_ptr + rows * arm_stride, mask=rows < n_rows, other=0)  # [DEPTH, WARPS, 1]
-    gate = tl.load(gate_ptr + rows * gate_stride + cols, mask=inside, other=0)
-    up = tl.load(up_ptr + rows * up_stride + cols, mask=inside, other=0)
-    factors = tl.load(factors_ptr + arm * factors_stride + cols, mask=inside, other=0)
-    h = (activation(wide(gate), ACT) * wide(up) * factors).to(gate.dtype)
-    tl.store(out_ptr + rows * out_stride + cols, h, mask=inside)
+    _, cols, first, own = place(n_rows, channels, 1, DEPTH, WARPS, BLOCK)
+    gates, ups, factors = (), (), ()
+    # All that is read before all that is written: no load moves past a store.
+    for i in tl.static_range(DEPTH):
+        inside = (i < own) & (cols < channels)
+        row = first + i * WARPS
+        arm = tl.load(arm_ptr + row * arm_stride, mask=i < own, other=0)  # [WARPS, 1]
+        gates += (tl.load(gate_ptr + row * gate_stride + cols, mask=inside, other=0),)
+        ups += (tl.load(up_ptr + row * up_stride + cols, mask=inside, other=0),)
+        factors += (tl.load(factors_ptr + arm * factors_stride + cols, mask=inside, other=0),)
+    for i in tl.static_range(DEPTH):
+        inside = (i < own) & (cols < channels)
+        row = first + i * WARPS
+        h = (activation(wide(gates[i]), ACT) * wide(ups[i]) * factors[i]).to(gates[i].dtype)
+        tl.store(out_ptr + row * out_stride + cols, h, mask=inside)
 
 
 def launches(

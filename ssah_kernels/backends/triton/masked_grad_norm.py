@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ssah_kernels.backends.triton.device import wide
 from ssah_kernels.backends.triton.launch import WARPS, Launch, run
 from ssah_kernels.backends.triton.masked_list import (
     TYPES,
@@ -55,13 +56,15 @@ def masked_grad_norm_kernel(
     squares = tl.zeros((HEIGHT, BLOCK), tl.float64)
     tile_row = tile // blocks
     steps = tl.minimum(tl.cdiv(n_rows - tile_row * (STEPS * HEIGHT), HEIGHT), STEPS)
-    for i in range(0, steps):
+    indexed_rows = tl.load(row_ptr + 3)
+    for i in range(0, steps.to(tl.int32)):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
         if not GATHER:
-            indexed = rows < tl.load(row_ptr + 3)  # all of them or none
+            indexed = rows < indexed_rows  # all of them or none
             rows = tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
-        g = tl.load(g_ptr + rows * row_stride + cols, mask=inside, other=0).to(tl.float64)
+        g = tl.load(g_ptr + rows * row_stride + cols, mask=inside, other=0)
+        g = wide(g).to(tl.float64)
         # [HEIGHT, BLOCK], added up across the tile at the end alone.
         squares += g * g
     total = tl.sum(tl.sum(squares, 1), 0)

@@ -113,6 +113,11 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def is_far(elements: int) -> bool:
+    """Whether the number of an element may need more than 32 bits: one more word of noise."""
+    return elements > 2**32
+
+
 def vector_of(tensors: Sequence[Tensor], *sizes: int) -> int:
     """Elements of a 16-byte vector, if pointers (of tensors [...]) and sizes allow it; else 1."""
     vector = VECTOR_BYTES // tensors[0].element_size()
@@ -142,6 +147,7 @@ class Access(NamedTuple):
     gather: bool
     units: int
     through_index: bool
+    far: bool  # an element's number may take more than 32 bits
 
 
 def how_accessed(update: Update, i: int) -> Access:
@@ -150,14 +156,15 @@ def how_accessed(update: Update, i: int) -> Access:
     gather = update.indices[i] is not None and dim == 1
     units = dim if update.signed is not None else -1
     through_index = grad.shape != update.shape(i)
+    far = is_far(prod(update.shape(i)))
     strided = [param, grad] if through_index else [param]
     if gather or any(t.stride(1) != 1 for t in strided):  # no neighbours to load together
-        return Access(1, gather, units, through_index)
+        return Access(1, gather, units, through_index, far)
     tensors = [param, grad, *(s[i] for s in update.states)]
     if update.remainders is not None:
         tensors.append(update.remainders[i])
     vector = vector_of(tensors, param.shape[1], *(t.stride(0) for t in strided))
-    return Access(vector, gather, units, through_index)
+    return Access(vector, gather, units, through_index, far)
 
 
 def tensor_row(update: Update, i: int, first: int, vector: int, gather: bool) -> list[int]:

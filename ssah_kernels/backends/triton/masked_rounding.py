@@ -41,12 +41,30 @@ def noise_key(KEY: tl.constexpr, seed, step, number):
 
 
 @triton.jit
-def noise(element, key_0, key_1):
-    """32 random bits for each int64 ``element``."""
-    x = word(element, 0) + key_0
+def noise_keys(seed_ptr, step, number_ptr):
+    """One stream of noise for each tensor and step; without a seed nothing reads the keys."""
+    if seed_ptr is None:
+        return KEY_0, KEY_1
+    else:
+        seed, number = tl.load(seed_ptr), tl.load(number_ptr)
+        key_0 = noise_key(KEY_0, seed, step.to(tl.int64), number)
+        return key_0, noise_key(KEY_1, seed, step.to(tl.int64), number)
+
+
+@triton.jit
+def noise(start, offset, key_0, key_1, FAR: tl.constexpr):
+    """32 random bits for each element ``start + offset``, int64 and int32.
+
+    FAR: there may be elements beyond 2^32. Their upper word joins, so that noise does not repeat.
+    """
+    if FAR:
+        element = start + offset
+        x = word(element, 0) + key_0
+        key_1 += word(element, 32)
+    else:
+        x = word(start, 0) + offset.to(tl.uint32) + key_0
     x = (x ^ (x >> 16)) * tl.full((), MULTIPLIER_0, tl.uint32)
-    # Beyond 2^32 elements the upper word joins here, so that their noise does not repeat.
-    x = (x ^ (x >> 15) ^ (word(element, 32) + key_1)) * tl.full((), MULTIPLIER_1, tl.uint32)
+    x = (x ^ (x >> 15) ^ key_1) * tl.full((), MULTIPLIER_1, tl.uint32)
     return x ^ (x >> 15)
 
 
@@ -90,9 +108,9 @@ def rounded(x, bits, WHICH: tl.constexpr, NOISE: tl.constexpr, DTYPE: tl.constex
         else:
             r = (bits * tl.full((), GOLDEN, tl.uint32)) >> 16
         pattern = x.to(tl.uint32, bitcast=True)
-        # x - x is 0 for a finite x alone; a NaN stays one when its lower half is cut off.
-        other = tl.where(x == x, pattern, pattern | 0x400000)
-        pattern = tl.where(x - x == 0, pattern + r, other)
+        # The lower half of infinity is 0, so that no r reaches its upper half. A NaN that
+        # arithmetic made has a bit in the upper half, and stays one when the lower is cut off.
+        pattern = tl.where(x == x, pattern + r, pattern)
         return (pattern >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(DTYPE)

@@ -19,17 +19,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ssah_kernels.backends.triton.device import wide
 from ssah_kernels.backends.triton.masked_codes import nearest_codes, read_codes
 from ssah_kernels.backends.triton.masked_rounding import (
-    KEY_0,
-    KEY_1,
     compensated,
     noise,
-    noise_key,
+    noise_keys,
     rounded,
     split,
 )
-from ssah_kernels.backends.triton.masked_rules import adamw, sgd
+from ssah_kernels.backends.triton.masked_rules import adamw, adamw_scalars, sgd, sgd_scalars
 from ssah_kernels.backends.triton.masked_table import (
     COL_STRIDE,
     COLS,
@@ -59,20 +58,8 @@ from ssah_kernels.backends.triton.masked_table import (
 
 
 @triton.jit
-def noise_keys(seed_ptr, step, row_ptr):
-    """One stream of noise for each tensor and step; without a seed nothing reads the keys."""
-    if seed_ptr is None:
-        return KEY_0, KEY_1
-    else:
-        seed = tl.load(seed_ptr)
-        number = tl.load(row_ptr + NUMBER)
-        key_0 = noise_key(KEY_0, seed, step.to(tl.int64), number)
-        return key_0, noise_key(KEY_1, seed, step.to(tl.int64), number)
-
-
-@triton.jit
 def grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE: tl.constexpr):
-    """By what the gradient is multiplied before the step."""
+    """By what the gradient is multiplied before the step, in float64."""
     scale = scalar_or_one(clip_coef_ptr) / scalar_or_one(grad_scale_ptr)
     return -scale if MAXIMIZE else scale
 
@@ -83,7 +70,7 @@ def n_steps(n_rows, first_row, found_inf_ptr, STEPS: tl.constexpr, HEIGHT: tl.co
     steps = tl.minimum(tl.cdiv(n_rows - first_row, HEIGHT), STEPS)
     if found_inf_ptr is not None:
         steps = tl.where(tl.load(found_inf_ptr) == 0, steps, 0)
-    return steps
+    return steps.to(tl.int32)
 
 
 @triton.jit
@@ -106,12 +93,12 @@ def place(row_ptr, cols, ROW_STRIDE: tl.constexpr, COL_STRIDE: tl.constexpr, VEC
 
 
 @triton.jit
-def param_rows(row_ptr, index_ptr, rows, GATHER: tl.constexpr):
+def param_rows(indexed_rows, index_ptr, rows, GATHER: tl.constexpr):
     """Which rows of the parameter compact rows are."""
     if GATHER:
         return rows
     else:
-        indexed = rows < tl.load(row_ptr + INDEXED_ROWS)  # all of them or none
+        indexed = rows < indexed_rows  # all of them or none
         return tl.where(indexed, tl.load(index_ptr + rows, mask=indexed, other=0), rows)
 
 
@@ -134,7 +121,7 @@ def load_state(
     if map_ptr is not None:
         scales = tl.load(scales_ptr + block, mask=rows_inside, other=0)
         state = read_codes(state, scales, map_ptr, WHICH)
-    return state.to(X)
+    return wide(state).to(X)
 
 
 @triton.jit
@@ -154,13 +141,13 @@ def store_state(
 @triton.jit
 def take_step(
     stored, grad, p_ptr, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
-    element, block, inside, rows_inside, table_ptr, lr, step, key_0, key_1,
+    element, block, inside, rows_inside, scalars, bits,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, COMPENSATED: tl.constexpr,
     NOISE: tl.constexpr, P: tl.constexpr, S: tl.constexpr, X: tl.constexpr,
 ):  # fmt: skip
     """Update the parameters ``stored`` at ``p_ptr``, and states and remainders at ``element``."""
     # The compensated weight moves; importance is of the weight that the forward pass used.
-    w = stored.to(X)
+    w = wide(stored).to(X)
     state_0 = w  # defined for every rule; without state it is never stored
     state_1 = w
     if COMPENSATED:
@@ -174,12 +161,9 @@ def take_step(
             s1_ptr, scales_1_ptr, map_ptr, element, block, inside, rows_inside, 1, X
         )
     if RULE == "adamw":
-        w, state_0, state_1 = adamw(w, grad, state_0, state_1, table_ptr, lr, step, X)
+        w, state_0, state_1 = adamw(w, grad, state_0, state_1, scalars)
     else:
-        w, state_0 = sgd(w, grad, state_0, table_ptr, lr, step, STATES, NESTEROV, X)
-    bits = element
-    if NOISE:
-        bits = noise(element, key_0, key_1)
+        w, state_0 = sgd(w, grad, state_0, scalars, STATES, NESTEROV)
     if COMPENSATED:
         new, rest = split(w, P)
         tl.store(c_ptr + element, rest, mask=inside)
@@ -204,7 +188,8 @@ def masked_update_kernel(
     found_inf_ptr, map_ptr, n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
     COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
-    THROUGH_INDEX: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    THROUGH_INDEX: tl.constexpr, FAR: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
     VECTOR: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
@@ -233,9 +218,15 @@ def masked_update_kernel(
     row_stride, p_cols = place(row_ptr, selected, ROW_STRIDE, COL_STRIDE, VECTOR)
     g_row_stride, g_cols = place(row_ptr, selected, GRAD_ROW_STRIDE, GRAD_COL_STRIDE, VECTOR)
 
-    lr, step = tl.load(lr_ptr), tl.load(step_ptr)
-    scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE).to(X)
-    key_0, key_1 = noise_keys(seed_ptr, step, row_ptr)
+    step = tl.load(step_ptr)
+    scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE)
+    # No load moves past a store: what stays the same is read, and computed, before the first row.
+    if RULE == "adamw":
+        scalars = adamw_scalars(table_ptr, tl.load(lr_ptr), step, scale, X)
+    else:
+        scalars = sgd_scalars(table_ptr, tl.load(lr_ptr), step, scale, X)
+    indexed_rows = tl.load(row_ptr + INDEXED_ROWS)
+    key_0, key_1 = noise_keys(seed_ptr, step, row_ptr + NUMBER)
     if UNITS >= 0:
         partial_ptr += tl.load(row_ptr + PARTIAL)
         all_parts = tl.load(row_ptr + PARTS) * (n_rows if UNITS == 0 else n_cols)
@@ -246,24 +237,25 @@ def masked_update_kernel(
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
         inside = (rows < n_rows) & inside_cols
         element = rows * n_cols + cols
-        p_rows = param_rows(row_ptr, index_ptr, rows, GATHER)
+        p_rows = param_rows(indexed_rows, index_ptr, rows, GATHER)
         at = p_ptr + p_rows * row_stride + p_cols
         stored = tl.load(at, mask=inside, other=0)
         g_at = p_rows * g_row_stride + g_cols if THROUGH_INDEX else element
-        grad = tl.load(g_ptr + g_at, mask=inside, other=0).to(X)
+        grad = wide(tl.load(g_ptr + g_at, mask=inside, other=0)).to(X)
         if UNITS >= 0:
             # Before the update, and by the gradient before clipping; stage 2 takes the scale out.
-            product = stored.to(X) * grad
+            product = wide(stored).to(X) * grad
             if UNITS == 0:
                 part_ptr = partial_ptr + tile_col * n_rows + rows  # rows are units
                 store_sums(part_ptr, all_parts, product, product * product, rows < n_rows, 1)
             else:
                 signed += product
                 squared += product * product
+        bits = noise(rows * n_cols, cols, key_0, key_1, FAR) if NOISE else element
         take_step(
-            stored, grad * scale, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
-            element, rows * blocks + tile_col, inside, rows < n_rows, table_ptr, lr, step,
-            key_0, key_1, RULE, STATES, NESTEROV, COMPENSATED, NOISE, P, S, X,
+            stored, grad, at, s0_ptr, s1_ptr, scales_0_ptr, scales_1_ptr, c_ptr, map_ptr,
+            element, rows * blocks + tile_col, inside, rows < n_rows, scalars, bits,
+            RULE, STATES, NESTEROV, COMPENSATED, NOISE, P, S, X,
         )  # fmt: skip
 
     if UNITS == 1:

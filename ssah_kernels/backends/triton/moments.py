@@ -12,26 +12,32 @@ from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, La
 
 
 @triton.jit
-def add_tile(v, valid, n, hi, lo, m2):
-    """Merge a tile [DEPTH, WARPS, BLOCK] into each warp's running moments [WARPS, BLOCK].
+def add_tile(rows, counts, n, hi, lo, m2):
+    """Merge a tile's ``rows``, a tuple of [WARPS, BLOCK], into each warp's running moments.
 
-    v is 0 where ``valid`` [DEPTH, WARPS, 1] is not. Two passes over registers, then Chan's merge,
-    so that an outlier costs no digits. The mean is hi + lo: hi is the mean of the first tile that
-    has a row, and lo, of the size of the deviations, loses nothing to a large mean.
+    ``counts``, a tuple of [WARPS, 1], is 1 where a row counts and 0 elsewhere, where the row is 0.
+    n is [WARPS, 1], the rest [WARPS, BLOCK]. Two passes over registers, then Chan's merge, so that
+    an outlier costs no digits. The mean is hi + lo: hi is the mean of the first tile that has a
+    row, and lo, of the size of the deviations, loses nothing to a large mean.
     """
-    # Summed as a pair, so that the count, too, has the layout of the loads: no exchange of data.
-    pair = tl.join(tl.broadcast_to(valid, v.shape).to(v.dtype), v)
-    n_tile, sum_tile = tl.split(tl.sum(pair, 0))  # [WARPS, BLOCK, 2] -> [WARPS, BLOCK] each
-    inverse = 1 / tl.maximum(n_tile, 1)
-    centre = tl.where(n_tile > 0, sum_tile * inverse, hi)
-    d = tl.where(valid, v - centre[None, :, :], 0)
-    sum_d = tl.sum(d, 0)
+    n_tile, total = counts[0], rows[0]
+    for i in tl.static_range(1, len(rows)):
+        n_tile += counts[i]
+        total += rows[i]
+    inverse = 1 / tl.maximum(n_tile, 1)  # of a warp: nothing here is computed per channel
+    n_new = n + n_tile
+    weight = n_tile / tl.maximum(n_new, 1)  # 0 for a tile without rows, whose moments are 0
+    centre = total * inverse
+    d = rows[0] - counts[0] * centre  # 0 where the row does not count, at the cost of a difference
+    sum_d, squares = d, d * d
+    for i in tl.static_range(1, len(rows)):
+        d = rows[i] - counts[i] * centre
+        sum_d += d
+        squares += d * d
     rest = sum_d * inverse  # what rounding left of the tile's mean
     hi = tl.where(n > 0, hi, centre)
-    delta = tl.where(n_tile > 0, (centre - hi) + (rest - lo), 0)
-    n_new = n + n_tile
-    weight = n_tile / tl.maximum(n_new, 1)
-    m2 += tl.sum(d * d, 0) - sum_d * rest + delta * delta * (n * weight)
+    delta = (centre - hi) + (rest - lo)
+    m2 += squares - sum_d * rest + delta * delta * (n * weight)
     return n_new, hi, lo + delta * weight, m2
 
 
@@ -42,9 +48,11 @@ def store_moments(n, hi, lo, m2, chunk, cols, channels, partial_ptr, BLOCK: tl.c
     Means are handled as distances from one origin: float32 then loses nothing to a large mean, and
     half the registers of float64 are needed.
     """
-    total = tl.sum(n, 0)  # [BLOCK]
+    # Summed as a pair, so that n is kept in the layout of hi alone.
+    pair = tl.join(tl.broadcast_to(n, hi.shape), n * hi)  # [WARPS, BLOCK, 2]
+    total, origin = tl.split(tl.sum(pair, 0))  # [BLOCK] each
     inverse = 1 / tl.maximum(total, 1)
-    origin = tl.sum(n * hi, 0) * inverse
+    origin *= inverse
     distance = tl.where(n > 0, (hi - origin[None, :]) + lo, 0)  # [WARPS, BLOCK]
     mean = tl.sum(n * distance, 0) * inverse
     deviation = tl.where(n > 0, distance - mean[None, :], 0)

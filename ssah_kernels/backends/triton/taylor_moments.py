@@ -36,17 +36,32 @@ def taylor_moments_kernel(
     n_rows, channels, x_stride, grad_stride, mask_stride, tiles, first_chunk, chunks,
     HAS_MASK: tl.constexpr, DEPTH: tl.constexpr, WARPS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    chunk, cols, offsets = place(channels, DEPTH, WARPS, BLOCK)
+    chunk, cols, first, own = place(n_rows, channels, tiles, DEPTH, WARPS, BLOCK)
     signed = zeros_like_wide(x_ptr, (WARPS, BLOCK))
     squared = zeros_like_wide(x_ptr, (WARPS, BLOCK))
+    x_ptr += first * x_stride + cols  # [WARPS, BLOCK]: each warp's next row
+    grad_ptr += first * grad_stride + cols
+    if HAS_MASK:
+        mask_ptr += first * mask_stride  # [WARPS, 1]
     for tile in range(0, tiles):
-        rows = (chunk * tiles + tile) * (DEPTH * WARPS) + offsets
-        inside = counted(rows, n_rows, mask_ptr, mask_stride, HAS_MASK) & (cols < channels)
-        x = tl.load(x_ptr + rows * x_stride + cols, mask=inside, other=0)
-        grad = tl.load(grad_ptr + rows * grad_stride + cols, mask=inside, other=0)
-        product = wide(x) * wide(grad)
-        signed += tl.sum(product, 0)  # [DEPTH, WARPS, BLOCK] -> [WARPS, BLOCK]
-        squared += tl.sum(product * product, 0)
+        xs, grads = (), ()  # of DEPTH rows of each warp: [WARPS, BLOCK]
+        for i in tl.static_range(DEPTH):
+            valid = counted(tile * DEPTH + i < own, mask_ptr, HAS_MASK)
+            xs += (tl.load(x_ptr, mask=valid & (cols < channels), other=0),)
+            grads += (tl.load(grad_ptr, mask=valid & (cols < channels), other=0),)
+            x_ptr += tl.cast(x_stride, tl.int64) * WARPS
+            grad_ptr += tl.cast(grad_stride, tl.int64) * WARPS
+            if HAS_MASK:
+                mask_ptr += tl.cast(mask_stride, tl.int64) * WARPS
+        # The last row first: what it waits for is all loads, which so are in flight together.
+        product = wide(xs[DEPTH - 1]) * wide(grads[DEPTH - 1])
+        of_tile, squares_of_tile = product, product * product
+        for i in tl.static_range(2, DEPTH + 1):
+            product = wide(xs[DEPTH - i]) * wide(grads[DEPTH - i])
+            of_tile += product
+            squares_of_tile += product * product
+        signed += of_tile
+        squared += squares_of_tile
     row = partial_ptr + (chunk + first_chunk) * channels
     store_row(row, cols, tl.sum(signed, 0), channels, BLOCK)
     store_row(row + tl.cast(chunks, tl.int64) * channels, cols, tl.sum(squared, 0), channels, BLOCK)
