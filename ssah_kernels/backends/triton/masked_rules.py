@@ -59,6 +59,15 @@ def sgd_scalars(table_ptr, lr, step, scale, X: tl.constexpr):
 
 
 @triton.jit
+def rule_scalars(table_ptr, lr, step, scale, RULE: tl.constexpr, X: tl.constexpr):
+    """What is the same for all elements of a step, for ``adamw`` or ``sgd``."""
+    if RULE == "adamw":
+        return adamw_scalars(table_ptr, lr, step, scale, X)
+    else:
+        return sgd_scalars(table_ptr, lr, step, scale, X)
+
+
+@triton.jit
 def sgd(w, g, b, scalars, STATES: tl.constexpr, NESTEROV: tl.constexpr):
     """(w, b) after a step by the gradient ``g`` before it is scaled."""
     lr, scale, momentum, rest, weight_decay, first = scalars

@@ -28,7 +28,7 @@ from ssah_kernels.backends.triton.masked_rounding import (
     rounded,
     split,
 )
-from ssah_kernels.backends.triton.masked_rules import adamw, adamw_scalars, sgd, sgd_scalars
+from ssah_kernels.backends.triton.masked_rules import adamw, rule_scalars, sgd
 from ssah_kernels.backends.triton.masked_table import (
     COL_STRIDE,
     COLS,
@@ -187,9 +187,8 @@ def masked_update_kernel(
     table_ptr, partial_ptr, lr_ptr, step_ptr, grad_scale_ptr, clip_coef_ptr, seed_ptr,
     found_inf_ptr, map_ptr, n_tensors,
     RULE: tl.constexpr, STATES: tl.constexpr, NESTEROV: tl.constexpr, MAXIMIZE: tl.constexpr,
-    COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr,
-    THROUGH_INDEX: tl.constexpr, FAR: tl.constexpr,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
+    COMPENSATED: tl.constexpr, UNITS: tl.constexpr, GATHER: tl.constexpr, FAR: tl.constexpr,
+    THROUGH_INDEX: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
     VECTOR: tl.constexpr, STEPS: tl.constexpr, HEIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """VECTOR: elements by which every shape, stride and pointer is aligned. GATHER: dims is 1 and
@@ -199,14 +198,13 @@ def masked_update_kernel(
     X: tl.constexpr = tl.float64 if tl.float64 == P else tl.float32
     NOISE: tl.constexpr = seed_ptr is not None
     row_ptr = find_row(table_ptr, n_tensors, HEAD, FIELDS)
-    p_ptr = pointer(row_ptr, PARAM, P, VECTOR)
-    g_ptr = pointer(row_ptr, GRAD, G, VECTOR)
+    p_ptr, g_ptr = pointer(row_ptr, PARAM, P, VECTOR), pointer(row_ptr, GRAD, G, VECTOR)
     s0_ptr, s1_ptr = pointer(row_ptr, STATE_0, S, VECTOR), pointer(row_ptr, STATE_1, S, VECTOR)
     # What a parameter of 16 bits cannot hold: of bfloat16 the other half of a float32 weight.
     c_ptr = pointer(row_ptr, REMAINDER, tl.int16 if tl.bfloat16 == P else P, VECTOR)
     scales_0_ptr = pointer(row_ptr, SCALES_0, tl.float32, 1)
     scales_1_ptr = pointer(row_ptr, SCALES_1, tl.float32, 1)
-    index_ptr = pointer(row_ptr, INDEX, tl.int64, 1)
+    index_ptr, indexed_rows = pointer(row_ptr, INDEX, tl.int64, 1), tl.load(row_ptr + INDEXED_ROWS)
     # Columns are held divided by VECTOR: the compiler sees the factor.
     n_rows, n_cols = tl.load(row_ptr + ROWS), tl.load(row_ptr + COLS) * VECTOR
     tile = tl.program_id(0) - tl.load(row_ptr + FIRST)  # within this tensor
@@ -221,17 +219,12 @@ def masked_update_kernel(
     step = tl.load(step_ptr)
     scale = grad_factor(clip_coef_ptr, grad_scale_ptr, MAXIMIZE)
     # No load moves past a store: what stays the same is read, and computed, before the first row.
-    if RULE == "adamw":
-        scalars = adamw_scalars(table_ptr, tl.load(lr_ptr), step, scale, X)
-    else:
-        scalars = sgd_scalars(table_ptr, tl.load(lr_ptr), step, scale, X)
-    indexed_rows = tl.load(row_ptr + INDEXED_ROWS)
+    scalars = rule_scalars(table_ptr, tl.load(lr_ptr), step, scale, RULE, X)
     key_0, key_1 = noise_keys(seed_ptr, step, row_ptr + NUMBER)
     if UNITS >= 0:
         partial_ptr += tl.load(row_ptr + PARTIAL)
         all_parts = tl.load(row_ptr + PARTS) * (n_rows if UNITS == 0 else n_cols)
-    signed = tl.zeros((HEIGHT, BLOCK), X)
-    squared = signed
+    signed, squared = tl.zeros((HEIGHT, BLOCK), X), tl.zeros((HEIGHT, BLOCK), X)
 
     for i in range(0, n_steps(n_rows, tile_row * (STEPS * HEIGHT), found_inf_ptr, STEPS, HEIGHT)):
         rows = (tile_row * STEPS + i) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
