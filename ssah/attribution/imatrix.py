@@ -35,27 +35,10 @@ from torch import Tensor, nn
 from ssah.attribution.result import Attribution
 from ssah.models import text_config
 from ssah.storage import write_whole
-from ssah.units import DepthTwoModule, find_modules
+from ssah.units import DepthTwoModule, find_modules, gguf_architecture
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
-
-# Where llama.cpp has another word for an architecture than transformers: model_type -> its word.
-_ARCHITECTURES = {
-    "cohere": "command-r",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "glm": "chatglm",
-    "gpt_bigcode": "starcoder",
-    "hunyuan_v1_moe": "hunyuan-moe",
-    "ministral3": "mistral3",
-    "mistral": "llama",
-    "mixtral": "llama",
-    "olmo3": "olmo2",
-    "phi": "phi2",
-    "qwen3_5_moe_text": "qwen35moe",
-    "qwen3_5_text": "qwen35",
-}
 
 
 def save_imatrix(
@@ -143,7 +126,7 @@ def _tensor_names(model: nn.Module) -> TensorNameMap:
 
     config = text_config(model)
     model_type = config.model_type
-    plain = _plain(_ARCHITECTURES.get(model_type, model_type.removesuffix("_text")))
+    plain = _plain(gguf_architecture(model_type))
     known = {_plain(word): architecture for architecture, word in gguf.MODEL_ARCH_NAMES.items()}
     if plain not in known:
         raise ValueError(

@@ -7,7 +7,7 @@ from ssah.units.attention import AttentionHeads
 from ssah.units.bit_mask import BitMask
 from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
 from ssah.units.experts import DOWN, RoutedExperts, route, run_routed, up_name
-from ssah.units.families import FAMILIES, register_family
+from ssah.units.families import FAMILIES, gguf_architecture, register_family
 from ssah.units.family import FFN, Attention, Experts, Family, NotCovered
 from ssah.units.find import (
     check_units,

@@ -213,6 +213,23 @@ _STATE_SPACE = (
 # Architectures that have no depth-2 module, and why.
 WITHOUT_MODULES: dict[str, str] = dict.fromkeys(("mamba", "mamba2", "falcon_mamba"), _STATE_SPACE)
 
+# Where llama.cpp has another word for an architecture than transformers: model_type -> its word.
+_GGUF_WORDS = {
+    "cohere": "command-r",
+    "deepseek_v2": "deepseek2",
+    "deepseek_v3": "deepseek2",
+    "glm": "chatglm",
+    "gpt_bigcode": "starcoder",
+    "hunyuan_v1_moe": "hunyuan-moe",
+    "ministral3": "mistral3",
+    "mistral": "llama",
+    "mixtral": "llama",
+    "olmo3": "olmo2",
+    "phi": "phi2",
+    "qwen3_5_moe_text": "qwen35moe",
+    "qwen3_5_text": "qwen35",
+}
+
 
 def register_family(model_type: str, family: Family, *, replace: bool = False) -> None:
     """Teach the library the architecture ``model_type``.
@@ -233,3 +250,8 @@ def register_family(model_type: str, family: Family, *, replace: bool = False) -
             f"model_type {model_type!r} is already registered; pass replace=True to redefine it"
         )
     FAMILIES[model_type] = family
+
+
+def gguf_architecture(model_type: str) -> str:
+    """The word of GGUF files for an architecture: ``"llama"`` for ``"mistral"``."""
+    return _GGUF_WORDS.get(model_type, model_type.removesuffix("_text"))

@@ -84,7 +84,7 @@ def test_what_an_evaluation_takes_out() -> None:
     for text, message in (
         ("heads:1.0 + scu", "joins a group with something else"),
         ("heads:1", "it must be one of scu"),
-        ("head:1.0", "has no meta.json"),  # a folder of that name
+        ("head:1.0", "there is no folder 'head'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             Ablation.parse(text)

@@ -97,7 +97,7 @@ def train(rank: int, n: int, folder: Path) -> None:
     assert not (place / "other").exists()
     taken = CliRunner().invoke(app, command(place, "base"))
     assert taken.exit_code == 2
-    assert "which holds something else than a run" in taken.stderr
+    assert "which is the folder of the model" in taken.stderr
     assert Ranks.of().size == n
 
 
