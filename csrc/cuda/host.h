@@ -39,7 +39,7 @@ inline void check_launch(cudaError_t status, const char* op) {
   STD_TORCH_CHECK(status == cudaSuccess, op, ": CUDA launch failed: ", cudaGetErrorString(status));
 }
 
-// A replayed graph would copy again from the host memory of this call, which is free by then.
+// A replayed graph would copy again from the memory of this call, which a later one has written to.
 inline void refuse_capture(cudaStream_t stream) {
   cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
   check_launch(cudaStreamIsCapturing(stream, &status), "cudaStreamIsCapturing");

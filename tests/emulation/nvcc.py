@@ -36,6 +36,11 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def release() -> str:
+    """As ``13.0``."""
+    return str(re.findall(r"release (\d+\.\d+)", run(nvcc(), "--version"))[0])
+
+
 def cuobjdump() -> Path | None:
     """CUDA's own, or the one in Triton's package."""
     found = shutil.which("cuobjdump")

@@ -98,7 +98,7 @@ class OnDevice(torch.Tensor):
 
 
 @contextmanager
-def _guarded(device: torch.device) -> Iterator[None]:
+def guarded(device: torch.device) -> Iterator[None]:
     """torch switches devices by a guard, which a build for the CPU alone has none of for a GPU:
     inside the block it has that of ``meta``, which switches nothing."""
     torch._C._ensureCUDADeviceGuardSet()  # of a build for CUDA, where there is no GPU
@@ -140,6 +140,21 @@ def _where() -> str:
     return "outside"
 
 
+def replace_tensors(model: nn.Module, there: Callable[[Tensor], Tensor]) -> None:
+    """``there(x)`` in place of every parameter and buffer x of ``model``; what is tied stays so."""
+    moved: dict[int, Tensor] = {}
+
+    def replaced(x: Tensor) -> Tensor:
+        if id(x) not in moved:
+            is_parameter = isinstance(x, nn.Parameter)
+            moved[id(x)] = nn.Parameter(there(x), x.requires_grad) if is_parameter else there(x)
+        return moved[id(x)]
+
+    for module in model.modules():
+        for held in (module._parameters, module._buffers):
+            held.update({name: x if x is None else replaced(x) for name, x in held.items()})
+
+
 class PretendGPU(TorchDispatchMode):
     """Inside the block there is a GPU, whose waits are listed; see the top of this file."""
 
@@ -153,7 +168,7 @@ class PretendGPU(TorchDispatchMode):
     def __enter__(self) -> PretendGPU:
         stack = ExitStack()
         self._entered.append(stack)  # it is entered again within itself
-        stack.enter_context(_guarded(self.device))
+        stack.enter_context(guarded(self.device))
         # torch would look for a driver as soon as a device is named.
         stack.enter_context(mock.patch("torch.cuda._lazy_init"))
         # torch.tensor(..., device="cuda") would go to a real one, unseen by any mode.
@@ -168,18 +183,7 @@ class PretendGPU(TorchDispatchMode):
 
     def take(self, model: nn.Module) -> None:
         """Move ``model`` here. (Its own ``to`` would keep parameters, and change their data.)"""
-        moved: dict[int, Tensor] = {}  # weights that are tied stay one
-
-        def there(x: Tensor) -> Tensor:
-            if id(x) not in moved:
-                own = x.detach().to(self.device)
-                is_parameter = isinstance(x, nn.Parameter)
-                moved[id(x)] = nn.Parameter(own, x.requires_grad) if is_parameter else own
-            return moved[id(x)]
-
-        for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                held.update({name: x if x is None else there(x) for name, x in held.items()})
+        replace_tensors(model, lambda x: x.detach().to(self.device))
 
     def said(self) -> str:
         """All waits, one a line."""

@@ -49,9 +49,20 @@ class Cost:
     calls: int
     wide_bytes: int
 
+    def elements(self, bytes_per_element: float) -> float:
+        """Elements of a turn, of which each is so many bytes of wide accesses."""
+        found = self.wide_bytes / bytes_per_element
+        if not found or found % 1:
+            raise ValueError(
+                f"a turn of the main loop moves {self.wide_bytes} bytes by wide accesses, no whole "
+                f"number of elements of {bytes_per_element:g} bytes: count what the loop reads and "
+                "writes for one element, factors that lie in a cache included"
+            )
+        return found
+
     def per_element(self, bytes_per_element: float, elements: int | None = None) -> float:
         """Instructions per element; ``elements`` of a turn, where no access is wide."""
-        return self.instructions / (elements or self.wide_bytes / bytes_per_element)
+        return self.instructions / (elements or self.elements(bytes_per_element))
 
 
 def kernels(text: str) -> dict[str, list[Instruction]]:

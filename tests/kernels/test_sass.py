@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from sass import cost, kernels, main_loop
 
 # A search of a table, then a loop of two 16-byte loads, a predicated branch out of it and back, and
@@ -26,6 +27,18 @@ LOOPING = """
         /*00d0*/                   EXIT ;                            /* 0x000000000000794d */
         /*00e0*/                   BRA 0xe0;                         /* 0xfffffffc00fc7947 */
 \t\t..........
+\t\tFunction : nested
+        /*0000*/                   S2R R8, SR_TID.X ;                /* 0x0000000000087919 */
+        /*0010*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ; /* 0x00000004 */
+        /*0020*/                   LDG.E.128.CONSTANT R8, desc[UR6][R2.64] ; /* 0x00000004 */
+        /*0030*/              @P2  BRA 0x10 ;                        /* 0xfffffff000f02947 */
+        /*0040*/                   LDG.E.128.CONSTANT R4, desc[UR6][R2.64] ; /* 0x00000004 */
+        /*0050*/                   FADD R4, R4, R5 ;                 /* 0x0000000504047221 */
+        /*0060*/                   FADD R4, R4, R6 ;                 /* 0x0000000604047221 */
+        /*0070*/              @P3  BRA 0x40 ;                        /* 0xfffffff000f02947 */
+        /*0080*/              @P0  BRA 0x0 ;                         /* 0xfffffff800f02947 */
+        /*0090*/                   EXIT ;                            /* 0x000000000000794d */
+\t\t..........
 \t\tFunction : straight
         /*0000*/                   STG.E.128 desc[UR4][R2.64], R4 ;  /* 0x0000000402007986 */
         /*0010*/               @P0 EXIT ;                            /* 0x000000000000094d */
@@ -36,10 +49,23 @@ LOOPING = """
 
 def test_main_loop_is_the_one_that_moves_most() -> None:
     found = kernels(LOOPING)
-    assert list(found) == ["search_and_add", "straight"]
+    assert list(found) == ["search_and_add", "nested", "straight"]
     assert [hex(k.address) for k in main_loop(found["search_and_add"])] == [
         hex(a) for a in range(0x50, 0xD0, 0x10)
     ]
+
+
+def test_a_loop_within_another_counts_without_it() -> None:
+    each = cost(kernels(LOOPING)["nested"])
+    assert (each.instructions, each.wide_bytes) == (3, 32)  # 0x10 to 0x30, not the longer 0x40
+
+
+def test_bytes_that_are_no_whole_elements_are_refused() -> None:
+    """As where the factors of a product were forgotten."""
+    each = cost(kernels(LOOPING)["nested"])
+    assert each.per_element(4) == 3 / 8
+    with pytest.raises(ValueError, match=r"moves 32 bytes .* elements of 6 bytes"):
+        each.per_element(6)
 
 
 def test_cost_counts_doubles_calls_and_wide_bytes() -> None:
