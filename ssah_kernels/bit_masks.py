@@ -22,6 +22,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from ssah_kernels.indices import State, state_of
+
 BLOCK = 1024  # elements for which there is an offset
 _PLACES = 8  # bits in a byte
 _AT_ONCE = 4096  # blocks whose bits are counted at once: 4 MiB of counts
@@ -106,8 +108,8 @@ def block_offsets(bits: Tensor) -> Tensor:
     return offsets.cumsum_(0)
 
 
-_Known: TypeAlias = "tuple[weakref.ref[Tensor], weakref.ref[Tensor], int, int, int]"
-# (id of a mask, id of its offsets, elements) -> both, their versions, how many elements train
+_Known: TypeAlias = tuple[weakref.ref[Tensor], weakref.ref[Tensor], State, State, int]
+# (id of a mask, id of its offsets, elements) -> both, their states, how many elements train
 _known: dict[tuple[int, int, int], _Known] = {}
 
 
@@ -118,7 +120,7 @@ def _checked(i: int, numel: int, bits: Tensor, offsets: Tensor) -> int:
     known = _known.get(key) if counted else None
     if known is not None and known[0]() is bits and known[1]() is offsets:
         before, trained = known[2:4], known[4]
-        if before == (bits._version, offsets._version):
+        if before == (state_of(bits), state_of(offsets)):
             return trained
     spare = -numel % _PLACES
     if spare and len(bits) and int(bits[-1]) >> (_PLACES - spare):
@@ -132,7 +134,7 @@ def _checked(i: int, numel: int, bits: Tensor, offsets: Tensor) -> int:
     if counted:
         # An id is given again once its tensor is gone: the entry must go with it.
         forget = [weakref.ref(x, lambda _: _known.pop(key, None)) for x in (bits, offsets)]
-        _known[key] = (forget[0], forget[1], bits._version, offsets._version, trained)
+        _known[key] = (forget[0], forget[1], state_of(bits), state_of(offsets), trained)
     return trained
 
 

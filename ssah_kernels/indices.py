@@ -15,11 +15,19 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-# id of a tensor -> the tensor, its version, its smallest and its largest value
-Known: TypeAlias = dict[int, tuple[weakref.ref[Tensor], int, int, int]]
+# What differs where values do: the version, and where the tensor lies and how long it is. Whatever
+# is assigned to its ``data`` has the version of what was there.
+State: TypeAlias = tuple[int, int, int]
+# id of a tensor -> the tensor, its state, its smallest and its largest value
+Known: TypeAlias = dict[int, tuple[weakref.ref[Tensor], State, int, int]]
 _known: Known = {}
 # Of those in any order, which say nothing of whether they increase.
 _known_arms: Known = {}
+
+
+def state_of(x: Tensor) -> State:
+    """What tells whether the values of ``x`` [...] may have changed, without a look at them."""
+    return x._version, x.data_ptr(), x.numel()
 
 
 def _keep(known: Known, index: Tensor, low: int, high: int) -> None:
@@ -28,13 +36,13 @@ def _keep(known: Known, index: Tensor, low: int, high: int) -> None:
         # An id is given again once its tensor is gone: the entry must go with it.
         number = id(index)
         forget = weakref.ref(index, lambda _: known.pop(number, None))
-        known[number] = (forget, index._version, low, high)
+        known[number] = (forget, state_of(index), low, high)
 
 
 def _kept(known: Known, index: Tensor) -> tuple[int, int] | None:
     """The bounds of ``index`` [...] that are still those, or None."""
     entry = known.get(id(index))
-    if entry is None or entry[0]() is not index or entry[1] != index._version:
+    if entry is None or entry[0]() is not index or entry[1] != state_of(index):
         return None
     return entry[2:]
 

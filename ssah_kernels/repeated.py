@@ -4,13 +4,13 @@ A step of an optimiser calls an operator with the lists of the step before: the 
 states and indices, and new gradients of the same shapes. To check 450 parameters one by one takes
 longer than to update them. So what the checks found is kept, with what they found it of:
 
-    lists     the same tensors, by identity, each where it was in memory; indices as they were
+    lists     the same tensors, by identity, each as it lay in memory; indices as they were
     grads     shapes, one dtype, device and layout, contiguous, and apart from what is written
     numbers   looked at in every call: lr, step and the like
 
 Whatever differs is checked from the beginning, by ``checks``, ``memory`` and ``indices``: a call
-that they would refuse is never one that is known here. What is kept is gone with any of its
-tensors; it holds none of them.
+that they would refuse is never one that is known here. What is kept is gone with any state or index
+of it; it holds no tensor.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ from ssah_kernels.schema import arguments
 
 _MOST = 256  # calls that may come again; a model has a few
 Key: TypeAlias = tuple[int, int]  # id of the first parameter, and how many there are
+# Of tensors: where each begins, its shape, its strides and its dtype.
+Lie: TypeAlias = tuple[list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class _Known:
 
     options: Mapping[str, Any]  # all that is no tensor and no list: momentum, for one
     ids: list[int]  # of all tensors in lists but gradients
-    starts: list[int]  # where each begins that is written
-    sizes: list[int]  # how many elements each parameter has
+    lie: Lie  # of what is written, and then of the indices
     versions: list[int]  # of the indices
     dims: list[int]
     shapes: list[torch.Size]  # of the gradients
@@ -50,7 +51,7 @@ class _Known:
     stretches: tuple[list[int], list[int]]  # where memory that is written begins and ends, sorted
     axes: list[int]
     views: dict[int, list[int]]  # argument -> its tensors that are no matrices as they are
-    alive: list[weakref.ref[Tensor]]  # each forgets the call when its tensor goes
+    alive: list[weakref.ref[Tensor]]  # of states and indices: each forgets the call as it goes
 
 
 class Repeated:
@@ -98,12 +99,13 @@ class Repeated:
             return None
         if torch.is_grad_enabled() and any(x.requires_grad for x in written):
             return None
-        # What was assigned to ``data`` is in another place, or of another size.
-        if [x.data_ptr() for x in written] != known.starts:
+        if not torch.is_inference_mode_enabled() and any(x.is_inference() for x in args[0]):
             return None
-        if [x.numel() for x in args[0]] != known.sizes:
+        indices = [x for x in args[self._indices] if x is not None]
+        # Whatever is assigned to ``data`` has the id and the version of what was there.
+        if _lie([*written, *indices]) != known.lie:
             return None
-        if [x._version for x in args[self._indices] if x is not None] != known.versions:
+        if [x._version for x in indices] != known.versions:
             return None
         if not self._fits(grads, known):
             return None
@@ -128,6 +130,7 @@ class Repeated:
             self._seen[key] = ids
             return
         written, grads = self._tensors_of(args)
+        indices = [x for x in args[self._indices] if x is not None]
         fixed = [x for i in self._lists if i != self._grads for x in self._list(args, i)]
         views = self._views(args, ready)
         kinds = {(g.dtype, g.layout, g.device) for g in grads}
@@ -139,12 +142,13 @@ class Repeated:
         def forget(_: object) -> None:
             self._known.pop(key, None)
 
+        if len(self._known) >= _MOST:
+            self._known.clear()
         self._known[key] = _Known(
             options,
             ids,
-            [x.data_ptr() for x in written],
-            [x.numel() for x in args[0]],
-            [x._version for x in args[self._indices] if x is not None],
+            _lie([*written, *indices]),
+            [x._version for x in indices],
             list(args[self._dims]),
             [g.shape for g in grads],
             [g.nbytes for g in grads],
@@ -152,7 +156,8 @@ class Repeated:
             overlap.stretches(written),
             ready[self._dims],
             views,
-            [weakref.ref(x, forget) for x in fixed if x is not None],
+            # torch swaps no tensor that has a weak reference, and parameters may be swapped.
+            [weakref.ref(x, forget) for x in fixed[len(args[0]) :] if x is not None],
         )
 
     def _list(self, args: Sequence[Any], i: int) -> Sequence[Any]:
@@ -195,3 +200,13 @@ class Repeated:
                     return None
                 views.setdefault(i, []).append(k)
         return views
+
+
+def _lie(tensors: Sequence[Tensor]) -> Lie:
+    """How ``tensors``, each [...], lie in memory."""
+    return (
+        [x.data_ptr() for x in tensors],
+        [x.shape for x in tensors],
+        [x.stride() for x in tensors],
+        [x.dtype for x in tensors],
+    )

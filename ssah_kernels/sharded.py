@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
+from ssah_kernels.indices import State, state_of
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
@@ -134,7 +136,7 @@ class Cut:
 
     def __init__(self, tensor: Tensor, index: Tensor | None, dim: Dim) -> None:
         rows = local(tensor)
-        self._of = index, rows.shape
+        self._of = index, _state(index), rows.shape
         self.parts = parts(tensor, index, dim)
         self.shapes = [part.shape(rows) for part in self.parts]
         flat = torch.Size([sum(map(math.prod, self.shapes))])
@@ -143,7 +145,11 @@ class Cut:
 
     def is_of(self, tensor: Tensor, index: Tensor | None) -> bool:
         """Whether ``tensor`` [rows, ...] and ``index`` [trained] are what this was made of."""
-        return self._of[0] is index and self._of[1] == local(tensor).shape
+        return self._of[0] is index and self._of[1:] == (_state(index), local(tensor).shape)
+
+
+def _state(index: Tensor | None) -> State | None:
+    return None if index is None else state_of(index)
 
 
 def cut(values: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:

@@ -115,7 +115,9 @@ def _look_unless_unpacked() -> None:
 
     @wraps(look)
     def unless_unpacked(position_ids: Tensor) -> Tensor | None:
-        found: Tensor | None = None if _UNPACKED.get() else look(position_ids)
+        # What is traced is traced as ever: a compiler cannot read the variable.
+        looks = torch.compiler.is_compiling() or not _UNPACKED.get()
+        found: Tensor | None = look(position_ids) if looks else None
         return found
 
     setattr(import_module("transformers.masking_utils"), name, unless_unpacked)

@@ -169,7 +169,8 @@ class MaskedOptimizer(Optimizer):
             # A parameter that joined late, or had no gradient in a step, has a count of its own. A
             # rank may hold nothing of a sharded one, whose steps count all the same.
             here = cut is None or cut.here
-            kind = state.get(names[of_group], step).dtype
+            first = state.get(names[of_group])
+            kind = None if first is None else first.dtype
             key = (of_group, p.dtype, grad.dtype, p.device, count, kind, here)
             if (found := calls.get(key)) is None:
                 # Noise depends on the position within a call, which starts anew on every rank.

@@ -123,3 +123,14 @@ def test_packed_rows_are_looked_for_outside_of_the_block_and_in_other_threads() 
         thread.join()
     assert seen == [apart]
     assert attends() == apart
+
+
+def test_models_compile_whole_after_they_were_scored() -> None:
+    """A compiler cannot read what ``unpacked_rows`` sets, and every model looks for packed rows."""
+    model, ids = build("llama"), torch.tensor([[3, 4, 5, 6]])
+    ssah.attribute(model, [{"input_ids": ids}], tokens="all")
+    torch.compiler.reset()
+    with torch.no_grad():
+        must = model(input_ids=ids).logits
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        torch.testing.assert_close(compiled(input_ids=ids, use_cache=False).logits, must)

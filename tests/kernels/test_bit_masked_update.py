@@ -118,6 +118,15 @@ def test_a_mask_that_changed_is_read_again() -> None:
         ops.bit_masked_adamw_(**args)
 
 
+def test_a_mask_of_other_data_is_read_again() -> None:
+    """What is assigned to ``data`` has the version of what was there."""
+    args = call(torch.ones(40), torch.arange(40) < 10)
+    ops.bit_masked_adamw_(**args)
+    args["masks"][0].data = pack_bits(torch.arange(40) < 11)
+    with pytest.raises(ValueError, match=r"offsets\[0\] does not belong to masks\[0\]"):
+        ops.bit_masked_adamw_(**args)
+
+
 ONE = torch.arange(40) < 10
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "offsets of another mask": (

@@ -180,6 +180,37 @@ def test_experts_resume(experts: int) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("way", ["in place", "by data"])
+def test_an_index_of_experts_that_was_changed_is_followed(way: str) -> None:
+    """As one of other parameters is: unit 1 of each of two experts trains, and then unit 2."""
+    p = torch.nn.Parameter(torch.zeros(2, 3, 4))
+    index = torch.tensor([1, 4])
+    optimizer = MaskedAdamW([{"params": [p], "indices": [index], "dims": [(0, 1)]}], lr=0.1)
+    for _ in range(3):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    before = p.detach().clone()
+    if way == "in place":
+        index += 1
+    else:
+        index.data = index.data + 1
+    optimizer.step()
+    moved = (p.detach() != before).flatten(0, 1).any(1).nonzero()[:, 0]
+    assert moved.tolist() == [2, 5]
+
+
+def test_a_parameter_without_a_buffer_does_not_take_that_of_others_away() -> None:
+    """One that was loaded without its buffer is no part of a call with buffers."""
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.float64)) for _ in "ab"]
+    optimizer = MaskedSGD(params, lr=0.1, momentum=0.9)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    del optimizer.state[params[0]]["momentum_buffer"]
+    assert [len(call.params) for _, call in optimizer._calls(optimizer.entries())] == [1, 1]
+
+
 def test_deepcopy_continues_alike() -> None:
     params, o, schedule = training("stochastic", BF16)
     advance(params, o, schedule, range(2))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ssah_kernels import checks, memory, ops, overlap
+from ssah_kernels.optim import MaskedAdamW
 from ssah_kernels.repeated import Repeated
 
 LR = torch.tensor(0.1, dtype=torch.float64)
@@ -76,6 +77,12 @@ CHANGES: dict[str, Callable[[Step], object]] = {
     "another state": lambda s: s.states[0].__setitem__(1, torch.zeros(5)),
     "a parameter that was moved": lambda s: setattr(s.params[1], "data", s.params[1].clone()),
     "an index that was changed": lambda s: s.indices[0].add_(1),
+    "a parameter of other strides": lambda s: setattr(
+        s.params[0], "data", s.params[0].data.view(4, 6).t()
+    ),
+    "an index of the same length in another place": lambda s: setattr(
+        s.indices[0], "data", torch.tensor([1, 5])
+    ),
     "another index": lambda s: s.indices.__setitem__(2, torch.tensor([0])),
 }
 
@@ -122,6 +129,34 @@ REFUSED: dict[str, tuple[Callable[[Step], object], str]] = {
         lambda s: setattr(s.params[1], "data", s.params[1].data[:4]),
         r"has shape \(5,\); it must be \(4,\)",
     ),
+    "a parameter of another shape in its place": (
+        lambda s: setattr(s.params[0], "data", s.params[0].data.view(4, 6)),
+        r"grads\[0\] has shape \(6, 4\); it must be \(2, 6\)",
+    ),
+    "a parameter whose elements have become one": (
+        lambda s: setattr(s.params[0], "data", s.params[0].data[0, :1].expand(6, 4)),
+        r"params\[0\] has several elements in one place",
+    ),
+    "state of another dtype in its place": (
+        lambda s: setattr(s.states[0][0], "data", s.states[0][0].data.view(torch.int32)),
+        r"exp_avgs\[0\] has dtype torch\.int32",
+    ),
+    "state that was cut in its place": (
+        lambda s: s.states[1][0].resize_(1, 4),
+        r"exp_avg_sqs\[0\] has shape \(1, 4\); it must be \(2, 4\)",
+    ),
+    "state of other strides in its place": (
+        lambda s: setattr(s.states[0][0], "data", s.states[0][0].data.view(4, 2).t()),
+        r"exp_avgs\[0\] must be contiguous",
+    ),
+    "an index out of range in another place": (
+        lambda s: setattr(s.indices[0], "data", torch.tensor([0, 6])),
+        r"indices\[0\] goes from 0 to 6; it must stay within 0 to 5",
+    ),
+    "an index that was cut in its place": (
+        lambda s: setattr(s.indices[0], "data", s.indices[0].data[:1]),
+        r"exp_avgs\[0\] has shape \(2, 4\); it must be \(1, 4\)",
+    ),
 }
 
 
@@ -142,6 +177,21 @@ def test_where_gradients_are_recorded_a_parameter_that_takes_one_is_refused(know
         known()
     with pytest.raises(RuntimeError, match=r"params\[0\] requires grad"):
         known()
+
+
+def test_parameters_may_be_swapped_after_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch swaps no tensor that has a weak reference, and a module's conversion may swap."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = MaskedAdamW(model.parameters())
+    for _ in range(3):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)
+    kept = model.weight
+    model.double()
+    assert model.weight is kept
+    assert kept.dtype is torch.float64
 
 
 def test_momentum_without_buffers_is_refused_after_steps_without() -> None:
