@@ -6,7 +6,7 @@
 #   install      the libraries: as they are, from a wheel in dist/, or built with this machine's nvcc
 #   info         versions, the device, which backends serve it
 #   correctness  every operator in both backends against the reference, on a side stream, on a second
-#                device, in a CUDA graph; then the optimisers and scores
+#                device, in a CUDA graph; the optimisers and scores, and that they do not wait
 #   operators    share of a device copy's bandwidth at the sizes of Llama-3-8B, Qwen3-14B and
 #                Gemma-3-12B, beside eager PyTorch, torch.compile and Liger where it is installed
 #   optimisers   a step of MaskedAdamW beside torch's fused AdamW
