@@ -16,7 +16,8 @@
 #
 # Each has its own time, and what it did is kept when that ends: FOLDER (default: build/gpu) has
 # gpu.json, and gpu.md, which is a page for docs/results. Run again, it does what is missing. Ends
-# with 1 if anything failed or is missing. --dry-run does a little of everything on the CPU.
+# with 1 if anything failed or is missing. --dry-run does a little of everything on the CPU; its record
+# is of no use to the GPU, so give it a folder of its own, such as --out build/gpu-dry.
 #
 # Environment: PYTHON, one with torch (default: that of .venv, or else python3); CUDA_HOME
 set -euo pipefail
