@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny_chat
 import torch
@@ -131,7 +132,7 @@ def test_an_update_on_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> N
         asked.append(repo)
         return str(place / "update")
 
-    monkeypatch.setattr("ssah.training.updates.merging.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model, _ = load_trained("hf:me/update")
     assert_equal(snapshot(model), snapshot(load_model(str(place / "whole"))[0]))
     assert asked == ["me/update"]
