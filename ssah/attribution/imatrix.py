@@ -60,12 +60,20 @@ def save_imatrix(
 
     Raises:
         ImportError: ``gguf`` is not installed.
+        FileNotFoundError: the folder of ``path`` does not exist.
+        IsADirectoryError: ``path`` is a folder.
         ValueError: the scores are of another model, every expert was given every token, a layer
             lacks some of its experts, or llama.cpp has no such architecture or weight.
     """
     if importlib.util.find_spec("gguf") is None:
         raise ImportError(
             "an imatrix is written with gguf, which is not installed: pip install 'gguf>=0.19'"
+        )
+    if Path(path).is_dir():
+        raise IsADirectoryError(f"path is {os.fspath(path)!r}, a folder; it must be a file")
+    if not Path(path).parent.is_dir():
+        raise FileNotFoundError(
+            f"path is {os.fspath(path)!r}, whose folder does not exist; it must be made before"
         )
     attribution.check_model(model)
     if attribution.all_experts:

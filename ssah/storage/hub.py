@@ -29,7 +29,12 @@ def hub_folder(directory: str | os.PathLike[str]) -> str:
     if name.startswith(HUB):
         from huggingface_hub import snapshot_download
 
-        return snapshot_download(name.removeprefix(HUB))
+        try:
+            return snapshot_download(name.removeprefix(HUB))
+        except (OSError, ValueError) as error:  # some of them do not say what was to be fetched
+            raise FileNotFoundError(
+                f"{name!r} could not be fetched from the Hugging Face Hub: {error}"
+            ) from error
     if not Path(name).is_dir():
         raise FileNotFoundError(
             f"there is no folder {name!r}; for a repository on the Hugging Face Hub write "

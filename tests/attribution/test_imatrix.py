@@ -128,6 +128,10 @@ def test_what_cannot_be_right_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
         save_imatrix(invented(sizes, all_experts=True), path, mixture)
     with pytest.raises(ValueError, match=r"1 of the \d+ experts in 'blk.0.ffn_down_exps"):
         save_imatrix(invented(dict(list(sizes.items())[:1])), path, mixture)
+    with pytest.raises(IsADirectoryError, match="a folder; it must be a file"):
+        save_imatrix(invented(sizes), tmp_path, mixture)
+    with pytest.raises(FileNotFoundError, match=r"no/imatrix\.gguf', whose folder does not exist"):
+        save_imatrix(invented(sizes), tmp_path / "no" / "imatrix.gguf", mixture)
     opt = build("opt")
     with pytest.raises(ValueError, match="must be one that GGUF files have a name for"):
         save_imatrix(invented({n: m.n_units for n, m in find_modules(opt).items()}), path, opt)

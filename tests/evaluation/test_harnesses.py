@@ -109,7 +109,11 @@ def test_a_model_with_an_update_and_without_units(
     importlib.util.find_spec("lm_eval") is None, reason="lm-eval is not installed: ssah[eval]"
 )
 def test_a_task_of_lm_eval(
-    folder: Path, groups: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    groups: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -121,6 +125,13 @@ def test_a_task_of_lm_eval(
     options = f"pretrained={folder},groups={groups},ablate=scu,dtype=float32"
     words = ["lm_eval", "run", "--model", "ssah", "--model_args", options, "--tasks", "birds"]
     words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
+    wrong = [f"pretrained={tmp_path / 'none'}" if each == options else each for each in words]
+    monkeypatch.setattr("sys.argv", wrong)
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"error: model is '{tmp_path / 'none'}': there is no such folder")
     monkeypatch.setattr("sys.argv", [*words, "--log_samples"])
     command.main()
     (log,) = (tmp_path / "out").rglob("samples_birds_*.jsonl")

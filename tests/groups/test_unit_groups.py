@@ -181,3 +181,12 @@ def test_groups_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert found.metadata["model_name"] == "secret-project"
     with pytest.raises(FileNotFoundError, match="write 'hf:me/groups'"):
         UnitGroups.load("me/groups")
+
+
+@pytest.mark.parametrize(("name", "why"), [("hf:me/groups", "snapshot"), ("hf:", "Repo id")])
+def test_groups_that_cannot_be_fetched_are_named(
+    name: str, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match=f"'{name}' could not be fetched .*{why}"):
+        UnitGroups.load(name)

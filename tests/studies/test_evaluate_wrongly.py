@@ -32,6 +32,7 @@ pytestmark = pytest.mark.xdist_group("evaluate")  # its fixture is made once
         (("--judge", "mine.json"), "which is no file"),
         (("--ablate", "{tmp}:scu"), "no meta.json"),
         (("--ablate", "scu"), "must be 'DIR:GROUP'"),
+        (("--ablate", "hf:me/groups"), "must be 'DIR:GROUP'"),
         (("--ablate", "{groups}:ru:few"), "'few' must be a fraction of all units"),
         (("--ablate", "{groups}:ru:0.5"), "fraction is 0.5; the group ru is 0.2"),
         (("--ablate", "{groups}:ru:0.001:random"), "that share has no unit"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tiny_chat
 import torch
@@ -127,11 +128,11 @@ def test_a_whole_model_in_the_folder_counts(place: Path, tmp_path: Path) -> None
 def test_an_update_on_the_hub(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def snapshot_download(repo_id: str) -> str:
-        asked.append(repo_id)
+    def snapshot_download(repo: str) -> str:
+        asked.append(repo)
         return str(place / "update")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     model, _ = load_trained("hf:me/update")
     assert_equal(snapshot(model), snapshot(load_model(str(place / "whole"))[0]))
     assert asked == ["me/update"]

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+import traceback
+from pathlib import Path
+
+import ssah
 
 
 def main() -> None:
@@ -14,7 +18,15 @@ def main() -> None:
 
     from ssah.evaluation.harnesses import lm_eval_model  # noqa: F401 (registers the model)
 
-    cli_evaluate()
+    try:
+        cli_evaluate()
+    except (OSError, ValueError) as error:
+        # What ssah refuses is told in one line, as by its own commands. The rest is lm-eval's.
+        where = traceback.extract_tb(error.__traceback__)[-1].filename
+        if not Path(where).is_relative_to(Path(ssah.__file__).parent):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

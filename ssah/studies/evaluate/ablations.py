@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from ssah.groups import GROUPS, UnitGroups, share_of
 from ssah.selections import Selection, check_named, is_selector, names_groups, select
+from ssah.storage import HUB
 from ssah.units import UnitSet
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Ablation:
         share = None
         if before and inner in GROUPS:  # DIR:GROUP:SHARE, and not a folder with a colon in its name
             folder, group, share = before, inner, share_of(f"ablate is {text!r}", group)
-        if not folder or not group:
+        if not folder or not group or f"{folder}:" == HUB:
             raise ValueError(
                 f"ablate is {text!r}, must be 'DIR:GROUP', 'DIR:GROUP:SHARE', or a selection "
                 "such as 'heads:2.26', or one of these with ':random' after it"
