@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import huggingface_hub
+import fake_hub
 import pytest
 import torch
 from group_scores import attribution
@@ -135,20 +134,7 @@ def test_what_is_no_group_is_refused(tmp_path: Any) -> None:
 
 
 def test_groups_on_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            pass
-
-        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
-            for file in Path(folder_path).iterdir():
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-            return f"https://example.test/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path))
+    fake_hub.use_folder(monkeypatch, tmp_path)
     about = {"model_name": "/home/someone/secret-project", "units_hash": None}
     scores = {"model.layers.0.mlp.down_proj": torch.arange(10.0, dtype=torch.float64)}
     groups = classify(

@@ -7,9 +7,9 @@ import json
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import fake_hub
 import huggingface_hub
 import pytest
 import tiny_models
@@ -180,23 +180,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
 
 
 def test_push_to_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    calls: dict[str, Any] = {}
-
-    class Api:
-        def __init__(self, token: str | None) -> None:
-            calls["token"] = token
-
-        def create_repo(self, repo_id: str, **options: Any) -> SimpleNamespace:
-            calls["create"] = (repo_id, options)
-            return SimpleNamespace(repo_id=repo_id)
-
-        def upload_folder(self, repo_id: str, folder_path: str, commit_message: str) -> str:
-            for file in Path(folder_path).iterdir():
-                (tmp_path / file.name).write_bytes(file.read_bytes())
-            return f"https://example.test/{repo_id}"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo_id: str(tmp_path))
+    calls = fake_hub.use_folder(monkeypatch, tmp_path)
     model, base = (tiny_models.build("llama") for _ in range(2))
     model.config.name_or_path = "/home/someone/secret-project"
     plan = trained(model)
