@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,25 @@ def test_a_model_with_an_update_and_without_units(
         load_ablated("no model at all", ablate="scu")
     with pytest.raises(ValueError, match=r"ablate is \[\] and groups is"):
         load_ablated("no model at all", groups=str(groups))
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "needs", "says"),
+    [
+        ("LmEvalModel", "lm_eval_model", "lm_eval", r"pip install 'ssah\[eval\]'"),
+        ("InspectModel", "inspect_provider", "inspect_ai", r"pip install 'ssah\[inspect\]'"),
+    ],
+)
+def test_who_lacks_a_harness_is_told_what_to_install(
+    name: str, file: str, needs: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ssah.evaluation import harnesses
+
+    monkeypatch.delitem(sys.modules, f"{harnesses.__name__}.{file}", raising=False)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == needs else find(n))
+    with pytest.raises(ImportError, match=says):
+        getattr(harnesses, name)
 
 
 @pytest.mark.exhaustive  # importing lm-eval takes long

@@ -72,10 +72,11 @@ MODELS = (
     "Qwen/Qwen3-0.6B",
     "Qwen/Qwen3-Next-80B-A3B-Instruct",
 )
-# They train with TRL, which a user may lack, and so may a machine that runs the tests.
-WITH_TRL = {f"docs/training/{name}.md" for name in ("sft", "dpo", "grpo")}
-# Files for llama.cpp, written with a package that a user may lack.
-WITH_GGUF = {"docs/tools.md"}
+# They use packages that a user may lack, and so may a machine that runs the tests.
+PACKAGES = {
+    "docs/tools.md": ("gguf", "lm_eval"),
+    **{f"docs/training/{name}.md": ("trl",) for name in ("sft", "dpo", "grpo")},
+}
 # They need neither model nor groups: all that they use is in their own blocks.
 WHOLE = {
     "README.md",
@@ -193,10 +194,8 @@ def names_of(page: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_blocks_run_as_pasted(page: str, here: Path) -> None:
-    if page in WITH_TRL:
-        pytest.importorskip("trl")
-    if page in WITH_GGUF:
-        pytest.importorskip("gguf")
+    for package in PACKAGES.get(page, ()):
+        pytest.importorskip(package)
     names = _run(page, left_out=TIMED | STUDIES)
     if page == "README.md":
         assert len(names["groups"]["scu"]) > 0

@@ -240,7 +240,8 @@ def test_four_bit_base_adds_exactly_zero_to_protected_units(tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     four_bit = BitsAndBytesConfig(load_in_4bit=True)
 
-    with bnb_layouts.kernel():
+    # bitsandbytes' layout for AVX512-BF16 takes no module of fewer than 32 outputs.
+    with bnb_layouts.processor(lays_out=False):
         plain = tiny_models.build("llama")
         units = draw(plain, 0.2)
         mask = masks(plain, units, "freeze")

@@ -8,10 +8,14 @@ command has a temperature above 0, so that the same question has the same answer
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+if importlib.util.find_spec("inspect_ai") is None:
+    raise ImportError("inspect_ai is not installed: pip install 'ssah[inspect]'")
 from anyio import to_thread
 from inspect_ai.model import (
     ChatMessage,

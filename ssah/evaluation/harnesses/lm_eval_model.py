@@ -12,10 +12,14 @@ In Python it is enough to import this file, or to pass the model itself:
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+if importlib.util.find_spec("lm_eval") is None:
+    raise ImportError("lm-eval is not installed: pip install 'ssah[eval]'")
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
