@@ -312,6 +312,78 @@ _TRITON = (
         "step = tl.where(z <= -1, 0.0, 1.0)",
         triton("gated_moments_backward"),
     ),
+    Mutation(
+        "ssah_kernels/backends/triton/bit_masked_adamw.py",
+        "before_byte = tl.cumsum(of_byte, 0) - of_byte",
+        "before_byte = tl.cumsum(of_byte, 0)",
+        triton("bit_masked_adamw_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/bit_masked_adamw.py",
+        "tl.minimum(first + STEPS, tl.cdiv(n, BLOCK))",
+        "tl.minimum(first + 1, tl.cdiv(n, BLOCK))",
+        triton("bit_masked_adamw_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_codes.py",
+        "> (start & 0xFFFF), 1, 0)",
+        ">= (start & 0xFFFF), 1, 0)",
+        triton("masked_adamw_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_codes.py",
+        "-tl.minimum(code, 127)",
+        "-code",
+        triton("masked_adamw_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/masked_rules.py",
+        "g = g + momentum * b if",
+        "g = g + b if",
+        triton("masked_sgd_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/moments.py",
+        "m2 + m2_b + delta * delta * (n * weight)",
+        "m2 + m2_b",
+        triton("channel_moments_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/moments.py",
+        "m2 = tl.sum(m2 + n * (deviation * deviation), 0)",
+        "m2 = tl.sum(m2, 0)",
+        triton("channel_moments_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/moments.py",
+        "mean_b - centre[None, :]",
+        "mean_b - mean[None, :]",
+        triton("channel_moments_"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/gated_product.py",
+        "arm * factors_stride + cols",
+        "0 * factors_stride + cols",
+        triton("gated_product"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/gated_moments.py",
+        "tl.where(valid, wide(h), 0) if HAS_MASK else wide(h)",
+        "wide(h)",
+        triton("gated_moments"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/gated_moments.py",
+        "grad * wide(ups[i]) * slope",
+        "grad * slope",
+        triton("gated_moments_backward"),
+    ),
+    Mutation(
+        "ssah_kernels/backends/triton/column_sq_norms.py",
+        "tl.static_range(2, DEPTH + 1)",
+        "tl.static_range(3, DEPTH + 1)",
+        triton("column_sq_norms"),
+    ),
 )
 
 _PYTHON = (
