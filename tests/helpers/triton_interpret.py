@@ -25,9 +25,12 @@ from torch import Tensor
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from triton_masked import check_norms, check_skipped, check_update, samples
 from triton_wide import EXACT, check_every_bit, check_wide
+from update_samples import all_sides_of_all_bounds
 
-from ssah_kernels import backends
+from ssah_kernels import backends, dynamic_map
 from ssah_kernels.backends.triton import launch, masked_grad_norm, masked_rounding
+from ssah_kernels.backends.triton.masked_codes import nearest_codes
+from ssah_kernels.backends.triton.masked_list import device_maps
 from ssah_kernels.reference import masked_update as specification
 
 
@@ -146,6 +149,26 @@ def check_noise_of_far_elements() -> None:
         assert torch.equal(bits[:n], high << 16 | low)
 
 
+@triton.jit
+def codes_kernel(x_ptr, map_ptr, codes_ptr, scales_ptr, WHICH: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
+    at = row * 256 + tl.arange(0, 256)[None, :]
+    codes, scales = nearest_codes(tl.load(x_ptr + at), at >= 0, map_ptr, WHICH)
+    tl.store(codes_ptr + at, codes)
+    tl.store(scales_ptr + row + tl.arange(0, 1)[:, None], scales)
+
+
+def check_codes_on_every_bound() -> None:
+    """Halfway between two values a code is that of the smaller one."""
+    for which, signed in enumerate((True, False)):
+        x = all_sides_of_all_bounds(signed)
+        codes, scales = torch.empty_like(x, dtype=torch.uint8), torch.empty(len(x), 1)
+        codes_kernel[(len(x),)](x, device_maps(x.device), codes, scales, WHICH=which)
+        expected = dynamic_map.quantize(x, signed=signed)
+        assert torch.equal(codes, expected[0])
+        assert torch.equal(scales, expected[1])
+
+
 def check_many_parts_of_a_norm() -> None:
     """More than the 1,024 partial sums that are added at once."""
     parts, norm = torch.arange(1300, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
@@ -212,7 +235,7 @@ def compare_bits(op: str, exhaustive: bool) -> int:
 
 MORE = {
     "channel_moments_": (check_long_chunks, check_not_a_number, check_bytes_of_masks),
-    "masked_adamw_": (check_noise_of_far_elements,),
+    "masked_adamw_": (check_noise_of_far_elements, check_codes_on_every_bound),
     "masked_grad_norm": (check_many_parts_of_a_norm,),
 }
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssah_kernels.bit_masks import block_offsets, pack_bits
 from ssah_kernels.checks.matrices import as_matrix
-from ssah_kernels.dynamic_map import quantize, scales_shape
+from ssah_kernels.dynamic_map import dynamic_map, quantize, scales_shape
 
 # Parameters of one call: shape, dim that runs over units, share of it that is selected (1: no
 # index), and how the parameter lies in memory.
@@ -55,6 +55,18 @@ def _parameter(
     if layout == "slice":
         return normal((shape[0], shape[1] + 7), dtype, g)[:, 3 : 3 + shape[1]]
     return normal(shape, dtype, g)
+
+
+def all_sides_of_all_bounds(signed: bool) -> Tensor:
+    """[rows, 256] of which each block has a 1: every bound of two values and its neighbours."""
+    bounds = dynamic_map(signed=signed).bounds
+    y = torch.cat(
+        [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-1.0))]
+    )
+    y = y[(y >= 0) & (y <= 1)]
+    y = torch.cat([y, -y]) if signed else y
+    y = torch.cat([y, torch.zeros(-len(y) % 255)]).view(-1, 255)
+    return torch.cat([torch.ones(len(y), 1), y], 1)
 
 
 def compensation(trained: Tensor, g: torch.Generator) -> Tensor:

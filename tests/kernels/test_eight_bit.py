@@ -7,6 +7,7 @@ import io
 import pytest
 import torch
 from torch import Tensor, nn
+from update_samples import all_sides_of_all_bounds
 
 import ssah_kernels
 from ssah_kernels import ops
@@ -84,18 +85,6 @@ def stored_moment(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         betas=(0.0, 0.0),
     )
     return x * x, codes, scales
-
-
-def all_sides_of_all_bounds(signed: bool) -> Tensor:
-    """[rows, 256] of which each block has a 1: every bound of two values and its neighbours."""
-    bounds = dynamic_map(signed=signed).bounds
-    y = torch.cat(
-        [bounds, bounds.nextafter(torch.tensor(2.0)), bounds.nextafter(torch.tensor(-1.0))]
-    )
-    y = y[(y >= 0) & (y <= 1)]
-    y = torch.cat([y, -y]) if signed else y
-    y = torch.cat([y, torch.zeros(-len(y) % 255)]).view(-1, 255)
-    return torch.cat([torch.ones(len(y), 1), y], 1)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
