@@ -17,7 +17,9 @@ from types import ModuleType
 import pytest
 import torch
 from setuptools import Distribution, Extension
+from setuptools.config.pyprojecttoml import load_file as read_configuration
 
+import ssah
 from ssah_kernels.backends import cpu, cuda
 from ssah_kernels.schema import KERNELS
 
@@ -167,6 +169,88 @@ def test_a_pure_wheel_holds_no_library(tmp_path: Path) -> None:
     } <= names
     assert {name for name in names if not name.startswith(("ssah", "ssah_kernels"))} == set()
     assert {name for name in names if name.endswith(".so")} == set()
+
+
+# ------------------------------------------------------------------------------ two distributions
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The source trees of `ssah-kernels` and `ssah`."""
+    path = ROOT / "runs" / "distributions.py"
+    spec = importlib.util.spec_from_file_location("distributions", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.write(tmp_path_factory.mktemp("trees"))
+
+
+@needs_git
+def test_a_distribution_is_described_by_the_project(trees: dict[str, Path]) -> None:
+    tables = {name: read_configuration(tree / "pyproject.toml") for name, tree in trees.items()}
+    kernels, library = (tables[name]["project"] for name in ("ssah-kernels", "ssah"))
+    whole = read_configuration(ROOT / "pyproject.toml")["project"]
+    assert kernels["dependencies"] == ["torch>=2.10"]
+    assert library["dependencies"][0] == f"ssah-kernels=={whole['version']}"
+    assert set(library["dependencies"][1:]) == set(whole["dependencies"])
+    assert {kernels["version"], library["version"]} == {whole["version"], ssah.__version__}
+    assert library["entry-points"] == whole["entry-points"]
+    extras = set(whole["optional-dependencies"]) - {"dev", "docs"}
+    assert set(library["optional-dependencies"]) == extras
+
+
+@needs_git
+def test_each_distribution_is_whole_and_has_its_own_files(trees: dict[str, Path]) -> None:
+    for name, folder in (("ssah-kernels", "ssah_kernels"), ("ssah", "ssah")):
+        own = {str(path.relative_to(trees[name])) for path in trees[name].rglob("*.py")}
+        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
+        assert wanted <= own
+        assert not [file for file in own if file.startswith(("tests", "benchmarks"))]
+        assert (trees[name] / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
+    assert not (trees["ssah"] / "setup.py").exists()
+    assert not (trees["ssah"] / "ssah_kernels").exists()
+    names = build("sdist", trees["ssah-kernels"], SSAH_NO_EXTENSION="1")
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
+    assert {name for name in sources if "__pycache__" not in name} <= names
+
+
+@needs_git
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [
+        (lambda names: names.pop("ssah/py.typed"), "ssah/py.typed is missing"),
+        (lambda names: names.update({"tests/cases.py": b""}), "tests/cases.py is not of this"),
+        (lambda names: names.update({"ssah/_C.so": b""}), "ssah/_C.so is compiled"),
+        (lambda names: names.update({"ssah/x.py": b"/here/x"}), "ssah/x.py holds the path of"),
+    ],
+)
+def test_what_may_not_be_in_a_wheel_is_named(
+    spoil: Callable[[dict[str, bytes]], object], says: str, tmp_path: Path
+) -> None:
+    names = {
+        "ssah/py.typed": b"",
+        "ssah/report/html/report.html.j2": b"",
+        "ssah/data/builtin/safety.jsonl": b"",
+        "ssah-0.2.0.dist-info/licenses/LICENSE": b"",
+    }
+    kernels = {
+        "ssah_kernels/_C.abi3.so": b"",
+        "ssah_kernels/py.typed": b"",
+        "ssah_kernels-0.2.0.dist-info/licenses/LICENSE": b"",
+    }
+
+    def check() -> str:
+        for wheel, content in (("ssah", names), ("ssah_kernels", kernels)):
+            with zipfile.ZipFile(tmp_path / f"{wheel}-0.2.0-py3-none-any.whl", "w") as archive:
+                for name, data in content.items():
+                    archive.writestr(name, data)
+        script = [sys.executable, str(ROOT / "runs" / "check_wheels.py"), str(tmp_path), "/here"]
+        return subprocess.run(script, capture_output=True, text=True, check=False).stderr
+
+    assert check() == ""
+    spoil(names)
+    assert says in check()
 
 
 # ------------------------------------------------------------------------- what setup.py says
