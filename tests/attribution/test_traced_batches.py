@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from plans import draw
 from pretend_gpu import guarded, replace_tensors
 from tiny_models import build
 from torch import Tensor, fx
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from ssah.attribution.sums import Sums
 from ssah.attribution.watch import watching
+from ssah.training import freeze
 from ssah.units import find_modules
 from ssah_kernels import ops
 
@@ -36,7 +38,8 @@ def traced() -> Iterator[Callable[..., tuple[Any, list[fx.Node]]]]:
         (graph,) = graphs
         return out, [node for node in graph.graph.nodes if str(node.target).startswith("ssah.")]
 
-    with guarded(GPU), FakeTensorMode():
+    # A plan's indices go to the device from the host.
+    with guarded(GPU), FakeTensorMode(allow_non_fake_inputs=True):
         yield trace
     torch._dynamo.reset()
 
@@ -79,3 +82,28 @@ def test_a_clipped_step_is_one_graph(traced: Callable[..., Any]) -> None:
     norm, calls = traced(step, weight, *compact, index)
     assert (norm.shape, norm.device) == ((), GPU)
     assert [str(node.target) for node in calls] == ["ssah.masked_grad_norm", "ssah.masked_adamw_"]
+
+
+@pytest.fixture
+def new_parameters() -> Iterator[None]:
+    """A model that moves gets new parameters; torch cannot change the data of those that it has."""
+    before = torch.__future__.get_overwrite_module_params_on_conversion()
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_overwrite_module_params_on_conversion(before)
+
+
+def test_the_loss_under_a_plan_is_one_graph(
+    traced: Callable[..., Any], new_parameters: None
+) -> None:
+    """Its backward pass needs a GPU, and its step is traced above."""
+    with unset_fake_temporarily():
+        model = build("llama")
+        plan = freeze(model, draw(model, 0.3))
+    model._apply(lambda x: torch.empty(x.shape, dtype=x.dtype, device=GPU))
+    ids = torch.zeros(2, 7, dtype=torch.int64, device=GPU)
+    out, _ = traced(model, input_ids=ids, labels=ids, use_cache=False)
+    assert (out.loss.shape, out.loss.device) == ((), GPU)
+    assert out.loss.requires_grad
+    assert out.logits.shape == (2, 7, model.config.vocab_size)
+    assert {p.device for p in plan.parameters()} == {GPU}
