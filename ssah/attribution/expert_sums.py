@@ -50,7 +50,7 @@ def add_moments_(sums: Sums, a: Tensor, routing: Routing, counted: Tensor | None
         # A copy: the count goes up once, after the last columns.
         count = sums.count[:, None].expand_as(mean).clone()
         merge_moments_(count, sums.mean[:, columns], sums.m2[:, columns], n, mean, m2)
-    sums.count += n[:, 0]
+    sums.count.add_(n[:, 0])
 
 
 def add_gradients_(

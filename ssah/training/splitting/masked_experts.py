@@ -17,7 +17,7 @@ away.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,37 +39,51 @@ _MULTIPLE = 8  # entries: 16 bytes of bfloat16, which grouped products ask for
 
 @dataclass(frozen=True, eq=False)
 class TrainedRows:
-    """Where the trained entries of every expert stand in the gradient of a weight.
+    """Which entries of every expert train.
 
     Attributes:
-        columns: int64 ``[experts, most]``, entries of each expert, those that train first; None:
-            the gradient is made for all of them.
-        kept: int64 ``[trained]``, which rows of the gradient ``[experts * most, ...]`` the rows of
-            the trained parameter are.
+        counts: how many of each expert.
+        columns: int64 ``[experts, most]``, entries of each expert, those that train first.
+        kept: int64 ``[trained]``, which rows of a gradient ``[experts * most, ...]`` of these
+            entries the rows of the trained parameter are.
+        whole: whether that is a gradient of all entries, in the model's order.
     """
 
-    columns: Tensor | None
+    counts: tuple[int, ...]
+    columns: Tensor
     kept: Tensor
+    whole: bool
 
     @classmethod
     def of(cls, trains: Tensor) -> TrainedRows:
         """Of bool ``[experts, entries]``."""
-        counts = trains.sum(1)  # [experts]
-        most = -(-int(counts.max()) // _MULTIPLE) * _MULTIPLE
-        if most > _GATHERED_SHARE * trains.shape[1]:
-            return cls(None, trains.flatten().nonzero()[:, 0])
+        counts, entries = trains.sum(1), trains.shape[1]  # [experts]
+        most = min(entries, -(-int(counts.max()) // _MULTIPLE) * _MULTIPLE)
         columns = (~trains).byte().argsort(stable=True, dim=1)[:, :most]
-        kept = torch.arange(most) < counts[:, None]  # [experts, most]
-        return cls(columns, kept.flatten().nonzero()[:, 0])
+        whole = most > _GATHERED_SHARE * entries
+        kept = trains if whole else torch.arange(most) < counts[:, None]
+        return cls(tuple(counts.tolist()), columns, kept.flatten().nonzero()[:, 0], whole)
 
     def to(self, device: torch.device) -> TrainedRows:
         """These on ``device``."""
-        columns = None if self.columns is None else self.columns.to(device)
-        return TrainedRows(columns, self.kept.to(device))
+        return replace(self, columns=self.columns.to(device), kept=self.kept.to(device))
 
     def pick(self, x: Tensor, routing: Routing) -> Tensor:
-        """The columns of the entries that the gradient is made for: ``[pairs, most]``."""
-        return x if self.columns is None else x.gather(1, self.columns[routing.expert])
+        """What of ``x`` ``[pairs, entries]`` a gradient is made of: ``[pairs, most]``."""
+        return x if self.whole else x.gather(1, self.columns[routing.expert])
+
+    def gradient(self, left: Tensor, right: Tensor, routing: Routing) -> Tensor:
+        """That of the trained rows, ``[trained, other]``, of picked ``[pairs, most]`` and
+        ``[pairs, other]``."""
+        if left.device.type != "cpu":
+            return routing.gradient(left, right).flatten(0, 1).index_select(0, self.kept)
+        value = left.new_empty(sum(self.counts), right.shape[1])
+        pieces, columns = value.split(self.counts), self.columns
+        for piece, own, (a, b) in zip(pieces, columns, routing.spans, strict=True):
+            rows = left[a:b]  # [its pairs, most]
+            rows = rows.index_select(1, own[: len(piece)]) if self.whole else rows[:, : len(piece)]
+            torch.mm(rows.t(), right[a:b], out=piece)
+        return value
 
 
 class MaskedExperts(MaskedProjection):
@@ -106,15 +120,17 @@ class MaskedExperts(MaskedProjection):
     def _product(self, leaf: str, x: Tensor, routing: Routing, composed: bool) -> Tensor:
         """A or B of every expert with its bias: ``[pairs, in]`` to ``[pairs, out]``."""
         split, is_output = self.split_tensors[leaf], leaf == DOWN
+        x = x.to(product_dtype(x))
         assert split.places is not None
+        places = split.places.view(split.shape[0], -1)  # [experts, entries]
         if composed:
-            rows = split.assembled(self)  # [entries, ...]
-            out = routing.product(x, _matrices(rows, split.places, len(routing.ends), is_output))
+            matrices = split.assembled(self)[places]  # [experts, entries, other]
+            out = routing.product(x, matrices if is_output else matrices.mT)
         else:
             trained = self.trained[leaf] = self.trained[leaf].to(x.device)
             parameter = self._parameters[split.names[0]]
-            fixed = split.places, trained, routing, is_output
-            out = _ExpertsProduct.apply(x.to(product_dtype(x)), split.storage, parameter, *fixed)
+            fixed = places, trained, routing, is_output
+            out = _ExpertsProduct.apply(x, split.storage, parameter, *fixed)
         if not self.has_bias:
             return out
         return out + self._bias(f"{leaf}_bias")[routing.expert].to(out.dtype)
@@ -133,17 +149,26 @@ class MaskedExperts(MaskedProjection):
         del self.trained
 
 
-def _matrices(storage: Tensor, places: Tensor, n_experts: int, is_output: bool) -> Tensor:
-    """The matrices of all experts in the model's order, ``[experts, in, out]``; a copy.
+def _product(x: Tensor, storage: Tensor, places: Tensor, routing: Routing, turned: bool) -> Tensor:
+    """The rows of every expert times its matrix: ``[pairs, in]`` to ``[pairs, out]``.
 
     Args:
-        storage: ``[entries, other]``.
-        places: int64 ``[entries]``, the storage row of each original entry.
-        n_experts: how many.
-        is_output: whether this is B, of which entries are columns.
+        x: ``[pairs, in]``.
+        storage: ``[entries of all experts, other]``.
+        places: int64 ``[experts, entries]``, the storage row of each entry of the model.
+        routing: whose the pairs are.
+        turned: whether entries are what goes in.
     """
-    matrices = storage.index_select(0, places).unflatten(0, (n_experts, -1))
-    return matrices if is_output else matrices.mT
+    if x.device.type != "cpu":
+        matrices = storage[places].to(x.dtype)  # [experts, entries, other]
+        return routing.product(x, matrices if turned else matrices.mT)
+    # Memory for one matrix is at hand in a cache; that for all would be new each time.
+    out = x.new_empty(len(x), storage.shape[1] if turned else places.shape[1])
+    for own, (a, b) in zip(places, routing.spans, strict=True):
+        if b > a:
+            matrix = storage.index_select(0, own).to(x.dtype)  # [entries, other]
+            torch.mm(x[a:b], matrix if turned else matrix.t(), out=out[a:b])
+    return out
 
 
 class _ExpertsProduct(torch.autograd.Function):
@@ -155,18 +180,17 @@ class _ExpertsProduct(torch.autograd.Function):
         x: Tensor,  # [pairs, in]
         storage: Tensor,  # [entries, other]
         parameter: Tensor,  # [trained, other], whose values the storage has
-        places: Tensor,  # int64 [entries]
+        places: Tensor,  # int64 [experts, entries]
         trained: TrainedRows,
         routing: Routing,
-        is_output: bool,
+        is_output: bool,  # whether this is B, of which entries are what goes in
     ) -> Tensor:
-        ctx.fixed = places, len(routing.ends), is_output
-        ctx.trained, ctx.routing, ctx.is_output = trained, routing, is_output
+        ctx.places, ctx.trained, ctx.routing, ctx.is_output = places, trained, routing, is_output
         # What B's gradient needs of x is a part of it.
         kept = trained.pick(x, routing) if is_output else x
         # The first two are saved so that a change of them before the backward pass is noticed.
         ctx.save_for_backward(storage, parameter, kept)
-        return routing.product(x, _matrices(storage, *ctx.fixed).to(x.dtype))
+        return _product(x, storage, places, routing, is_output)
 
     @staticmethod
     @once_differentiable
@@ -175,12 +199,11 @@ class _ExpertsProduct(torch.autograd.Function):
         (grad,), routing, trained = grads, ctx.routing, ctx.trained  # grad: [pairs, out]
         grad_x = value = None
         if ctx.needs_input_grad[0]:
-            grad_x = routing.product(grad, _matrices(storage, *ctx.fixed).mT.to(grad.dtype))
+            grad_x = _product(grad, storage, ctx.places, routing, not ctx.is_output)
         if ctx.needs_input_grad[2]:
-            left = kept if ctx.is_output else trained.pick(grad, routing)
-            every = routing.gradient(left, grad if ctx.is_output else kept)
-            # [experts, most, other] -> [trained, other]
-            value = every.flatten(0, 1).index_select(0, trained.kept).to(parameter.dtype)
+            entries = kept if ctx.is_output else trained.pick(grad, routing)
+            value = trained.gradient(entries, grad if ctx.is_output else kept, routing)
+            value = value.to(parameter.dtype)
         return grad_x, None, value, None, None, None, None
 
 
@@ -196,7 +219,8 @@ def split_experts(module: nn.Module, entries: Mapping[str, Entries]) -> MaskedEx
     with restored(tensors):
         for leaf, each in entries.items():
             original = getattr(module, leaf)  # [experts, ...]
-            trained[leaf] = TrainedRows.of(each.trains.view(len(original), -1))
+            if leaf in (up_name(module), DOWN):
+                trained[leaf] = TrainedRows.of(each.trains.view(len(original), -1))
             tensors[leaf] = SplitTensor.of(
                 leaf, original, each.dims, trained_first(each.trains), each.trains
             )
