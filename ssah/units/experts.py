@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssah.compat.transformers import dispatches, expert_gate, has_expert_layout, has_usual_gate
+from ssah.compat.transformers import (
+    dispatches,
+    expert_gate,
+    has_expert_layout,
+    has_usual_gate,
+    is_expert_parallel,
+)
 from ssah.models import runs_own_forward
 from ssah.units.routing import Routing
 
@@ -68,6 +74,12 @@ class RoutedExperts:
                 "or put in its place, which is not known here: it must be that of the class that "
                 "transformers.integrations.use_experts_implementation decorates"
             )
+        if is_expert_parallel(module):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has the experts of one rank (expert "
+                "parallelism), must have all of the layer's: load the model without, or shard it "
+                "with fully_shard"
+            )
         if module.has_post_expert_norm:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) normalises the output of each expert: "
@@ -105,6 +117,10 @@ class RoutedExperts:
             return [units, self.n_units + units]
         return [2 * units, 2 * units + 1]  # gate and up of unit 0, of unit 1, ...
 
+    def bias(self, leaf: str, expert: int) -> Tensor | None:
+        """One expert's bias ``[out]``, a view, or None."""
+        return getattr(self.module, f"{leaf}_bias")[expert] if self.module.has_bias else None
+
     def project(self, x: Tensor, routing: Routing) -> Tensor:
         """A of every expert: its rows of ``[pairs, hidden]`` to what its gate takes."""
         return self._linear(self.up, x, routing)
@@ -112,8 +128,8 @@ class RoutedExperts:
     def project_alone(self, x: Tensor, expert: int) -> Tensor:
         """A of one expert: ``[tokens, hidden]`` to what its gate takes."""
         weight = getattr(self.module, self.up)[expert]  # [out, in], or transposed
-        bias = getattr(self.module, f"{self.up}_bias")[expert] if self.module.has_bias else None
-        return F.linear(x, weight.t() if self.module.is_transposed else weight, bias)
+        weight = weight.t() if self.module.is_transposed else weight
+        return F.linear(x, weight, self.bias(self.up, expert))
 
     def gate(self, projected: Tensor) -> Tensor:
         """The model's own arithmetic between A and B: ``[tokens, n_units]``."""
