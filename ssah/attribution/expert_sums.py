@@ -22,7 +22,7 @@ from ssah.units import Routing
 from ssah_kernels import ops
 from ssah_kernels.reference.channel_moments import merge_moments_
 
-_ELEMENTS_AT_ONCE = 2**25  # copied to float64 at a time, which are 256 MiB
+_ELEMENTS_AT_ONCE = 2**24  # in float64 128 MiB, of which there are up to four
 
 
 def add_moments_(sums: Sums, a: Tensor, routing: Routing, counted: Tensor | None) -> None:
