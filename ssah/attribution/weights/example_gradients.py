@@ -135,7 +135,7 @@ class ExampleGradients:
                     for e, (a, b) in enumerate(routing.spans)
                     if b > a
                 ]
-                return torch.cat(pieces)
+                return torch.cat(pieces) if pieces else out
 
             rows = x[routing.token]  # [pairs, hidden]
             a = routed.gate(tap(routed.up, rows, routed.project(rows, routing)))
