@@ -7,13 +7,15 @@ of one dimension, the first ranks holding ceil(rows / ranks) rows each: of 10 ro
 Entries run along one dimension. Where the first dimension runs over the experts of a layer, ``dim``
 is a pair (0, d): entries along d of the first expert, then those of the second, and so on. Of a
 parameter [2 experts, 5 units, 8], entry 6 along (0, 1) is unit 1 of expert 1. Two ranks hold an
-expert each, and the second of them sees that entry as its own number 1.
+expert each, and the second of them sees that entry as its own number 1. Along (0, 1) the entries of
+all experts are the rows of one matrix [2 * 5, 8]; along (0, 2) each expert is a matrix of its own.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
@@ -81,18 +83,25 @@ def local_index(tensor: Tensor, index: Tensor, dim: Dim) -> Tensor:
 class Part:
     """Entries of some rows that lie along one dimension: of all rows, or of one expert's.
 
+    Of experts whose units are rows, the rows of all of them are one matrix.
+
     Attributes:
         index: int64 [trained], the entries; None: all.
         dim: that ``index`` runs along.
         expert: which of the rows; None: all of them.
+        joined: whether ``index`` runs over the first two dimensions together.
     """
 
     index: Tensor | None
     dim: int
     expert: int | None = None
+    joined: bool = False
 
     def rows(self, rows: Tensor) -> Tensor:
-        """All of ``rows`` [rows, ...], or those of the expert; not a copy."""
+        """All of ``rows`` [rows, ...], those of the expert, or the first two dimensions as one; a
+        copy of a gradient at most, whose experts lie apart."""
+        if self.joined:
+            return rows.flatten(0, 1)
         return rows if self.expert is None else rows[self.expert]
 
     def shape(self, rows: Tensor) -> torch.Size:
@@ -117,11 +126,18 @@ def parts(tensor: Tensor, index: Tensor | None, dim: Dim) -> list[Part]:
     own, n_rows = local_index(tensor, index, dim), len(local(tensor))
     if along == dim or n_rows == 0:
         return [Part(own, along)]
+    if along == 1 and _can_be_joined(local(tensor)):
+        return [Part(own, 0, joined=True)]
     # Experts: entry e of this rank is unit e % size of its expert e // size.
     size = tensor.shape[along]
     # Sorted by expert already: a piece [units] for each, which may be empty.
     each = (own % size).split(torch.bincount(own // size, minlength=n_rows).tolist())
     return [Part(entries, along - 1, expert) for expert, entries in enumerate(each)]
+
+
+def _can_be_joined(rows: Tensor) -> bool:
+    """Whether the first two dimensions of ``rows`` [experts, units, ...] are one without a copy."""
+    return rows.shape[0] == 1 or rows.stride(0) == rows.shape[1] * rows.stride(1)
 
 
 class Cut:
@@ -136,16 +152,37 @@ class Cut:
 
     def __init__(self, tensor: Tensor, index: Tensor | None, dim: Dim) -> None:
         rows = local(tensor)
-        self._of = index, _state(index), rows.shape
+        self._of = index, _state(index), rows.shape, rows.stride()
         self.parts = parts(tensor, index, dim)
         self.shapes = [part.shape(rows) for part in self.parts]
+        several = index is not None and isinstance(dim, tuple) and tensor.shape[0] != 1
         flat = torch.Size([sum(map(math.prod, self.shapes))])
-        self.whole = self.shapes[0] if len(self.shapes) == 1 else flat
+        self.whole = flat if several else self.shapes[0]
         self.here = not is_sharded(tensor) or any(map(math.prod, self.shapes))
+        self._held: tuple[list[Tensor], list[dict[str, Tensor]]] = [], []
 
     def is_of(self, tensor: Tensor, index: Tensor | None) -> bool:
         """Whether ``tensor`` [rows, ...] and ``index`` [trained] are what this was made of."""
-        return self._of[0] is index and self._of[1:] == (_state(index), local(tensor).shape)
+        rows = local(tensor)
+        return self._of[0] is index and self._of[1:] == (_state(index), rows.shape, rows.stride())
+
+    def rows(self, rows: Tensor) -> list[Tensor]:
+        """Those of every part of ``rows`` [rows, ...], views [units, other]."""
+        if len(self.parts) == 1:
+            return [self.parts[0].rows(rows)]
+        return list(rows.unbind())  # an expert each
+
+    def state(self, state: Mapping[str, Any]) -> list[dict[str, Tensor]]:
+        """The state of every part, [trained, other] each: views, made once for the same tensors."""
+        held = {name: value for name, value in state.items() if name != "step"}
+        if len(self.parts) == 1 and self.whole == self.shapes[0]:
+            return [held]
+        known, pieces = self._held
+        if len(known) != len(held) or any(map(operator.is_not, known, held.values())):
+            each = [cut(value, self.shapes) for value in held.values()]
+            pieces = [dict(zip(held, own, strict=True)) for own in zip(*each, strict=True)]
+            self._held = list(held.values()), pieces
+        return pieces or [{} for _ in self.parts]
 
 
 def _state(index: Tensor | None) -> State | None:

@@ -17,7 +17,7 @@ from ssah.attribution.scores import column_sq_norms
 from ssah.attribution.scoring import attribute
 from ssah.attribution.streaming.layers import LayeredModel
 from ssah.attribution.streaming.run import stream
-from ssah.attribution.sums import Sums
+from ssah.attribution.sums import new_sums
 from ssah.attribution.watch import watching
 from ssah.attribution.weights import (
     WeightAttribution,

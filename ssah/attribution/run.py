@@ -19,7 +19,7 @@ from ssah.attribution.forward_backward import check_sharded, nothing, run_batch
 from ssah.attribution.result import GRADIENT_METRICS, METRICS, TOKENS
 from ssah.attribution.resuming import BatchState, run_identity
 from ssah.attribution.scores import all_column_sq_norms
-from ssah.attribution.sums import Sums, check_finite, check_ran, join, on_host
+from ssah.attribution.sums import check_finite, check_ran, join, new_sums, on_host
 from ssah.attribution.tally import Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
@@ -97,7 +97,7 @@ class Run:
         known = set(ranks.tell(getattr(loader, "fingerprint", None)))
         self.tally = Tally(known.pop() if len(known) == 1 else None)
         with torch.inference_mode(False):  # else they could not change outside of the caller's
-            self.sums = {name: Sums.zeros(module) for name, module in self.modules.items()}
+            self.sums = new_sums(self.modules)
         self._packed = bool(packed_modules(model))
         # Of a packed model even what padding computes may be seen: a scale may be a batch's.
         self._reader = BatchReader(model, tokens=self.tokens, keep_mask=self._packed)

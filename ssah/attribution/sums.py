@@ -14,11 +14,11 @@ n = 3, mean = 2 + 4 / 3 = 10 / 3, M2 = 2 + 0 + 16 * 2 / 3 = 38 / 3, as of 1, 3 a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssah.distributed import Ranks
 from ssah.models import device_of, to_host
@@ -31,6 +31,8 @@ _UNITS_AT_ONCE = 2**18  # gathered at a time: 2 MiB a rank and sum
 @dataclass(frozen=True, eq=False)
 class Sums:
     """Running state of one module, float64, on the device of its B.
+
+    That of all experts of a layer has one dimension more in front, ``[experts, ...]``.
 
     Attributes:
         count: ``[]``, tokens seen.
@@ -45,15 +47,42 @@ class Sums:
     squared: Tensor
 
     @classmethod
-    def zeros(cls, module: DepthTwoModule) -> Sums:
-        """No token seen yet."""
-        return cls.of_width(module.n_units, device_of(module.down))
+    def zeros(cls, shape: Sequence[int], device: torch.device) -> Sums:
+        """No token seen yet: of ``shape`` ``(n_units,)``, or ``(experts, n_units)``."""
+        count = torch.zeros(shape[:-1], dtype=torch.float64, device=device)
+        channels = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(4))
+        return cls(count, *channels)
 
-    @classmethod
-    def of_width(cls, width: int, device: torch.device) -> Sums:
-        """No token seen yet, of ``width`` channels."""
-        channels = (torch.zeros(width, dtype=torch.float64, device=device) for _ in range(4))
-        return cls(torch.zeros((), dtype=torch.float64, device=device), *channels)
+    def of_expert(self, expert: int) -> ExpertSums:
+        """The state of one of all experts: views."""
+        own = (getattr(self, field.name)[expert] for field in fields(Sums))
+        return ExpertSums(*own, self)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertSums(Sums):
+    """Running state of one routed expert.
+
+    Attributes:
+        layer: the state of all experts of the layer, ``[experts, ...]``, of which this is a part.
+    """
+
+    layer: Sums
+
+
+def new_sums(modules: Mapping[str, DepthTwoModule]) -> dict[str, Sums]:
+    """No token seen yet, of every module; experts of one layer have one state together."""
+    layers: dict[nn.Module, Sums] = {}
+    sums: dict[str, Sums] = {}
+    for name, module in modules.items():
+        device, routed = device_of(module.down), module.routed
+        if routed is None or module.expert is None:
+            sums[name] = Sums.zeros((module.n_units,), device)
+            continue
+        if module.down not in layers:
+            layers[module.down] = Sums.zeros((routed.n_experts, module.n_units), device)
+        sums[name] = layers[module.down].of_expert(module.expert)
+    return sums
 
 
 def on_host(sums: Mapping[str, Sums]) -> dict[str, Sums]:

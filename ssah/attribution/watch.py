@@ -22,10 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from ssah.attribution.batches import Batch
-from ssah.attribution.sums import Sums
+from ssah.attribution.expert_sums import add_gradients_, add_moments_
+from ssah.attribution.sums import ExpertSums, Sums
 from ssah.compat.modules import has_hooks
 from ssah.models import at_hand, replaced_forward, runs_own_forward, to_device
-from ssah.units import DepthTwoModule, RoutedExperts, act_name, run_routed
+from ssah.units import DepthTwoModule, RoutedExperts, Routing, act_name
 from ssah_kernels import ops
 
 _ROWS_AT_ONCE = 512  # fewer, and a matrix product takes longer per row
@@ -110,17 +111,16 @@ class Watch:
             out = every.index_copy_(0, self.needed.to(out.device), out)
         return out.view(*leading, out.shape[-1])
 
-    def tap(self, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
-        """``x``, such that its gradient is added to ``sums`` when it arrives.
-
-        ``x``: ``[..., n_units]``, ``mask``: ``[...]``. RuntimeError where no gradient is recorded.
+    def tap(self, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
+        """``x``, such that ``take`` gets it and its gradient, both ``[..., n_units]``, when this
+        arrives. RuntimeError where no gradient is recorded.
         """
         if not self.gradient:
             return x
         check_recorded()
         if not x.requires_grad:  # the first watched module: nothing before it needs a gradient
             x = x.detach().requires_grad_()
-        return _Tap.apply(x, sums, mask)
+        return _Tap.apply(x, take)
 
 
 def check_recorded() -> None:
@@ -133,19 +133,24 @@ def check_recorded() -> None:
 
 
 class _Tap(torch.autograd.Function):
-    """Identity; backward accumulates input * gradient, ``[..., n_units]``, where mask is True."""
+    """Identity; backward gives input and gradient, ``[..., n_units]``, to ``take``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sums: Sums, mask: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, take: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.save_for_backward(x)
-        ctx.sums, ctx.mask = sums, mask
+        ctx.take = take
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = ctx.saved_tensors  # [..., n_units], as grad
-        ops.taylor_moments_(x, grad, ctx.sums.signed, ctx.sums.squared, ctx.mask)
-        return grad, None, None
+        ctx.take(x, grad)
+        return grad, None
+
+
+def _adding(sums: Sums, mask: Tensor | None) -> Callable[[Tensor, Tensor], None]:
+    """What adds input * gradient, ``[..., n_units]``, to ``sums`` where the mask is True."""
+    return lambda x, grad: ops.taylor_moments_(x, grad, sums.signed, sums.squared, mask)
 
 
 @contextmanager
@@ -159,22 +164,22 @@ def watching(
     """Accumulate into ``sums`` whatever runs through ``modules`` inside the block.
 
     A gated FFN's own forward is replaced by one that takes product and moments in one operator,
-    that of a layer's experts by one that runs them one by one; everywhere else a hook reads B's
-    input, after all hooks that others have put there. All are gone after the block, whatever
-    happens in it.
+    that of a layer's experts by one that runs A, sigma and B step by step; everywhere else a hook
+    reads B's input, after all hooks that others have put there. All are gone after the block,
+    whatever happens in it.
     """
     watch = Watch(gradient, all_experts)
-    # Experts of one layer share one packed B: its forward is replaced once, with all their sums.
-    experts: dict[nn.Module, dict[int, Sums]] = {}
+    layers: set[nn.Module] = set()  # experts of one share one packed B, replaced once
     with ExitStack() as stack:
         for name, module in modules.items():
             gated, routed = module.gated, module.routed
-            if routed is not None and module.expert is not None:
-                if module.down not in experts:
-                    experts[module.down] = {}
-                    forward = _experts_forward(routed, experts[module.down], watch)
+            if routed is not None:
+                own = sums[name]
+                assert isinstance(own, ExpertSums)
+                if module.down not in layers:
+                    layers.add(module.down)
+                    forward = _experts_forward(routed, own.layer, watch)
                     stack.enter_context(replaced_forward(routed.module, forward))
-                experts[module.down][module.expert] = sums[name]
             elif gated is not None and gated.is_plain:
                 forward = _gated_forward(module, sums[name], watch)
                 stack.enter_context(replaced_forward(gated.module, forward))
@@ -202,30 +207,41 @@ def _gated_forward(module: DepthTwoModule, sums: Sums, watch: Watch) -> Any:
         if watch.gradient:
             # gate and up are gone before B runs: the pass needs no more memory than the model's.
             mask = watch.mask(x)
-            return module.down(watch.tap(product(x, mask), sums, mask))
+            return module.down(watch.tap(product(x, mask), _adding(sums, mask)))
         with at_hand(*gated.module.children()):
             return watch.by_rows(rest, x)
 
     return forward
 
 
-def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Watch) -> Any:
+def _experts_forward(routed: RoutedExperts, layer: Sums, watch: Watch) -> Any:
     activation = routed.activation
     # Where hooks hang on the activation it is called; the fused operator would go around it.
     fused = activation is not None and runs_own_forward(activation) and not has_hooks(activation)
     act = act_name(activation) if activation is not None and fused else None
 
-    def product(x: Tensor, expert: int, mask: Tensor | None) -> Tensor:
-        """The activation entering the expert's B, ``[tokens, n_units]``, whose moments are taken.
-
-        ``x``: ``[tokens, hidden]``, ``mask``: ``[tokens]``.
-        """
-        own, projected = sums[expert], routed.project(x, expert)
+    def alone(projected: Tensor, expert: int, mask: Tensor | None) -> Tensor:
+        """What enters the expert's B, ``[tokens, n_units]``, whose moments are taken."""
+        moments = watch.moments(layer.of_expert(expert))
         if act is not None:
             gate, up = projected.chunk(2, dim=-1)  # [tokens, n_units] each
-            return ops.gated_moments(gate, up, *watch.moments(own), mask, act=act)
+            return ops.gated_moments(gate, up, *moments, mask, act=act)
         a = routed.gate(projected)
-        ops.channel_moments_(a.detach(), *watch.moments(own), mask)
+        ops.channel_moments_(a.detach(), *moments, mask)
+        return a
+
+    def product(projected: Tensor, routing: Routing, counted: Tensor | None) -> Tensor:
+        """What enters B, ``[pairs, n_units]``, whose moments are taken."""
+        if projected.device.type == "cpu" and act is not None:  # fused, an expert at a time
+            pieces = [
+                alone(projected[a:b], expert, None if counted is None else counted[a:b])
+                for expert, (a, b) in enumerate(routing.spans)
+                if b > a
+            ]
+            return torch.cat(pieces) if pieces else projected.new_empty(0, routed.n_units)
+        a = routed.gate(projected)
+        if not watch.again:
+            add_moments_(layer, a.detach(), routing, counted)
         return a
 
     def forward(x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
@@ -233,20 +249,23 @@ def _experts_forward(routed: RoutedExperts, sums: Mapping[int, Sums], watch: Wat
         leading = x.shape[:-1]
         x, mask = watch.take(x)
         chosen, weights = (watch.take(each)[0] for each in (chosen, weights))  # [n, top_k] each
-
-        def run(token: Tensor, expert: int) -> Tensor:  # token: [chosen], indices into x
-            if watch.all_experts:
-                # All tokens are counted; of them the model gets those that chose this expert.
-                a = product(x, expert, mask)[token]
-            else:
-                counted = None if mask is None else mask[token]
-                a = product(x[token], expert, counted)
-                if watch.gradient:
-                    a = watch.tap(a, sums[expert], counted)
-            return x[token] if routed.final and not watch.gradient else routed.put_out(a, expert)
-
-        out = run_routed(run, x, chosen, weights, routed.n_experts, every=watch.all_experts)
-        return watch.put_back(out, leading)
+        if watch.all_experts:
+            for expert in range(routed.n_experts):  # each has all tokens: nobody asks which
+                alone(routed.project_alone(x, expert), expert, mask)
+            if routed.final:
+                return watch.put_back(x, leading)
+        routing = Routing.of(chosen, routed.n_experts)
+        projected = routed.project(x[routing.token], routing)  # [pairs, width of A]
+        if watch.all_experts:
+            a = routed.gate(projected)
+        else:
+            counted = None if mask is None else mask[routing.token]
+            a = product(projected, routing, counted)
+            a = watch.tap(a, lambda a, grad: add_gradients_(layer, a, grad, routing, counted))
+        if routed.final and not watch.gradient:  # nobody reads what comes after
+            return watch.put_back(x, leading)
+        out = routing.weighed(routed.put_out(a, routing), weights)
+        return watch.put_back(out.to(x.dtype), leading)
 
     return forward
 
@@ -257,6 +276,6 @@ def _hook(sums: Sums, watch: Watch) -> Any:
         mask = watch.mask(x)
         ops.channel_moments_(x.detach(), *watch.moments(sums), mask)
         # Without a gradient nothing is returned: then B gets the very tensor that it would get.
-        return (watch.tap(x, sums, mask), *args[1:]) if watch.gradient else None
+        return (watch.tap(x, _adding(sums, mask)), *args[1:]) if watch.gradient else None
 
     return hook

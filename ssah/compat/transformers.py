@@ -54,6 +54,11 @@ def dispatches(module: nn.Module) -> bool:
     return hasattr(type(module).forward, "__wrapped__")
 
 
+def is_expert_parallel(module: Any) -> bool:
+    """Whether experts are one rank's, so that a token may have chosen some that are elsewhere."""
+    return bool(getattr(module, "_is_expert_parallel", False))  # not in every release
+
+
 def expert_gate(module: Any) -> Callable[[Tensor], Tensor]:
     """What experts compute between A and B: ``[tokens, width of A]`` to ``[tokens, units]``."""
     gate: Callable[[Tensor], Tensor] = module._apply_gate if module.has_gate else module.act_fn

@@ -30,7 +30,7 @@ from ssah.interventions.positions import Passes
 from ssah.interventions.weights import Scale, Zero
 from ssah.models import check_bare, check_idle, replaced_forward
 from ssah.selections import Selection
-from ssah.units import DepthTwoModule, GatedFFN, RoutedExperts, UnitSet, run_routed
+from ssah.units import DepthTwoModule, GatedFFN, RoutedExperts, Routing, UnitSet
 from ssah_kernels import ops
 
 # The blocks of each decoder that are under way.
@@ -272,12 +272,13 @@ def _routed_forward(
         x, chosen, weights = (each.flatten(0, -2) for each in (x, chosen, weights))  # [tokens, ...]
         length = len(x) // passes.shape[0]  # tokens of one row; rows lie one after the other
 
-        def put_out(token: Tensor, expert: int) -> Tensor:  # [n] -> [n, hidden]
-            a = experts.gate(experts.project(x[token], expert))  # [n, units]
-            if expert in names:
-                a = a * run._factors(names[expert], a)[token // length]
-            return experts.put_out(a, expert)
-
-        return run_routed(put_out, x, chosen, weights, experts.n_experts).view(shape)
+        routing = Routing.of(chosen, experts.n_experts)
+        a = experts.gate(experts.project(x[routing.token], routing))  # [pairs, units]
+        own = [run._factors(names[e], a) if e in names else None for e in range(experts.n_experts)]
+        ones = torch.ones_like(next(each for each in own if each is not None))
+        factors = torch.stack([ones if each is None else each for each in own])
+        # [experts, rows, units] -> [pairs, units]
+        a = a * factors[routing.expert, routing.token // length]
+        return routing.weighed(experts.put_out(a, routing), weights).to(x.dtype).view(shape)
 
     return forward

@@ -14,7 +14,6 @@ from ssah.selections import Selection
 from ssah.training.choice import split_modules
 from ssah.training.installing import check_sharded
 from ssah.training.optimising import check_unplanned
-from ssah.training.splitting import check_no_hooks
 from ssah.units import DepthTwoModule, UnitSet, check_parameters, check_units, find_modules
 from ssah_kernels.sharded import is_sharded
 
@@ -80,15 +79,12 @@ def _check_projections(
 
     Raises:
         ValueError: with the name of the module.
-        RuntimeError: a hook hangs inside experts.
     """
     params = (param for module in modules.values() for param in module.params)
     check_parameters(model, params, "for units to train or to stay")
     uses: dict[int, int] = {}  # how many names each parameter has
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    for experts in dict.fromkeys(modules[name].down for name in names if modules[name].routed):
-        check_no_hooks(type(experts).__name__, experts)
     for name in names:
         module = modules[name]
         for owned in (*module.inputs, module.output):

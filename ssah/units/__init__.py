@@ -6,7 +6,7 @@ from ssah.lazy import submodules_of
 from ssah.units.attention import AttentionHeads
 from ssah.units.bit_mask import BitMask
 from ssah.units.depth_two import KINDS, DepthTwoModule, GatedFFN, UnitSlice, act_name
-from ssah.units.experts import DOWN, RoutedExperts, route, run_routed, up_name
+from ssah.units.experts import DOWN, RoutedExperts, up_name
 from ssah.units.families import FAMILIES, gguf_architecture, register_family
 from ssah.units.family import FFN, Attention, Experts, Family, NotCovered
 from ssah.units.find import (
@@ -30,6 +30,7 @@ from ssah.units.projections import (
     projection,
 )
 from ssah.units.ranking import blocks, lowest, normalized, order_key, share_count, split, without
+from ssah.units.routing import Routing, product_dtype
 from ssah.units.unit_set import UnitSet
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Routed experts of one layer, whose weights transformers keeps as 3-D parameters.
 
-Modules' hooks do not see what happens inside: here each expert is run by itself. The class of the
+Modules' hooks do not see what happens inside: here it is run step by step. The class of the
 experts says how it lays its weights out (``transformers.integrations.use_experts_implementation``).
 Of 8 experts with 3 units each, over a hidden size of 2:
 
@@ -14,15 +14,21 @@ The first dimension runs over experts. ``has_gate`` is False where there is ``up
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ssah.compat.transformers import dispatches, expert_gate, has_expert_layout, has_usual_gate
+from ssah.compat.transformers import (
+    dispatches,
+    expert_gate,
+    has_expert_layout,
+    has_usual_gate,
+    is_expert_parallel,
+)
 from ssah.models import runs_own_forward
+from ssah.units.routing import Routing
 
 DOWN = "down_proj"
 
@@ -68,6 +74,12 @@ class RoutedExperts:
                 "or put in its place, which is not known here: it must be that of the class that "
                 "transformers.integrations.use_experts_implementation decorates"
             )
+        if is_expert_parallel(module):
+            raise ValueError(
+                f"module {name!r} ({type(module).__name__}) has the experts of one rank (expert "
+                "parallelism), must have all of the layer's: load the model without, or shard it "
+                "with fully_shard"
+            )
         if module.has_post_expert_norm:
             raise ValueError(
                 f"module {name!r} ({type(module).__name__}) normalises the output of each expert: "
@@ -105,74 +117,36 @@ class RoutedExperts:
             return [units, self.n_units + units]
         return [2 * units, 2 * units + 1]  # gate and up of unit 0, of unit 1, ...
 
-    def weight(self, leaf: str, expert: int) -> Tensor:
-        """One expert's matrix ``[out, in]``, a view."""
-        matrix = getattr(self.module, leaf)[expert]  # [experts, out, in] -> [out, in]
-        return matrix.t() if self.module.is_transposed else matrix
-
     def bias(self, leaf: str, expert: int) -> Tensor | None:
         """One expert's bias ``[out]``, a view, or None."""
         return getattr(self.module, f"{leaf}_bias")[expert] if self.module.has_bias else None
 
-    def project(self, x: Tensor, expert: int) -> Tensor:
+    def project(self, x: Tensor, routing: Routing) -> Tensor:
+        """A of every expert: its rows of ``[pairs, hidden]`` to what its gate takes."""
+        return self._linear(self.up, x, routing)
+
+    def project_alone(self, x: Tensor, expert: int) -> Tensor:
         """A of one expert: ``[tokens, hidden]`` to what its gate takes."""
-        return F.linear(x, self.weight(self.up, expert), self.bias(self.up, expert))
+        weight = getattr(self.module, self.up)[expert]  # [out, in], or transposed
+        weight = weight.t() if self.module.is_transposed else weight
+        return F.linear(x, weight, self.bias(self.up, expert))
 
     def gate(self, projected: Tensor) -> Tensor:
         """The model's own arithmetic between A and B: ``[tokens, n_units]``."""
         return expert_gate(self.module)(projected)
 
-    def put_out(self, a: Tensor, expert: int) -> Tensor:
-        """B of one expert: ``[tokens, n_units]`` to ``[tokens, hidden]``."""
-        return F.linear(a, self.weight(DOWN, expert), self.bias(DOWN, expert))
+    def put_out(self, a: Tensor, routing: Routing) -> Tensor:
+        """B of every expert: its rows of ``[pairs, n_units]`` to ``[pairs, hidden]``."""
+        return self._linear(DOWN, a, routing)
+
+    def _linear(self, leaf: str, x: Tensor, routing: Routing) -> Tensor:
+        weight = getattr(self.module, leaf)  # [experts, out, in], or transposed
+        out = routing.product(x, weight if self.module.is_transposed else weight.mT)
+        if not self.module.has_bias:
+            return out
+        return out + getattr(self.module, f"{leaf}_bias")[routing.expert].to(out.dtype)
 
 
 def up_name(module: nn.Module) -> str:
     """The name of A among the parameters of experts."""
     return "gate_up_proj" if module.has_gate else "up_proj"
-
-
-def route(chosen: Tensor, n_experts: int) -> list[tuple[Tensor, Tensor]]:
-    """The tokens of every expert, ascending, and the place of the expert among a token's choices.
-
-    Example: token 0 chose experts 1 and 0, token 1 chose 1 and 2. Expert 1 has tokens [0, 1], at
-    places [0, 0].
-
-    Args:
-        chosen: integers ``[tokens, k]``; numbers from ``n_experts`` on mean no expert.
-        n_experts: how many there are.
-    """
-    flat = chosen.flatten()  # [tokens * k], pair p is choice p % k of token p // k
-    order = flat.argsort(stable=True)  # stable: the tokens of one expert stay ascending
-    # What lies behind the last expert are pairs without one.
-    ends = torch.bincount(flat, minlength=n_experts)[:n_experts].cumsum(0).tolist()
-    k = chosen.shape[1]
-    pieces = order[: ends[-1]].tensor_split(ends[:-1])
-    return [(pairs // k, pairs % k) for pairs in pieces]
-
-
-def run_routed(
-    run: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    chosen: Tensor,
-    weights: Tensor,
-    n_experts: int,
-    *,
-    every: bool = False,
-) -> Tensor:
-    """Sum over each token's experts of their weight times their output, ``[tokens, hidden]``.
-
-    Args:
-        run: gives the output ``[n, hidden]`` of an expert (its number) for tokens (int64 ``[n]``).
-        x: hidden states ``[tokens, hidden]``.
-        chosen, weights: the experts of each token and what they are weighed with, ``[tokens, k]``.
-        n_experts: how many there are.
-        every: run those that no token chose too.
-    """
-    out = torch.zeros_like(x)
-    for expert, (token, place) in enumerate(route(chosen, n_experts)):
-        if every or len(token):
-            weighed = run(token, expert) * weights[token, place, None]  # [n, hidden]
-            # No token is here twice for one expert, so that the order of additions is fixed.
-            out.index_add_(0, token, weighed.to(out.dtype))
-    return out

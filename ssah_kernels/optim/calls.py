@@ -4,15 +4,14 @@ An operator takes lists. One call serves every parameter of one group, dtype, de
 count: a model with 300 trained parameters in bfloat16 is updated by one call, and by two if
 some of these parameters were added after the first step.
 
-A parameter is one entry of the lists. A parameter that holds experts, of which some units train, is
-one entry for each expert of this rank: its rows [experts, units, other] become matrices
-[units, other].
+A parameter is one entry of the lists. So is one that holds experts, of which some units train, if
+units are rows: [experts, units, other] becomes a matrix [experts * units, other]. If they are
+columns, it is one entry for each expert of this rank that trains.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -20,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ssah_kernels.sharded import Cut, is_sharded, local
-from ssah_kernels.sharded import cut as cut_into
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
@@ -69,13 +67,13 @@ class Call:
     def add_cut(self, p: Tensor, grad: Tensor, cut: Cut, state: dict[str, Any]) -> None:
         """Add what this rank has of a parameter: its rows [rows, ...], or pieces of them."""
         self.counted.append(state)
-        rows, own_grad = local(p), local(grad)
-        own_states = cut_state(state, cut.shapes)
-        for part, shape, own in zip(cut.parts, cut.shapes, own_states, strict=True):
-            if (is_sharded(p) or len(cut.parts) > 1) and not math.prod(shape):
+        pieces = cut.rows(local(p)), cut.rows(local(grad)), cut.state(state)
+        skips = is_sharded(p) or len(cut.parts) > 1
+        for part, shape, rows, own_grad, own in zip(cut.parts, cut.shapes, *pieces, strict=True):
+            if skips and not math.prod(shape):
                 continue  # other ranks have what trains, or other experts
-            self.params.append(part.rows(rows))
-            self.grads.append(part.rows(own_grad))
+            self.params.append(rows)
+            self.grads.append(own_grad)
             self.indices.append(part.index)
             self.dims.append(part.dim)
             self.states.append(own)
@@ -127,11 +125,3 @@ def count_of(step: Tensor) -> float:
     On a GPU it cannot be read. One tensor is one count there, and two tensors are taken for two.
     """
     return float(step) if on_host(step) else id(step)
-
-
-def cut_state(state: dict[str, Any], shapes: Sequence[torch.Size]) -> list[dict[str, Any]]:
-    """The state of every piece of a parameter, of ``shapes`` [trained, other]: views."""
-    if len(shapes) == 1:
-        return [state]
-    pieces = {name: cut_into(value, shapes) for name, value in state.items() if name != "step"}
-    return [{name: each[i] for name, each in pieces.items()} for i in range(len(shapes))]

@@ -180,6 +180,39 @@ def test_experts_resume(experts: int) -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("dim", [1, 2])
+def test_a_step_of_experts_makes_one_entry_of_rows_and_no_view_of_state_again(
+    dim: int, transposed: bool
+) -> None:
+    """Of experts that lie apart, the rows cannot be one matrix: they are an entry each."""
+    g = torch.Generator().manual_seed(0)
+    start, grad = (torch.randn(3, 4, 4, generator=g) for _ in range(2))
+    start = start.transpose(0, 1) if transposed else start
+    p = torch.nn.Parameter(start.clone(memory_format=torch.preserve_format))
+    trains = torch.tensor([[1, 0, 1, 0], [0, 0, 0, 0], [1, 1, 1, 1], [0, 1, 0, 0]]) > 0
+    trains = trains[: len(p), : p.shape[dim]]
+    optimizer = MaskedAdamW(
+        [{"params": [p], "indices": [trains.flatten().nonzero()[:, 0]], "dims": [(0, dim)]}],
+        lr=0.1,
+        weight_decay=0.0,
+    )
+    whole = torch.optim.AdamW([q := torch.nn.Parameter(start.clone())], lr=0.1, weight_decay=0.0)
+    for _ in range(3):
+        p.grad, q.grad = (grad.clone().view(q.shape) for _ in range(2))
+        optimizer.step()
+        whole.step()
+    mask = trains[:, :, None] if dim == 1 else trains[:, None]
+    torch.testing.assert_close(p.detach(), torch.where(mask, q.detach(), start))
+    assert torch.equal(p.detach()[~mask.expand_as(p)], start[~mask.expand_as(p)])
+    p.grad = grad.clone().view(p.shape)
+    (_, first), (_, again) = (optimizer._calls(optimizer.entries())[0] for _ in range(2))
+    assert len(first.params) == (1 if dim == 1 and not transposed else int(trains.any(1).sum()))
+    for name in ("exp_avg", "exp_avg_sq"):
+        for own, same in zip(first.state(name) or (), again.state(name) or (), strict=True):
+            assert own is same
+
+
 @pytest.mark.parametrize("way", ["in place", "by data"])
 def test_an_index_of_experts_that_was_changed_is_followed(way: str) -> None:
     """As one of other parameters is: unit 1 of each of two experts trains, and then unit 2."""

@@ -104,3 +104,26 @@ def test_a_layer_without_frozen_units_is_left_alone() -> None:
     with pytest.raises(ValueError, match=r"extra_parameters has .*gate_up_proj.*none of them"):
         train_only(model, units, extra_parameters=(up,))
     assert plan_of(model) is None
+
+
+def test_lent_slices_and_transforms_give_the_gradients_of_a_step() -> None:
+    model = build("gpt_oss", dtype=torch.float64)
+    with make(model, "train_only", draw(model)):
+        experts = model.model.layers[0].mlp.experts
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(7, 48, dtype=torch.float64, generator=g)
+        weights, chosen = torch.rand(7, 4, dtype=torch.float64, generator=g).topk(2)
+        own = {name: p.detach().clone() for name, p in experts.named_parameters()}
+
+        def loss(slices: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(experts, slices, (x, chosen, weights)).square().sum()
+
+        found = torch.func.grad(loss)(own)
+        lent = {name: value.clone().requires_grad_() for name, value in own.items()}
+        loss(lent).backward()
+        experts(x, chosen, weights).square().sum().backward()
+        trained = {name: p for name, p in experts.named_parameters() if p.requires_grad}
+        assert len(trained) == 3
+        for name, parameter in trained.items():
+            torch.testing.assert_close(found[name], parameter.grad)
+            torch.testing.assert_close(lent[name].grad, parameter.grad)

@@ -254,6 +254,10 @@ def test_experts_of_another_kind_are_refused() -> None:
     with pytest.raises(ValueError, match="normalises the output"):
         find_modules(model)
     experts.has_post_expert_norm = False
+    experts._is_expert_parallel = True
+    with pytest.raises(ValueError, match="has the experts of one rank"):
+        find_modules(model)
+    experts._is_expert_parallel = False
     experts.down_proj = nn.Parameter(torch.zeros(4, 7))
     with pytest.raises(ValueError, match="one matrix an expert"):
         find_modules(model)

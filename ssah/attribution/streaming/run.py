@@ -30,7 +30,7 @@ from ssah.attribution.result import METRICS, TOKENS, Attribution
 from ssah.attribution.scores import all_column_sq_norms, score_all
 from ssah.attribution.streaming.layers import LayeredModel, alone, on_device
 from ssah.attribution.streaming.resuming import FileState, MemoryState
-from ssah.attribution.sums import Sums, check_finite, check_ran, on_host
+from ssah.attribution.sums import Sums, check_finite, check_ran, new_sums, on_host
 from ssah.attribution.tally import BatchHash, Tally
 from ssah.attribution.watch import watching
 from ssah.choices import check_choice
@@ -187,7 +187,7 @@ def _run(
             layered.load(index, tensors)
             prefix = f"{layered.path}.{index}."
             own = {name: module for name, module in found.items() if name.startswith(prefix)}
-            sums = {name: Sums.zeros(module) for name, module in own.items()}
+            sums = new_sums(own)
             # Checked layer by layer: a NaN would reach all that follow, and be found hours later.
             with naming_weights(layered.model):
                 _run_layer(layered, index, own, sums, batches, done)

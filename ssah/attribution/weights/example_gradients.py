@@ -34,7 +34,7 @@ from ssah.attribution.forward_backward import run_batch
 from ssah.attribution.watch import Watch, check_recorded
 from ssah.attribution.weights.matrices import Matrix
 from ssah.models import passing_gradients, replaced_forward
-from ssah.units import DOWN, RoutedExperts, run_routed
+from ssah.units import DOWN, RoutedExperts, Routing
 
 _AT_ONCE = 1 << 20  # elements of a gradient that are made at a time on a CPU, to stay in its cache
 
@@ -123,21 +123,23 @@ class ExampleGradients:
             # x: [..., hidden]; chosen, weights: [..., top_k], the experts of each token.
             leading = x.shape[:-1]
             x, chosen, weights = (each.flatten(0, -2) for each in (x, chosen, weights))
-            documents = self._documents.to(x.device)
+            routing = Routing.of(chosen, routed.n_experts)
+            documents = self._documents.to(x.device)[routing.token]  # [pairs]
 
-            def run(token: Tensor, expert: int) -> Tensor:  # token: [n], ascending
-                spans = _spans(documents[token])
-                rows = x[token]  # [n, hidden]
-                out = routed.project(rows, expert)
-                if (up := own.get(routed.up)) is not None:
-                    out = self._tap(up.param, expert, rows, out, spans)
-                a = routed.gate(out)  # [n, n_units]
-                out = routed.put_out(a, expert)
-                if (down := own.get(DOWN)) is not None:
-                    out = self._tap(down.param, expert, a, out, spans)
-                return out
+            def tap(leaf: str, rows: Tensor, out: Tensor) -> Tensor:
+                # What enters one of the two matrices, and what it puts out: [pairs, ...] each.
+                if (matrix := own.get(leaf)) is None:
+                    return out
+                pieces = [
+                    self._tap(matrix.param, e, rows[a:b], out[a:b], _spans(documents[a:b]))
+                    for e, (a, b) in enumerate(routing.spans)
+                    if b > a
+                ]
+                return torch.cat(pieces) if pieces else out
 
-            out = run_routed(run, x, chosen, weights, routed.n_experts)
+            rows = x[routing.token]  # [pairs, hidden]
+            a = routed.gate(tap(routed.up, rows, routed.project(rows, routing)))
+            out = routing.weighed(tap(DOWN, a, routed.put_out(a, routing)), weights).to(x.dtype)
             return out.view(*leading, -1)
 
         return forward

@@ -22,12 +22,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ssah.attribution.batches import Batch
+from ssah.attribution.expert_sums import add_moments_
 from ssah.attribution.forward_backward import run_batch
-from ssah.attribution.sums import Sums, check_finite
+from ssah.attribution.sums import ExpertSums, Sums, check_finite, new_sums
 from ssah.attribution.watch import Watch, watching
 from ssah.attribution.weights.matrices import Matrix
 from ssah.models import device_of
-from ssah.units import DepthTwoModule, find_modules, route
+from ssah.units import DepthTwoModule, Routing, find_modules
 from ssah_kernels import ops
 from ssah_kernels.reference.channel_moments import merge_moments_
 
@@ -48,7 +49,7 @@ class InputNorms:
         found = find_modules(model).items()
         # What enters B is watched where scores of units watch it: that pass is the fastest one.
         self._watched = {name: m for name, m in found if m.output.param in matrices}
-        self.sums = {name: Sums.zeros(module) for name, module in self._watched.items()}
+        self.sums = new_sums(self._watched)
         # Matrix -> the sums of its input, one an expert.
         self._read = {param: self._sums_of(matrix) for param, matrix in matrices.items()}
         self._watch: Watch
@@ -61,8 +62,8 @@ class InputNorms:
             return own
         experts = matrix.shape[0] if matrix.routed else 1
         names = [f"{matrix.param}[{expert}]" for expert in range(experts)]
-        device = device_of(matrix.owner)
-        self.sums |= {name: Sums.of_width(matrix.n_inputs, device) for name in names}
+        layer = Sums.zeros((experts, matrix.n_inputs), device_of(matrix.owner))
+        self.sums |= {name: layer.of_expert(expert) for expert, name in enumerate(names)}
         return names
 
     @contextmanager
@@ -101,16 +102,17 @@ class InputNorms:
         return read
 
     def _experts_hook(self, matrix: Matrix) -> Any:
-        own = [self.sums[name] for name in self._read[matrix.param]]
+        first = self.sums[self._read[matrix.param][0]]
+        assert isinstance(first, ExpertSums)
+        layer = first.layer
 
         def read(module: nn.Module, args: tuple[Any, ...]) -> None:
             hidden, chosen = args[0].detach(), args[1]  # [..., hidden], [..., top_k]
             mask = self._watch.mask(hidden)
-            x = hidden.flatten(0, -2)  # [tokens, hidden]
-            flat = None if mask is None else mask.flatten()  # [tokens]
-            for sums, (token, _) in zip(own, route(chosen.flatten(0, -2), len(own)), strict=True):
-                counted = None if flat is None else flat[token]
-                ops.channel_moments_(x[token], sums.count, sums.mean, sums.m2, counted)
+            routing = Routing.of(chosen.flatten(0, -2), len(layer.count))
+            x = hidden.flatten(0, -2)[routing.token]  # [pairs, hidden]
+            counted = None if mask is None else mask.flatten()[routing.token]  # [pairs]
+            add_moments_(layer, x, routing, counted)
 
         return read
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ssah.attribution import BatchReader, Sums, column_sq_norms, watching
+from ssah.attribution import BatchReader, column_sq_norms, new_sums, watching
 from ssah.data import Collator, Encoded
 from ssah.models import as_it_was
 from ssah.storage import load_tensors, save_tensors
@@ -115,7 +115,7 @@ def row_moments(
         {name: torch.zeros(shape[name], dtype=torch.float64) for name in modules},
         {name: column_sq_norms(module) for name, module in modules.items()},
     )
-    sums = {name: Sums.zeros(module) for name, module in modules.items()}
+    sums = new_sums(modules)
     collator = Collator(tokenizer)
     reader = BatchReader(model, tokens=tokens)
     with (

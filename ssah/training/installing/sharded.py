@@ -8,7 +8,7 @@ two ranks holds ``[2, 6]``, of which columns 0, 2, 4 and 5 are frozen: unit-majo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,7 @@ from ssah.distributed import Ranks
 from ssah.models import digests
 from ssah.training.entries import Entries, TrainedSlice
 from ssah.training.splitting import complement_rows, unit_major
-from ssah_kernels.sharded import Part, check_layout, is_sharded, local, local_index, parts
+from ssah_kernels.sharded import check_layout, is_sharded, local, local_index
 
 
 def check_sharded(name: str, parameter: Tensor) -> None:
@@ -98,12 +98,14 @@ def clear_frozen_gradients(model: nn.Module, entries: Mapping[str, Entries]) -> 
             parameter = model.get_parameter(name)
             frozen = (~each.trains).nonzero()[:, 0].to(parameter.device)
             # Found once: where the entries lie on this rank does not change from step to step.
-            hook = partial(_clear, parts(parameter, frozen, each.along))
+            own, size = local_index(parameter, frozen, each.along), parameter.shape[each.dim]
+            places = (own // size, own % size) if each.experts else (own,)
+            hook = partial(_clear, each.dims, places)
             yield parameter.register_post_accumulate_grad_hook(hook)
 
 
-def _clear(pieces: Sequence[Part], parameter: Tensor) -> None:
+def _clear(dims: tuple[int, ...], places: tuple[Tensor, ...], parameter: Tensor) -> None:
     assert parameter.grad is not None
-    for part in pieces:
-        assert part.index is not None
-        part.rows(local(parameter.grad)).index_fill_(part.dim, part.index, 0)
+    grad = local(parameter.grad)
+    # [entries, ...], or [experts, entries of one, ...]
+    grad.movedim(dims, tuple(range(len(dims)))).index_put_(places, grad.new_zeros(()))

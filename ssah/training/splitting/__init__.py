@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ssah.training.splitting.masked_experts import check_no_hooks
 from ssah.training.splitting.masked_ffn import install_gated, uninstall_gated
 from ssah.training.splitting.masked_rows import check_rows_split, split_rows
 from ssah.training.splitting.masked_weights import check_weights_split, split_weights
@@ -14,7 +13,6 @@ from ssah.training.splitting.storage_order import complement_rows, runs, unit_ma
 __all__ = [
     "MaskedProjection",
     "SplitTensor",
-    "check_no_hooks",
     "check_rows_split",
     "check_weights_split",
     "complement_rows",
