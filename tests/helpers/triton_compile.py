@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -69,29 +70,32 @@ class Compiled:
         return len(re.findall(r"st\.global\S*\.(?:v4\.[bfu]32|v2\.[bfu]64)", self.ptx))
 
 
+@cache  # launches of different choices share the kernels that add their parts
+def disassembly(cubin: bytes) -> str:
+    """What cuobjdump prints of a cubin: the resources that each kernel uses, and its code."""
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        return subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(path)],
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout
+
+
 def compile_launch(launch: Launch, arch: int) -> Compiled:
     """Compile ``launch`` for sm_``arch``."""
     driver.set_active(TargetOnly(arch))
     kernel: Any = launch.kernel.warmup(*launch.args, grid=launch.grid, **launch.keywords)
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "kernel.cubin")
-        path.write_bytes(kernel.asm["cubin"])
-        usage, code = (
-            subprocess.run(
-                [knobs.nvidia.cuobjdump.path, option, str(path)],
-                check=True,
-                capture_output=True,
-                text=True,
-            ).stdout
-            for option in ("-res-usage", "-sass")
-        )
+    printed = disassembly(kernel.asm["cubin"])
     name = kernel.metadata.name
-    facts = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", usage)}
+    facts = {k: int(v) for k, v in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", printed)}
     return Compiled(
         name,
         kernel.asm["ptx"],
         facts["REG"],
         facts["STACK"] + facts["LOCAL"],
         kernel.metadata.shared,
-        cost(kernels(code)[name]),
+        cost(kernels(printed)[name]),
     )
