@@ -34,7 +34,7 @@ def libraries(scope: Scope, root: Path = ROOT) -> dict[str, Any]:
     wanted = scope.backends[0]
     if unusable(wanted) is None:
         return {"how": "they were there"}
-    wheels = sorted(root.glob("dist/ssah-*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted(root.glob("dist/ssah_kernels-*.whl"), key=lambda path: path.stat().st_mtime)
     if wheels:
         unpack(wheels[-1], root)
         if unusable(wanted) is None:

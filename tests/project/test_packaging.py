@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -89,44 +87,40 @@ def test_the_cuda_library_loads_and_finds_the_stream_of_a_cuda_torch() -> None:
 
 # ---------------------------------------------------------------------- source distributions
 
-GENERATED = {"PKG-INFO", "setup.cfg"}
-
-
-def copy_of_sources(folder: Path) -> Path:
-    """What git tracks, and a built library in each place where one may lie."""
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\n")[:-1]  # fmt: skip
-    for file in files:
-        if (ROOT / file).exists():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
-    for stale in ("ssah_kernels/_C.abi3.so", "ssah_kernels/_C.cpython-39.so", "csrc/old.so"):
-        (folder / stale).write_bytes(b"built elsewhere")
-    return folder
-
+GENERATED = re.compile(r"PKG-INFO|setup\.cfg|pyproject\.toml|ssah(_kernels)?\.egg-info/")
 
 needs_git = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout"
 )
 
 
-def build(command: str, source: Path, **environment: str) -> set[str]:
-    """The names in the archive that ``setup.py command`` makes, without the top folder's."""
-    out = source / "out"
+@pytest.fixture(scope="module")
+def checkout() -> set[str]:
+    """What a commit of this tree would hold."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+
+
+@pytest.fixture
+def staged(distributions: ModuleType, checkout: set[str], tmp_path: Path) -> Path:
+    """The sources of both, and a built library in each place where one may lie."""
+    distributions.stage(tmp_path, checkout)
+    for stale in ("ssah_kernels/_C.abi3.so", "ssah_kernels/_C.cpython-39.so", "csrc/old.so"):
+        (tmp_path / "ssah-kernels" / stale).write_bytes(b"built elsewhere")
+    return tmp_path
+
+
+def build(command: str, source: Path, **environment: str) -> Path:
+    """The archive that pip makes of these sources: ``sdist`` or ``wheel``."""
+    code = f"from setuptools import build_meta; build_meta.build_{command}('out')"
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", command, "--dist-dir", str(out)],
+        [sys.executable, "-c", code],
         cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (archive,) = out.iterdir()
-    if archive.suffix == ".whl":
-        assert archive.name.endswith("-py3-none-any.whl")
-        return set(zipfile.ZipFile(archive).namelist())
-    with tarfile.open(archive) as content:
-        names = [member.name for member in content.getmembers() if member.isfile()]
-    return {name.split("/", 1)[1] for name in names}
+    (archive,) = (source / "out").iterdir()
+    return archive
 
 
 @needs_git
@@ -141,32 +135,35 @@ def build(command: str, source: Path, **environment: str) -> set[str]:
         ),
     ],
 )
-def test_a_source_distribution_holds_everything(
-    environment: dict[str, str], tmp_path: Path
+def test_source_distributions_hold_everything(
+    environment: dict[str, str], staged: Path, distributions: ModuleType, checkout: set[str]
 ) -> None:
-    """Whatever the machine can compile that makes it, and nothing that was compiled."""
-    source = copy_of_sources(tmp_path / "source")
-    tracked = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    names = build("sdist", source, **environment)
-    assert {name for name in names if name.endswith(".so")} == set()
-    made = {name for name in names if name.startswith("ssah.egg-info/")} | GENERATED
-    compiled = {name for name in tracked if name.endswith(".so")}
-    assert names - made == tracked - compiled
+    """Whatever the machine can compile that makes them, and nothing that was compiled."""
+    held: set[str] = set()
+    for name in distributions.TOP:
+        archive = build("sdist", staged / name, **environment)
+        assert distributions.faults(archive) == []
+        names = {each for each in distributions.contents(archive) if not GENERATED.match(each)}
+        assert held & names <= {"LICENSE", "MANIFEST.in"}
+        held |= names
+    assert held == checkout - {"pyproject.toml"}
 
 
 @needs_git
-def test_a_pure_wheel_holds_no_library(tmp_path: Path) -> None:
-    source = copy_of_sources(tmp_path / "source")
-    names = build("bdist_wheel", source, SSAH_NO_EXTENSION="1")
+def test_wheels_that_need_no_compiler(staged: Path, distributions: ModuleType) -> None:
+    """ssah has none of the kernels' files, and its wheel is one for all machines."""
+    pure = build("wheel", staged / "ssah")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert distributions.faults(pure) == []
     assert {
-        "ssah_kernels/ops.py",
-        "ssah_kernels/py.typed",
+        "ssah/py.typed",
         "ssah/report/html/report.html.j2",
         "ssah/report/html/comparison.html.j2",
         "ssah/report/html/sorting.js",
-    } <= names
-    assert {name for name in names if not name.startswith(("ssah", "ssah_kernels"))} == set()
-    assert {name for name in names if name.endswith(".so")} == set()
+        "ssah/data/builtin/README.md",
+    } <= set(distributions.contents(pure))
+    kernels = build("wheel", staged / "ssah-kernels", SSAH_NO_EXTENSION="1")
+    assert distributions.faults(kernels) == [f"{kernels.name} has no library"]
 
 
 # ------------------------------------------------------------------------- what setup.py says
