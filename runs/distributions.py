@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNELS = re.compile(r"csrc/|ssah_kernels/|setup\.py$")
 SHARED = re.compile(r"(LICENSE|MANIFEST\.in)$")
 TOP = {"ssah-kernels": "ssah_kernels", "ssah": "ssah"}  # a distribution and its package
-# Where a machine keeps checkouts, homes and temporary files.
-OWN_PATH = re.compile(rb"/(?:home|root|tmp|work|Users)/[\w.-]+/[\w./-]*")
+# Where a machine keeps checkouts, homes and temporary files; "somebody" is the user of examples.
+OWN_PATH = re.compile(rb"/(?:home|root|tmp|work|Users)/(?!somebody/)[\w.-]+/[\w./-]*")
 
 
 def version() -> str:
