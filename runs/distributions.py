@@ -1,119 +1,131 @@
-"""The two distributions of this repository, each as a source tree of its own.
+"""The two distributions of this repository, ssah-kernels and ssah, for runs/release.sh.
 
-    python runs/distributions.py FOLDER
+    distributions.py stage DIR            their sources, in DIR/ssah-kernels and DIR/ssah
+    distributions.py check FILE...        sdists and wheels: what they hold and what they must not
 
-`ssah-kernels` has the operators, and needs torch alone. `ssah` is pure Python, and needs
-`ssah-kernels` of its own version. FOLDER/ssah-kernels and FOLDER/ssah are what pip builds them of:
-files that git knows, and a pyproject.toml that is made of this repository's. Both were one project
-while they are developed: `pip install -e .` installs them together.
+A checkout installs both at once (`pip install -e .`). Apart they are released: the pure part then
+needs the kernels of its own release.
 """
 
 from __future__ import annotations
 
-import json
+import email
+import re
+import runpy
 import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNELS, LIBRARY = "ssah-kernels", "ssah"
-# What each has of the repository, and the file that its page on an index shows.
-FILES = {
-    KERNELS: ("ssah_kernels", "csrc", "setup.py", "LICENSE"),
-    LIBRARY: ("ssah", "LICENSE", "CHANGELOG.md"),
-}
-README = {KERNELS: "ssah_kernels/README.md", LIBRARY: "README.md"}
-DESCRIPTION = "Fused operators for importance scores of units and masked optimiser steps."
-FOR_DEVELOPMENT = ("dev", "docs")  # extras of the checkout alone
+KERNELS = re.compile(r"csrc/|ssah_kernels/|setup\.py$")
+SHARED = re.compile(r"(LICENSE|MANIFEST\.in)$")
+TOP = {"ssah-kernels": "ssah_kernels", "ssah": "ssah"}  # a distribution and its package
+# Where a machine keeps checkouts, homes and temporary files; "somebody" is the user of examples.
+OWN_PATH = re.compile(rb"/(?:home|root|tmp|work|Users)/(?!somebody/)[\w.-]+/[\w./-]*")
 
 
-def described(project: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The table ``[project]`` of each distribution, of that of the repository."""
-    version = project["version"]
-    torch = [each for each in project["dependencies"] if each.startswith("torch")]
-    others = [each for each in project["dependencies"] if each not in torch]
-    extras = project["optional-dependencies"]
-    shared = {k: project[k] for k in ("version", "license", "license-files", "requires-python")}
-    return {
-        KERNELS: {
-            "name": KERNELS,
-            **shared,
-            "description": DESCRIPTION,
-            "readme": "README.md",
-            "keywords": ["triton", "cuda", "optimizer", "pruning", "fine-tuning"],
-            "dependencies": torch,
-            "optional-dependencies": {"triton": extras["triton"]},
-        },
-        LIBRARY: {
-            **project,
-            "dependencies": [f"{KERNELS}=={version}", *torch, *others],
-            "optional-dependencies": {
-                name: needs for name, needs in extras.items() if name not in FOR_DEVELOPMENT
-            },
-        },
-    }
+def version() -> str:
+    return str(runpy.run_path(str(ROOT / "ssah" / "version.py"))["__version__"])
 
 
-def toml(tables: dict[str, dict[str, Any]]) -> str:
-    """A file of tables, whose values are texts, lists of texts, or tables of these."""
-    parts = []
-    for name, table in tables.items():
-        # A text or a list of texts is written in TOML as in JSON.
-        plain = [f"{json.dumps(k)} = {json.dumps(v)}" for k, v in table.items() if not _table(v)]
-        parts.append("\n".join([f"[{name}]", *plain, ""]))
-        parts += [toml({f"{name}.{json.dumps(k)}": v}) for k, v in table.items() if _table(v)]
-    return "\n".join(parts)
+def tracked(root: Path = ROOT) -> list[str]:
+    """What git knows of and is there."""
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=root, capture_output=True, text=True, check=True
+    )
+    return [name for name in listed.stdout.splitlines() if (root / name).is_file()]
 
 
-def _table(value: Any) -> bool:
-    return isinstance(value, dict)
+def replaced(text: str, old: str, new: str) -> str:
+    if text.count(old) != 1:
+        sys.exit(f"pyproject.toml must have this text once: {old}")
+    return text.replace(old, new)
 
 
-def write(folder: Path, root: Path = ROOT) -> dict[str, Path]:
-    """Write both source trees into ``folder``; what is there of an earlier call is replaced."""
-    whole = tomllib.loads((root / "pyproject.toml").read_text())
-    build, setuptools = whole["build-system"], whole["tool"]["setuptools"]
-    of_kernels = {KERNELS: build["requires"], LIBRARY: build["requires"][:1]}
-    trees = {}
-    for name, project in described(whole["project"]).items():
-        tree = trees[name] = folder / name
-        shutil.rmtree(tree, ignore_errors=True)
-        tree.mkdir(parents=True)
-        for file in tracked(root, FILES[name]):
-            (tree / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(root / file, tree / file)
-        shutil.copy(root / README[name], tree / "README.md")
-        package = FILES[name][0]
-        tables = {
-            "build-system": {**build, "requires": of_kernels[name]},
-            "project": project,
-            "tool.setuptools.packages.find": {"include": [f"{package}*"]},
-            "tool.setuptools.package-data": setuptools["package-data"],
-        }
-        (tree / "pyproject.toml").write_text(toml(tables))
-        if name == KERNELS:
-            (tree / "MANIFEST.in").write_text("graft csrc\nglobal-exclude *.so *.py[cod]\n")
-    return trees
+def without_kernels(pyproject: str) -> str:
+    """The pyproject.toml of ssah alone: nothing to compile, and the kernels of its release."""
+    requires = re.search(r"^requires = .*$", pyproject, re.MULTILINE)
+    assert requires is not None
+    pyproject = replaced(pyproject, requires[0], 'requires = ["setuptools>=77"]')
+    first = "\ndependencies = [\n"
+    return replaced(pyproject, first, f'{first}  "ssah-kernels=={version()}",\n')
 
 
-def tracked(root: Path, paths: tuple[str, ...]) -> list[str]:
-    """Files of these paths that git knows, or will know."""
-    found = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "--", *paths],
-        cwd=root, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [line for line in found.stdout.splitlines() if (root / line).is_file()]
+def stage(folder: Path, names: Iterable[str]) -> None:
+    """Put the sources of each distribution into a folder of its name."""
+    for name in names:
+        owners = ["ssah-kernels"] if KERNELS.match(name) else ["ssah"]
+        for owner in TOP if SHARED.match(name) else owners:
+            (folder / owner / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / owner / name)
+    pyproject = folder / "ssah" / "pyproject.toml"
+    pyproject.write_text(without_kernels(pyproject.read_text()))
+    kernels = (ROOT / "csrc" / "kernels.toml").read_text()
+    (folder / "ssah-kernels" / "pyproject.toml").write_text(
+        replaced(kernels, "@VERSION@", version())
+    )
+
+
+def contents(archive: Path) -> dict[str, bytes]:
+    """The files of an sdist, without its top folder, or of a wheel."""
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return {name: wheel.read(name) for name in wheel.namelist() if name[-1] != "/"}
+    with tarfile.open(archive) as sdist:
+        files = [(member, sdist.extractfile(member)) for member in sdist if member.isfile()]
+        return {member.name.split("/", 1)[1]: file.read() for member, file in files if file}
+
+
+def faults(archive: Path) -> list[str]:
+    """What is wrong with an sdist or a wheel, a line each."""
+    files = contents(archive)
+    wheel = archive.suffix == ".whl"
+    described = [name for name in files if re.fullmatch(r"(PKG-INFO|[^/]*/METADATA)", name)]
+    if len(described) != 1:
+        return [f"{archive.name} is neither an sdist nor a wheel"]
+    facts = email.message_from_bytes(files[described[0]])
+    package = TOP[facts["Name"]]
+    found = []
+    if facts["Version"] != version():
+        found.append(f"is of release {facts['Version']}, not {version()}")
+    for licence in facts.get_all("License-File", []):
+        place = described[0].replace("METADATA", "licenses/") if wheel else ""
+        if place + licence not in files:
+            found.append(f"lacks {licence}")
+    if "LICENSE" not in facts.get_all("License-File", []):
+        found.append("names no LICENSE")
+    if f"{package}/__init__.py" not in files or f"{package}/py.typed" not in files:
+        found.append(f"lacks {package}/ or its py.typed")
+    pin = f"ssah-kernels=={version()}"
+    if package == "ssah" and pin not in facts.get_all("Requires-Dist", []):
+        found.append(f"does not need {pin}")
+    compiled = sorted(name for name in files if name.endswith((".so", ".o", ".pyc")))
+    expected = wheel and package == "ssah_kernels"
+    if bool(compiled) != expected:
+        found.append(f"has compiled files: {compiled}" if compiled else "has no library")
+    if wheel:
+        found += [
+            f"has {name}, which is not of {package}/"
+            for name in files
+            if not re.match(rf"{package}/|[^/]*\.dist-info/", name)
+        ]
+        found += [
+            f"has the path {path.decode()} in {name}"
+            for name, content in files.items()
+            for path in sorted(set(OWN_PATH.findall(content)))
+        ]
+    return [f"{archive.name} {fault}" for fault in found]
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
+    if len(sys.argv) == 3 and sys.argv[1] == "stage":
+        stage(Path(sys.argv[2]), tracked())
+    elif len(sys.argv) > 2 and sys.argv[1] == "check":
+        if found := [line for name in sys.argv[2:] for line in faults(Path(name))]:
+            sys.exit("\n".join(found))
+    else:
         sys.exit(__doc__)
-    for tree in write(Path(sys.argv[1])).values():
-        print(tree)

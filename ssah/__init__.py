@@ -7,6 +7,7 @@ imported when they are first used, and so is every submodule, so that `import ss
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,10 @@ from ssah.lazy import submodules_of
 from ssah.moved import accept
 from ssah.version import __version__ as __version__
 
+if find_spec("ssah_kernels") is None:
+    raise ImportError(
+        f"ssah needs the operators of its release: pip install ssah-kernels=={__version__}"
+    )
 leave_out_notes()  # before anything imports transformers
 accept()
 

@@ -12,9 +12,10 @@ from ssah_kernels.backends import native
 
 LIBRARY = native.FOLDER / "_C.abi3.so"
 HOW_TO_BUILD = (
-    "this installation has no compiled extension. Install a C++17 compiler (Debian: apt-get "
-    "install g++) and run `pip install --no-build-isolation -e .` without SSAH_NO_EXTENSION; or "
-    "set SSAH_BACKEND=reference for the slow float64 implementation"
+    "this installation has no compiled extension. Install the wheel of ssah-kernels; or install a "
+    "C++17 compiler (Debian: apt-get install g++) and run `pip install --no-build-isolation -e .` "
+    "in the sources without SSAH_NO_EXTENSION; or set SSAH_BACKEND=reference for the "
+    "slow float64 implementation"
 )
 
 _schemas = native.define("ssah_cpu")  # kept: torch forgets the operators with the object

@@ -122,7 +122,7 @@ def test_a_fork_gives_back_what_it_found() -> None:
 def a_wheel(root: Path) -> None:
     (root / "dist").mkdir()
     with zipfile.ZipFile(
-        root / "dist" / "ssah_kernels-0.1-cp310-abi3-linux_x86_64.whl", "w"
+        root / "dist" / "ssah_kernels-0.2-cp310-abi3-linux_x86_64.whl", "w"
     ) as wheel:
         wheel.writestr("ssah_kernels/_C_cuda.abi3.so", "library")
         wheel.writestr("ssah_kernels/ops.py", "not this")
@@ -132,7 +132,7 @@ def a_wheel(root: Path) -> None:
     ("serves", "wheel", "how"),
     [
         ([True], True, "they were there"),
-        ([False, True], True, "from ssah_kernels-0.1-cp310-abi3-linux_x86_64.whl"),
+        ([False, True], True, "from ssah_kernels-0.2-cp310-abi3-linux_x86_64.whl"),
         ([False, False, True], True, "built here"),
         ([False, True], False, "built here"),
         ([False, False], False, "Triton alone"),

@@ -8,8 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,9 +15,7 @@ from types import ModuleType
 import pytest
 import torch
 from setuptools import Distribution, Extension
-from setuptools.config.pyprojecttoml import load_file as read_configuration
 
-import ssah
 from ssah_kernels.backends import cpu, cuda
 from ssah_kernels.schema import KERNELS
 
@@ -91,44 +87,40 @@ def test_the_cuda_library_loads_and_finds_the_stream_of_a_cuda_torch() -> None:
 
 # ---------------------------------------------------------------------- source distributions
 
-GENERATED = {"PKG-INFO", "setup.cfg"}
-
-
-def copy_of_sources(folder: Path) -> Path:
-    """What git tracks, and a built library in each place where one may lie."""
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"],
-        cwd=ROOT, capture_output=True, text=True, check=True,
-    ).stdout.split("\n")[:-1]  # fmt: skip
-    for file in files:
-        if (ROOT / file).exists():
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / file, folder / file)
-    for stale in ("ssah_kernels/_C.abi3.so", "ssah_kernels/_C.cpython-39.so", "csrc/old.so"):
-        (folder / stale).write_bytes(b"built elsewhere")
-    return folder
-
+GENERATED = re.compile(r"PKG-INFO|setup\.cfg|pyproject\.toml|ssah(_kernels)?\.egg-info/")
 
 needs_git = pytest.mark.skipif(
     shutil.which("git") is None or not (ROOT / ".git").exists(), reason="not a git checkout"
 )
 
 
-def build(command: str, source: Path, **environment: str) -> set[str]:
-    """The names in the archive that ``setup.py command`` makes, without the top folder's."""
-    out = source / "out"
+@pytest.fixture(scope="module")
+def checkout() -> set[str]:
+    """What a commit of this tree would hold."""
+    command = ["git", "ls-files", "-co", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return {name for name in listed.stdout.splitlines() if (ROOT / name).is_file()}
+
+
+@pytest.fixture
+def staged(distributions: ModuleType, checkout: set[str], tmp_path: Path) -> Path:
+    """The sources of both, and a built library in each place where one may lie."""
+    distributions.stage(tmp_path, checkout)
+    for stale in ("ssah_kernels/_C.abi3.so", "ssah_kernels/_C.cpython-39.so", "csrc/old.so"):
+        (tmp_path / "ssah-kernels" / stale).write_bytes(b"built elsewhere")
+    return tmp_path
+
+
+def build(command: str, source: Path, **environment: str) -> Path:
+    """The archive that pip makes of these sources: ``sdist`` or ``wheel``."""
+    code = f"from setuptools import build_meta; build_meta.build_{command}('out')"
     done = subprocess.run(
-        [sys.executable, "setup.py", "-q", command, "--dist-dir", str(out)],
+        [sys.executable, "-c", code],
         cwd=source, env={**os.environ, **environment}, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    (archive,) = out.iterdir()
-    if archive.suffix == ".whl":
-        assert archive.name.endswith("-py3-none-any.whl")
-        return set(zipfile.ZipFile(archive).namelist())
-    with tarfile.open(archive) as content:
-        names = [member.name for member in content.getmembers() if member.isfile()]
-    return {name.split("/", 1)[1] for name in names}
+    (archive,) = (source / "out").iterdir()
+    return archive
 
 
 @needs_git
@@ -143,114 +135,35 @@ def build(command: str, source: Path, **environment: str) -> set[str]:
         ),
     ],
 )
-def test_a_source_distribution_holds_everything(
-    environment: dict[str, str], tmp_path: Path
+def test_source_distributions_hold_everything(
+    environment: dict[str, str], staged: Path, distributions: ModuleType, checkout: set[str]
 ) -> None:
-    """Whatever the machine can compile that makes it, and nothing that was compiled."""
-    source = copy_of_sources(tmp_path / "source")
-    tracked = {str(path.relative_to(source)) for path in source.rglob("*") if path.is_file()}
-    names = build("sdist", source, **environment)
-    assert {name for name in names if name.endswith(".so")} == set()
-    made = {name for name in names if name.startswith("ssah.egg-info/")} | GENERATED
-    compiled = {name for name in tracked if name.endswith(".so")}
-    assert names - made == tracked - compiled
+    """Whatever the machine can compile that makes them, and nothing that was compiled."""
+    held: set[str] = set()
+    for name in distributions.TOP:
+        archive = build("sdist", staged / name, **environment)
+        assert distributions.faults(archive) == []
+        names = {each for each in distributions.contents(archive) if not GENERATED.match(each)}
+        assert held & names <= {"LICENSE", "MANIFEST.in"}
+        held |= names
+    assert held == checkout - {"pyproject.toml"}
 
 
 @needs_git
-def test_a_pure_wheel_holds_no_library(tmp_path: Path) -> None:
-    source = copy_of_sources(tmp_path / "source")
-    names = build("bdist_wheel", source, SSAH_NO_EXTENSION="1")
+def test_wheels_that_need_no_compiler(staged: Path, distributions: ModuleType) -> None:
+    """ssah has none of the kernels' files, and its wheel is one for all machines."""
+    pure = build("wheel", staged / "ssah")
+    assert pure.name.endswith("-py3-none-any.whl")
+    assert distributions.faults(pure) == []
     assert {
-        "ssah_kernels/ops.py",
-        "ssah_kernels/py.typed",
+        "ssah/py.typed",
         "ssah/report/html/report.html.j2",
         "ssah/report/html/comparison.html.j2",
         "ssah/report/html/sorting.js",
-    } <= names
-    assert {name for name in names if not name.startswith(("ssah", "ssah_kernels"))} == set()
-    assert {name for name in names if name.endswith(".so")} == set()
-
-
-# ------------------------------------------------------------------------------ two distributions
-
-
-@pytest.fixture(scope="module")
-def trees(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The source trees of `ssah-kernels` and `ssah`."""
-    path = ROOT / "runs" / "distributions.py"
-    spec = importlib.util.spec_from_file_location("distributions", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.write(tmp_path_factory.mktemp("trees"))
-
-
-@needs_git
-def test_a_distribution_is_described_by_the_project(trees: dict[str, Path]) -> None:
-    tables = {name: read_configuration(tree / "pyproject.toml") for name, tree in trees.items()}
-    kernels, library = (tables[name]["project"] for name in ("ssah-kernels", "ssah"))
-    whole = read_configuration(ROOT / "pyproject.toml")["project"]
-    assert kernels["dependencies"] == ["torch>=2.10"]
-    assert library["dependencies"][0] == f"ssah-kernels=={whole['version']}"
-    assert set(library["dependencies"][1:]) == set(whole["dependencies"])
-    assert {kernels["version"], library["version"]} == {whole["version"], ssah.__version__}
-    assert library["entry-points"] == whole["entry-points"]
-    extras = set(whole["optional-dependencies"]) - {"dev", "docs"}
-    assert set(library["optional-dependencies"]) == extras
-
-
-@needs_git
-def test_each_distribution_is_whole_and_has_its_own_files(trees: dict[str, Path]) -> None:
-    for name, folder in (("ssah-kernels", "ssah_kernels"), ("ssah", "ssah")):
-        own = {str(path.relative_to(trees[name])) for path in trees[name].rglob("*.py")}
-        wanted = {str(path.relative_to(ROOT)) for path in (ROOT / folder).rglob("*.py")}
-        assert wanted <= own
-        assert not [file for file in own if file.startswith(("tests", "benchmarks"))]
-        assert (trees[name] / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
-    assert not (trees["ssah"] / "setup.py").exists()
-    assert not (trees["ssah"] / "ssah_kernels").exists()
-    names = build("sdist", trees["ssah-kernels"], SSAH_NO_EXTENSION="1")
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.[ch]*")}
-    assert {name for name in sources if "__pycache__" not in name} <= names
-
-
-@needs_git
-@pytest.mark.parametrize(
-    ("spoil", "says"),
-    [
-        (lambda names: names.pop("ssah/py.typed"), "ssah/py.typed is missing"),
-        (lambda names: names.update({"tests/cases.py": b""}), "tests/cases.py is not of this"),
-        (lambda names: names.update({"ssah/_C.so": b""}), "ssah/_C.so is compiled"),
-        (lambda names: names.update({"ssah/x.py": b"/here/x"}), "ssah/x.py holds the path of"),
-    ],
-)
-def test_what_may_not_be_in_a_wheel_is_named(
-    spoil: Callable[[dict[str, bytes]], object], says: str, tmp_path: Path
-) -> None:
-    names = {
-        "ssah/py.typed": b"",
-        "ssah/report/html/report.html.j2": b"",
-        "ssah/data/builtin/safety.jsonl": b"",
-        "ssah-0.2.0.dist-info/licenses/LICENSE": b"",
-    }
-    kernels = {
-        "ssah_kernels/_C.abi3.so": b"",
-        "ssah_kernels/py.typed": b"",
-        "ssah_kernels-0.2.0.dist-info/licenses/LICENSE": b"",
-    }
-
-    def check() -> str:
-        for wheel, content in (("ssah", names), ("ssah_kernels", kernels)):
-            with zipfile.ZipFile(tmp_path / f"{wheel}-0.2.0-py3-none-any.whl", "w") as archive:
-                for name, data in content.items():
-                    archive.writestr(name, data)
-        script = [sys.executable, str(ROOT / "runs" / "check_wheels.py"), str(tmp_path), "/here"]
-        return subprocess.run(script, capture_output=True, text=True, check=False).stderr
-
-    assert check() == ""
-    spoil(names)
-    assert says in check()
+        "ssah/data/builtin/README.md",
+    } <= set(distributions.contents(pure))
+    kernels = build("wheel", staged / "ssah-kernels", SSAH_NO_EXTENSION="1")
+    assert distributions.faults(kernels) == [f"{kernels.name} has no library"]
 
 
 # ------------------------------------------------------------------------- what setup.py says
