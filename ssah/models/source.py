@@ -76,7 +76,8 @@ def locate(name: str) -> Source:
     if "/" in name and path.parent.is_dir() and not _is_cached(name):
         raise ModelError(
             f"model is {name!r}: there is no such folder or file{_near(path)}, though there is a "
-            f"folder {str(path.parent)!r}; for the hub id of that name, start in another folder"
+            f"folder {str(path.parent)!r}; for the hub id of that name, fetch it first, with "
+            f"`hf download {name}`, or start in another folder"
         )
     return Source(name, None, False)
 

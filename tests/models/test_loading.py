@@ -39,7 +39,7 @@ def test_a_mistyped_folder_is_refused_at_once(
     assert locate("runs/aligned").local
     for wrong, message in (
         ("runs/aligend", r"file \(there is 'runs/aligned'\), though there is a folder 'runs'; for"),
-        ("runs/another", r"no such folder or file, though there is a folder 'runs'"),
+        ("runs/another", r"though there is a folder 'runs'; .* `hf download runs/another`"),
         ("./runs/alined", r"file \(there is 'runs/aligned'\), and it does not have the form of"),
         (str(tmp_path / "run" / "x"), r"no such folder or file, and it does not have the form of"),
     ):
