@@ -78,10 +78,8 @@ def test_alpaca_is_a_json_list(tmp_path):
 def test_the_target_of_an_attack_is_no_response(tmp_path):
     path = tmp_path / "advbench.csv"
     path.write_text(ADVBENCH)
-    with pytest.raises(
-        DataError,
-        match=r"advbench\.csv:2: no response: .*--response-column.*no re.*`ssah refusals` writes",
-    ):
+    message = r"advbench\.csv:2: no response: .*--response-column.*no re.*`ssah refusals` writes"
+    with pytest.raises(DataError, match=message):
         load_rows(path)
     rows = load_rows(path, response_column="target")
     assert [row["completion"] for row in rows] == ["Sure, here is", "Sure"]

@@ -58,9 +58,9 @@ def test_a_model_that_is_not_on_the_hub_may_be_a_mistyped_folder(
     message = r"'modle' cannot be loaded: no folder here has that name \(there is 'model'\); on the"
     with pytest.raises(ModelError, match=message), loading_errors("modle"):
         raise OSError("not found")
-    with pytest.raises(ModelError, match=r"'model' cannot be loaded: not found$"):
-        with loading_errors("model"):
-            raise OSError("not found")
+    there = pytest.raises(ModelError, match=r"'model' cannot be loaded: not found$")
+    with there, loading_errors("model"):
+        raise OSError("not found")
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:
