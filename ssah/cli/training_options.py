@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ssah.cli.selecting import check_selected, selected_in
 from ssah.settings import check_settings, setting
-from ssah.studies.evaluate import EvaluateSettings
+from ssah.studies.evaluate import EvaluateSettings, answer_tokens
 
 if TYPE_CHECKING:
     from ssah.choices import Shared
@@ -72,9 +72,7 @@ class AskedSafety:
     over_refusal: str = _safety("builtin:overrefusal", "Harmless but dangerous-looking, or `none`.")
     # What `ssah evaluate` does where nothing else is said, so that figures compare.
     judge: str = _safety(EvaluateSettings.judges[0], "As `ssah evaluate` takes it.")
-    max_new_tokens: int = _safety(
-        EvaluateSettings.max_new_tokens, "Of an answer; `wei2024` needs 40.", min=1
-    )
+    max_new_tokens: int = answer_tokens(panel="Is it still safe?")
 
     def __post_init__(self) -> None:
         check_settings(self)

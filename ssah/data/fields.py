@@ -27,7 +27,8 @@ _AFTER = ("input", "context")  # of an instruction or question, after it
 _BEFORE = "contextstring"  # of a behavior of HarmBench, before it, as HarmBench joins them
 _NOT_A_RESPONSE = (
     " ('target' of AdvBench and JailbreakBench is how a model begins that complies: it is no "
-    "refusal, and taken for a response only where it is named)"
+    "refusal, and taken for a response only where it is named; `ssah refusals` writes the "
+    "model's own refusals of such requests)"
 )
 
 

@@ -69,6 +69,11 @@ def _read_csv(path: Path, separator: str) -> Iterator[tuple[str, Any]]:
         rows = csv.reader(file, delimiter=separator, strict=True)
         try:
             header = next(rows, [])
+            if len(header) == 1 and ";" in header[0]:  # as spreadsheets save it in some countries
+                raise DataError(
+                    f"{path}:1: the header is {header[0]!r}, in one cell: a {path.suffix} is "
+                    f"separated by {separator!r}, and not by ';'"
+                )
             for name in header:
                 if header.count(name) > 1:
                     raise DataError(f"{path}:1: the header names the column {name!r} twice")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,17 @@ def loading_errors(
         reason = " ".join(str(error).split()) or type(error).__name__
         if not isinstance(error, OSError | ValueError | ImportError):
             reason = f"{type(error).__name__}: {reason}"
+        # "alined" may be a model of the Hub, so that it was looked for there.
+        if not Path(name).exists() and near(Path(name)):
+            reason = f"no folder here has that name{near(Path(name))}; on the Hub: {reason}"
         raise ModelError(message.format(name=name, reason=reason)) from error
+
+
+def near(path: Path) -> str:
+    """What the folder of ``path`` has instead, under a name that is nearly the same; or nothing."""
+    there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
+    found = difflib.get_close_matches(path.name, there, n=1)
+    return f" (there is {str(path.parent / found[0])!r})" if found else ""
 
 
 def whole(cls: Any, source: str, **options: object) -> PreTrainedModel:

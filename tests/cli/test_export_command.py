@@ -91,6 +91,12 @@ def test_an_importance_matrix(tiny_chat_folder: Path, tmp_path: Path) -> None:
     assert found["tokens"] == 12
     tensors = {each.name for each in gguf.GGUFReader(tmp_path / "imatrix.gguf").tensors}
     assert tensors == {f"{w}.{part}" for w in found["weights"] for part in ("in_sum2", "counts")}
-    code, _, error = run(tiny_chat_folder, *words, "--change", "runs/update")
-    assert code == 2
-    assert "no two of them" in error
+    for more, message in (
+        (("--change", "runs/update"), "no two of them"),
+        (("--max-rank", 512), "max_rank is 512, must be left out with --imatrix"),
+        (("--dtype", "bfloat16"), "dtype is 'bfloat16', must be left out with --imatrix"),
+        (("--base", "smollm2"), "base is 'smollm2', must be left out with --imatrix"),
+    ):
+        code, _, error = run(tiny_chat_folder, *words, *more)
+        assert code == 2
+        assert message in error

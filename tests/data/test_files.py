@@ -78,12 +78,18 @@ def test_alpaca_is_a_json_list(tmp_path):
 def test_the_target_of_an_attack_is_no_response(tmp_path):
     path = tmp_path / "advbench.csv"
     path.write_text(ADVBENCH)
-    with pytest.raises(
-        DataError, match=r"advbench\.csv:2: no response: .*--response-column.*no re"
-    ):
+    message = r"advbench\.csv:2: no response: .*--response-column.*no re.*`ssah refusals` writes"
+    with pytest.raises(DataError, match=message):
         load_rows(path)
     rows = load_rows(path, response_column="target")
     assert [row["completion"] for row in rows] == ["Sure, here is", "Sure"]
+
+
+def test_a_csv_with_semicolons_is_named(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("prompt;completion\nHi;Hello.\n")
+    with pytest.raises(DataError, match=r"rows\.csv:1: .* is separated by ',', and not by ';'"):
+        load_rows(path)
 
 
 def test_columns_are_named(tmp_path):

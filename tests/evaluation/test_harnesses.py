@@ -145,13 +145,15 @@ def test_a_task_of_lm_eval(
     options = f"pretrained={folder},groups={groups},ablate=scu,dtype=float32"
     words = ["lm_eval", "run", "--model", "ssah", "--model_args", options, "--tasks", "birds"]
     words += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
-    wrong = [f"pretrained={tmp_path / 'none'}" if each == options else each for each in words]
-    monkeypatch.setattr("sys.argv", wrong)
-    with pytest.raises(SystemExit) as stopped:
-        command.main()
-    assert stopped.value.code == 2
-    last = capsys.readouterr().err.splitlines()[-1]
-    assert last.startswith(f"error: model is '{tmp_path / 'none'}': there is no such folder")
+    for given, message in (
+        (f"pretrained={tmp_path / 'none'}", f"model is '{tmp_path / 'none'}': there is no such"),
+        ("dtype=float32", "pretrained is missing: --model_args must have pretrained=MODEL"),
+    ):
+        monkeypatch.setattr("sys.argv", [given if each == options else each for each in words])
+        with pytest.raises(SystemExit) as stopped:
+            command.main()
+        assert stopped.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {message}")
     monkeypatch.setattr("sys.argv", [*words, "--log_samples"])
     command.main()
     (log,) = (tmp_path / "out").rglob("samples_birds_*.jsonl")

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from ssah.attribution import Attribution
 from ssah.models import Checkpoint, ModelError, load_model, locate, quiet
+from ssah.models.checks import loading_errors
 
 LACKING = "model.layers.0.mlp.down_proj.weight"
 
@@ -39,7 +40,7 @@ def test_a_mistyped_folder_is_refused_at_once(
     assert locate("runs/aligned").local
     for wrong, message in (
         ("runs/aligend", r"file \(there is 'runs/aligned'\), though there is a folder 'runs'; for"),
-        ("runs/another", r"no such folder or file, though there is a folder 'runs'"),
+        ("runs/another", r"though there is a folder 'runs'; .* `hf download runs/another`"),
         ("./runs/alined", r"file \(there is 'runs/aligned'\), and it does not have the form of"),
         (str(tmp_path / "run" / "x"), r"no such folder or file, and it does not have the form of"),
     ):
@@ -48,6 +49,18 @@ def test_a_mistyped_folder_is_refused_at_once(
     # What may be on the Hub alone is still looked for there.
     for name in ("gpt2", "openai-community/gpt2", "runs/cached"):
         assert not locate(name).local
+
+
+def test_a_model_that_is_not_on_the_hub_may_be_a_mistyped_folder(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder.parent)
+    message = r"'modle' cannot be loaded: no folder here has that name \(there is 'model'\); on the"
+    with pytest.raises(ModelError, match=message), loading_errors("modle"):
+        raise OSError("not found")
+    there = pytest.raises(ModelError, match=r"'model' cannot be loaded: not found$")
+    with there, loading_errors("model"):
+        raise OSError("not found")
 
 
 def rewrite(folder: Path, change: dict[str, torch.Tensor | None]) -> None:

@@ -47,8 +47,11 @@ def export(
         ),
     ] = None,
     max_rank: Annotated[
-        int, typer.Option("--max-rank", min=1, help="Refuse a larger rank; vLLM serves 512.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            "--max-rank", min=1, help="Of an adapter: refuse a larger rank; default: 512, as vLLM."
+        ),
+    ] = None,
     weights: Weights,
 ) -> Result:
     """Write an update or an ablation as an exact LoRA adapter, or scores for llama.cpp.
@@ -65,14 +68,16 @@ def export(
 
     _check_one(change, groups, units, imatrix)
     if imatrix is not None:
+        _check_unused(max_rank, weights)
         return _importance_matrix(model, imatrix, out, weights)
     # Groups are read before the model is loaded, which may take minutes.
     what: Any = check_selected(units, groups, "units") if units else change
     base, _ = weights.load(model)
     if what is None and units:
         what = selected_in(base, units, groups, "all")
+    limit = {} if max_rank is None else {"max_rank": max_rank}
     with quiet():  # a tuned model is loaded, too
-        made = ssah.export_lora(what, out, base=base, max_rank=max_rank)
+        made = ssah.export_lora(what, out, base=base, **limit)
     exact = "all, bit for bit, once merged"
     if made.inexact:
         exact = f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"
@@ -116,3 +121,14 @@ def _check_one(
             "either --change (what was trained), --units (what is ablated) or --imatrix (scores) "
             "must be given, and no two of them; --groups is for --units"
         )
+
+
+def _check_unused(max_rank: int | None, weights: Weights) -> None:
+    """What says how an adapter is made would change nothing of an importance matrix."""
+    given = {name: getattr(weights, name) for name in ("dtype", "device", "base")}
+    for name, value in {"max_rank": max_rank, **given}.items():
+        if value != getattr(Weights, name, None):
+            raise ValueError(
+                f"{name} is {value!r}, must be left out with --imatrix: no weight is read, and no "
+                "adapter is made"
+            )

@@ -40,7 +40,7 @@ class LmEvalModel(HFLM):
 
     def __init__(
         self,
-        pretrained: str,
+        pretrained: str | None = None,
         *,
         update: str | None = None,
         groups: str | None = None,
@@ -50,6 +50,11 @@ class LmEvalModel(HFLM):
         trust_remote_code: bool = False,
         **options: Any,
     ) -> None:
+        if pretrained is None:
+            raise ValueError(
+                "pretrained is missing: --model_args must have pretrained=MODEL, a folder, a .gguf "
+                "or a hub id"
+            )
         # The command passes cuda:0 where nobody chose, and lm-eval's own model then looks, too.
         if device is None or (device == "cuda:0" and not torch.cuda.is_available()):
             device = "auto"

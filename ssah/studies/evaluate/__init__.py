@@ -8,12 +8,12 @@ from ssah.lazy import names_of
 
 if TYPE_CHECKING:
     from ssah.studies.evaluate.run import run_evaluation
-    from ssah.studies.evaluate.settings import EvaluateSettings
+    from ssah.studies.evaluate.settings import EvaluateSettings, answer_tokens
 
-__all__ = ["EvaluateSettings", "run_evaluation"]
+__all__ = ["EvaluateSettings", "answer_tokens", "run_evaluation"]
 
 __getattr__ = names_of(
     __name__,
     run="run_evaluation",
-    settings="EvaluateSettings",
+    settings="EvaluateSettings answer_tokens",
 )

@@ -9,6 +9,9 @@ from ssah.settings import check_settings, setting
 
 _measuring = partial(setting, panel="Measuring")
 
+# How long a judged answer is, in every command that has answers judged.
+answer_tokens = partial(setting, 64, "Of an answer; `wei2024` needs 40.", min=1)
+
 
 @dataclass(frozen=True)
 class EvaluateSettings:
@@ -38,7 +41,7 @@ class EvaluateSettings:
         (), "Multiple-choice task of lm-eval; may be repeated.", option="--task"
     )
     task_folder: str | None = _measuring(None, "YAML files of further tasks.", metavar="DIR")
-    max_new_tokens: int = _measuring(64, "Of an answer; `wei2024` needs 40.", min=1)
+    max_new_tokens: int = answer_tokens(panel="Measuring")
     level: float = _measuring(0.95, "Of the intervals.", above=0, below=1)
     seed: int = setting(0, "Of random units and the bootstrap.")
     batch_size: int = setting(16, "Sequences run at a time.", min=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from ssah.settings import check_settings, setting
+from ssah.studies.evaluate import answer_tokens
 
 _measuring = partial(setting, panel="Measuring")
 _data = partial(setting, panel="Data")
@@ -23,7 +24,7 @@ class PairedSettings:
         "Of the answers, as `ssah evaluate` takes it; may be repeated: the first decides.",
         option="--judge",
     )
-    max_new_tokens: int = _measuring(64, "Of an answer; `wei2024` needs 40.", min=1)
+    max_new_tokens: int = answer_tokens(panel="Measuring")
     batch_size: int = _measuring(16, "Measured at a time.", min=1)
     max_length: int = _measuring(512, "Tokens kept of a row that is measured.", min=2)
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ssah.choices import Counted, Normalize, Scope
 from ssah.settings import check_settings, setting
+from ssah.studies.evaluate import answer_tokens
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class ScanSettings:
         option="--judge",
         panel="Measuring",
     )
-    max_new_tokens: int = setting(64, "Of an answer; `wei2024` needs 40.", panel="Measuring", min=1)
+    max_new_tokens: int = answer_tokens(panel="Measuring")
     draws: int = setting(1, "Sets of random units.", panel="Groups", min=1)
     seed: int = setting(0, "Of the random units.")
     batch_size: int = setting(16, "Measured at a time.", panel="Measuring", min=1)

@@ -10,6 +10,7 @@ from typing import Literal, TypeAlias, get_args
 
 from ssah.choices import Counted, Normalize, Scope
 from ssah.settings import check_settings, setting
+from ssah.studies.evaluate import answer_tokens
 
 _training = partial(setting, panel="Training")
 _grouping = partial(setting, panel="Groups")
@@ -45,7 +46,7 @@ class TrainingSettings:
     judges: tuple[str, ...] = _measuring(
         ("wei2024",), "Of the answers; may be repeated: the first decides.", option="--judge"
     )
-    max_new_tokens: int = _measuring(64, "Of an answer; `wei2024` needs 40.", min=1)
+    max_new_tokens: int = answer_tokens(panel="Measuring")
     eval_batch_size: int = _measuring(16, "Measured at a time.", option="--batch-size", min=1)
     max_length: int = _measuring(512, "Tokens kept of a row.", min=2)
 
