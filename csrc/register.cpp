@@ -18,7 +18,9 @@ STABLE_TORCH_LIBRARY_IMPL(ssah_cpu, CPU, m) {
   m.impl("read_bytes", TORCH_BOX(&ssah::read_bytes_cpu));
 }
 
-// Takes no tensor, so that no dispatch key belongs to it.
+// These take no tensor, or tensors of any device whose elements they do not read.
 STABLE_TORCH_LIBRARY_IMPL(ssah_cpu, CompositeExplicitAutograd, m) {
   m.impl("facts", TORCH_BOX(&ssah::facts_cpu));
+  m.impl("placement", TORCH_BOX(&ssah::placement_any));
+  m.impl("is_placed", TORCH_BOX(&ssah::is_placed_any));
 }

@@ -10,7 +10,10 @@ longer than to update them. So what the checks found is kept, with what they fou
 
 Whatever differs is checked from the beginning, by ``checks``, ``memory`` and ``indices``: a call
 that they would refuse is never one that is known here. What is kept is gone with any state or index
-of it; it holds no tensor.
+of it; it holds none of these tensors.
+
+How tensors lie is compared by the CPU library (``csrc/cpu/placement.cpp``), of any device. An
+installation without it checks every call.
 """
 
 from __future__ import annotations
@@ -18,22 +21,19 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from operator import add, le
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ssah_kernels import overlap
+from ssah_kernels.backends import cpu
 from ssah_kernels.checks.matrices import as_matrix
 from ssah_kernels.checks.updates import scalar_like
 from ssah_kernels.schema import arguments
 
 _MOST = 256  # calls that may come again; a model has a few
 Key: TypeAlias = tuple[int, int]  # id of the first parameter, and how many there are
-# Of tensors: where each begins, its shape, its strides and its dtype.
-Lie: TypeAlias = tuple[list[int], list[torch.Size], list[tuple[int, ...]], list[torch.dtype]]
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,10 @@ class _Known:
 
     options: Mapping[str, Any]  # all that is no tensor and no list: momentum, for one
     ids: list[int]  # of all tensors in lists but gradients
-    lie: Lie  # of what is written, and then of the indices
+    placement: Tensor  # int64 [words]: of what is written, of the indices, and of the gradients
     versions: list[int]  # of the indices
     dims: list[int]
-    shapes: list[torch.Size]  # of the gradients
-    nbytes: list[int]  # of each
-    kind: tuple[torch.dtype, torch.layout, torch.device]  # of all of them
-    stretches: tuple[list[int], list[int]]  # where memory that is written begins and ends, sorted
+    stretches: Tensor  # int64 [2, n]: where memory that is written begins and ends, sorted
     axes: list[int]
     views: dict[int, list[int]]  # argument -> its tensors that are no matrices as they are
     alive: list[weakref.ref[Tensor]]  # of states and indices: each forgets the call as it goes
@@ -103,11 +100,11 @@ class Repeated:
             return None
         indices = [x for x in args[self._indices] if x is not None]
         # Whatever is assigned to ``data`` has the id and the version of what was there.
-        if _lie([*written, *indices]) != known.lie:
+        if not torch.ops.ssah_cpu.is_placed.default(
+            [*written, *indices], grads, known.placement, known.stretches
+        ):
             return None
         if [x._version for x in indices] != known.versions:
-            return None
-        if not self._fits(grads, known):
             return None
         ready = [*args, *[None] * (self._arity - len(args))]
         for i, odd in known.views.items():
@@ -122,6 +119,8 @@ class Repeated:
 
     def learn(self, args: Sequence[Any], options: Mapping[str, Any], ready: Sequence[Any]) -> None:
         """Remember a call that was checked, and of which ``ready`` was made, once it came twice."""
+        if cpu.missing() is not None:
+            return
         key = id(args[0][0]), len(args[0])
         ids = self._ids(args)
         if self._seen.get(key) != ids:
@@ -133,9 +132,8 @@ class Repeated:
         indices = [x for x in args[self._indices] if x is not None]
         fixed = [x for i in self._lists if i != self._grads for x in self._list(args, i)]
         views = self._views(args, ready)
-        kinds = {(g.dtype, g.layout, g.device) for g in grads}
         # Tensors of inference mode have no version, and other gradients are copied in every call.
-        odd = any(x.is_inference() for x in fixed if x is not None) or len(kinds) > 1
+        odd = any(x.is_inference() for x in fixed if x is not None)
         if views is None or odd or not all(g.is_contiguous() for g in grads):
             return
 
@@ -147,13 +145,10 @@ class Repeated:
         self._known[key] = _Known(
             options,
             ids,
-            _lie([*written, *indices]),
+            torch.ops.ssah_cpu.placement.default([*written, *indices], grads),
             [x._version for x in indices],
             list(args[self._dims]),
-            [g.shape for g in grads],
-            [g.nbytes for g in grads],
-            kinds.pop(),
-            overlap.stretches(written),
+            torch.tensor(overlap.stretches(written)),
             ready[self._dims],
             views,
             # torch swaps no tensor that has a weak reference, and parameters may be swapped.
@@ -172,23 +167,6 @@ class Repeated:
                 ids.append(i)  # where a list ends: one may be left out
         return ids
 
-    def _fits(self, grads: Sequence[Tensor], known: _Known) -> bool:
-        """Whether gradients are as they were, and lie apart from all that is written."""
-        dtype, layout, device = known.kind
-        if (
-            {g.dtype for g in grads} != {dtype}
-            or {g.layout for g in grads} != {layout}
-            or {g.device for g in grads} != {device}
-            or [g.shape for g in grads] != known.shapes
-            or not all(g.is_contiguous() for g in grads)
-        ):
-            return False
-        begin = [g.data_ptr() for g in grads]
-        begins, ends = known.stretches
-        # Stretches lie apart if and only if each has ended where the next one begins.
-        last = sorted([*ends, *map(add, begin, known.nbytes)])
-        return all(map(le, last, islice(sorted(begins + begin), 1, None)))
-
     def _views(self, args: Sequence[Any], ready: Sequence[Any]) -> dict[int, list[int]] | None:
         """Which tensors a kernel takes as views; None if it takes a copy of one."""
         views: dict[int, list[int]] = {}
@@ -200,13 +178,3 @@ class Repeated:
                     return None
                 views.setdefault(i, []).append(k)
         return views
-
-
-def _lie(tensors: Sequence[Tensor]) -> Lie:
-    """How ``tensors``, each [...], lie in memory."""
-    return (
-        [x.data_ptr() for x in tensors],
-        [x.shape for x in tensors],
-        [x.stride() for x in tensors],
-        [x.dtype for x in tensors],
-    )

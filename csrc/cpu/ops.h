@@ -67,4 +67,12 @@ Tensor masked_grad_norm_cpu(const std::vector<Tensor>& grads,
 std::string facts_cpu();
 int64_t read_bytes_cpu(const Tensor& data);
 
+// How tensors of any device lie in memory, int64 [words]: address, shape, strides, dtype and device
+// of each of `fixed`, and of gradients all of it but address and strides, as they are contiguous.
+Tensor placement_any(const std::vector<Tensor>& fixed, const std::vector<Tensor>& grads);
+// Whether they lie as `placement` says, and gradients apart from all `stretches` [2, n]: where
+// memory begins and where it ends, sorted, no two of which overlap.
+bool is_placed_any(const std::vector<Tensor>& fixed, const std::vector<Tensor>& grads,
+                   const Tensor& placement, const Tensor& stretches);
+
 }  // namespace ssah

@@ -21,6 +21,10 @@ HOW_TO_BUILD = (
 _schemas = native.define("ssah_cpu")  # kept: torch forgets the operators with the object
 _schemas.define("read_bytes(Tensor data) -> int")
 _schemas.define("facts() -> str")
+_schemas.define("placement(Tensor[] fixed, Tensor[] grads) -> Tensor")
+_schemas.define(
+    "is_placed(Tensor[] fixed, Tensor[] grads, Tensor placement, Tensor stretches) -> bool"
+)
 
 
 @cache

@@ -151,17 +151,17 @@ class MaskedOptimizer(Optimizer):
         names = {id(group): (*self._names(group), "step")[0] for group in self.param_groups}
         counts: dict[int, float] = {}  # of each tensor of steps, which parameters share
         sharding, states = may_be_sharded(), self.state
+        by_id = {id(p): state for p, state in states.items()}  # to hash a tensor takes long
+        last: tuple[Any, ...] | None = None
         for number, group, p, index, dim in entries:
-            grad = p.grad
-            if grad is None:
+            if (grad := p.grad) is None:
                 continue
             if grad.is_sparse:
                 raise TypeError("a gradient is sparse; it must be dense")
-            cut = None
-            if sharding or not isinstance(dim, int):
-                cut = self._cut(p, index, dim)
-            state = states[p]
+            cut = self._cut(p, index, dim) if sharding or not isinstance(dim, int) else None
+            state = by_id.get(id(p))
             if not state:
+                state = states[p]
                 state.update(self._first_state(group, p, index, dim, cut))
             step, of_group = state["step"], id(group)
             if (count := counts.get(id(step))) is None:
@@ -169,18 +169,19 @@ class MaskedOptimizer(Optimizer):
             # A parameter that joined late, or had no gradient in a step, has a count of its own. A
             # rank may hold nothing of a sharded one, whose steps count all the same.
             here = cut is None or cut.here
-            first = state.get(names[of_group])
-            kind = None if first is None else first.dtype
+            kind = getattr(state.get(names[of_group]), "dtype", None)
             key = (of_group, p.dtype, grad.dtype, p.device, count, kind, here)
-            if (found := calls.get(key)) is None:
-                # Noise depends on the position within a call, which starts anew on every rank.
-                found = calls[key] = group, Call(number + (first_row(p) << 32))
+            if key != last:
+                if key not in calls:
+                    # Noise depends on the position in a call, which starts anew on every rank.
+                    calls[key] = group, Call(number + (first_row(p) << 32))
+                call, last = calls[key][1], key
+            call.counted.append(state)
             if cut is None:
-                assert isinstance(dim, int)  # a pair makes a cut
-                found[1].add(p, grad, index, dim, state)
+                call.pieces.append((p, grad, index, dim, state))  # type: ignore[arg-type]
             else:
-                found[1].add_cut(p, grad, cut, state)
-        return list(calls.values())
+                call.add_cut(p, grad, cut, state)
+        return [(group, call.closed()) for group, call in calls.values()]
 
     def _cut(self, p: Tensor, index: Tensor | None, dim: Dim) -> Cut | None:
         """What of ``p`` this rank updates, found once, as that waits; None: all, in one piece."""

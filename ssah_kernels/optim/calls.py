@@ -12,14 +12,17 @@ columns, it is one entry for each expert of this rank that trains.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ssah_kernels.sharded import Cut, is_sharded, local
 
+# A matrix of a call: parameter, gradient, index [trained], dimension and compact state.
+Piece: TypeAlias = tuple[Tensor, Tensor, "Tensor | None", int, dict[str, Any]]
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
 
@@ -46,37 +49,31 @@ class Call:
     """One call of an operator: one group, dtype, device and step count."""
 
     number: int  # of its first parameter in the optimiser: tells calls of one step apart
-    params: list[Tensor] = field(default_factory=list)  # each [units, other], or of any shape
-    grads: list[Tensor] = field(default_factory=list)  # each of the parameter's shape
-    indices: list[Tensor | None] = field(default_factory=list)  # int64 [trained]
-    dims: list[int] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)  # compact: [trained, other]
+    pieces: list[Piece] = field(default_factory=list)  # whole parameters, or parts of them
     counted: list[dict[str, Any]] = field(default_factory=list)  # whose "step" goes up with it
 
-    def add(
-        self, p: Tensor, grad: Tensor, index: Tensor | None, dim: int, state: dict[str, Any]
-    ) -> None:
-        """Add a parameter [units, other] that this rank has all of."""
-        self.params.append(p)
-        self.grads.append(grad)
-        self.indices.append(index)
-        self.dims.append(dim)
-        self.states.append(state)
-        self.counted.append(state)
+    def __post_init__(self) -> None:
+        self.params: Sequence[Tensor] = ()  # each [units, other], or of any shape
+        self.grads: Sequence[Tensor] = ()  # each of the parameter's shape, or compact
+        self.indices: Sequence[Tensor | None] = ()  # int64 [trained]
+        self.dims: Sequence[int] = ()
+        self.states: Sequence[dict[str, Any]] = ()  # compact: [trained, other]
+
+    def closed(self) -> Call:
+        """Itself, with the lists that the operator takes: all pieces are there by now."""
+        if self.pieces:
+            columns = map(list, zip(*self.pieces, strict=True))
+            self.params, self.grads, self.indices, self.dims, self.states = columns
+        return self
 
     def add_cut(self, p: Tensor, grad: Tensor, cut: Cut, state: dict[str, Any]) -> None:
         """Add what this rank has of a parameter: its rows [rows, ...], or pieces of them."""
-        self.counted.append(state)
         pieces = cut.rows(local(p)), cut.rows(local(grad)), cut.state(state)
         skips = is_sharded(p) or len(cut.parts) > 1
         for part, shape, rows, own_grad, own in zip(cut.parts, cut.shapes, *pieces, strict=True):
             if skips and not math.prod(shape):
                 continue  # other ranks have what trains, or other experts
-            self.params.append(rows)
-            self.grads.append(own_grad)
-            self.indices.append(part.index)
-            self.dims.append(part.dim)
-            self.states.append(own)
+            self.pieces.append((rows, own_grad, part.index, part.dim, own))
 
     def state(self, name: str) -> list[Tensor] | None:
         """The state of that name of every entry, [trained, other] each; None: it has none."""

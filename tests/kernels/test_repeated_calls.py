@@ -83,6 +83,9 @@ CHANGES: dict[str, Callable[[Step], object]] = {
     "an index of the same length in another place": lambda s: setattr(
         s.indices[0], "data", torch.tensor([1, 5])
     ),
+    "a gradient that was cut off another one": lambda s: s.grads.__setitem__(
+        0, torch.ones(6, 8)[:, :4]
+    ),
     "another index": lambda s: s.indices.__setitem__(2, torch.tensor([0])),
 }
 
@@ -215,6 +218,19 @@ def test_a_call_is_forgotten_with_any_of_its_tensors() -> None:
         gc.collect()
         assert not repeated._known
         assert repeated.ready(args, {}, *memory.reader("masked_adamw_")(args)) is None
+
+
+def test_gradients_lie_apart_from_every_stretch() -> None:
+    """Of memory [0, 10) with stretches [2, 4) and [6, 8), each gradient of two numbers."""
+    memory_of_all = torch.zeros(10)
+    at = memory_of_all.data_ptr()
+    stretches = at + 4 * torch.tensor([[2, 6], [4, 8]])
+    apart = []
+    for begin in range(9):
+        grads = [memory_of_all[begin : begin + 2]]
+        placement = torch.ops.ssah_cpu.placement([], grads)
+        apart.append(torch.ops.ssah_cpu.is_placed([], grads, placement, stretches))
+    assert apart == [True, False, False, False, True, False, False, False, True]
 
 
 def test_stretches_join_where_they_overlap() -> None:
