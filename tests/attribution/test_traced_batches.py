@@ -13,7 +13,7 @@ from tiny_models import build
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ssah.attribution.sums import new_sums
+from ssah.attribution.sums import Sums
 from ssah.attribution.watch import watching
 from ssah.training import freeze
 from ssah.units import find_modules
@@ -52,7 +52,7 @@ def test_a_batch_is_one_graph(padded: bool, traced: Callable[..., Any]) -> None:
         model = build("llama").eval()
         modules = find_modules(model)
     replace_tensors(model, lambda x: torch.empty(x.shape, dtype=x.dtype, device=GPU))
-    sums = new_sums(modules)
+    sums = {name: Sums.zeros(module) for name, module in modules.items()}
     ids = torch.zeros(2, 7, dtype=torch.int64, device=GPU)
     with torch.no_grad(), watching(modules, sums, gradient=False) as watch:
         if padded:
@@ -106,4 +106,5 @@ def test_the_loss_under_a_plan_is_one_graph(
     assert (out.loss.shape, out.loss.device) == ((), GPU)
     assert out.loss.requires_grad
     assert out.logits.shape == (2, 7, model.config.vocab_size)
-    assert {p.device for p in plan.parameters()} == {GPU}
+    assert {p.device for p in model.parameters() if p.requires_grad} == {GPU}
+    assert not plan.closed
