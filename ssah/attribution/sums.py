@@ -55,8 +55,8 @@ class Sums:
 
     def of_expert(self, expert: int) -> ExpertSums:
         """The state of one of all experts: views."""
-        own = (getattr(self, field.name)[expert] for field in fields(Sums))
-        return ExpertSums(*own, self)
+        own = {field.name: getattr(self, field.name)[expert] for field in fields(Sums)}
+        return ExpertSums(**own, layer=self)
 
 
 @dataclass(frozen=True, eq=False)
