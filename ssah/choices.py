@@ -23,7 +23,7 @@ Normalize: TypeAlias = Literal["none", "zscore", "rank"]
 Shared: TypeAlias = Literal["all", "any"]
 Dtype: TypeAlias = Literal["auto", "float32", "bfloat16", "float16"]
 # How accelerate deals a model that is larger than one device to all that there are.
-DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential"]
+DeviceMap: TypeAlias = Literal["auto", "balanced", "balanced_low_0", "sequential", "cpu"]
 Overlong: TypeAlias = Literal["cut", "skip", "error"]  # what becomes of a row that is too long
 # Of the studies, which score rows with answers: the response, or every token.
 Counted: TypeAlias = Literal["labels", "all"]

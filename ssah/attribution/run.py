@@ -30,6 +30,7 @@ from ssah.models import (
     check_backbone,
     packed_modules,
     passing_gradients,
+    recomputing,
 )
 from ssah.progress import token_bar
 from ssah.units import config_hash, find_modules
@@ -166,6 +167,7 @@ class Run:
             stack.callback(reshard, model)
             if gradient:
                 stack.enter_context(passing_gradients(model))
+                stack.enter_context(recomputing(model))
             # The forward pass of a sharded model waits for the other ranks: a rank that has no more
             # batches runs empty ones until all are through.
             batches = self._read()

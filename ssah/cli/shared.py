@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import MISSING, dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ssah.choices import DeviceMap, Dtype, Overlong
+from ssah.choices import Dtype, Overlong
 from ssah.settings import setting
 
 if TYPE_CHECKING:
@@ -75,10 +76,35 @@ class Weights:
     base: str | None = setting(
         None, "Of an update: what it was trained from; default: as it says.", metavar="MODEL"
     )
-    # No options here: such weights are scored and run, and not trained.
+    device_map: str | None = setting(
+        None,
+        "Deal the model to all GPUs, then to memory: `auto`, `balanced`, `cpu`, or modules and "
+        'their devices as JSON, `{"": 0}`. A command that trains refuses it.',
+        metavar="MAP",
+    )
+    offload_folder: str | None = setting(
+        None, "With --device-map: folder for weights that fit nowhere else.", metavar="DIR"
+    )
+    # No option here: such weights are scored and run, and not trained.
     packed: bool = False
-    device_map: DeviceMap | None = None
-    offload_folder: str | None = None
+
+    @property
+    def places(self) -> str | dict[str, Any] | None:
+        """``--device-map`` as `ssah.models.load_model` takes it.
+
+        Raises:
+            ValueError: it begins as JSON does, and is not JSON.
+        """
+        if self.device_map is None or not self.device_map.startswith("{"):
+            return self.device_map
+        try:
+            found: dict[str, Any] = json.loads(self.device_map)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"--device-map is {self.device_map!r}, must be JSON where it begins with a brace: "
+                f"{error}"
+            ) from error
+        return found
 
     def load(self, name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The model and its tokenizer, with a spinner on standard error meanwhile."""
@@ -97,7 +123,7 @@ class Weights:
                 device=self.device,
                 trust_remote_code=self.trust_remote_code,
                 packed=self.packed,
-                device_map=self.device_map,
+                device_map=self.places,
                 offload_folder=self.offload_folder,
             )
 
@@ -113,32 +139,20 @@ class Weights:
             self.trust_remote_code,
             rows.reading(),
             self.base,
-            self.device_map,
+            self.places,
             self.offload_folder,
         )
 
 
 @dataclass(frozen=True)
-class DealtWeights(Weights):
-    """Weights that may be dealt to several devices, for a model that is larger than one."""
-
-    device_map: DeviceMap | None = setting(
-        None, "Deal a model that is larger than one GPU to all of them, then to memory."
-    )
-    offload_folder: str | None = setting(
-        None, "With --device-map: folder for weights that fit nowhere else.", metavar="DIR"
-    )
-
-
-@dataclass(frozen=True)
-class PackedWeights(DealtWeights):
+class PackedWeights(Weights):
     """Weights that may stay as a file packs them."""
 
     packed: bool = setting(False, "Keep a .gguf in its blocks: less memory, slower.")
 
 
 @dataclass(frozen=True)
-class FastWeights(DealtWeights):
+class FastWeights(Weights):
     """Weights of a model that is measured: a study computes in what is fast."""
 
     # The same field with another promise: a study times both types before it chooses.

@@ -91,10 +91,12 @@ def _prepared(
     """Read, load and plan; everything that needs no model is refused before one is loaded."""
     from ssah.data import Counts, rows_read
     from ssah.evaluation import Refusals
+    from ssah.models import check_on_one_device
 
     if ranks.rank == 0:  # one process writes, and looks whether it can
         options.check()
     selected.check()
+    check_on_one_device(weights.places, "a model that trains")
     reading, counts, eval_counts = rows.reading(), Counts(), Counts()
     source = reading.rows(data, options.split, options.limit, counts)
     held_out = options.eval_data and reading.rows(options.eval_data, counts=eval_counts)

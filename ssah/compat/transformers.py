@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ssah.compat import Library, LibraryError
 
@@ -89,6 +90,18 @@ def attention_implementation(model: Any) -> str:
 
 
 _UNPACKED: ContextVar[bool] = ContextVar("unpacked", default=False)
+
+
+def checkpointed_layers(model: nn.Module) -> list[nn.Module]:
+    """Layers for which ``model.gradient_checkpointing_enable()`` was called.
+
+    In training mode they keep their inputs alone, and compute the rest again in the backward pass.
+    """
+    return [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from ssah.models.dtype import faster_dtype
 from ssah.models.finite import naming_weights, nonfinite
 from ssah.models.loading import (
     DTYPES,
+    check_on_one_device,
     check_options,
     empty_model,
     load_model,
@@ -37,7 +38,7 @@ from ssah.models.packed import (
     passing_gradients,
     scheme_of,
 )
-from ssah.models.running import as_it_was, check_backbone, check_idle
+from ssah.models.running import as_it_was, check_backbone, check_idle, recomputing
 from ssah.models.source import SMOLLM2, locate
 from ssah.models.transfer import to_device, to_host
 from ssah.models.weights import (

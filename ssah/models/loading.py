@@ -57,8 +57,8 @@ def load_model(
         device_map: in place of ``device``, for a model that is larger than one: how accelerate
             deals its layers to the GPUs, then to the memory of the CPU, then to
             ``offload_folder``. ``"auto"``, ``"balanced"``, ``"balanced_low_0"``,
-            ``"sequential"``, or names of modules -> device, as transformers takes them. Such a
-            model can be scored, ablated and measured, and not trained under a plan.
+            ``"sequential"``, ``"cpu"``, or names of modules -> device, as transformers takes
+            them. Such a model can be scored, ablated and measured, and not trained under a plan.
         offload_folder: where weights are put for which there is no memory; they are read from
             there whenever their layer runs.
 
@@ -166,6 +166,22 @@ def check_options(
     if packed and not source.gguf_file:
         raise ModelError(f"packed is True, must be False: model {name!r} is no GGUF file")
     return source, target
+
+
+def check_on_one_device(device_map: str | Mapping[str, Any] | None, what: str) -> None:
+    """Refuse a map where a model cannot be split, before minutes of loading.
+
+    Args:
+        device_map: as of :func:`load_model`.
+        what: names the model, e.g. ``"a model that trains"``.
+
+    Raises:
+        ModelError: there is one.
+    """
+    if device_map is not None:
+        raise ModelError(
+            f"device_map is {device_map!r}: {what} must be on one device; leave --device-map out"
+        )
 
 
 def load_tokenizer(name: str, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from ssah.compat.accelerate import OWN_FORWARD, hook_of
 from ssah.compat.modules import has_pre_hooks
+from ssah.compat.transformers import checkpointed_layers
 from ssah.models.finite import naming_weights
-from ssah.models.offload import device_of, runs_own_forward, unconverted
+from ssah.models.offload import device_of, replaced_forward, runs_own_forward, unconverted
 from ssah.models.wrappers import check_whole
 
 # Which thread runs a model, by its backbone: models that share one share its modules.
@@ -56,6 +60,21 @@ def as_it_was(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(True)
             for module, training in modes:
                 module.training = training
+
+
+@contextmanager
+def recomputing(model: nn.Module) -> Iterator[None]:
+    """Inside the block, gradient checkpointing that is on works in evaluation mode too.
+
+    transformers checkpoints in training mode alone, where dropout would be at work. A layer keeps
+    its input, and computes the rest again in the backward pass: the same bits in less memory.
+    """
+    with ExitStack() as stack:
+        for layer in checkpointed_layers(model):
+            own = layer.forward if hook_of(layer) is None else getattr(layer, OWN_FORWARD)
+            again = partial(checkpoint, own, use_reentrant=False, preserve_rng_state=False)
+            stack.enter_context(replaced_forward(layer, again))
+        yield
 
 
 @contextmanager

@@ -94,6 +94,7 @@ def diagnose(
             folder has another run, or one with other weights.
     """
     check_free(out)
+    aligned.check_on_one_device("a model whose weights are changed")
     _check_arguments(aligned.name, before, alphas, energy)
     sources = Sources(aligned.reading)
     harmful, ordinary = sources.rows("safety", safety), sources.rows("utility", utility)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from ssah.choices import check_choice
 from ssah.data import Reading
-from ssah.models import DTYPES, faster_dtype, quiet
+from ssah.models import DTYPES, check_on_one_device, faster_dtype, quiet
 from ssah.studies.step_bars import Steps
 from ssah.training import load_trained, load_trained_tokenizer
 
@@ -38,12 +39,16 @@ class Loading:
     trust_remote_code: bool = False
     reading: Reading = READING
     base: str | None = None
-    device_map: str | None = None
+    device_map: str | Mapping[str, Any] | None = None
     offload_folder: str | None = None
 
     def __post_init__(self) -> None:
         # Refused here, because data are read before the model is loaded, and that takes a while.
         check_choice("dtype", self.dtype, DTYPES)
+
+    def check_on_one_device(self, what: str) -> None:
+        """Refuse a ``device_map`` for ``what``; see `ssah.models.check_on_one_device`."""
+        check_on_one_device(self.device_map, what)
 
     def __call__(
         self, dtype: str, name: str | None = None

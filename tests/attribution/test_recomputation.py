@@ -8,9 +8,9 @@ import pytest
 import torch
 from scores import ragged
 from tiny_models import build
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ssah.attribution import METRICS, Attribution, attribute
 
@@ -44,9 +44,33 @@ def test_recomputed_activations_count_once(name: str, metric: str) -> None:
     expected = attribute(build(name), ragged(), metric=metric)
     model = checkpointed(build(name), slice(None), reentrant=False)
     assert_same(attribute(model, ragged(), metric=metric), expected)
-    model = build(name)  # transformers checkpoints in training mode, which scoring leaves
+    model = build(name)
     model.gradient_checkpointing_enable()
     assert_same(attribute(model.train(), ragged(), metric=metric), expected)
+    assert all("forward" not in vars(layer) for layer in model.base_model.layers)
+
+
+def test_gradient_checkpointing_keeps_less_in_evaluation_mode() -> None:
+    config = build("llama").config
+    config.num_hidden_layers = 8
+    kept, found = [], []
+    for on in (False, True):
+        sizes: dict[int, int] = {}  # address of what the forward pass keeps -> its bytes
+
+        def pack(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config).eval()
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        if on:
+            model.gradient_checkpointing_enable()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            found.append(attribute(model, ragged()[:1], metric="taylor"))
+        kept.append(sum(size for at, size in sizes.items() if at not in weights))
+    assert_same(found[1], found[0])
+    assert kept[1] < kept[0] / 2, kept
 
 
 @pytest.mark.parametrize("layers", [slice(None), slice(0, 1), slice(1, 2)])

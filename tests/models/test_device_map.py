@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from commands import call, fails
+from transformers import PreTrainedModel
 
 import ssah
 from ssah.data import load_rows, make_loader
@@ -100,9 +103,52 @@ def test_commands_deal_a_model(tiny_chat_folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "s").exists()
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("finetune", "--data", "builtin:safety", "--freeze", "none"),
+        ("align", "--data", "builtin:safety", "--train", "layers:0"),
+        ("export", "--units", "heads:0.0"),
+        ("diagnose", "--unaligned", "smollm2"),
+        ("check", "smollm2"),
+        ("demo",),
+    ],
+)
+def test_a_command_for_whole_models_refuses_a_map_before_one_is_loaded(
+    command: tuple[str, ...], tmp_path: Path
+) -> None:
+    name, *options = command
+    model = ("--model", "smollm2") if name == "demo" else ("smollm2",)
+    where = ("--out", tmp_path / "out", "--device-map", "auto")
+    with patch.object(PreTrainedModel, "from_pretrained", side_effect=AssertionError("loaded")):
+        line = fails(name, *model, *options, *where)
+    assert "device_map is 'auto'" in line
+    assert "must be on one device; leave --device-map out" in line
+    assert not (tmp_path / "out").exists() or not [*(tmp_path / "out").glob("*.safetensors")]
+
+
+def test_a_map_of_modules_is_given_as_json(tiny_chat_folder: Path, tmp_path: Path) -> None:
+    data = ("--data", "builtin:safety[0:4]", "--batch-size", 2, "--metric", "taylor")
+    call("attribute", tiny_chat_folder, *data, "--out", tmp_path / "whole")
+    call(
+        "attribute", tiny_chat_folder, *data, "--out", tmp_path / "dealt",
+        "--device-map", json.dumps(PLACES), "--offload-folder", tmp_path / "offload",
+    )  # fmt: skip
+    assert [*(tmp_path / "offload").iterdir()]
+    expected, found = (
+        ssah.Attribution.load(tmp_path / folder).scores for folder in ("whole", "dealt")
+    )
+    for name, scores in expected.items():
+        assert torch.equal(found[name], scores), name
+    line = fails(
+        "attribute", tiny_chat_folder, *data, "--out", tmp_path / "s", "--device-map", "{0"
+    )
+    assert "--device-map is '{0', must be JSON where it begins with a brace" in line
+
+
 def test_a_study_that_trains_refuses_a_map_before_anything_is_done(tmp_path: Path) -> None:
     loading = Loading("smollm2", device_map="auto")
-    with pytest.raises(ModelError, match="holds its model on one device"):
+    with pytest.raises(ModelError, match="a model that trains must be on one device"):
         run_budget(
             loading,
             tmp_path / "run",

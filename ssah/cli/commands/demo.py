@@ -53,6 +53,8 @@ def demo(
                 weights.device,
                 weights.trust_remote_code,
                 base=weights.base,
+                device_map=weights.places,
+                offload_folder=weights.offload_folder,
             ),
             out,
             seconds=seconds,

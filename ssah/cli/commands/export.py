@@ -63,10 +63,11 @@ def export(
     what `llama-quantize --imatrix` reads.
     """
     import ssah
-    from ssah.models import quiet
+    from ssah.models import check_on_one_device, quiet
     from ssah.report.terminal import facts_table
 
     _check_one(change, groups, units, imatrix)
+    check_on_one_device(weights.places, "the base of an adapter")
     if imatrix is not None:
         _check_unused(max_rank, weights)
         return _importance_matrix(model, imatrix, out, weights)

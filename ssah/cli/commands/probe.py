@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from ssah.cli.running import Result, quiet_threads
-from ssah.cli.shared import DealtWeights, Model, Out, Rows
+from ssah.cli.shared import Model, Out, Rows, Weights
 from ssah.settings import setting
 
 ORDER = 80
@@ -27,9 +27,7 @@ class ProbeSettings:
     max_length: int = setting(512, "Tokens kept of a row.", min=2)
 
 
-def probe(
-    model: Model, out: Out, settings: ProbeSettings, weights: DealtWeights, rows: Rows
-) -> Result:
+def probe(model: Model, out: Out, settings: ProbeSettings, weights: Weights, rows: Rows) -> Result:
     """Measure whether hidden states are nearer to a refusal's or to a compliance's, per layer.
 
     Example: `ssah probe runs/aligned --beside smollm2 --out runs/probe`

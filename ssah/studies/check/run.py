@@ -66,6 +66,7 @@ def run_check(
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it must be at least 0 and below 1")
+    loading.check_on_one_device("a model whose weights are compared")
     with tempfile.TemporaryDirectory() if out is None else nullcontext(out) as folder:
         return _Check(loading, after, folder, settings, sets).checked(tolerance)
 

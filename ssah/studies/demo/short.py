@@ -55,6 +55,7 @@ def run_demo(
     one = {"module": torch.zeros(1, dtype=torch.float64)}  # [n_units]
     sort = partial(classify, scu=shares["scu"], ucu=shares["ucu"], ru=shares["ru"])
     sort(one, one)
+    loading.check_on_one_device("a model that trains")
     console, name = Console(highlight=False), loading.name
     start = time.perf_counter()
     out.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.methods import Method, describe, names, typed_method
-from ssah.models import ModelError
 from ssah.storage import RECORD, check_new
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
@@ -163,11 +162,7 @@ class _Asked:
         method = _protecting(settings)
         run = place.with_name(f"{place.name}.run")
         _check_place(place, run)
-        if loading.device_map is not None:
-            raise ModelError(
-                f"device_map is {loading.device_map!r}: a model that trains must be on one device; "
-                "leave --device-map out"
-            )
+        loading.check_on_one_device("a model that trains")
         study = Study(loading, run, KIND, settings, batch_size=settings.batch_size)
         task, held_out = _task(study, data, sets.task_eval)
         needed = Needed.read(study, method, sets)

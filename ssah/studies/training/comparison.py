@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.data import Row, spread
 from ssah.evaluation import distinct_judges
-from ssah.models import SMOLLM2, ModelError, quiet
+from ssah.models import SMOLLM2, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.measured_values import attack_line, measured_line
 from ssah.studies.paired_measures import Evaluation, intact_coherence
@@ -64,11 +64,7 @@ class Comparison(Study):
     def __init__(
         self, loading: Loading, out: Path, kind: str, settings: TrainingSettings, *, keep: bool
     ) -> None:
-        if loading.device_map is not None:  # a plan would refuse it, minutes later
-            raise ModelError(
-                f"device_map is {loading.device_map!r}: a study that trains holds its model on one "
-                "device; leave --device-map out"
-            )
+        loading.check_on_one_device("a model that trains")  # a plan would refuse it minutes later
         super().__init__(loading, out, kind, settings, batch_size=settings.eval_batch_size)
         self.keep = keep
 
