@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssah_kernels.sharded import Cut, is_sharded, local
-from ssah_kernels.sharded import cut as cut_into
+from ..sharded import Cut, is_sharded, local
+from ..sharded import cut as cut_into
 
 _SEED_STRIDE = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: calls of one step get seeds far apart
 
