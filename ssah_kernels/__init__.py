@@ -15,7 +15,7 @@ if tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2]) < 
         f"ssah_kernels needs torch >= 2.10; this is {torch.__version__}: pip install 'torch>=2.10'"
     )
 
-from ssah_kernels import ops, registration
-from ssah_kernels.backends import available, choose, use
+from . import ops, registration
+from .backends import available, choose, use
 
 __all__ = ["available", "choose", "ops", "registration", "use"]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .schema import operators
+
 
 def new_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Zero state (count [], mean [C], m2 [C]) in float64 for ``x`` [..., C]."""
@@ -42,7 +44,7 @@ def channel_moments_(
 
     Source: Chan, Golub and LeVeque (1979), merge of (n, mean, M2); SSAH (arXiv 2410.10862) eq. 1.
     """
-    torch.ops.ssah.channel_moments_(x, count, mean, m2, token_mask)
+    operators.channel_moments_(x, count, mean, m2, token_mask)
 
 
 def gated_moments(
@@ -74,7 +76,7 @@ def gated_moments(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
-    return torch.ops.ssah.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
+    return operators.gated_moments(gate, up, count, mean, m2, token_mask, act=act)
 
 
 def gated_product(
@@ -112,7 +114,7 @@ def gated_product(
 
     Source: a factor for each unit, as the mask variables of Michel et al. (arXiv 1905.10650).
     """
-    return torch.ops.ssah.gated_product(gate, up, factors, arm, act=act)
+    return operators.gated_product(gate, up, factors, arm, act=act)
 
 
 def taylor_moments_(
@@ -133,7 +135,7 @@ def taylor_moments_(
 
     Source: first-order Taylor importance, Molchanov et al. (arXiv 1906.10771).
     """
-    torch.ops.ssah.taylor_moments_(x, grad, signed, squared, token_mask)
+    operators.taylor_moments_(x, grad, signed, squared, token_mask)
 
 
 def column_sq_norms(weight: Tensor) -> Tensor:
@@ -149,4 +151,4 @@ def column_sq_norms(weight: Tensor) -> Tensor:
 
     Source: SSAH (arXiv 2410.10862) eq. 1.
     """
-    return torch.ops.ssah.column_sq_norms(weight)
+    return operators.column_sq_norms(weight)

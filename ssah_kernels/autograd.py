@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels import memory
-from ssah_kernels.reference.gated_moments import activation
-from ssah_kernels.reference.gated_product import of_tokens
-from ssah_kernels.schema import SCHEMAS, arguments
+from . import memory
+from .reference.gated_moments import activation
+from .reference.gated_product import of_tokens
+from .schema import NAMESPACE, SCHEMAS, arguments, operators
 
 
 class _GatedMoments(torch.autograd.Function):
@@ -33,12 +33,12 @@ class _GatedMoments(torch.autograd.Function):
     def forward(ctx: Any, below: Any, act: str, *args: Tensor | None) -> Tensor:
         ctx.save_for_backward(*args[:2])  # gate and up, [..., C]; h itself is not kept
         ctx.act = act
-        return torch.ops.ssah.gated_moments.default.redispatch(below, *args, act=act)
+        return operators.gated_moments.default.redispatch(below, *args, act=act)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate, up = ctx.saved_tensors
-        product = torch.ops.ssah.gated_moments_backward(grads[0], gate, up, act=ctx.act)
+        product = operators.gated_moments_backward(grads[0], gate, up, act=ctx.act)
         return None, None, *product, None, None, None, None
 
 
@@ -49,7 +49,7 @@ class _GatedMomentsTwice(torch.autograd.Function):
     def forward(ctx: Any, below: Any, act: str, *args: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(*args)
         ctx.act = act
-        return torch.ops.ssah.gated_moments_backward.default.redispatch(below, *args, act=act)
+        return operators.gated_moments_backward.default.redispatch(below, *args, act=act)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,13 +86,13 @@ class _GatedProduct(torch.autograd.Function):
             )
         ctx.save_for_backward(*args)
         ctx.act = act
-        return torch.ops.ssah.gated_product.default.redispatch(below, *args, act=act)
+        return operators.gated_product.default.redispatch(below, *args, act=act)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         gate, up, factors, arm = ctx.saved_tensors
         grad = (grads[0] * of_tokens(factors, arm, gate)).to(gate.dtype)  # [..., C]
-        product = torch.ops.ssah.gated_moments_backward(grad, gate, up, act=ctx.act)
+        product = operators.gated_moments_backward(grad, gate, up, act=ctx.act)
         return None, None, *product, None, None
 
 
@@ -112,7 +112,7 @@ def _kernel(op: str, function: type[torch.autograd.Function]) -> Callable[..., A
         if torch.is_grad_enabled() and any(args[i].requires_grad for i in inputs):
             memory.check_grad(op, args, tensors_of(args)[0])  # below, no gradients are recorded
             return function.apply(below, act, *args, *[None] * (optional - len(args)))
-        return getattr(torch.ops.ssah, op).default.redispatch(below, *args, act=act)
+        return getattr(operators, op).default.redispatch(below, *args, act=act)
 
     return kernel
 
@@ -167,7 +167,7 @@ def register(lib: torch.library.Library) -> None:
     """Register every derivative on ``lib``, and what torch.func cannot do."""
     for op, schema in SCHEMAS.items():
         if "!" in schema:
-            torch.library.register_vmap(f"ssah::{op}", _no_vmap(op), lib=lib)
+            torch.library.register_vmap(f"{NAMESPACE}::{op}", _no_vmap(op), lib=lib)
         if op.endswith("_"):  # returns nothing to differentiate; its state must not join the graph
             lib.impl(op, torch.library.fallthrough_kernel, "Autograd")
     for op, function in (
@@ -180,4 +180,4 @@ def register(lib: torch.library.Library) -> None:
         ("column_sq_norms", _column_sq_norms, _keep_weight),
         ("masked_grad_norm", _masked_grad_norm, _keep_grads),
     ):
-        torch.library.register_autograd(f"ssah::{op}", backward, setup_context=keep, lib=lib)
+        torch.library.register_autograd(f"{NAMESPACE}::{op}", backward, setup_context=keep, lib=lib)

@@ -22,7 +22,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ssah_kernels.indices import State, state_of
+from .indices import State, state_of
 
 BLOCK = 1024  # elements for which there is an offset
 _PLACES = 8  # bits in a byte

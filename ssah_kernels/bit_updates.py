@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
+
+from .schema import operators
 
 
 def bit_masked_adamw_(
@@ -48,7 +49,7 @@ def bit_masked_adamw_(
 
     Source: as for ``masked_adamw_``.
     """
-    torch.ops.ssah.bit_masked_adamw_(
+    operators.bit_masked_adamw_(
         params,
         grads,
         exp_avgs,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels import checks
+from . import checks
 
 
 def _contiguous_like(x: Tensor) -> Tensor:

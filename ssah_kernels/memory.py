@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ssah_kernels import overlap
-from ssah_kernels.schema import arguments
+from . import overlap
+from .schema import arguments
 
 Split: TypeAlias = tuple[list[Tensor], list[Tensor]]
 

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from ssah_kernels.activations import (
+from .activations import (
     channel_moments_,
     column_sq_norms,
     gated_moments,
@@ -24,7 +23,8 @@ from ssah_kernels.activations import (
     new_moments,
     taylor_moments_,
 )
-from ssah_kernels.bit_updates import bit_masked_adamw_
+from .bit_updates import bit_masked_adamw_
+from .schema import operators
 
 __all__ = [
     "bit_masked_adamw_",
@@ -110,7 +110,7 @@ def masked_adamw_(
     """
     lists = params, grads, exp_avgs, exp_avg_sqs, indices, dims
     scalars = lr, step, grad_scale, clip_coef, seed
-    torch.ops.ssah.masked_adamw_(
+    operators.masked_adamw_(
         *lists,
         *scalars,
         compensations,
@@ -164,7 +164,7 @@ def masked_sgd_(
     """
     lists = params, grads, momentum_buffers, indices, dims
     scalars = lr, step, grad_scale, clip_coef, seed
-    torch.ops.ssah.masked_sgd_(
+    operators.masked_sgd_(
         *lists,
         *scalars,
         compensations,
@@ -198,4 +198,4 @@ def masked_grad_norm(
     Raises:
         TypeError, ValueError: an argument has the wrong dtype, shape, layout or device.
     """
-    return torch.ops.ssah.masked_grad_norm(grads, indices, dims, grad_scale)
+    return operators.masked_grad_norm(grads, indices, dims, grad_scale)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from ssah_kernels import autograd, backends, bit_masks, checks, fake, indices, memory
-from ssah_kernels.checks import matrices
-from ssah_kernels.repeated import Repeated
-from ssah_kernels.schema import SCHEMAS, arguments
+from . import autograd, backends, bit_masks, checks, fake, indices, memory
+from .checks import matrices
+from .repeated import Repeated
+from .schema import NAMESPACE, SCHEMAS, arguments
 
-_lib = torch.library.Library("ssah", "DEF")
+_lib = torch.library.Library(NAMESPACE, "DEF")
 
 
 def _dispatch(op: str) -> Callable[..., Any]:
@@ -74,7 +74,7 @@ def register() -> None:
         unsafe = [torch.Tag.cudagraph_unsafe] if waits else []
         _lib.define(op + schema, tags=[torch.Tag.pt2_compliant_tag, *unsafe])
         _lib.impl(op, _dispatch(op), "CompositeExplicitAutograd")
-        torch.library.register_fake(f"ssah::{op}", getattr(fake, op), lib=_lib)
+        torch.library.register_fake(f"{NAMESPACE}::{op}", getattr(fake, op), lib=_lib)
     autograd.register(_lib)
 
 

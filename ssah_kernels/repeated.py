@@ -26,11 +26,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from ssah_kernels import overlap
-from ssah_kernels.backends import cpu
-from ssah_kernels.checks.matrices import as_matrix
-from ssah_kernels.checks.updates import scalar_like
-from ssah_kernels.schema import arguments
+from . import overlap
+from .backends import cpu
+from .checks.matrices import as_matrix
+from .checks.updates import scalar_like
+from .schema import arguments
 
 _MOST = 256  # calls that may come again; a model has a few
 Key: TypeAlias = tuple[int, int]  # id of the first parameter, and how many there are

@@ -1,4 +1,15 @@
-"""The catalogue: every operator of ``torch.ops.ssah`` and its schema."""
+"""The catalogue: every operator of ``torch.ops.ssah`` and its schema.
+
+A copy of this package that is loaded under another name, as the kernels hub loads it, has its
+operators under that name: ``_ssah_kernels_cuda_1f3a`` in ``torch.ops._ssah_kernels_cuda_1f3a``. So
+one process may hold several copies, the installed package among them.
+"""
+
+import torch
+
+_PACKAGE = __name__.rpartition(".")[0]
+NAMESPACE = "ssah" if _PACKAGE == "ssah_kernels" else _PACKAGE.replace(".", "_")
+operators = getattr(torch.ops, NAMESPACE)
 
 SCHEMAS: dict[str, str] = {
     "channel_moments_": (

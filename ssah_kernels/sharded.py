@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 import torch
 from torch import Tensor
 
-from ssah_kernels.indices import State, state_of
+from .indices import State, state_of
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

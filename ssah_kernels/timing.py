@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from ssah_kernels import backends
-from ssah_kernels.backends import cpu
+from . import backends
+from .backends import cpu
 
 
 def interleave(

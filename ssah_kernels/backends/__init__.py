@@ -22,8 +22,8 @@ from typing import Any
 
 import torch
 
-from ssah_kernels.checks import shown
-from ssah_kernels.schema import KERNELS
+from ..checks import shown
+from ..schema import KERNELS
 
 __all__ = [
     "BACKENDS",
@@ -52,7 +52,7 @@ class MissingBackendError(RuntimeError):
 @cache
 def _module(name: str) -> Any:
     """A module of this package. A call of an operator asks for several, each time."""
-    return importlib.import_module(f"ssah_kernels.{name}")
+    return importlib.import_module(f"..{name}", __package__)
 
 
 def _checked(name: str) -> str:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from ssah_kernels.backends import native
+from ..schema import NAMESPACE
+from . import native
 
 LIBRARY = native.FOLDER / "_C.abi3.so"
 HOW_TO_BUILD = (
@@ -18,7 +19,8 @@ HOW_TO_BUILD = (
     "slow float64 implementation"
 )
 
-_schemas = native.define("ssah_cpu")  # kept: torch forgets the operators with the object
+_NAMESPACE = f"{NAMESPACE}_cpu"
+_schemas = native.define(_NAMESPACE)  # kept: torch forgets the operators with the object
 _schemas.define("read_bytes(Tensor data) -> int")
 _schemas.define("facts() -> str")
 _schemas.define("placement(Tensor[] fixed, Tensor[] grads) -> Tensor")
@@ -30,8 +32,8 @@ _schemas.define(
 @cache
 def missing() -> str | None:
     """Why the kernels cannot run here and how to get them; None if they can."""
-    if not LIBRARY.exists():
-        return HOW_TO_BUILD
+    if native.COPY is not None or not LIBRARY.exists():
+        return native.COPY or HOW_TO_BUILD
     loaded = native.load(LIBRARY)
     return loaded if isinstance(loaded, str) else None
 
@@ -45,4 +47,4 @@ def facts() -> dict[str, str]:
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    return native.kernel("ssah_cpu", op)
+    return native.kernel(_NAMESPACE, op)

@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 
-from ssah_kernels.backends import fatbin, native
+from ..schema import NAMESPACE
+from . import fatbin, native
 
 LIBRARY = native.FOLDER / "_C_cuda.abi3.so"
 OR_TRITON = "Triton serves this GPU where it is installed (`pip install triton`)"
 
-_schemas = native.define("ssah_cuda")  # kept: torch forgets the operators with the object
+_NAMESPACE = f"{NAMESPACE}_cuda"
+_schemas = native.define(_NAMESPACE)  # kept: torch forgets the operators with the object
 
 
 def built() -> Path | None:
     """The CUDA library of this installation, whether or not a GPU is present."""
-    return LIBRARY if LIBRARY.exists() else None
+    return LIBRARY if native.COPY is None and LIBRARY.exists() else None
 
 
 @cache
@@ -28,7 +30,7 @@ def _library() -> ctypes.CDLL | str:
     """The library, ready to launch kernels on a GPU that it was built for; or why it is not."""
     path = built()
     if path is None:
-        return (
+        return native.COPY or (
             "this installation has no CUDA kernels. Install the CUDA toolkit (nvcc) and run "
             "`SSAH_CUDA=1 pip install --no-build-isolation -e .`, or install triton"
         )
@@ -82,4 +84,4 @@ def missing(device: torch.device | None = None) -> str | None:
 
 
 def kernel(op: str) -> Callable[..., Any]:
-    return native.kernel("ssah_cuda", op)
+    return native.kernel(_NAMESPACE, op)

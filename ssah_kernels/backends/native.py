@@ -10,10 +10,19 @@ from typing import Any
 
 import torch
 
-from ssah_kernels.checks import ACTIVATIONS
-from ssah_kernels.schema import KERNELS, SCHEMAS
+from ..checks import ACTIVATIONS
+from ..schema import KERNELS, NAMESPACE, SCHEMAS
 
 FOLDER = Path(__file__).parents[1]
+# Why a copy of the package under another name has no library: the kernels in it are registered in
+# the namespaces of the installed package.
+COPY = (
+    None
+    if NAMESPACE == "ssah"
+    else "this copy of ssah_kernels has no compiled kernels; the installed package has them "
+    "(`pip install ssah-kernels`, then `import ssah_kernels`). SSAH_BACKEND=reference chooses the "
+    "slow float64 implementation"
+)
 
 
 def schema(op: str) -> str:

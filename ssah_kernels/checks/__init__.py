@@ -7,7 +7,7 @@ scalars as float64 on their device, everything else as it was passed. It reads n
 it serves for tracing too. Shapes are those of :mod:`ssah_kernels.ops`.
 """
 
-from ssah_kernels.checks.activations import (
+from .activations import (
     ACTIVATIONS,
     channel_moments_,
     column_sq_norms,
@@ -16,9 +16,9 @@ from ssah_kernels.checks.activations import (
     gated_product,
     taylor_moments_,
 )
-from ssah_kernels.checks.bit_masks import bit_masked_adamw_
-from ssah_kernels.checks.tensors import FLOATS, dense, shown
-from ssah_kernels.checks.updates import masked_adamw_, masked_grad_norm, masked_sgd_
+from .bit_masks import bit_masked_adamw_
+from .tensors import FLOATS, dense, shown
+from .updates import masked_adamw_, masked_grad_norm, masked_sgd_
 
 __all__ = [
     "ACTIVATIONS",

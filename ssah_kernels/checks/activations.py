@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels.checks.tensors import (
+from .tensors import (
     dense,
     floating,
     last_contiguous,

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels.bit_masks import n_blocks, packed_size
-from ssah_kernels.checks.tensors import dense, floating, like
-from ssah_kernels.checks.updates import same_length, scalars_of
+from ..bit_masks import n_blocks, packed_size
+from .tensors import dense, floating, like
+from .updates import same_length, scalars_of
 
 
 def _piece(

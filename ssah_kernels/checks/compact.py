@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ssah_kernels.checks.matrices import as_matrix, can_be_matrix
-from ssah_kernels.checks.tensors import dense
+from .matrices import as_matrix, can_be_matrix
+from .tensors import dense
 
 # The dtype of what compensates a parameter of 16 bits, see reference/masked_update.py.
 COMPENSATIONS = {torch.bfloat16: torch.int16, torch.float16: torch.float16}

@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssah_kernels.schema import KERNELS, arguments
+from ..schema import KERNELS, arguments
 
 _NAMES = {op: [name for _, name in arguments(op)] for op in KERNELS}
 # Where the indices of an update stand among its arguments; its parameters are the first.

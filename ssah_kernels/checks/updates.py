@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels.checks.compact import compact_lists, compact_shape, read_at, refuse
-from ssah_kernels.checks.matrices import as_matrix, axis_of, can_be_matrix
-from ssah_kernels.checks.tensors import dense, floating, state_of
-from ssah_kernels.dynamic_map import scales_shape
+from ..dynamic_map import scales_shape
+from .compact import compact_lists, compact_shape, read_at, refuse
+from .matrices import as_matrix, axis_of, can_be_matrix
+from .tensors import dense, floating, state_of
 
 
 def same_length(name: str, values: Sequence[Any], must: int) -> None:

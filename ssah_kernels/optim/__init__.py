@@ -10,7 +10,7 @@ the update are [200, 64]; the other 800 rows are neither read nor written.
     adamw, sgd  the two optimisers
 """
 
-from ssah_kernels.optim.adamw import MaskedAdamW
-from ssah_kernels.optim.sgd import MaskedSGD
+from .adamw import MaskedAdamW
+from .sgd import MaskedSGD
 
 __all__ = ["MaskedAdamW", "MaskedSGD"]

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ssah_kernels import ops
-from ssah_kernels.checks.compact import COMPENSATIONS
-from ssah_kernels.dynamic_map import scales_shape
-from ssah_kernels.optim import checkpoint, options
-from ssah_kernels.optim.calls import Call, Scalars, count_of, scales_of
-from ssah_kernels.sharded import Cut, Dim, Part, first_row, is_sharded, local, may_be_sharded
+from .. import ops
+from ..checks.compact import COMPENSATIONS
+from ..dynamic_map import scales_shape
+from ..sharded import Cut, Dim, Part, first_row, is_sharded, local, may_be_sharded
+from . import checkpoint, options
+from .calls import Call, Scalars, count_of, scales_of
 
 # Number in the optimiser, group, parameter, index [trained] and dimension.
 Entry: TypeAlias = "tuple[int, dict[str, Any], Tensor, Tensor | None, Dim]"

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ssah_kernels.sharded import Cut, is_sharded, local
+from ..sharded import Cut, is_sharded, local
 
 # A matrix of a call: parameter, gradient, index [trained], dimension and compact state.
 Piece: TypeAlias = tuple[Tensor, Tensor, "Tensor | None", int, dict[str, Any]]

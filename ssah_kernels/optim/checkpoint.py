@@ -18,9 +18,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ssah_kernels.dynamic_map import scales_shape
-from ssah_kernels.optim.calls import scales_of
-from ssah_kernels.sharded import compact, expand, is_sharded, join, local, parts
+from ..dynamic_map import scales_shape
+from ..sharded import compact, expand, is_sharded, join, local, parts
+from .calls import scales_of
 
 
 class Masked(Protocol):

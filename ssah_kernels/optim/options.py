@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels import checks, indices, overlap
-from ssah_kernels.sharded import Dim, check_layout, is_sharded, local
+from .. import checks, indices, overlap
+from ..sharded import Dim, check_layout, is_sharded, local
 
 ROUNDINGS = ("nearest", "stochastic", "remainder")
 STATE_DTYPES = (torch.float32, torch.bfloat16)

@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ssah_kernels import ops
-from ssah_kernels.optim.base import MaskedOptimizer
-from ssah_kernels.optim.calls import Call, Scalars
+from .. import ops
+from .base import MaskedOptimizer
+from .calls import Call, Scalars
 
 
 class MaskedSGD(MaskedOptimizer):

@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ssah_kernels.bit_masks import unpack_bits
-from ssah_kernels.reference.masked_adamw import masked_adamw_
+from ..bit_masks import unpack_bits
+from .masked_adamw import masked_adamw_
 
 
 def bit_masked_adamw_(

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssah_kernels.reference.channel_moments import channel_moments_
+from .channel_moments import channel_moments_
 
 
 def activation(z: Tensor, act: str) -> Tensor:

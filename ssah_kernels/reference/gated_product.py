@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssah_kernels.reference.gated_moments import activation
+from .gated_moments import activation
 
 
 def of_tokens(factors: Tensor, arm: Tensor, gate: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssah_kernels.reference.masked_update import selected
+from .masked_update import selected
 
 
 def masked_grad_norm(

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ssah_kernels.reference.masked_update import (
+from .masked_update import (
     Rounder,
     State,
     add_importance_,

@@ -54,8 +54,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssah_kernels.checks.matrices import as_matrix
-from ssah_kernels.dynamic_map import dequantize, n_blocks, quantize
+from ..checks.matrices import as_matrix
+from ..dynamic_map import dequantize, n_blocks, quantize
 
 WORD = 0xFFFFFFFF
 MULTIPLIERS = (0x21F0AAAD, 0xD35A2D97)

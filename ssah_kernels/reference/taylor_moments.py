@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ssah_kernels.reference.channel_moments import select_rows
+from .channel_moments import select_rows
 
 
 def taylor_moments_(

@@ -102,7 +102,9 @@ def exported(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, Function | ast.ClassDef):
             names.append(node.name)
-        elif isinstance(node, ast.ImportFrom) and f"{node.module}.".startswith(f"{package}."):
+        elif isinstance(node, ast.ImportFrom) and (
+            node.level == 1 or f"{node.module}.".startswith(f"{package}.")
+        ):
             names += [alias.asname or alias.name for alias in node.names]
     return [name for name in names if not name.startswith("_")]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ssah_kernels import backends
+from ... import backends
 
 __all__ = ["interpreted", "kernel", "missing"]
 
@@ -37,5 +37,4 @@ def missing() -> str | None:
 
 def kernel(op: str) -> Callable[..., Any]:
     """The function with the name and the arguments of ``op`` that launches its Triton kernels."""
-    file = f"ssah_kernels.backends.triton.{backends.stem(op)}"
-    return getattr(importlib.import_module(file), op)
+    return getattr(importlib.import_module(f".{backends.stem(op)}", __package__), op)

@@ -20,13 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels import bit_masks
-from ssah_kernels.backends.triton.device import wide
-from ssah_kernels.backends.triton.launch import WARPS, Launch, run
-from ssah_kernels.backends.triton.masked_list import TYPES, bits, cdiv, device_table, is_far
-from ssah_kernels.backends.triton.masked_rounding import noise, noise_keys, rounded
-from ssah_kernels.backends.triton.masked_rules import adamw, adamw_head, adamw_scalars
-from ssah_kernels.backends.triton.masked_table import HEAD, find_row, pointer, scalar_or_one
+from ... import bit_masks
+from .device import wide
+from .launch import WARPS, Launch, run
+from .masked_list import TYPES, bits, cdiv, device_table, is_far
+from .masked_rounding import noise, noise_keys, rounded
+from .masked_rules import adamw, adamw_head, adamw_scalars
+from .masked_table import HEAD, find_row, pointer, scalar_or_one
 
 STEPS = 8  # blocks of a program, which computes what they share once
 FIELDS = 9  # first program, parameter, gradient, two states, mask, offsets, elements, number

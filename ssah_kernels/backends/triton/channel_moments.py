@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import as_count, counted, place, wide, zeros_like_wide
-from ssah_kernels.backends.triton.launch import Launch, count_rows_, row_slices, run, tiling
-from ssah_kernels.backends.triton.moments import add_tile, merge_launch, store_moments
+from .device import as_count, counted, place, wide, zeros_like_wide
+from .launch import Launch, count_rows_, row_slices, run, tiling
+from .moments import add_tile, merge_launch, store_moments
 
 DEPTH = 8  # rows per warp and tile: 128 bytes in flight per thread
 

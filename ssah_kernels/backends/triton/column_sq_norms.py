@@ -17,14 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import (
+from .device import (
     add_launch,
     place,
     store_row,
     wide,
     zeros_like_wide,
 )
-from ssah_kernels.backends.triton.launch import Launch, run, tiling
+from .launch import Launch, run, tiling
 
 DEPTH = 8  # rows per warp and tile: 128 bytes in flight per thread
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch
+from .launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch
 
 
 @triton.jit

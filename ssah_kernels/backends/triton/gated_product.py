@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.activations import activation
-from ssah_kernels.backends.triton.device import place, wide
-from ssah_kernels.backends.triton.launch import Launch, row_slices, run, tiling
+from .activations import activation
+from .device import place, wide
+from .launch import Launch, row_slices, run, tiling
 
 DEPTH = 2  # rows per warp and tile; with two inputs, 64 bytes in flight per thread
 

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssah_kernels.backends.triton import interpreted
+from . import interpreted
 
 VECTOR_BYTES = 16  # one ld.global.v4.b32 or v2.b64 per thread and row
 LANES = 32  # a warp spans LANES * VECTOR_BYTES contiguous bytes of a row: 512

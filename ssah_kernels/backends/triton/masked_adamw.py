@@ -14,9 +14,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssah_kernels.backends.triton.launch import Launch, run
-from ssah_kernels.backends.triton.masked_list import Update, launches
-from ssah_kernels.backends.triton.masked_rules import adamw_head
+from .launch import Launch, run
+from .masked_list import Update, launches
+from .masked_rules import adamw_head
 
 
 def plan(

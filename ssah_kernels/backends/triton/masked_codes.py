@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssah_kernels import dynamic_map
+from ... import dynamic_map
 
 BLOCK = tl.constexpr(dynamic_map.BLOCK)
 FIRST_START = tl.constexpr(dynamic_map.FIRST_START)

@@ -19,16 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import wide
-from ssah_kernels.backends.triton.launch import WARPS, Launch, run
-from ssah_kernels.backends.triton.masked_list import (
+from .device import wide
+from .launch import WARPS, Launch, run
+from .masked_list import (
     TYPES,
     cdiv,
     device_table,
     tile_of,
     vector_of,
 )
-from ssah_kernels.backends.triton.masked_table import find_row, pointer, scalar_or_one
+from .masked_table import find_row, pointer, scalar_or_one
 
 FIELDS = 8  # first program, gradient, index, indexed rows, rows, columns, row and column stride
 

@@ -20,8 +20,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels import dynamic_map
-from ssah_kernels.backends.triton.launch import (
+from ... import dynamic_map
+from .launch import (
     LANES,
     MERGE_CHANNELS,
     MERGE_CHUNKS,
@@ -29,8 +29,8 @@ from ssah_kernels.backends.triton.launch import (
     WARPS,
     Launch,
 )
-from ssah_kernels.backends.triton.masked_table import FIELDS, HEAD, add_importance_kernel
-from ssah_kernels.backends.triton.masked_update import masked_update_kernel
+from .masked_table import FIELDS, HEAD, add_importance_kernel
+from .masked_update import masked_update_kernel
 
 TILE_ROWS = 32
 TILE_ROWS_SUMMED = 128  # fewer partial sums where every column is a unit

@@ -16,8 +16,8 @@ from math import inf, log
 import triton
 import triton.language as tl
 
-from ssah_kernels.backends.triton.activations import reciprocal
-from ssah_kernels.backends.triton.masked_table import hyper
+from .activations import reciprocal
+from .masked_table import hyper
 
 
 def adamw_head(beta1: float, beta2: float, eps: float, weight_decay: float) -> tuple[float, ...]:

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ssah_kernels.backends.triton.launch import Launch, run
-from ssah_kernels.backends.triton.masked_list import Update, launches
+from .launch import Launch, run
+from .masked_list import Update, launches
 
 
 def plan(

@@ -19,17 +19,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ssah_kernels.backends.triton.device import wide
-from ssah_kernels.backends.triton.masked_codes import nearest_codes, read_codes
-from ssah_kernels.backends.triton.masked_rounding import (
+from .device import wide
+from .masked_codes import nearest_codes, read_codes
+from .masked_rounding import (
     compensated,
     noise,
     noise_keys,
     rounded,
     split,
 )
-from ssah_kernels.backends.triton.masked_rules import adamw, rule_scalars, sgd
-from ssah_kernels.backends.triton.masked_table import (
+from .masked_rules import adamw, rule_scalars, sgd
+from .masked_table import (
     COL_STRIDE,
     COLS,
     FIELDS,

@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import store_row
-from ssah_kernels.backends.triton.launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch
+from .device import store_row
+from .launch import MERGE_CHANNELS, MERGE_CHUNKS, Launch
 
 
 @triton.jit

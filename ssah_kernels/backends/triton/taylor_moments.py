@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ssah_kernels.backends.triton.device import (
+from .device import (
     add_launch,
     counted,
     place,
@@ -26,7 +26,7 @@ from ssah_kernels.backends.triton.device import (
     wide,
     zeros_like_wide,
 )
-from ssah_kernels.backends.triton.launch import Launch, row_slices, run, tiling
+from .launch import Launch, row_slices, run, tiling
 
 DEPTH = 4  # rows per warp and tile; with two inputs, 128 bytes in flight per thread
 DEPTH_FLOAT64 = 2  # what the registers hold
