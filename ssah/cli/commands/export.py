@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ssah.cli.running import Result
 from ssah.cli.selecting import check_selected, selected_in
 from ssah.cli.shared import Model, Out, Weights
+
+if TYPE_CHECKING:
+    from ssah.training import LoraExport
 
 ORDER = 58
 
@@ -48,9 +51,7 @@ def export(
     ] = None,
     max_rank: Annotated[
         int | None,
-        typer.Option(
-            "--max-rank", min=1, help="Of an adapter: refuse a larger rank; default: 512, as vLLM."
-        ),
+        typer.Option("--max-rank", min=1, help="Refuse a larger rank; default: 512, as vLLM."),
     ] = None,
     weights: Weights,
 ) -> Result:
@@ -69,8 +70,7 @@ def export(
     _check_one(change, groups, units, imatrix)
     check_on_one_device(weights.places, "the base of an adapter")
     if imatrix is not None:
-        _check_unused(max_rank, weights)
-        return _importance_matrix(model, imatrix, out, weights)
+        return _importance_matrix(model, imatrix, out, weights, max_rank)
     # Groups are read before the model is loaded, which may take minutes.
     what: Any = check_selected(units, groups, "units") if units else change
     base, _ = weights.load(model)
@@ -79,25 +79,31 @@ def export(
     limit = {} if max_rank is None else {"max_rank": max_rank}
     with quiet():  # a tuned model is loaded, too
         made = ssah.export_lora(what, out, base=base, **limit)
-    exact = "all, bit for bit, once merged"
-    if made.inexact:
-        exact = f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"
     facts = {
         "adapters": f"{len(made.ranks)}, of rank {min(made.ranks.values())} to {made.rank}",
         "changed": f"{made.changed:,} elements",
-        "exact": exact,
+        "exact": _how_exact(made),
         "written to": str(out),
     }
     data = {"model": model, "out": str(out), **made.to_dict()}
     return Result(data, (facts_table("Exported", facts),))
 
 
-def _importance_matrix(model: str, scores: Path, out: Path, weights: Weights) -> Result:
+def _how_exact(made: LoraExport) -> str:
+    if not made.inexact:
+        return "all, bit for bit, once merged"
+    return f"all but {made.inexact:,}, which are off by at most {made.error:.1e} once merged"
+
+
+def _importance_matrix(
+    model: str, scores: Path, out: Path, weights: Weights, max_rank: int | None
+) -> Result:
     """Mean squares of what enters B, for llama-quantize; no weight is read."""
     from ssah.attribution import Attribution, save_imatrix
     from ssah.models import empty_model, quiet
     from ssah.report.terminal import facts_table
 
+    _check_unused(max_rank, weights)
     attribution = Attribution.load(scores)
     with quiet():
         empty = empty_model(model, trust_remote_code=weights.trust_remote_code)

@@ -36,6 +36,9 @@ class LmEvalModel(HFLM):
         dtype, device, trust_remote_code: as `ssah.models.load_model` takes them.
         options: of lm-eval's own model ``hf``: ``batch_size``, ``max_length``,
             ``enable_thinking`` and the like.
+
+    Raises:
+        ValueError: ``pretrained`` is missing, or as of `load_ablated`.
     """
 
     def __init__(
