@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ssah.methods import Method, describe, names, typed_method
 from ssah.models import ModelError
-from ssah.storage import RECORD, check_new
+from ssah.storage import RECORD, check_named, check_new
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
     INTACT,
@@ -161,7 +161,7 @@ class _Asked:
     ) -> _Asked:
         """Read the rows; errors as of `run_protect`."""
         method = _protecting(settings)
-        run = place.with_name(f"{place.name}.run")
+        run = check_named(place).with_name(f"{place.name}.run")
         _check_place(place, run)
         if loading.device_map is not None:
             raise ModelError(
