@@ -94,8 +94,8 @@ def write(folder: Path, root: Path = ROOT) -> None:
     """Write the repository into ``folder``; what is there of an earlier call is replaced."""
     files = {
         str(Path(file).relative_to(PACKAGE)): (root / file).read_bytes()
-        for file in tracked(root, (PACKAGE,))
-        if file.endswith(".py")
+        for file in tracked(root)
+        if file.startswith(f"{PACKAGE}/") and file.endswith(".py")
     }
     mark = hashlib.sha256(json.dumps(digests(files)).encode()).hexdigest()[:10]
     for part in ("build", "torch-ext", "benchmarks"):

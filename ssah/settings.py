@@ -75,7 +75,7 @@ def declared(settings: type) -> list[tuple[Field[Any], Any, dict[str, Any]]]:
 
 
 def check_settings(settings: Any) -> None:
-    """Refuse a value that is out of the bounds of its field, or is not among its choices.
+    """Refuse a number that is not finite or out of bounds, or what is not among the choices.
 
     Raises:
         ValueError: it names the field, the value and what it must be. A tuple whose default has
@@ -94,13 +94,13 @@ def check_settings(settings: Any) -> None:
             _check_bounds(own.name, value, {key: about[key] for key in _BOUNDS if key in about})
 
 
-def _check_bounds(name: str, value: float | None, bounds: dict[str, float]) -> None:
-    if value is None or not bounds:
-        return
-    # NaN is in no range, and infinity in every one that has no end.
-    if not math.isfinite(value) or not all(_BOUNDS[k][1](value, b) for k, b in bounds.items()):
-        must = " and ".join(f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items())
-        raise ValueError(f"{name} is {value!r}; it must be {must}")
+def _check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
+    must = [f"{_BOUNDS[key][0]} {bound}" for key, bound in bounds.items()]
+    # NaN is in no range, and infinity in every one that has no end; no record can hold either.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{name} is {value!r}; it must be {' and '.join(['finite', *must])}")
+    if must and value is not None and not all(_BOUNDS[k][1](value, b) for k, b in bounds.items()):
+        raise ValueError(f"{name} is {value!r}; it must be {' and '.join(must)}")
 
 
 def choices_of(hint: Any) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import struct
 import tempfile
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -34,11 +35,14 @@ from torch import Tensor, nn
 
 from ssah.attribution.result import Attribution
 from ssah.models import text_config
-from ssah.storage import write_whole
+from ssah.storage import check_replaceable, write_whole
 from ssah.units import DepthTwoModule, find_modules, gguf_architecture
 
 if TYPE_CHECKING:
     from gguf import TensorNameMap
+
+# The field general.type of a GGUF file: its key, a string of 7 bytes, "imatrix".
+_MARK = b"general.type" + struct.pack("<IQ", 8, 7) + b"imatrix"
 
 
 def save_imatrix(
@@ -52,7 +56,7 @@ def save_imatrix(
 
     Args:
         attribution: scores of any metric; which of its tokens counted is written beside them.
-        path: the file, which is replaced in one step.
+        path: the file; an earlier importance matrix there is replaced in one step.
         model: the model that was scored; one on the meta device will do.
 
     Returns:
@@ -62,6 +66,7 @@ def save_imatrix(
         ImportError: ``gguf`` is not installed.
         FileNotFoundError: the folder of ``path`` does not exist.
         IsADirectoryError: ``path`` is a folder.
+        FileExistsError: ``path`` is a file of another kind, a model for one.
         ValueError: the scores are of another model, every expert was given every token, a layer
             lacks some of its experts, or llama.cpp has no such architecture or weight.
     """
@@ -69,8 +74,7 @@ def save_imatrix(
         raise ImportError(
             "an imatrix is written with gguf, which is not installed: pip install 'gguf>=0.19'"
         )
-    if Path(path).is_dir():
-        raise IsADirectoryError(f"path is {os.fspath(path)!r}, a folder; it must be a file")
+    check_replaceable(Path(path), _MARK, "importance matrix")
     if not Path(path).parent.is_dir():
         raise FileNotFoundError(
             f"path is {os.fspath(path)!r}, whose folder does not exist; it must be made before"

@@ -8,6 +8,7 @@ from ssah.storage.files import (
     TEXT,
     Fields,
     check_fields,
+    check_replaceable,
     file_hash,
     naming,
     read_record,
@@ -29,7 +30,7 @@ from ssah.storage.results import (
     read_meta,
     save_tensors,
 )
-from ssah.storage.whole_folders import check_new, whole_folder
+from ssah.storage.whole_folders import check_named, check_new, whole_folder
 
 __all__ = [
     "FORMAT",
@@ -44,7 +45,9 @@ __all__ = [
     "check_fields",
     "check_free",
     "check_kind",
+    "check_named",
     "check_new",
+    "check_replaceable",
     "file_hash",
     "hub_folder",
     "kind_in",

@@ -65,6 +65,30 @@ def write_whole(path: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def check_replaceable(path: Path, mark: bytes, kind: str) -> None:
+    """Refuse to write a file in the place of one of another kind, such as the model itself.
+
+    Args:
+        path: where it would be written.
+        mark: what every file of the kind has among its first 4,096 bytes.
+        kind: what such a file is called.
+
+    Raises:
+        IsADirectoryError: it is a folder.
+        FileExistsError: there is a file that has no such mark.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(f"path is {str(path)!r}, a folder; it must be a file")
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if mark not in file.read(4096):
+            raise FileExistsError(
+                f"file {str(path)!r} is there already and is no {kind}: choose another name, or "
+                "remove it"
+            )
+
+
 def sync(path: Path) -> None:
     """Returns once a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -15,13 +15,26 @@ from pathlib import Path
 from ssah.storage.files import naming, sync
 
 
+def check_named(place: str | os.PathLike[str]) -> Path:
+    """``place`` as a path, once it is known to have a name, which others beside it are made of.
+
+    Raises:
+        ValueError: it is the current folder, for which an empty text is taken, or a root.
+    """
+    path = Path(place)
+    if path.name in ("", ".."):
+        raise ValueError(f"out is {str(place)!r}; it must end with the name of what is written")
+    return path
+
+
 def check_new(folder: str | os.PathLike[str]) -> Path:
     """``folder`` as a path, once it is known to be free.
 
     Raises:
+        ValueError: it has no name, as of `check_named`.
         FileExistsError: it is a file, or a folder with something in it.
     """
-    path = Path(folder)
+    path = check_named(folder)
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise FileExistsError(
             f"folder {str(path)!r} is there already, must be new or empty: choose another one, or "

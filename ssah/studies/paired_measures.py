@@ -78,7 +78,7 @@ class Evaluation:
         # What the margin asks for is the opening of an answer, which comes after the request.
         self.requests = self._fitting(requests, self.room - OPENING, name)
         self.asked = self._with_room(self.requests[:asked], name)
-        self.judges = judges or distinct_judges(settings.judges, settings.max_new_tokens)
+        self.judges = judges or checked_judges(settings)
         self.loaders = {name: study.loader(own) for name, own in rows.items()}
 
     def _fitting(self, requests: Sequence[Asking], most: int, name: str) -> list[Asking]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import typer
 from commands import commands, fails
+from typer.testing import CliRunner
 
 from ssah.cli import app
 
@@ -90,3 +91,14 @@ def test_adapters_packed_models_and_updates_count(file: str, tmp_path: Path) -> 
         given = model / file if file == "model.gguf" else model
         beside = fails("evaluate", given, "--out", model / "result", "--requests", "none.jsonl")
         assert "none.jsonl" in beside
+
+
+@pytest.mark.parametrize("line", ["attribute m --out=", "report . -o ", "classify a b --out "])
+def test_an_empty_text_is_not_the_current_folder(
+    line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = CliRunner().invoke(app, line.split(" "))
+    assert result.exit_code == 2
+    assert "is empty, must be a path" in result.stderr
+    assert not any(tmp_path.iterdir())

@@ -231,6 +231,14 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
     assert not (tmp_path / "report.html").exists()
 
 
+def test_a_file_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text("<!doctype html><title>mine</title>")
+    with pytest.raises(FileExistsError, match=r"report\.html' is there already and is no report"):
+        write_report(tmp_path, tmp_path / "report.html")
+    with pytest.raises(IsADirectoryError, match="a folder; it must be a file"):
+        write_report(tmp_path, tmp_path)
+
+
 # ------------------------------------------------------------------------------- generic tables
 
 

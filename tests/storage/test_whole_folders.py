@@ -43,6 +43,10 @@ def test_what_is_there_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(FileExistsError, match="must be new or empty"):
             whole_folder(path).__enter__()
 
+    for place in ("", ".", ".."):
+        with pytest.raises(ValueError, match="must end with the name of what is written"):
+            whole_folder(place).__enter__()
+
     def somebody_is_faster() -> None:
         with whole_folder(late) as folder:
             (folder / "a").write_text("1")

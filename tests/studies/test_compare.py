@@ -346,6 +346,16 @@ def test_what_is_wrong_is_refused_before_anything_is_written(
     assert not out.exists()
 
 
+def test_a_judge_that_cannot_work_is_noticed_before_the_fine_tunes(
+    loading: Loading, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = replace(SETTINGS, judges=("python:os.remove",))
+    monkeypatch.setattr(Loading, "__call__", lambda *_: pytest.fail("a model was loaded"))
+    with pytest.raises(RuntimeError, match=r"judge 'python:os\.remove' raised TypeError"):
+        run_compare(loading, tmp_path / "run", settings, SETS)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.*left out")
 @pytest.mark.parametrize("role", ["calibration", "over_refusal", "borderline"])
 def test_what_is_too_long_is_refused_or_left_out_at_the_start(

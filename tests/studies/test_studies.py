@@ -54,6 +54,9 @@ def test_claims_say_what_their_interval_says():
         (FreezeSettings, {"lora_lr": 0.0}, "lora_lr is 0.0"),
         (BudgetSettings, {"ru": 0.0}, "ru is 0.0"),
         (BudgetSettings, {"epochs": 0.0}, "epochs is 0.0"),
+        (FreezeSettings, {"lr": float("inf")}, "lr is inf; it must be finite and greater than 0"),
+        (FreezeSettings, {"target_loss": float("nan")}, "target_loss is nan; it must be finite"),
+        (BudgetSettings, {"slack": float("nan")}, "slack is nan; it must be finite"),
     ],
 )
 def test_wrong_settings_are_refused(settings, wrong, message):

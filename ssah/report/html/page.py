@@ -21,12 +21,14 @@ from typing import Any
 from ssah.report.html.comparison import Comparison, comparison
 from ssah.report.html.kinds import KINDS, Kind, claims_table, kind_of
 from ssah.report.html.plain import MISSING, Table, duration, number, tables
-from ssah.storage import RECORD, write_whole
+from ssah.storage import RECORD, check_replaceable, write_whole
 from ssah.version import __version__
 
 _DEMO, _TRAINING = "demo.json", "run.json"  # of `ssah demo`; of `ssah finetune` and `ssah align`
 _PNG = b"\x89PNG\r\n\x1a\n"  # how every PNG begins
 _SKIPPED = ("checkpoints", "steps")  # folders of a run in which no run is
+
+_MARK = b'<meta name="generator" content="ssah'  # of every page, see report.html.j2
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def write_report(
 
     Args:
         folder: where to look.
-        out: the file; an earlier one is replaced.
+        out: the file; an earlier report there is replaced.
         title: of the page.
 
     Returns:
@@ -80,12 +82,14 @@ def write_report(
 
     Raises:
         FileNotFoundError: there is no such folder, or no run in it.
+        FileExistsError: ``out`` is a file of another kind.
         ValueError: a run's file is not JSON.
         ImportError: jinja2 is not installed.
     """
-    root = Path(folder)
+    root, target = Path(folder), Path(out)
     if not root.is_dir():
         raise FileNotFoundError(f"directory {str(root)!r} does not exist")
+    check_replaceable(target, _MARK, "report of ssah")
     if importlib.util.find_spec("jinja2") is None:
         raise ImportError("jinja2 is not installed, which writes it: pip install 'ssah[report]'")
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -118,7 +122,6 @@ def write_report(
         script=script if sortable else "",
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )
-    target = Path(out)
     target.parent.mkdir(parents=True, exist_ok=True)
     write_whole(target, page.encode())
     return [

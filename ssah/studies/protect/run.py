@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.methods import Method, describe, names, typed_method
-from ssah.storage import RECORD, check_new
+from ssah.storage import RECORD, check_named, check_new
 from ssah.studies.loading import Loading
 from ssah.studies.paired_models import (
     INTACT,
@@ -160,7 +160,7 @@ class _Asked:
     ) -> _Asked:
         """Read the rows; errors as of `run_protect`."""
         method = _protecting(settings)
-        run = place.with_name(f"{place.name}.run")
+        run = check_named(place).with_name(f"{place.name}.run")
         _check_place(place, run)
         loading.check_on_one_device("a model that trains")
         study = Study(loading, run, KIND, settings, batch_size=settings.batch_size)

@@ -16,7 +16,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.evaluation import (
@@ -28,7 +27,7 @@ from ssah.evaluation import (
     refusal_margins,
     with_room,
 )
-from ssah.storage import write_whole
+from ssah.storage import check_named, write_whole
 from ssah.studies.loading import Loading
 from ssah.studies.refusals.settings import MARGIN, RefusalSettings
 from ssah.studies.study import Study
@@ -65,7 +64,7 @@ def run_refusals(
         ValueError: the judges are of one kind, the file is there and no run has made it, or no
             answer is a refusal; or as of ``ssah.evaluation.attack_success``.
     """
-    path = Path(out)
+    path = check_named(out)
     folder = path.with_name(path.name + _RUN)
     if path.exists() and not folder.exists():
         raise ValueError(f"out is {str(path)!r}, which is there already; it must be a new file")

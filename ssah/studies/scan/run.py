@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ssah.evaluation import distinct_judges
 from ssah.report.pictures import plot_compare, plot_scan
 from ssah.studies.loading import Loading
-from ssah.studies.paired_measures import UTILITY, Evaluation
+from ssah.studies.paired_measures import UTILITY, Evaluation, checked_judges
 from ssah.studies.scan.ablation_claims import ablation_claims
 from ssah.studies.scan.curves import ORDER, Curves
 from ssah.studies.scan.grouping_ways import WAYS, compare
@@ -56,7 +55,7 @@ def run_scan(
         ``compare``.
     """
     study = Study(loading, out, KIND, settings, batch_size=settings.batch_size)
-    judges = distinct_judges(settings.judges, settings.max_new_tokens)
+    judges = checked_judges(settings)
     rows = study.scored_rows(safety, utility)
     asked = study.sources.requests("requests", requests)
     held_out = study.sources.rows("utility_eval", utility_eval)

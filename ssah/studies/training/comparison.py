@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssah.data import Row, spread
-from ssah.evaluation import distinct_judges
 from ssah.models import SMOLLM2, quiet
 from ssah.studies.loading import READING, Loading
 from ssah.studies.measured_values import attack_line, measured_line
-from ssah.studies.paired_measures import Evaluation, intact_coherence
+from ssah.studies.paired_measures import Evaluation, checked_judges, intact_coherence
 from ssah.studies.study import Study, grouped
 from ssah.studies.training.arms import Arm, freezes
 from ssah.studies.training.results import BEFORE
@@ -104,9 +103,10 @@ class Comparison(Study):
 
         Raises:
             ValueError: a batch cannot have as many rows of each of the roles.
+            Exception: a judge cannot work, as of `checked_judges`; nothing was loaded then.
         """
         settings = self.settings
-        judges = distinct_judges(settings.judges, settings.max_new_tokens)
+        judges = checked_judges(settings)
         self.load()
         self.pools = [
             self.encoded(role, rows, settings.train_max_length) for role, rows in trained.items()

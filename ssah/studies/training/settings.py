@@ -35,7 +35,9 @@ class TrainingSettings:
     lr: float = _training(5e-5, "Learning rate of AdamW, constant.", above=0)
     epochs: float = _training(1.0, "Passes of the first arm over the data.", above=0)
     max_steps: int | None = _training(None, "Updates of the first arm, in place of epochs.", min=1)
-    target_loss: float | None = _training(None, "Training loss of all arms; default: the first's.")
+    target_loss: float | None = _training(
+        None, "Training loss of all arms; default: the first's.", above=0
+    )
     patience: float = _training(3.0, "The most updates of the others, times the first's.", min=1)
     batch_size: int = _training(8, "Rows of an update.", option="--train-batch-size", min=1)
     train_max_length: int = _training(256, "Tokens kept of a row trained on.", min=2)
