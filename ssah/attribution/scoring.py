@@ -52,7 +52,8 @@ def attribute(
     The first two run the backbone alone, forward; the others need gradients of activations, never
     of weights. The model runs in evaluation mode and in its own dtype (also where a Trainer has
     left autocast on it), and is left as it was. Hooks of others count: what enters B is what B's
-    own pre-hooks made of it. One thread at a time may run a model.
+    own pre-hooks made of it. One thread at a time may run a model. Layers for which gradient
+    checkpointing is on are computed again in the backward pass of the gradient metrics.
 
     A quantised model of a scheme of :mod:`ssah.models.packed` runs packed, as it would;
     norms are those of B's dequantised weight, and gradients those that its modules pass on.

@@ -92,6 +92,7 @@ def diagnose(
     Raises:
         ValueError: the models are one, or of two architectures; an argument is out of range; the
             folder has another run, or one with other weights.
+        ModelError: the models would be dealt to several devices.
     """
     check_free(out)
     aligned.check_on_one_device("a model whose weights are changed")

@@ -62,7 +62,7 @@ def run_check(
 
     Raises:
         ValueError, OSError: wrong input; all of it is found before anything is generated.
-        ModelError, LibraryError: a model cannot be loaded.
+        ModelError, LibraryError: a model cannot be loaded, or would be dealt to several devices.
     """
     if not 0 <= tolerance < 1:
         raise ValueError(f"tolerance is {tolerance}; it must be at least 0 and below 1")
