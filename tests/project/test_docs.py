@@ -56,6 +56,7 @@ NOT_RUN = {
     "docs/gpu.md": 2,
     "docs/installing.md": 2,
     "docs/large_models.md": 2,
+    "docs/operators.md": 2,
     "docs/quantised.md": 1,
     "docs/scaling.md": 2,
     "docs/tools.md": 6,
