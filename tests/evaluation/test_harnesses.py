@@ -73,6 +73,19 @@ def logits(model: Any) -> Tensor:
         return model(IDS).logits
 
 
+def test_logits_that_are_nan_are_no_answer(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        loaded, _ = load_ablated(str(tmp_path), device="cpu")
+    for run in (loaded, loaded.generate):
+        with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
+            run(IDS)
+
+
 def test_a_model_with_an_update_and_without_units(
     folder: Path, groups: Path, tmp_path: Path
 ) -> None:
@@ -102,19 +115,6 @@ def test_a_model_with_an_update_and_without_units(
         load_ablated("no model at all", ablate="scu")
     with pytest.raises(ValueError, match=r"ablate is \[\] and groups is"):
         load_ablated("no model at all", groups=str(groups))
-
-
-def test_logits_that_are_nan_are_no_answer(folder: Path, tmp_path: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.inf
-    model.save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    with pytest.warns(UserWarning, match="NaN or infinite"):
-        loaded, _ = load_ablated(str(tmp_path), device="cpu")
-    for run in (loaded, loaded.generate):
-        with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
-            run(IDS)
 
 
 @pytest.mark.exhaustive  # importing lm-eval takes long
