@@ -103,6 +103,19 @@ def _check_bounds(name: str, value: Any, bounds: dict[str, float]) -> None:
         raise ValueError(f"{name} is {value!r}; it must be {' and '.join(must)}")
 
 
+def check_number(name: str, value: float) -> None:
+    """Refuse what weights or hidden states cannot be multiplied by.
+
+    Raises:
+        TypeError: it is no number; it is named.
+        ValueError: it is NaN or infinite.
+    """
+    if not isinstance(value, int | float):
+        raise TypeError(f"{name} is {type(value).__name__}, must be a number")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} is {value}, must be a finite number")
+
+
 def choices_of(hint: Any) -> tuple[str, ...]:
     """Names of the ``Literal`` that a type is, or is made of: none where there is no such type."""
     if get_origin(hint) is Literal:

@@ -9,7 +9,6 @@ The formulas are in :mod:`ssah.deltas.arithmetic`, what is kept in :mod:`ssah.de
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from ssah.deltas.magnitudes import Draw, Largest, largest
 from ssah.deltas.matching import Deltas
 from ssah.deltas.results import Maker, Out, finished
 from ssah.deltas.weights import WeightsOf
+from ssah.settings import check_number
 
 
 def interpolate(
@@ -54,7 +54,7 @@ def interpolate(
 
     Source: Wortsman et al. 2021, arXiv 2109.01903 (WiSE-FT).
     """
-    _check_finite("alpha", alpha)
+    check_number("alpha", alpha)
     return _merged({"edit": "interpolate", "alpha": alpha}, base, [tuned], out, scales=[alpha])
 
 
@@ -142,7 +142,7 @@ def merge(
             f"{len(tuned)} tuned models"
         )
     for each in scales:
-        _check_finite("scale", each)
+        check_number("scale", each)
     keeping = _Keeping(share, by, rescale, scope, seed)
     record = {"edit": "merge", "how": how, "scale": scales, **keeping.describe()}
     return _merged(record, base, tuned, out, how=how, scales=scales, keeping=keeping)
@@ -237,8 +237,3 @@ def _pieces(deltas: Deltas, place: int, name: str) -> Iterator[Tensor]:
     base, tuned = deltas.read(name)
     for b, t in chunks(base, tuned[place]):
         yield delta_of(name, b, t)
-
-
-def _check_finite(name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise ValueError(f"{name} is {value!r}; it must be a finite number")

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from ssah.interventions.positions import At, OfPrompts, Passes, check_at
 from ssah.interventions.sites import Site, modules_at
-from ssah.interventions.weights import check_factor
 from ssah.models import check_bare, device_of, nonfinite, text_config
+from ssah.settings import check_number
 from ssah.units import layers_path
 
 Layers = int | Iterable[int]
@@ -225,7 +225,7 @@ def _rows(change: HiddenChange) -> Tensor | OfPrompts | None:
 def _values(model: nn.Module, change: HiddenChange, layers: int) -> list[Tensor | None]:
     """What is added, projected out or put in, for each layer: ``[hidden]``, or None."""
     if isinstance(change, ScaleHidden):
-        check_factor(change.factor)
+        check_number("factor", change.factor)
         return [None] * layers
     name = next(f.name for f in fields(change) if f.name in ("vector", "direction", "values"))
     given = getattr(change, name)

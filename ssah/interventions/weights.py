@@ -13,7 +13,6 @@ function: h_j (factor B[:, j]) = (factor h_j) B[:, j].
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from ssah.interventions.columns import MaskedEntries, Part, checked_modules, columns_of
 from ssah.models import is_offloaded, nonfinite, scheme_of
 from ssah.selections import Selection, output_parts
+from ssah.settings import check_number
 from ssah.units import BitMask, DepthTwoModule, UnitSet, check_parameters, is_computed
 
 # What is changed: units, the entries of a selection, or whole parameters by their names.
@@ -57,7 +57,7 @@ class Scale:
     factor: float
 
     def __post_init__(self) -> None:
-        check_factor(self.factor)
+        check_number("factor", self.factor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,19 +112,6 @@ class Writing:
 
     parts: list[tuple[Part, Callable[[], None]]]
     channels: list[Channels]
-
-
-def check_factor(factor: float) -> None:
-    """Refuse what weights or hidden states cannot be multiplied by.
-
-    Raises:
-        TypeError: it is no number.
-        ValueError: it is NaN or infinite.
-    """
-    if not isinstance(factor, int | float):
-        raise TypeError(f"factor is {type(factor).__name__}, must be a number")
-    if not math.isfinite(factor):
-        raise ValueError(f"factor is {factor}, must be a finite number")
 
 
 def plan_weights(model: nn.Module, change: WeightChange) -> Writing:

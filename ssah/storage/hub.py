@@ -15,7 +15,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from ssah.version import __version__
@@ -46,7 +46,8 @@ def hub_folder(directory: str | os.PathLike[str]) -> str:
 def public_name(name: str) -> str:
     """A hub id as it is; of a path on this machine the last part alone, which tells nobody more."""
     is_id = name.count("/") <= 1 and not name.startswith((".", "~", "/")) and "\\" not in name
-    return name if is_id and not Path(name).exists() else Path(name).name
+    # A record may name a path of another system, and this one's rule leaves that whole.
+    return name if is_id and not Path(name).exists() else PureWindowsPath(name).name
 
 
 def upload(
@@ -134,7 +135,8 @@ def _figure(name: str, figure: Any) -> str:
     value, interval = found.get("rate", found.get("value")), found.get("interval")
     pair = list(interval) if isinstance(interval, Sequence) else []
     numbers = [value, *pair]
-    if len(pair) != 2 or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers):
+    known = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+    if len(pair) != 2 or not known or pair[0] > pair[1]:
         raise ValueError(
             f"figures[{name!r}] is {figure!r}, must have a rate (or value) and its interval, as "
             "ssah.evaluation.rate gives them: without it nobody can tell it from chance"

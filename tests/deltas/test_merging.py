@@ -216,13 +216,14 @@ def test_the_dtype_is_that_of_the_tuned_model_and_integers_are_its_own() -> None
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b, t: deltas.interpolate(b, t, math.nan), "alpha is nan; it must be a finite"),
+        (lambda b, t: deltas.interpolate(b, t, math.nan), "alpha is nan, must be a finite"),
+        (lambda b, t: deltas.interpolate(b, t, "0.5"), "alpha is str, must be a number"),
         (lambda b, t: deltas.keep(b, t, 0), "share is 0; it must be greater than 0"),
         (lambda b, t: deltas.keep(b, t, 1.1), r"share is 1\.1; it must be .* at most 1"),
         (lambda b, t: deltas.keep(b, t, 0.5, by="size"), "by is 'size'; it must be one of"),
         (lambda b, t: deltas.keep(b, t, 0.5, scope="layer"), "scope is 'layer'; it must be one of"),
         (lambda b, t: deltas.merge(b, [t], how="median"), "how is 'median'; it must be one of"),
-        (lambda b, t: deltas.merge(b, [t], scale=math.inf), "scale is inf; it must be a finite"),
+        (lambda b, t: deltas.merge(b, [t], scale=math.inf), "scale is inf, must be a finite"),
         (lambda b, t: deltas.merge(b, [t], scale=[1, 2]), "scale has 2 numbers; it must have one"),
         (lambda b, t: deltas.merge(b, []), "tuned is empty"),
         (lambda b, t: deltas.merge(b, [t, {"a": t["a"]}]), r"'tuned\[1\]' lacks 1 tensors .*'b'"),

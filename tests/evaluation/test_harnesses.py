@@ -74,6 +74,19 @@ def logits(model: Any) -> Tensor:
         return model(IDS).logits
 
 
+def test_logits_that_are_nan_are_no_answer(folder: Path, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="float32")
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[0, 0] = torch.inf
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="NaN or infinite"):
+        loaded, _ = load_ablated(str(tmp_path), device="cpu")
+    for run in (loaded, loaded.generate):
+        with pytest.raises(FloatingPointError, match="the model's logits are NaN or infinite"):
+            run(IDS)
+
+
 def test_a_model_with_an_update_and_without_units(
     folder: Path, groups: Path, tmp_path: Path
 ) -> None:
@@ -236,6 +249,10 @@ def test_a_task_of_inspect_ai(
         ask(asked, [ToolInfo(name="search", description="a search")])
     with pytest.raises(ValueError, match="role of the last message is assistant, must be user"):
         ask([*asked, ChatMessageAssistant(content="Sure")])
+    with pytest.raises(
+        ValueError, match=r"input\[0\] has \d+ tokens as a prompt; with max_new_tok"
+    ):
+        ask([ChatMessageUser(content="why " * 10_000)])
     with pytest.raises(ValueError, match="a message has image, must have text alone"):
         ask([ChatMessageUser(content=[ContentImage(image="data:image/png;base64,")])])
     sampled = [

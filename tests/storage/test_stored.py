@@ -19,7 +19,7 @@ from ssah.attribution import Attribution, attribute
 from ssah.evaluation import Probe
 from ssah.groups import UnitGroups, classify
 from ssah.models import weights_hash
-from ssah.storage import META, save_tensors
+from ssah.storage import META, public_name, result_card, save_tensors
 from ssah.training import freeze, load_update
 
 pytestmark = pytest.mark.xdist_group("stored")  # its fixtures are made once
@@ -228,3 +228,22 @@ def test_results_say_which_weights_they_come_from(
     own = weights_hash(model())
     for kind in ("attribution", "groups", "update"):
         assert saved[kind][1]["weights_hash"] == own
+
+
+@pytest.mark.parametrize(
+    ("name", "public"),
+    [
+        ("user/model", "user/model"),
+        ("/home/someone/model", "model"),
+        ("~/model/", "model"),
+        (r"C:\Users\someone\model", "model"),
+    ],
+)
+def test_a_path_of_any_system_is_not_published(name: str, public: str) -> None:
+    assert public_name(name) == public
+
+
+def test_an_interval_from_high_to_low_is_refused() -> None:
+    figures = {"ASR": {"rate": 0.5, "interval": [0.9, 0.1]}}
+    with pytest.raises(ValueError, match="without it nobody can tell it from chance"):
+        result_card("T", "w", base_model="a/b", tags=[], code="", facts={}, figures=figures)

@@ -24,15 +24,20 @@ class Finite:
         self.said: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, logits: Tensor) -> Tensor:  # [rows, vocab_size]
-        # The largest is NaN if any is. -inf is how transformers forbids a token.
-        largest = logits.amax(-1)  # [rows]
-        bad = (largest.isnan() | (largest == torch.inf)).any()
-        self.bad = bad if self.bad is None else self.bad | bad
+        largest = self.see(logits)
         if self.rows is not None:
             rows = self.rows.to(logits.device)
             # Greedy decoding takes the largest.
             self.said.append(largest[rows].float() - logits[rows].float().logsumexp(-1))  # [n]
         return logits
+
+    def see(self, logits: Tensor) -> Tensor:
+        """Look at logits ``[..., vocab_size]``; the largest of each position is returned."""
+        # The largest is NaN if any is. -inf is how transformers forbids a token.
+        largest = logits.amax(-1)
+        bad = (largest.isnan() | (largest == torch.inf)).any()
+        self.bad = bad if self.bad is None else self.bad | bad
+        return largest
 
     def check(self) -> None:
         """Raise FloatingPointError if there were such logits: now the device is waited for."""

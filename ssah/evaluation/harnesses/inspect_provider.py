@@ -28,7 +28,7 @@ from inspect_ai.model import (
 from inspect_ai.tool import ToolChoice, ToolInfo
 from transformers import GenerationConfig
 
-from ssah.evaluation.generating import prompts, room_of, stop_tokens
+from ssah.evaluation.generating import check_room, prompts, room_of, stop_tokens
 from ssah.evaluation.harnesses.loading import load_ablated
 
 # What a task may ask for that would change its result, and is not computed here.
@@ -90,7 +90,8 @@ class InspectModel(ModelAPI):
 
         Raises:
             ValueError: the task has tools, or asks for what this provider does not compute; a
-                message has more than text, or the last one is not the user's.
+                message has more than text, or the last one is not the user's; the prompt leaves
+                the model too few positions for an answer.
         """
         wanted = [name for name in _NOT_HERE if getattr(config, name) is not None]
         if tools or wanted:
@@ -100,6 +101,7 @@ class InspectModel(ModelAPI):
                 "server of the exported model, for example by vLLM (docs/export.md)"
             )
         prompt = prompts(self.tokenizer, [{"messages": _turns(input)}], name="input")[0]
+        check_room(self.model, [prompt], config.max_tokens or 1, "input")
         # In a thread of its own: inspect_ai runs scorers and its display meanwhile.
         return await to_thread.run_sync(self._answer, prompt, config)
 
@@ -141,7 +143,7 @@ class InspectModel(ModelAPI):
     def _room(self, n_prompt: int) -> int:
         """Tokens of an answer where nobody says how many: as many as the model has room for."""
         room = room_of(self.model)
-        return _MOST_TOKENS if room is None else max(1, min(_MOST_TOKENS, room - n_prompt))
+        return _MOST_TOKENS if room is None else min(_MOST_TOKENS, room - n_prompt)
 
     def max_connections(self) -> int:
         """One question at a time: the model has the device to itself."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ssah.evaluation.generating import Finite
 from ssah.groups import UnitGroups
 from ssah.interventions import ablate as ablate_units
 from ssah.models import quiet
@@ -25,7 +26,8 @@ def load_ablated(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a model of which units put nothing out, for good: whoever asked for it has no other.
 
-    Example: ``load_ablated("smollm2", groups="runs/groups", ablate="scu")``.
+    Example: ``load_ablated("smollm2", groups="runs/groups", ablate="scu")``. A harness would score
+    logits that are NaN as an answer; the model raises FloatingPointError in their place.
 
     Args:
         model: as `ssah.models.load_model` takes it, or an update with its base.
@@ -57,4 +59,11 @@ def load_ablated(
     if texts:
         own = None if groups is None else UnitGroups.load(groups, loaded)
         ablate_units(loaded, named(loaded, texts, own, shared="all")).__enter__()
+    loaded.register_forward_hook(_check_logits)
     return loaded, tokenizer
+
+
+def _check_logits(model: PreTrainedModel, given: Any, output: Any) -> None:
+    finite = Finite()
+    finite.see(output.logits)
+    finite.check()

@@ -14,7 +14,6 @@ are attached, the second by half, and taken off again:
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ssah.interventions import check_not_ablated
+from ssah.settings import check_number
 from ssah.training.optimising import check_unplanned
 from ssah.training.updates.merging import placed_update, read_update
 from ssah.training.updates.placed import Placed
@@ -77,11 +77,11 @@ class Attached:
             update: which of the updates, as it was named to `attach`; None: all of them.
 
         Raises:
+            TypeError: the factor is no number.
             ValueError: no such update; a factor that is not finite, or makes weights infinite.
             RuntimeError: they are detached, or somebody else has written to these entries.
         """
-        if not math.isfinite(factor):
-            raise ValueError(f"factor is {factor}, must be a finite number")
+        check_number("factor", factor)
         name = None if update is None else os.fspath(update)
         if name is not None and name not in self._updates:
             raise ValueError(
