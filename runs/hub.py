@@ -11,11 +11,11 @@ states of the sources can be loaded into one process.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from distributions import ROOT, tracked
@@ -114,7 +114,7 @@ def write(folder: Path, root: Path = ROOT) -> None:
         }
         text = json.dumps(metadata, indent=2) + "\n"
         _write(folder / "build" / f"torch-{backend}", {**built, "metadata.json": text.encode()})
-    card = CARD.format(about=(root / PACKAGE / "README.md").read_text())
+    card = CARD.format(about=(root / "csrc" / "kernels.md").read_text())
     texts = {"build.toml": BUILD, "flake.nix": FLAKE, "CARD.md": card, "README.md": card}
     script = (root / "benchmarks" / "benchmark_hub.py").read_bytes()
     licence = (root / "LICENSE").read_bytes()
@@ -137,6 +137,8 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path)
+    write(parser.parse_args().folder)

@@ -13,7 +13,7 @@ from tiny_models import build
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from ssah.attribution.sums import Sums
+from ssah.attribution.sums import new_sums
 from ssah.attribution.watch import watching
 from ssah.training import freeze
 from ssah.units import find_modules
@@ -52,7 +52,7 @@ def test_a_batch_is_one_graph(padded: bool, traced: Callable[..., Any]) -> None:
         model = build("llama").eval()
         modules = find_modules(model)
     replace_tensors(model, lambda x: torch.empty(x.shape, dtype=x.dtype, device=GPU))
-    sums = {name: Sums.zeros(module) for name, module in modules.items()}
+    sums = new_sums(modules)
     ids = torch.zeros(2, 7, dtype=torch.int64, device=GPU)
     with torch.no_grad(), watching(modules, sums, gradient=False) as watch:
         if padded:

@@ -73,7 +73,8 @@ def commands(block: Block) -> list[list[str]]:
     Nothing is called. The scripts in ``runs/`` have a slash in their name, which bash would look
     for as a file; ``script`` stands before it.
     """
-    text = re.sub(r"^(?=runs/)", "script ", block.text, flags=re.MULTILINE)
+    settings = r"^((?:\w+=(?:\"[^\"]*\"|\S+) )*)(?=runs/)"  # SSAH_CUDA=0 runs/...
+    text = re.sub(settings, r"\1script ", block.text, flags=re.MULTILINE)
     read = subprocess.run(
         ["/bin/bash", "-euo", "pipefail", "-c", f"{_WRITE_DOWN}\n{text}"],
         env={"PATH": "/nowhere"},  # an empty one would be the current folder
