@@ -11,11 +11,11 @@ states of the sources can be loaded into one process.
 
 from __future__ import annotations
 
+import argparse
 import base64
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from distributions import ROOT, tracked
@@ -91,7 +91,14 @@ name (`kernel.__name__`), so it can be loaded beside that package.
 
 
 def write(folder: Path, root: Path = ROOT) -> None:
-    """Write the repository into ``folder``; what is there of an earlier call is replaced."""
+    """Write the repository into ``folder``; what is there of an earlier call is replaced.
+
+    Raises:
+        FileExistsError: the folder has other files.
+    """
+    used, toml = folder.exists() and any(folder.iterdir()), folder / "build.toml"
+    if used and not (toml.exists() and f'name = "{NAME}"' in toml.read_text()):
+        raise FileExistsError(f"{folder} has files of others: name a new folder")
     files = {
         str(Path(file).relative_to(PACKAGE)): (root / file).read_bytes()
         for file in tracked(root, (PACKAGE,))
@@ -137,6 +144,10 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit(__doc__)
-    write(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or of an earlier call")
+    arguments = parser.parse_args()
+    try:
+        write(arguments.folder)
+    except FileExistsError as error:
+        parser.error(str(error))
