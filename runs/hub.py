@@ -91,7 +91,14 @@ name (`kernel.__name__`), so it can be loaded beside that package.
 
 
 def write(folder: Path, root: Path = ROOT) -> None:
-    """Write the repository into ``folder``; what is there of an earlier call is replaced."""
+    """Write the repository into ``folder``; what is there of an earlier call is replaced.
+
+    Raises:
+        FileExistsError: the folder has other files.
+    """
+    used, toml = folder.exists() and any(folder.iterdir()), folder / "build.toml"
+    if used and not (toml.exists() and f'name = "{NAME}"' in toml.read_text()):
+        raise FileExistsError(f"{folder} has files of others: name a new folder")
     files = {
         str(Path(file).relative_to(PACKAGE)): (root / file).read_bytes()
         for file in tracked(root)
@@ -137,8 +144,10 @@ def _write(folder: Path, files: dict[str, bytes]) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", type=Path)
-    write(parser.parse_args().folder)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="new, or of an earlier call")
+    arguments = parser.parse_args()
+    try:
+        write(arguments.folder)
+    except FileExistsError as error:
+        parser.error(str(error))

@@ -149,6 +149,24 @@ def test_a_package_imports_itself_by_relative_imports_alone() -> None:
     assert not [path for path in files if absolute.search(path.read_text())]
 
 
+def test_a_folder_of_others_is_left_alone(tmp_path: Path) -> None:
+    kept = tmp_path / "benchmarks" / "mine.py"
+    kept.parent.mkdir()
+    kept.touch()
+    command = [sys.executable, ROOT / "runs" / "hub.py", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert f"{tmp_path} has files of others: name a new folder" in done.stderr
+    assert kept.exists()
+
+
+def test_a_folder_is_written_again(repository: Path) -> None:
+    stale = repository / "build" / "torch-cpu" / "stale.py"
+    stale.touch()
+    subprocess.run([sys.executable, ROOT / "runs" / "hub.py", repository], check=True)
+    assert not stale.exists()
+
+
 def test_every_backend_has_a_build_of_its_own(repository: Path) -> None:
     found = [json.loads(path.read_text()) for path in repository.glob("build/*/metadata.json")]
     assert {each["backend"]["type"] for each in found} == {"cpu", "cuda", "rocm", "xpu"}
