@@ -64,11 +64,10 @@ def export(
     what `llama-quantize --imatrix` reads.
     """
     import ssah
-    from ssah.models import check_on_one_device, quiet
+    from ssah.models import quiet
     from ssah.report.terminal import facts_table
 
-    _check_one(change, groups, units, imatrix)
-    check_on_one_device(weights.places, "the base of an adapter")
+    _check(change, groups, units, imatrix, weights)
     if imatrix is not None:
         return _importance_matrix(model, imatrix, out, weights, max_rank)
     # Groups are read before the model is loaded, which may take minutes.
@@ -118,10 +117,17 @@ def _importance_matrix(
     return Result(data, (facts_table("Importance matrix", facts),))
 
 
-def _check_one(
-    change: str | None, groups: Path | None, units: list[str] | None, imatrix: Path | None
+def _check(
+    change: str | None,
+    groups: Path | None,
+    units: list[str] | None,
+    imatrix: Path | None,
+    weights: Weights,
 ) -> None:
-    """One of the three: what was trained, what is ablated, or scores."""
+    """One of the three: what was trained, what is ablated, or scores. The base is whole."""
+    from ssah.models import check_on_one_device
+
+    check_on_one_device(weights.places, "the base of an adapter")
     given = [bool(units), change is not None, imatrix is not None]
     if sum(given) != 1 or (groups is not None and not units):
         raise ValueError(
