@@ -77,10 +77,15 @@ class Build(Base):  # type: ignore[misc, valid-type]
         home = toolchain.wanted_cuda(torch.version.cuda, torch.version.hip)
         cpu, *cuda = self.extensions
         cpu.extra_compile_args.append(f'-DSSAH_TORCH_VERSION="{torch.__version__}"')
+        # Messages name files as the repository does, and not where this machine keeps them.
+        headers = [f"-ffile-prefix-map={path}/=" for path in cpp_extension.include_paths()]
+        names = [f"-ffile-prefix-map={Path.cwd()}/=", *headers]
+        cpu.extra_compile_args += names
         if home is None:
             self.extensions = [cpu]
         else:
             cpp_extension.CUDA_HOME = str(home)  # a CPU-only torch does not look for it
+            cuda[0].extra_compile_args["nvcc"] += [f"-Xcompiler={name}" for name in names]
             cuda[0].include_dirs.append(str(home / "include"))
             cuda[0].library_dirs.append(str(home / "lib64"))
         for extension in self.extensions:

@@ -168,7 +168,7 @@ def in_turns(calls: dict[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def on_routing(n_experts: int, units: int, top_k: int, dtype: torch.dtype) -> dict[str, float]:
-    """Ratios to the loop of transformers: a scored pass, and a step under a plan."""
+    """Ratios to the loop over experts: a scored pass, and a step under a plan."""
     torch.manual_seed(0)
     model = routed(n_experts, units, top_k, dtype)
     ids = torch.randint(0, 256, (2, 128))

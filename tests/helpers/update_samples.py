@@ -85,10 +85,10 @@ def whole_weight(p: Tensor, rest: Tensor) -> Tensor:
     """The weight of which ``p`` [...] and its compensation are the parts, in float64."""
     if rest.dtype != torch.int16:
         return p.double() + rest.double()
-    # Through memory: two halves of a little-endian word, where the sum has no carry to make.
-    word = p.flatten().view(torch.int16).numpy().astype("<u2").astype("<u4") * 65536
-    word = (word.astype("<i8") + rest.flatten().numpy()) % 2**32
-    return torch.from_numpy(word.astype("<u4").view("<f4")).double().view(p.shape)
+    # In 64 bits, where the sum of the two halves has no carry to make.
+    word = (p.flatten().view(torch.int16).long() % 2**16 * 2**16 + rest.flatten()) % 2**32
+    signed = torch.where(word < 2**31, word, word - 2**32).int()
+    return signed.view(torch.float32).double().view(p.shape)
 
 
 def _selection(size: int, share: float, g: torch.Generator) -> Tensor | None:
